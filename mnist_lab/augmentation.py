@@ -1,0 +1,56 @@
+"""Batched random transforms: float images (N, 1, H, W) in [0, 1] in and out, with a draw of its own for each image."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def random_rotation(images: Tensor, degrees: float) -> Tensor:
+    """Rotate each image about its centre by its own angle, drawn uniformly from [-degrees, degrees].
+
+    Raises:
+        ValueError: if degrees is negative.
+    """
+    if not degrees >= 0:
+        raise ValueError(f"degrees={degrees!r} is not 0 or more")
+    angles = torch.empty(len(images), device=images.device).uniform_(-degrees, degrees)
+    return rotate(images, angles)
+
+
+def random_center_crop(images: Tensor, size: int, p: float) -> Tensor:
+    """With probability p, drawn for each image, cut out the central (size, size) and scale it up to the whole.
+
+    Raises:
+        ValueError: if size is not in 1..min(H, W) or p not in [0, 1].
+    """
+    height, width = images.shape[-2:]
+    if not 1 <= size <= min(height, width):
+        raise ValueError(f"size={size!r} is not between 1 and {min(height, width)}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p!r} is not between 0 and 1")
+    top, left = (height - size) // 2, (width - size) // 2
+    crops = images[..., top : top + size, left : left + size]
+    scaled = F.interpolate(crops, size=(height, width), mode="bilinear", align_corners=False)
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < p
+    return torch.where(chosen, scaled, images)
+
+
+def rotate(images: Tensor, angles: Tensor) -> Tensor:
+    """Rotate square images (N, C, S, S) counter-clockwise by angles (N,) in degrees: bilinear, filled with 0.
+
+    The same as torchvision's `functional.rotate(image, angle, InterpolationMode.BILINEAR)` on each image.
+    """
+    size = images.shape[-1]
+    assert images.shape[-2] == size, "rotation by a shared grid needs square images"
+    # Pixel centres in grid_sample's coordinates (align_corners=False): -1 and 1 are the image's outer edges.
+    centres = torch.linspace(1 / size - 1, 1 - 1 / size, size, device=images.device)
+    x, y = centres.view(1, 1, size), centres.view(1, size, 1)
+    radians = (angles * (math.pi / 180)).view(-1, 1, 1)
+    cos, sin = radians.cos(), radians.sin()
+    # Each output pixel looks up where it came from: the inverse rotation, with y pointing down.
+    grid = torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1)  # (N, S, S, 2)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -1,0 +1,240 @@
+"""What a script declares: a network, how it is trained, what it should reach, and what was reported elsewhere."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mnist_lab.errors import LabError
+
+# What is measured once per run; `reported` figures go by the same names, so that the two can stand side by side.
+SUMMARY_METRICS = (
+    "final_train_accuracy",
+    "best_train_accuracy",
+    "final_test_accuracy",
+    "best_test_accuracy",
+    "best_epoch",
+    "final_test_loss",
+)
+
+# The declared parts that take arguments. Only for the last two do default values count as declared:
+# their signatures are the script's or the lab's own, while a torch optimiser has a dozen defaults that nobody chose.
+PARTS = ("optimizer", "scheduler", "loss", "net", "augmentation")
+PARTS_WITH_DEFAULTS = ("net", "augmentation")
+NAMES_OF_PARTS = ("optimizer", "scheduler", "scheduler_interval", "loss", "augmentation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What the experiment should reach; None where nothing was stated.
+
+    accuracy: test accuracy of the last epoch in percent, at least this.
+    params: trainable parameters, fewer than this.
+    epochs: epochs trained, fewer than this.
+    """
+
+    accuracy: float | None = None
+    params: int | None = None
+    epochs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One network and the way it is trained, in torch's own words.
+
+    net: the network's class; called without arguments, or with those given by `partial`. It maps normalised images
+        (N, 1, 28, 28) to logits or log-probabilities (N, 10).
+    epochs, batch_size: as everywhere. All training images are seen in each epoch; the last batch may be smaller.
+    optimizer: called with the network's parameters, e.g. `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`.
+    scheduler: called with the optimizer, e.g. `partial(StepLR, step_size=2, gamma=0.6)`. Where it has arguments named
+        `epochs` or `steps_per_epoch` (OneCycleLR) that are not given, the run's own are filled in.
+    scheduler_interval: whether the scheduler steps after each "epoch" or each "batch".
+    augmentation: maps a batch of training images, float in [0, 1] of shape (N, 1, 28, 28), to another such batch.
+        It runs on the images' device, before they are normalised.
+    loss: maps logits (N, 10) and labels (N,) to a scalar that training minimises. The reported test loss is always
+        the cross-entropy.
+    targets: what the verdict is about.
+    reported: figures of an earlier write-up, keyed by SUMMARY_METRICS; shown beside the measured ones.
+    """
+
+    net: Callable[..., nn.Module]
+    epochs: int
+    batch_size: int
+    optimizer: Callable[..., Optimizer]
+    scheduler: Callable[..., LRScheduler] | None = None
+    scheduler_interval: Literal["epoch", "batch"] = "epoch"
+    augmentation: Callable[[Tensor], Tensor] | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    targets: Targets = Targets()
+    reported: Mapping[str, float] = field(default_factory=dict)
+
+    def __new__(cls, *args: object, **fields: object) -> Experiment:
+        """Refuse unknown and missing fields with a sentence; Python's own TypeError would come with a traceback."""
+        declared = {f.name: f for f in dataclasses.fields(cls)}
+        if args:
+            raise LabError("Experiment takes its fields by keyword, e.g. Experiment(net=Net, epochs=14, ...)")
+        for name in fields.keys() - declared.keys():
+            raise LabError(f"Experiment has no field {name!r}{_did_you_mean(name, declared)}")
+        for name, f in declared.items():
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            if required and name not in fields:
+                raise LabError(f"Experiment: the field {name!r} is missing")
+        return super().__new__(cls)
+
+    def check(self) -> None:
+        """Refuse values that can't be right on their face. What only torch can judge, `training.rehearse` tries.
+
+        Raises:
+            LabError: naming the field, its value and what is allowed.
+        """
+        _check_count("epochs", self.epochs)
+        _check_count("batch_size", self.batch_size)
+        for part in PARTS:
+            value = getattr(self, part)
+            if value is None and part in ("scheduler", "augmentation"):
+                continue
+            if not callable(value):
+                raise LabError(f"{part}: {value!r} can't be called; give a class or function, or a partial of one")
+            if isinstance(value, functools.partial) and value.args:
+                raise LabError(f"{part}: give the arguments of partial({_name(value)}, ...) by keyword")
+        if self.scheduler_interval not in ("epoch", "batch"):
+            raise LabError(f"scheduler_interval: {self.scheduler_interval!r} is neither 'epoch' nor 'batch'")
+        if not isinstance(self.targets, Targets):
+            raise LabError(f"targets: {self.targets!r} is not a Targets(accuracy=..., params=..., epochs=...)")
+        accuracy = self.targets.accuracy
+        if accuracy is not None and not (_is_number(accuracy) and 0 < accuracy <= 100):
+            raise LabError(f"targets.accuracy: {accuracy!r} is not a percentage above 0 and up to 100")
+        for name in ("params", "epochs"):
+            if (limit := getattr(self.targets, name)) is not None:
+                _check_count(f"targets.{name}", limit)
+        if not isinstance(self.reported, Mapping):
+            raise LabError(f"reported: {self.reported!r} is not a dict of figures by name")
+        for name, figure in self.reported.items():
+            if name not in SUMMARY_METRICS:
+                raise LabError(f"reported: unknown figure {name!r}; allowed are {', '.join(SUMMARY_METRICS)}")
+            if not _is_number(figure):
+                raise LabError(f"reported: {name}={figure!r} is not a number")
+
+    def hyperparameters(self) -> dict[str, object]:
+        """Return every declared hyperparameter, flat: `batch_size epochs optimizer lr momentum scheduler ...`.
+
+        A name that two parts use is qualified in the second: `momentum` of the optimizer, `scheduler.momentum`.
+        """
+        flat: dict[str, object] = {"batch_size": self.batch_size, "epochs": self.epochs}
+        for part in PARTS:
+            value = getattr(self, part)
+            if part != "net":
+                flat[part] = "none" if value is None else _name(value)
+            for name, argument in _arguments(part, value).items():
+                flat[f"{part}.{name}" if name in flat else name] = argument
+            if part == "scheduler" and value is not None:
+                flat["scheduler_interval"] = self.scheduler_interval
+        return flat
+
+    def override(self, changes: Mapping[str, object]) -> tuple[Experiment, dict[str, object]]:
+        """Return a copy with hyperparameters replaced, and those changes that differ from the declaration.
+
+        changes: by flat name as in `hyperparameters()`. Text (from the command line) is read as a Python literal.
+
+        Raises:
+            LabError: if nothing of that name is declared, or the value is of another type than the declared one.
+        """
+        declared = self.hyperparameters()
+        fields: dict[str, Any] = {}
+        different: dict[str, object] = {}
+        for name, given in changes.items():
+            if name in NAMES_OF_PARTS:
+                raise LabError(f"{name}: can't be set from the command line; copy the script and declare it there")
+            if name not in declared:
+                settable = [key for key in declared if key not in NAMES_OF_PARTS]
+                raise LabError(
+                    f"{name}: not a hyperparameter of this experiment{_did_you_mean(name, settable)}; "
+                    f"declared are {', '.join(settable)}"
+                )
+            value = _like(name, given, declared[name])
+            if value == declared[name]:
+                continue
+            different[name] = value
+            part, argument = self._where(name)
+            if part is None:
+                fields[argument] = value
+            else:
+                fields[part] = functools.partial(fields.get(part, getattr(self, part)), **{argument: value})
+        return dataclasses.replace(self, **fields), different
+
+    def _where(self, name: str) -> tuple[str | None, str]:
+        """Return the part and the argument that a flat name stands for; part None for a field of its own."""
+        if name in ("batch_size", "epochs"):
+            return None, name
+        part, dot, argument = name.partition(".")
+        if dot:
+            return part, argument
+        return next(part for part in PARTS if name in _arguments(part, getattr(self, part))), name
+
+
+def _name(part: Callable[..., object]) -> str:
+    while isinstance(part, functools.partial):
+        part = part.func
+    return getattr(part, "__name__", type(part).__name__)
+
+
+def _arguments(part: str, value: Callable[..., object] | None) -> dict[str, object]:
+    """Return the arguments that a part's declaration gives, by name."""
+    if value is None:
+        return {}
+    given: dict[str, object] = dict(value.keywords) if isinstance(value, functools.partial) else {}
+    if part not in PARTS_WITH_DEFAULTS:
+        return given
+    try:
+        parameters = inspect.signature(value).parameters.values()
+    except (TypeError, ValueError):  # a callable written in C has no signature
+        return given
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {**defaults, **given}
+
+
+def _like(name: str, given: object, declared: object) -> object:
+    """Return a given value in the declared value's type, or refuse it."""
+    value = _read(given) if isinstance(given, str) and not isinstance(declared, str) else given
+    if isinstance(declared, float) and _is_number(value):
+        value = float(value)  # type: ignore[arg-type]
+        if math.isfinite(value):
+            return value
+    elif declared is None or type(value) is type(declared):
+        return value
+    kind = {"int": "a whole number", "float": "a finite number", "bool": "True or False", "tuple": "a tuple"}
+    wanted = kind.get(type(declared).__name__, f"a {type(declared).__name__}")
+    raise LabError(f"{name}: {given!r} is not {wanted} (the declared value is {declared!r})")
+
+
+def _read(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise LabError(f"{name}: {value!r} is not a whole number of at least 1")
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

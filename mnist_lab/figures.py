@@ -1,0 +1,397 @@
+"""Figures for write-ups, drawn from DataFrames and arrays; each function returns a `matplotlib.figure.Figure`.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and line styles differ too, for print in
+grey. Accuracies are in percent. Bad input raises `LabError`. A notebook shows the figures inline after
+`%matplotlib inline`, which has to be said, since pyplot is not used here.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import cycle, product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from mnist_lab.errors import LabError
+
+BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
+LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D"), ("black", "-", "v"))
+TARGET: dict[str, Any] = {"color": "black", "ls": (0, (1, 1.5)), "lw": 1.3, "zorder": 1}
+SMALL, MEDIUM = 9, 11  # font sizes in points; elsewhere matplotlib's, which are 10 and 12
+ACCURACY_TICKS = (0, 50, 80, 90, 95, 97, 98, 99, 99.4, 99.6, 99.8, 100)
+
+ONE_RUN = "public: one run, not picked on the test images"
+PICKED = "public: one run, picked on the test images"
+MEAN_OF_30 = "public: mean of 30 seeds, one epoch"
+# The best results per budget of parameters found in public repositories, in their training logs or, where none is
+# published, in their write-ups. They are other people's figures and were not measured again here.
+# (parameters, accuracy on the 10,000 test images in percent, protocol)
+PUBLIC_FIGURES: tuple[tuple[int, float, str], ...] = (
+    (9_994, 99.60, ONE_RUN),  # 15 epochs, OneCycle to 0.1, rotation 10 degrees; log read
+    (7_752, 99.55, ONE_RUN),  # 15 epochs, rotation 7 degrees; log read
+    (7_918, 99.52, PICKED),  # 11 epochs; write-up only
+    (6_174, 99.47, ONE_RUN),  # 15 epochs; log read
+    (4_500, 99.28, PICKED),  # 20 epochs; write-up only
+    (1_936, 99.10, ONE_RUN),  # 75 epochs, picked on a split of the training images; code read
+    (697, 99.03, PICKED),  # best of about 700 models; code read
+    (215_000, 99.04, MEAN_OF_30),  # about 215,000 parameters
+)
+
+
+def plot_samples(images: ArrayLike, labels: ArrayLike, limit: int = 40, columns: int = 10) -> Figure:
+    """Draw the first `limit` images with their labels; images (N, 28, 28) uint8 or float, labels (N,)."""
+    pictures = _images(images, "images")
+    digits = _digits(labels, "labels", len(pictures))[: _positive(limit, "limit")]
+    return _gallery(pictures[: len(digits)], [str(digit) for digit in digits], columns, MEDIUM)
+
+
+def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> Figure:
+    """Draw the first `limit` images above the same images augmented.
+
+    before (N, 28, 28); after (N, 28, 28), or (K, N, 28, 28) for K draws of a random augmentation, one row a draw.
+    """
+    originals, draws = _images(before, "before"), np.asarray(after, dtype=float)
+    draws = draws[np.newaxis] if draws.ndim == 3 else draws  # (K, N, 28, 28)
+    if draws.ndim != 4 or not len(draws) or draws.shape[1:] != originals.shape:
+        raise LabError(f"after has the shape {np.shape(after)}: it must be {originals.shape} or K times that")
+    rows = np.stack([originals, *draws])[:, : _positive(limit, "limit")]  # (1 + K, columns, 28, 28)
+    names = ["before", "after"] if len(draws) == 1 else ["before", *(f"draw {k}" for k in range(1, len(rows)))]
+    figure = Figure(figsize=(0.9 + 0.95 * rows.shape[1], len(rows)), layout="constrained")
+    for axes, row, name in zip(figure.subplots(len(rows), rows.shape[1], squeeze=False), rows, names, strict=True):
+        _show(axes, row, rows)
+        axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=MEDIUM)
+    return figure
+
+
+def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
+    """Draw loss (left) and accuracy (right) of one step over its epochs, in training and on the test images.
+
+    history: one row per run and epoch with `step, seed, epoch, train_loss, test_loss, train_accuracy, test_accuracy`.
+    Several seeds give a line for their mean and a band from the smallest to the largest; runs of one seed count as one,
+    their mean. The loss axis is logarithmic and the accuracy axis stretched towards 100 %, where the differences are.
+    """
+    metrics = ["train_loss", "test_loss", "train_accuracy", "test_accuracy"]
+    _require(history, "history", ["step", "seed", "epoch", *metrics])
+    steps, seeds = history["step"].unique(), history["seed"].nunique()
+    if len(steps) > 1:
+        raise LabError(f"history has {len(steps)} steps ({', '.join(map(str, steps))}): choose the one to draw")
+    finite = history.replace([math.inf, -math.inf], math.nan)
+    left_out = int(finite[metrics].isna().to_numpy().sum())
+    by_seed = finite.groupby(["epoch", "seed"])[metrics].mean()
+
+    figure = Figure(figsize=(9.5, 4.4), layout="constrained")
+    for axes, metric, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy", "%"), strict=True):
+        for name, (color, line, marker) in zip(("test", "training"), LOOKS, strict=False):
+            values = by_seed[f"{name.removesuffix('ing')}_{metric}"].unstack("seed")  # (epochs, seeds)
+            mean, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
+            label = name if seeds == 1 else f"{name}, mean of {seeds} seeds"
+            axes.plot(mean.index, mean, color=color, ls=line, marker=marker, ms=4, label=label)
+            if seeds > 1:
+                spread: dict[str, Any] = {"color": color, "alpha": 0.25, "label": f"{name}, smallest to largest"}
+                if len(mean) == 1:  # a band over one epoch has no width
+                    axes.vlines(mean.index, low, high, lw=9, **spread)
+                else:
+                    axes.fill_between(mean.index, low, high, lw=0, **spread)
+        if metric == "accuracy" and target_accuracy is not None:
+            axes.axhline(target_accuracy, label=f"target {target_accuracy:g} %", **TARGET)
+        axes.set_ylabel(f"{metric} ({unit})")
+        _finish_epochs(axes, history)
+    loss, accuracy = figure.axes
+    _log_scale(loss)
+    _stretch(accuracy, "y")
+    figure.suptitle(f"{steps[0]}" + (f" ({left_out} values that are not finite left out)" if left_out else ""))
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=SMALL)
+    return figure
+
+
+def plot_learning_rate(history: pd.DataFrame) -> Figure:
+    """Draw the learning rate over epochs; runs with the same schedule, of any step, share one line.
+
+    history: one row per run and epoch with `step, seed, epoch, lr`.
+    """
+    _require(history, "history", ["step", "seed", "epoch", "lr"])
+    schedules: dict[tuple[tuple[int, float], ...], dict[str, list[str]]] = {}  # points -> step -> seeds
+    for (step, seed), run in history.groupby(["step", "seed"], sort=False):
+        points = tuple(run[["epoch", "lr"]].drop_duplicates().sort_values("epoch").itertuples(index=False, name=None))
+        schedules.setdefault(points, {}).setdefault(str(step), []).append(str(seed))
+    names = [step for steps in schedules.values() for step in steps]
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (points, steps), (color, line, marker) in zip(schedules.items(), cycle(LOOKS), strict=False):
+        label = ", ".join(s if names.count(s) == 1 else f"{s} (seed {', '.join(steps[s])})" for s in steps)
+        # Schedules often begin alike: the earlier the line, the thicker, so that it still shows under the later ones.
+        under = min(len(schedules) - 1 - len(axes.lines), 4)
+        axes.plot(*zip(*points, strict=True), drawstyle="steps-mid", color=color, ls=line, lw=1.5 + 0.8 * under,
+                  marker=marker, ms=4 + 1.6 * under, label=textwrap.fill(label, 90))  # fmt: skip
+    axes.set_ylabel("learning rate")
+    _finish_epochs(axes, history)
+    if history["lr"].min() > 0 and history["lr"].max() > 5 * history["lr"].min():
+        _log_scale(axes)
+    else:
+        axes.set_ylim(0, 1.1 * history["lr"].max() or 1)
+    figure.legend(loc="outside lower center", fontsize=SMALL)
+    return figure
+
+
+def plot_steps(
+    runs: pd.DataFrame,
+    target_accuracy: float | None = 99.4,
+    target_params: int | None = 10_000,
+    public_figures: Sequence[tuple[int, float, str]] = PUBLIC_FIGURES,
+    test_images: int = 10_000,
+) -> Figure:
+    """Compare steps by the accuracy of their last epoch: against parameters (above) and one by one (below).
+
+    runs: one row per run with `step, seed, num_params, final_test_accuracy, best_test_accuracy`; steps are numbered as
+    they first appear, and runs of one seed count as one, their mean. The bars are 95 % intervals: Student's t over the
+    seeds, so for other seeds on the same test images; or, for a step with a single seed, Wilson's score interval of a
+    proportion of `test_images` (`scipy.stats.binomtest`), so for this network on other test images.
+    """
+    table = _step_table(runs, test_images)
+    rows = np.arange(len(table))
+    heights = [3.9, 0.7 + 0.28 * len(table)]  # inches, and 1.3 for the legend
+    figure = Figure(figsize=(9, sum(heights) + 1.3), layout="constrained")
+    halves = figure.add_gridspec(2, 1, height_ratios=heights)
+    # Subfigures: else the names beside the lower axes would narrow the upper ones too.
+    above, below = figure.add_subfigure(halves[0]).subplots(), figure.add_subfigure(halves[1]).subplots()
+    for protocol, marker in zip(dict.fromkeys(p for _, _, p in public_figures), cycle("^vX"), strict=False):
+        points = np.array([(x, y) for x, y, p in public_figures if p == protocol])
+        face = "none" if protocol == PICKED else GREY
+        above.plot(*points.T, ls="none", marker=marker, ms=5, color=GREY, mfc=face, zorder=2, label=protocol)
+    for chosen, marker, face, label in (
+        (table["seeds"] > 1, "o", BLUE, "mean over seeds, 95 % t-interval"),
+        (table["seeds"] == 1, "s", "white", f"one seed, 95 % Wilson interval on {test_images:,} images"),
+    ):
+        if chosen.any():
+            part = table[chosen]
+            bars = np.array([part["mean"] - part["low"], part["high"] - part["mean"]])  # (2, steps)
+            look: dict[str, Any] = {"fmt": marker, "color": BLUE, "mfc": face, "lw": 1.2, "capsize": 3, "zorder": 3}
+            above.errorbar(part["num_params"], part["mean"], yerr=bars, label=label, **look)
+            below.errorbar(part["mean"], rows[chosen], xerr=bars, **look)
+    best = "best epoch, mean over seeds (picked on the test images)"
+    below.plot(table["best"], rows, "|", ms=11, mew=2, color=RED, label=best)
+    if target_accuracy is not None:
+        above.axhline(target_accuracy, label=f"target {target_accuracy:g} %", **TARGET)
+        below.axvline(target_accuracy, **TARGET)
+    if target_params is not None:
+        above.axvline(target_params, label=f"target {target_params:,} parameters", **TARGET | {"ls": "--"})
+
+    above.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)")
+    above.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    below.set(xlabel="test accuracy of the last epoch (%)", ylim=(len(table) - 0.4, -0.6))
+    below.set_yticks(rows, [f"{name}   {i}" for i, name in enumerate(table.index, start=1)])
+    right = below.twinx()
+    right.set(ylim=below.get_ylim(), yticks=rows)
+    right.set_yticklabels(f"{m:.2f} [{low:.2f}, {high:.2f}], n = {n}" for n, m, low, high in
+                          table[["seeds", "mean", "low", "high"]].itertuples(index=False))  # fmt: skip
+    _stretch(above, "y")
+    _stretch(below, "x")
+    above.grid(alpha=0.3)
+    below.grid(alpha=0.3)
+    entries = zip(*(axes.get_legend_handles_labels() for axes in (above, below)), strict=True)
+    figure.legend(*(a + b for a, b in entries), loc="outside lower center", ncols=2, fontsize=SMALL)
+    _number_points(above, table[["num_params", "mean", "low", "high"]].to_numpy(float))
+    return figure
+
+
+def plot_confusion(truth: ArrayLike, prediction: ArrayLike) -> Figure:
+    """Draw how often each true digit was read as which: truth (N,), prediction (N,). Only the errors are coloured."""
+    true_digits = _digits(truth, "truth")
+    predicted_digits = _digits(prediction, "prediction", len(true_digits))
+    counts = np.zeros((10, 10), dtype=int)
+    np.add.at(counts, (true_digits, predicted_digits), 1)
+    errors = np.ma.masked_array(counts, mask=np.eye(10, dtype=bool))
+    most, right = max(int(errors.max()), 1), int(np.trace(counts))
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(errors, cmap="Blues", vmin=0, vmax=most)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            color = GREY if row == column else "white" if count > 0.55 * most else "black"
+            axes.text(column, row, f"{count}", ha="center", va="center", color=color)
+    axes.set(xlabel="predicted digit", ylabel="true digit", xticks=range(10), yticks=range(10))
+    axes.set_title(f"{right:,} of {len(true_digits):,} right ({100 * right / len(true_digits):.2f} %)")
+    figure.colorbar(image, label="errors (images)", ticks=MaxNLocator(integer=True))
+    return figure
+
+
+def plot_mistakes(
+    images: ArrayLike, truth: ArrayLike, prediction: ArrayLike, confidence: ArrayLike, limit: int = 32, columns: int = 8
+) -> Figure:
+    """Draw the first `limit` misclassified images, the most confident mistakes first (ties keep their order).
+
+    images (N, 28, 28), truth (N,), prediction (N,), confidence (N,): the probability of the prediction, 0 to 1. Images
+    that were read rightly may be among them and are left out.
+    """
+    pictures = _images(images, "images")
+    true_digits = _digits(truth, "truth", len(pictures))
+    predicted_digits = _digits(prediction, "prediction", len(pictures))
+    sure = np.asarray(confidence, dtype=float)
+    if sure.shape != (len(pictures),) or not ((sure >= 0) & (sure <= 1)).all():
+        raise LabError(f"confidence must hold one probability from 0 to 1 for each of the {len(pictures)} images")
+    wrong = np.flatnonzero(true_digits != predicted_digits)
+    order = wrong[np.argsort(-sure[wrong], kind="stable")][: _positive(limit, "limit")]
+    if not len(wrong):
+        figure = Figure(figsize=(5, 1))
+        figure.text(0.5, 0.5, f"no mistakes among {len(pictures):,} images", ha="center", va="center", fontsize=MEDIUM)
+        return figure
+    titles = [f"{true_digits[i]} read as {predicted_digits[i]}\n{100 * sure[i]:.1f} %" for i in order]
+    figure = _gallery(pictures[order], titles, columns, SMALL)
+    figure.suptitle(f"{len(order)} of {len(wrong)} mistakes, the most confident first", fontsize=MEDIUM)
+    return figure
+
+
+def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:
+    """Summarise each step: num_params, seeds, and mean, best, low and high (95 % interval) in percent."""
+    _require(runs, "runs", ["step", "seed", "num_params", "final_test_accuracy", "best_test_accuracy"])
+    for name in ("final_test_accuracy", "best_test_accuracy"):
+        bad = runs[~runs[name].between(0, 100)]
+        if len(bad):
+            raise LabError(f"runs has {name} {bad[name].iloc[0]} in {bad['step'].iloc[0]}: it must be 0 to 100 percent")
+    table = {}
+    for step, group in runs.groupby("step", sort=False):
+        if group["num_params"].nunique() != 1:
+            counts = ", ".join(f"{count:,.0f}" for count in group["num_params"].unique())
+            raise LabError(f"runs has different num_params in {step} ({counts}): keep the runs of one network")
+        by_seed = group.groupby("seed")[["final_test_accuracy", "best_test_accuracy"]].mean()
+        accuracy, seeds = by_seed["final_test_accuracy"], len(by_seed)
+        if seeds > 1:
+            half = stats.t.ppf(0.975, seeds - 1) * accuracy.std(ddof=1) / math.sqrt(seeds)
+            low, high = accuracy.mean() - half, accuracy.mean() + half
+        else:
+            right = stats.binomtest(round(accuracy.iloc[0] / 100 * test_images), test_images)
+            low, high = (100 * bound for bound in right.proportion_ci(0.95, method="wilson"))
+        best = by_seed["best_test_accuracy"].mean()
+        table[step] = (group["num_params"].iloc[0], seeds, accuracy.mean(), low, high, best)
+    return pd.DataFrame.from_dict(table, orient="index", columns=["num_params", "seeds", "mean", "low", "high", "best"])
+
+
+def _number_points(axes: Axes, points: NDArray[np.float64]) -> None:
+    """Number the points (N, [x, y, low, high]) from 1, each at the nearest free place with a leader line."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # what is free is known only once the layout is
+    unit, frame = figure.dpi / 72, axes.get_window_extent()
+
+    def box(x: float, y: float, width: float, height: float) -> Bbox:  # pixels
+        return Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
+
+    taken = [Bbox(axes.transData.transform([(x, low), (x, high)])).padded(3 * unit) for x, _, low, high in points]
+    for line in axes.lines:
+        if line.get_linestyle() == "None":  # markers
+            taken += [box(x, y, 8 * unit, 8 * unit) for x, y in line.get_transform().transform(line.get_xydata())]
+        else:  # targets
+            taken.append(line.get_window_extent().padded(2 * unit))
+    turns = np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60])
+    sideways = [side + turn for turn in turns for side in (0, math.pi)]
+    for i in np.argsort(-points[:, 1]):  # from the top, so that neighbours keep their order
+        centre = axes.transData.transform(points[i, :2])
+        for radius, angle in product(range(12, 200, 4), sideways):
+            offset = radius * math.cos(angle), radius * math.sin(angle)
+            middle = centre + np.multiply(offset, unit)
+            place = box(middle[0], middle[1], (1 + 7 * len(str(i + 1))) * unit, 11 * unit)
+            if not place.count_overlaps(taken) and np.allclose(Bbox.union([frame, place]).size, frame.size):
+                break
+        taken.append(place)
+        axes.annotate(str(i + 1), (points[i, 0], points[i, 1]), offset, textcoords="offset points", ha="center", va="center", color=BLUE,
+                      fontsize=MEDIUM, in_layout=False,
+                      arrowprops={"arrowstyle": "-", "lw": 0.7, "color": BLUE, "shrinkA": 2, "shrinkB": 0})  # fmt: skip
+
+
+def _gallery(images: NDArray[np.float64], titles: Sequence[str], columns: int, title_size: float) -> Figure:
+    columns = min(_positive(columns, "columns"), len(images))
+    rows = math.ceil(len(images) / columns)
+    height = 0.95 + 0.2 * (1 + titles[0].count("\n"))
+    figure = Figure(figsize=(max(5, 1.1 * columns), height * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    _show(axes, images, images)
+    for picture, title in zip(figure.axes, titles, strict=True):
+        picture.set_title(title, fontsize=title_size, pad=3)
+    return figure
+
+
+def _show(axes: Iterable[Axes], images: NDArray[np.float64], scale: NDArray[np.float64]) -> None:
+    """Draw each image in its axes, white to black over the range of scale; remove the axes that are left over."""
+    remaining = iter(axes)
+    for image in images:
+        picture = next(remaining)
+        picture.imshow(image, cmap="gray_r", vmin=scale.min(), vmax=scale.max())
+        picture.set(xticks=[], yticks=[])
+    for unused in list(remaining):
+        unused.remove()
+
+
+def _finish_epochs(axes: Axes, history: pd.DataFrame) -> None:
+    axes.set(xlabel="epoch", xlim=(history["epoch"].min() - 0.5, history["epoch"].max() + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
+
+
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.autoscale_view()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _stretch(axes: Axes, which: str) -> None:
+    """Stretch an accuracy axis that spans more than 1.5 points towards 100 %, by the asinh of the error.
+
+    Far from 100 % this is logarithmic in the error; unlike a logarithm it has a place for no error at all.
+    """
+    low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    if high - low <= 1.5:
+        return
+    scale = lambda accuracy: -np.arcsinh((100 - accuracy) / 0.2)  # noqa: E731
+    inverse = lambda place: 100 + 0.2 * np.sinh(place)  # noqa: E731
+    (axes.set_yscale if which == "y" else axes.set_xscale)("function", functions=(scale, inverse))
+    axes.autoscale_view()
+    low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    ticks = [tick for tick in ACCURACY_TICKS if low <= tick <= high]
+    (axes.set_yticks if which == "y" else axes.set_xticks)(ticks, [f"{tick:g}" for tick in ticks])
+    label = axes.yaxis.label if which == "y" else axes.xaxis.label
+    label.set_text(f"{label.get_text()}, stretched towards 100")
+
+
+def _images(images: ArrayLike, name: str) -> NDArray[np.float64]:
+    array = np.asarray(images, dtype=float)
+    if array.ndim != 3 or not array.size:
+        raise LabError(f"{name} has the shape {array.shape}: it must be (N, 28, 28) with at least one image")
+    return array
+
+
+def _digits(digits: ArrayLike, name: str, count: int | None = None) -> NDArray[np.int64]:
+    array = np.asarray(digits)
+    if array.ndim != 1 or not len(array) or len(array) != (count or len(array)):
+        raise LabError(f"{name} has the shape {array.shape}: it must be ({count or 'N'},) with at least one digit")
+    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 9:
+        raise LabError(f"{name} must hold whole numbers from 0 to 9")
+    return array.astype(np.int64)
+
+
+def _positive(number: int, name: str) -> int:
+    if number < 1:
+        raise LabError(f"{name} is {number}: it must be at least 1")
+    return number
+
+
+def _require(frame: pd.DataFrame, name: str, columns: list[str]) -> None:
+    missing = [column for column in columns if column not in frame]
+    if missing:
+        raise LabError(f"{name} lacks {', '.join(missing)}: it needs the columns {', '.join(columns)}")
+    if frame.empty:
+        raise LabError(f"{name} has no rows: there is nothing to draw")
+    for column in columns:
+        if column != "step" and not pd.api.types.is_numeric_dtype(frame[column]):
+            raise LabError(f"{name} has {frame[column].iloc[0]!r} in the column {column}: it must hold numbers")

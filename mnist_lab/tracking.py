@@ -1,0 +1,219 @@
+"""The only room that writes to MLflow: the store, and what one run leaves in it (docs/metrics.md lists it)."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read once, when mlflow is imported
+
+import copy
+import importlib.metadata
+import json
+import logging
+import sqlite3
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import torch
+from filelock import FileLock
+from mlflow.exceptions import MlflowException
+from mlflow.models import infer_signature
+from torch import Tensor, nn
+
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+
+EXPERIMENT_NAME = "mnist"
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+SQLITE = "sqlite:///"
+FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a busy machine
+MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
+
+
+@dataclass(frozen=True)
+class Store:
+    """A tracking store that is ready: its URI and the id of the MLflow experiment that holds the runs."""
+
+    uri: str
+    experiment_id: str
+
+
+def tracking_uri(given: str | None = None) -> str:
+    """Return the URI given, else MLFLOW_TRACKING_URI, else the project's own `mlruns/mlflow.db`."""
+    uri = given or os.environ.get("MLFLOW_TRACKING_URI")
+    return uri or f"{SQLITE}{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
+
+
+def open_store(uri: str | None = None) -> Store:
+    """Make the store ready for runs, creating it on first use; several processes may do so at once.
+
+    A SQLite database gets its artifacts in `artifacts/` beside it, and write-ahead logging, so that reading does not
+    block writing. Elsewhere the tracking server decides.
+
+    Raises:
+        LabError: if the store can't be opened or made.
+    """
+    uri = tracking_uri(uri)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default, 7, waits for minutes
+    try:
+        if not uri.startswith(SQLITE):
+            return Store(uri, _experiment_id(uri, artifacts=None))
+        database = Path(uri.removeprefix(SQLITE)).absolute()
+        database.parent.mkdir(parents=True, exist_ok=True)
+        # Two processes that make the same new database at once would break it.
+        with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
+            with sqlite3.connect(database) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+            connection.close()
+            uri = f"{SQLITE}{database}"
+            return Store(uri, _experiment_id(uri, artifacts=database.parent / "artifacts"))
+    except (MlflowException, OSError, sqlite3.Error) as error:
+        raise LabError(f"tracking store {uri!r} can't be used: {_one_line(error)}") from error
+
+
+def _experiment_id(uri: str, artifacts: Path | None) -> str:
+    with _quiet():
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+        if experiment is None:
+            location = artifacts.as_uri() if artifacts else None
+            return str(client.create_experiment(EXPERIMENT_NAME, artifact_location=location))
+    if experiment.lifecycle_stage == "deleted":
+        raise LabError(f"tracking store {uri!r}: the experiment {EXPERIMENT_NAME!r} is deleted; restore it in MLflow")
+    return str(experiment.experiment_id)
+
+
+class TrackedRun:
+    """One run being written. Made by `track`."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Log one point of each metric at `step=epoch`."""
+        mlflow.log_metrics(dict(metrics), step=epoch)
+
+    def log_once(self, metrics: Mapping[str, float]) -> None:
+        """Log metrics that a run has one value of."""
+        mlflow.log_metrics(dict(metrics))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        mlflow.set_tags(dict(tags))
+
+    def log_text(self, text: str, artifact_file: str) -> None:
+        mlflow.log_text(text, artifact_file)
+
+    def log_json(self, value: Mapping[str, object], artifact_file: str) -> None:
+        mlflow.log_text(json.dumps(value, indent=2) + "\n", artifact_file)
+
+    def log_data(self, mnist: Mnist, source: Path) -> None:
+        """Log both parts of MNIST as MLflow inputs, with the SHA-256 of the files as digest (its first 36 digits)."""
+        for context, images, labels in (
+            ("training", mnist.train_images, mnist.train_labels),
+            ("test", mnist.test_images, mnist.test_labels),
+        ):
+            with _quiet():
+                dataset = mlflow.data.from_numpy(
+                    images.cpu().numpy(),
+                    source=str(source),
+                    targets=labels.cpu().numpy(),
+                    name=f"MNIST {context}",
+                    digest=mnist.sha256[:MAX_DIGEST],
+                )
+                mlflow.log_input(dataset, context=context)
+
+    def log_predictions(self, truth: Tensor, logits: Tensor) -> None:
+        """Log truth (N,), prediction (N,) and logits (N, 10) of the test images as `predictions.npz`, pickle-free."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "predictions.npz"
+            np.savez_compressed(
+                file,
+                truth=truth.cpu().numpy().astype(np.uint8),
+                prediction=logits.argmax(dim=1).cpu().numpy().astype(np.uint8),
+                logits=logits.float().cpu().numpy(),
+            )
+            mlflow.log_artifact(str(file))
+
+    def log_model(self, net: nn.Module, images: Tensor) -> str | None:
+        """Log the trained network so that `mlflow.pytorch.load_model` gives it back, for any batch size.
+
+        images: a few of the network's inputs (N, 1, 28, 28), at least two, as the input example.
+        The format is torch.export's, which holds no pickle. Where it can't express the network, the weights are
+        logged as `state_dict.pt`, and the reason is returned.
+        """
+        net = copy.deepcopy(net).cpu().eval()
+        example = images.cpu()
+        with torch.inference_mode():
+            output = net(example)
+        signature = infer_signature(example.numpy(), output.numpy())
+        packages = [f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")]
+        try:
+            with _quiet():
+                mlflow.pytorch.log_model(
+                    net,
+                    name="model",
+                    signature=signature,
+                    input_example=example.numpy(),
+                    pip_requirements=packages,
+                    serialization_format="pt2",
+                )
+        except MlflowException:
+            raise
+        except Exception as error:  # torch.export has many ways to say no
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "state_dict.pt"
+                torch.save(net.state_dict(), file)
+                mlflow.log_artifact(str(file))
+            return _one_line(error)
+        return None
+
+
+@contextmanager
+def track(
+    store: Store, run_name: str, *, params: Mapping[str, object], tags: Mapping[str, str]
+) -> Iterator[TrackedRun]:
+    """Open a run, and close it by how the block ends.
+
+    FINISHED at its end or by `sys.exit(0)`, KILLED by KeyboardInterrupt, else FAILED.
+    """
+    mlflow.set_tracking_uri(store.uri)
+    run = mlflow.start_run(experiment_id=store.experiment_id, run_name=run_name, tags=dict(tags))
+    status = "FAILED"
+    try:
+        mlflow.log_params(dict(params))
+        yield TrackedRun(run.info.run_id)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except SystemExit as end:
+        status = "FINISHED" if end.code in (0, None) else "FAILED"
+        raise
+    finally:
+        mlflow.end_run(status)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show."""
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
