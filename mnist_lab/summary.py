@@ -23,7 +23,8 @@ def summarize(net: nn.Module) -> str:
     try:
         return _draw(net)
     except Exception as error:
-        return f"No model summary: torchsummary can't draw this network ({type(error).__name__}: {error})."
+        said = " ".join(str(error).split())
+        return f"No model summary: torchsummary can't draw this network ({type(error).__name__}: {said})."
 
 
 def _draw(net: nn.Module) -> str:
@@ -54,7 +55,8 @@ def receptive_fields(net: nn.Module) -> list[int]:
 
     Measured, not computed from kernel sizes, so that functional pooling, residual paths and linear layers count:
     image i of 28 has NaN in its column i, and NaN spreads to everything that depends on it. The output looked at
-    is the one in the middle. A field wider than the image is given as 28.
+    is the one in the middle, and its field reaches from the first column to the last that it depends on: the gaps of
+    a dilated convolution count. A field wider than the image is given as 28.
     """
     net = copy.deepcopy(net).cpu().double().eval()  # double: plain kernels, where no tile of neighbours shares a NaN
     columns = torch.zeros(IMAGE_SIZE, 1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
@@ -65,12 +67,14 @@ def receptive_fields(net: nn.Module) -> list[int]:
         reached = output.isnan()  # (28, C, H, W), or (28, features) once the image is flattened
         if reached.ndim == 4:
             reached = reached[..., output.shape[-1] // 2]
-        widths.append(int(reached.flatten(1).any(dim=1).sum()))
+        seen = reached.flatten(1).any(dim=1).nonzero()
+        widths.append(int(seen.max() - seen.min()) + 1 if len(seen) else 0)
 
     def watch(module: nn.Module) -> None:
         if module is not net and not isinstance(module, nn.Sequential | nn.ModuleList):
             module.register_forward_hook(note_width)
 
     net.apply(watch)
-    net(columns)
+    with torch.random.fork_rng(devices=[]):  # some networks draw in evaluation mode too: F.dropout is on by default
+        net(columns)
     return widths

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read once, when mlflow is imported
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import copy
 import importlib.metadata
@@ -14,7 +15,7 @@ import sqlite3
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +29,8 @@ from torch import Tensor, nn
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
+from mnist_lab.store import EXPERIMENT_NAME, SQLITE, check_readable, sqlite_file, tracking_uri
 
-EXPERIMENT_NAME = "mnist"
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
-SQLITE = "sqlite:///"
 FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a busy machine
 MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 
@@ -44,12 +43,6 @@ class Store:
     experiment_id: str
 
 
-def tracking_uri(given: str | None = None) -> str:
-    """Return the URI given, else MLFLOW_TRACKING_URI, else the project's own `mlruns/mlflow.db`."""
-    uri = given or os.environ.get("MLFLOW_TRACKING_URI")
-    return uri or f"{SQLITE}{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
-
-
 def open_store(uri: str | None = None) -> Store:
     """Make the store ready for runs, creating it on first use; several processes may do so at once.
 
@@ -60,21 +53,34 @@ def open_store(uri: str | None = None) -> Store:
         LabError: if the store can't be opened or made.
     """
     uri = tracking_uri(uri)
+    database = sqlite_file(uri)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default, 7, waits for minutes
     try:
-        if not uri.startswith(SQLITE):
+        if database is None:
             return Store(uri, _experiment_id(uri, artifacts=None))
-        database = Path(uri.removeprefix(SQLITE)).absolute()
         database.parent.mkdir(parents=True, exist_ok=True)
         # Two processes that make the same new database at once would break it.
         with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
-            with sqlite3.connect(database) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")
-            connection.close()
-            uri = f"{SQLITE}{database}"
-            return Store(uri, _experiment_id(uri, artifacts=database.parent / "artifacts"))
+            if not database.exists():
+                _create(database)
+            check_readable(uri)
+            return Store(uri, _experiment_id(uri, artifacts=_artifacts(database)))
     except (MlflowException, OSError, sqlite3.Error) as error:
         raise LabError(f"tracking store {uri!r} can't be used: {_one_line(error)}") from error
+
+
+def _create(database: Path) -> None:
+    """Make the database under another name first: a process killed half-way must not leave half a store."""
+    new = database.with_name(f"{database.name}.new")
+    new.unlink(missing_ok=True)
+    _experiment_id(f"{SQLITE}{new}", artifacts=_artifacts(database))
+    with closing(sqlite3.connect(new)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")  # it stays so
+    new.replace(database)
+
+
+def _artifacts(database: Path) -> Path:
+    return database.parent / "artifacts"
 
 
 def _experiment_id(uri: str, artifacts: Path | None) -> str:

@@ -124,7 +124,7 @@ def train_epoch(
     seen = 0
     net.train()
     for batch in order.split(experiment.batch_size):
-        images, labels = training_batch(mnist, batch, experiment), mnist.train_labels[batch]
+        images, labels = normalize(training_images(mnist, batch, experiment)), mnist.train_labels[batch]
         loss, logits = train_step(net, images, labels, experiment, optimizer)
         if scheduler is not None and experiment.scheduler_interval == "batch":
             scheduler.step()
@@ -136,27 +136,29 @@ def train_epoch(
     return loss_sum, correct
 
 
-def training_batch(mnist: Mnist, batch: Tensor, experiment: Experiment) -> Tensor:
-    """Return the images that the indices `batch` (N,) name as the network's input (N, 1, 28, 28), augmented."""
+def training_images(mnist: Mnist, batch: Tensor, experiment: Experiment) -> Tensor:
+    """Return the images (N, 1, 28, 28) that the indices `batch` (N,) name, augmented, in [0, 1]."""
     images = mnist.train_images[batch].float() / 255
-    if experiment.augmentation is not None:
-        images = experiment.augmentation(images)
-    return normalize(images)
+    return images if experiment.augmentation is None else experiment.augmentation(images)
 
 
 def train_step(
     net: nn.Module, images: Tensor, labels: Tensor, experiment: Experiment, optimizer: Optimizer
 ) -> tuple[Tensor, Tensor]:
-    """Update the network once; return the batch's loss () and logits (N, 10), detached and still on the device."""
+    """Update the network once; return the batch's loss () and logits (N, 10), detached and still on the device.
+
+    They are those of the network before the update, also where an optimizer such as LBFGS evaluates several times.
+    """
     result: tuple[Tensor, Tensor] | None = None
 
-    def closure() -> Tensor:  # an optimizer such as LBFGS evaluates it several times in one step
+    def closure() -> Tensor:
         nonlocal result
         optimizer.zero_grad()
         logits = net(images)
         loss = experiment.loss(logits, labels)
         loss.backward()  # type: ignore[no-untyped-call]
-        result = loss.detach(), logits.detach()
+        if result is None:
+            result = loss.detach(), logits.detach()
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
@@ -180,7 +182,7 @@ def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: in
     """Build the declared scheduler; fill in the run's `epochs` and `steps_per_epoch` where it leaves them open."""
     if experiment.scheduler is None:
         return None
-    run = {"epochs": experiment.epochs, "steps_per_epoch": math.ceil(num_images / experiment.batch_size)}
+    run = {"epochs": experiment.epochs, "steps_per_epoch": _scheduler_steps_per_epoch(experiment, num_images)}
     try:
         parameters = inspect.signature(experiment.scheduler).parameters
     except (TypeError, ValueError):  # a callable written in C has no signature
@@ -194,6 +196,10 @@ def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: in
 
 
 _EMPTY = inspect.Parameter.empty
+
+
+def _scheduler_steps_per_epoch(experiment: Experiment, num_images: int) -> int:
+    return math.ceil(num_images / experiment.batch_size) if experiment.scheduler_interval == "batch" else 1
 
 
 def rehearse(experiment: Experiment, mnist: Mnist) -> None:
@@ -224,17 +230,21 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> None:
         with _blame("net"):
             _check_logits(predict(net, mnist.test_images[:2]), 2)
         with _blame("scheduler"):
-            _walk_schedule(experiment, total)
+            _walk_schedule(experiment, net, total)
 
 
 def _rehearse_step(net: nn.Module, experiment: Experiment, mnist: Mnist, optimizer: Optimizer, size: int) -> None:
     batch = torch.arange(size, device=mnist.train_images.device)
     with _blame("augmentation"):
-        images = training_batch(mnist, batch, experiment)
-        if images.shape != (size, 1, 28, 28) or not images.is_floating_point():
-            raise ValueError(f"gives {images.dtype} images of shape {tuple(images.shape)}, not ({size}, 1, 28, 28)")
+        images = training_images(mnist, batch, experiment)
+        if not isinstance(images, Tensor):
+            raise TypeError(f"gives a {type(images).__name__}, not a tensor of images")
+        if images.shape != (size, 1, 28, 28) or images.dtype != torch.float32:
+            given = f"{images.dtype} images of shape {tuple(images.shape)}"
+            raise ValueError(f"gives {given}, not torch.float32 of shape ({size}, 1, 28, 28)")
         if not images.isfinite().all():
             raise ValueError("gives pixels that are not finite")
+    images = normalize(images)
     labels = mnist.train_labels[batch]
     net.train()
     with _blame("net"):
@@ -245,6 +255,10 @@ def _rehearse_step(net: nn.Module, experiment: Experiment, mnist: Mnist, optimiz
             raise ValueError("does not give a single number")
         if not loss.isfinite():
             raise ValueError(f"is {loss.item()} on the first batch")
+        if not loss.requires_grad:
+            raise ValueError("has no gradient in the network's parameters, so it can't train them")
+    with _blame("net"):
+        loss.backward()  # type: ignore[no-untyped-call]
     with _blame("optimizer"):
         train_step(net, images, labels, experiment, optimizer)
 
@@ -260,9 +274,9 @@ def _check_logits(logits: object, size: int) -> None:
         raise ValueError("gives logits that are not finite on the first batch")
 
 
-def _walk_schedule(experiment: Experiment, total: int) -> None:
+def _walk_schedule(experiment: Experiment, net: nn.Module, total: int) -> None:
     """Step a scheduler of its own through the whole run: OneCycleLR, for one, fails only past its last step."""
-    optimizer = experiment.optimizer(nn.Linear(1, 1).parameters())
+    optimizer = experiment.optimizer(net.parameters())
     scheduler = build_scheduler(experiment, optimizer, total)
     if scheduler is None:
         return
@@ -272,9 +286,9 @@ def _walk_schedule(experiment: Experiment, total: int) -> None:
         if experiment.scheduler_interval == "batch":
             raise ValueError("ReduceLROnPlateau needs scheduler_interval='epoch': it follows the epoch's training loss")
         return
-    per_epoch = math.ceil(total / experiment.batch_size) if experiment.scheduler_interval == "batch" else 1
-    optimizer.step()
-    for _ in range(experiment.epochs * per_epoch):
+    optimizer.zero_grad()
+    optimizer.step(lambda: 0.0)  # a schedule warns where its optimizer has not taken a step before it
+    for _ in range(experiment.epochs * _scheduler_steps_per_epoch(experiment, total)):
         scheduler.step()
         lr = float(optimizer.param_groups[0]["lr"])
         if not math.isfinite(lr):
@@ -289,12 +303,14 @@ def _blame(field: str) -> Iterator[None]:
     except LabError:
         raise
     except Exception as error:
-        own = Path(__file__).parent
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_script(Path(f.filename), own)]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_script(Path(f.filename))]
         where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
         said = " ".join(str(error).split()) or type(error).__name__
         raise LabError(f"{field}: {said}{where}") from error
 
 
-def _is_script(file: Path, own: Path) -> bool:
-    return file.parent != own and "site-packages" not in file.parts and file.suffix == ".py" and file.exists()
+def _is_script(file: Path) -> bool:
+    lab, standard_library = Path(__file__).parent, Path(inspect.__file__).parent
+    if file.is_relative_to(lab) or file.is_relative_to(standard_library):
+        return False
+    return "site-packages" not in file.parts and file.suffix == ".py" and file.exists()

@@ -1,0 +1,94 @@
+# Every job of the lab, one target each. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+ARGS ?=
+PYTHON := .venv/bin/python
+# The machine's own uv, or one that is put into .uv/ here. Nothing is installed outside this folder.
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+INSTALLED := .venv/.installed
+
+export UV_PYTHON_DOWNLOADS ?= never
+export MLFLOW_DISABLE_TELEMETRY := true
+
+STEPS := step1 step2 step3 step4
+
+.PHONY: help
+help:  ## list the targets
+	@grep -hE '^[a-z0-9_% ]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@echo '  Flags pass through: make step3 ARGS="--epochs 2 --seed 7"'
+
+# ---- set-up
+
+.PHONY: setup
+setup: $(INSTALLED)  ## make the environment in .venv from requirements.lock
+
+$(INSTALLED): requirements.lock pyproject.toml | $(UV)
+	test -x $(PYTHON) || $(UV) venv --quiet --python '>=3.11,<3.14' .venv
+	$(UV) pip sync --quiet --require-hashes requirements.lock
+	$(UV) pip install --quiet --no-deps --editable .
+	@touch $@
+
+.uv/bin/uv:
+	python3 -m venv .uv
+	.uv/bin/pip install --quiet --disable-pip-version-check uv
+
+.PHONY: lock
+lock: | $(UV)  ## renew requirements.lock from pyproject.toml
+	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --upgrade \
+		--no-header --no-emit-index-url --no-emit-find-links --quiet --output-file requirements.lock
+
+.PHONY: data
+data: $(INSTALLED)  ## fetch and verify MNIST
+	$(PYTHON) -m mnist_lab data $(ARGS)
+
+# ---- experiments
+
+.PHONY: steps
+steps: $(STEPS)  ## train steps 1 to 4, one after another
+
+# `make step3` runs experiments/step3_*.py; `make four_conv` or `make my_idea` the script of that name.
+step%: $(INSTALLED)  ## train one step: step1 step2 step3 step4
+	@scripts=(experiments/step$*.py experiments/step$*_*.py); found=(); \
+	for script in "$${scripts[@]}"; do [[ -f $$script ]] && found+=("$$script"); done; \
+	case $${#found[@]} in \
+	  1) exec $(PYTHON) "$${found[0]}" $(ARGS);; \
+	  0) echo "make: there is no experiments/step$*.py and no experiments/step$*_*.py" >&2; exit 2;; \
+	  *) echo "make: step$* is not clear: $${found[*]}" >&2; exit 2;; \
+	esac
+
+%: experiments/%.py $(INSTALLED)  ## train the script of that name: four_conv under_20k my_idea
+	@$(PYTHON) $< $(ARGS)
+
+# ---- what the runs say
+
+.PHONY: compare
+compare: $(INSTALLED)  ## print one row per experiment from the tracked runs
+	@$(PYTHON) -m mnist_lab compare $(ARGS)
+
+.PHONY: ui
+ui: $(INSTALLED)  ## browse the runs in the MLflow UI
+	@$(PYTHON) -m mnist_lab ui $(ARGS)
+
+# ---- checks
+
+.PHONY: test
+test: lint $(INSTALLED)  ## lint, types, import directions and all tests
+	$(PYTHON) -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(INSTALLED)  ## ruff, mypy and import-linter
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
+
+.PHONY: format
+format: $(INSTALLED)  ## format the code and sort the imports
+	.venv/bin/ruff check --fix-only --quiet
+	.venv/bin/ruff format
+
+.PHONY: clean
+clean:  ## remove the environment and caches; data and runs stay
+	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

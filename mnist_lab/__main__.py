@@ -1,0 +1,89 @@
+"""The jobs that belong to no experiment: `python -m mnist_lab data | compare | ui`; the Makefile calls them."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from mnist_lab.cli import interrupt_on_signals
+from mnist_lab.errors import LabError
+from mnist_lab.store import sqlite_file, tracking_uri
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    arguments.job(arguments)
+
+
+def data(arguments: argparse.Namespace) -> None:
+    """Fetch and verify MNIST."""
+    from mnist_lab.data import find_data_dir, load_mnist
+
+    mnist = load_mnist(arguments.data_dir)
+    total, tests = len(mnist.train_images), len(mnist.test_images)
+    print(f"MNIST is complete and verified in {find_data_dir(arguments.data_dir)}: {total:,} + {tests:,} images")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print one row per experiment."""
+    from tabulate import tabulate
+
+    from mnist_lab import results
+
+    table = results.compare_table(include_overrides=arguments.include_overrides, tracking_uri=arguments.tracking_uri)
+    if table.empty:
+        uri = tracking_uri(arguments.tracking_uri)
+        raise LabError(f"no finished runs without overrides in {uri}; train first, e.g. `make step1`")
+    print(tabulate(*results.compare_text(table), disable_numparse=True))
+    print(
+        "\nAccuracies in %: last = last epoch (mean +- sd over seeds), train = training accuracy of the last epoch,\n"
+        "best = best epoch, picked on the test images. After each target: met or missed, judged on the last epoch."
+    )
+
+
+def ui(arguments: argparse.Namespace) -> None:
+    """Serve the MLflow UI on loopback."""
+    from mnist_lab import ui as server
+    from mnist_lab.tracking import open_store
+
+    if sqlite_file(tracking_uri(arguments.tracking_uri)) is None:
+        raise LabError(
+            f"tracking store {tracking_uri(arguments.tracking_uri)!r} is a server already: open it in a browser"
+        )
+    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
+    port = server.free_port(arguments.port)
+    if port != arguments.port:
+        print(f"Port {arguments.port} is taken; using {port}.", file=sys.stderr)
+    store = open_store(arguments.tracking_uri)
+    server.serve(store.uri, store.experiment_id, port)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mnist_lab", description="Jobs that belong to no experiment.")
+    jobs = parser.add_subparsers(required=True, metavar="JOB")
+
+    def add(job: object, name: str, text: str) -> argparse.ArgumentParser:
+        command = jobs.add_parser(name, help=text, description=text)
+        command.set_defaults(job=job)
+        return command
+
+    add(data, "data", "fetch and verify MNIST").add_argument(
+        "--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)"
+    )
+    command = add(compare, "compare", "print one row per experiment from the tracked runs")
+    command.add_argument("--include-overrides", action="store_true", help="also runs with overridden hyperparameters")
+    _add_tracking_uri(command)
+    command = add(ui, "ui", "serve the MLflow UI on loopback")
+    command.add_argument("--port", type=int, default=5000, help="port to try first (default 5000)")
+    _add_tracking_uri(command)
+    return parser
+
+
+def _add_tracking_uri(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
+
+
+if __name__ == "__main__":
+    main()

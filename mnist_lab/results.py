@@ -1,0 +1,371 @@
+"""The only room that reads MLflow: tracked runs as DataFrames. Accuracies are in percent.
+
+from mnist_lab import results
+results.run_table(steps="step3_gap").to_markdown()
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read once, when mlflow is imported
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import mlflow
+import numpy as np
+import pandas as pd
+import sqlalchemy
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.utils.rest_utils import MlflowHostCreds, http_request
+
+from mnist_lab import targets
+from mnist_lab.errors import LabError
+from mnist_lab.experiment import SUMMARY_METRICS, Targets
+from mnist_lab.store import EXPERIMENT_NAME, check_readable
+from mnist_lab.store import tracking_uri as resolve_uri
+
+EPOCH_METRICS = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"]
+STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
+RUNS_PER_PAGE = 1000
+# The limits of a tracking server's route for the histories of several runs.
+RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
+
+# The columns of the run table and their types. The hyperparameters, which differ from run to run, follow `seed`.
+COLUMNS = {
+    "step": "str",
+    "seed": "Int64",
+    "num_params": "Int64",
+    "final_train_accuracy": "float64",
+    "final_test_accuracy": "float64",
+    "best_test_accuracy": "float64",
+    "best_epoch": "Int64",
+    "epochs_at_target": "Int64",
+    "final_test_loss": "float64",
+    "targets": "str",
+    **{f"verdict_{name}": "str" for name in ("accuracy", "params", "epochs")},
+    **{f"target_{name}": "float64" for name in ("accuracy", "params", "epochs")},
+    **{f"reported_{name}": "float64" for name in SUMMARY_METRICS},
+    "device": "str",
+    "hardware": "str",
+    "git_commit": "str",
+    "git_dirty": "boolean",
+    "overrides": "str",
+    "status": "str",
+    "start_time": "datetime64[ms, UTC]",
+    "minutes": "float64",
+    "run_id": "str",
+}
+
+
+def run_table(
+    steps: Iterable[str] | str | None = None,
+    seeds: Iterable[int] | int | None = None,
+    *,
+    include_overrides: bool = False,
+    status: str | None = "FINISHED",
+    tracking_uri: str | None = None,
+) -> pd.DataFrame:
+    """Return one row per run, newest first, with typed columns.
+
+    steps, seeds: only these. A step is named by its script, e.g. "step3_gap".
+    include_overrides: also runs whose declaration was overridden on the command line; they are not that step any more.
+    status: "FINISHED", "RUNNING", "FAILED" or "KILLED", or None for all.
+
+    Columns: step, seed, every hyperparameter (missing where a run has none of that name), num_params, accuracies in
+    percent, verdicts, targets, reported figures, device, commit, times, run_id. `final_` is the last epoch, `best_` was
+    picked on the test images.
+
+    Raises:
+        LabError: if the store is missing or foreign, a step is unknown to it, or an argument is out of range.
+    """
+    return _table(_find_runs(resolve_uri(tracking_uri), steps, seeds, include_overrides, status))
+
+
+def epoch_history(
+    steps: Iterable[str] | str | None = None,
+    seeds: Iterable[int] | int | None = None,
+    *,
+    include_overrides: bool = False,
+    status: str | None = "FINISHED",
+    tracking_uri: str | None = None,
+) -> pd.DataFrame:
+    """Return one row per run and epoch, for the runs that `run_table` gives for the same arguments.
+
+    Columns: run_id, step, seed, epoch, train_loss, train_accuracy, test_loss, test_accuracy, lr, epoch_seconds.
+
+    Raises:
+        LabError: as `run_table`.
+    """
+    uri = resolve_uri(tracking_uri)
+    runs = _table(_find_runs(uri, steps, seeds, include_overrides, status))[["run_id", "step", "seed", "epochs"]]
+    points = _points(uri, dict(zip(runs["run_id"], runs["epochs"], strict=True)))
+    # Should a point have been logged twice, its latest value counts.
+    wide = points.pivot_table(index=["run_id", "epoch"], columns="metric", values="value", aggfunc="last")
+    history = runs.drop(columns="epochs").merge(wide.reindex(columns=EPOCH_METRICS).reset_index(), on="run_id")
+    return history.astype({"epoch": "Int64"})[["run_id", "step", "seed", "epoch", *EPOCH_METRICS]]
+
+
+def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame:
+    """Return what a run's trained network says of each of the 10,000 test images, in their order.
+
+    Columns: truth, prediction, confidence (softmax of the predicted digit), logit_0 to logit_9.
+
+    Raises:
+        LabError: if there is no such run, or it has not finished, or stored no predictions.
+    """
+    uri = resolve_uri(tracking_uri)
+    check_readable(uri)
+    with tempfile.TemporaryDirectory() as folder, _reading(uri):
+        client = mlflow.MlflowClient(uri)
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            raise LabError(f"run_id: there is no run {run_id!r} in {uri}") from error
+        if run.info.status != "FINISHED":
+            raise LabError(f"run {run_id} is {run.info.status}, not FINISHED: it has no predictions")
+        if "predictions.npz" not in {artifact.path for artifact in client.list_artifacts(run_id)}:
+            raise LabError(f"run {run_id} has no predictions: there is no predictions.npz among its artifacts")
+        file = client.download_artifacts(run_id, "predictions.npz", folder)
+        with np.load(file, allow_pickle=False) as arrays:
+            truth, prediction, logits = arrays["truth"], arrays["prediction"], arrays["logits"]
+    table = pd.DataFrame({"truth": truth, "prediction": prediction}).astype("int64")
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    table["confidence"] = odds.max(axis=1) / odds.sum(axis=1)
+    return table.join(pd.DataFrame(logits, columns=[f"logit_{digit}" for digit in range(10)]))
+
+
+def compare_table(*, include_overrides: bool = False, tracking_uri: str | None = None) -> pd.DataFrame:
+    """Return one row per experiment: the newest finished run of each seed, and the mean where there are several seeds.
+
+    Columns: step, overrides, seeds (their number), num_params, epochs, last, last_sd (missing for one seed), best,
+    train, verdict_accuracy, verdict_params, verdict_epochs (met, missed, or "-" where no target was stated), and the
+    reported figures. Accuracies are in percent; last and train are of the last epoch, best was picked on the test
+    images.
+
+    Raises:
+        LabError: if the store is missing or foreign.
+    """
+    runs = run_table(include_overrides=include_overrides, tracking_uri=tracking_uri)
+    newest = runs.drop_duplicates(["step", "overrides", "seed"])
+    facts = [name for name in COLUMNS if name.startswith(("target_", "reported_"))]
+    compared = newest.groupby(["step", "overrides"], as_index=False).agg(
+        seeds=("seed", "size"),
+        num_params=("num_params", "first"),
+        epochs=("epochs", "first"),
+        last=("final_test_accuracy", "mean"),
+        last_sd=("final_test_accuracy", "std"),
+        best=("best_test_accuracy", "mean"),
+        train=("final_train_accuracy", "mean"),
+        **{name: (name, "first") for name in facts},
+    )
+    verdicts = [_verdicts(row) for row in compared.to_dict("records")]
+    compared = compared.join(pd.DataFrame(verdicts, columns=["verdict_accuracy", "verdict_params", "verdict_epochs"]))
+    steps_first = [
+        (not step.startswith("step"), step, overrides)
+        for step, overrides in zip(compared["step"], compared["overrides"], strict=True)
+    ]
+    return compared.iloc[sorted(range(len(compared)), key=steps_first.__getitem__)].reset_index(drop=True)
+
+
+def compare_text(table: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
+    """Return the rows and headers of `compare_table` as text to print: each target's verdict stands by its figure."""
+
+    def percent(value: float) -> str:
+        return "-" if pd.isna(value) else f"{value:.2f}"
+
+    rows = []
+    for row in table.to_dict("records"):
+        spread = "" if pd.isna(row["last_sd"]) else f" +- {row['last_sd']:.3f}"
+        rows.append(
+            [
+                f"{row['step']} {row['overrides']}".strip(),
+                str(row["seeds"]),
+                f"{row['num_params']:,}",
+                row["verdict_params"],
+                str(row["epochs"]),
+                row["verdict_epochs"],
+                f"{percent(row['last'])}{spread}",
+                row["verdict_accuracy"],
+                percent(row["best"]),
+                percent(row["train"]),
+                percent(row["reported_final_test_accuracy"]),
+                percent(row["reported_best_test_accuracy"]),
+                percent(row["reported_best_train_accuracy"]),
+            ]
+        )
+    headers = ["experiment", "seeds", "parameters", "", "epochs", "", "last", "", "best", "train"]
+    return rows, [*headers, "reported: last", "best", "best train"]
+
+
+def _verdicts(row: dict[str, object]) -> dict[str, str]:
+    stated = {
+        name: None if pd.isna(row[f"target_{name}"]) else row[f"target_{name}"]
+        for name in ("accuracy", "params", "epochs")
+    }
+    judged = targets.judge(
+        Targets(**stated),
+        final_test_accuracy=row["last"],
+        num_params=row["num_params"],
+        epochs=row["epochs"],
+    )
+    return {f"verdict_{name}": "-" for name in stated} | {f"verdict_{v.name}": v.word for v in judged}
+
+
+def _find_runs(
+    uri: str,
+    steps: Iterable[str] | str | None,
+    seeds: Iterable[int] | int | None,
+    include_overrides: bool,
+    status: str | None,
+) -> list[Run]:
+    """Return the runs asked for, newest first."""
+    if status is not None and status not in STATUSES:
+        raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
+    runs = _all_runs(uri)
+    known = sorted({run.data.tags["step"] for run in runs})
+    wanted = {steps} if isinstance(steps, str) else None if steps is None else set(steps)
+    for step in wanted or ():
+        if step not in known:
+            raise LabError(f"steps: no run of {step!r} in {uri}; there are runs of {', '.join(known) or 'no step'}")
+    numbers = {seeds} if isinstance(seeds, int) else None if seeds is None else set(seeds)
+    return [
+        run
+        for run in runs
+        if (wanted is None or run.data.tags["step"] in wanted)
+        and (numbers is None or int(run.data.params["seed"]) in numbers)
+        and (include_overrides or not run.data.tags.get("overrides"))
+        and status in (None, run.info.status)
+    ]
+
+
+def _all_runs(uri: str) -> list[Run]:
+    """Return every run of the lab in the store, newest first."""
+    check_readable(uri)
+    with _reading(uri):
+        client = mlflow.MlflowClient(uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+        if experiment is None:
+            raise LabError(f"no runs yet: {uri} has no experiment {EXPERIMENT_NAME!r}; train first, e.g. `make step1`")
+        runs: list[Run] = []
+        token: str | None = ""
+        while token is not None:
+            page = client.search_runs(
+                [experiment.experiment_id],
+                order_by=["attributes.start_time DESC"],
+                max_results=RUNS_PER_PAGE,
+                page_token=token or None,
+            )
+            runs += page
+            token = page.token
+    return [run for run in runs if "step" in run.data.tags and "seed" in run.data.params]
+
+
+def _table(runs: list[Run]) -> pd.DataFrame:
+    """Return the run table of these runs; a finished run without a result is left out with a warning."""
+    incomplete = [
+        run for run in runs if run.info.status == "FINISHED" and "final_test_accuracy" not in run.data.metrics
+    ]
+    for run in incomplete:
+        warnings.warn(f"run {run.info.run_id} is FINISHED but has no result: left out", stacklevel=3)
+    rows = [_row(run) for run in runs if run not in incomplete]
+    hyperparameters = list(dict.fromkeys(name for run in runs for name in run.data.params if name not in COLUMNS))
+    if "epochs" not in hyperparameters:  # an empty table has the columns that every run has
+        hyperparameters = ["batch_size", "epochs", "optimizer", "lr"]
+    table = pd.DataFrame(rows, columns=["step", "seed", *hyperparameters, *list(COLUMNS)[2:]])
+    typed = {name: _typed(table[name]) for name in hyperparameters}
+    return table.astype(COLUMNS).assign(**typed)
+
+
+def _row(run: Run) -> dict[str, object]:
+    tags, metrics, info = run.data.tags, run.data.metrics, run.info
+    facts = {name: tags.get(name) for name in COLUMNS}
+    facts |= {
+        name: float(value) for name, value in facts.items() if value and name.startswith(("target_", "reported_"))
+    }
+    return {
+        **facts,
+        **run.data.params,
+        **{name: metrics[name] for name in COLUMNS if name in metrics},
+        "seed": int(run.data.params["seed"]),
+        "final_train_accuracy": metrics.get("train_accuracy"),  # MLflow gives the latest value
+        "final_test_loss": metrics.get("test_loss"),
+        "git_dirty": tags.get("git_dirty") == "true",
+        "overrides": tags.get("overrides", ""),
+        "status": info.status,
+        "start_time": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
+        "minutes": (info.end_time - info.start_time) / 60_000 if info.end_time else None,
+        "run_id": info.run_id,
+    }
+
+
+def _typed(column: pd.Series[str]) -> pd.Series:  # type: ignore[type-arg]
+    """Return a column of MLflow's params, which are text, as integers or numbers where every value is one."""
+    given = column.dropna()
+    if given.str.fullmatch(r"[+-]?\d+").all():
+        return column.astype("Int64")
+    try:
+        return pd.to_numeric(column).astype("float64")
+    except ValueError:
+        return column.astype("str")
+
+
+def _points(uri: str, epochs: dict[str, int]) -> pd.DataFrame:
+    """Return every point of the epoch metrics of these runs: run_id, metric, epoch, value, in the order of logging.
+
+    epochs: the number of epochs by run id, which bounds what a server is asked for at a time.
+    """
+    with _reading(uri):
+        read = _points_over_http if uri.startswith(("http://", "https://")) else _points_by_sql
+        return pd.DataFrame(read(uri, epochs), columns=["run_id", "metric", "epoch", "value"])
+
+
+def _points_by_sql(uri: str, epochs: dict[str, int]) -> list[tuple[str, str, int, float]]:
+    query = sqlalchemy.text(
+        "SELECT run_uuid, key, step, value FROM metrics WHERE key IN :keys ORDER BY timestamp"
+    ).bindparams(sqlalchemy.bindparam("keys", EPOCH_METRICS, expanding=True))
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        with engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(query) if row.run_uuid in epochs]
+    finally:
+        engine.dispose()
+
+
+def _points_over_http(uri: str, epochs: dict[str, int]) -> Iterator[tuple[str, str, int, float]]:
+    # MLflow's client asks for one run and metric at a time; the route of its own UI takes many runs.
+    most = max(epochs.values(), default=1)
+    at_a_time = max(1, min(RUNS_PER_REQUEST, POINTS_PER_REQUEST // (2 * most)))
+    run_ids = list(epochs)
+    for first in range(0, len(run_ids), at_a_time):
+        for metric in EPOCH_METRICS:
+            response = http_request(
+                MlflowHostCreds(uri),
+                "/ajax-api/2.0/mlflow/metrics/get-history-bulk",
+                "GET",
+                params={
+                    "run_id": run_ids[first : first + at_a_time],
+                    "metric_key": metric,
+                    "max_results": POINTS_PER_REQUEST,
+                },
+            )
+            response.raise_for_status()
+            for point in response.json()["metrics"]:
+                yield point["run_id"], point["key"], int(point["step"]), float(point["value"])
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """Turn what MLflow and the database raise on a store that can't be read into a sentence."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default, 7, waits for minutes
+    try:
+        yield
+    except LabError:
+        raise
+    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+        raise LabError(f"tracking store {uri!r} can't be read: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,74 @@
+"""`make ui`: the MLflow UI on loopback, in its light form (ready in 4 s with 0.4 GB, instead of 8 s and 1.8 GB)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+from mnist_lab.errors import LabError
+
+HOST = "127.0.0.1"
+PORTS_TRIED = 20
+START_TIMEOUT = 60  # seconds
+
+
+def free_port(first: int) -> int:
+    """Return `first`, or the next port after it that nothing listens on.
+
+    Raises:
+        LabError: if the port is out of range, or the next ones are all taken too.
+    """
+    if not 1024 <= first <= 65535:
+        raise LabError(f"port: {first} is not between 1024 and 65535")
+    last = min(first + PORTS_TRIED - 1, 65535)
+    for port in range(first, last + 1):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free, as for the server
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise LabError(f"port: {first} to {last} are all taken; name another with --port")
+
+
+def serve(uri: str, experiment_id: str, port: int) -> None:
+    """Serve the runs in the store `uri` until interrupted; print the address of the runs table when it is there.
+
+    Raises:
+        LabError: if the server ends by itself or is not there after START_TIMEOUT seconds.
+    """
+    address = f"http://{HOST}:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", HOST, "--port", str(port)]
+    command += ["--backend-store-uri", uri, "--uvicorn-opts", "--log-level warning"]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        _wait_until_ready(server, address)
+        print(f"The runs: {address}/#/experiments/{experiment_id}/runs", flush=True)
+        print("Ctrl-C stops the server.", flush=True)
+        server.wait()
+        raise LabError(f"the MLflow server ended by itself with exit code {server.returncode}")
+    except KeyboardInterrupt:
+        print()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)  # with its workers
+        server.wait()
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], address: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise LabError(f"the MLflow server did not start: exit code {server.returncode}, its messages are above")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=1):  # noqa: S310
+            return
+        time.sleep(0.2)
+    raise LabError(f"the MLflow server was not ready after {START_TIMEOUT} seconds")

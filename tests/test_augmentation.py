@@ -1,0 +1,156 @@
+"""Batched transforms of real images, beside torchvision's on each image alone."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from mnist_lab.augmentation import random_center_crop, random_rotation, rotate
+from mnist_lab.data import Mnist
+
+TOLERANCE = 1e-5  # of pixels in [0, 1]; measured: 4.1e-6 for rotation, 1.1e-6 for the crop
+
+
+@pytest.fixture(scope="module")
+def images(mnist: Mnist) -> Tensor:
+    return mnist.train_images[:400].float() / 255
+
+
+def rotated_one_by_one(images: Tensor, angles: Tensor) -> Tensor:
+    pairs = zip(images, angles.tolist(), strict=True)
+    return torch.stack([tv.rotate(image, angle, InterpolationMode.BILINEAR) for image, angle in pairs])
+
+
+def cropped_one_by_one(images: Tensor, size: int) -> Tensor:
+    shape = list(images.shape[-2:])
+    return torch.stack([tv.resize(tv.center_crop(image, [size, size]), shape) for image in images])
+
+
+def test_rotate_is_torchvisions_rotation_of_each_image(images: Tensor) -> None:
+    angles = torch.linspace(-180, 180, len(images))
+
+    torch.testing.assert_close(rotate(images, angles), rotated_one_by_one(images, angles), rtol=0, atol=TOLERANCE)
+
+
+def test_rotate_by_a_quarter_turns_counter_clockwise(images: Tensor) -> None:
+    turned = rotate(images, torch.full((len(images),), 90.0))
+
+    torch.testing.assert_close(turned, torch.rot90(images, 1, (2, 3)), rtol=0, atol=TOLERANCE)
+
+
+def test_rotate_takes_several_channels_and_other_sizes(mnist: Mnist) -> None:
+    images = mnist.train_images[:60].reshape(20, 3, 28, 28)[..., :21, 4:25].float() / 255
+    angles = torch.linspace(-30, 30, len(images))
+
+    torch.testing.assert_close(rotate(images, angles), rotated_one_by_one(images, angles), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 21, 22, 23, 24, 25, 26, 27, 28])
+def test_center_crop_is_torchvisions_crop_and_resize_of_each_image(images: Tensor, size: int) -> None:
+    cropped = random_center_crop(images, size, p=1)
+
+    torch.testing.assert_close(cropped, cropped_one_by_one(images, size), rtol=0, atol=TOLERANCE)
+
+
+def test_each_image_has_its_own_angle_uniform_in_the_range(images: Tensor) -> None:
+    degrees, number = 7, 500
+    torch.manual_seed(0)
+    turned = random_rotation(images[:1].expand(number, -1, -1, -1), degrees)
+
+    # Recover each angle: which of torchvision's rotations of the image, 0.1 degrees apart, comes nearest?
+    candidates = torch.linspace(-10, 10, 201)
+    references = rotated_one_by_one(images[:1].expand(len(candidates), -1, -1, -1), candidates)
+    distances = torch.cdist(turned.flatten(1), references.flatten(1))
+    angles = candidates[distances.argmin(dim=1)].sort().values
+
+    assert distances.min(dim=1).values.max() < 0.06  # two neighbouring candidates are 0.066 to 0.078 apart
+    assert angles.abs().max() <= degrees + 0.05
+    assert len(angles.unique()) > 100  # of the 141 candidates in the range
+    uniform = torch.linspace(-degrees, degrees, number)
+    assert (angles - uniform).abs().max() < 0.1 * 2 * degrees  # Kolmogorov-Smirnov, 0.1 of the distribution
+
+
+def test_crop_is_drawn_for_each_image(images: Tensor) -> None:
+    torch.manual_seed(0)
+    result = random_center_crop(images, 22, p=0.3)
+
+    scaled = random_center_crop(images, 22, p=1)
+    is_cropped = (result == scaled).flatten(1).all(dim=1)
+    is_whole = (result == images).flatten(1).all(dim=1)
+    assert (is_cropped ^ is_whole).all()
+    assert 0.2 < is_cropped.float().mean() < 0.4
+
+
+def test_probability_0_leaves_and_1_crops_every_image(images: Tensor) -> None:
+    assert torch.equal(random_center_crop(images, 22, p=0), images)
+
+    changed = (random_center_crop(images, 22, p=1) != images).flatten(1).any(dim=1)
+    assert changed.all()
+
+
+def test_zero_degrees_leave_the_images(images: Tensor) -> None:
+    torch.testing.assert_close(random_rotation(images, 0), images, rtol=0, atol=TOLERANCE)
+
+
+TRANSFORMS = [partial(random_rotation, degrees=15), partial(random_center_crop, size=22, p=0.5)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_seed_reproduces_the_draws(transform: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    def transformed(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return transform(images)
+
+    assert torch.equal(transformed(0), transformed(0))
+    assert not torch.equal(transformed(0), transformed(1))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_layout_in_memory_does_not_matter(transform: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    layouts = {
+        "transposed": images.transpose(2, 3),
+        "every second": images[::2],
+        "a window": torch.nn.functional.pad(images, (3, 2, 1, 4))[..., 1:-4, 3:-2],
+        "channels last": images.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last),
+    }
+    for name, view in layouts.items():
+        assert not view.is_contiguous(), name
+        torch.manual_seed(0)
+        result = transform(view)
+        torch.manual_seed(0)
+        torch.testing.assert_close(result, transform(view.contiguous()), rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_images_in_are_images_out(transform: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    before = images.clone()
+    result = transform(images)
+
+    assert result.shape == images.shape
+    assert result.dtype == torch.float32
+    assert result.min() >= 0
+    assert result.max() <= 1 + TOLERANCE
+    assert not torch.equal(result, images)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("degrees", [-1, -0.001, float("nan"), float("inf")])
+def test_degrees_that_are_no_range_are_refused(images: Tensor, degrees: float) -> None:
+    with pytest.raises(ValueError, match=f"degrees={degrees}"):
+        random_rotation(images, degrees)
+
+
+@pytest.mark.parametrize("size", [0, -3, 29])
+def test_a_crop_that_does_not_fit_is_refused(images: Tensor, size: int) -> None:
+    with pytest.raises(ValueError, match=f"size={size}"):
+        random_center_crop(images, size, p=0.5)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1, 10, float("nan")])
+def test_a_p_that_is_no_probability_is_refused(images: Tensor, p: float) -> None:
+    with pytest.raises(ValueError, match=f"p={p}"):
+        random_center_crop(images, 22, p)

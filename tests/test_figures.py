@@ -1,0 +1,447 @@
+"""Tests of mnist_lab.figures: what is drawn is read back from the figure and computed anew here."""
+
+import io
+import math
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation, Text
+from numpy.typing import NDArray
+
+from mnist_lab import figures
+from mnist_lab.errors import LabError
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (60, 28, 28), dtype=np.uint8)
+LABELS = np.arange(60) % 10
+LONG = "step4_augment_steplr_rotation_15_degrees_nesterov"
+STEPS = [
+    ("step1_baseline", 10_970, 99.29),
+    ("step2_dropout", 6_864, 99.28),
+    ("step3_gap", 8_008, 99.37),
+    ("step4_augment_steplr", 7_852, 99.46),
+    ("step3_gap_no_dropout", 8_008, 99.35),
+    ("step4_augment_only", 7_852, 99.42),
+    ("step4_steplr_only", 7_852, 99.40),
+    ("under_20k", 14_320, 99.43),
+    ("four_conv", 593_200, 99.24),
+]
+
+
+def make_history(step: str = "step3_gap", seeds: int = 3, epochs: int = 14, lr: float = 0.01) -> pd.DataFrame:
+    rows = []
+    for seed in range(seeds):
+        for epoch in range(1, epochs + 1):
+            test = 0.6 + 2 / epoch + RNG.uniform(0, 0.1)
+            train = 0.5 + 7 / epoch + RNG.uniform(0, 0.1)
+            rows.append((f"{step} {seed}", step, seed, epoch, train / 30, 100 - train, test / 30, 100 - test, lr, 1.0))
+    metrics = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"]
+    return pd.DataFrame(rows, columns=["run_id", "step", "seed", "epoch", *metrics])
+
+
+def make_runs(*steps: tuple[str, int, float], seeds: int = 10, sd: float = 0.045) -> pd.DataFrame:
+    noise = np.linspace(-1, 1, seeds) if seeds > 1 else np.zeros(1)
+    noise = noise * sd / (noise.std(ddof=1) if seeds > 1 else 1)
+    rows = [(step, i, n, mean + noise[i], mean + noise[i] + 0.05) for step, n, mean in steps for i in range(seeds)]
+    return pd.DataFrame(rows, columns=["step", "seed", "num_params", "final_test_accuracy", "best_test_accuracy"])
+
+
+def wilson(accuracy: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval in percent, written out from the formula."""
+    p, z = accuracy / 100, 1.959964
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * (centre - half) / (1 + z * z / n), 100 * (centre + half) / (1 + z * z / n)
+
+
+def all_axes(figure: Figure) -> list[Axes]:
+    return list(figure.axes)
+
+
+def sorted_steps() -> list[tuple[str, int, float]]:
+    return sorted(STEPS, key=lambda step: (not step[0].startswith("step"), step[0]))
+
+
+def points_of(line: Line2D) -> NDArray[np.float64]:
+    return np.asarray(line.get_xydata(), dtype=float)  # (N, 2)
+
+
+def curves(axes: Axes) -> dict[str, NDArray[np.float64]]:
+    return {str(line.get_label()): np.asarray(line.get_ydata(), dtype=float) for line in axes.lines}
+
+
+def bars(axes: Axes) -> list[tuple[float, float, float, float]]:
+    """Return (x, y, low, high) of each vertical error bar."""
+    found = []
+    for container in axes.containers:
+        assert isinstance(container, ErrorbarContainer)
+        points, _, (collection,) = container.lines
+        assert points is not None
+        for (x, y), segment in zip(points_of(points), collection.get_segments(), strict=True):
+            found.append((float(x), float(y), float(segment[0, 1]), float(segment[1, 1])))
+    return found
+
+
+def legend_texts(figure: Figure) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def titles(figure: Figure) -> list[str]:
+    return [axes.get_title() for axes in figure.axes]
+
+
+def drawn_texts(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[Text]:
+    """Render with Agg and return every text that reached the canvas."""
+    drawn: dict[int, Text] = {}
+    draw = Text.draw
+
+    def record(self: Text, renderer: Any, *args: Any, **kwargs: Any) -> None:
+        if self.get_visible() and self.get_text().strip():
+            drawn[id(self)] = self
+        draw(self, renderer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Text, "draw", record)
+        figure.savefig(io.BytesIO(), dpi=figure.dpi)
+    return list(drawn.values())
+
+
+@pytest.fixture(autouse=True)
+def unchanged_defaults() -> Iterator[None]:
+    settings = [name for name in mpl.rcParams if name != "backend"]  # which is settled on first use
+    before = [mpl.rcParams[name] for name in settings]
+    yield
+    assert [mpl.rcParams[name] for name in settings] == before
+
+
+def mistakes(wrong: int, limit: int = 32) -> Figure:
+    prediction = np.where(np.arange(60) < wrong, (LABELS + 1) % 10, LABELS)
+    return figures.plot_mistakes(IMAGES, LABELS, prediction, np.linspace(0.3, 1, 60), limit)
+
+
+def confusion() -> Figure:
+    return figures.plot_confusion(np.repeat(np.arange(10), 1000), RNG.integers(0, 10, 10_000))
+
+
+DRAWINGS: dict[str, Callable[[], Figure]] = {
+    "samples": lambda: figures.plot_samples(IMAGES, LABELS, limit=13),
+    "one sample": lambda: figures.plot_samples(IMAGES[:1], LABELS[:1]),
+    "augmentation": lambda: figures.plot_augmentation(IMAGES[:12], np.stack([IMAGES[:12]] * 3)),
+    "training": lambda: figures.plot_training(make_history(LONG, 10, 20)),
+    "training, one epoch": lambda: figures.plot_training(make_history(seeds=2, epochs=1)),
+    "learning rate": lambda: figures.plot_learning_rate(
+        pd.concat([make_history(LONG + str(i), 2, 14, lr) for i, lr in enumerate((0.1, 0.1, 0.1, 0.01, 0.0001))])
+    ),
+    "steps": lambda: figures.plot_steps(make_runs(*STEPS, sd=0.042)),
+    "steps, one run": lambda: figures.plot_steps(make_runs(STEPS[3], seeds=1)),
+    "steps, no public": lambda: figures.plot_steps(make_runs(*STEPS[:4]), None, None, ()),
+    "steps, long names and a bad one": lambda: figures.plot_steps(
+        make_runs(*STEPS, (LONG, 7_852, 99.46), ("linear", 7_850, 30.0))
+    ),
+    "confusion": confusion,
+    "mistakes": lambda: mistakes(50, limit=20),
+    "one mistake": lambda: mistakes(1),
+    "no mistakes": lambda: mistakes(0),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_texts_neither_overlap_nor_leave_the_figure_nor_are_tiny(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = DRAWINGS[name]()
+    texts = drawn_texts(figure, monkeypatch)
+    assert texts
+    extents = [(text.get_text(), Text.get_window_extent(text)) for text in texts]
+    for (one, box), (other, other_box) in combinations(extents, 2):
+        assert not box.padded(-0.5).overlaps(other_box.padded(-0.5)), f"{one!r} overlaps {other!r}"
+    for text, box in extents:
+        assert min(box.x0, box.y0) > -1, f"{text!r} leaves the figure"
+        assert box.x1 < figure.bbox.x1 + 1, f"{text!r} leaves the figure"
+        assert box.y1 < figure.bbox.y1 + 1, f"{text!r} leaves the figure"
+    assert min(float(text.get_fontsize()) for text in texts) >= 9
+
+
+def test_samples_are_the_first_images_with_their_labels() -> None:
+    figure = figures.plot_samples(IMAGES, LABELS, limit=13, columns=5)
+    assert titles(figure) == [str(label) for label in LABELS[:13]]
+    for axes, image in zip(figure.axes, IMAGES, strict=False):
+        np.testing.assert_array_equal(axes.images[0].get_array(), image)
+    assert len({round(axes.get_position().y0, 6) for axes in figure.axes}) == 3  # rows of five
+    assert {axes.images[0].get_clim() for axes in figure.axes} == {(0, 255)}  # one grey scale for all
+
+
+def test_augmentation_has_a_row_for_the_originals_and_one_for_each_draw() -> None:
+    draws = np.stack([IMAGES[:6] // 2, IMAGES[:6] // 3])
+    figure = figures.plot_augmentation(IMAGES[:6], draws, limit=4)
+    drawn = np.array([axes.images[0].get_array() for axes in figure.axes]).reshape(3, 4, 28, 28)
+    np.testing.assert_array_equal(drawn, [IMAGES[:4], draws[0, :4], draws[1, :4]])
+    assert [axes.get_ylabel() for axes in figure.axes[::4]] == ["before", "draw 1", "draw 2"]
+    assert {axes.images[0].get_clim() for axes in figure.axes} == {(0, 255)}
+    single = figures.plot_augmentation(IMAGES[:6], draws[0])
+    assert [axes.get_ylabel() for axes in single.axes[::6]] == ["before", "after"]
+
+
+def test_training_draws_mean_and_range_over_seeds() -> None:
+    history = make_history(seeds=3).sample(frac=1, random_state=1)  # in any order
+    figure = figures.plot_training(history, target_accuracy=99.4)
+    loss, accuracy = all_axes(figure)
+    for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
+        for kind, name, band in (("test", "test", 0), ("train", "training", 1)):
+            table = history.pivot(index="epoch", columns="seed", values=f"{kind}_{metric}").to_numpy()  # (14, 3)
+            np.testing.assert_allclose(curves(axes)[f"{name}, mean of 3 seeds"], table.mean(axis=1))
+            vertices = axes.collections[band].get_paths()[0].vertices
+            for epoch, row in enumerate(table, start=1):
+                edge = np.unique(vertices[vertices[:, 0] == epoch, 1])  # type: ignore[index]
+                np.testing.assert_allclose(edge[[0, -1]], [row.min(), row.max()])
+    assert curves(accuracy)["target 99.4 %"].tolist() == [99.4, 99.4]
+    assert {"test, smallest to largest", "training, smallest to largest"} < set(legend_texts(figure))
+
+
+def test_training_of_one_seed_has_two_lines_a_panel_and_no_band() -> None:
+    figure = figures.plot_training(make_history(seeds=1), target_accuracy=None)
+    for axes in all_axes(figure):
+        assert set(curves(axes)) == {"test", "training"}
+        assert not axes.collections
+        assert len({line.get_linestyle() for line in axes.lines}) == 2  # told apart in grey
+        assert len({line.get_marker() for line in axes.lines}) == 2
+
+
+def test_training_of_one_epoch_shows_markers_the_range_and_whole_epochs() -> None:
+    history = make_history(seeds=4, epochs=1)
+    _, accuracy = all_axes(figures.plot_training(history))
+    assert all(line.get_marker() != "None" for line in accuracy.lines[:2])
+    segment = accuracy.collections[0].get_segments()[0]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(segment[:, 1], [history["test_accuracy"].min(), history["test_accuracy"].max()])
+    left, right = accuracy.get_xlim()
+    assert [tick for tick in accuracy.get_xticks() if left < tick < right] == [1]
+
+
+def test_epoch_ticks_are_whole_numbers() -> None:
+    for figure in (figures.plot_training(make_history(epochs=3)), figures.plot_learning_rate(make_history(epochs=3))):
+        for axes in figure.axes:
+            assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_the_accuracy_axis_gives_the_last_tenths_room() -> None:
+    _, accuracy = all_axes(figures.plot_training(make_history()))
+    assert {"99", "99.4"} <= {label.get_text() for label in accuracy.get_yticklabels()}
+    height = {y: accuracy.transAxes.inverted().transform(accuracy.transData.transform((1, y)))[1] for y in (99, 99.4)}
+    assert height[99.4] - height[99] > 0.1  # linear from 92 to 99.4 it would be 0.05
+    assert "stretched" in accuracy.get_ylabel()
+
+
+def test_of_several_runs_of_one_seed_the_first_counts() -> None:
+    history, runs = make_history(seeds=2), make_runs(STEPS[3], seeds=2)
+    older = history[history["seed"] == 0].assign(run_id="older", lr=0.5, train_loss=9.0, test_accuracy=10.0)
+    both = pd.concat([history, older])
+    for plot in (figures.plot_training, figures.plot_learning_rate):
+        for axes, expected in zip(plot(both).axes, plot(history).axes, strict=True):
+            assert curves(axes).keys() == curves(expected).keys()
+            for name, values in curves(expected).items():
+                np.testing.assert_array_equal(curves(axes)[name], values)
+    again = pd.concat([runs, runs.iloc[:1].assign(final_test_accuracy=10.0)], ignore_index=True)
+    assert bars(figures.plot_steps(again).axes[0]) == bars(figures.plot_steps(runs).axes[0])
+
+
+def test_steps_come_in_the_order_of_their_names_whatever_the_order_of_the_runs() -> None:
+    names = ["under_20k", "step2", "four_conv", "step1"]
+    runs = make_runs(*((name, 8_000, 99.4) for name in names), seeds=2).sample(frac=1, random_state=3)
+    labels = figures.plot_steps(runs).axes[1].get_yticklabels()
+    assert [label.get_text().split()[0] for label in labels] == ["step1", "step2", "four_conv", "under_20k"]
+    history = pd.concat([make_history(name, 1, 3, lr) for lr, name in enumerate(names, start=1)])
+    assert legend_texts(figures.plot_learning_rate(history)) == ["step1", "step2", "four_conv", "under_20k"]
+
+
+def test_nullable_columns_are_drawn_as_any_others() -> None:
+    history = make_history().astype({"seed": "Int64", "epoch": "Int64"})
+    runs = make_runs(*STEPS[:2]).astype({"seed": "Int64", "num_params": "Int64"})
+    np.testing.assert_allclose(bars(figures.plot_steps(runs).axes[0]), bars(figures.plot_steps(RUNS).axes[0]))
+    assert "test, mean of 3 seeds" in curves(figures.plot_training(history).axes[0])
+    assert legend_texts(figures.plot_learning_rate(history)) == ["step3_gap"]
+
+
+def test_values_that_are_not_finite_are_announced() -> None:
+    history = make_history(seeds=2)
+    history.loc[history["seed"] == 0, "train_loss"] = [math.nan] * 7 + [math.inf] * 7
+    figure = figures.plot_training(history)
+    assert figure.get_suptitle() == "step3_gap (14 values that are not finite left out)"
+    expected = history.loc[history["seed"] == 1, "train_loss"]
+    np.testing.assert_allclose(curves(figure.axes[0])["training, mean of 2 seeds"], expected)
+
+
+def test_learning_rate_has_one_line_a_schedule() -> None:
+    steplr = make_history("step4", 2, 14)
+    steplr["lr"] = 0.1 * 0.6 ** ((steplr["epoch"] - 1) // 2)
+    figure = figures.plot_learning_rate(pd.concat([make_history("step1"), make_history("step2"), steplr]))
+    (axes,) = figure.axes
+    assert list(curves(axes)) == ["step1, step2", "step4"]
+    np.testing.assert_allclose(curves(axes)["step4"], [0.1 * 0.6**k for k in range(7) for _ in range(2)])
+    np.testing.assert_allclose(curves(axes)["step1, step2"], [0.01] * 14)
+    assert axes.get_yscale() == "log"
+    assert len({line.get_linestyle() for line in axes.lines}) == 2
+    assert figures.plot_learning_rate(make_history()).axes[0].get_yscale() == "linear"
+
+
+def test_learning_rate_tells_seeds_of_one_step_apart_when_they_differ() -> None:
+    history = make_history("step1", seeds=2)
+    history.loc[history["seed"] == 1, "lr"] = 0.02
+    assert legend_texts(figures.plot_learning_rate(history)) == ["step1 (seed 0)", "step1 (seed 1)"]
+
+
+def test_steps_draws_the_mean_with_a_t_interval_over_seeds() -> None:
+    runs = pd.DataFrame(
+        {
+            "step": ["step4", "step4", "step4", "four_conv", "four_conv"],
+            "seed": [0, 1, 2, 0, 1],
+            "num_params": [7_852] * 3 + [10_970] * 2,
+            "final_test_accuracy": [99.40, 99.46, 99.43, 99.20, 99.30],
+            "best_test_accuracy": [99.5, 99.5, 99.5, 99.3, 99.4],
+        }
+    )
+    figure = figures.plot_steps(runs)
+    above, below = figure.axes[:2]
+    half_4 = 4.302653 * 0.03 / math.sqrt(3)  # t at 0.975 with two degrees of freedom
+    half_conv = 12.706205 * 0.1 / math.sqrt(2) / math.sqrt(2)  # and with one
+    expected = [(7_852, 99.43, 99.43 - half_4, 99.43 + half_4), (10_970, 99.25, 99.25 - half_conv, 99.25 + half_conv)]
+    np.testing.assert_allclose(bars(above), expected, rtol=1e-7)
+    assert [label.get_text().split() for label in below.get_yticklabels()] == [["step4", "1"], ["four_conv", "2"]]
+    values = [label.get_text() for label in figure.axes[2].get_yticklabels()]
+    assert values == ["99.43 [99.36, 99.50], n = 3", "99.25 [98.61, 99.89], n = 2"]
+    best = next(line for line in below.lines if "best epoch" in str(line.get_label()))
+    np.testing.assert_allclose(points_of(best), np.array([(99.5, 0), (99.35, 1)]))
+    assert "mean over seeds, 95 % t-interval" in legend_texts(figure)
+    assert not any("Wilson" in text for text in legend_texts(figure))
+
+
+def test_steps_draws_wilsons_interval_for_a_single_seed_and_says_so() -> None:
+    figure = figures.plot_steps(make_runs(("step", 7_852, 99.40), seeds=1))
+    np.testing.assert_allclose(bars(figure.axes[0]), [(7_852, 99.40, *wilson(99.40, 10_000))], rtol=1e-6)
+    assert "one seed, 95 % Wilson interval on 10,000 images" in legend_texts(figure)
+    assert not any("t-interval" in text for text in legend_texts(figure))
+    smaller = figures.plot_steps(make_runs(("step", 7_852, 99.40), seeds=1), test_images=1_000)
+    np.testing.assert_allclose(bars(smaller.axes[0])[0][2:], wilson(99.40, 1_000), rtol=1e-6)
+
+
+def test_steps_shows_targets_and_public_figures_only_where_asked() -> None:
+    runs = make_runs(*STEPS[:4])
+    figure = figures.plot_steps(runs)
+    above, below = figure.axes[:2]
+    public = [line for line in above.lines if str(line.get_label()).startswith("public")]
+    drawn = {(x, y, line.get_label()) for line in public for x, y in points_of(line)}
+    assert drawn == set(figures.PUBLIC_FIGURES)
+    assert (9_994, 99.60) in {entry[:2] for entry in figures.PUBLIC_FIGURES}
+    assert all(line.get_zorder() < 3 and line.get_color() == figures.GREY for line in public)
+    assert curves(above)["target 99.4 %"].tolist() == [99.4, 99.4]
+    assert any(points_of(line)[:, 0].tolist() == [99.4, 99.4] for line in below.lines)
+    assert "target 10,000 parameters" in legend_texts(figure)
+    assert above.get_xscale() == "log"
+    bare = legend_texts(figures.plot_steps(runs, None, None, ()))
+    assert not any(text.startswith(("public", "target")) for text in bare)
+
+
+@pytest.mark.parametrize("steps", [STEPS[:4], STEPS])
+def test_steps_has_ticks_to_read_parameters_by(steps: list[tuple[str, int, float]]) -> None:
+    above = figures.plot_steps(make_runs(*steps), public_figures=()).axes[0]
+    left, right = above.get_xlim()
+    shown = [label.get_text() for label in above.get_xticklabels() if left < label.get_position()[0] < right]
+    assert len(shown) >= 3
+    assert "10,000" in shown
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 10])
+def test_steps_numbers_each_point_beside_it_and_covers_none(seeds: int) -> None:
+    figure = figures.plot_steps(make_runs(*STEPS, seeds=seeds, sd=0.042))
+    figure.savefig(io.BytesIO(), dpi=figure.dpi)
+    above = figure.axes[0]
+    numbers = [text for text in above.texts if isinstance(text, Annotation)]
+    points = {str(i): (params, accuracy) for i, (_, params, accuracy) in enumerate(sorted_steps(), start=1)}
+    assert {text.get_text(): text.xy for text in numbers} == {i: pytest.approx(xy) for i, xy in points.items()}
+    markers = [*points.values(), *(entry[:2] for entry in figures.PUBLIC_FIGURES)]
+    for text in numbers:
+        box = Text.get_window_extent(text)
+        assert not any(box.contains(*above.transData.transform(marker)) for marker in markers)
+        away = box.get_points().mean(axis=0) - above.transData.transform(text.xy)
+        assert np.linalg.norm(away) * 72 / figure.dpi < 60  # points
+
+
+def test_confusion_counts_and_colours_errors_only() -> None:
+    truth = np.array([0] * 990 + [4] * 1000 + [9] * 8)
+    prediction = np.array([0] * 990 + [4] * 997 + [9] * 3 + [9] * 7 + [4])
+    figure = figures.plot_confusion(truth, prediction)
+    axes = figure.axes[0]
+    cells = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axes.texts}
+    assert cells == {(0, 0): "990", (4, 4): "997", (4, 9): "3", (9, 9): "7", (9, 4): "1"}  # (truth, prediction)
+    image = axes.images[0]
+    assert image.get_clim() == (0, 3)
+    shades = image.get_array()
+    assert isinstance(shades, np.ma.MaskedArray)
+    assert np.ma.getmaskarray(shades).diagonal().all()
+    assert (int(shades[4, 9]), int(shades[9, 4]), int(shades.sum())) == (3, 1, 4)
+    assert axes.get_title() == "1,994 of 1,998 right (99.80 %)"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted digit", "true digit")
+
+
+def test_mistakes_are_the_wrong_ones_most_confident_first() -> None:
+    truth = np.array([1, 2, 3, 4, 5, 6])
+    prediction = np.array([1, 7, 3, 9, 8, 0])
+    confidence = np.array([1.0, 0.6, 0.99, 0.95, 0.6, 0.7])
+    figure = figures.plot_mistakes(IMAGES[:6], truth, prediction, confidence, limit=3)
+    assert titles(figure) == ["4 read as 9\n95.0 %", "6 read as 0\n70.0 %", "2 read as 7\n60.0 %"]
+    for axes, i in zip(figure.axes, (3, 5, 1), strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), IMAGES[i])
+    assert figure.get_suptitle() == "3 of 4 mistakes, the most confident first"
+    wrong = truth != prediction
+    alone = figures.plot_mistakes(IMAGES[:6][wrong], truth[wrong], prediction[wrong], confidence[wrong], limit=3)
+    assert titles(alone) == titles(figure)
+
+
+def test_no_mistakes_is_a_figure_that_says_so() -> None:
+    figure = figures.plot_mistakes(IMAGES, LABELS, LABELS, np.ones(60))
+    assert [text.get_text() for text in figure.texts] == ["no mistakes among 60 images"]
+
+
+HISTORY, RUNS = make_history(), make_runs(*STEPS[:2])
+ERRORS: dict[str, Callable[[], Figure]] = {
+    r"images has the shape \(0, 28, 28\)": lambda: figures.plot_samples(IMAGES[:0], LABELS[:0]),
+    r"images has the shape \(28, 28\)": lambda: figures.plot_samples(IMAGES[0], LABELS[:1]),
+    r"labels has the shape \(3,\): it must be \(60,\)": lambda: figures.plot_samples(IMAGES, LABELS[:3]),
+    "limit is 0": lambda: figures.plot_samples(IMAGES, LABELS, limit=0),
+    "columns is 0": lambda: figures.plot_samples(IMAGES, LABELS, columns=0),
+    r"after has the shape \(59, 28, 28\)": lambda: figures.plot_augmentation(IMAGES, IMAGES[1:]),
+    r"after has the shape \(0, 60, 28, 28\)": lambda: figures.plot_augmentation(IMAGES, np.empty((0, *IMAGES.shape))),
+    "history has no rows": lambda: figures.plot_training(HISTORY.iloc[:0]),
+    "history lacks epoch, train_loss": lambda: figures.plot_training(HISTORY.drop(columns=["epoch", "train_loss"])),
+    "history has 'x' in the column test_loss": lambda: figures.plot_training(HISTORY.assign(test_loss="x")),
+    r"history has 2 steps \(step3_gap, other\)": lambda: figures.plot_training(
+        pd.concat([HISTORY, make_history("other")])
+    ),
+    "history lacks lr": lambda: figures.plot_learning_rate(HISTORY.drop(columns="lr")),
+    "runs has no rows": lambda: figures.plot_steps(RUNS.iloc[:0]),
+    "runs lacks num_params": lambda: figures.plot_steps(RUNS.drop(columns="num_params")),
+    r"different num_params in step1_baseline \(10,970, 7\)": lambda: figures.plot_steps(
+        pd.concat([RUNS, make_runs(("step1_baseline", 7, 99.0), seeds=20)])
+    ),
+    "final_test_accuracy nan in unfinished": lambda: figures.plot_steps(
+        pd.concat([RUNS, make_runs(("unfinished", 7_852, math.nan))])
+    ),
+    r"truth has the shape \(0,\)": lambda: figures.plot_confusion([], []),
+    r"prediction has the shape \(59,\)": lambda: figures.plot_confusion(LABELS, LABELS[1:]),
+    "prediction must hold whole numbers from 0 to 9": lambda: figures.plot_confusion(LABELS, LABELS + 1),
+    "truth must hold whole numbers": lambda: figures.plot_confusion(LABELS / 2, LABELS),
+    "confidence must hold one probability from 0 to 1 for each of the 60": lambda: figures.plot_mistakes(
+        IMAGES, LABELS, LABELS, np.full(60, 99.9)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_bad_input_is_named_in_one_sentence(message: str) -> None:
+    with pytest.raises(LabError, match=message):
+        ERRORS[message]()
