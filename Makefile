@@ -15,8 +15,13 @@ STEPS := step1 step2 step3 step4
 
 .PHONY: help
 help:  ## list the targets
-	@grep -hE '^[a-z0-9_% ]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
-	@echo '  Flags pass through: make step3 ARGS="--epochs 2 --seed 7"'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+	@echo 'Experiments, by the names of their scripts:'
+	@for script in experiments/*.py; do \
+	  name=$$(basename "$$script" .py); [[ $$name =~ ^step[0-9]+_ ]] && name=$${name%%_*}; \
+	  printf '  %-16s %s\n' "$$name" "$$(sed -n '1s/^"""//p' "$$script")"; \
+	done
+	@echo 'Flags pass through: make step3 ARGS="--epochs 2 --seed 7 --set lr=0.05"'
 
 # ---- set-up
 
@@ -48,7 +53,7 @@ data: $(INSTALLED)  ## fetch and verify MNIST
 steps: $(STEPS)  ## train steps 1 to 4, one after another
 
 # `make step3` runs experiments/step3_*.py; `make four_conv` or `make my_idea` the script of that name.
-step%: $(INSTALLED)  ## train one step: step1 step2 step3 step4
+step%: $(INSTALLED)
 	@scripts=(experiments/step$*.py experiments/step$*_*.py); found=(); \
 	for script in "$${scripts[@]}"; do [[ -f $$script ]] && found+=("$$script"); done; \
 	case $${#found[@]} in \
@@ -57,7 +62,7 @@ step%: $(INSTALLED)  ## train one step: step1 step2 step3 step4
 	  *) echo "make: step$* is not clear: $${found[*]}" >&2; exit 2;; \
 	esac
 
-%: experiments/%.py $(INSTALLED)  ## train the script of that name: four_conv under_20k my_idea
+%: experiments/%.py $(INSTALLED)
 	@$(PYTHON) $< $(ARGS)
 
 # ---- what the runs say

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import SUMMARY_METRICS, Experiment
@@ -73,9 +73,7 @@ def parser(experiment: Experiment, script: Path) -> argparse.ArgumentParser:
     )
     parser.add_argument("--epochs", type=int, help="epochs to train (an override)")
     parser.add_argument("--batch-size", type=int, help="images per batch (an override)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seeds weights, shuffling, dropout, augmentation (default 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order, dropout, augmentation (default 0)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     parser.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
@@ -109,7 +107,7 @@ class Console:
         self.epochs = epochs
         self.epoch = 1
         self.num_images = 0
-        self.bar: tqdm[None] | None = None
+        self.bar: tqdm[NoReturn] | None = None
         self.shown_at = 0.0
         self.on_terminal = sys.stdout.isatty()
 
@@ -152,7 +150,7 @@ class Console:
             self.bar.close()
             self.bar = None
 
-    def _new_bar(self) -> tqdm[None]:
+    def _new_bar(self) -> tqdm[NoReturn]:
         from tqdm import tqdm
 
         return tqdm(
@@ -161,7 +159,7 @@ class Console:
             unit=" images",
             leave=False,
             dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}] {postfix}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]",
         )
 
 
@@ -172,8 +170,8 @@ def print_result(result: RunResult, experiment: Experiment) -> None:
     measured = result.measured
     print()
     if result.verdicts:
-        rows = [(v.name, v.wanted, _figure(v.name, v.measured), v.word) for v in result.verdicts]
-        print(tabulate(rows, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True))
+        judged = [(v.name, v.wanted, _figure(v.name, v.measured), v.word) for v in result.verdicts]
+        print(tabulate(judged, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True))
         print()
     rows = [
         (name.replace("_", " "), _figure(name, measured[name]), _figure(name, experiment.reported.get(name)))

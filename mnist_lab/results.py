@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -34,6 +35,7 @@ EPOCH_METRICS = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
 RUNS_PER_PAGE = 1000
 # The limits of a tracking server's route for the histories of several runs.
+HISTORIES = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
 
 # The columns of the run table and their types. The hyperparameters, which differ from run to run, follow `seed`.
@@ -164,7 +166,7 @@ def compare_table(*, include_overrides: bool = False, tracking_uri: str | None =
         train=("final_train_accuracy", "mean"),
         **{name: (name, "first") for name in facts},
     )
-    verdicts = [_verdicts(row) for row in compared.to_dict("records")]
+    verdicts = [_verdicts(row) for _, row in compared.iterrows()]
     compared = compared.join(pd.DataFrame(verdicts, columns=["verdict_accuracy", "verdict_params", "verdict_epochs"]))
     steps_first = [
         (not step.startswith("step"), step, overrides)
@@ -203,18 +205,14 @@ def compare_text(table: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
     return rows, [*headers, "reported: last", "best", "best train"]
 
 
-def _verdicts(row: dict[str, object]) -> dict[str, str]:
-    stated = {
-        name: None if pd.isna(row[f"target_{name}"]) else row[f"target_{name}"]
-        for name in ("accuracy", "params", "epochs")
-    }
+def _verdicts(row: pd.Series[Any]) -> dict[str, str]:
+    """Judge one row of `compare_table` by its targets."""
+    names = ("accuracy", "params", "epochs")
+    stated = {name: row[f"target_{name}"] for name in names if pd.notna(row[f"target_{name}"])}
     judged = targets.judge(
-        Targets(**stated),
-        final_test_accuracy=row["last"],
-        num_params=row["num_params"],
-        epochs=row["epochs"],
+        Targets(**stated), final_test_accuracy=row["last"], num_params=row["num_params"], epochs=row["epochs"]
     )
-    return {f"verdict_{name}": "-" for name in stated} | {f"verdict_{v.name}": v.word for v in judged}
+    return {f"verdict_{name}": "-" for name in names} | {f"verdict_{v.name}": v.word for v in judged}
 
 
 def _find_runs(
@@ -268,12 +266,13 @@ def _all_runs(uri: str) -> list[Run]:
 
 def _table(runs: list[Run]) -> pd.DataFrame:
     """Return the run table of these runs; a finished run without a result is left out with a warning."""
-    incomplete = [
-        run for run in runs if run.info.status == "FINISHED" and "final_test_accuracy" not in run.data.metrics
-    ]
-    for run in incomplete:
-        warnings.warn(f"run {run.info.run_id} is FINISHED but has no result: left out", stacklevel=3)
-    rows = [_row(run) for run in runs if run not in incomplete]
+    complete = []
+    for run in runs:
+        if run.info.status == "FINISHED" and "final_test_accuracy" not in run.data.metrics:
+            warnings.warn(f"run {run.info.run_id} is FINISHED but has no result: left out", stacklevel=3)
+        else:
+            complete.append(run)
+    rows = [_row(run) for run in complete]
     hyperparameters = list(dict.fromkeys(name for run in runs for name in run.data.params if name not in COLUMNS))
     if "epochs" not in hyperparameters:  # an empty table has the columns that every run has
         hyperparameters = ["batch_size", "epochs", "optimizer", "lr"]
@@ -284,12 +283,10 @@ def _table(runs: list[Run]) -> pd.DataFrame:
 
 def _row(run: Run) -> dict[str, object]:
     tags, metrics, info = run.data.tags, run.data.metrics, run.info
-    facts = {name: tags.get(name) for name in COLUMNS}
-    facts |= {
-        name: float(value) for name, value in facts.items() if value and name.startswith(("target_", "reported_"))
-    }
+    stated = {name: float(value) for name, value in tags.items() if name.startswith(("target_", "reported_"))}
     return {
-        **facts,
+        **{name: tags.get(name) for name in COLUMNS},
+        **stated,
         **run.data.params,
         **{name: metrics[name] for name in COLUMNS if name in metrics},
         "seed": int(run.data.params["seed"]),
@@ -304,7 +301,7 @@ def _row(run: Run) -> dict[str, object]:
     }
 
 
-def _typed(column: pd.Series[str]) -> pd.Series:  # type: ignore[type-arg]
+def _typed(column: pd.Series[str]) -> pd.Series[Any]:
     """Return a column of MLflow's params, which are text, as integers or numbers where every value is one."""
     given = column.dropna()
     if given.str.fullmatch(r"[+-]?\d+").all():
@@ -344,16 +341,8 @@ def _points_over_http(uri: str, epochs: dict[str, int]) -> Iterator[tuple[str, s
     run_ids = list(epochs)
     for first in range(0, len(run_ids), at_a_time):
         for metric in EPOCH_METRICS:
-            response = http_request(
-                MlflowHostCreds(uri),
-                "/ajax-api/2.0/mlflow/metrics/get-history-bulk",
-                "GET",
-                params={
-                    "run_id": run_ids[first : first + at_a_time],
-                    "metric_key": metric,
-                    "max_results": POINTS_PER_REQUEST,
-                },
-            )
+            asked = {"run_id": run_ids[first : first + at_a_time], "metric_key": metric}
+            response = http_request(MlflowHostCreds(uri), HISTORIES, "GET", params=asked)  # type: ignore[no-untyped-call]
             response.raise_for_status()
             for point in response.json()["metrics"]:
                 yield point["run_id"], point["key"], int(point["step"]), float(point["value"])

@@ -23,6 +23,7 @@ import mlflow
 import numpy as np
 import torch
 from filelock import FileLock
+from mlflow.data.numpy_dataset import from_numpy
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ class TrackedRun:
             ("test", mnist.test_images, mnist.test_labels),
         ):
             with _quiet():
-                dataset = mlflow.data.from_numpy(
+                dataset = from_numpy(
                     images.cpu().numpy(),
                     source=str(source),
                     targets=labels.cpu().numpy(),

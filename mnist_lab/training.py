@@ -123,7 +123,7 @@ def train_epoch(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     seen = 0
     net.train()
-    for batch in order.split(experiment.batch_size):
+    for batch in torch.split(order, experiment.batch_size):
         images, labels = normalize(training_images(mnist, batch, experiment)), mnist.train_labels[batch]
         loss, logits = train_step(net, images, labels, experiment, optimizer)
         if scheduler is not None and experiment.scheduler_interval == "batch":
@@ -170,7 +170,7 @@ def train_step(
 def predict(net: nn.Module, images: Tensor) -> Tensor:
     """Return the network's output (N, 10) in evaluation mode for uint8 images (N, 1, 28, 28)."""
     net.eval()
-    return torch.cat([net(normalize(batch.float() / 255)) for batch in images.split(EVALUATION_BATCH_SIZE)])
+    return torch.cat([net(normalize(batch.float() / 255)) for batch in torch.split(images, EVALUATION_BATCH_SIZE)])
 
 
 def evaluate(logits: Tensor, labels: Tensor) -> tuple[float, int]:
