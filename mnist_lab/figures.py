@@ -7,7 +7,7 @@ grey. Accuracies are in percent. Bad input raises `LabError`. A notebook shows t
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, product
 from typing import Any
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 
 from mnist_lab.errors import LabError
 
@@ -255,6 +255,34 @@ def plot_mistakes(
     figure = _gallery(pictures[order], titles, columns, SMALL)
     figure.suptitle(f"{len(order)} of {len(wrong)} mistakes, the most confident first", fontsize=MEDIUM)
     return figure
+
+
+def run_figures(
+    history: Iterable[Mapping[str, object]],
+    target_accuracy: float | None,
+    images: ArrayLike,
+    truth: ArrayLike,
+    logits: ArrayLike,
+    augmented: tuple[ArrayLike, ArrayLike] | None = None,
+) -> dict[str, Figure]:
+    """Return the figures that are kept with one run, by name.
+
+    history: one record per epoch with the columns that `plot_training` and `plot_learning_rate` need.
+    images (N, 28, 28), truth (N,), logits (N, 10): the test images and what the trained network says of them.
+    augmented: images before and after the augmentation, as `plot_augmentation` takes them.
+    """
+    frame = pd.DataFrame.from_records(list(history))
+    scores = special.softmax(np.asarray(logits, dtype=np.float64), axis=1)
+    prediction = scores.argmax(axis=1)
+    figures = {
+        "training": plot_training(frame, target_accuracy),
+        "learning_rate": plot_learning_rate(frame),
+        "confusion": plot_confusion(truth, prediction),
+        "mistakes": plot_mistakes(images, truth, prediction, scores.max(axis=1)),
+    }
+    if augmented is not None:
+        figures["augmentation"] = plot_augmentation(*augmented)
+    return figures
 
 
 def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:

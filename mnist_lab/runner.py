@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,11 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.summary import summarize
 from mnist_lab.targets import Verdict
-from mnist_lab.tracking import TrackedRun, open_store, track
+from mnist_lab.tracking import open_store, track
 from mnist_lab.training import EpochMetrics, fit, normalize, num_params, predict, rehearse
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_SEED = 2**32 - 1
 # What a run logs once. MLflow shows the last value of each epoch's metrics by itself; its UI slows down with many more.
@@ -111,7 +114,15 @@ def run(
             num_params=int(measured["num_params"]),
             epochs=len(epochs),
         )
-        finish(tracked, net, mnist, measured, verdicts)
+        tracked.log_once({name: measured[name] for name in LOGGED_ONCE if name in measured})
+        words = {f"verdict_{verdict.name}": verdict.word for verdict in verdicts}
+        tracked.set_tags({"targets": targets.overall(verdicts), **words})
+        logits = predict(net, mnist.test_images)
+        tracked.log_predictions(mnist.test_labels, logits)
+        tracked.log_figures(draw(experiment, mnist, epochs, logits, step=step, seed=seed, run_id=tracked.run_id))
+        refusal = tracked.log_model(net, normalize(mnist.test_images[:2].float() / 255))
+        if refusal is not None:
+            tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
     return RunResult(tracked.run_id, epochs, measured, verdicts, overrides)
 
 
@@ -145,17 +156,25 @@ def measure(net: nn.Module, epochs: list[EpochMetrics], experiment: Experiment) 
     return measured
 
 
-def finish(
-    tracked: TrackedRun, net: nn.Module, mnist: Mnist, measured: dict[str, float], verdicts: list[Verdict]
-) -> None:
-    """Log what a run leaves at its end: figures, verdicts, predictions and the trained network."""
-    tracked.log_once({name: measured[name] for name in LOGGED_ONCE if name in measured})
-    words = {f"verdict_{verdict.name}": verdict.word for verdict in verdicts}
-    tracked.set_tags({"targets": targets.overall(verdicts), **words})
-    tracked.log_predictions(mnist.test_labels, predict(net, mnist.test_images))
-    refusal = tracked.log_model(net, normalize(mnist.test_images[:2].float() / 255))
-    if refusal is not None:
-        tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
+def draw(
+    experiment: Experiment, mnist: Mnist, epochs: list[EpochMetrics], logits: Tensor, **identity: object
+) -> dict[str, Figure]:
+    """Draw the figures that are kept with a run; `identity` is its step, seed and run_id."""
+    from mnist_lab.figures import run_figures  # pandas and matplotlib take a second, which a refused run need not wait
+
+    augmented = None
+    if experiment.augmentation is not None:
+        images = mnist.train_images[:10].float() / 255
+        draws = torch.stack([experiment.augmentation(images) for _ in range(3)])
+        augmented = images.squeeze(1).cpu().numpy(), draws.squeeze(2).cpu().numpy()
+    return run_figures(
+        [{**identity, "epoch": metrics.epoch, **epoch_metrics(metrics)} for metrics in epochs],
+        experiment.targets.accuracy,
+        mnist.test_images.squeeze(1).cpu().numpy(),
+        mnist.test_labels.cpu().numpy(),
+        logits.float().cpu().numpy(),
+        augmented,
+    )
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -9,15 +9,20 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import copy
 import importlib.metadata
+import io
 import json
 import logging
+import signal
 import sqlite3
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -26,6 +31,7 @@ from filelock import FileLock
 from mlflow.data.numpy_dataset import from_numpy
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
+from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 
 from mnist_lab.data import Mnist
@@ -59,6 +65,8 @@ def open_store(uri: str | None = None) -> Store:
     try:
         if database is None:
             return Store(uri, _experiment_id(uri, artifacts=None))
+        if database.exists():
+            check_readable(uri)  # before a lock file is left beside what is not ours
         database.parent.mkdir(parents=True, exist_ok=True)
         # Two processes that make the same new database at once would break it.
         with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
@@ -66,7 +74,7 @@ def open_store(uri: str | None = None) -> Store:
                 _create(database)
             check_readable(uri)
             return Store(uri, _experiment_id(uri, artifacts=_artifacts(database)))
-    except (MlflowException, OSError, sqlite3.Error) as error:
+    except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error) as error:
         raise LabError(f"tracking store {uri!r} can't be used: {_one_line(error)}") from error
 
 
@@ -119,6 +127,11 @@ class TrackedRun:
     def log_json(self, value: Mapping[str, object], artifact_file: str) -> None:
         mlflow.log_text(json.dumps(value, indent=2) + "\n", artifact_file)
 
+    def log_figures(self, figures: Mapping[str, Any]) -> None:
+        """Log matplotlib figures as `figures/<name>.png`."""
+        for name, figure in figures.items():
+            mlflow.log_figure(figure, f"figures/{name}.png", save_kwargs={"dpi": 120})
+
     def log_data(self, mnist: Mnist, source: Path) -> None:
         """Log both parts of MNIST as MLflow inputs, with the SHA-256 of the files as digest (its first 36 digits)."""
         for context, images, labels in (
@@ -161,7 +174,7 @@ class TrackedRun:
         signature = infer_signature(example.numpy(), output.numpy())
         packages = [f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")]
         try:
-            with _quiet():
+            with _quiet(), redirect_stderr(io.StringIO()):  # torch.export prints the graph that it can't express
                 mlflow.pytorch.log_model(
                     net,
                     name="model",
@@ -188,13 +201,18 @@ def track(
     """Open a run, and close it by how the block ends.
 
     FINISHED at its end or by `sys.exit(0)`, KILLED by KeyboardInterrupt, else FAILED.
+
+    Raises:
+        LabError: if the store fails on the way, e.g. because its disk is full.
     """
-    mlflow.set_tracking_uri(store.uri)
-    run = mlflow.start_run(experiment_id=store.experiment_id, run_name=run_name, tags=dict(tags))
+    before = os.environ.get("MLFLOW_TRACKING_URI")
     status = "FAILED"
     try:
+        with _uninterrupted():
+            mlflow.set_tracking_uri(store.uri)
+            run_id = mlflow.start_run(experiment_id=store.experiment_id, run_name=run_name, tags=dict(tags)).info.run_id
         mlflow.log_params(dict(params))
-        yield TrackedRun(run.info.run_id)
+        yield TrackedRun(run_id)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -202,24 +220,59 @@ def track(
     except SystemExit as end:
         status = "FINISHED" if end.code in (0, None) else "FAILED"
         raise
+    except MlflowException as error:
+        raise LabError(f"tracking store {store.uri!r} failed during the run: {_one_line(error)}") from error
     finally:
+        with _uninterrupted():
+            _end_run(status)
+            mlflow.set_tracking_uri(before)  # it sets the environment variable too, by which later stores are found
+
+
+def _end_run(status: str) -> None:
+    """Close the run. Where that fails, what ended the block matters more, unless nothing did."""
+    run = mlflow.active_run()
+    try:
         mlflow.end_run(status)
+    except MlflowException as error:
+        message = f"the run {run.info.run_id} could not be marked {status}: {_one_line(error)}"
+        if status == "FINISHED":
+            raise LabError(message) from error
+        logging.getLogger(__name__).warning(message)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back the signals that end a program until the block is through: half-way, the run would stay RUNNING."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread is interrupted by signals
+        yield
+        return
+    arrived: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        arrived.append(signum)
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not None]
+    handlers = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in arrived[:1]:
+            signal.raise_signal(number)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show."""
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def _one_line(error: Exception) -> str:
