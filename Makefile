@@ -75,6 +75,18 @@ compare: $(INSTALLED)  ## print one row per experiment from the tracked runs
 ui: $(INSTALLED)  ## browse the runs in the MLflow UI
 	@$(PYTHON) -m mnist_lab ui $(ARGS)
 
+.PHONY: report
+report: $(INSTALLED)  ## write reports/steps.html and reports/steps.md from the tracked runs
+	@$(PYTHON) -m mnist_lab report $(ARGS)
+
+.PHONY: notebooks
+notebooks: $(INSTALLED)  ## execute the notebooks again on the tracked runs
+	.venv/bin/jupyter execute --inplace notebooks/*.ipynb
+
+.PHONY: lab
+lab: $(INSTALLED)  ## open JupyterLab on the notebooks
+	.venv/bin/jupyter lab --ip 127.0.0.1 notebooks $(ARGS)
+
 # ---- checks
 
 .PHONY: test

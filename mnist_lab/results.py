@@ -226,11 +226,13 @@ def _find_runs(
     if status is not None and status not in STATUSES:
         raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
     runs = _all_runs(uri)
+    if not runs:
+        raise LabError(f"no runs yet in {uri}; train first, e.g. `make step1`")
     known = sorted({run.data.tags["step"] for run in runs})
     wanted = {steps} if isinstance(steps, str) else None if steps is None else set(steps)
     for step in wanted or ():
         if step not in known:
-            raise LabError(f"steps: no run of {step!r} in {uri}; there are runs of {', '.join(known) or 'no step'}")
+            raise LabError(f"steps: no run of {step!r} in {uri}; there are runs of {', '.join(known)}")
     numbers = {seeds} if isinstance(seeds, int) else None if seeds is None else set(seeds)
     return [
         run
@@ -249,7 +251,7 @@ def _all_runs(uri: str) -> list[Run]:
         client = mlflow.MlflowClient(uri)
         experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
         if experiment is None:
-            raise LabError(f"no runs yet: {uri} has no experiment {EXPERIMENT_NAME!r}; train first, e.g. `make step1`")
+            return []
         runs: list[Run] = []
         token: str | None = ""
         while token is not None:

@@ -176,11 +176,18 @@ def test_a_finished_run_without_a_result_is_left_out_with_a_warning(tmp_path: Pa
         assert results.run_table(tracking_uri=store.uri).empty
 
 
-def test_an_empty_store_gives_an_empty_table_with_the_columns(tmp_path: Path) -> None:
+def test_an_empty_store_says_what_to_run(tmp_path: Path) -> None:
     store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert {"step", "seed", "lr", "final_test_accuracy", "run_id"} <= set(results.run_table(tracking_uri=store.uri))
-    assert results.epoch_history(tracking_uri=store.uri).empty
-    assert results.compare_table(tracking_uri=store.uri).empty
+    for read in (results.run_table, results.epoch_history, results.compare_table):
+        with pytest.raises(LabError, match="no runs yet in .*make step1"):
+            read(tracking_uri=store.uri)
+
+
+def test_no_matching_run_gives_an_empty_table_with_the_columns(store: Store) -> None:
+    table = results.run_table(seeds=77, tracking_uri=store.uri)
+    assert table.empty
+    assert {"step", "seed", "lr", "final_test_accuracy", "run_id"} <= set(table)
+    assert results.epoch_history(seeds=77, tracking_uri=store.uri).empty
 
 
 @pytest.mark.parametrize(
