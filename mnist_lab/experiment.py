@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,8 +37,28 @@ NAMES_OF_PARTS = ("optimizer", "scheduler", "scheduler_interval", "loss", "augme
 RUN_PARAMS = ("seed", "device")  # logged beside the hyperparameters: an argument so named is qualified by its part
 
 
+class _Declaration:
+    """A dataclass that refuses unknown and missing fields with a sentence: Python's TypeError comes with a traceback."""
+
+    def __new__(cls, *args: object, **fields: object) -> Self:
+        declared = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if args:
+            raise LabError(f"{cls.__name__} takes its fields by keyword, e.g. {next(iter(declared))}=...")
+        for name in fields.keys() - declared.keys():
+            raise LabError(f"{cls.__name__} has no field {name!r}{_did_you_mean(name, declared)}")
+        for name, f in declared.items():
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            if required and name not in fields:
+                raise LabError(f"{cls.__name__}: the field {name!r} is missing")
+        return super().__new__(cls)
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, object]]:
+        """Let `copy` and `pickle` give __new__ the fields that it asks for."""
+        return (), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Targets:
+class Targets(_Declaration):
     """What the experiment should reach; None where nothing was stated.
 
     accuracy: test accuracy of the last epoch in percent, at least this.
@@ -52,7 +72,7 @@ class Targets:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(_Declaration):
     """One network and the way it is trained, in torch's own words.
 
     net: the network's class; called without arguments, or with those given by `partial`. It maps normalised images
@@ -80,23 +100,6 @@ class Experiment:
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     targets: Targets = Targets()
     reported: Mapping[str, float] = field(default_factory=dict)
-
-    def __new__(cls, *args: object, **fields: object) -> Experiment:
-        """Refuse unknown and missing fields with a sentence; Python's own TypeError would come with a traceback."""
-        declared = {f.name: f for f in dataclasses.fields(cls)}
-        if args:
-            raise LabError("Experiment takes its fields by keyword, e.g. Experiment(net=Net, epochs=14, ...)")
-        for name in fields.keys() - declared.keys():
-            raise LabError(f"Experiment has no field {name!r}{_did_you_mean(name, declared)}")
-        for name, f in declared.items():
-            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-            if required and name not in fields:
-                raise LabError(f"Experiment: the field {name!r} is missing")
-        return super().__new__(cls)
-
-    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, object]]:
-        """Let `copy` and `pickle` give __new__ the fields that it asks for."""
-        return (), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def check(self) -> None:
         """Refuse values that can't be right on their face. What only torch can judge, `training.rehearse` tries.

@@ -69,6 +69,11 @@ def test_a_missing_field_is_named(missing: str) -> None:
         Experiment(**fields)
 
 
+def test_targets_refuse_an_unknown_field_too() -> None:
+    with pytest.raises(LabError, match=r"^Targets has no field 'acuracy' \(did you mean 'accuracy'\?\)"):
+        Targets(acuracy=99.4)  # type: ignore[call-arg]
+
+
 def test_fields_are_given_by_keyword() -> None:
     with pytest.raises(LabError, match="by keyword"):
         Experiment(Net, 14, 128, SGD)  # type: ignore[misc]

@@ -549,23 +549,24 @@ def test_a_schedule_of_the_scripts_own_is_given_what_it_asks_for(small_mnist: Mn
 
 
 def test_reduce_on_plateau_follows_the_training_loss(small_mnist: Mnist) -> None:
-    experiment = declare(
-        epochs=8,
-        optimizer=partial(SGD, lr=0.01),
-        scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=1, threshold=0.2),
-    )
+    experiment = declare(epochs=10, scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.2))
     rehearse(experiment, small_mnist)
 
     _, epochs = train(experiment, small_mnist)
 
-    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
-    scheduler = experiment.scheduler(optimizer)
-    expected = []
-    for epoch in epochs:
-        expected.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(epoch.train_loss)
-    assert [epoch.lr for epoch in epochs] == expected
-    assert len(set(expected)) > 1
+    def rates_after(losses: list[float]) -> list[float]:
+        optimizer = experiment.optimizer([nn.Parameter(torch.zeros(1))])
+        scheduler = experiment.scheduler(optimizer)
+        sequence = []
+        for loss in losses:
+            sequence.append(optimizer.param_groups[0]["lr"])
+            scheduler.step(loss)
+        return sequence
+
+    measured = [epoch.lr for epoch in epochs]
+    assert measured == rates_after([epoch.train_loss for epoch in epochs])
+    assert measured != rates_after([epoch.test_loss for epoch in epochs])
+    assert measured != rates_after([1.0] * 10)
 
 
 # ---- seeds
