@@ -38,25 +38,29 @@ def compare(arguments: argparse.Namespace) -> None:
         raise LabError(f"no finished runs without overrides in {uri}; train first, e.g. `make step1`")
     print(tabulate(*results.compare_text(table), disable_numparse=True))
     print(
-        "\nAccuracies in %: last = last epoch (mean +- sd over seeds), train = training accuracy of the last epoch,\n"
-        "best = best epoch, picked on the test images. After each target: met or missed, judged on the last epoch."
+        "\nAccuracies in %. last: of the last epoch, mean +- sd over seeds; it is what the verdict judges.\n"
+        "best: of the best epoch, picked on the test images. train: training accuracy of the last epoch.\n"
+        "One run on 10,000 images is known to about +- 0.15 points (95 %) at 99.4."
     )
 
 
 def ui(arguments: argparse.Namespace) -> None:
     """Serve the MLflow UI on loopback."""
     from mnist_lab import ui as server
-    from mnist_lab.tracking import open_store
 
     if sqlite_file(tracking_uri(arguments.tracking_uri)) is None:
         raise LabError(
             f"tracking store {tracking_uri(arguments.tracking_uri)!r} is a server already: open it in a browser"
         )
+    server.check_port(arguments.port)
+
+    from mnist_lab.tracking import open_store
+
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
+    store = open_store(arguments.tracking_uri)
     port = server.free_port(arguments.port)
     if port != arguments.port:
         print(f"Port {arguments.port} is taken; using {port}.", file=sys.stderr)
-    store = open_store(arguments.tracking_uri)
     server.serve(store.uri, store.experiment_id, port)
 
 

@@ -38,7 +38,7 @@ RUN_PARAMS = ("seed", "device")  # logged beside the hyperparameters: an argumen
 
 
 class _Declaration:
-    """A dataclass that refuses unknown and missing fields with a sentence: Python's TypeError comes with a traceback."""
+    """A dataclass that refuses unknown and missing fields with a sentence, where Python gives a traceback."""
 
     def __new__(cls, *args: object, **fields: object) -> Self:
         declared = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

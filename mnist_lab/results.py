@@ -188,12 +188,9 @@ def compare_text(table: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
             [
                 f"{row['step']} {row['overrides']}".strip(),
                 str(row["seeds"]),
-                f"{row['num_params']:,}",
-                row["verdict_params"],
-                str(row["epochs"]),
-                row["verdict_epochs"],
-                f"{percent(row['last'])}{spread}",
-                row["verdict_accuracy"],
+                f"{row['num_params']:,}  {row['verdict_params']}",
+                f"{row['epochs']}  {row['verdict_epochs']}",
+                f"{percent(row['last'])}{spread}  {row['verdict_accuracy']}",
                 percent(row["best"]),
                 percent(row["train"]),
                 percent(row["reported_final_test_accuracy"]),
@@ -201,8 +198,8 @@ def compare_text(table: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
                 percent(row["reported_best_train_accuracy"]),
             ]
         )
-    headers = ["experiment", "seeds", "parameters", "", "epochs", "", "last", "", "best", "train"]
-    return rows, [*headers, "reported: last", "best", "best train"]
+    headers = ["experiment", "seeds", "parameters", "epochs", "last", "best", "train"]
+    return rows, [*headers, "reported\nlast", "reported\nbest", "reported\nbest train"]
 
 
 def _verdicts(row: pd.Series[Any]) -> dict[str, str]:
