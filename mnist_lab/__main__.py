@@ -13,6 +13,7 @@ from mnist_lab.store import sqlite_file, tracking_uri
 
 
 def main() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `compare | head` ends quietly
     arguments = _parser().parse_args()
     arguments.job(arguments)
 

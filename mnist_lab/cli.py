@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -22,6 +24,7 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from mnist_lab.runner import RunResult
     from mnist_lab.training import EpochMetrics
 
+INTERRUPTED = "Interrupted."
 REFRESH_SECONDS = 0.5  # reading the running figures waits for the device, so the bar does it this often only
 
 
@@ -40,25 +43,26 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
     experiment, overrides = experiment.override(changes)
     experiment.check()
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
-
-    from mnist_lab import runner
-
-    console = Console(experiment.epochs)
     try:
-        result = runner.run(
-            experiment,
-            script,
-            console,
-            overrides=overrides,
-            seed=arguments.seed,
-            device=arguments.device,
-            data_dir=arguments.data_dir,
-            tracking_uri=arguments.tracking_uri,
-            limit=arguments.limit,
-        )
+        from mnist_lab import runner
+
+        with closing(Console(experiment.epochs)) as console:
+            result = runner.run(
+                experiment,
+                script,
+                console,
+                overrides=overrides,
+                seed=arguments.seed,
+                device=arguments.device,
+                data_dir=arguments.data_dir,
+                tracking_uri=arguments.tracking_uri,
+                limit=arguments.limit,
+            )
     except KeyboardInterrupt:
-        console.close_bar()
-        print("\nInterrupted: the run is marked KILLED, its finished epochs are kept in MLflow.", file=sys.stderr)
+        print(
+            f"\n{INTERRUPTED} A run that had begun is marked KILLED; its finished epochs are in MLflow.",
+            file=sys.stderr,
+        )
         sys.exit(128 + signal.SIGINT)
     print_result(result, experiment)
 
@@ -73,11 +77,11 @@ def parser(experiment: Experiment, script: Path) -> argparse.ArgumentParser:
     )
     parser.add_argument("--epochs", type=int, help="epochs to train (an override)")
     parser.add_argument("--batch-size", type=int, help="images per batch (an override)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order, dropout, augmentation (default 0)")
+    parser.add_argument("--seed", type=_from(0), default=0, help="of weights, order, dropout, augmentation (default 0)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     parser.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
-    parser.add_argument("--limit", type=int, metavar="N", help="train on the first N images, for a quick look")
+    parser.add_argument("--limit", type=_from(1), metavar="N", help="train on the first N images, for a quick look")
     parser.add_argument(
         "--set",
         action="append",
@@ -86,6 +90,17 @@ def parser(experiment: Experiment, script: Path) -> argparse.ArgumentParser:
         help="override a declared hyperparameter, e.g. --set lr=0.05; may be repeated",
     )
     return parser
+
+
+def _from(least: int) -> Callable[[str], int]:
+    """Return what reads a whole number for argparse and refuses one below `least`, before anything slow is imported."""
+
+    def number(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]+", text) or (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return number
 
 
 def assignment(text: str) -> tuple[str, str]:
@@ -133,7 +148,7 @@ class Console:
             self.bar.update(seen - self.bar.n)
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
-        self.close_bar()
+        self.close()
         self.epoch = metrics.epoch + 1
         print(
             f"epoch {metrics.epoch:>{len(str(self.epochs))}}/{self.epochs}  "
@@ -145,7 +160,8 @@ class Console:
             flush=True,
         )
 
-    def close_bar(self) -> None:
+    def close(self) -> None:
+        """Take the bar away, so that what is printed next starts on a line of its own."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -156,6 +172,7 @@ class Console:
         return tqdm(
             total=self.num_images,
             desc=f"epoch {self.epoch}/{self.epochs}",
+            file=sys.stdout,
             unit=" images",
             leave=False,
             dynamic_ncols=True,
@@ -197,19 +214,25 @@ def _share(correct: int, total: int) -> str:
 
 
 def interrupt_on_signals(*signals: signal.Signals) -> None:
-    """Let these signals end the program as Ctrl-C does, so that what is open is closed in order."""
+    """Let these signals end the program as Ctrl-C does, so that what is open is closed in order.
+
+    A signal that is ignored stays so: `nohup` starts programs that way, to let them outlive the terminal.
+    """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     for number in signals:
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Show a LabError as its sentence, also one raised while a script still declares its experiment."""
     if isinstance(error, LabError):
         print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print(f"\n{INTERRUPTED}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+DIFF = ("diff", "--no-ext-diff", "--no-color")  # one that `git apply` takes, however the user's git shows diffs
 PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pandas", "matplotlib")
 
 
@@ -31,13 +32,13 @@ class Commit:
 def commit(script: Path) -> Commit:
     """Return the state of the repository that `script` lies in."""
     sha = _git(script.parent, "rev-parse", "--verify", "HEAD").strip() or "none"
-    changes = _git(script.parent, "status", "--porcelain", "--untracked-files=all")
+    changes = _git(script.parent, "status", "--porcelain", "-z", "--untracked-files=all")  # -z: names as they are
     if not changes:
         return Commit(sha, dirty=False, diff="")
-    diff = _git(script.parent, "diff", "HEAD") if sha != "none" else ""
+    diff = _git(script.parent, *DIFF, "HEAD") if sha != "none" else ""
     tree = _git(script.parent, "rev-parse", "--show-toplevel").strip()
-    for new in (line[3:] for line in changes.splitlines() if line.startswith("?? ")):
-        diff += _git(Path(tree), "diff", "--no-index", "--", os.devnull, new.strip('"'))
+    for new in (entry[3:] for entry in changes.split("\0") if entry.startswith("?? ")):
+        diff += _git(Path(tree), *DIFF, "--no-index", "--", os.devnull, new)
     return Commit(sha, dirty=True, diff=diff)
 
 

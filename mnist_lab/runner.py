@@ -69,6 +69,8 @@ def run(
     """
     experiment.check()
     _check_seed(seed)
+    if not script.is_file():
+        raise LabError(f"script: {str(script)!r} is not a file; a run is named after the script that declares it")
     where = choose_device(device)
     store = open_store(tracking_uri)
     mnist = load_mnist(data_dir, where)
@@ -98,7 +100,7 @@ def run(
     with track(store, run_name, params=params, tags=tags) as tracked:
         tracked.log_data(mnist, find_data_dir(data_dir))
         tracked.log_text(summary + "\n", "model_summary.txt")
-        tracked.log_text(script.read_text(), f"source/{script.name}")
+        tracked.log_file(script, "source")
         tracked.log_json(environment, "environment.json")
         if commit.dirty:
             tracked.log_text(commit.diff, "source/uncommitted.diff")

@@ -121,6 +121,9 @@ class TrackedRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         mlflow.set_tags(dict(tags))
 
+    def log_file(self, file: Path, folder: str) -> None:
+        mlflow.log_artifact(str(file), folder)
+
     def log_text(self, text: str, artifact_file: str) -> None:
         mlflow.log_text(text, artifact_file)
 
@@ -206,7 +209,7 @@ def track(
         LabError: if the store fails on the way, e.g. because its disk is full.
     """
     before = os.environ.get("MLFLOW_TRACKING_URI")
-    status = "FAILED"
+    run_id, status = None, "FAILED"
     try:
         with _uninterrupted():
             mlflow.set_tracking_uri(store.uri)
@@ -224,17 +227,19 @@ def track(
         raise LabError(f"tracking store {store.uri!r} failed during the run: {_one_line(error)}") from error
     finally:
         with _uninterrupted():
-            _end_run(status)
-            mlflow.set_tracking_uri(before)  # it sets the environment variable too, by which later stores are found
+            try:
+                if run_id is not None:
+                    _end_run(run_id, status)
+            finally:  # MLflow has set the environment variable too, by which the next store would be found
+                mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
 
 
-def _end_run(status: str) -> None:
+def _end_run(run_id: str, status: str) -> None:
     """Close the run. Where that fails, what ended the block matters more, unless nothing did."""
-    run = mlflow.active_run()
     try:
         mlflow.end_run(status)
     except MlflowException as error:
-        message = f"the run {run.info.run_id} could not be marked {status}: {_one_line(error)}"
+        message = f"tracking store: the run {run_id} could not be marked {status}: {_one_line(error)}"
         if status == "FINISHED":
             raise LabError(message) from error
         logging.getLogger(__name__).warning(message)
@@ -251,15 +256,14 @@ def _uninterrupted() -> Iterator[None]:
     def note(signum: int, frame: FrameType | None) -> None:
         arrived.append(signum)
 
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not None]
-    handlers = {number: signal.signal(number, note) for number in numbers}
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in arrived[:1]:
-            signal.raise_signal(number)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 @contextmanager
@@ -276,4 +280,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:500]

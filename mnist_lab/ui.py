@@ -16,6 +16,18 @@ from mnist_lab.errors import LabError
 HOST = "127.0.0.1"
 PORTS_TRIED = 20
 START_TIMEOUT = 60  # seconds
+STOP_TIMEOUT = 5
+MARK = "Mnist-Lab"  # a header of the server's answers: another server may have taken the port in the meantime
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that a user's server can't have.
+
+    Raises:
+        LabError: if it is out of range.
+    """
+    if not 1024 <= port <= 65535:
+        raise LabError(f"port: {port} is not between 1024 and 65535")
 
 
 def free_port(first: int) -> int:
@@ -24,8 +36,7 @@ def free_port(first: int) -> int:
     Raises:
         LabError: if the port is out of range, or the next ones are all taken too.
     """
-    if not 1024 <= first <= 65535:
-        raise LabError(f"port: {first} is not between 1024 and 65535")
+    check_port(first)
     last = min(first + PORTS_TRIED - 1, 65535)
     for port in range(first, last + 1):
         with socket.socket() as probe:
@@ -46,11 +57,12 @@ def serve(uri: str, experiment_id: str, port: int) -> None:
     """
     address = f"http://{HOST}:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", HOST, "--port", str(port)]
-    command += ["--backend-store-uri", uri, "--uvicorn-opts", "--log-level warning"]
+    mark = f"pid {os.getpid()}"
+    command += ["--backend-store-uri", uri, "--uvicorn-opts", f"--log-level warning --header '{MARK}:{mark}'"]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
-        _wait_until_ready(server, address)
+        _wait_until_ready(server, address, mark)
         print(f"The runs: {address}/#/experiments/{experiment_id}/runs", flush=True)
         print("Ctrl-C stops the server.", flush=True)
         server.wait()
@@ -58,17 +70,26 @@ def serve(uri: str, experiment_id: str, port: int) -> None:
     except KeyboardInterrupt:
         print()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)  # with its workers
-        server.wait()
+        _stop(server)
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], address: str) -> None:
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server with its workers: a request that never ends must not hold them."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_TIMEOUT)
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], address: str, mark: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise LabError(f"the MLflow server did not start: exit code {server.returncode}, its messages are above")
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=1):  # noqa: S310
-            return
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=1) as answer:  # noqa: S310
+            if answer.headers.get(MARK) == mark:
+                return
         time.sleep(0.2)
     raise LabError(f"the MLflow server was not ready after {START_TIMEOUT} seconds")

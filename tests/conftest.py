@@ -1,13 +1,19 @@
-"""What several test files share: the real data and the experiment scripts."""
+"""What several test files share: the real data, the experiment scripts, tracking stores, and one real run."""
 
 import dataclasses
 import importlib.util
+import shutil
+import sqlite3
+import subprocess
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers import TrackedRun, read_runs, run_script
 
 from mnist_lab.data import Mnist, load_mnist
 
@@ -46,3 +52,71 @@ def load_script() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+# ---- tracking stores
+
+
+@pytest.fixture(autouse=True)
+def _no_test_touches_the_projects_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    nowhere = tmp_path_factory.getbasetemp() / "nowhere"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{nowhere}/mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the database of a store without runs. Making one takes seconds, so copy it."""
+    from mnist_lab.tracking import open_store
+
+    database = tmp_path_factory.mktemp("empty_store") / "mlflow.db"
+    open_store(f"sqlite:///{database}")
+    return database
+
+
+@pytest.fixture
+def database(empty_store: Path, tmp_path: Path) -> Path:
+    """Return the database of a store of this test's own, without runs, in `tmp_path / "store"`."""
+    copy = tmp_path / "store" / "mlflow.db"
+    copy.parent.mkdir()
+    shutil.copy(empty_store, copy)
+    with closing(sqlite3.connect(copy)) as connection, connection:
+        location = (copy.parent / "artifacts").as_uri()
+        connection.execute("UPDATE experiments SET artifact_location = ? WHERE name = 'mnist'", (location,))
+    return copy
+
+
+@pytest.fixture
+def uri(database: Path) -> str:
+    """Return the tracking URI of this test's own store."""
+    return f"sqlite:///{database}"
+
+
+# ---- one real run
+
+
+@dataclass(frozen=True)
+class FullRun:
+    """What a user gets from one epoch of step 1 on all of MNIST."""
+
+    script: Path
+    process: subprocess.CompletedProcess[str]
+    database: Path
+
+    @property
+    def tracked(self) -> TrackedRun:
+        (run,) = read_runs(self.database)
+        return run
+
+
+@pytest.fixture(scope="session")
+def full_run(mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> FullRun:
+    """Train step 1 for one epoch through its script, from another current folder, into a store not made yet."""
+    folder = tmp_path_factory.mktemp("full_run")
+    script, database = EXPERIMENTS / "step1_baseline.py", folder / "store" / "mlflow.db"
+    process = run_script(
+        script, "--epochs", "1", "--seed", "3", "--tracking-uri", f"sqlite:///{database}", cwd=folder, timeout=600
+    )
+    assert process.returncode == 0, process.stderr
+    return FullRun(script, process, database)

@@ -1,0 +1,140 @@
+"""Start scripts as a user does, and read what they left with nothing but the standard library."""
+
+import fcntl
+import os
+import pty
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def default_signals(ignored: tuple[signal.Signals, ...] = ()) -> Callable[[], None]:
+    """Return a preexec_fn: the program starts as from a shell, however pytest itself was started."""
+
+    def set_signals() -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+    return set_signals
+
+
+def run_script(script: Path, *flags: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end, from the folder `cwd`."""
+    command = [sys.executable, str(script), *flags]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, preexec_fn=default_signals()
+    )
+
+
+class Terminal:
+    """A pseudo-terminal of 120 columns, and a program that runs on it."""
+
+    def __init__(self, command: list[str], cwd: Path) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+
+        def become_foreground() -> None:
+            default_signals()()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that the program gets SIGHUP when the terminal is closed
+
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=become_foreground,
+        )
+        os.close(slave)
+
+    def read_to_end(self) -> str:
+        """Return everything that was written, once the program has ended."""
+        written = b""
+        while True:
+            try:
+                part = os.read(self.master, 65536)
+            except OSError:  # how Linux says that nobody holds the other end any more
+                part = b""
+            if not part:
+                break
+            written += part
+        self.process.wait(60)
+        self.hang_up()
+        return written.decode()
+
+    def hang_up(self) -> None:
+        """Close the terminal, as a lost connection does."""
+        os.close(self.master)
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as it stands in the database."""
+
+    run_id: str
+    name: str
+    status: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    metrics: dict[str, list[tuple[int, float]]]  # (step, value) in order, by name
+    artifacts: Path
+
+
+def read_runs(database: Path) -> list[TrackedRun]:
+    """Return the runs in an MLflow database, oldest first, by SQL alone."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as connection:
+        query = "SELECT run_uuid, name, status, artifact_uri FROM runs ORDER BY start_time, run_uuid"
+        return [
+            TrackedRun(
+                run_id,
+                name,
+                status,
+                params=dict(connection.execute("SELECT key, value FROM params WHERE run_uuid = ?", (run_id,))),
+                tags=dict(connection.execute("SELECT key, value FROM tags WHERE run_uuid = ?", (run_id,))),
+                metrics=_metrics(connection, run_id),
+                artifacts=Path(artifact_uri.removeprefix("file://")),
+            )
+            for run_id, name, status, artifact_uri in connection.execute(query).fetchall()
+        ]
+
+
+def _metrics(connection: sqlite3.Connection, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    points: dict[str, list[tuple[int, float]]] = {}
+    query = "SELECT key, step, value FROM metrics WHERE run_uuid = ? ORDER BY step, timestamp"
+    for key, step, value in connection.execute(query, (run_id,)):
+        points.setdefault(key, []).append((step, value))
+    return points
+
+
+def read_value(database: Path, query: str) -> Any:
+    """Return the only value that a query gives."""
+    with closing(sqlite3.connect(database, timeout=30)) as connection:
+        ((value,),) = connection.execute(query).fetchall()
+    return value
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 120) -> None:
+    """Wait until the condition holds; an error that it raises counts as "not yet"."""
+    deadline = time.monotonic() + timeout
+    error: Exception | None = None
+    while time.monotonic() < deadline:
+        try:
+            if condition():
+                return
+        except (OSError, sqlite3.Error) as raised:
+            error = raised
+        time.sleep(0.05)
+    raise AssertionError(f"not so after {timeout} seconds") from error
