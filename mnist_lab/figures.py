@@ -312,8 +312,13 @@ def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:
 def _first_runs(frame: pd.DataFrame) -> pd.DataFrame:
     """Keep the first run of each step and seed, which is the newest where the newest stand first; sort by step.
 
-    The steps are ordered by name, `step1_...` and on before the rest.
+    The steps are ordered by name, `step1_...` and on before the rest. Where there is a column `overrides`, a run that
+    has some is named with them: `step1_baseline [epochs=1]` is not step 1.
     """
+    if "overrides" in frame:
+        overridden = frame["overrides"].fillna("") != ""
+        names = frame["step"].where(~overridden, frame["step"] + " [" + frame["overrides"] + "]")
+        frame = frame.assign(step=names)
     first = frame.drop_duplicates(["step", "seed"])
     kept = frame[frame["run_id"].isin(first["run_id"])] if "epoch" in frame else first
     by_name = {step: (not step.startswith("step"), step) for step in kept["step"].unique()}

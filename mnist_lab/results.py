@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import mlflow
 import numpy as np
@@ -69,7 +69,7 @@ def run_table(
     steps: Iterable[str] | str | None = None,
     seeds: Iterable[int] | int | None = None,
     *,
-    include_overrides: bool = False,
+    include_overrides: bool | Literal["if_none"] = False,
     status: str | None = "FINISHED",
     tracking_uri: str | None = None,
 ) -> pd.DataFrame:
@@ -77,6 +77,7 @@ def run_table(
 
     steps, seeds: only these. A step is named by its script, e.g. "step3_gap".
     include_overrides: also runs whose declaration was overridden on the command line; they are not that step any more.
+        "if_none" takes them only for a step that has no run as declared: the newest, and those overridden alike.
     status: "FINISHED", "RUNNING", "FAILED" or "KILLED", or None for all.
 
     Columns: step, seed, every hyperparameter (missing where a run has none of that name), num_params, accuracies in
@@ -93,24 +94,27 @@ def epoch_history(
     steps: Iterable[str] | str | None = None,
     seeds: Iterable[int] | int | None = None,
     *,
-    include_overrides: bool = False,
+    include_overrides: bool | Literal["if_none"] = False,
     status: str | None = "FINISHED",
     tracking_uri: str | None = None,
 ) -> pd.DataFrame:
     """Return one row per run and epoch, for the runs that `run_table` gives for the same arguments.
 
-    Columns: run_id, step, seed, epoch, train_loss, train_accuracy, test_loss, test_accuracy, lr, epoch_seconds.
+    Columns: run_id, step, overrides, seed, epoch, train_loss, train_accuracy, test_loss, test_accuracy, lr,
+    epoch_seconds.
 
     Raises:
         LabError: as `run_table`.
     """
     uri = resolve_uri(tracking_uri)
-    runs = _table(_find_runs(uri, steps, seeds, include_overrides, status))[["run_id", "step", "seed", "epochs"]]
+    runs = _table(_find_runs(uri, steps, seeds, include_overrides, status))[
+        ["run_id", "step", "overrides", "seed", "epochs"]
+    ]
     points = _points(uri, dict(zip(runs["run_id"], runs["epochs"], strict=True)))
     # Should a point have been logged twice, its latest value counts.
     wide = points.pivot_table(index=["run_id", "epoch"], columns="metric", values="value", aggfunc="last")
     history = runs.drop(columns="epochs").merge(wide.reindex(columns=EPOCH_METRICS).reset_index(), on="run_id")
-    return history.astype({"epoch": "Int64"})[["run_id", "step", "seed", "epoch", *EPOCH_METRICS]]
+    return history.astype({"epoch": "Int64"})[["run_id", "step", "overrides", "seed", "epoch", *EPOCH_METRICS]]
 
 
 def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -142,7 +146,9 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
     return table.join(pd.DataFrame(logits, columns=[f"logit_{digit}" for digit in range(10)]))
 
 
-def compare_table(*, include_overrides: bool = False, tracking_uri: str | None = None) -> pd.DataFrame:
+def compare_table(
+    *, include_overrides: bool | Literal["if_none"] = False, tracking_uri: str | None = None
+) -> pd.DataFrame:
     """Return one row per experiment: the newest finished run of each seed, and the mean where there are several seeds.
 
     Columns: step, overrides, seeds (their number), num_params, epochs, last, last_sd (missing for one seed), best,
@@ -216,7 +222,7 @@ def _find_runs(
     uri: str,
     steps: Iterable[str] | str | None,
     seeds: Iterable[int] | int | None,
-    include_overrides: bool,
+    include_overrides: bool | Literal["if_none"],
     status: str | None,
 ) -> list[Run]:
     """Return the runs asked for, newest first."""
@@ -231,14 +237,21 @@ def _find_runs(
         if step not in known:
             raise LabError(f"steps: no run of {step!r} in {uri}; there are runs of {', '.join(known)}")
     numbers = {seeds} if isinstance(seeds, int) else None if seeds is None else set(seeds)
-    return [
+    chosen = [
         run
         for run in runs
         if (wanted is None or run.data.tags["step"] in wanted)
         and (numbers is None or int(run.data.params["seed"]) in numbers)
-        and (include_overrides or not run.data.tags.get("overrides"))
         and status in (None, run.info.status)
     ]
+    if include_overrides is True:
+        return chosen
+    counted: dict[str, str] = {}  # by step, what its runs have overridden
+    if include_overrides == "if_none":
+        for run in reversed(chosen):
+            counted[run.data.tags["step"]] = run.data.tags.get("overrides", "")
+    counted |= {run.data.tags["step"]: "" for run in chosen if not run.data.tags.get("overrides")}
+    return [run for run in chosen if run.data.tags.get("overrides", "") == counted.get(run.data.tags["step"], "")]
 
 
 def _all_runs(uri: str) -> list[Run]:

@@ -204,6 +204,11 @@ def test_training_draws_mean_and_range_over_seeds() -> None:
     assert {"test, smallest to largest", "training, smallest to largest"} < set(legend_texts(figure))
 
 
+def test_an_overridden_run_is_named_with_what_it_overrides() -> None:
+    history = make_history(seeds=1).assign(overrides="epochs=1")
+    assert figures.plot_training(history).get_suptitle() == "step3_gap [epochs=1]"
+
+
 def test_training_of_one_seed_has_two_lines_a_panel_and_no_band() -> None:
     figure = figures.plot_training(make_history(seeds=1), target_accuracy=None)
     for axes in all_axes(figure):

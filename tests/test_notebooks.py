@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import FullRun
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -26,8 +27,8 @@ def pictures(node: nbformat.NotebookNode) -> int:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
-def test_a_notebook_runs_from_any_folder(notebook: Path, tmp_path: Path, small_run_uri: str) -> None:
-    node = execute(notebook, tmp_path, small_run_uri)
+def test_a_notebook_runs_from_any_folder(notebook: Path, tmp_path: Path, full_run: FullRun) -> None:
+    node = execute(notebook, tmp_path, f"sqlite:///{full_run.database}")
     assert pictures(node) == {"01_data": 3, "02_compare_steps": 3, "03_mistakes": 2}[notebook.stem]
 
 

@@ -110,9 +110,22 @@ def test_run_table_filters(store: Store) -> None:
     assert len(ids(status=None)) == 7
 
 
+def test_overridden_runs_stand_in_where_a_step_has_no_run_as_declared(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    write_run(store, "step1", 0, [98.0], start_time=T0, tags={"overrides": "epochs=9"})
+    write_run(store, "step1", 0, [98.1], start_time=T0 + 1000, tags={"overrides": "epochs=1"})
+    write_run(store, "step1", 1, [98.2], start_time=T0 + 2000, tags={"overrides": "epochs=1"})
+    write_run(store, "step2", 0, [98.3], start_time=T0 + 3000)
+    write_run(store, "step2", 0, [98.4], start_time=T0 + 4000, tags={"overrides": "epochs=1"})
+    table = results.run_table(include_overrides="if_none", tracking_uri=store.uri)
+    assert table["final_test_accuracy"].tolist() == [98.3, 98.2, 98.1]
+    assert table["overrides"].tolist() == ["", "epochs=1", "epochs=1"]
+    assert results.run_table(tracking_uri=store.uri)["final_test_accuracy"].tolist() == [98.3]
+
+
 def test_epoch_history_is_tidy(store: Store) -> None:
     history = results.epoch_history(tracking_uri=store.uri)
-    assert list(history.columns) == ["run_id", "step", "seed", "epoch", *results.EPOCH_METRICS]
+    assert list(history.columns) == ["run_id", "step", "overrides", "seed", "epoch", *results.EPOCH_METRICS]
     assert len(history) == 3 + 3 + 3 + 2 + 1
     assert not history.isna().any().any()
     one = history[(history["step"] == "step4") & (history["seed"] == 1)]
