@@ -6,9 +6,13 @@ Change: a head of global average pooling and a 1x1 convolution. Pooling costs ca
 and dropout falls to 0.007: 0.1 was reported to hold the training accuracy at 98.8 to 99.0. Learning rate and batch size
 are those of step 1.
 
-Result: (not measured yet)
+Result: 99.09 % in the last epoch and 99.22 at best (epoch 11); training accuracy 99.37. It is one run here (seed 0, two
+Intel Xeon cores, torch 2.15). Reported were 99.37 at best (epoch 14), and 99.40 in training.
 
-Analysis: (not measured yet)
+Analysis: with almost no dropout the training accuracy is as reported, but the test accuracy is not: this run shows no
+gain over step 2, and its test accuracy goes up and down by 0.1 from epoch to epoch at the constant learning rate. One
+run can't tell a difference of that size from chance (its 95 % interval is about +- 0.18 points), so neither a gain nor
+a loss is shown.
 """
 
 from functools import partial

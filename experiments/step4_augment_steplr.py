@@ -6,9 +6,13 @@ Change: two at once, as reported. Training images are rotated at random, and the
 by StepLR (0.01 without a schedule was tried first, and gave 99.39 at best). Every block has dropout, and 50 channels
 stand before the head. The angle was not reported; up to 7 degrees is usual for this family of networks.
 
-Result: (not measured yet)
+Result: 99.39 % in the last epoch and 99.42 at best (epoch 9); 99.36 to 99.42 from epoch 9 on. Training accuracy 99.45.
+It is one run here (seed 0, two Intel Xeon cores, torch 2.15). Reported were 99.46 at best (epoch 11), and 99.32 in
+training.
 
-Analysis: (not measured yet)
+Analysis: the curves are smooth once the learning rate falls, and the training accuracy, measured on rotated images,
+hardly exceeds the test accuracy. The last epoch misses the target by a single image of 10,000, which is far within
+chance: this run neither shows nor refutes the reported 99.4 at the last epochs. Several seeds are needed.
 """
 
 from functools import partial
