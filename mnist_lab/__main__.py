@@ -1,4 +1,4 @@
-"""The jobs that belong to no experiment: `python -m mnist_lab data | compare | ui`; the Makefile calls them."""
+"""The jobs that belong to no experiment: `python -m mnist_lab data | compare | report | ui`; the Makefile calls them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mnist_lab.cli import interrupt_on_signals
 from mnist_lab.errors import LabError
-from mnist_lab.store import sqlite_file, tracking_uri
+from mnist_lab.store import PROJECT_ROOT, sqlite_file, tracking_uri
 
 
 def main() -> None:
@@ -43,6 +43,14 @@ def compare(arguments: argparse.Namespace) -> None:
         "best: of the best epoch, picked on the test images. train: training accuracy of the last epoch.\n"
         "One run on 10,000 images is known to about +- 0.15 points (95 %) at 99.4."
     )
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the report of the tracked runs."""
+    from mnist_lab.report import write_report
+
+    for file in write_report(arguments.folder, tracking_uri=arguments.tracking_uri):
+        print(f"Written: {file}")
 
 
 def ui(arguments: argparse.Namespace) -> None:
@@ -79,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command = add(compare, "compare", "print one row per experiment from the tracked runs")
     command.add_argument("--include-overrides", action="store_true", help="also runs with overridden hyperparameters")
+    _add_tracking_uri(command)
+    command = add(report, "report", "write steps.html and steps.md from the tracked runs")
+    command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")
     _add_tracking_uri(command)
     command = add(ui, "ui", "serve the MLflow UI on loopback")
     command.add_argument("--port", type=int, default=5000, help="port to try first (default 5000)")
