@@ -1,4 +1,4 @@
-"""The jobs that belong to no experiment: `python -m mnist_lab data | compare | report | ui`; the Makefile calls them."""
+"""The jobs that belong to no experiment, for the Makefile: `python -m mnist_lab data | compare | report | ui`."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the comparison table under its name, with the figures of its runs, and what could not be drawn."""
+    """One row of the comparison table, with the figures of its runs, and notes on what could not be drawn."""
 
     name: str  # the step, with its overrides where there are any
     row: dict[Any, Any]
@@ -84,7 +85,7 @@ def write_report(
 ) -> tuple[Path, Path]:
     """Write steps.html and steps.md into the folder and return their paths. Nothing is written before all is drawn.
 
-    Runs with overrides are left out, unless there are no others.
+    Of each experiment and seed the newest finished run counts; overridden ones only where there is none as declared.
 
     Raises:
         LabError: if the store is missing or foreign or has no finished run, a script can't be read, or the folder
@@ -93,37 +94,25 @@ def write_report(
     if not scripts.is_dir():
         raise LabError(f"scripts: {scripts} is not a folder")
     stories = {script.stem: read_story(script) for script in scripts.glob("[!_]*.py")}
-    runs = results.run_table(include_overrides=True, tracking_uri=tracking_uri)
+    runs = results.run_table(include_overrides="if_none", tracking_uri=tracking_uri).drop_duplicates(["step", "seed"])
     if runs.empty:
         raise LabError("no finished run to report on; train first, e.g. `make step1`")
-    overridden = runs["overrides"] != ""
-    only_overridden = bool(overridden.all())
-    chosen = runs if only_overridden else runs[~overridden]
-    newest = chosen.drop_duplicates(["step", "overrides", "seed"])
-    newest = newest.assign(name=(newest["step"] + " " + newest["overrides"]).str.strip())
-    compared = results.compare_table(include_overrides=only_overridden, tracking_uri=tracking_uri)
-    history = results.epoch_history(include_overrides=only_overridden, tracking_uri=tracking_uri)
+    compared = results.compare_table(include_overrides="if_none", tracking_uri=tracking_uri)
+    history = results.epoch_history(include_overrides="if_none", tracking_uri=tracking_uri)
     images = load_mnist().test_images[:, 0].numpy()  # (10000, 28, 28)
 
-    told: dict[str, list[Result]] = {step: [] for step in {*stories, *newest["step"]}}
+    drawn: dict[str, Result] = {}
     for row in compared.to_dict("records"):
-        name = f"{row['step']} {row['overrides']}".strip()
-        mine = newest[newest["name"] == name]
-        if len(mine):  # a run that has finished since the runs were read waits for the next report
-            told[row["step"]].append(draw(name, row, mine, history, images, tracking_uri))
-    chapters = sorted(told.items(), key=lambda chapter: (not chapter[0].startswith("step"), chapter[0]))
-    remarks = []
-    if only_overridden:
-        remarks.append("No experiment was run as declared yet: the runs here have the overrides beside their names.")
-    elif len(runs) > len(chosen):
-        remarks.append(f"Left out are {len(runs) - len(chosen)} finished runs with overrides.")
+        mine = runs[runs["step"] == row["step"]]
+        if len(mine):  # a step that has finished since the runs were read waits for the next report
+            drawn[row["step"]] = draw(row, mine, history[history["run_id"].isin(mine["run_id"])], images, tracking_uri)
+    steps = sorted({*stories, *drawn}, key=lambda step: (not step.startswith("step"), step))
     return _write(
         folder,
-        chapters=[(step, stories.get(step), drawn) for step, drawn in chapters],
-        results=[result for _, drawn in chapters for result in drawn],
-        overview=draw_overview(newest),
-        runs=newest.sort_values(["name", "seed"]).to_dict("records"),
-        remarks=remarks,
+        chapters=[(step, stories.get(step), drawn.get(step)) for step in steps],
+        results=[drawn[step] for step in steps if step in drawn],
+        overview=draw_overview(runs),
+        runs=runs.sort_values(["step", "seed"]).to_dict("records"),
         software=[f"Python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)],
         system=platform.platform(),
     )
@@ -146,15 +135,14 @@ def read_story(script: Path) -> Story:
 
 
 def draw(
-    name: str,
     row: dict[Any, Any],
     runs: pd.DataFrame,
-    history: pd.DataFrame,
+    epochs: pd.DataFrame,
     images: NDArray[np.uint8],
     tracking_uri: str | None,
 ) -> Result:
     """Draw one experiment: training curves over its seeds, confusion matrix and mistakes of the newest run."""
-    epochs = history[history["run_id"].isin(runs["run_id"])].assign(step=name)
+    name = f"{row['step']} [{row['overrides']}]" if row["overrides"] else row["step"]
     mean = epochs.groupby("epoch")[["test_accuracy", "train_accuracy"]].mean()
     seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
     alt = (
@@ -163,7 +151,9 @@ def draw(
         f"the last; training accuracy ends at {mean['train_accuracy'].iloc[-1]:.2f} %."
     )
     target = row["target_accuracy"] if row["target_accuracy"] > 0 else None  # it is NaN where none was stated
-    curves = _picture(figures.plot_training(epochs, target), f"{name}-training", alt, f"Loss and accuracy, {seeds}.")
+    curves = _picture(
+        figures.plot_training(epochs, target), f"{row['step']}-training", alt, f"Loss and accuracy, {seeds}."
+    )
     try:
         said = results.predictions(runs["run_id"].iloc[0], tracking_uri=tracking_uri)
     except LabError as error:
@@ -174,20 +164,20 @@ def draw(
     for (truth, read_as), count in Counter(zip(wrong["truth"], wrong["prediction"], strict=True)).most_common(1):
         alt += f" The most frequent mistake is {truth} read as {read_as}, {count} times."
     matrix = figures.plot_confusion(said["truth"], said["prediction"])
-    confusion = _picture(matrix, f"{name}-confusion", alt, f"Mistakes by digit, {run}.")
+    confusion = _picture(matrix, f"{row['step']}-confusion", alt, f"Mistakes by digit, {run}.")
     alt = f"The most confident of {len(wrong)} mistakes, as images with truth, prediction and confidence."
     for truth, read_as, confidence in wrong[["truth", "prediction", "confidence"]].head(1).to_numpy():
         alt += f" The first is a {truth:.0f} read as {read_as:.0f} with {100 * confidence:.1f} %."
     gallery = figures.plot_mistakes(images, said["truth"], said["prediction"], said["confidence"])
-    mistakes = _picture(gallery, f"{name}-mistakes", alt, f"The most confident mistakes, {run}.", vector=False)
+    mistakes = _picture(gallery, f"{row['step']}-mistakes", alt, f"The most confident mistakes, {run}.", vector=False)
     return Result(name, row, [curves, confusion, mistakes], [])
 
 
 def draw_overview(runs: pd.DataFrame) -> Picture:
     """Draw all experiments side by side."""
-    by_name = runs.groupby("name")["final_test_accuracy"].mean().sort_values()
-    params = runs.groupby("name")["num_params"].first()
-    ends = [f"{name}, {by_name[name]:.2f} % with {params[name]:,} parameters" for name in by_name.index]
+    means = runs.groupby("step")["final_test_accuracy"].mean().sort_values()
+    params = runs.groupby("step")["num_params"].first()
+    ends = [f"{step}, {means[step]:.2f} % with {params[step]:,} parameters" for step in means.index]
     alt = f"Test accuracy of the last epoch against parameters, {len(ends)} experiments. Highest: {ends[-1]}."
     if len(ends) > 1:
         alt += f" Lowest: {ends[0]}."
@@ -195,7 +185,7 @@ def draw_overview(runs: pd.DataFrame) -> Picture:
         "Test accuracy of the last epoch against parameters (above) and one by one (below). Grey marks are figures "
         "that others published; they were not measured here."
     )
-    return _picture(figures.plot_steps(runs.assign(step=runs["name"])), "all", alt, caption)
+    return _picture(figures.plot_steps(runs), "all", alt, caption)
 
 
 def _picture(figure: Figure, name: str, alt: str, caption: str, *, vector: bool = True) -> Picture:
@@ -229,20 +219,18 @@ def _write(folder: Path, **told: Any) -> tuple[Path, Path]:
     }
     pages = {name: templates.get_template(name).render(told).encode() for name in ("steps.html", "steps.md")}
     pictures = [told["overview"], *(picture for result in told["results"] for picture in result.pictures)]
+    contents = {folder / path: content for path, content in ({p.path: p.png for p in pictures} | pages).items()}
+    new = {file: file.with_name(f"{file.name}.{os.getpid()}.new") for file in contents}
     try:
-        for path, content in ({picture.path: picture.png for picture in pictures} | pages).items():
-            _replace(folder / path, content)
+        for file, content in contents.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            new[file].write_bytes(content)
+        for file in contents:  # at one stroke each: a reader finds the old file or the new one, never a half
+            new[file].replace(file)
     except OSError as error:
         raise LabError(f"the report can't be written to {folder}: {error.strerror}: {error.filename}") from error
-    return folder / "steps.html", folder / "steps.md"
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write a file at one stroke: a reader finds the old one or the new one, never a half."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f"{file.name}.{os.getpid()}.new")
-    try:
-        new.write_bytes(content)
-        new.replace(file)
     finally:
-        new.unlink(missing_ok=True)
+        for file in new.values():
+            with suppress(OSError):
+                file.unlink()
+    return folder / "steps.html", folder / "steps.md"

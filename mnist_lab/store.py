@@ -10,6 +10,7 @@ from pathlib import Path
 from mnist_lab.errors import LabError
 
 EXPERIMENT_NAME = "mnist"  # the one MLflow experiment that holds all runs
+UI_VIEW = "lab"  # the name of the columns that the MLflow UI shows
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 SQLITE = "sqlite:///"
 

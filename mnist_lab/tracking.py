@@ -36,9 +36,14 @@ from torch import Tensor, nn
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.store import EXPERIMENT_NAME, SQLITE, check_readable, sqlite_file, tracking_uri
+from mnist_lab.store import EXPERIMENT_NAME, SQLITE, UI_VIEW, check_readable, sqlite_file, tracking_uri
 
 FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a busy machine
+# MLflow's table shows no metric unless a view is chosen; this is its own way of sharing one, by name in the address.
+UI_COLUMNS = [
+    *(f"metrics.`{name}`" for name in ("final_test_accuracy", "best_test_accuracy", "train_accuracy", "num_params")),
+    "tags.`targets`",
+]
 MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 
 
@@ -98,43 +103,79 @@ def _experiment_id(uri: str, artifacts: Path | None) -> str:
         experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
         if experiment is None:
             location = artifacts.as_uri() if artifacts else None
-            return str(client.create_experiment(EXPERIMENT_NAME, artifact_location=location))
+            view = {f"mlflow.sharedViewState.{UI_VIEW}": json.dumps({"selectedColumns": UI_COLUMNS})}
+            return str(client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=view))
     if experiment.lifecycle_stage == "deleted":
         raise LabError(f"tracking store {uri!r}: the experiment {EXPERIMENT_NAME!r} is deleted; restore it in MLflow")
     return str(experiment.experiment_id)
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back the signals that end a program until the block is through; a second Ctrl-C is not held back.
+
+    An interrupt in the midst of MLflow's work can leave the database locked by a transaction that nobody ends,
+    and then the run can't be closed: it would stay RUNNING.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals interrupt no other thread
+        yield
+        return
+    arrived: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and signum in arrived:
+            raise KeyboardInterrupt
+        arrived.append(signum)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
 class TrackedRun:
-    """One run being written. Made by `track`."""
+    """One run being written. Made by `track`. Signals that end the program wait until what is being logged is."""
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
 
+    @_uninterrupted()
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Log one point of each metric at `step=epoch`."""
         mlflow.log_metrics(dict(metrics), step=epoch)
 
+    @_uninterrupted()
     def log_once(self, metrics: Mapping[str, float]) -> None:
         """Log metrics that a run has one value of."""
         mlflow.log_metrics(dict(metrics))
 
+    @_uninterrupted()
     def set_tags(self, tags: Mapping[str, str]) -> None:
         mlflow.set_tags(dict(tags))
 
+    @_uninterrupted()
     def log_file(self, file: Path, folder: str) -> None:
         mlflow.log_artifact(str(file), folder)
 
+    @_uninterrupted()
     def log_text(self, text: str, artifact_file: str) -> None:
         mlflow.log_text(text, artifact_file)
 
+    @_uninterrupted()
     def log_json(self, value: Mapping[str, object], artifact_file: str) -> None:
         mlflow.log_text(json.dumps(value, indent=2) + "\n", artifact_file)
 
+    @_uninterrupted()
     def log_figures(self, figures: Mapping[str, Any]) -> None:
         """Log matplotlib figures as `figures/<name>.png`."""
         for name, figure in figures.items():
             mlflow.log_figure(figure, f"figures/{name}.png", save_kwargs={"dpi": 120})
 
+    @_uninterrupted()
     def log_data(self, mnist: Mnist, source: Path) -> None:
         """Log both parts of MNIST as MLflow inputs, with the SHA-256 of the files as digest (its first 36 digits)."""
         for context, images, labels in (
@@ -151,6 +192,7 @@ class TrackedRun:
                 )
                 mlflow.log_input(dataset, context=context)
 
+    @_uninterrupted()
     def log_predictions(self, truth: Tensor, logits: Tensor) -> None:
         """Log truth (N,), prediction (N,) and logits (N, 10) of the test images as `predictions.npz`, pickle-free."""
         with tempfile.TemporaryDirectory() as folder:
@@ -163,6 +205,7 @@ class TrackedRun:
             )
             mlflow.log_artifact(str(file))
 
+    @_uninterrupted()
     def log_model(self, net: nn.Module, images: Tensor) -> str | None:
         """Log the trained network so that `mlflow.pytorch.load_model` gives it back, for any batch size.
 
@@ -214,7 +257,7 @@ def track(
         with _uninterrupted():
             mlflow.set_tracking_uri(store.uri)
             run_id = mlflow.start_run(experiment_id=store.experiment_id, run_name=run_name, tags=dict(tags)).info.run_id
-        mlflow.log_params(dict(params))
+            mlflow.log_params(dict(params))
         yield TrackedRun(run_id)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -243,27 +286,6 @@ def _end_run(run_id: str, status: str) -> None:
         if status == "FINISHED":
             raise LabError(message) from error
         logging.getLogger(__name__).warning(message)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold back the signals that end a program until the block is through: half-way, the run would stay RUNNING."""
-    if threading.current_thread() is not threading.main_thread():  # no other thread is interrupted by signals
-        yield
-        return
-    arrived: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        arrived.append(signum)
-
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if arrived:
-            signal.raise_signal(arrived[0])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import time
 import urllib.request
 
 from mnist_lab.errors import LabError
+from mnist_lab.store import UI_VIEW
 
 HOST = "127.0.0.1"
 PORTS_TRIED = 20
@@ -63,7 +64,8 @@ def serve(uri: str, experiment_id: str, port: int) -> None:
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait_until_ready(server, address, mark)
-        print(f"The runs: {address}/#/experiments/{experiment_id}/runs", flush=True)
+        view = f"workflowType=machine_learning&viewStateShareKey={UI_VIEW}"  # else the page is made for language models
+        print(f"The runs: {address}/#/experiments/{experiment_id}/runs?{view}", flush=True)
         print("Ctrl-C stops the server.", flush=True)
         server.wait()
         raise LabError(f"the MLflow server ended by itself with exit code {server.returncode}")

@@ -1,0 +1,179 @@
+"""The report and the MLflow UI in headless Chromium, as a user sees them."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from report_store import RUNS, write_sample_store
+
+from mnist_lab import results
+from mnist_lab.data import Mnist
+from mnist_lab.report import write_report
+from mnist_lab.tracking import Store
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
+]
+
+WIDTHS, SCHEMES = (390, 1280), ("light", "dark")
+PATIENCE = 30_000  # milliseconds
+STOPPING = 30  # seconds
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    # Chromium's sandbox refuses to work for root.
+    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, mnist: Mnist) -> Store:
+    return write_sample_store(tmp_path_factory.mktemp("store"), mnist)
+
+
+# ---- the report
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, store: Store) -> str:
+    """Return the address of a report with stories, with runs and without."""
+    folder = tmp_path_factory.mktemp("report")
+    story = '"""Step {0}: a title.\n\nTarget: t\n\nChange: c\n\nResult:\n\n- a list\n\nAnalysis: a"""'
+    for number, name in enumerate(("step1_plain", "step2_better", "step3_next"), start=1):
+        (folder / f"{name}.py").write_text(story.format(number))
+    (folder / "idea.py").write_text('"""An idea."""')
+    page, _ = write_report(folder / "reports", tracking_uri=store.uri, scripts=folder)
+    return page.as_uri()
+
+
+@contextmanager
+def opened(browser: Browser, address: str, width: int, scheme: str) -> Iterator[Page]:
+    """Open a page that may load nothing else and may say nothing on the console."""
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url) if not request.url.startswith("data:") else None)
+    page.goto(address)
+    yield page
+    context.close()
+    assert said == []
+    assert asked == [address]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_report_fits_shows_its_figures_and_is_accessible(
+    browser: Browser, report: str, width: int, scheme: str
+) -> None:
+    with opened(browser, report, width, scheme) as page:
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+        drawn = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 400)")
+        assert drawn == [True] * 7
+        found = Axe().run(page).response
+        assert {"color-contrast", "image-alt"} <= {rule["id"] for rule in found["passes"]}  # axe has looked
+        serious = [
+            f"{problem['id']}: {node['html'][:200]}"
+            for problem in found["violations"]
+            if problem["impact"] in ("serious", "critical")
+            for node in problem["nodes"]
+        ]
+        assert serious == []
+
+
+def test_dark_is_dark_and_figures_stay_on_white(browser: Browser, report: str) -> None:
+    background = "element => getComputedStyle(element).backgroundColor.match(/\\d+/g).map(Number)"
+    for scheme, dark in (("light", False), ("dark", True)):
+        with opened(browser, report, 1280, scheme) as page:
+            assert (max(page.eval_on_selector("body", background)) < 60) is dark
+            assert page.eval_on_selector(".card", background) == [255, 255, 255]
+
+
+def test_a_table_scrolls_by_itself_with_the_keyboard_on_a_phone(browser: Browser, report: str) -> None:
+    with opened(browser, report, 390, "light") as page:
+        table = page.get_by_role("region", name=re.compile("Measured here and reported elsewhere"))
+        assert table.evaluate("box => box.scrollWidth > box.clientWidth")
+        table.focus()
+        page.keyboard.press("ArrowRight")
+        frames = "for (let i = 0; i < 200 && !box.scrollLeft; i++) await new Promise(requestAnimationFrame)"
+        assert table.evaluate(f"async box => {{ {frames}; return box.scrollLeft }}") > 0
+        assert page.evaluate("scrollX") == 0
+
+
+def test_no_figure_is_cut_in_print(browser: Browser, report: str) -> None:
+    with opened(browser, report, 680, "light") as page:  # an A4 page without its margins, in CSS pixels
+        page.emulate_media(media="print")
+        sizes = page.evaluate(
+            "[...document.images].map(image => image.getBoundingClientRect()).map(box => [box.right, box.height])"
+        )
+        assert all(right <= 680 and height <= 900 for right, height in sizes)
+        assert page.evaluate("[...document.querySelectorAll('table')].every(table => table.offsetWidth <= 680)")
+
+
+# ---- the MLflow UI
+
+
+@pytest.fixture(scope="module")
+def runs_address(store: Store) -> Iterator[str]:
+    """Return the address of the runs table that `make ui` prints."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mnist_lab", "ui", "--port", str(port), "--tracking-uri", store.uri]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        printed = process.stdout.readline()
+        assert printed.startswith("The runs: http"), printed
+        yield printed.removeprefix("The runs: ").strip()
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(STOPPING)
+
+
+@pytest.fixture
+def ui(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1600, "height": 900})
+    context.set_default_timeout(PATIENCE)
+    yield context.new_page()
+    context.close()
+
+
+def test_the_mlflow_ui_shows_the_runs_with_their_accuracies(ui: Page, runs_address: str, store: Store) -> None:
+    ui.goto(runs_address)
+    table = results.run_table(tracking_uri=store.uri)
+    assert len(table) == len(RUNS)
+    for run in table.to_dict("records"):
+        row = ui.locator(f"[role=row][row-id='{run['run_id']}']")  # in two halves: the one with the name stays in sight
+        expect(row.get_by_text(f"{run['step']} seed {run['seed']}")).to_be_visible(timeout=PATIENCE)
+        cell = row.locator("[col-id*=final_test_accuracy]")
+        expect(cell).to_have_text(f"{run['final_test_accuracy']:g}", timeout=PATIENCE)
+
+
+def test_the_mlflow_ui_shows_a_runs_figure(ui: Page, runs_address: str) -> None:
+    ui.goto(runs_address)
+    ui.get_by_role("link", name="step2_better seed 1").click()
+    ui.get_by_role("tab", name="Artifacts").click()
+    expect(ui.get_by_text("predictions.npz")).to_be_visible(timeout=PATIENCE)
+    ui.get_by_text("figures", exact=True).click()
+    ui.get_by_text("samples.png").first.click()
+    ui.wait_for_function("[...document.images].some(i => i.alt.includes('samples.png') && i.naturalWidth > 300)")
