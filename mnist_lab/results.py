@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+warnings.filterwarnings("ignore", message="IProgress not found")  # MLflow's bars in a notebook; they are off
+
 import mlflow
 import numpy as np
 import pandas as pd
