@@ -60,7 +60,12 @@ def serve(uri: str, experiment_id: str, port: int) -> None:
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", HOST, "--port", str(port)]
     mark = f"pid {os.getpid()}"
     command += ["--backend-store-uri", uri, "--uvicorn-opts", f"--log-level warning --header '{MARK}:{mark}'"]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONWARNINGS": "ignore",  # of its own libraries, which no user of the lab can heed
+    }
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait_until_ready(server, address, mark)

@@ -1,8 +1,15 @@
 """What several test files share: the real data, the experiment scripts, tracking stores, and one real run."""
 
+import os
+
+# Before torch is imported, and for the programs that tests start. Two threads wait for each other by spinning, which
+# makes training many times slower where another program is busy too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import dataclasses
 import importlib.util
 import shutil
+import signal
 import sqlite3
 import subprocess
 from collections.abc import Callable
@@ -15,9 +22,17 @@ from types import ModuleType
 import pytest
 from helpers import TrackedRun, read_runs, run_script
 
+from mnist_lab import provenance
 from mnist_lab.data import Mnist, load_mnist
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_reach_the_processes_under_test() -> None:
+    """Undo what `nohup` and a shell's `&` do: signals that are ignored here would be ignored in every process begun."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +116,7 @@ class FullRun:
     """What a user gets from one epoch of step 1 on all of MNIST."""
 
     script: Path
+    commit: str  # of the project, when the run began
     process: subprocess.CompletedProcess[str]
     database: Path
 
@@ -115,8 +131,9 @@ def full_run(mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> FullRun:
     """Train step 1 for one epoch through its script, from another current folder, into a store not made yet."""
     folder = tmp_path_factory.mktemp("full_run")
     script, database = EXPERIMENTS / "step1_baseline.py", folder / "store" / "mlflow.db"
+    commit = provenance.commit(script).sha
     process = run_script(
         script, "--epochs", "1", "--seed", "3", "--tracking-uri", f"sqlite:///{database}", cwd=folder, timeout=600
     )
     assert process.returncode == 0, process.stderr
-    return FullRun(script, process, database)
+    return FullRun(script, commit, process, database)

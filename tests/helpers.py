@@ -3,12 +3,14 @@
 import fcntl
 import os
 import pty
+import select
 import signal
 import sqlite3
 import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -38,12 +40,20 @@ def run_script(script: Path, *flags: str, cwd: Path, timeout: float = 300) -> su
     )
 
 
+def open_terminal() -> tuple[int, int]:
+    """Return both ends of a new pseudo-terminal: what a screen shows, and what a program writes to."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # else it is 0 columns wide
+    return master, slave
+
+
 class Terminal:
-    """A pseudo-terminal of 120 columns, and a program that runs on it."""
+    """A pseudo-terminal that a program runs on. What it shows is read all the time: it holds a few kilobytes only."""
 
     def __init__(self, command: list[str], cwd: Path) -> None:
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+        self.shown = b""
+        self.hung_up = threading.Event()
+        self.master, slave = open_terminal()
 
         def become_foreground() -> None:
             default_signals()()
@@ -59,25 +69,25 @@ class Terminal:
             preexec_fn=become_foreground,
         )
         os.close(slave)
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
 
-    def read_to_end(self) -> str:
-        """Return everything that was written, once the program has ended."""
-        written = b""
-        while True:
-            try:
-                part = os.read(self.master, 65536)
-            except OSError:  # how Linux says that nobody holds the other end any more
-                part = b""
-            if not part:
-                break
-            written += part
-        self.process.wait(60)
-        self.hang_up()
-        return written.decode()
+    def _read(self) -> None:
+        while not self.hung_up.is_set():
+            if select.select([self.master], [], [], 0.1)[0]:
+                try:
+                    self.shown += os.read(self.master, 65536)
+                except OSError:  # how Linux says that nobody holds the other end any more
+                    break
+        os.close(self.master)
+
+    def text(self) -> str:
+        return self.shown.decode(errors="replace")
 
     def hang_up(self) -> None:
         """Close the terminal, as a lost connection does."""
-        os.close(self.master)
+        self.hung_up.set()
+        self.reader.join()
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ def read_value(database: Path, query: str) -> Any:
     return value
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 120) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 300) -> None:
     """Wait until the condition holds; an error that it raises counts as "not yet"."""
     deadline = time.monotonic() + timeout
     error: Exception | None = None

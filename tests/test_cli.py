@@ -1,0 +1,442 @@
+"""What a user types and sees: flags, refusals, signals, the terminal and its absence."""
+
+import os
+import re
+import runpy
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import FullRun
+from helpers import (
+    ROOT,
+    SIGNALS,
+    Terminal,
+    TrackedRun,
+    default_signals,
+    read_runs,
+    run_script,
+    wait_until,
+)
+
+from mnist_lab.cli import interrupt_on_signals, main
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+
+Load = Callable[[str], ModuleType]
+STEP1 = ROOT / "experiments" / "step1_baseline.py"
+BESIDE_THE_DATABASE = ("mlflow.db.lock", "mlflow.db-wal", "mlflow.db-shm")
+STEP4 = ROOT / "experiments" / "step4_augment_steplr.py"
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers_are_put_back() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# ---- not on a terminal
+
+
+def test_the_epoch_is_one_plain_line(full_run: FullRun) -> None:
+    (line,) = [line for line in full_run.process.stdout.splitlines() if line.startswith("epoch ")]
+
+    assert re.fullmatch(
+        r"epoch 1/1  train loss 0\.\d{4}, accuracy \d{5}/60000 \(\d\d\.\d\d%\)  "
+        r"test loss 0\.\d{4}, accuracy 9\d{3}/10000 \(9\d\.\d\d%\)  lr 0\.01  \d+\.\d s",
+        line,
+    )
+    correct, percent = re.findall(r"(\d+)/10000 \((\d\d\.\d\d)%\)", line)[0]
+    assert int(correct) / 100 == float(percent)
+
+
+def test_the_verdict_stands_beside_the_targets_and_the_reported_figures(full_run: FullRun) -> None:
+    output = full_run.process.stdout
+    accuracy = full_run.tracked.metrics["final_test_accuracy"][0][1]
+
+    assert f"accuracy  at least 99.4 %    {accuracy:.2f} %     missed\n" in output
+    assert "params    fewer than 10,000  10,970      missed\n" in output
+    assert "epochs    fewer than 15      1           met\n" in output
+    assert re.search(r"^best train accuracy +\d\d\.\d\d % +99\.75 %$", output, re.MULTILINE)
+    assert re.search(rf"^best test accuracy +{accuracy:.2f} % +99\.29 %$", output, re.MULTILINE)
+    assert re.search(rf"^final test accuracy +{accuracy:.2f} % +-$", output, re.MULTILINE)
+    assert "Overridden (epochs): tagged so, and left out of the tables of results." in output
+    assert f"MLflow run {full_run.tracked.run_id}" in output
+
+
+def test_without_a_terminal_there_is_neither_bar_nor_summary(full_run: FullRun) -> None:
+    output = full_run.process.stdout
+
+    assert "\r" not in output
+    assert "\x1b" not in output
+    assert "images/s" not in output
+    assert "Conv2d" not in output
+    assert "Receptive field" not in output
+    assert output.startswith("step1_baseline seed 3: 10,970 parameters, 60,000 training images, on ")
+    assert full_run.process.stderr == ""
+
+
+def test_nothing_is_left_in_the_current_folder(full_run: FullRun) -> None:
+    folder = full_run.database.parent.parent
+
+    assert [path.name for path in folder.iterdir()] == ["store"]
+    names = {path.name for path in (folder / "store").iterdir()}
+    assert {"mlflow.db", "artifacts"} < names < {"mlflow.db", "artifacts", *BESIDE_THE_DATABASE}
+
+
+# ---- what is refused, quickly and in one sentence
+
+
+def refused(script: Path, flags: list[str], load_script: Load, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the sentence with which a command line is refused; it is given in this process, to save the imports."""
+    monkeypatch.setattr(sys, "argv", [str(script), *flags])
+    with pytest.raises((LabError, SystemExit)) as refusal:
+        main(load_script(script.stem).EXPERIMENT)
+    return "" if isinstance(refusal.value, SystemExit) else str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (
+            ["--set", "lrr=0.1"],
+            r"lrr: not a hyperparameter of this experiment \(did you mean 'lr'\?\); declared are .*",
+        ),
+        (["--set", "lr=fast"], r"lr: 'fast' is not a finite number \(the declared value is 0\.1\)"),
+        (["--set", "step_size=0.5"], r"step_size: '0\.5' is not a whole number \(the declared value is 2\)"),
+        (["--set", "lr"], r"--set: 'lr' is not NAME=VALUE, e\.g\. lr=0\.05"),
+        (["--set", "=0.1"], r"--set: '=0\.1' is not NAME=VALUE.*"),
+        (["--set", "lr="], r"--set: 'lr=' is not NAME=VALUE.*"),
+        (["--set", "optimizer=Adam"], r"optimizer: can't be set from the command line; copy the script .*"),
+        (["--set", "lr=-1"], r"optimizer: .*-1.*"),
+        (["--set", "dropout=2"], r"net: .*dropout probability.*"),
+        (["--epochs", "-1"], r"epochs: -1 is not a whole number of at least 1"),
+        (["--epochs", "0"], r"epochs: 0 is not a whole number of at least 1"),
+        (["--batch-size", "0"], r"batch_size: 0 is not a whole number of at least 1"),
+        (["--seed", str(2**32)], r"seed: 4294967296 is not between 0 and 4294967295"),
+        (["--device", "tpu"], r"device: 'tpu' is not available here; available are .*cpu"),
+        (["--limit", "70000"], r"limit: 70000 is not between 1 and 60,000, the number of training images"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_value_is_refused_by_its_name(
+    flags: list[str],
+    sentence: str,
+    load_script: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    uri: str,
+    database: Path,
+) -> None:
+    said = refused(STEP4, [*flags, "--tracking-uri", uri], load_script, monkeypatch)
+
+    assert re.fullmatch(sentence, said)
+    assert read_runs(database) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--epochs", "x"], "argument --epochs: invalid int value: 'x'"),
+        (["--batch-size", "1.5"], "argument --batch-size: invalid int value: '1.5'"),
+        (["--seed", "-1"], "argument --seed: '-1' is not a whole number of at least 0"),
+        (["--seed", "one"], "argument --seed: 'one' is not a whole number of at least 0"),
+        (["--limit", "0"], "argument --limit: '0' is not a whole number of at least 1"),
+        (["--limit", "1e3"], "argument --limit: '1e3' is not a whole number of at least 1"),
+        (["--learning-rate", "0.1"], "unrecognized arguments: --learning-rate 0.1"),
+        (["--epochs"], "argument --epochs: expected one argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_line_that_makes_no_sense_is_refused_by_its_flag(
+    flags: list[str],
+    sentence: str,
+    load_script: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    uri: str,
+    database: Path,
+) -> None:
+    refused(STEP4, ["--tracking-uri", uri, *flags], load_script, monkeypatch)
+
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == f"step4_augment_steplr.py: error: {sentence}"
+    assert captured.out == ""
+    assert read_runs(database) == []
+
+
+@pytest.mark.parametrize("place", ["a foreign database", "a text file", "a folder", "nowhere to write", "foo://x"])
+def test_a_store_that_is_none_is_refused(
+    place: str, load_script: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("my notes\n")
+    with closing(sqlite3.connect(tmp_path / "photos.db")) as connection, connection:
+        connection.execute("CREATE TABLE photos (name TEXT)")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    uri = {
+        "a foreign database": f"sqlite:///{tmp_path}/photos.db",
+        "a text file": f"sqlite:///{tmp_path}/notes.txt",
+        "a folder": f"sqlite:///{tmp_path}",
+        "nowhere to write": f"sqlite:///{tmp_path}/notes.txt/mlflow.db",
+    }.get(place, place)
+
+    said = refused(STEP1, ["--tracking-uri", uri], load_script, monkeypatch)
+
+    assert said.startswith("tracking store ")
+    assert uri.removeprefix("sqlite:///") in said
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_argparse_can_judge_is_refused_before_anything_slow_is_imported(tmp_path: Path) -> None:
+    flags = ["--limit", "0", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    command = [sys.executable, "-X", "importtime", str(STEP1), *flags]
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert done.returncode == 2
+    assert "argument --limit: '0' is not a whole number of at least 1" in done.stderr
+    assert "mnist_lab.cli" in imported
+    assert not imported & {"mlflow", "pandas", "matplotlib", "torchvision"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_the_flags_and_the_declared_values(load_script: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(load_script("step4_augment_steplr").EXPERIMENT, ["--help"])
+
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    for flag in ("epochs", "batch-size", "seed", "device", "data-dir", "tracking-uri", "limit", "set"):
+        assert f"--{flag} " in shown
+    assert "lr=0.1, momentum=0.9, scheduler=StepLR, step_size=2, gamma=0.6" in shown
+
+
+# ---- a wrong declaration in a script
+
+
+NINE_LOGITS = "net: gives an output of shape (128, 9) for 128 images, not (128, 10): one logit per digit"
+WRONG = {
+    "epochs=14": {
+        "epoch=14": "Experiment has no field 'epoch' (did you mean 'epochs'?)",
+        "epochs=-3": "epochs: -3 is not a whole number of at least 1",
+    },
+    "nn.Conv2d(10, 10, 7": {
+        "nn.Conv2d(10, 9, 7": NINE_LOGITS,
+    },
+    "accuracy=99.4": {
+        "accuracy=120": "targets.accuracy: 120 is not a percentage above 0 and up to 100",
+        "acuracy=99": "Targets has no field 'acuracy' (did you mean 'accuracy'?)",
+    },
+    "batch_size=128,": {"": "Experiment: the field 'batch_size' is missing"},
+    "lr=0.01": {"learning_rate=0.01": "optimizer: .*unexpected keyword argument 'learning_rate'.*"},
+}
+
+
+def wrong_script(folder: Path, right: str, wrong: str) -> Path:
+    source = STEP1.read_text()
+    assert source.count(right) == 1
+    script = folder / "my_idea.py"
+    script.write_text(source.replace(right, wrong))
+    return script
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "sentence"),
+    [(right, wrong, sentence) for right, wrongs in WRONG.items() for wrong, sentence in wrongs.items()],
+)
+def test_a_wrong_declaration_is_refused_before_any_training(
+    right: str, wrong: str, sentence: str, monkeypatch: pytest.MonkeyPatch, uri: str, database: Path, tmp_path: Path
+) -> None:
+    script = wrong_script(tmp_path, right, wrong)
+    monkeypatch.setattr(sys, "argv", [str(script), "--tracking-uri", uri])
+
+    with pytest.raises(LabError) as refusal:
+        runpy.run_path(str(script), run_name="__main__")
+
+    said = str(refusal.value)
+    assert said == sentence or re.fullmatch(sentence, said)
+    assert "\n" not in said
+    assert read_runs(database) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "sentence"),
+    [
+        ("epochs=14", "epoch=3", "Experiment has no field 'epoch' (did you mean 'epochs'?)"),
+        ("nn.Conv2d(10, 10, 7", "nn.Conv2d(10, 9, 7", NINE_LOGITS),
+    ],
+)
+def test_python_prints_one_sentence_and_no_traceback(
+    right: str, wrong: str, sentence: str, uri: str, database: Path, tmp_path: Path
+) -> None:
+    done = run_script(wrong_script(tmp_path, right, wrong), "--tracking-uri", uri, cwd=tmp_path)
+
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {sentence}\n")
+    assert read_runs(database) == []
+
+
+# ---- copied scripts that train: on a terminal, and until a signal comes
+
+
+class Training:
+    """A training of a user's own script that would go on for hours."""
+
+    def __init__(self, folder: Path, limit: int = 200, ignored: tuple[signal.Signals, ...] = ()) -> None:
+        folder.mkdir()
+        self.database = folder / "runs.db"
+        self.stderr = folder / "stderr"
+        script = folder / "my_idea.py"
+        shutil.copy(STEP1, script)
+        self.command = [sys.executable, str(script), "--epochs", "100000", "--limit", str(limit)]
+        self.command += ["--tracking-uri", "sqlite:///runs.db"]
+        self.process = self.start(folder, ignored)
+
+    def start(self, folder: Path, ignored: tuple[signal.Signals, ...]) -> subprocess.Popen[bytes]:
+        with self.stderr.open("w") as stderr:
+            return subprocess.Popen(
+                self.command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=default_signals(ignored)
+            )
+
+    def epochs(self) -> int:
+        runs = read_runs(self.database)
+        return len(runs[0].metrics.get("test_loss", [])) if runs else 0
+
+    def ended(self) -> TrackedRun:
+        """Return the run as it stands after the process has ended."""
+        self.process.wait(60)
+        (run,) = read_runs(self.database)
+        return run
+
+
+class TrainingOnTerminal(Training):
+    """The same, on a real terminal."""
+
+    def start(self, folder: Path, ignored: tuple[signal.Signals, ...]) -> subprocess.Popen[bytes]:
+        self.terminal = Terminal(self.command, folder)
+        return self.terminal.process
+
+
+@dataclass(frozen=True)
+class Trainings:
+    until_sigint: Training
+    until_sighup: Training
+    with_nohup: Training
+    on_terminal: TrainingOnTerminal
+
+
+@pytest.fixture(scope="module")
+def trainings(mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
+    """Start them all at once: most of their time goes to imports."""
+    folder = tmp_path_factory.mktemp("trainings")
+    started = Trainings(
+        Training(folder / "sigint"),
+        Training(folder / "sighup"),
+        Training(folder / "nohup", ignored=(signal.SIGHUP,)),
+        TrainingOnTerminal(folder / "terminal", limit=3000),
+    )
+    yield started
+    started.on_terminal.terminal.hang_up()
+    for training in vars(started).values():
+        training.process.kill()
+        training.process.wait()
+
+
+@pytest.fixture(scope="module")
+def shown(trainings: Trainings) -> str:
+    """Return what a terminal shows until the second epoch is through."""
+    terminal = trainings.on_terminal.terminal
+    wait_until(lambda: "\repoch      2/100000  " in terminal.text())
+    return terminal.text()
+
+
+def test_a_terminal_shows_the_summary_with_receptive_fields(shown: str, trainings: Trainings) -> None:
+    (run,) = read_runs(trainings.on_terminal.database)
+
+    assert "Layer (type)               Output Shape         Param #   Receptive field\r\n" in shown
+    assert re.search(r"Conv2d-23 +\[-1, 10, 1, 1\] +4,900 +28x28\r\n", shown)
+    assert (run.artifacts / "model_summary.txt").read_text().replace("\n", "\r\n") in shown
+    assert "my_idea seed 0: 10,970 parameters, 3,000 training images, on " in shown
+
+
+def test_a_terminal_shows_a_bar_and_then_the_epochs_line(shown: str, trainings: Trainings) -> None:
+    (run,) = read_runs(trainings.on_terminal.database)
+    first = shown[: shown.index("epoch 2/100000")]
+
+    drawn = re.findall(
+        r"\repoch 1/100000 +(\d+)%\|[^|]*\| (\d+)/3000 "
+        r"\[\S+ left, +\d+\.\d\d images/s, loss \d\.\d{4}, accuracy \d+\.\d\d %\]",
+        first,
+    )
+    assert drawn
+    assert all(0 < int(seen) <= 3000 and int(percent) == round(int(seen) / 30) for percent, seen in drawn)
+    line = re.search(r"\r +\repoch      1/100000  train loss .*\((\d\d\.\d\d)%\)  lr 0\.01  \d+\.\d s\r\n", first)
+    assert line is not None  # on the line of the bar, which was blanked before
+    assert float(line[1]) == run.metrics["test_accuracy"][0][1]
+    assert line.start() > first.rindex("images/s")
+
+
+def test_a_copied_script_is_tracked_under_its_own_name(shown: str, trainings: Trainings) -> None:
+    (run,) = read_runs(trainings.on_terminal.database)
+
+    assert (run.name, run.tags["step"]) == ("my_idea seed 0", "my_idea")
+    assert (run.artifacts / "source" / "my_idea.py").read_bytes() == STEP1.read_bytes()
+    assert run.tags["git_commit"] == "none"  # it lies in no repository
+    assert set(run.tags["overrides"].split()) == {"epochs=100000", "limit=3000"}
+
+
+def test_closing_the_terminal_ends_the_training_in_order(shown: str, trainings: Trainings) -> None:
+    trainings.on_terminal.terminal.hang_up()
+
+    assert trainings.on_terminal.ended().status == "KILLED"
+    assert trainings.on_terminal.process.returncode != 0
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_signal_ends_the_training_in_order(name: str, trainings: Trainings) -> None:
+    check_that_it_ends_in_order(getattr(trainings, f"until_{name.lower()}"), signal.Signals[name])
+
+
+def test_nohup_lets_the_training_outlive_its_terminal(trainings: Trainings) -> None:
+    training = trainings.with_nohup
+    wait_until(lambda: training.epochs() >= 1)
+
+    training.process.send_signal(signal.SIGHUP)
+
+    epochs = training.epochs()
+    wait_until(lambda: training.epochs() >= epochs + 2)
+    check_that_it_ends_in_order(training, signal.SIGTERM)
+
+
+def check_that_it_ends_in_order(training: Training, number: signal.Signals) -> None:
+    wait_until(lambda: training.epochs() >= 1)
+
+    training.process.send_signal(number)
+
+    run = training.ended()
+    assert run.status == "KILLED"
+    assert len(run.metrics["test_accuracy"]) >= 1  # what was trained by then is kept
+    assert training.process.returncode == 130
+    assert training.stderr.read_text() == (
+        "\nInterrupted. A run that had begun is marked KILLED; its finished epochs are in MLflow.\n"
+    )
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    interrupt_on_signals(signal.SIGHUP, signal.SIGTERM)
+
+    os.kill(os.getpid(), signal.SIGHUP)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
