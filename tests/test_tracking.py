@@ -478,7 +478,7 @@ def test_the_model_names_its_inputs_outputs_and_packages(full_run: FullRun) -> N
 
     assert signature.inputs.to_dict()[0]["tensor-spec"] == {"dtype": "float32", "shape": (-1, 1, 28, 28)}
     assert signature.outputs.to_dict()[0]["tensor-spec"] == {"dtype": "float32", "shape": (-1, 10)}
-    assert np.array(example["inputs"]).shape == (2, 1, 28, 28)
+    assert np.array(example).shape == (2, 1, 28, 28)
     assert f"torch=={torch.__version__.partition('+')[0]}" in (folder / "requirements.txt").read_text()
 
 
