@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 
 DIFF = ("diff", "--no-ext-diff", "--no-color")  # one that `git apply` takes, however the user's git shows diffs
+# What decides, beside the script, what a run computes; the rest of the lab only writes it down.
+COMPUTING = ("augmentation.py", "data.py", "dropout.py", "training.py")
 PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pandas", "matplotlib")
 
 
@@ -40,6 +43,12 @@ def commit(script: Path) -> Commit:
     for new in (entry[3:] for entry in changes.split("\0") if entry.startswith("?? ")):
         diff += _git(Path(tree), *DIFF, "--no-index", "--", os.devnull, new)
     return Commit(sha, dirty=True, diff=diff)
+
+
+def code_sha256(script: Path) -> str:
+    """Return the SHA-256 over the script and the lab's modules that compute: runs that share it computed the same."""
+    files = [script, *(Path(__file__).with_name(name) for name in COMPUTING)]
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -89,6 +89,7 @@ def run(
         "overrides": " ".join(f"{name}={value}" for name, value in overrides.items()),
         "git_commit": commit.sha,
         "git_dirty": str(commit.dirty).lower(),
+        "code_sha256": provenance.code_sha256(script),
         "data_sha256": mnist.sha256,
         "hardware": environment["hardware"],
         "torch": environment["torch"],

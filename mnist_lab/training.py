@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mnist_lab.data import Mnist
+from mnist_lab.dropout import SparseDropout
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 
@@ -154,7 +155,8 @@ def train_step(
     def closure() -> Tensor:
         nonlocal result
         optimizer.zero_grad()
-        logits = net(images)
+        with SparseDropout():
+            logits = net(images)
         loss = experiment.loss(logits, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         if result is None:

@@ -27,9 +27,10 @@ from helpers import (
     wait_until,
 )
 
-from mnist_lab.cli import interrupt_on_signals, main
+from mnist_lab.cli import interrupt_on_signals, main, print_result
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
+from mnist_lab.experiment import SUMMARY_METRICS
 
 Load = Callable[[str], ModuleType]
 STEP1 = ROOT / "experiments" / "step1_baseline.py"
@@ -92,6 +93,19 @@ def test_nothing_is_left_in_the_current_folder(full_run: FullRun) -> None:
     assert [path.name for path in folder.iterdir()] == ["store"]
     names = {path.name for path in (folder / "store").iterdir()}
     assert {"mlflow.db", "artifacts"} < names <= {"mlflow.db", "artifacts", *BESIDE_THE_DATABASE}
+
+
+def test_without_targets_there_is_no_verdict(load_script: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    from mnist_lab.runner import RunResult
+
+    measured = dict.fromkeys(SUMMARY_METRICS, 99.0)
+    print_result(RunResult("abc", [], measured, [], {}), load_script("step1_baseline").EXPERIMENT)
+
+    shown = capsys.readouterr().out
+    assert "verdict" not in shown
+    assert "Overridden" not in shown
+    assert "best test accuracy    99.00 %     99.29 %" in shown
+    assert "MLflow run abc;" in shown
 
 
 # ---- what is refused, quickly and in one sentence
@@ -429,6 +443,16 @@ def check_that_it_ends_in_order(training: Training, number: signal.Signals) -> N
     assert training.stderr.read_text() == (
         "\nInterrupted. A run that had begun is marked KILLED; its finished epochs are in MLflow.\n"
     )
+
+
+def test_ctrl_c_before_anything_has_begun_shows_no_traceback(tmp_path: Path) -> None:
+    program = "import mnist_lab.cli, os, signal; os.kill(os.getpid(), signal.SIGINT); print('not reached')"
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, preexec_fn=default_signals()
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "\nInterrupted.\n")
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

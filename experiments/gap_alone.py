@@ -1,0 +1,65 @@
+"""GAP alone: step 2 with global average pooling in its head, and nothing else.
+
+Target: to know what step 3's pooling is worth by itself. Step 3 changed the layers before it and the dropout too.
+
+Change: against step 2, average pooling and a 1x1 convolution stand where the 5x5 convolution was. The layers before the
+head and the dropout of 0.1 are those of step 2.
+
+Result: not measured yet.
+
+Analysis: see docs/results.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mnist_lab import Experiment, Targets, main
+
+
+class Net(nn.Module):
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(  # after each: output (channels, height, width), receptive field in pixels
+            nn.Conv2d(1, 8, 3, bias=False),  # (8, 26, 26), 3
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, bias=False),  # (8, 24, 24), 5
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, bias=False),  # (8, 22, 22), 7
+            nn.BatchNorm2d(8),
+            nn.Dropout(dropout),
+            nn.ReLU(),
+            nn.MaxPool2d(2),  # (8, 11, 11), 8
+            nn.Conv2d(8, 16, 3, bias=False),  # (16, 9, 9), 12
+            nn.BatchNorm2d(16),
+            nn.Dropout(dropout),
+            nn.ReLU(),
+            nn.Conv2d(16, 8, 3, bias=False),  # (8, 7, 7), 16
+            nn.BatchNorm2d(8),
+            nn.Dropout(dropout),
+            nn.ReLU(),
+            nn.Conv2d(8, 10, 3, bias=False),  # (10, 5, 5), 20
+            nn.BatchNorm2d(10),
+            nn.Dropout(dropout),
+            nn.ReLU(),
+            nn.AvgPool2d(5),  # (10, 1, 1), 28
+            nn.Conv2d(10, 10, 1, bias=False),  # (10, 1, 1), 28
+        )
+
+    def forward(self, images: Tensor) -> Tensor:  # (N, 1, 28, 28) -> (N, 10)
+        return self.layers(images).flatten(1)
+
+
+EXPERIMENT = Experiment(
+    net=Net,
+    epochs=14,
+    batch_size=128,
+    optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+    targets=Targets(accuracy=99.4, params=10_000, epochs=15),
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)
