@@ -10,14 +10,14 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
-
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mnist_lab.errors import LabError
+
+if TYPE_CHECKING:  # torch takes over a second to import, and a refused command line needs none of it
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
 # What is measured once per run; `reported` figures go by the same names, so that the two can stand side by side.
 SUMMARY_METRICS = (
@@ -35,6 +35,13 @@ PARTS = ("optimizer", "scheduler", "loss", "net", "augmentation")
 PARTS_WITH_DEFAULTS = ("net", "augmentation")
 NAMES_OF_PARTS = ("optimizer", "scheduler", "scheduler_interval", "loss", "augmentation")
 RUN_PARAMS = ("seed", "device")  # logged beside the hyperparameters: an argument so named is qualified by its part
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return torch's mean cross-entropy of logits (N, 10) and labels (N,)."""
+    from torch.nn import functional
+
+    return functional.cross_entropy(logits, labels)
 
 
 class _Declaration:
@@ -97,7 +104,7 @@ class Experiment(_Declaration):
     scheduler: Callable[..., LRScheduler] | None = None
     scheduler_interval: Literal["epoch", "batch"] = "epoch"
     augmentation: Callable[[Tensor], Tensor] | None = None
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     targets: Targets = Targets()
     reported: Mapping[str, float] = field(default_factory=dict)
 
@@ -115,7 +122,7 @@ class Experiment(_Declaration):
                 continue
             if not callable(value):
                 raise LabError(f"{part}: {value!r} can't be called; give a class or function, or a partial of one")
-            if part == "net" and isinstance(value, nn.Module):
+            if part == "net" and _is_module(value):
                 name = type(value).__name__
                 raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
             if isinstance(value, functools.partial) and value.args:
@@ -236,6 +243,12 @@ def _read(text: str) -> object:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def _is_module(value: object) -> bool:
+    from torch import nn
+
+    return isinstance(value, nn.Module)
 
 
 def _is_number(value: object) -> bool:
