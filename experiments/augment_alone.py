@@ -12,11 +12,11 @@ Analysis: see docs/results.
 
 from functools import partial
 
-import torch
-from torch import Tensor, nn
-
 from mnist_lab import Experiment, Targets, main
 from mnist_lab.augmentation import random_rotation
+
+import torch
+from torch import Tensor, nn
 
 
 class Net(nn.Module):

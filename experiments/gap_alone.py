@@ -12,10 +12,10 @@ Analysis: see docs/results.
 
 from functools import partial
 
+from mnist_lab import Experiment, Targets, main
+
 import torch
 from torch import Tensor, nn
-
-from mnist_lab import Experiment, Targets, main
 
 
 class Net(nn.Module):

@@ -14,10 +14,10 @@ of step 1 with two thirds of its parameters. The 5x5 convolution in the head tak
 
 from functools import partial
 
+from mnist_lab import Experiment, Targets, main
+
 import torch
 from torch import Tensor, nn
-
-from mnist_lab import Experiment, Targets, main
 
 
 class Net(nn.Module):

@@ -17,10 +17,10 @@ a loss is shown.
 
 from functools import partial
 
+from mnist_lab import Experiment, Targets, main
+
 import torch
 from torch import Tensor, nn
-
-from mnist_lab import Experiment, Targets, main
 
 
 class Net(nn.Module):

@@ -17,12 +17,12 @@ chance: this run neither shows nor refutes the reported 99.4 at the last epochs.
 
 from functools import partial
 
+from mnist_lab import Experiment, Targets, main
+from mnist_lab.augmentation import random_rotation
+
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
-
-from mnist_lab import Experiment, Targets, main
-from mnist_lab.augmentation import random_rotation
 
 
 class Net(nn.Module):

@@ -11,11 +11,11 @@ Analysis: see docs/results.
 
 from functools import partial
 
+from mnist_lab import Experiment, Targets, main
+
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
-
-from mnist_lab import Experiment, Targets, main
 
 
 class Net(nn.Module):

@@ -17,11 +17,11 @@ from 99.43: its 95 % interval is about +- 0.15 points.
 
 from functools import partial
 
+from mnist_lab import Experiment, Targets, main
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from mnist_lab import Experiment, Targets, main
 
 
 class Net(nn.Module):

@@ -109,7 +109,7 @@ class Experiment(_Declaration):
     reported: Mapping[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse values that can't be right on their face. What only torch can judge, `training.rehearse` tries.
+        """Refuse values that can't be right on their face. What only torch can judge, `rehearsal.rehearse` tries.
 
         Raises:
             LabError: naming the field, its value and what is allowed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import os
@@ -14,7 +15,7 @@ import torch
 
 DIFF = ("diff", "--no-ext-diff", "--no-color")  # one that `git apply` takes, however the user's git shows diffs
 # What decides, beside the script, what a run computes; the rest of the lab only writes it down.
-COMPUTING = ("augmentation.py", "data.py", "dropout.py", "training.py")
+COMPUTING = ("augmentation.py", "dropout.py", "training.py")  # the data have a digest of their own
 PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pandas", "matplotlib")
 
 
@@ -46,9 +47,19 @@ def commit(script: Path) -> Commit:
 
 
 def code_sha256(script: Path) -> str:
-    """Return the SHA-256 over the script and the lab's modules that compute: runs that share it computed the same."""
-    files = [script, *(Path(__file__).with_name(name) for name in COMPUTING)]
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    """Return a SHA-256 over what the script and the lab's modules that compute say to Python.
+
+    Runs that share it, and their params, computed the same. Comments, docstrings and layout do not count: a Result can
+    be written into a script without making its runs look like those of another.
+    """
+    digest = hashlib.sha256()
+    for file in [script, *(Path(__file__).with_name(name) for name in COMPUTING)]:
+        tree = ast.parse(file.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from mnist_lab import provenance, targets
-from mnist_lab.data import Mnist, find_data_dir, load_mnist
+from mnist_lab.data import Mnist, find_data_dir, hold_out, load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
+from mnist_lab.rehearsal import rehearse
 from mnist_lab.summary import summarize
 from mnist_lab.targets import Verdict
-from mnist_lab.tracking import open_store, track
-from mnist_lab.training import EpochMetrics, fit, normalize, num_params, predict, rehearse
+from mnist_lab.tracking import close_abandoned, open_store, track
+from mnist_lab.training import EpochMetrics, evaluate, fit, normalize, num_params, predict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
 MAX_SEED = 2**32 - 1
 # What a run logs once. MLflow shows the last value of each epoch's metrics by itself; its UI slows down with many more.
 LOGGED_ONCE = ("num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target")
+LOGGED_ONCE_WITH_HOLD_OUT = (
+    "num_params",
+    "final_validation_accuracy",
+    "best_validation_accuracy",
+    "best_epoch",
+    "final_test_accuracy",
+    "final_test_loss",
+)
 
 
 class Progress(Protocol):
@@ -58,47 +67,49 @@ def run(
     data_dir: Path | None = None,
     tracking_uri: str | None = None,
     limit: int | None = None,
+    holdout: int | None = None,
+    parent_run_id: str | None = None,
 ) -> RunResult:
     """Train and track one run of the experiment that `script` declares.
 
     overrides: what differs from that declaration; `experiment` has it applied already. The run is tagged with it.
     limit: train on the first so many images only, which counts as an override too.
+    holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
+        test images are read once, at the end. It counts as an override too.
+    parent_run_id: the study's run that this one belongs to.
 
     Raises:
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
     """
     experiment.check()
-    _check_seed(seed)
+    check_seed(seed)
     if not script.is_file():
         raise LabError(f"script: {str(script)!r} is not a file; a run is named after the script that declares it")
     where = choose_device(device)
     store = open_store(tracking_uri)
-    mnist = load_mnist(data_dir, where)
-    if limit is not None:
-        mnist = first_images(mnist, limit)
-        overrides = {**overrides, "limit": limit}
+    close_abandoned(store)
+    mnist = load_parts(data_dir, where, limit=limit, holdout=holdout)
     rehearse(experiment, mnist)
 
     torch.manual_seed(seed)  # weights, dropout and augmentation; `fit` shuffles by a generator of its own
     net = experiment.net().to(where).to(memory_format=torch.channels_last)
     step, run_name = script.stem, f"{script.stem} seed {seed}"
-    params = {**experiment.hyperparameters(), "seed": seed, "device": where.type}
+    overrides = all_overrides(overrides, limit=limit, holdout=holdout)
+    params, identity = identify(experiment, script, where, overrides)
     commit, environment = provenance.commit(script), provenance.environment(where)
     tags = {
-        "step": step,
-        "overrides": " ".join(f"{name}={value}" for name, value in overrides.items()),
+        **identity,
         "git_commit": commit.sha,
         "git_dirty": str(commit.dirty).lower(),
-        "code_sha256": provenance.code_sha256(script),
         "data_sha256": mnist.sha256,
         "hardware": environment["hardware"],
         "torch": environment["torch"],
-        **{f"target_{name}": str(value) for name, value in dataclasses.asdict(experiment.targets).items() if value},
+        **target_tags(experiment),
         **{f"reported_{name}": str(figure) for name, figure in experiment.reported.items()},
     }
     summary = summarize(net)
     progress.on_start(run_name, where, net, summary, len(mnist.train_images))
-    with track(store, run_name, params=params, tags=tags) as tracked:
+    with track(store, run_name, params={**params, "seed": seed}, tags=tags, parent_run_id=parent_run_id) as tracked:
         tracked.log_data(mnist, find_data_dir(data_dir))
         tracked.log_text(summary + "\n", "model_summary.txt")
         tracked.log_file(script, "source")
@@ -110,17 +121,22 @@ def run(
             epochs.append(metrics)
             tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
             progress.on_epoch(metrics)
+        logits = predict(net, mnist.test_images)
         measured = measure(net, epochs, experiment)
+        logged_once = LOGGED_ONCE
+        if holdout is not None:
+            loss, correct = evaluate(logits, mnist.test_labels)
+            measured |= {"final_test_loss": loss, "final_test_accuracy": 100 * correct / len(logits)}
+            logged_once = LOGGED_ONCE_WITH_HOLD_OUT
         verdicts = targets.judge(
             experiment.targets,
             final_test_accuracy=measured["final_test_accuracy"],
             num_params=int(measured["num_params"]),
             epochs=len(epochs),
         )
-        tracked.log_once({name: measured[name] for name in LOGGED_ONCE if name in measured})
+        tracked.log_once({name: measured[name] for name in logged_once if name in measured})
         words = {f"verdict_{verdict.name}": verdict.word for verdict in verdicts}
         tracked.set_tags({"targets": targets.overall(verdicts), **words})
-        logits = predict(net, mnist.test_images)
         tracked.log_predictions(mnist.test_labels, logits)
         tracked.log_figures(draw(experiment, mnist, epochs, logits, step=step, seed=seed, run_id=tracked.run_id))
         refusal = tracked.log_model(net, normalize(mnist.test_images[:2].float() / 255))
@@ -129,33 +145,77 @@ def run(
     return RunResult(tracked.run_id, epochs, measured, verdicts, overrides)
 
 
+def load_parts(data_dir: Path | None, device: torch.device, *, limit: int | None, holdout: int | None) -> Mnist:
+    """Load MNIST, hold out `holdout` of the training images, and keep the first `limit` of the others.
+
+    Raises:
+        LabError: if there are not that many, or the data can't be had.
+    """
+    mnist = load_mnist(data_dir, device)
+    if holdout is not None:
+        mnist = hold_out(mnist, holdout)
+    return mnist if limit is None else first_images(mnist, limit)
+
+
+def all_overrides(
+    overrides: Mapping[str, object], *, limit: int | None, holdout: int | None
+) -> dict[str, object]:
+    """Return the overrides with `limit` and `holdout` among them: a run on fewer images is not that step any more."""
+    on_data = {"limit": limit, "holdout": holdout}
+    return {**overrides, **{name: value for name, value in on_data.items() if value is not None}}
+
+
+def identify(
+    experiment: Experiment, script: Path, device: torch.device, overrides: Mapping[str, object]
+) -> tuple[dict[str, object], dict[str, str]]:
+    """Return params and tags that runs have in common if, and only if, they differ in nothing but the seed."""
+    params = {**experiment.hyperparameters(), "device": device.type}
+    if "holdout" in overrides:
+        params["holdout"] = overrides["holdout"]
+    return params, {
+        "step": script.stem,
+        "overrides": " ".join(f"{name}={value}" for name, value in overrides.items()),
+        "code_sha256": provenance.code_sha256(script),
+    }
+
+
+def target_tags(experiment: Experiment) -> dict[str, str]:
+    """Return the stated targets as tags: `target_accuracy` and so on."""
+    return {f"target_{name}": str(value) for name, value in dataclasses.asdict(experiment.targets).items() if value}
+
+
 def epoch_metrics(metrics: EpochMetrics) -> dict[str, float]:
     """Return what is logged of an epoch; accuracies in percent."""
     return {
         "train_loss": metrics.train_loss,
         "train_accuracy": metrics.train_accuracy,
-        "test_loss": metrics.test_loss,
-        "test_accuracy": metrics.test_accuracy,
+        f"{metrics.evaluated_on}_loss": metrics.eval_loss,
+        f"{metrics.evaluated_on}_accuracy": metrics.eval_accuracy,
         "lr": metrics.lr,
         "epoch_seconds": metrics.epoch_seconds,
     }
 
 
 def measure(net: nn.Module, epochs: list[EpochMetrics], experiment: Experiment) -> dict[str, float]:
-    """Return what is measured once per run. The best epoch is the first with the highest test accuracy."""
-    last, best = epochs[-1], max(epochs, key=lambda epoch: epoch.test_correct)
+    """Return what the epochs say once per run. The best epoch is the first with the highest accuracy.
+
+    Accuracies after training are named by what the epochs were evaluated on: `final_test_accuracy` and so on, or with a
+    hold-out `final_validation_accuracy`.
+    """
+    last, best = epochs[-1], max(epochs, key=lambda epoch: epoch.eval_correct)
+    part = last.evaluated_on
     measured = {
         "num_params": num_params(net),
         "epochs": last.epoch,
         "final_train_accuracy": last.train_accuracy,
         "best_train_accuracy": max(epoch.train_accuracy for epoch in epochs),
-        "final_test_accuracy": last.test_accuracy,
-        "best_test_accuracy": best.test_accuracy,
+        f"final_{part}_accuracy": last.eval_accuracy,
+        f"best_{part}_accuracy": best.eval_accuracy,
         "best_epoch": best.epoch,
-        "final_test_loss": last.test_loss,
+        f"final_{part}_loss": last.eval_loss,
     }
     if (accuracy := experiment.targets.accuracy) is not None:
-        measured["epochs_at_target"] = sum(epoch.test_accuracy >= accuracy for epoch in epochs)
+        measured["epochs_at_target"] = sum(epoch.eval_accuracy >= accuracy for epoch in epochs)
     return measured
 
 
@@ -210,6 +270,7 @@ def first_images(mnist: Mnist, limit: int) -> Mnist:
     return dataclasses.replace(mnist, train_images=mnist.train_images[:limit], train_labels=mnist.train_labels[:limit])
 
 
-def _check_seed(seed: int) -> None:
+def check_seed(seed: int) -> None:
+    """Refuse a seed that numpy would not take; raises LabError."""
     if not 0 <= seed <= MAX_SEED:
         raise LabError(f"seed: {seed} is not between 0 and {MAX_SEED}")

@@ -1,15 +1,13 @@
-"""The training loop: torch only. `fit` yields one EpochMetrics per finished epoch and knows nothing of who listens."""
+"""The training loop: torch only. `Training.epochs` yields each finished epoch and knows nothing of who listens."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from mnist_lab.cudagraph import Captured
 from mnist_lab.data import Mnist
 from mnist_lab.dropout import SparseDropout
-from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 
 # Mean and standard deviation of the training pixels scaled to [0, 1].
@@ -71,70 +69,106 @@ def normalize(images: Tensor) -> Tensor:
     return (images - MEAN) / STD
 
 
-def fit(
-    net: nn.Module, experiment: Experiment, mnist: Mnist, *, seed: int, on_batch: OnBatch | None = None
-) -> Iterator[EpochMetrics]:
-    """Train `net` in place, on the device of `mnist`, and yield each finished epoch.
+class Training:
+    """A network in training, on the device of `mnist`; it can be stopped after an epoch and taken up again.
 
     The order of the images depends on `seed` and the epoch alone and is the same on every device. Dropout and
     augmentation draw from torch's default generator: seed it before the network is built.
     Nothing in an epoch's batches waits for the device, unless `on_batch` does.
     """
-    total = len(mnist.train_images)
-    optimizer = experiment.optimizer(net.parameters())
-    scheduler = build_scheduler(experiment, optimizer, total)
-    shuffling = torch.Generator().manual_seed(seed)
-    for epoch in range(1, experiment.epochs + 1):
-        start = time.perf_counter()
-        lr = float(optimizer.param_groups[0]["lr"])
-        order = torch.randperm(total, generator=shuffling).to(mnist.train_images.device)
-        loss_sum, correct = train_epoch(net, experiment, mnist, order, optimizer, scheduler, on_batch)
-        train_loss = loss_sum.item() / total
-        if scheduler is not None and experiment.scheduler_interval == "epoch":
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(train_loss)  # the test images are no business of the schedule's
-            else:
-                scheduler.step()
-        test_loss, test_correct = evaluate(predict(net, mnist.test_images), mnist.test_labels)
-        yield EpochMetrics(
-            epoch=epoch,
-            train_loss=train_loss,
-            train_correct=int(correct.item()),
-            train_images=total,
-            test_loss=test_loss,
-            test_correct=test_correct,
-            test_images=len(mnist.test_images),
-            lr=lr,
-            epoch_seconds=time.perf_counter() - start,
-        )
+
+    def __init__(
+        self, net: nn.Module, experiment: Experiment, mnist: Mnist, *, seed: int, on_batch: OnBatch | None = None
+    ) -> None:
+        self.net, self.experiment, self.mnist, self.on_batch = net, experiment, mnist, on_batch
+        self.optimizer = experiment.optimizer(net.parameters())
+        self.scheduler = build_scheduler(experiment, self.optimizer, len(mnist.train_images))
+        self.shuffling = torch.Generator().manual_seed(seed)
+        self.epoch = 0
+        self.loss_sum = torch.zeros((), device=mnist.train_images.device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=mnist.train_images.device)
+        self.captured = Captured(self._train_batch)
+
+    def epochs(self) -> Iterator[EpochMetrics]:
+        """Train the epochs that are left, and yield each when it is finished."""
+        total = len(self.mnist.train_images)
+        while self.epoch < self.experiment.epochs:
+            start = time.perf_counter()
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            order = torch.randperm(total, generator=self.shuffling).to(self.mnist.train_images.device)
+            self._train_epoch(order)
+            train_loss = self.loss_sum.item() / total
+            if self.scheduler is not None and self.experiment.scheduler_interval == "epoch":
+                if isinstance(self.scheduler, ReduceLROnPlateau):
+                    self.scheduler.step(train_loss)  # the test images are no business of the schedule's
+                else:
+                    self.scheduler.step()
+            test_loss, test_correct = evaluate(predict(self.net, self.mnist.test_images), self.mnist.test_labels)
+            self.epoch += 1
+            yield EpochMetrics(
+                epoch=self.epoch,
+                train_loss=train_loss,
+                train_correct=int(self.correct.item()),
+                train_images=total,
+                test_loss=test_loss,
+                test_correct=test_correct,
+                test_images=len(self.mnist.test_images),
+                lr=lr,
+                epoch_seconds=time.perf_counter() - start,
+            )
+
+    def _train_epoch(self, order: Tensor) -> None:
+        """Train on the images that `order` names, in that order, and sum up loss and correct predictions."""
+        self.loss_sum.zero_()
+        self.correct.zero_()
+        self.net.train()
+        seen = 0
+        for batch in torch.split(order, self.experiment.batch_size):
+            self.captured(batch, key=self.optimizer.param_groups[0]["lr"])
+            if self.scheduler is not None and self.experiment.scheduler_interval == "batch":
+                self.scheduler.step()
+            seen += len(batch)
+            if self.on_batch is not None:
+                self.on_batch(seen, self.loss_sum, self.correct)
+
+    def _train_batch(self, batch: Tensor) -> None:
+        images = normalize(training_images(self.mnist, batch, self.experiment))
+        labels = self.mnist.train_labels[batch]
+        loss, logits = train_step(self.net, images, labels, self.experiment, self.optimizer)
+        self.loss_sum += loss * len(batch)
+        self.correct += (logits.argmax(dim=1) == labels).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it."""
+        device = self.mnist.train_images.device
+        return {
+            "epoch": self.epoch,
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "shuffling": self.shuffling.get_state(),
+            "default_generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the training that gave `state` stood; torch's default generators are set too."""
+        self.epoch = state["epoch"]
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.shuffling.set_state(state["shuffling"])
+        torch.set_rng_state(state["default_generator"])
+        if state["cuda_generator"] is not None:
+            torch.cuda.set_rng_state(state["cuda_generator"], self.mnist.train_images.device)
 
 
-def train_epoch(
-    net: nn.Module,
-    experiment: Experiment,
-    mnist: Mnist,
-    order: Tensor,
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None,
-    on_batch: OnBatch | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Train on the images `order` names, in that order; return the sums of loss and of correct predictions."""
-    device = mnist.train_images.device
-    loss_sum = torch.zeros((), device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    seen = 0
-    net.train()
-    for batch in torch.split(order, experiment.batch_size):
-        images, labels = normalize(training_images(mnist, batch, experiment)), mnist.train_labels[batch]
-        loss, logits = train_step(net, images, labels, experiment, optimizer)
-        if scheduler is not None and experiment.scheduler_interval == "batch":
-            scheduler.step()
-        loss_sum += loss * len(batch)
-        correct += (logits.argmax(dim=1) == labels).sum()
-        seen += len(batch)
-        if on_batch is not None:
-            on_batch(seen, loss_sum, correct)
-    return loss_sum, correct
+def fit(
+    net: nn.Module, experiment: Experiment, mnist: Mnist, *, seed: int, on_batch: OnBatch | None = None
+) -> Iterator[EpochMetrics]:
+    """Train `net` from its first epoch to its last, and yield each finished epoch: see `Training`."""
+    return Training(net, experiment, mnist, seed=seed, on_batch=on_batch).epochs()
 
 
 def training_images(mnist: Mnist, batch: Tensor, experiment: Experiment) -> Tensor:
@@ -184,7 +218,7 @@ def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: in
     """Build the declared scheduler; fill in the run's `epochs` and `steps_per_epoch` where it leaves them open."""
     if experiment.scheduler is None:
         return None
-    run = {"epochs": experiment.epochs, "steps_per_epoch": _scheduler_steps_per_epoch(experiment, num_images)}
+    run = {"epochs": experiment.epochs, "steps_per_epoch": scheduler_steps_per_epoch(experiment, num_images)}
     try:
         parameters = inspect.signature(experiment.scheduler).parameters
     except (TypeError, ValueError):  # a callable written in C has no signature
@@ -200,119 +234,6 @@ def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: in
 _EMPTY = inspect.Parameter.empty
 
 
-def _scheduler_steps_per_epoch(experiment: Experiment, num_images: int) -> int:
+def scheduler_steps_per_epoch(experiment: Experiment, num_images: int) -> int:
+    """Return how often the scheduler steps in an epoch of `num_images` images."""
     return math.ceil(num_images / experiment.batch_size) if experiment.scheduler_interval == "batch" else 1
-
-
-def rehearse(experiment: Experiment, mnist: Mnist) -> None:
-    """Try the declaration on real batches before any training, and walk the schedule to its end.
-
-    The network, the random state and the data are left as they were.
-
-    Raises:
-        LabError: naming the field that is wrong and what torch, or the script's own code, said about it.
-    """
-    device, total = mnist.train_images.device, len(mnist.train_images)
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        with _blame("net"):
-            net = experiment.net()
-            if not isinstance(net, nn.Module):
-                raise TypeError(f"gives a {type(net).__name__}, not a torch.nn.Module")
-            net.to(device)
-        if num_params(net) == 0:
-            raise LabError("net: has no parameters to train")
-        with _blame("optimizer"):
-            optimizer = experiment.optimizer(net.parameters())
-            if not isinstance(optimizer, Optimizer):
-                raise TypeError(f"gives a {type(optimizer).__name__}, not a torch.optim.Optimizer")
-        # Both sizes that will come up: some networks fail on a last batch of one image only.
-        for size in sorted({min(experiment.batch_size, total), total % experiment.batch_size} - {0}, reverse=True):
-            _rehearse_step(net, experiment, mnist, optimizer, size)
-        with _blame("net"):
-            _check_logits(predict(net, mnist.test_images[:2]), 2)
-        with _blame("scheduler"):
-            _walk_schedule(experiment, net, total)
-
-
-def _rehearse_step(net: nn.Module, experiment: Experiment, mnist: Mnist, optimizer: Optimizer, size: int) -> None:
-    batch = torch.arange(size, device=mnist.train_images.device)
-    with _blame("augmentation"):
-        images = training_images(mnist, batch, experiment)
-        if not isinstance(images, Tensor):
-            raise TypeError(f"gives a {type(images).__name__}, not a tensor of images")
-        if images.shape != (size, 1, 28, 28) or images.dtype != torch.float32:
-            given = f"{images.dtype} images of shape {tuple(images.shape)}"
-            raise ValueError(f"gives {given}, not torch.float32 of shape ({size}, 1, 28, 28)")
-        if not images.isfinite().all():
-            raise ValueError("gives pixels that are not finite")
-    images = normalize(images)
-    labels = mnist.train_labels[batch]
-    net.train()
-    with _blame("net"):
-        _check_logits(logits := net(images), size)
-    with _blame("loss"):
-        loss = experiment.loss(logits, labels)
-        if not isinstance(loss, Tensor) or loss.shape != ():
-            raise ValueError("does not give a single number")
-        if not loss.isfinite():
-            raise ValueError(f"is {loss.item()} on the first batch")
-        if not loss.requires_grad:
-            raise ValueError("has no gradient in the network's parameters, so it can't train them")
-    with _blame("net"):
-        loss.backward()  # type: ignore[no-untyped-call]
-    with _blame("optimizer"):
-        train_step(net, images, labels, experiment, optimizer)
-
-
-def _check_logits(logits: object, size: int) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"gives a {type(logits).__name__}, not a tensor of logits")
-    if logits.shape != (size, 10):
-        raise ValueError(
-            f"gives an output of shape {tuple(logits.shape)} for {size} images, not ({size}, 10): one logit per digit"
-        )
-    if not logits.isfinite().all():
-        raise ValueError("gives logits that are not finite on the first batch")
-
-
-def _walk_schedule(experiment: Experiment, net: nn.Module, total: int) -> None:
-    """Step a scheduler of its own through the whole run: OneCycleLR, for one, fails only past its last step."""
-    optimizer = experiment.optimizer(net.parameters())
-    scheduler = build_scheduler(experiment, optimizer, total)
-    if scheduler is None:
-        return
-    if not isinstance(scheduler, LRScheduler):
-        raise TypeError(f"gives a {type(scheduler).__name__}, not a torch.optim.lr_scheduler.LRScheduler")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        if experiment.scheduler_interval == "batch":
-            raise ValueError("ReduceLROnPlateau needs scheduler_interval='epoch': it follows the epoch's training loss")
-        return
-    optimizer.zero_grad()
-    optimizer.step(lambda: 0.0)  # a schedule warns where its optimizer has not taken a step before it
-    for _ in range(experiment.epochs * _scheduler_steps_per_epoch(experiment, total)):
-        scheduler.step()
-        lr = float(optimizer.param_groups[0]["lr"])
-        if not math.isfinite(lr):
-            raise ValueError(f"the learning rate becomes {lr}")
-
-
-@contextmanager
-def _blame(field: str) -> Iterator[None]:
-    """Turn whatever the declared code raises into one sentence that names the field and the line in the script."""
-    try:
-        yield
-    except LabError:
-        raise
-    except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_script(Path(f.filename))]
-        where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise LabError(f"{field}: {said}{where}") from error
-
-
-def _is_script(file: Path) -> bool:
-    lab, standard_library = Path(__file__).parent, Path(inspect.__file__).parent
-    if file.is_relative_to(lab) or file.is_relative_to(standard_library):
-        return False
-    return "site-packages" not in file.parts and file.suffix == ".py" and file.exists()

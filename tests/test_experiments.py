@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
-from mnist_lab import Experiment, Targets, training
+from mnist_lab import Experiment, Targets, rehearsal, training
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.data import Mnist
 from mnist_lab.summary import receptive_fields
@@ -76,7 +76,7 @@ def test_declaration_passes_its_checks_and_its_rehearsal(stem: str, load_script:
     experiment = load_script(stem).EXPERIMENT
 
     experiment.check()
-    training.rehearse(experiment, mnist)
+    rehearsal.rehearse(experiment, mnist)
 
 
 def test_importing_a_script_trains_and_logs_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,8 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.data import Mnist
+from mnist_lab.dropout import SparseDropout
 from mnist_lab.errors import LabError
-from mnist_lab.training import EpochMetrics, evaluate, fit, num_params, predict, rehearse, train_epoch
+from mnist_lab.rehearsal import rehearse
+from mnist_lab.training import EpochMetrics, Training, evaluate, fit, num_params, predict
 
 TEST_FILE = "test_training.py"
 
@@ -241,7 +244,8 @@ def reference_epochs(experiment: Experiment, mnist: Mnist, seed: int) -> Iterato
             if experiment.augmentation is not None:
                 images = experiment.augmentation(images)
             optimizer.zero_grad()
-            log_probabilities = F.log_softmax(net((images - 0.1307) / 0.3081), dim=1)
+            with SparseDropout():
+                log_probabilities = F.log_softmax(net((images - 0.1307) / 0.3081), dim=1)
             loss = F.nll_loss(log_probabilities, labels)
             loss.backward()
             optimizer.step()
@@ -659,7 +663,10 @@ def waits_in_epochs(experiment: Experiment, mnist: Mnist) -> tuple[int, int]:
 
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("interval", ["epoch", "batch"])
-def test_no_batch_waits_for_the_device(foreach: bool, interval: str, small_mnist: Mnist) -> None:
+def test_no_batch_waits_for_the_device(
+    foreach: bool, interval: str, small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist_lab.dropout.MAX_P", 0)  # as on a GPU, where dropout is torch's own
     experiment = declare(
         net=Small,
         epochs=1,
@@ -677,15 +684,38 @@ def test_no_batch_waits_for_the_device(foreach: bool, interval: str, small_mnist
     assert many == few <= 4  # the epoch's own: loss and correct, of training and of test images
 
 
-def test_train_epoch_leaves_its_sums_on_the_device(small_mnist: Mnist) -> None:
-    net = Small()
-    optimizer = SGD(net.parameters(), lr=0.05)
-    with CountWaits() as waits:
-        loss_sum, correct = train_epoch(net, declare(), small_mnist, torch.arange(500), optimizer, None)
+# ---- stopped and taken up again
 
-    assert waits.count == 0
-    assert (loss_sum.shape, correct.shape) == ((), ())
-    assert loss_sum.item() > 0
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scheduler": partial(StepLR, step_size=2)},
+        {"scheduler": partial(OneCycleLR, max_lr=0.1), "scheduler_interval": "batch"},
+        {"scheduler": partial(ReduceLROnPlateau, patience=0), "optimizer": partial(AdamW, lr=0.01)},
+    ],
+)
+def test_a_training_that_is_taken_up_again_ends_as_one_that_never_stopped(
+    changes: dict[str, Any], small_mnist: Mnist, tmp_path: Path
+) -> None:
+    mnist = first(small_mnist, 500)
+    experiment = declare(net=Small, epochs=4, augmentation=partial(random_rotation, degrees=7.0), **changes)
+    torch.manual_seed(3)
+    net = Small()
+    whole = list(fit(net, experiment, mnist, seed=3))
+
+    torch.manual_seed(3)
+    stopped = Training(Small(), experiment, mnist, seed=3)
+    epochs = stopped.epochs()
+    before = [next(epochs), next(epochs)]
+    torch.save(stopped.state_dict(), tmp_path / "state.pt")
+    torch.manual_seed(99)
+    again = Training(Small(), experiment, mnist, seed=12)  # all that counts comes from the state
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    after = list(again.epochs())
+
+    assert without_time(before + after) == without_time(whole)
+    assert all(torch.equal(tensor, again.net.state_dict()[name]) for name, tensor in net.state_dict().items())
 
 
 # ---- num_params
