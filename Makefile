@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 ARGS ?=
+SEEDS ?=
+FLAGS = $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 PYTHON := .venv/bin/python
 # The machine's own uv, or one that is put into .uv/ here. Nothing is installed outside this folder.
 UV := $(or $(shell command -v uv),.uv/bin/uv)
@@ -22,6 +24,7 @@ help:  ## list the targets
 	  printf '  %-16s %s\n' "$$name" "$$(sed -n '1s/^"""//p' "$$script")"; \
 	done
 	@echo 'Flags pass through: make step3 ARGS="--epochs 2 --seed 7 --set lr=0.05"'
+	@echo 'A study of ten seeds: make step3 SEEDS=10'
 
 # ---- set-up
 
@@ -57,13 +60,13 @@ step%: $(INSTALLED)
 	@scripts=(experiments/step$*.py experiments/step$*_*.py); found=(); \
 	for script in "$${scripts[@]}"; do [[ -f $$script ]] && found+=("$$script"); done; \
 	case $${#found[@]} in \
-	  1) exec $(PYTHON) "$${found[0]}" $(ARGS);; \
+	  1) exec $(PYTHON) "$${found[0]}" $(FLAGS);; \
 	  0) echo "make: there is no experiments/step$*.py and no experiments/step$*_*.py" >&2; exit 2;; \
 	  *) echo "make: step$* is not clear: $${found[*]}" >&2; exit 2;; \
 	esac
 
 %: experiments/%.py $(INSTALLED)
-	@$(PYTHON) $< $(ARGS)
+	@$(PYTHON) $< $(FLAGS)
 
 # ---- what the runs say
 

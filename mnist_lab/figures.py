@@ -74,12 +74,13 @@ def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> F
 def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
     """Draw loss (left) and accuracy (right) of one step over its epochs, in training and on the test images.
 
-    history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_`; of
-    several runs of one seed the first in the table counts. Several seeds give a line for their mean and a band from the
-    smallest to the largest. The loss axis is logarithmic, and the accuracy axis stretched towards 100 %, where the
-    differences are.
+    history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_`, or
+    `validation_` where the epochs of a hold-out run have no `test_` figures; of several runs of one seed the first in
+    the table counts. Several seeds give a line for their mean and a band from the smallest to the largest. The loss
+    axis is logarithmic, and the accuracy axis stretched towards 100 %, where the differences are.
     """
-    metrics = ["train_loss", "test_loss", "train_accuracy", "test_accuracy"]
+    part = "validation" if "validation_loss" in history and "test_loss" not in history else "test"
+    metrics = ["train_loss", f"{part}_loss", "train_accuracy", f"{part}_accuracy"]
     _require(history, "history", ["run_id", "step", "seed", "epoch", *metrics])
     history = _first_runs(history)
     steps, seeds = history["step"].unique(), history["seed"].nunique()
@@ -90,7 +91,7 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
 
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
     for axes, metric, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy", "%"), strict=True):
-        for name, (color, line, marker) in zip(("test", "training"), LOOKS, strict=False):
+        for name, (color, line, marker) in zip((part, "training"), LOOKS, strict=False):
             values = finite[f"{name.removesuffix('ing')}_{metric}"].unstack("seed")  # (epochs, seeds)
             mean, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
             label = name if seeds == 1 else f"{name}, mean of {seeds} seeds"

@@ -19,6 +19,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.training import (
     build_scheduler,
+    evaluation_part,
     normalize,
     num_params,
     predict,
@@ -54,7 +55,7 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> None:
         for size in sorted({min(experiment.batch_size, total), total % experiment.batch_size} - {0}, reverse=True):
             _rehearse_step(net, experiment, mnist, optimizer, size)
         with _blame("net"):
-            _check_logits(predict(net, mnist.test_images[:2]), 2)
+            _check_logits(predict(net, evaluation_part(mnist)[1][:2]), 2)
         with _blame("scheduler"):
             _walk_schedule(experiment, net, total)
 

@@ -123,7 +123,7 @@ def run(
             progress.on_epoch(metrics)
         logits = predict(net, mnist.test_images)
         measured = measure(net, epochs, experiment)
-        logged_once = LOGGED_ONCE
+        logged_once: tuple[str, ...] = LOGGED_ONCE
         if holdout is not None:
             loss, correct = evaluate(logits, mnist.test_labels)
             measured |= {"final_test_loss": loss, "final_test_accuracy": 100 * correct / len(logits)}
@@ -157,9 +157,7 @@ def load_parts(data_dir: Path | None, device: torch.device, *, limit: int | None
     return mnist if limit is None else first_images(mnist, limit)
 
 
-def all_overrides(
-    overrides: Mapping[str, object], *, limit: int | None, holdout: int | None
-) -> dict[str, object]:
+def all_overrides(overrides: Mapping[str, object], *, limit: int | None, holdout: int | None) -> dict[str, object]:
     """Return the overrides with `limit` and `holdout` among them: a run on fewer images is not that step any more."""
     on_data = {"limit": limit, "holdout": holdout}
     return {**overrides, **{name: value for name, value in on_data.items() if value is not None}}
@@ -174,7 +172,7 @@ def identify(
         params["holdout"] = overrides["holdout"]
     return params, {
         "step": script.stem,
-        "overrides": " ".join(f"{name}={value}" for name, value in overrides.items()),
+        "overrides": " ".join(f"{name}={value}" for name, value in sorted(overrides.items())),
         "code_sha256": provenance.code_sha256(script),
     }
 

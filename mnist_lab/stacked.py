@@ -89,9 +89,9 @@ def fit_stacked(
                     train_loss=loss_sum[index].item() / total,
                     train_correct=int(correct[index].item()),
                     train_images=total,
-                    test_loss=test_loss,
-                    test_correct=test_correct,
-                    test_images=len(mnist.test_images),
+                    eval_loss=test_loss,
+                    eval_correct=test_correct,
+                    eval_images=len(mnist.test_images),
                     lr=lr,
                     epoch_seconds=seconds,
                 )

@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import signal
+import socket
 import sqlite3
 import tempfile
 import threading
@@ -26,11 +27,14 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import psutil
 import torch
 from filelock import FileLock
 from mlflow.data.numpy_dataset import from_numpy
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 
@@ -42,9 +46,11 @@ FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a 
 # MLflow's table shows no metric unless a view is chosen; this is its own way of sharing one, by name in the address.
 UI_COLUMNS = [
     *(f"metrics.`{name}`" for name in ("final_test_accuracy", "best_test_accuracy", "train_accuracy", "num_params")),
+    *(f"metrics.`final_test_accuracy_{name}`" for name in ("mean", "sd")),  # of a study
     "tags.`targets`",
 ]
 MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
+MAX_RUNS = 50_000  # the most that MLflow gives at once
 
 
 @dataclass(frozen=True)
@@ -137,11 +143,93 @@ def _uninterrupted() -> Iterator[None]:
             signal.raise_signal(arrived[0])
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run as it stands in the store: its seed, and the last value of each metric."""
+
+    run_id: str
+    seed: int
+    metrics: Mapping[str, float]
+
+
+def finished_runs(store: Store, params: Mapping[str, object], tags: Mapping[str, str]) -> dict[int, FinishedRun]:
+    """Return the newest finished run of each seed that has these tags and, but for the seed, exactly these params.
+
+    Raises:
+        LabError: if the store can't be read.
+    """
+    wanted = {name: str(value) for name, value in params.items()}
+    found: dict[int, FinishedRun] = {}
+    for run in _search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
+        seed = run.data.params.get("seed", "")
+        alike = {**run.data.params, "seed": seed} == {**wanted, "seed": seed}
+        tagged = all(run.data.tags.get(name) == value for name, value in tags.items())
+        if alike and tagged and seed.isdecimal() and "final_test_accuracy" in run.data.metrics:
+            found.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
+    return found
+
+
+def read_run(store: Store, run_id: str) -> FinishedRun:
+    """Return a finished run of one seed."""
+    run = mlflow.MlflowClient(tracking_uri=store.uri).get_run(run_id)
+    return FinishedRun(run_id, int(run.data.params["seed"]), dict(run.data.metrics))
+
+
+def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
+    """Make a run the child of a study's run, whatever study it belonged to before."""
+    with _uninterrupted():
+        mlflow.MlflowClient(tracking_uri=store.uri).set_tag(run_id, MLFLOW_PARENT_RUN_ID, parent_run_id)
+
+
+def close_abandoned(store: Store) -> None:
+    """Mark the runs KILLED that stand as RUNNING though their process, on this machine, is gone: killed, or power lost.
+
+    Raises:
+        LabError: if the store can't be read.
+    """
+    client = mlflow.MlflowClient(tracking_uri=store.uri)
+    for run in _search(store, "attributes.status = 'RUNNING'"):
+        if _is_gone(run.data.tags.get("process", "")):
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _search(store: Store, condition: str) -> list[Run]:
+    """Return the runs that meet the condition, newest first."""
+    try:
+        client = mlflow.MlflowClient(tracking_uri=store.uri)
+        order = ["attributes.start_time DESC"]
+        return list(client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS, order_by=order))
+    except (MlflowException, SQLAlchemyError) as error:
+        raise LabError(f"tracking store {store.uri!r} can't be read: {_one_line(error)}") from error
+
+
+def _process_tag() -> str:
+    """Name this process, so that another one can say later whether it has ended: host, number, start."""
+    process = psutil.Process()
+    return f"{socket.gethostname()} {process.pid} {process.create_time()}"
+
+
+def _is_gone(tag: str) -> bool:
+    host, _, process = tag.partition(" ")
+    number, _, created = process.partition(" ")
+    if host != socket.gethostname() or not number.isdecimal():  # another machine's, or another program's
+        return False
+    try:
+        # Numbers are used again. The clock may be corrected by a second meanwhile.
+        return abs(psutil.Process(int(number)).create_time() - float(created)) > 2
+    except psutil.NoSuchProcess:
+        return True
+
+
 class TrackedRun:
-    """One run being written. Made by `track`. Signals that end the program wait until what is being logged is."""
+    """One run being written. Made by `track`. Signals that end the program wait until what is being logged is.
+
+    end_status: the status that the run gets when its block comes to its end.
+    """
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
+        self.end_status = "FINISHED"
 
     @_uninterrupted()
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -177,11 +265,14 @@ class TrackedRun:
 
     @_uninterrupted()
     def log_data(self, mnist: Mnist, source: Path) -> None:
-        """Log both parts of MNIST as MLflow inputs, with the SHA-256 of the files as digest (its first 36 digits)."""
+        """Log the parts of MNIST as MLflow inputs, with the SHA-256 of the files as digest (its first 36 digits)."""
         for context, images, labels in (
             ("training", mnist.train_images, mnist.train_labels),
+            ("validation", mnist.validation_images, mnist.validation_labels),
             ("test", mnist.test_images, mnist.test_labels),
         ):
+            if images is None or labels is None:
+                continue
             with _quiet():
                 dataset = from_numpy(
                     images.cpu().numpy(),
@@ -242,11 +333,17 @@ class TrackedRun:
 
 @contextmanager
 def track(
-    store: Store, run_name: str, *, params: Mapping[str, object], tags: Mapping[str, str]
+    store: Store,
+    run_name: str,
+    *,
+    params: Mapping[str, object],
+    tags: Mapping[str, str],
+    parent_run_id: str | None = None,
 ) -> Iterator[TrackedRun]:
     """Open a run, and close it by how the block ends.
 
     FINISHED at its end or by `sys.exit(0)`, KILLED by KeyboardInterrupt, else FAILED.
+    parent_run_id: the study's run that this one is a child of; that may be open in this process or in another.
 
     Raises:
         LabError: if the store fails on the way, e.g. because its disk is full.
@@ -256,10 +353,17 @@ def track(
     try:
         with _uninterrupted():
             mlflow.set_tracking_uri(store.uri)
-            run_id = mlflow.start_run(experiment_id=store.experiment_id, run_name=run_name, tags=dict(tags)).info.run_id
+            run_id = mlflow.start_run(
+                experiment_id=store.experiment_id,
+                run_name=run_name,
+                tags={**tags, "process": _process_tag()},
+                nested=parent_run_id is not None,
+                parent_run_id=parent_run_id,
+            ).info.run_id
             mlflow.log_params(dict(params))
-        yield TrackedRun(run_id)
-        status = "FINISHED"
+        tracked = TrackedRun(run_id)
+        yield tracked
+        status = tracked.end_status
     except KeyboardInterrupt:
         status = "KILLED"
         raise

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,8 @@ class EpochMetrics:
     """One finished epoch, counted from 1.
 
     Training loss and correct are running sums over the epoch's batches, in training mode, as the network changed;
-    test loss (mean cross-entropy) and correct are those of the network at the epoch's end.
+    eval loss (mean cross-entropy) and correct are those of the network at the epoch's end, on the images that
+    `evaluated_on` names: the test images, or with a hold-out the validation images.
     lr is the learning rate of the epoch's first batch. epoch_seconds covers training and evaluation.
     """
 
@@ -42,11 +43,12 @@ class EpochMetrics:
     train_loss: float
     train_correct: int
     train_images: int
-    test_loss: float
-    test_correct: int
-    test_images: int
+    eval_loss: float
+    eval_correct: int
+    eval_images: int
     lr: float
     epoch_seconds: float
+    evaluated_on: Literal["test", "validation"] = "test"
 
     @property
     def train_accuracy(self) -> float:
@@ -54,9 +56,9 @@ class EpochMetrics:
         return 100 * self.train_correct / self.train_images
 
     @property
-    def test_accuracy(self) -> float:
+    def eval_accuracy(self) -> float:
         """In percent."""
-        return 100 * self.test_correct / self.test_images
+        return 100 * self.eval_correct / self.eval_images
 
 
 def num_params(net: nn.Module) -> int:
@@ -74,7 +76,8 @@ class Training:
 
     The order of the images depends on `seed` and the epoch alone and is the same on every device. Dropout and
     augmentation draw from torch's default generator: seed it before the network is built.
-    Nothing in an epoch's batches waits for the device, unless `on_batch` does.
+    Nothing in an epoch's batches waits for the device, unless `on_batch` does. With a hold-out, each epoch is evaluated
+    on the validation images, and the test images are not read.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Training:
     def epochs(self) -> Iterator[EpochMetrics]:
         """Train the epochs that are left, and yield each when it is finished."""
         total = len(self.mnist.train_images)
+        evaluated_on, images, labels = evaluation_part(self.mnist)
         while self.epoch < self.experiment.epochs:
             start = time.perf_counter()
             lr = float(self.optimizer.param_groups[0]["lr"])
@@ -103,18 +107,19 @@ class Training:
                     self.scheduler.step(train_loss)  # the test images are no business of the schedule's
                 else:
                     self.scheduler.step()
-            test_loss, test_correct = evaluate(predict(self.net, self.mnist.test_images), self.mnist.test_labels)
+            eval_loss, eval_correct = evaluate(predict(self.net, images), labels)
             self.epoch += 1
             yield EpochMetrics(
                 epoch=self.epoch,
                 train_loss=train_loss,
                 train_correct=int(self.correct.item()),
                 train_images=total,
-                test_loss=test_loss,
-                test_correct=test_correct,
-                test_images=len(self.mnist.test_images),
+                eval_loss=eval_loss,
+                eval_correct=eval_correct,
+                eval_images=len(images),
                 lr=lr,
                 epoch_seconds=time.perf_counter() - start,
+                evaluated_on=evaluated_on,
             )
 
     def _train_epoch(self, order: Tensor) -> None:
@@ -171,6 +176,13 @@ def fit(
     return Training(net, experiment, mnist, seed=seed, on_batch=on_batch).epochs()
 
 
+def evaluation_part(mnist: Mnist) -> tuple[Literal["test", "validation"], Tensor, Tensor]:
+    """Return what the epochs are evaluated on: its name, images (N, 1, 28, 28) and labels (N,)."""
+    if mnist.validation_images is None or mnist.validation_labels is None:
+        return "test", mnist.test_images, mnist.test_labels
+    return "validation", mnist.validation_images, mnist.validation_labels
+
+
 def training_images(mnist: Mnist, batch: Tensor, experiment: Experiment) -> Tensor:
     """Return the images (N, 1, 28, 28) that the indices `batch` (N,) name, augmented, in [0, 1]."""
     images = mnist.train_images[batch].float() / 255
@@ -204,9 +216,17 @@ def train_step(
 
 @torch.inference_mode()
 def predict(net: nn.Module, images: Tensor) -> Tensor:
-    """Return the network's output (N, 10) in evaluation mode for uint8 images (N, 1, 28, 28)."""
+    """Return the network's output (N, 10) in evaluation mode for uint8 images (N, 1, 28, 28).
+
+    Each part of the network is left in the mode it was in.
+    """
+    modes = [(module, module.training) for module in net.modules()]
     net.eval()
-    return torch.cat([net(normalize(batch.float() / 255)) for batch in torch.split(images, EVALUATION_BATCH_SIZE)])
+    try:
+        return torch.cat([net(normalize(batch.float() / 255)) for batch in torch.split(images, EVALUATION_BATCH_SIZE)])
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def evaluate(logits: Tensor, labels: Tensor) -> tuple[float, int]:

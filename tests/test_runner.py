@@ -254,7 +254,7 @@ def test_another_seed_is_another_run(runs: Runs) -> None:
     one, other = runs.silent.epochs[0], runs.other_seed.epochs[0]
 
     assert one.train_loss != other.train_loss
-    assert one.test_loss != other.test_loss
+    assert one.eval_loss != other.eval_loss
     assert runs.tracked(runs.other_seed).name == "step4_augment_steplr seed 2"
 
 
@@ -274,14 +274,14 @@ def test_overrides_are_applied_and_tagged(runs: Runs) -> None:
 
 
 def test_a_limited_run_trains_on_so_many_images_and_tests_on_all(runs: Runs) -> None:
-    assert [(epoch.train_images, epoch.test_images) for epoch in runs.silent.epochs] == [(2000, 10_000)] * 2
+    assert [(epoch.train_images, epoch.eval_images) for epoch in runs.silent.epochs] == [(2000, 10_000)] * 2
     assert runs.silent.overrides["limit"] == 2000
 
 
 def test_the_result_is_what_was_tracked(runs: Runs) -> None:
     result, tracked = runs.silent, runs.tracked(runs.silent)
 
-    assert [value for _, value in tracked.metrics["test_loss"]] == [epoch.test_loss for epoch in result.epochs]
+    assert [value for _, value in tracked.metrics["test_loss"]] == [epoch.eval_loss for epoch in result.epochs]
     assert tracked.metrics["final_test_accuracy"] == [(0, result.measured["final_test_accuracy"])]
     assert tracked.tags["targets"] == "missed"
     assert {verdict.name: verdict.met for verdict in result.verdicts} == {
@@ -327,7 +327,7 @@ def test_the_order_of_images_is_the_same_on_a_gpu(load_script: Load, uri: str, d
     assert [seen for seen, _ in losses_on_gpu] == [seen for seen, _ in losses_on_cpu]
     first_losses = [[loss for _, loss in losses[:5]] for losses in (losses_on_cpu, losses_on_gpu)]
     assert first_losses[1] == pytest.approx(first_losses[0], rel=0.01)  # another order differs by 5 % and more
-    assert on_gpu.epochs[0].test_images == on_cpu.epochs[0].test_images == 10_000
+    assert on_gpu.epochs[0].eval_images == on_cpu.epochs[0].eval_images == 10_000
 
 
 # ---- before the run
@@ -393,9 +393,9 @@ def epoch(number: int, train_correct: int, test_correct: int) -> EpochMetrics:
         train_loss=0.1,
         train_correct=train_correct,
         train_images=60_000,
-        test_loss=number / 100,
-        test_correct=test_correct,
-        test_images=10_000,
+        eval_loss=number / 100,
+        eval_correct=test_correct,
+        eval_images=10_000,
         lr=0.01,
         epoch_seconds=1.0,
     )

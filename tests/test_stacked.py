@@ -65,8 +65,8 @@ def test_stacked_seeds_equal_separate_ones(without_draws: Experiment, few_images
         alone = list(fit(net, without_draws, few_images, seed=seed))[-1]
         stacked = stacked_epochs[index]
         assert stacked.train_loss == pytest.approx(alone.train_loss, rel=1e-6)  # summed in float32
-        assert stacked.test_loss == pytest.approx(alone.test_loss, rel=1e-9)
-        assert stacked.test_correct == alone.test_correct
+        assert stacked.eval_loss == pytest.approx(alone.eval_loss, rel=1e-9)
+        assert stacked.eval_correct == alone.eval_correct
         assert stacked.train_correct == alone.train_correct
         assert (stacked.epoch, stacked.lr, stacked.train_images) == (alone.epoch, alone.lr, alone.train_images)
         expected = net.state_dict()

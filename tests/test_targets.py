@@ -20,13 +20,13 @@ def accuracy_of(correct: int) -> float:
         train_loss=0.0,
         train_correct=60_000,
         train_images=60_000,
-        test_loss=0.0,
-        test_correct=correct,
-        test_images=10_000,
+        eval_loss=0.0,
+        eval_correct=correct,
+        eval_images=10_000,
         lr=0.01,
         epoch_seconds=1.0,
     )
-    return epoch.test_accuracy
+    return epoch.eval_accuracy
 
 
 @pytest.mark.parametrize(("accuracy", "word"), [(99.4, "met"), (99.39, "missed"), (99.41, "met"), (0.994, "missed")])

@@ -131,7 +131,7 @@ def test_an_epoch_sees_every_image_once_with_its_label(mnist: Mnist) -> None:
     assert [len(images) for images in recorder.images] == [128] * 468 + [96]
     ((images, labels),) = recorder.epochs(batches=469)
     assert pairs(images, labels) == pairs(mnist.train_images, mnist.train_labels)
-    assert (epoch.train_images, epoch.test_images) == (60_000, 10_000)
+    assert (epoch.train_images, epoch.eval_images) == (60_000, 10_000)
 
 
 def test_so_does_each_epoch_after_it(small_mnist: Mnist) -> None:
@@ -223,7 +223,7 @@ def test_augmentation_is_for_training_images_as_fractions(small_mnist: Mnist) ->
     negatives = dataclasses.replace(small_mnist, train_images=255 - small_mnist.train_images)
     _, plain = train(declare(epochs=1), negatives)
     assert inverted[0].train_loss == pytest.approx(plain[0].train_loss, abs=1e-5)
-    assert inverted[0].test_correct == pytest.approx(plain[0].test_correct, abs=1)
+    assert inverted[0].eval_correct == pytest.approx(plain[0].eval_correct, abs=1)
 
 
 # ---- the figures
@@ -262,8 +262,8 @@ def reference_epochs(experiment: Experiment, mnist: Mnist, seed: int) -> Iterato
             "train_loss": statistics.fmean(losses),
             "train_correct": corrects,
             "train_accuracy": 100 * corrects / len(losses),
-            "test_loss": F.nll_loss(log_probabilities, mnist.test_labels).item(),
-            "test_correct": int((log_probabilities.argmax(dim=1) == mnist.test_labels).sum()),
+            "eval_loss": F.nll_loss(log_probabilities, mnist.test_labels).item(),
+            "eval_correct": int((log_probabilities.argmax(dim=1) == mnist.test_labels).sum()),
         }
 
 
@@ -305,10 +305,10 @@ def test_an_epoch_is_there_as_soon_as_it_is_finished(small_mnist: Mnist) -> None
     epochs = fit(net, declare(epochs=1000), small_mnist, seed=0)
 
     one = next(epochs)
-    assert (one.test_loss, one.test_correct) == evaluate(predict(net, small_mnist.test_images), small_mnist.test_labels)
+    assert (one.eval_loss, one.eval_correct) == evaluate(predict(net, small_mnist.test_images), small_mnist.test_labels)
     two = next(epochs)
     assert (one.epoch, two.epoch) == (1, 2)
-    assert two.test_loss != one.test_loss
+    assert two.eval_loss != one.eval_loss
 
 
 def test_accuracies_are_percentages_of_the_images() -> None:
@@ -317,15 +317,15 @@ def test_accuracies_are_percentages_of_the_images() -> None:
         train_loss=0.1,
         train_correct=59_000,
         train_images=60_000,
-        test_loss=0.1,
-        test_correct=9_946,
-        test_images=10_000,
+        eval_loss=0.1,
+        eval_correct=9_946,
+        eval_images=10_000,
         lr=0.1,
         epoch_seconds=1.0,
     )
 
     assert epoch.train_accuracy == pytest.approx(98.3333, abs=1e-4)
-    assert epoch.test_accuracy == 99.46
+    assert epoch.eval_accuracy == 99.46
 
 
 def test_the_declared_loss_is_minimised_and_the_test_loss_stays_cross_entropy(small_mnist: Mnist) -> None:
@@ -335,8 +335,8 @@ def test_the_declared_loss_is_minimised_and_the_test_loss_stays_cross_entropy(sm
 
     assert epochs[-1].train_loss > plain[-1].train_loss + 0.1
     expected = F.cross_entropy(predict(net, small_mnist.test_images), small_mnist.test_labels).item()
-    assert epochs[-1].test_loss == pytest.approx(expected, abs=1e-6)
-    assert epochs[-1].test_loss != plain[-1].test_loss
+    assert epochs[-1].eval_loss == pytest.approx(expected, abs=1e-6)
+    assert epochs[-1].eval_loss != plain[-1].eval_loss
 
 
 def test_log_probabilities_give_the_same_figures_as_logits(small_mnist: Mnist) -> None:
@@ -350,7 +350,7 @@ def test_log_probabilities_give_the_same_figures_as_logits(small_mnist: Mnist) -
 
     for other in (epochs, nll_epochs):
         assert other[-1].train_loss == pytest.approx(expected[-1].train_loss, abs=1e-5)
-        assert other[-1].test_loss == pytest.approx(expected[-1].test_loss, abs=1e-5)
+        assert other[-1].eval_loss == pytest.approx(expected[-1].eval_loss, abs=1e-5)
 
 
 def test_evaluate_is_the_mean_cross_entropy_and_the_number_correct() -> None:
@@ -428,7 +428,7 @@ def test_any_optimizer_of_torch_trains(optimizer: Callable[..., Optimizer], smal
     _, epochs = train(experiment, small_mnist)
 
     assert epochs[-1].train_loss < 0.9 * epochs[0].train_loss
-    assert epochs[-1].test_correct > epochs[0].test_correct
+    assert epochs[-1].eval_correct > epochs[0].eval_correct
 
 
 def test_an_optimizer_that_evaluates_often_reports_the_loss_before_its_step(small_mnist: Mnist) -> None:
@@ -569,7 +569,7 @@ def test_reduce_on_plateau_follows_the_training_loss(small_mnist: Mnist) -> None
 
     measured = [epoch.lr for epoch in epochs]
     assert measured == rates_after([epoch.train_loss for epoch in epochs])
-    assert measured != rates_after([epoch.test_loss for epoch in epochs])
+    assert measured != rates_after([epoch.eval_loss for epoch in epochs])
     assert measured != rates_after([1.0] * 10)
 
 
