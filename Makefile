@@ -74,6 +74,10 @@ step%: $(INSTALLED)
 compare: $(INSTALLED)  ## print one row per experiment from the tracked runs
 	@$(PYTHON) -m mnist_lab compare $(ARGS)
 
+.PHONY: export
+export: $(INSTALLED)  ## write the figures of the tracked runs to docs/results and into README.md
+	@$(PYTHON) -m mnist_lab export $(ARGS)
+
 .PHONY: ui
 ui: $(INSTALLED)  ## browse the runs in the MLflow UI
 	@$(PYTHON) -m mnist_lab ui $(ARGS)

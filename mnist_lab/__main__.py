@@ -1,4 +1,4 @@
-"""The jobs that belong to no experiment, for the Makefile: `python -m mnist_lab data | compare | report | ui`."""
+"""The jobs that belong to no experiment: `python -m mnist_lab data | compare | export | report | ui`."""
 
 from __future__ import annotations
 
@@ -28,21 +28,42 @@ def data(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print one row per experiment."""
+    """Print one row per experiment, and what each single change is worth."""
     from tabulate import tabulate
 
     from mnist_lab import results
+    from mnist_lab.comparison import effects_text
 
-    table = results.compare_table(include_overrides=arguments.include_overrides, tracking_uri=arguments.tracking_uri)
+    holdout, uri = arguments.holdout, arguments.tracking_uri
+    table = results.compare_table(include_overrides=arguments.include_overrides, holdout=holdout, tracking_uri=uri)
     if table.empty:
-        uri = tracking_uri(arguments.tracking_uri)
-        raise LabError(f"no finished runs without overrides in {uri}; train first, e.g. `make step1`")
-    print(tabulate(*results.compare_text(table), disable_numparse=True))
+        raise LabError(f"no finished runs without overrides in {tracking_uri(uri)}; train first, e.g. `make step1`")
+    print(tabulate(*results.compare_text(table, holdout=holdout), disable_numparse=True))
+    best = f"on the {holdout:,} training images held out" if holdout else "on the test images"
     print(
-        "\nAccuracies in %. last: of the last epoch, mean +- sd over seeds; it is what the verdict judges.\n"
-        "best: of the best epoch, picked on the test images. train: training accuracy of the last epoch.\n"
+        "\nTest accuracies in %. last: of the last epoch, mean +- sd over seeds; it is what the verdict judges.\n"
+        "verdict: of one run, its figure by itself. Of several seeds, what their mean shows at p < 0.01.\n"
+        f"best: of the best epoch, picked {best}. train: training accuracy of the last epoch.\n"
+        "seeds needed: about so many would show a difference of the observed size, with 80 % power.\n"
         "One run on 10,000 images is known to about +- 0.15 points (95 %) at 99.4."
     )
+    for row in table[table["left_out"] > 0].to_dict("records"):
+        print(f"{row['step']}: {row['left_out']} older runs by other code (code_sha256) are left out.")
+    comparisons, refused = results.compare_pairs(holdout=holdout, tracking_uri=uri)
+    if comparisons:
+        print("\nWhat each change is worth: test accuracy of the last epoch, in points, with 95 % interval\n")
+        print(tabulate(*effects_text(comparisons), disable_numparse=True))
+        print("\np (Holm) is adjusted for the rows of this table; a difference is shown where it is below 0.05.")
+    for sentence in refused:
+        print(sentence)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the figures that are committed: CSVs and the tables made of them."""
+    from mnist_lab.evidence import export_runs
+
+    for file in export_runs(arguments.folder, arguments.readme, tracking_uri=arguments.tracking_uri):
+        print(f"Written: {file}")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -87,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     command = add(compare, "compare", "print one row per experiment from the tracked runs")
     command.add_argument("--include-overrides", action="store_true", help="also runs with overridden hyperparameters")
+    command.add_argument(
+        "--holdout", type=int, default=0, metavar="N", help="runs that hold out N training images (default 0)"
+    )
+    _add_tracking_uri(command)
+    command = add(export, "export", "write the tracked runs' figures to docs/results and README")
+    command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
+    command.add_argument("--readme", type=Path, default=PROJECT_ROOT / "README.md", help="the page with the tables")
     _add_tracking_uri(command)
     command = add(report, "report", "write steps.html and steps.md from the tracked runs")
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")

@@ -20,6 +20,7 @@ from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
+from mnist_lab.comparison import step_order
 from mnist_lab.errors import LabError
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
@@ -322,8 +323,8 @@ def _first_runs(frame: pd.DataFrame) -> pd.DataFrame:
         frame = frame.assign(step=names)
     first = frame.drop_duplicates(["step", "seed"])
     kept = frame[frame["run_id"].isin(first["run_id"])] if "epoch" in frame else first
-    by_name = {step: (not step.startswith("step"), step) for step in kept["step"].unique()}
-    return kept.sort_values("step", key=lambda steps: steps.map(by_name), kind="stable")
+    place = {step: number for number, step in enumerate(sorted(kept["step"].unique(), key=step_order))}
+    return kept.sort_values("step", key=lambda steps: steps.map(place), kind="stable")
 
 
 def _number_points(axes: Axes, points: NDArray[np.float64]) -> None:

@@ -23,6 +23,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from mnist_lab import figures, results
+from mnist_lab.comparison import step_order
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.store import PROJECT_ROOT
@@ -77,7 +78,7 @@ class Result:
     @property
     def all_met(self) -> bool:
         words = {self.row[f"verdict_{target}"] for target in ("accuracy", "params", "epochs")}
-        return "met" in words and "missed" not in words
+        return "met" in words and words <= {"met", "-"}
 
 
 def write_report(
@@ -85,7 +86,8 @@ def write_report(
 ) -> tuple[Path, Path]:
     """Write steps.html and steps.md into the folder and return their paths. Nothing is written before all is drawn.
 
-    Of each experiment and seed the newest finished run counts; overridden ones only where there is none as declared.
+    Of each experiment and seed the newest finished run counts, among those that the newest one's code computed;
+    overridden ones only where there is none as declared.
 
     Raises:
         LabError: if the store is missing or foreign or has no finished run, a script can't be read, or the folder
@@ -94,7 +96,7 @@ def write_report(
     if not scripts.is_dir():
         raise LabError(f"scripts: {scripts} is not a folder")
     stories = {script.stem: read_story(script) for script in scripts.glob("[!_]*.py")}
-    runs = results.run_table(include_overrides="if_none", tracking_uri=tracking_uri).drop_duplicates(["step", "seed"])
+    runs = results.newest_runs(results.run_table(include_overrides="if_none", tracking_uri=tracking_uri))
     if runs.empty:
         raise LabError("no finished run to report on; train first, e.g. `make step1`")
     compared = results.compare_table(include_overrides="if_none", tracking_uri=tracking_uri)
@@ -106,13 +108,13 @@ def write_report(
         mine = runs[runs["step"] == row["step"]]
         if len(mine):  # a step that has finished since the runs were read waits for the next report
             drawn[row["step"]] = draw(row, mine, history[history["run_id"].isin(mine["run_id"])], images, tracking_uri)
-    steps = sorted({*stories, *drawn}, key=lambda step: (not step.startswith("step"), step))
+    steps = sorted({*stories, *drawn}, key=step_order)
     return _write(
         folder,
         chapters=[(step, stories.get(step), drawn.get(step)) for step in steps],
         results=[drawn[step] for step in steps if step in drawn],
         overview=draw_overview(runs),
-        runs=runs.sort_values(["step", "seed"]).to_dict("records"),
+        runs=sorted(runs.to_dict("records"), key=lambda run: (step_order(run["step"]), run["seed"])),
         software=[f"Python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)],
         system=platform.platform(),
     )

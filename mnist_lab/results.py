@@ -11,6 +11,8 @@ import os
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read once, when mlflow is imported
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+import math
+import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -27,13 +29,23 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.rest_utils import MlflowHostCreds, http_request
 
-from mnist_lab import targets
+from mnist_lab import statistics, targets
+from mnist_lab.comparison import (
+    PAIRS,
+    Comparison,
+    Pair,
+    adjust,
+    compare_predictions,
+    compare_seeds,
+    step_order,
+)
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import SUMMARY_METRICS, Targets
 from mnist_lab.store import EXPERIMENT_NAME, check_readable
 from mnist_lab.store import tracking_uri as resolve_uri
 
 EPOCH_METRICS = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"]
+HELD_OUT_METRICS = [name.replace("test_", "validation_") for name in EPOCH_METRICS]  # of runs that hold images out
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
 RUNS_PER_PAGE = 1000
 # The limits of a tracking server's route for the histories of several runs.
@@ -44,6 +56,7 @@ RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
 COLUMNS = {
     "step": "str",
     "seed": "Int64",
+    "holdout": "Int64",
     "num_params": "Int64",
     "final_train_accuracy": "float64",
     "final_test_accuracy": "float64",
@@ -57,13 +70,21 @@ COLUMNS = {
     **{f"reported_{name}": "float64" for name in SUMMARY_METRICS},
     "device": "str",
     "hardware": "str",
+    "torch": "str",
     "git_commit": "str",
     "git_dirty": "boolean",
+    "code_sha256": "str",
     "overrides": "str",
     "status": "str",
     "start_time": "datetime64[ms, UTC]",
     "minutes": "float64",
     "run_id": "str",
+}
+# Of runs that hold images out, the epochs are validated on those, and the test images are read once, at the end.
+VALIDATION_COLUMNS = {
+    "final_validation_accuracy": "float64",
+    "best_validation_accuracy": "float64",
+    "final_validation_loss": "float64",
 }
 
 
@@ -73,6 +94,7 @@ def run_table(
     *,
     include_overrides: bool | Literal["if_none"] = False,
     status: str | None = "FINISHED",
+    holdout: int = 0,
     tracking_uri: str | None = None,
 ) -> pd.DataFrame:
     """Return one row per run, newest first, with typed columns.
@@ -81,15 +103,18 @@ def run_table(
     include_overrides: also runs whose declaration was overridden on the command line; they are not that step any more.
         "if_none" takes them only for a step that has no run as declared: the newest, and those overridden alike.
     status: "FINISHED", "RUNNING", "FAILED" or "KILLED", or None for all.
+    holdout: only the runs that hold out so many training images; 0 is the write-ups' protocol, which tests after each
+        epoch. The two are never in one table.
 
-    Columns: step, seed, every hyperparameter (missing where a run has none of that name), num_params, accuracies in
-    percent, verdicts, targets, reported figures, device, commit, times, run_id. `final_` is the last epoch, `best_` was
-    picked on the test images.
+    Columns: step, seed, holdout, every hyperparameter (missing where a run has none of that name), num_params,
+    accuracies in percent, verdicts, targets, reported figures, device, versions, commit, times, run_id. `final_` is the
+    last epoch, `best_` was picked on the test images; where images are held out there is `best_validation_accuracy`
+    instead.
 
     Raises:
         LabError: if the store is missing or foreign, a step is unknown to it, or an argument is out of range.
     """
-    return _table(_find_runs(resolve_uri(tracking_uri), steps, seeds, include_overrides, status))
+    return _table(_find_runs(resolve_uri(tracking_uri), steps, seeds, include_overrides, status, holdout), holdout)
 
 
 def epoch_history(
@@ -98,25 +123,27 @@ def epoch_history(
     *,
     include_overrides: bool | Literal["if_none"] = False,
     status: str | None = "FINISHED",
+    holdout: int = 0,
     tracking_uri: str | None = None,
 ) -> pd.DataFrame:
     """Return one row per run and epoch, for the runs that `run_table` gives for the same arguments.
 
     Columns: run_id, step, overrides, seed, epoch, train_loss, train_accuracy, test_loss, test_accuracy, lr,
-    epoch_seconds.
+    epoch_seconds; validation_loss and validation_accuracy instead of test_ where images are held out.
 
     Raises:
         LabError: as `run_table`.
     """
     uri = resolve_uri(tracking_uri)
-    runs = _table(_find_runs(uri, steps, seeds, include_overrides, status))[
+    runs = _table(_find_runs(uri, steps, seeds, include_overrides, status, holdout), holdout)[
         ["run_id", "step", "overrides", "seed", "epochs"]
     ]
-    points = _points(uri, dict(zip(runs["run_id"], runs["epochs"], strict=True)))
+    metrics = HELD_OUT_METRICS if holdout else EPOCH_METRICS
+    points = _points(uri, dict(zip(runs["run_id"], runs["epochs"], strict=True)), metrics)
     # Should a point have been logged twice, its latest value counts.
     wide = points.pivot_table(index=["run_id", "epoch"], columns="metric", values="value", aggfunc="last")
-    history = runs.drop(columns="epochs").merge(wide.reindex(columns=EPOCH_METRICS).reset_index(), on="run_id")
-    return history.astype({"epoch": "Int64"})[["run_id", "step", "overrides", "seed", "epoch", *EPOCH_METRICS]]
+    history = runs.drop(columns="epochs").merge(wide.reindex(columns=metrics).reset_index(), on="run_id")
+    return history.astype({"epoch": "Int64"})[["run_id", "step", "overrides", "seed", "epoch", *metrics]]
 
 
 def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -148,76 +175,200 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
     return table.join(pd.DataFrame(logits, columns=[f"logit_{digit}" for digit in range(10)]))
 
 
+def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return of a run table the newest run of each step and seed, and only what the newest run's code computed.
+
+    A mean over runs whose script or training code was edited in between is the mean of nothing. So of each step the
+    runs with another `code_sha256` than its newest run are left out; column `left_out` says how many of them there are.
+    """
+    by_step = ["step", "overrides"]
+    code = runs["code_sha256"].fillna("")
+    same = code == code.groupby([runs[name] for name in by_step]).transform("first")  # the newest stand first
+    left_out = (~same).groupby([runs[name] for name in by_step]).transform("sum")
+    return runs.assign(left_out=left_out.astype("int64"))[same].drop_duplicates([*by_step, "seed"])
+
+
 def compare_table(
-    *, include_overrides: bool | Literal["if_none"] = False, tracking_uri: str | None = None
+    *,
+    include_overrides: bool | Literal["if_none"] = False,
+    holdout: int = 0,
+    tracking_uri: str | None = None,
 ) -> pd.DataFrame:
     """Return one row per experiment: the newest finished run of each seed, and the mean where there are several seeds.
 
-    Columns: step, overrides, seeds (their number), num_params, epochs, last, last_sd (missing for one seed), best,
-    train, verdict_accuracy, verdict_params, verdict_epochs (met, missed, or "-" where no target was stated), and the
-    reported figures. Accuracies are in percent; last and train are of the last epoch, best was picked on the test
-    images.
+    holdout: as for `run_table`. The runs that count are those of `newest_runs`.
+
+    Columns: step, overrides, seeds (their number), left_out (runs of other code), num_params, epochs, last, last_sd,
+    low and high (95 % interval of the mean; missing for one seed, as last_sd is), best, train, verdict_accuracy,
+    verdict_params, verdict_epochs ("-" where no target was stated), p and seeds_needed (of the accuracy's verdict,
+    `statistics.judge_mean`), the targets and the reported figures. Accuracies are in percent; last and train are of the
+    last epoch, best was picked on the test images, or where images are held out on those.
+
+    verdict_accuracy: "met" or "missed" for one seed; of several, what their mean shows: "met", "missed", "not shown".
 
     Raises:
-        LabError: if the store is missing or foreign.
+        LabError: if the store is missing or foreign, or no run has this protocol.
     """
-    runs = run_table(include_overrides=include_overrides, tracking_uri=tracking_uri)
-    newest = runs.drop_duplicates(["step", "overrides", "seed"])
+    runs = newest_runs(run_table(include_overrides=include_overrides, holdout=holdout, tracking_uri=tracking_uri))
     facts = [name for name in COLUMNS if name.startswith(("target_", "reported_"))]
-    compared = newest.groupby(["step", "overrides"], as_index=False).agg(
-        seeds=("seed", "size"),
-        num_params=("num_params", "first"),
-        epochs=("epochs", "first"),
-        last=("final_test_accuracy", "mean"),
-        last_sd=("final_test_accuracy", "std"),
-        best=("best_test_accuracy", "mean"),
-        train=("final_train_accuracy", "mean"),
-        **{name: (name, "first") for name in facts},
-    )
-    verdicts = [_verdicts(row) for _, row in compared.iterrows()]
-    compared = compared.join(pd.DataFrame(verdicts, columns=["verdict_accuracy", "verdict_params", "verdict_epochs"]))
-    steps_first = [
-        (not step.startswith("step"), step, overrides)
-        for step, overrides in zip(compared["step"], compared["overrides"], strict=True)
-    ]
-    return compared.iloc[sorted(range(len(compared)), key=steps_first.__getitem__)].reset_index(drop=True)
+    best = "best_validation_accuracy" if holdout else "best_test_accuracy"
+    rows = []
+    for (step, overrides), group in runs.groupby(["step", "overrides"]):
+        newest, last = group.iloc[0], statistics.aggregate(group["final_test_accuracy"].tolist())
+        row = {
+            "step": step,
+            "overrides": overrides,
+            "seeds": last.n,
+            "left_out": newest["left_out"],
+            "num_params": newest["num_params"],
+            "epochs": newest["epochs"],
+            "last": last.mean,
+            "last_sd": last.sd,
+            "low": last.low,
+            "high": last.high,
+            "best": group[best].mean(),
+            "train": group["final_train_accuracy"].mean(),
+            **{name: newest[name] for name in facts},
+        }
+        rows.append(row | _verdicts(row, group["final_test_accuracy"].tolist()))
+    rows.sort(key=lambda row: (step_order(row["step"]), row["overrides"]))
+    verdicts = ["verdict_accuracy", "verdict_params", "verdict_epochs", "p", "seeds_needed"]
+    counts = ["seeds", "left_out", "num_params", "epochs"]
+    names = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "best", "train", *facts, *verdicts]
+    table = pd.DataFrame(rows, columns=names)
+    return table.astype({"num_params": "Int64", "epochs": "Int64", "seeds_needed": "Int64"})
 
 
-def compare_text(table: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
-    """Return the rows and headers of `compare_table` as text to print: each target's verdict stands by its figure."""
+def compare_text(table: pd.DataFrame, *, holdout: int = 0) -> tuple[list[list[str]], list[str]]:
+    """Return the rows and headers of `compare_table` as text to print, but for reported figures that no row has."""
 
     def percent(value: float) -> str:
         return "-" if pd.isna(value) else f"{value:.2f}"
 
-    rows = []
-    for row in table.to_dict("records"):
-        spread = "" if pd.isna(row["last_sd"]) else f" +- {row['last_sd']:.3f}"
-        rows.append(
-            [
-                f"{row['step']} {row['overrides']}".strip(),
-                str(row["seeds"]),
-                f"{row['num_params']:,}  {row['verdict_params']}",
-                f"{row['epochs']}  {row['verdict_epochs']}",
-                f"{percent(row['last'])}{spread}  {row['verdict_accuracy']}",
-                percent(row["best"]),
-                percent(row["train"]),
-                percent(row["reported_final_test_accuracy"]),
-                percent(row["reported_best_test_accuracy"]),
-                percent(row["reported_best_train_accuracy"]),
-            ]
+    columns = {
+        "experiment": [f"{step} {overrides}".strip() for step, overrides in table[["step", "overrides"]].to_numpy()],
+        "seeds": [str(n) for n in table["seeds"]],
+        "parameters": [f"{n:,} {word}" for n, word in table[["num_params", "verdict_params"]].to_numpy()],
+        "epochs": [f"{n} {word}" for n, word in table[["epochs", "verdict_epochs"]].to_numpy()],
+        "last": [
+            percent(mean) + ("" if pd.isna(sd) else f" +- {sd:.3f}")
+            for mean, sd in table[["last", "last_sd"]].to_numpy()
+        ],
+        "verdict": table["verdict_accuracy"].tolist(),
+        "seeds\nneeded": ["-" if pd.isna(n) else f"{n:,}" for n in table["seeds_needed"]],
+        "best\nvalidation" if holdout else "best": [percent(value) for value in table["best"]],
+        "train": [percent(value) for value in table["train"]],
+        "reported\nlast": [percent(value) for value in table["reported_final_test_accuracy"]],
+        "reported\nbest": [percent(value) for value in table["reported_best_test_accuracy"]],
+    }
+    shown = {name: cells for name, cells in columns.items() if "reported" not in name or {*cells} != {"-"}}
+    return [list(row) for row in zip(*shown.values(), strict=True)], list(shown)
+
+
+def compare(a: str, b: str, *, holdout: int = 0, tracking_uri: str | None = None) -> Comparison:
+    """Compare two experiments by the test accuracy of their last epochs, b - a, in points.
+
+    a, b: steps, e.g. "gap_alone" and "step3_gap". The newest finished run of each seed counts, as declared
+        (`newest_runs`). Seeds that both have are paired. One run on each side is compared by its stored predictions,
+        image by image, which says something of these two trained networks only.
+    holdout: as for `run_table`.
+
+    Raises:
+        LabError: if a step has no such run, their protocols differ, or one has a single seed and the other several.
+    """
+    declared = next((pair.change for pair in PAIRS if (pair.a, pair.b) == (a, b)), "")
+    return _compare(Pair(a, b, declared), _declared_runs(holdout, tracking_uri), holdout, tracking_uri)
+
+
+def effects_table(pairs: Iterable[Pair] = PAIRS, *, holdout: int = 0, tracking_uri: str | None = None) -> pd.DataFrame:
+    """Return what each single change is worth: one row per pair of experiments that both have runs.
+
+    Columns: those of `Comparison`, whose p_holm is adjusted for the rows of this table, with `seeds`, `shown` and
+    `verdict`. A pair that can't be compared is left out; `compare_pairs` says why.
+
+    Raises:
+        LabError: if the store is missing or foreign, or no run has this protocol.
+    """
+    comparisons, _ = compare_pairs(pairs, holdout=holdout, tracking_uri=tracking_uri)
+    rows = [{**vars(c), "seeds": c.seeds, "shown": c.shown, "verdict": c.verdict} for c in comparisons]
+    return pd.DataFrame(rows, columns=[*Comparison.__dataclass_fields__, "seeds", "shown", "verdict"])
+
+
+def compare_pairs(
+    pairs: Iterable[Pair] = PAIRS, *, holdout: int = 0, tracking_uri: str | None = None
+) -> tuple[list[Comparison], list[str]]:
+    """Compare the pairs of experiments that both have runs, as `compare` does, with `p_holm` adjusted for their number.
+
+    Returns the comparisons, and a sentence for each pair that has runs but can't be compared.
+
+    Raises:
+        LabError: as `effects_table`.
+    """
+    runs = _declared_runs(holdout, tracking_uri)
+    found, refused = [], []
+    for pair in pairs:
+        if {pair.a, pair.b} <= set(runs["step"]):
+            try:
+                found.append(_compare(pair, runs, holdout, tracking_uri))
+            except LabError as error:
+                refused.append(f"{pair.b} against {pair.a} is not compared: {error}")
+    return adjust(found), refused
+
+
+def _declared_runs(holdout: int, tracking_uri: str | None) -> pd.DataFrame:
+    return newest_runs(run_table(holdout=holdout, tracking_uri=tracking_uri))
+
+
+def _compare(pair: Pair, runs: pd.DataFrame, holdout: int, tracking_uri: str | None) -> Comparison:
+    of_a, of_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
+    for step, of_step in ((pair.a, of_a), (pair.b, of_b)):
+        if of_step.empty:
+            raise LabError(_why_no_runs(step, holdout, tracking_uri))
+    if len(of_a) == len(of_b) == 1:
+        said_a, said_b = (predictions(of["run_id"].iloc[0], tracking_uri=tracking_uri) for of in (of_a, of_b))
+        return compare_predictions(
+            pair, said_a["truth"] == said_a["prediction"], said_b["truth"] == said_b["prediction"]
         )
-    headers = ["experiment", "seeds", "parameters", "epochs", "last", "best", "train"]
-    return rows, [*headers, "reported\nlast", "reported\nbest", "reported\nbest train"]
+    if min(len(of_a), len(of_b)) == 1:
+        single, several = (pair.a, pair.b) if len(of_a) == 1 else (pair.b, pair.a)
+        raise LabError(
+            f"{single} has one seed and {several} has {max(len(of_a), len(of_b))}: a test needs at least two of each, "
+            f'e.g. `make {single} ARGS="--seed 1"`'
+        )
+    accuracies = [dict(zip(of["seed"], of["final_test_accuracy"], strict=True)) for of in (of_a, of_b)]
+    return compare_seeds(pair, *accuracies)
 
 
-def _verdicts(row: pd.Series[Any]) -> dict[str, str]:
-    """Judge one row of `compare_table` by its targets."""
+def _why_no_runs(step: str, holdout: int, tracking_uri: str | None) -> str:
+    """Say why a step has no run to compare: none at all, or none of this protocol, or none that counts."""
+    uri = resolve_uri(tracking_uri)
+    runs = [run for run in _all_runs(uri) if run.data.tags["step"] == step and run.info.status == "FINISHED"]
+    if not runs:
+        return f"steps: no finished run of {step!r} in {uri}"
+    protocols = sorted({_holdout(run) for run in runs})
+    if holdout not in protocols:
+        held = " or ".join(f"{number:,}" for number in protocols)
+        return (
+            f"holdout: the runs of {step!r} hold out {held} training images, not {holdout:,}; runs of different "
+            "protocols are not compared"
+        )
+    return f"steps: the runs of {step!r} in {uri} are overridden on the command line: they are not that step"
+
+
+def _verdicts(row: dict[str, Any], accuracies: list[float]) -> dict[str, object]:
+    """Judge one row of `compare_table` by its targets; the mean over several seeds by a test."""
     names = ("accuracy", "params", "epochs")
     stated = {name: row[f"target_{name}"] for name in names if pd.notna(row[f"target_{name}"])}
     judged = targets.judge(
         Targets(**stated), final_test_accuracy=row["last"], num_params=row["num_params"], epochs=row["epochs"]
     )
-    return {f"verdict_{name}": "-" for name in names} | {f"verdict_{v.name}": v.word for v in judged}
+    words: dict[str, object] = {f"verdict_{name}": "-" for name in names}
+    words |= {f"verdict_{verdict.name}": verdict.word for verdict in judged}
+    words |= {"p": math.nan, "seeds_needed": None}
+    if "accuracy" in stated and len(accuracies) > 1:
+        study = statistics.judge_mean(accuracies, stated["accuracy"])
+        words |= {"verdict_accuracy": study.word, "p": study.p, "seeds_needed": study.seeds_needed}
+    return words
 
 
 def _find_runs(
@@ -226,6 +377,7 @@ def _find_runs(
     seeds: Iterable[int] | int | None,
     include_overrides: bool | Literal["if_none"],
     status: str | None,
+    holdout: int,
 ) -> list[Run]:
     """Return the runs asked for, newest first."""
     if status is not None and status not in STATUSES:
@@ -233,6 +385,11 @@ def _find_runs(
     runs = _all_runs(uri)
     if not runs:
         raise LabError(f"no runs yet in {uri}; train first, e.g. `make step1`")
+    protocols = sorted({_holdout(run) for run in runs})
+    runs = [run for run in runs if _holdout(run) == holdout]
+    if not runs:
+        held = " or ".join(f"{number:,}" for number in protocols)
+        raise LabError(f"holdout: no run in {uri} holds out {holdout:,} training images; there are runs with {held}")
     known = sorted({run.data.tags["step"] for run in runs})
     wanted = {steps} if isinstance(steps, str) else None if steps is None else set(steps)
     for step in wanted or ():
@@ -251,9 +408,19 @@ def _find_runs(
     counted: dict[str, str] = {}  # by step, what its runs have overridden
     if include_overrides == "if_none":
         for run in reversed(chosen):
-            counted[run.data.tags["step"]] = run.data.tags.get("overrides", "")
-    counted |= {run.data.tags["step"]: "" for run in chosen if not run.data.tags.get("overrides")}
-    return [run for run in chosen if run.data.tags.get("overrides", "") == counted.get(run.data.tags["step"], "")]
+            counted[run.data.tags["step"]] = _overrides(run)
+    counted |= {run.data.tags["step"]: "" for run in chosen if not _overrides(run)}
+    return [run for run in chosen if _overrides(run) == counted.get(run.data.tags["step"], "")]
+
+
+def _holdout(run: Run) -> int:
+    """Return how many training images the run holds out."""
+    return int(run.data.params.get("holdout", 0))
+
+
+def _overrides(run: Run) -> str:
+    """Return what the run has overridden, but for `holdout`: that is a protocol, with a column of its own."""
+    return re.sub(r"(^| )holdout=\d+(?= |$)", "", run.data.tags.get("overrides", "")).strip()
 
 
 def _all_runs(uri: str) -> list[Run]:
@@ -275,39 +442,52 @@ def _all_runs(uri: str) -> list[Run]:
             )
             runs += page
             token = page.token
+    # A study's own run, the parent of its seeds', has no seed.
     return [run for run in runs if "step" in run.data.tags and "seed" in run.data.params]
 
 
-def _table(runs: list[Run]) -> pd.DataFrame:
+def _table(runs: list[Run], holdout: int) -> pd.DataFrame:
     """Return the run table of these runs; a finished run without a result is left out with a warning."""
+    columns = _columns(holdout)
     complete = []
     for run in runs:
         if run.info.status == "FINISHED" and "final_test_accuracy" not in run.data.metrics:
             warnings.warn(f"run {run.info.run_id} is FINISHED but has no result: left out", stacklevel=3)
         else:
             complete.append(run)
-    rows = [_row(run) for run in complete]
-    hyperparameters = list(dict.fromkeys(name for run in runs for name in run.data.params if name not in COLUMNS))
+    rows = [_row(run, columns) for run in complete]
+    hyperparameters = list(dict.fromkeys(name for run in runs for name in run.data.params if name not in columns))
     if "epochs" not in hyperparameters:  # an empty table has the columns that every run has
         hyperparameters = ["batch_size", "epochs", "optimizer", "lr"]
-    table = pd.DataFrame(rows, columns=["step", "seed", *hyperparameters, *list(COLUMNS)[2:]])
+    table = pd.DataFrame(rows, columns=["step", "seed", "holdout", *hyperparameters, *list(columns)[3:]])
     typed = {name: _typed(table[name]) for name in hyperparameters}
-    return table.astype(COLUMNS).assign(**typed)
+    return table.astype(columns).assign(**typed)
 
 
-def _row(run: Run) -> dict[str, object]:
+def _columns(holdout: int) -> dict[str, str]:
+    """Return the columns of the run table and their types; with images held out, the best epoch is of validation."""
+    if not holdout:
+        return COLUMNS
+    kept = {name: kind for name, kind in COLUMNS.items() if name not in ("best_test_accuracy", "epochs_at_target")}
+    first = list(kept).index("final_test_accuracy")
+    return dict([*list(kept.items())[:first], *VALIDATION_COLUMNS.items(), *list(kept.items())[first:]])
+
+
+def _row(run: Run, columns: dict[str, str]) -> dict[str, object]:
     tags, metrics, info = run.data.tags, run.data.metrics, run.info
     stated = {name: float(value) for name, value in tags.items() if name.startswith(("target_", "reported_"))}
     return {
-        **{name: tags.get(name) for name in COLUMNS},
+        **{name: tags.get(name) for name in columns},
         **stated,
         **run.data.params,
-        **{name: metrics[name] for name in COLUMNS if name in metrics},
-        "seed": int(run.data.params["seed"]),
         "final_train_accuracy": metrics.get("train_accuracy"),  # MLflow gives the latest value
         "final_test_loss": metrics.get("test_loss"),
+        "final_validation_loss": metrics.get("validation_loss"),
+        **{name: metrics[name] for name in columns if name in metrics},
+        "seed": int(run.data.params["seed"]),
+        "holdout": _holdout(run),
         "git_dirty": tags.get("git_dirty") == "true",
-        "overrides": tags.get("overrides", ""),
+        "overrides": _overrides(run),
         "status": info.status,
         "start_time": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
         "minutes": (info.end_time - info.start_time) / 60_000 if info.end_time else None,
@@ -326,20 +506,20 @@ def _typed(column: pd.Series[str]) -> pd.Series[Any]:
         return column.astype("str")
 
 
-def _points(uri: str, epochs: dict[str, int]) -> pd.DataFrame:
-    """Return every point of the epoch metrics of these runs: run_id, metric, epoch, value, in the order of logging.
+def _points(uri: str, epochs: dict[str, int], metrics: list[str]) -> pd.DataFrame:
+    """Return every point of these metrics of these runs: run_id, metric, epoch, value, in the order of logging.
 
     epochs: the number of epochs by run id, which bounds what a server is asked for at a time.
     """
     with _reading(uri):
         read = _points_over_http if uri.startswith(("http://", "https://")) else _points_by_sql
-        return pd.DataFrame(read(uri, epochs), columns=["run_id", "metric", "epoch", "value"])
+        return pd.DataFrame(read(uri, epochs, metrics), columns=["run_id", "metric", "epoch", "value"])
 
 
-def _points_by_sql(uri: str, epochs: dict[str, int]) -> list[tuple[str, str, int, float]]:
+def _points_by_sql(uri: str, epochs: dict[str, int], metrics: list[str]) -> list[tuple[str, str, int, float]]:
     query = sqlalchemy.text(
         "SELECT run_uuid, key, step, value FROM metrics WHERE key IN :keys ORDER BY timestamp"
-    ).bindparams(sqlalchemy.bindparam("keys", EPOCH_METRICS, expanding=True))
+    ).bindparams(sqlalchemy.bindparam("keys", metrics, expanding=True))
     engine = sqlalchemy.create_engine(uri)
     try:
         with engine.connect() as connection:
@@ -348,13 +528,13 @@ def _points_by_sql(uri: str, epochs: dict[str, int]) -> list[tuple[str, str, int
         engine.dispose()
 
 
-def _points_over_http(uri: str, epochs: dict[str, int]) -> Iterator[tuple[str, str, int, float]]:
+def _points_over_http(uri: str, epochs: dict[str, int], metrics: list[str]) -> Iterator[tuple[str, str, int, float]]:
     # MLflow's client asks for one run and metric at a time; the route of its own UI takes many runs.
     most = max(epochs.values(), default=1)
     at_a_time = max(1, min(RUNS_PER_REQUEST, POINTS_PER_REQUEST // (2 * most)))
     run_ids = list(epochs)
     for first in range(0, len(run_ids), at_a_time):
-        for metric in EPOCH_METRICS:
+        for metric in metrics:
             asked = {"run_id": run_ids[first : first + at_a_time], "metric_key": metric}
             response = http_request(MlflowHostCreds(uri), HISTORIES, "GET", params=asked)  # type: ignore[no-untyped-call]
             response.raise_for_status()
