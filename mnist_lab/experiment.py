@@ -34,7 +34,8 @@ SUMMARY_METRICS = (
 PARTS = ("optimizer", "scheduler", "loss", "net", "augmentation")
 PARTS_WITH_DEFAULTS = ("net", "augmentation")
 NAMES_OF_PARTS = ("optimizer", "scheduler", "scheduler_interval", "loss", "augmentation")
-RUN_PARAMS = ("seed", "device", "holdout")  # logged beside the hyperparameters: an argument so named is qualified by its part
+# Logged beside the hyperparameters: an argument so named is qualified by its part.
+RUN_PARAMS = ("seed", "device", "holdout")
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

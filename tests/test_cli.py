@@ -224,15 +224,35 @@ def test_what_argparse_can_judge_is_refused_before_anything_slow_is_imported(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_names_the_flags_and_the_declared_values(load_script: Load, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(load_script("step4_augment_steplr").EXPERIMENT, ["--help"])
+def test_help_names_the_flags_and_the_declaration_before_torch_is_imported() -> None:
+    script = ROOT / "experiments" / "step4_augment_steplr.py"
 
-    shown = " ".join(capsys.readouterr().out.split())
-    assert ended.value.code == 0
-    for flag in ("epochs", "batch-size", "seed", "device", "data-dir", "tracking-uri", "limit", "set"):
-        assert f"--{flag} " in shown
-    assert "lr=0.1, momentum=0.9, scheduler=StepLR, step_size=2, gamma=0.6" in shown
+    done = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True)
+
+    assert done.returncode == 0
+    for shown in ("--seeds", "--holdout", "--set NAME=VALUE", "lr=0.1, momentum=0.9", "degrees=7.0"):
+        assert shown in done.stdout
+    assert "mnist_lab.cli" in done.stderr
+    assert not re.search(r"\| +(torch|mlflow|pandas|numpy)$", done.stderr, re.MULTILINE)
+
+
+def test_a_wrong_command_line_is_refused_before_torch_is_imported() -> None:
+    script = ROOT / "experiments" / "step4_augment_steplr.py"
+
+    done = subprocess.run([sys.executable, "-X", "importtime", script, "--seed", "-1"], capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert "'-1' is not a whole number of at least 0" in done.stderr
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+
+
+def test_a_program_that_is_no_script_of_the_lab_keeps_its_flags(tmp_path: Path) -> None:
+    program = tmp_path / "analysis.py"
+    program.write_text("import mnist_lab, sys\nprint(sys.argv[1:])\n")
+
+    done = subprocess.run([sys.executable, program, "--help", "-x"], capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout) == (0, "['--help', '-x']\n")
 
 
 # ---- a wrong declaration in a script
