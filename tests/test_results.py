@@ -19,7 +19,9 @@ import pytest
 from run_writer import STEP4, write_run
 
 from mnist_lab import results
+from mnist_lab.comparison import Pair
 from mnist_lab.errors import LabError
+from mnist_lab.statistics import compare_means, seeds_needed
 from mnist_lab.tracking import Store, open_store
 
 T0 = 1_700_000_000_000
@@ -175,11 +177,264 @@ def test_compare_takes_the_newest_run_of_each_seed_and_their_mean(store: Store) 
     assert step4["last"] == pytest.approx((99.5 + 99.3) / 2)
     assert step4["last_sd"] == pytest.approx(np.std([99.5, 99.3], ddof=1))
     assert step4["best"] == pytest.approx((99.6 + 99.3) / 2)
-    assert step4["verdict_accuracy"] == "met"  # the mean of the last epochs, 99.40, not one lucky seed
+    assert (step4["low"], step4["high"]) == pytest.approx((99.4 - 12.7062 * 0.1, 99.4 + 12.7062 * 0.1), abs=1e-3)
+    assert step4["verdict_accuracy"] == "not shown"  # the mean of the last epochs, 99.40, not one lucky seed
+    assert step4["p"] == pytest.approx(0.5, abs=1e-6)
     assert table.loc["step2", "verdict_accuracy"] == "missed"
     assert table.loc["step2", "verdict_params"] == "met"
     assert pd.isna(table.loc["step2", "last_sd"])
     assert table.loc["my_idea", "verdict_accuracy"] == "-"  # no target stated
+
+
+def test_the_verdict_on_several_seeds_is_what_their_mean_shows(uri: str) -> None:
+    store = open_store(uri)
+    studies = {
+        "above": (99.50, 99.52, 99.51),
+        "below": (99.1, 99.12, 99.11),
+        "near": (99.3, 99.6, 99.45),
+        "one": (99.5,),
+    }
+    for step, accuracies in studies.items():
+        for seed, accuracy in enumerate(accuracies):
+            write_run(store, step, seed, [accuracy], start_time=T0 + seed)
+    table = results.compare_table(tracking_uri=uri).set_index("step")
+    assert table["verdict_accuracy"].to_dict() == {"above": "met", "below": "missed", "near": "not shown", "one": "met"}
+    assert table.loc["near", "seeds_needed"] == seeds_needed(0.05 / 0.15, arms=1, tail=0.01)
+    assert table["seeds_needed"].isna().tolist() == [True, True, False, True]
+    rows, headers = results.compare_text(table.reset_index())
+    assert headers == [
+        "experiment",
+        "seeds",
+        "parameters",
+        "epochs",
+        "last",
+        "verdict",
+        "seeds\nneeded",
+        "best",
+        "train",
+    ]
+    assert rows[2][4:7] == ["99.45 +- 0.150", "not shown", str(table.loc["near", "seeds_needed"])]
+    assert rows[3][4:7] == ["99.50", "met", "-"]
+
+
+def test_seeds_of_different_code_are_not_averaged(uri: str) -> None:
+    store = open_store(uri)
+    for start, (seed, accuracy, code) in enumerate(
+        [(0, 98.0, "old"), (1, 98.1, "old"), (2, 98.2, "old"), (0, 99.0, "new"), (1, 99.1, "new")]
+    ):
+        write_run(store, "step1", seed, [accuracy], start_time=T0 + start, tags={"code_sha256": code})
+    write_run(store, "step2", 0, [97.0], start_time=T0)  # runs from before there was such a tag are of one kind
+    write_run(store, "step2", 1, [97.2], start_time=T0 + 1)
+    table = results.compare_table(tracking_uri=uri).set_index("step")
+    assert table[["seeds", "left_out", "last"]].to_dict("index") == {
+        "step1": {"seeds": 2, "left_out": 3, "last": pytest.approx(99.05)},
+        "step2": {"seeds": 2, "left_out": 0, "last": pytest.approx(97.1)},
+    }
+
+
+def test_experiments_stand_in_their_natural_order(uri: str) -> None:
+    store = open_store(uri)
+    for step in ("step10_late", "zero", "step2_early", "another"):
+        write_run(store, step, 0, [99.0], start_time=T0)
+    assert results.compare_table(tracking_uri=uri)["step"].tolist() == ["step2_early", "step10_late", "another", "zero"]
+
+
+# ---- two protocols
+
+
+@pytest.fixture
+def held_out(uri: str) -> str:
+    """Return a store with a run of each protocol of one step, and one that is overridden besides."""
+    store = open_store(uri)
+    write_run(store, "step1", 0, [98.0, 99.0], start_time=T0)
+    write_held_out_run(store, "step1", 0, [97.0, 98.9, 98.8], final_test_accuracy=98.7, start_time=T0 + 1)
+    write_held_out_run(store, "step1", 1, [98.5], final_test_accuracy=98.4, start_time=T0 + 2, overrides="lr=0.5 ")
+    return uri
+
+
+def write_held_out_run(
+    store: Store,
+    step: str,
+    seed: int,
+    accuracies: list[float],
+    *,
+    final_test_accuracy: float,
+    start_time: int,
+    overrides: str = "",
+) -> None:
+    """Write a run that held out 10,000 images, whose epochs had these validation accuracies."""
+    run = write_run(
+        store,
+        step,
+        seed,
+        [],
+        start_time=start_time,
+        params={**STEP4, "holdout": "10000"},
+        tags={"overrides": f"{overrides}holdout=10000"},
+    )
+    client, run_id = mlflow.MlflowClient(store.uri), run.info.run_id
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        client.log_metric(run_id, "validation_accuracy", accuracy, step=epoch)
+        client.log_metric(run_id, "validation_loss", (100 - accuracy) / 30, step=epoch)
+        client.log_metric(run_id, "train_accuracy", accuracy + 0.1, step=epoch)
+    once = {
+        "num_params": 7852.0,
+        "final_validation_accuracy": accuracies[-1],
+        "best_validation_accuracy": max(accuracies),
+        "best_epoch": 1.0 + accuracies.index(max(accuracies)),
+        "final_test_accuracy": final_test_accuracy,
+        "final_test_loss": 0.04,
+    }
+    for name, value in once.items():
+        client.log_metric(run_id, name, value)
+
+
+def test_the_protocols_are_in_separate_tables(held_out: str) -> None:
+    tested = results.run_table(tracking_uri=held_out)
+    assert tested[["holdout", "final_test_accuracy", "best_test_accuracy"]].to_numpy().tolist() == [[0, 99.0, 99.0]]
+    assert "final_validation_accuracy" not in tested
+    (validated,) = results.run_table(holdout=10_000, tracking_uri=held_out).to_dict("records")
+    shown = ("holdout", "overrides", "final_validation_accuracy", "best_validation_accuracy", "best_epoch")
+    assert [validated[name] for name in shown] == [10_000, "", 98.8, 98.9, 2]
+    assert (validated["final_test_accuracy"], validated["final_test_loss"]) == (98.7, 0.04)
+    assert validated["final_validation_loss"] == pytest.approx(1.2 / 30)
+    assert "best_test_accuracy" not in validated
+    everything = results.run_table(holdout=10_000, include_overrides=True, tracking_uri=held_out)
+    assert everything["overrides"].tolist() == ["lr=0.5", ""]  # holding out is a protocol, with its own column
+
+
+def test_epochs_of_validation_are_called_so(held_out: str) -> None:
+    history = results.epoch_history(holdout=10_000, tracking_uri=held_out)
+    assert history["validation_accuracy"].tolist() == [97.0, 98.9, 98.8]
+    assert "test_accuracy" not in history
+    assert results.epoch_history(tracking_uri=held_out)["test_accuracy"].tolist() == [98.0, 99.0]
+
+
+def test_compare_tables_say_validation_where_it_is_validation(held_out: str) -> None:
+    table = results.compare_table(holdout=10_000, tracking_uri=held_out)
+    assert table[["last", "best"]].to_numpy().tolist() == [
+        [98.7, 98.9]
+    ]  # the last epoch is measured on the test images
+    _, headers = results.compare_text(table, holdout=10_000)
+    assert "best\nvalidation" in headers
+    assert "best" in results.compare_text(results.compare_table(tracking_uri=held_out))[1]
+
+
+def test_a_protocol_without_runs_is_refused(held_out: str) -> None:
+    with pytest.raises(LabError, match="holdout: no run in .* holds out 5,000 training images; .* with 0 or 10,000"):
+        results.run_table(holdout=5_000, tracking_uri=held_out)
+
+
+def test_a_studys_own_run_is_in_no_table(uri: str) -> None:
+    store = open_store(uri)
+    run = write_run(store, "step1", 0, [99.0], start_time=T0)
+    client = mlflow.MlflowClient(store.uri)
+    tags = {"study": "step1", "step": "step1", "overrides": ""}
+    parent = client.create_run(store.experiment_id, start_time=T0 + 1, tags=tags, run_name="step1 study")
+    client.log_metric(parent.info.run_id, "final_test_accuracy", 99.0)
+    client.set_terminated(parent.info.run_id)
+    assert results.run_table(status=None, tracking_uri=uri)["run_id"].tolist() == [run.info.run_id]
+    assert results.compare_table(tracking_uri=uri)["seeds"].tolist() == [1]
+
+
+# ---- two experiments
+
+
+def log_predictions(store: Store, run: mlflow.entities.Run, folder: Path, wrong: slice) -> None:
+    truth = np.arange(1000, dtype=np.uint8) % 10
+    prediction = truth.copy()
+    prediction[wrong] = (truth[wrong] + 1) % 10
+    file = folder / "predictions.npz"
+    np.savez_compressed(file, truth=truth, prediction=prediction, logits=np.eye(10, dtype=np.float32)[prediction])
+    mlflow.MlflowClient(store.uri).log_artifact(run.info.run_id, str(file))
+
+
+def test_compare_pairs_the_seeds_of_the_newest_runs(uri: str) -> None:
+    store = open_store(uri)
+    write_run(store, "a", 0, [90.0], start_time=T0 - 1)  # an older run of seed 0
+    for start, (seed, a, b) in enumerate([(0, 99.0, 99.2), (1, 99.1, 99.25), (2, 98.9, 99.12)]):
+        write_run(store, "a", seed, [a], start_time=T0 + start)
+        write_run(store, "b", seed, [b], start_time=T0 + 20 - start)  # in another order of time
+    write_run(store, "b", 9, [50.0], start_time=T0 + 30, tags={"overrides": "lr=9"})
+    found = results.compare("a", "b", tracking_uri=uri)
+    expected = compare_means([99.0, 99.1, 98.9], [99.2, 99.25, 99.12], paired_by=([0, 1, 2], [0, 1, 2]))
+    assert (found.a, found.b, found.test, found.n, found.seeds) == ("a", "b", "paired t-test", (3,), "3")
+    assert (found.effect, found.low, found.high, found.p) == pytest.approx(
+        (expected.effect, expected.low, expected.high, expected.p)
+    )
+    assert found.effect == pytest.approx(0.19)
+    assert found.shown
+    assert found.sentence.startswith("b against a: better by 0.19 points; +0.19 points, 95 % interval +0.10 to +0.28, ")
+    back = results.compare("b", "a", tracking_uri=uri)
+    assert (back.effect, back.word) == (pytest.approx(-0.19), "worse")
+
+
+def test_compare_says_how_many_seeds_it_would_take(uri: str) -> None:
+    store = open_store(uri)
+    for seed, (a, b) in enumerate([(99.40, 99.48), (99.45, 99.40), (99.35, 99.41)]):
+        write_run(store, "a", seed, [a], start_time=T0 + seed)
+        write_run(store, "b", seed, [b], start_time=T0 + seed)
+    found = results.compare("a", "b", tracking_uri=uri)
+    needed = seeds_needed(0.03 / np.std([0.08, -0.05, 0.06], ddof=1), arms=1, tail=0.025)
+    assert found.verdict == f"no difference shown (needs about {needed} seeds for 0.03 points)"
+    assert not found.shown
+
+
+def test_compare_without_shared_seeds_is_welchs(uri: str) -> None:
+    store = open_store(uri)
+    for seed in (0, 1):
+        write_run(store, "a", seed, [99.0 + seed / 10], start_time=T0)
+        write_run(store, "b", seed + 5, [99.1 + seed / 10], start_time=T0)
+    found = results.compare("a", "b", tracking_uri=uri)
+    assert (found.test, found.n, found.seeds) == ("Welch's t-test", (2, 2), "2, 2")
+
+
+def test_one_run_each_is_compared_image_by_image(uri: str, tmp_path: Path) -> None:
+    store = open_store(uri)
+    log_predictions(store, write_run(store, "a", 0, [98.0], start_time=T0), tmp_path, slice(0, 20))
+    log_predictions(store, write_run(store, "b", 3, [99.6], start_time=T0), tmp_path, slice(18, 22))
+    found = results.compare("a", "b", tracking_uri=uri)
+    assert (found.test, found.n, found.seeds) == ("McNemar's exact test", (1000,), "1")
+    assert found.effect == pytest.approx(1.6)  # points: 18 images that only b reads rightly, and 2 that only a does
+    assert found.p == pytest.approx(2 * (1 + 20 + 190) / 2**20)
+    assert found.verdict == "better by 1.60 points in this one run of each"
+    same = results.compare("a", "a", tracking_uri=uri)
+    assert same.verdict == "no difference shown by one run of each"
+
+
+def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> None:
+    store = open_store(held_out)
+    write_run(store, "several", 0, [99.0], start_time=T0)
+    write_run(store, "several", 1, [99.0], start_time=T0)
+    write_held_out_run(store, "held", 0, [99.0], final_test_accuracy=98.7, start_time=T0)
+    write_run(store, "changed", 0, [99.0], start_time=T0, tags={"overrides": "lr=9"})
+    for a, b, sentence in (
+        ("step1", "nothing", "steps: no finished run of 'nothing' in "),
+        ("step1", "held", "holdout: the runs of 'held' hold out 10,000 training images, not 0; .* different protocols"),
+        ("step1", "several", 'step1 has one seed and several has 2: .*`make step1 ARGS="--seed 1"`'),
+        ("several", "step1", "step1 has one seed and several has 2"),
+        ("step1", "step1", "has no predictions"),
+        ("step1", "changed", "steps: the runs of 'changed' in .* are overridden"),
+    ):
+        with pytest.raises(LabError, match=sentence):
+            results.compare(a, b, tracking_uri=held_out)
+
+
+def test_the_effects_table_adjusts_for_its_own_rows(uri: str) -> None:
+    store = open_store(uri)
+    for seed, accuracies in enumerate([(99.0, 99.2, 99.20), (99.1, 99.25, 99.31), (98.9, 99.12, 99.1)]):
+        for step, accuracy in zip("abc", accuracies, strict=True):
+            write_run(store, step, seed, [accuracy], start_time=T0 + seed)
+    write_run(store, "single", 0, [99.0], start_time=T0)
+    pairs = [Pair("a", "b", "first"), Pair("b", "c", "second"), Pair("a", "gone", "third"), Pair("a", "single", "4th")]
+    table = results.effects_table(pairs, tracking_uri=uri)
+    assert table["change"].tolist() == ["first", "second"]
+    assert table["p_holm"].tolist() == pytest.approx([2 * table["p"][0], table["p"][1]])
+    assert table["shown"].tolist() == [bool(2 * table["p"][0] < 0.05), False]
+    assert table["seeds"].tolist() == ["3", "3"]
+    _, refused = results.compare_pairs(pairs, tracking_uri=uri)
+    (sentence,) = refused  # a pair without runs is no one's mistake
+    assert sentence.startswith("single against a is not compared: single has one seed and a has 3")
 
 
 def test_a_finished_run_without_a_result_is_left_out_with_a_warning(tmp_path: Path) -> None:
