@@ -52,6 +52,8 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
     script = Path(sys.argv[0]).resolve()
     flags = parser(script)
     arguments = flags.parse_args(argv)
+    if arguments.seeds is not None and arguments.threads is not None:
+        flags.error("argument --threads: not allowed with --seeds, whose processes have one thread each")
     if arguments.seeds is None and (arguments.workers is not None or arguments.again):
         flags.error(f"argument --{'again' if arguments.again else 'workers'}: only allowed with --seeds")
     experiment.check()
@@ -75,8 +77,9 @@ def _run(experiment: Experiment, script: Path, overrides: Mapping[str, object], 
                 script,
                 console,
                 overrides=overrides,
-                seed=arguments.seed,
+                seed=arguments.seed or 0,
                 device=arguments.device,
+                threads=arguments.threads,
                 data_dir=arguments.data_dir,
                 tracking_uri=arguments.tracking_uri,
                 limit=arguments.limit,
@@ -144,7 +147,7 @@ def parser(script: Path) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, help="epochs to train (an override)")
     parser.add_argument("--batch-size", type=int, help="images per batch (an override)")
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=_from(0), default=0, help="of weights, order, dropout, augmentation (default 0)")
+    seeds.add_argument("--seed", type=_from(0), help="of weights, order, dropout, augmentation (default 0)")
     seeds.add_argument(
         "--seeds",
         type=_seeds,
@@ -156,6 +159,9 @@ def parser(script: Path) -> argparse.ArgumentParser:
     )
     parser.add_argument("--again", action="store_true", help="train all seeds of a study, finished or not")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    parser.add_argument(
+        "--threads", type=_from(1), metavar="N", help="of torch on a CPU (default: one per core that nobody else uses)"
+    )
     parser.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
     parser.add_argument("--limit", type=_from(1), metavar="N", help="train on the first N images, for a quick look")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,11 +19,14 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.rehearsal import rehearse
 from mnist_lab.summary import summarize
 from mnist_lab.targets import Verdict
-from mnist_lab.tracking import close_abandoned, open_store, track
-from mnist_lab.training import EpochMetrics, evaluate, fit, normalize, num_params, predict
+from mnist_lab.threads import Load, Threads
+from mnist_lab.tracking import Store, close_abandoned, open_store, track
+from mnist_lab.training import EpochMetrics, Training, evaluate, normalize, num_params, predict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**32 - 1
 # What a run logs once. MLflow shows the last value of each epoch's metrics by itself; its UI slows down with many more.
@@ -64,6 +68,7 @@ def run(
     overrides: Mapping[str, object],
     seed: int = 0,
     device: str | None = None,
+    threads: int | None = None,
     data_dir: Path | None = None,
     tracking_uri: str | None = None,
     limit: int | None = None,
@@ -75,7 +80,8 @@ def run(
     overrides: what differs from that declaration; `experiment` has it applied already. The run is tagged with it.
     limit: train on the first so many images only, which counts as an override too.
     holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
-        test images are read once, at the end. It counts as an override too.
+        test images are read once, at the end. Logged as a param: tables keep the two protocols apart.
+    threads: of torch on a CPU; see `threads.Threads` for what is chosen if not given.
     parent_run_id: the study's run that this one belongs to.
 
     Raises:
@@ -86,16 +92,68 @@ def run(
     if not script.is_file():
         raise LabError(f"script: {str(script)!r} is not a file; a run is named after the script that declares it")
     where = choose_device(device)
+    load = Load()
     store = open_store(tracking_uri)
     close_abandoned(store)
     mnist = load_parts(data_dir, where, limit=limit, holdout=holdout)
     rehearse(experiment, mnist)
+    on_cpu = Threads(threads, load) if where.type == "cpu" else None
 
-    torch.manual_seed(seed)  # weights, dropout and augmentation; `fit` shuffles by a generator of its own
-    net = experiment.net().to(where).to(memory_format=torch.channels_last)
+    net = initial_network(experiment, seed, where)
+    overrides = all_overrides(overrides, limit=limit)
+    training = Training(net, experiment, mnist, seed=seed, on_batch=progress.on_batch)
+    return record(
+        training.epochs() if on_cpu is None else _beside_others(training.epochs(), on_cpu),
+        net,
+        experiment,
+        script,
+        mnist,
+        store,
+        progress,
+        overrides=overrides,
+        seed=seed,
+        holdout=holdout,
+        data_dir=data_dir,
+        parent_run_id=parent_run_id,
+    )
+
+
+def _beside_others(epochs: Iterable[EpochMetrics], threads: Threads) -> Iterator[EpochMetrics]:
+    """Take fewer threads after an epoch in which other processes came to need a core."""
+    for metrics in epochs:
+        if threads.adapt():
+            logger.warning("other processes need the cores too: going on with %d thread(s)", threads.number)
+        yield metrics
+
+
+def initial_network(experiment: Experiment, seed: int, device: torch.device) -> nn.Module:
+    """Seed weights, dropout and augmentation, and build the network; images are shuffled by generators of their own."""
+    torch.manual_seed(seed)
+    return experiment.net().to(device).to(memory_format=torch.channels_last)
+
+
+def record(
+    trained: Iterable[EpochMetrics],
+    net: nn.Module,
+    experiment: Experiment,
+    script: Path,
+    mnist: Mnist,
+    store: Store,
+    progress: Progress,
+    *,
+    overrides: Mapping[str, object],
+    seed: int,
+    holdout: int | None,
+    data_dir: Path | None,
+    parent_run_id: str | None,
+) -> RunResult:
+    """Track one run: its epochs as they come from `trained`, which trains `net`, and what the network is in the end.
+
+    The other arguments are those of `run`.
+    """
+    where = mnist.train_images.device
     step, run_name = script.stem, f"{script.stem} seed {seed}"
-    overrides = all_overrides(overrides, limit=limit, holdout=holdout)
-    params, identity = identify(experiment, script, where, overrides)
+    params, identity = identify(experiment, script, where, overrides, holdout)
     commit, environment = provenance.commit(script), provenance.environment(where)
     tags = {
         **identity,
@@ -117,7 +175,7 @@ def run(
         if commit.dirty:
             tracked.log_text(commit.diff, "source/uncommitted.diff")
         epochs = []
-        for metrics in fit(net, experiment, mnist, seed=seed, on_batch=progress.on_batch):
+        for metrics in trained:
             epochs.append(metrics)
             tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
             progress.on_epoch(metrics)
@@ -157,19 +215,18 @@ def load_parts(data_dir: Path | None, device: torch.device, *, limit: int | None
     return mnist if limit is None else first_images(mnist, limit)
 
 
-def all_overrides(overrides: Mapping[str, object], *, limit: int | None, holdout: int | None) -> dict[str, object]:
-    """Return the overrides with `limit` and `holdout` among them: a run on fewer images is not that step any more."""
-    on_data = {"limit": limit, "holdout": holdout}
-    return {**overrides, **{name: value for name, value in on_data.items() if value is not None}}
+def all_overrides(overrides: Mapping[str, object], *, limit: int | None) -> dict[str, object]:
+    """Return the overrides with `limit` among them: a run on fewer images is not that step any more."""
+    return {**overrides, **({} if limit is None else {"limit": limit})}
 
 
 def identify(
-    experiment: Experiment, script: Path, device: torch.device, overrides: Mapping[str, object]
+    experiment: Experiment, script: Path, device: torch.device, overrides: Mapping[str, object], holdout: int | None
 ) -> tuple[dict[str, object], dict[str, str]]:
     """Return params and tags that runs have in common if, and only if, they differ in nothing but the seed."""
     params = {**experiment.hyperparameters(), "device": device.type}
-    if "holdout" in overrides:
-        params["holdout"] = overrides["holdout"]
+    if holdout is not None:
+        params["holdout"] = holdout
     return params, {
         "step": script.stem,
         "overrides": " ".join(f"{name}={value}" for name, value in sorted(overrides.items())),

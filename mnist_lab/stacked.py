@@ -16,40 +16,44 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
-from torch.optim import SGD, Adam, AdamW, NAdam, RAdam, RMSprop
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mnist_lab.cudagraph import Captured
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
-from mnist_lab.training import EpochMetrics, build_scheduler, evaluate, normalize, predict, training_images
+from mnist_lab.training import (
+    EpochMetrics,
+    build_scheduler,
+    evaluate,
+    evaluation_part,
+    normalize,
+    predict,
+    training_images,
+)
 
 # Their update of one weight depends on that weight alone, so stacked parameters are updated as separate ones are.
 ELEMENTWISE_OPTIMIZERS = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop)
 
 
 def fit_stacked(
-    experiment: Experiment, mnist: Mnist, seeds: Sequence[int]
-) -> Iterator[tuple[list[EpochMetrics], list[nn.Module]]]:
-    """Train one network per seed, all at once; yield for each finished epoch its metrics and the networks, by seed.
+    nets: Sequence[nn.Module], experiment: Experiment, mnist: Mnist, seeds: Sequence[int]
+) -> Iterator[list[EpochMetrics]]:
+    """Train the networks of several seeds at once, in place, and yield each finished epoch's metrics in their order.
 
-    epoch_seconds is the time that all seeds took together. The networks yielded share the stacked memory: they change
-    as training goes on.
+    nets: each as it is built after `torch.manual_seed(seed)`.
+    epoch_seconds is the time that all seeds took together.
 
     Raises:
         LabError: if the optimizer or the scheduler would mix the seeds.
     """
-    nets = [_initial_network(experiment, seed, mnist.train_images.device) for seed in seeds]
-    params, buffers = stack_module_state(nets)
+    params, buffers = stack_module_state(list(nets))
     optimizer = experiment.optimizer(list(params.values()))
-    if not isinstance(optimizer, ELEMENTWISE_OPTIMIZERS):
-        allowed = ", ".join(kind.__name__ for kind in ELEMENTWISE_OPTIMIZERS)
-        raise LabError(f"optimizer: {type(optimizer).__name__} can't train seeds together; {allowed} can")
     total = len(mnist.train_images)
     scheduler = build_scheduler(experiment, optimizer, total)
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise LabError("scheduler: ReduceLROnPlateau follows one run's loss, so it can't train seeds together")
+    if refusal := _mixes(optimizer, scheduler):
+        raise LabError(refusal)
     step = _stacked_step(nets[0], experiment)
     device = mnist.train_images.device
     loss_sum = torch.zeros(len(seeds), device=device)
@@ -65,6 +69,7 @@ def fit_stacked(
         correct.add_((logits.argmax(dim=2) == labels).sum(dim=1))
 
     captured = Captured(train)
+    evaluated_on, eval_images, eval_labels = evaluation_part(mnist)
     shuffling = [torch.Generator().manual_seed(seed) for seed in seeds]
     torch.manual_seed(seeds[0])  # dropout and augmentation of all seeds
     for epoch in range(1, experiment.epochs + 1):
@@ -80,30 +85,39 @@ def fit_stacked(
         if scheduler is not None and experiment.scheduler_interval == "epoch":
             scheduler.step()
         _write_back(nets, params, buffers)
-        tested = [evaluate(predict(net, mnist.test_images), mnist.test_labels) for net in nets]
+        evaluated = [evaluate(predict(net, eval_images), eval_labels) for net in nets]
         seconds = time.perf_counter() - start
-        yield (
-            [
-                EpochMetrics(
-                    epoch=epoch,
-                    train_loss=loss_sum[index].item() / total,
-                    train_correct=int(correct[index].item()),
-                    train_images=total,
-                    eval_loss=test_loss,
-                    eval_correct=test_correct,
-                    eval_images=len(mnist.test_images),
-                    lr=lr,
-                    epoch_seconds=seconds,
-                )
-                for index, (test_loss, test_correct) in enumerate(tested)
-            ],
-            nets,
-        )
+        yield [
+            EpochMetrics(
+                epoch=epoch,
+                train_loss=loss_sum[index].item() / total,
+                train_correct=int(correct[index].item()),
+                train_images=total,
+                eval_loss=eval_loss,
+                eval_correct=eval_correct,
+                eval_images=len(eval_images),
+                lr=lr,
+                epoch_seconds=seconds,
+                evaluated_on=evaluated_on,
+            )
+            for index, (eval_loss, eval_correct) in enumerate(evaluated)
+        ]
 
 
-def _initial_network(experiment: Experiment, seed: int, device: torch.device) -> nn.Module:
-    torch.manual_seed(seed)
-    return experiment.net().to(device)
+def can_stack(experiment: Experiment, num_images: int) -> bool:
+    """Say whether the experiment's seeds can be trained together."""
+    optimizer = experiment.optimizer(experiment.net().parameters())
+    return _mixes(optimizer, build_scheduler(experiment, optimizer, num_images)) is None
+
+
+def _mixes(optimizer: Optimizer, scheduler: LRScheduler | None) -> str | None:
+    """Return the sentence that says why stacked seeds would influence one another, or None."""
+    if not isinstance(optimizer, ELEMENTWISE_OPTIMIZERS):
+        allowed = ", ".join(kind.__name__ for kind in ELEMENTWISE_OPTIMIZERS)
+        return f"optimizer: {type(optimizer).__name__} can't train seeds together; {allowed} can"
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return "scheduler: ReduceLROnPlateau follows one run's loss, so it can't train seeds together"
+    return None
 
 
 def _stacked_batch(mnist: Mnist, batch: Tensor, experiment: Experiment) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """One experiment trained with several seeds: what is missing is trained, and all of it is judged together.
 
 On a CPU the seeds train side by side in worker processes with one thread each: two such processes do nearly twice the
-work of one process with two threads. On a GPU they train one after another in this process.
+work of one process with two threads. On a GPU they train in this process, stacked into one program where the optimizer
+allows that, else one after another.
 
 The workers are processes of `multiprocessing`, started by "spawn" (torch's threads don't survive a fork). They are no
 `Pool`: a pool is broken as a whole when one of its processes dies, while here only that seed fails.
@@ -32,14 +33,17 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from mnist_lab import declaration, provenance, runner, targets
+from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.rehearsal import rehearse
+from mnist_lab.stacked import can_stack, fit_stacked
 from mnist_lab.statistics import Aggregate, StudyVerdict, aggregate, judge_mean
 from mnist_lab.targets import Verdict
 from mnist_lab.threads import available_cores
 from mnist_lab.tracking import (
     FinishedRun,
+    Store,
     TrackedRun,
     adopt,
     close_abandoned,
@@ -139,13 +143,15 @@ def run_study(
         raise LabError(f"workers: {workers} is for a CPU; on {where.type} the seeds train one after another")
     store = open_store(tracking_uri)
     close_abandoned(store)
-    all_overrides = runner.all_overrides(overrides, limit=limit, holdout=holdout)
-    params, identity = runner.identify(experiment, script, where, all_overrides)
+    all_overrides = runner.all_overrides(overrides, limit=limit)
+    params, identity = runner.identify(experiment, script, where, all_overrides, holdout)
     found = {} if again else finished_runs(store, params, identity)
     runs = {seed: found[seed] for seed in seeds if seed in found}
     missing = [seed for seed in seeds if seed not in found]
+    mnist = None
     if missing:  # else there is nothing to refuse
-        rehearse(experiment, runner.load_parts(data_dir, where, limit=limit, holdout=holdout))
+        mnist = runner.load_parts(data_dir, where, limit=limit, holdout=holdout)
+        rehearse(experiment, mnist)
     count = min(workers or available_cores(), len(missing)) if where.type == "cpu" else min(1, len(missing))
 
     step = identity["step"]
@@ -179,6 +185,18 @@ def run_study(
                 parent_run_id=study.run_id,
             )
             messages = _train_in_workers(job, missing, count, progress.on_time)
+        elif mnist is not None and where.type == "cuda" and can_stack(experiment, len(mnist.train_images)):
+            messages = train_stacked(
+                experiment,
+                script,
+                mnist,
+                store,
+                missing,
+                overrides=all_overrides,
+                holdout=holdout,
+                data_dir=data_dir,
+                parent_run_id=study.run_id,
+            )
         else:
             messages = _train_here(
                 missing,
@@ -374,6 +392,55 @@ def _train_here(
             yield _Failed(seed, _reason(error))
         else:
             yield _Done(seed, run_id)
+
+
+def train_stacked(
+    experiment: Experiment,
+    script: Path,
+    mnist: Mnist,
+    store: Store,
+    seeds: Sequence[int],
+    *,
+    overrides: Mapping[str, object],
+    holdout: int | None,
+    data_dir: Path | None,
+    parent_run_id: str,
+) -> Generator[_Message, None, None]:
+    """Train all seeds at once on the device of `mnist`, then track each as a run of its own.
+
+    The arguments are those of `runner.record`. The runs are written when all epochs are through.
+    """
+    nets = [runner.initial_network(experiment, seed, mnist.train_images.device) for seed in seeds]
+    epochs: list[list[EpochMetrics]] = []
+    try:
+        for metrics_of_seeds in fit_stacked(nets, experiment, mnist, seeds):
+            epochs.append(metrics_of_seeds)
+            for seed, metrics in zip(seeds, metrics_of_seeds, strict=True):
+                yield _Epoch(seed, metrics)
+    except Exception as error:  # they stand or fall together
+        for seed in seeds:
+            yield _Failed(seed, _reason(error))
+        return
+    for index, seed in enumerate(seeds):
+        try:
+            result = runner.record(
+                [of_seeds[index] for of_seeds in epochs],
+                nets[index],
+                experiment,
+                script,
+                mnist,
+                store,
+                _Listener(lambda metrics: None),
+                overrides=overrides,
+                seed=seed,
+                holdout=holdout,
+                data_dir=data_dir,
+                parent_run_id=parent_run_id,
+            )
+        except Exception as error:
+            yield _Failed(seed, _reason(error))
+        else:
+            yield _Done(seed, result.run_id)
 
 
 def _reason(error: Exception) -> str:

@@ -55,18 +55,18 @@ class Threads:
     changes the rounding of sums, and so the run's exact figures.
     """
 
-    def __init__(self, wanted: int | None = None, load: Load | None = None) -> None:
-        self.load = load or Load()
+    def __init__(self, wanted: int | None, load: Load) -> None:
+        """Choose by the load since `load` was made, which should be some tenths of a second ago."""
+        self.load = load
         self.fixed = wanted is not None or "OMP_NUM_THREADS" in os.environ
         if wanted is not None:
             torch.set_num_threads(wanted)
         elif not self.fixed:
-            time.sleep(0.2)
-            torch.set_num_threads(free_cores(self.load.others(), available_cores()))
+            torch.set_num_threads(free_cores(load.others(), available_cores()))
         self.number = torch.get_num_threads()
 
     def adapt(self) -> bool:
-        """Look at the load since the last call; return whether the number of threads was lowered."""
+        """Look at the load since the last look; return whether the number of threads was lowered."""
         if self.fixed or self.number == 1:
             return False
         number = free_cores(self.load.others(), available_cores())

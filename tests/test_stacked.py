@@ -1,7 +1,7 @@
 """Seeds as a dimension: each is trained as it would be alone."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
-from mnist_lab.stacked import fit_stacked
+from mnist_lab.stacked import can_stack, fit_stacked
 from mnist_lab.training import fit
 
 Load = Callable[[str], ModuleType]
@@ -56,8 +56,17 @@ def without_draws(load_script: Load) -> Experiment:
     )
 
 
+def initial_networks(experiment: Experiment, seeds: Sequence[int]) -> list[nn.Module]:
+    nets = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        nets.append(experiment.net())
+    return nets
+
+
 def test_stacked_seeds_equal_separate_ones(without_draws: Experiment, few_images: Mnist) -> None:
-    *_, (stacked_epochs, stacked_nets) = fit_stacked(without_draws, few_images, SEEDS)
+    stacked_nets = initial_networks(without_draws, SEEDS)
+    *_, stacked_epochs = fit_stacked(stacked_nets, without_draws, few_images, SEEDS)
 
     for index, seed in enumerate(SEEDS):
         torch.manual_seed(seed)
@@ -78,7 +87,8 @@ def test_each_seed_has_draws_of_its_own(load_script: Load, few_images: Mnist) ->
     experiment = dataclasses.replace(load_script("step4_augment_steplr").EXPERIMENT, epochs=1)
     experiment, _ = experiment.override({"dropout": 0.2})
 
-    ((epochs, nets),) = fit_stacked(experiment, few_images, [5, 5])  # one seed twice: the same weights and order
+    nets = initial_networks(experiment, [5, 5])  # one seed twice: the same weights and order
+    (epochs,) = fit_stacked(nets, experiment, few_images, [5, 5])
 
     first, second = (torch.cat([p.flatten() for p in net.parameters()]) for net in nets)
     assert not torch.allclose(first, second, atol=1e-4)
@@ -87,8 +97,10 @@ def test_each_seed_has_draws_of_its_own(load_script: Load, few_images: Mnist) ->
 
 def test_what_would_mix_the_seeds_is_refused(without_draws: Experiment, few_images: Mnist) -> None:
     mixing = dataclasses.replace(without_draws, optimizer=torch.optim.LBFGS, scheduler=None)
+    assert can_stack(without_draws, 300)
+    assert not can_stack(mixing, 300)
     with pytest.raises(LabError, match=r"^optimizer: LBFGS can't train seeds together"):
-        next(fit_stacked(mixing, few_images, SEEDS))
+        next(fit_stacked(initial_networks(mixing, SEEDS), mixing, few_images, SEEDS))
     plateau = dataclasses.replace(without_draws, scheduler=ReduceLROnPlateau)
     with pytest.raises(LabError, match=r"^scheduler: ReduceLROnPlateau follows one run's loss"):
-        next(fit_stacked(plateau, few_images, SEEDS))
+        next(fit_stacked(initial_networks(plateau, SEEDS), plateau, few_images, SEEDS))

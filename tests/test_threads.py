@@ -58,7 +58,7 @@ def test_the_load_of_another_process_is_seen_and_ones_own_is_not() -> None:
 
 def test_threads_are_lowered_once_others_need_a_core_and_never_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mnist_lab.threads.available_cores", lambda: 4)
-    threads = Threads(load=Given(0.0, 0.2, 1.9, 0.0))
+    threads = Threads(None, Given(0.0, 0.2, 1.9, 0.0))
     assert torch.get_num_threads() == threads.number == 4
     assert not threads.adapt()
     assert threads.adapt()
@@ -68,11 +68,11 @@ def test_threads_are_lowered_once_others_need_a_core_and_never_raised(monkeypatc
 
 
 def test_a_number_that_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = Threads(3, load=Given(9.0))
+    threads = Threads(3, Given(9.0))
     assert torch.get_num_threads() == 3
     assert not threads.adapt()
     torch.set_num_threads(2)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    threads = Threads(load=Given(9.0))
+    threads = Threads(None, Given(9.0))
     assert threads.number == 2
     assert not threads.adapt()
