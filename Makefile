@@ -94,6 +94,12 @@ notebooks: $(INSTALLED)  ## execute the notebooks again on the tracked runs
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	.venv/bin/jupyter lab --ip 127.0.0.1 notebooks $(ARGS)
 
+# ---- measurements
+
+.PHONY: bench
+bench: $(INSTALLED)  ## measure speed, start-up and memory against other ways: ARGS="training --rounds 9", ARGS=--quick
+	@$(PYTHON) benchmarks $(ARGS)
+
 # ---- checks
 
 .PHONY: test

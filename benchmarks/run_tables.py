@@ -1,60 +1,63 @@
 """How long the run table and the whole history take as a store grows: 10, 100 and 1,000 runs of 14 epochs x 6 metrics.
 
-    python benchmarks/run_tables.py [RUNS ...]
-
-Builds real SQLite stores in a temporary folder, writing each run as the runner does, and reads them three times each.
+Builds real SQLite stores in temporary folders, writing each run as the runner does, and reads them in turns.
 """
 
-import statistics
-import sys
-import tempfile
+from __future__ import annotations
+
+import contextlib
+import itertools
 import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from tabulate import tabulate
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-
-from run_writer import write_run
+from measure import Report, Sample, Setting, interleave, make_parser, parse, show, temporary_store
+from startup import fill
 
 from mnist_lab import results
-from mnist_lab.tracking import open_store
 
 EPOCHS = 14
-ROUNDS = 3
+TABLES = {"run_table": results.run_table, "epoch_history": results.epoch_history}
 
 
-def build(folder: Path, runs: int) -> str:
-    """Return the URI of a new store with so many runs."""
-    store = open_store(f"sqlite:///{folder / 'mlflow.db'}")
-    accuracies = [98 + epoch / 10 for epoch in range(EPOCHS)]
-    for number in range(runs):
-        step, seed = f"step{1 + number % 4}", number // 4
-        write_run(store, step, seed, accuracies, start_time=1_700_000_000_000 + 1000 * number)
-    return store.uri
+def reading(table: str, uri: str, rows: int) -> Callable[[], float]:
+    """Return what reads a table, and gives the seconds that it took."""
 
-
-def seconds(read: object, uri: str) -> tuple[float, int]:
-    """Return the median time of reading, and the rows that came back."""
-    times = []
-    for _ in range(ROUNDS):
+    def measure() -> float:
         start = time.perf_counter()
-        table = read(tracking_uri=uri)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), len(table)
+        found = TABLES[table](tracking_uri=uri)
+        seconds = time.perf_counter() - start
+        assert len(found) == rows
+        return seconds
+
+    return measure
 
 
-def main() -> None:
-    rows = []
-    for runs in [int(argument) for argument in sys.argv[1:]] or [10, 100, 1000]:
-        with tempfile.TemporaryDirectory() as folder:
-            uri = build(Path(folder), runs)
-            table, table_rows = seconds(results.run_table, uri)
-            history, history_rows = seconds(results.epoch_history, uri)
-            assert (table_rows, history_rows) == (runs, runs * EPOCHS)
-            rows.append((runs, f"{table:.2f} s", f"{history:.2f} s", f"{table + history:.2f} s", history_rows))
-    print(tabulate(rows, headers=("runs", "run_table", "epoch_history", "together", "rows of history")))
-    print(f"Medians of {ROUNDS} rounds. epoch_history lists the runs too, so it takes the longer of the two.")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser("run_tables", __doc__, rounds=Setting(5, 2, "rounds"))
+    parser.add_argument("--runs", type=int, nargs="+", metavar="N", help="default 10 100 1000, with --quick 2 and 4")
+    arguments = parse(parser, argv)
+    counts = sorted(arguments.runs or ([2, 4] if arguments.quick else [10, 100, 1000]))
+    report = Report(arguments)
+    with contextlib.ExitStack() as stores:
+        ways = {}
+        for runs in counts:
+            show(f"writing {runs} runs")
+            uri = stores.enter_context(temporary_store())
+            fill(uri, runs)
+            ways[f"run_table, {runs} runs"] = reading("run_table", uri, runs)
+            ways[f"epoch_history, {runs} runs"] = reading("epoch_history", uri, runs * EPOCHS)
+        for way in ways.values():
+            way()  # warm up
+        seconds = {name: Sample(tuple(rounds)) for name, rounds in interleave(ways, arguments.rounds).items()}
+    ratios = {}
+    for table in TABLES:
+        for fewer, more in itertools.pairwise(counts):
+            ratios[f"{table}: {more} runs / {fewer}"] = seconds[f"{table}, {more} runs"].per(
+                seconds[f"{table}, {fewer} runs"]
+            )
+    report.section("reading a store", seconds, ratios, unit="s")
+    report.note("epoch_history lists the runs too, so it takes the longer of the two.")
+    report.write()
 
 
 if __name__ == "__main__":

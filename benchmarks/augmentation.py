@@ -1,0 +1,93 @@
+"""Images per second of random rotation: the lab's on batches of tensors, PIL's in a DataLoader with two workers.
+
+Both go from uint8 images in memory to float batches of 128 in [0, 1]. The write-ups' rotation takes the nearest pixel,
+which is torchvision's default; the lab's is bilinear, so PIL's bilinear one is measured too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import writeups
+from measure import Laps, Report, Sample, Setting, interleave, load_experiment, make_parser, parse
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from mnist_lab.augmentation import random_rotation
+from mnist_lab.data import load_mnist
+from mnist_lab.training import training_images
+
+BATCH_SIZE, DEGREES = 128, 7.0
+LAB, ALONE = "lab", "lab: random_rotation alone"
+NEAREST, BILINEAR, NO_ROTATION = "write-ups (nearest pixel)", "write-ups, bilinear", "write-ups without rotation"
+
+
+def images_per_second(batches: int, laps: Laps) -> float:
+    """Return the rate from batch to batch: the start of a loader's workers is left out."""
+    assert len(laps.laps) == batches
+    return BATCH_SIZE / laps.batch
+
+
+def loader(rotation: list[Callable[..., object]], images: int) -> Callable[[], float]:
+    """Return what measures a DataLoader over so many images."""
+    data = writeups.dataset(True, transforms.Compose([*rotation, transforms.ToTensor()]), images)
+
+    def measure() -> float:
+        laps = Laps()
+        for _ in DataLoader(data, shuffle=True, batch_size=BATCH_SIZE, num_workers=writeups.WORKERS):
+            laps.lap()
+        return images_per_second(images // BATCH_SIZE, laps)
+
+    return measure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(
+        "augmentation",
+        __doc__,
+        rounds=Setting(5, 1, "rounds"),
+        batches=Setting(100, 10, f"batches of {BATCH_SIZE} images in one measurement; at least 2"),
+    )
+    arguments = parse(parser, argv)
+    batches = max(2, arguments.batches)
+    report = Report(arguments)
+    mnist, experiment = load_mnist(), load_experiment("step4_augment_steplr")
+    order = torch.randperm(batches * BATCH_SIZE)
+
+    def lab() -> float:
+        laps = Laps()
+        for batch in torch.split(order, BATCH_SIZE):
+            training_images(mnist, batch, experiment)
+            laps.lap()
+        return images_per_second(batches, laps)
+
+    ready = mnist.train_images[:BATCH_SIZE].float() / 255
+
+    def alone() -> float:
+        laps = Laps()
+        for _ in range(batches):
+            random_rotation(ready, DEGREES)
+            laps.lap()
+        return images_per_second(batches, laps)
+
+    bounds, images = (-DEGREES, DEGREES), batches * BATCH_SIZE
+    bilinear = transforms.InterpolationMode.BILINEAR
+    ways = {
+        LAB: lab,
+        ALONE: alone,
+        NEAREST: loader([transforms.RandomRotation(bounds, fill=0)], images),
+        BILINEAR: loader([transforms.RandomRotation(bounds, interpolation=bilinear, fill=0)], images),
+        NO_ROTATION: loader([], images),
+    }
+    lab()  # warm up
+    rates = {name: Sample(tuple(rounds)) for name, rounds in interleave(ways, arguments.rounds).items()}
+    goal = {f"{LAB} / {NEAREST}": "10 or more"}
+    ratios = {f"{LAB} / {other}": rates[LAB].per(rates[other]) for other in (NEAREST, BILINEAR, NO_ROTATION)}
+    report.section("random rotation", rates, ratios, unit="images/s", goals=goal)
+    report.note("The lab works in the training process; the loader's two workers have the machine to themselves here.")
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Wall and CPU time of commands in fresh processes, beside what Python and the imports alone take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from measure import (
+    Process,
+    Report,
+    Sample,
+    Setting,
+    interleave,
+    make_parser,
+    parse,
+    run_fresh,
+    script_of,
+    temporary_store,
+)
+
+PYTHON, TORCH, LIBRARIES = "python, nothing else", "import torch", "import torch, mlflow"
+SCRIPT_HELP, LAB_HELP = "step4 --help", "python -m mnist_lab --help"
+COMPARE, RUN = "make compare's command", "step4 --limit 128 --epochs 1"
+
+
+def fill(uri: str, runs: int) -> None:
+    """Write so many runs of 14 epochs into a new store."""
+    from run_writer import write_run
+
+    from mnist_lab.tracking import open_store
+
+    store = open_store(uri)
+    for number in range(runs):
+        start_time = 1_700_000_000_000 + 1000 * number
+        write_run(
+            store, f"step{1 + number % 4}", number // 4, [98 + epoch / 10 for epoch in range(14)], start_time=start_time
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(
+        "startup",
+        __doc__,
+        rounds=Setting(3, 1, "rounds"),
+        runs=Setting(40, 2, "runs in the store that is compared"),
+    )
+    arguments = parse(parser, argv)
+    report = Report(arguments)
+    script = script_of("step4_augment_steplr")
+    with temporary_store() as uri:
+        fill(uri, arguments.runs)
+        commands: dict[str, tuple[str | Path, ...]] = {
+            PYTHON: ("-c", "pass"),
+            TORCH: ("-c", "import torch"),
+            LIBRARIES: ("-c", "import torch, mlflow"),
+            SCRIPT_HELP: (script, "--help"),
+            LAB_HELP: ("-m", "mnist_lab", "--help"),
+            COMPARE: ("-m", "mnist_lab", "compare", "--tracking-uri", uri),
+            RUN: (script, "--limit", "128", "--epochs", "1", "--tracking-uri", uri),
+        }
+        ways: dict[str, Callable[[], Process]] = {
+            name: partial(run_fresh, *command) for name, command in commands.items()
+        }
+        if arguments.quick:
+            del ways[RUN]
+        else:
+            for name in (LIBRARIES, COMPARE):
+                ways[name]()  # brings the files into the page cache
+        results = interleave(ways, arguments.rounds)
+    for title, field in (("wall time", "wall"), ("CPU time", "cpu")):
+        seconds = {name: Sample(tuple(getattr(process, field) for process in results[name])) for name in results}
+        pairs = ((SCRIPT_HELP, TORCH), (LAB_HELP, PYTHON), (COMPARE, LIBRARIES), (RUN, LIBRARIES))
+        ratios = {f"{name} / {other}": seconds[name].per(seconds[other]) for name, other in pairs if name in results}
+        report.section(title, seconds, ratios, unit="s")
+    report.note(f"Each is a fresh process. Compared are {arguments.runs} runs.")
+    if not arguments.quick:
+        report.note("Files are in the page cache. The run includes an evaluation, its figures and its model.")
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

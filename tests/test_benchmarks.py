@@ -1,0 +1,257 @@
+"""The benchmarks in their smallest setting: that they run, what they write down, and that the other ways really train.
+
+No test asserts a time.
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mnist_lab.data import Mnist
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """Import benchmarks/<name>.py, which finds its neighbours beside itself."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def check(sample: dict[str, Any], rounds: int) -> None:
+    """Check a figure or ratio of the JSON file."""
+    assert len(sample["rounds"]) == rounds
+    assert all(math.isfinite(value) and value > 0 for value in sample["rounds"])
+    assert sample["median"] == statistics.median(sample["rounds"])
+    assert sample["least"] == min(sample["rounds"])
+    assert sample["most"] == max(sample["rounds"])
+
+
+# ---- each benchmark, as `make bench ARGS=--quick` runs it
+
+STEP4_RATIOS = {"write-ups / lab", "pytorch/examples / lab", "lab / lab's floor", "lab / plain floor"}
+CASES = {  # flags and ratios; those that take longest come first
+    "study": (["--seeds", "1"], {"write-ups / lab, 1 seeds", "write-ups / lab, 10 seeds, estimated"}),
+    "tracking": ([], {"tracking / training"}),
+    "memory": ([], {"peak / the goal of 1.5 GB"}),
+    "startup": ([], {"step4 --help / import torch", "make compare's command / import torch, mlflow"}),
+    "run_tables": (["--rounds", "3"], {"run_table: 4 runs / 2", "epoch_history: 4 runs / 2"}),
+    "training": (["--steps", "step4_augment_steplr"], STEP4_RATIOS),
+    "augmentation": ([], {"lab / write-ups (nearest pixel)", "lab / write-ups, bilinear"}),
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, mnist: Mnist) -> Iterator[Callable[[str], tuple[str, Any]]]:
+    """Start the benchmarks, two at a time; return what gives the output and the JSON of each when it is through."""
+    out = tmp_path_factory.mktemp("benchmarks")
+
+    def run(name: str) -> tuple[str, Any]:
+        command = [sys.executable, f"benchmarks/{name}.py", "--quick", *CASES[name][0], "--out", str(out)]
+        done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads((out / f"{name}.json").read_text())
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        futures = {name: pool.submit(run, name) for name in CASES}
+        yield lambda name: futures[name].result()
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_benchmark_writes_its_figures_and_ratios(name: str, measured: Callable[[str], tuple[str, Any]]) -> None:
+    printed, content = measured(name)
+    assert content["benchmark"] == name
+    assert content["environment"]["torch"] == torch.__version__.partition("+")[0]
+    assert content["environment"]["hardware"]
+    rounds = content["settings"]["rounds"]
+    assert rounds == (3 if name == "run_tables" else 1)
+    ratios: dict[str, Any] = {}
+    for title, section in content["sections"].items():
+        assert title in printed
+        for label, sample in {**section["figures"], **section["ratios"]}.items():
+            assert label in printed
+            check(sample, rounds)
+        ratios |= section["ratios"]
+    assert CASES[name][1] <= set(ratios)
+
+
+def test_the_gpu_benchmark_says_that_there_is_no_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    load("gpu").main(["--out", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == ["gpu: there is no CUDA device here, so nothing is measured."]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpu_benchmark(tmp_path: Path) -> None:
+    load("gpu").main(["--quick", "--out", str(tmp_path)])
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(content["sections"]["1 epochs"]["ratios"]) == {
+        "write-ups, 1 seed / lab, 1 seed",
+        "lab, 2 seeds stacked / lab, 1 seed",
+    }
+
+
+def test_a_peak_is_that_of_the_process_alone_and_stays() -> None:
+    measure = load("measure")
+    program = """
+import sys
+sys.path.append("benchmarks")
+from memory import peak
+before = peak()
+block = b"x" * 300_000_000
+del block
+print(before, peak())
+"""
+    held = b"x" * 1_000_000_000  # by the process that starts it
+    before, after = map(float, measure.run_fresh("-c", program).output.split())
+    assert len(held) > 0
+    assert before < 0.8
+    assert 0.29 < after - before < 0.32
+
+
+def test_all_benchmarks_are_in_the_list_that_is_run() -> None:
+    shared = {"measure", "writeups", "__main__", "leads"}
+    scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - shared
+    source = (BENCHMARKS / "__main__.py").read_text()
+    assert [name for name in scripts if f'"{name}"' not in source] == []
+
+
+def test_an_unknown_benchmark_is_refused() -> None:
+    done = subprocess.run([sys.executable, str(BENCHMARKS), "trainign"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "'trainign' is none of training, " in done.stderr
+
+
+# ---- the write-ups' way
+
+
+def test_the_write_ups_way_really_trains(mnist: Mnist) -> None:
+    measure, writeups = load("measure"), load("writeups")
+    experiment = measure.load_experiment("step4_augment_steplr")
+    train_loader, test_loader = writeups.loaders("step4_augment_steplr", 128, images=2560, test_images=500)
+    torch.manual_seed(0)
+    net, cpu = experiment.net(), torch.device("cpu")
+    optimizer = experiment.optimizer(net.parameters())
+    batches: list[None] = []
+    with measure.silenced():
+        _, before = writeups.evaluate(net, cpu, test_loader)
+        losses, accuracies = writeups.train(net, cpu, train_loader, optimizer, lambda: batches.append(None))
+        _, after = writeups.evaluate(net, cpu, test_loader)
+    assert len(losses) == len(batches) == 20
+    assert statistics.mean(losses[-5:]) < statistics.mean(losses[:5]) - 0.5
+    assert accuracies[-1] > accuracies[0] + 10
+    assert after > before + 15
+
+
+@pytest.mark.parametrize("step", ["step1_baseline", "step4_augment_steplr", "four_conv"])
+def test_the_write_ups_loaders_give_the_labs_inputs(step: str, mnist: Mnist) -> None:
+    from mnist_lab.training import normalize
+
+    train_loader, test_loader = load("writeups").loaders(step, 64, images=200, test_images=100)
+    assert (len(train_loader.dataset), len(test_loader.dataset)) == (200, 100)
+    expected = normalize(mnist.train_images[:100].float() / 255)
+    drawn = torch.stack([train_loader.dataset[index][0] for index in range(100)])
+    assert drawn.shape == expected.shape
+    same = (drawn - expected).abs().amax(dim=(1, 2, 3)) < 1e-5
+    assert same.all() if step == "step1_baseline" else same.sum() < 70  # by few degrees, the nearest pixels stay
+    assert [train_loader.dataset[index][1] for index in range(100)] == mnist.train_labels[:100].tolist()
+    plain = torch.stack([test_loader.dataset[index][0] for index in range(100)])
+    torch.testing.assert_close(plain, normalize(mnist.test_images[:100].float() / 255))
+
+
+# ---- what the benchmarks share
+
+
+def test_few_batches_stand_for_a_whole_epoch() -> None:
+    laps = load("measure").Laps()
+    laps.start, laps.laps, laps.end = 100.0, [103.0, 103.5, 104.0], 104.25
+    assert laps.batch == 0.5
+    assert laps.seconds(3) == 4.25
+    assert laps.seconds(11) == 3.0 + 10 * 0.5 + 0.25
+
+
+def test_rounds_take_turns_and_begin_with_another_way_each() -> None:
+    called: list[str] = []
+
+    def way(name: str) -> Callable[[], int]:
+        def call() -> int:
+            called.append(name)
+            return len(called)
+
+        return call
+
+    results = load("measure").interleave({name: way(name) for name in "abc"}, rounds=3)
+    assert called == list("abcbcacab")
+    assert results == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    sample = load("measure").Sample
+    ratio = sample((2.0, 40.0, 9.0)).per(sample((1.0, 10.0, 3.0)))
+    assert ratio.rounds == (2.0, 4.0, 3.0)
+    assert ratio.median == 3.0
+
+
+def test_ten_seeds_are_estimated_by_the_turns_of_the_workers() -> None:
+    study = load("study")
+    measured = {4: study.Trained(20.0, 8.0, 2), 8: study.Trained(32.0, 16.0, 2)}  # 2 and 4 turns: 6 seconds each
+    ten = study.estimate(measured, 10)
+    assert (ten.wall, ten.epochs, ten.rest) == (38.0, 20.0, 18.0)
+    assert study.estimate(measured, 4) is measured[4]
+    assert study.estimate({3: study.Trained(20.0, 8.0, 2)}, 10).wall == 50.0  # one study only: its mean turn
+
+
+def test_the_clock_counts_a_contexts_entry_and_exit_but_not_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = load("tracking")
+    now = 0.0
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def passes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    @contextlib.contextmanager
+    def track() -> Any:
+        passes(1)
+        yield "run"
+        passes(2)
+
+    clock = tracking.Clock()
+    with clock.around("track", track)() as run:
+        assert run == "run"
+        clock.around("log", passes)(10)
+        passes(100)
+    clock.around("log", passes)(20)
+    assert clock.seconds == {"track": 3, "log": 30}
+
+
+def test_a_failed_process_ends_the_benchmark_with_what_it_said() -> None:
+    with pytest.raises(SystemExit, match="no such step"):
+        load("measure").run_fresh("-c", "import sys; sys.exit('no such step')")
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (0.01234, "0.0123"), (9.876, "9.88"), (43827.4, "43,827")])
+def test_figures_are_shown_with_three_digits_that_count(value: float, text: str) -> None:
+    assert load("measure")._digits(value) == text
