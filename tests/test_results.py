@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -435,6 +436,29 @@ def test_the_effects_table_adjusts_for_its_own_rows(uri: str) -> None:
     _, refused = results.compare_pairs(pairs, tracking_uri=uri)
     (sentence,) = refused  # a pair without runs is no one's mistake
     assert sentence.startswith("single against a is not compared: single has one seed and a has 3")
+
+
+def test_compare_prints_the_tables_of_one_protocol(held_out: str) -> None:
+    store = open_store(held_out)
+    for step, accuracies in (("step2_dropout", (99.0, 99.1)), ("gap_alone", (99.3, 99.1)), ("step3_gap", (99.2,))):
+        for seed, accuracy in enumerate(accuracies):
+            write_run(store, step, seed, [accuracy], start_time=T0 + seed)
+
+    def compare(*flags: str) -> str:
+        command = [sys.executable, "-m", "mnist_lab", "compare", "--tracking-uri", held_out, *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    text = compare()
+    assert re.search(r"^step2_dropout +2 .*99\.05 \+- 0\.071 +not shown +3 ", text, re.MULTILINE)
+    assert re.search(r"^GAP alone +\+0\.15 +-?\d", text, re.MULTILINE)
+    assert "step2_dropout -> gap_alone" in text
+    assert "step3_gap against gap_alone is not compared: step3_gap has one seed and gap_alone has 2" in text
+    assert "validation" not in text
+    assert max(map(len, text.splitlines()[:8])) <= 120
+    text = compare("--holdout", "10000")
+    assert re.search(r"best\s.*\n.*validation", text)
+    assert "98.70" in text
+    assert "step2_dropout" not in text
 
 
 def test_a_finished_run_without_a_result_is_left_out_with_a_warning(tmp_path: Path) -> None:
