@@ -449,7 +449,7 @@ def test_compare_prints_the_tables_of_one_protocol(held_out: str) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     text = compare()
-    assert re.search(r"^step2_dropout +2 .*99\.05 \+- 0\.071 +not shown +3 ", text, re.MULTILINE)
+    assert re.search(r"^step2_dropout +2 .*99\.05 \+- 0\.071 +not shown +4 ", text, re.MULTILINE)
     assert re.search(r"^GAP alone +\+0\.15 +-?\d", text, re.MULTILINE)
     assert "step2_dropout -> gap_alone" in text
     assert "step3_gap against gap_alone is not compared: step3_gap has one seed and gap_alone has 2" in text
