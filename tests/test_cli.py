@@ -1,5 +1,6 @@
 """What a user types and sees: flags, refusals, signals, the terminal and its absence."""
 
+import io
 import os
 import re
 import runpy
@@ -13,8 +14,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import pytest
+import torch
 from conftest import FullRun
 from helpers import (
     ROOT,
@@ -27,10 +30,11 @@ from helpers import (
     wait_until,
 )
 
-from mnist_lab.cli import interrupt_on_signals, main, print_result
+from mnist_lab.cli import StudyConsole, epoch_line, interrupt_on_signals, main, print_result
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import SUMMARY_METRICS
+from mnist_lab.training import EpochMetrics
 
 Load = Callable[[str], ModuleType]
 STEP1 = ROOT / "experiments" / "step1_baseline.py"
@@ -108,6 +112,75 @@ def test_without_targets_there_is_no_verdict(load_script: Load, capsys: pytest.C
     assert "MLflow run abc;" in shown
 
 
+def metrics(evaluated_on: Literal["test", "validation"]) -> EpochMetrics:
+    return EpochMetrics(
+        epoch=2,
+        train_loss=0.5,
+        train_correct=900,
+        train_images=1000,
+        eval_loss=0.25,
+        eval_correct=470,
+        eval_images=500,
+        lr=0.1,
+        epoch_seconds=1.5,
+        evaluated_on=evaluated_on,
+    )
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_an_epochs_line_says_what_it_was_evaluated_on(part: Literal["test", "validation"]) -> None:
+    assert epoch_line(metrics(part), 14) == (
+        "epoch  2/14  train loss 0.5000, accuracy 900/1000 (90.00%)  "
+        f"{part} loss 0.2500, accuracy 470/500 (94.00%)  lr 0.1  1.5 s"
+    )
+
+
+def test_the_result_of_a_hold_out_says_validation(load_script: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    from mnist_lab.runner import RunResult
+
+    measured = dict.fromkeys((*SUMMARY_METRICS, "final_validation_accuracy", "best_validation_accuracy"), 99.0)
+    print_result(RunResult("abc", [], measured, [], {}), load_script("step1_baseline").EXPERIMENT)
+
+    shown = capsys.readouterr().out
+    assert "best validation accuracy" in shown
+    assert "best test accuracy" not in shown
+    assert "the test images were read once, at the end." in shown
+
+
+# ---- the display of a study
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_one_bar_for_all_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "100")
+    console = StudyConsole(epochs=2)
+    done = {"final_test_accuracy": 99.1, "best_test_accuracy": 99.2, "best_epoch": 1.0}
+
+    console.on_start("idea 3 seeds", [0, 1, 2], [1, 2], 2, torch.device("cpu"))
+    console.on_epoch(1, metrics("test"))
+    console.on_epoch(1, metrics("test"))
+    console.on_seed(1, done)
+    console.on_time()
+    console.on_failure(2, "bad luck")
+    console.on_time()
+    console.close()
+
+    shown = screen.getvalue()
+    assert "idea 3 seeds: finished already, and not trained again: 0\n" in shown
+    assert "1/3 seeds   0%|" in shown
+    assert re.search(r"2/3 seeds  50%\|[^|]*\| 2/4 epochs \[\d\d:\d\d, \d\d:\d\d left\]", shown)
+    assert "seed 1  done: test accuracy 99.10 % in the last epoch; best test accuracy 99.20 % in epoch 1" in shown
+    assert "seed 2  failed: bad luck" in shown
+    assert "| 2/2 epochs" in shown  # those of the failed seed will not come
+    assert "train loss" not in shown
+
+
 # ---- what is refused, quickly and in one sentence
 
 
@@ -140,6 +213,14 @@ def refused(script: Path, flags: list[str], load_script: Load, monkeypatch: pyte
         (["--seed", str(2**32)], r"seed: 4294967296 is not between 0 and 4294967295"),
         (["--device", "tpu"], r"device: 'tpu' is not available here; available are .*cpu"),
         (["--limit", "70000"], r"limit: 70000 is not between 1 and 60,000, the number of training images"),
+        (
+            ["--holdout", "10000", "--limit", "50001"],
+            r"limit: 50001 is not between 1 and 50,000, the number of training images",
+        ),
+        (["--holdout", "60000"], r"holdout: 60,000 is not between 1 and 59,999: it is taken from 60,000 images"),
+        (["--holdout", "4"], r"holdout: 4 leaves no image of the digit \d in the held-out part"),
+        (["--seeds", "4294967296,1"], r"seed: 4294967296 is not between 0 and 4294967295"),
+        (["--seeds", "2", "--set", "lr=-1"], r"optimizer: .*-1.*"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -166,6 +247,21 @@ def test_a_wrong_value_is_refused_by_its_name(
         (["--seed", "one"], "argument --seed: 'one' is not a whole number of at least 0"),
         (["--limit", "0"], "argument --limit: '0' is not a whole number of at least 1"),
         (["--limit", "1e3"], "argument --limit: '1e3' is not a whole number of at least 1"),
+        (["--seeds", "0"], "argument --seeds: '0' is not a whole number of at least 1"),
+        (["--seeds", "-3"], "argument --seeds: '-3' is not a whole number of at least 1"),
+        (["--seeds", "many"], "argument --seeds: 'many' is not a whole number of at least 1"),
+        (["--seeds", "10001"], "argument --seeds: 10,001 seeds are more than 10,000"),
+        (["--seeds", "3,3"], "argument --seeds: the seed 3 is there twice in '3,3'"),
+        (["--seeds", "3,-1"], "argument --seeds: '-1' is not a whole number of at least 0"),
+        (["--seeds", "3,x"], "argument --seeds: 'x' is not a whole number of at least 0"),
+        (["--seeds", "3,"], "argument --seeds: '' is not a whole number of at least 0"),
+        (["--seeds", "3", "--seed", "1"], "argument --seed: not allowed with argument --seeds"),
+        (["--seed", "0", "--seeds", "3"], "argument --seeds: not allowed with argument --seed"),
+        (["--seeds", "3", "--workers", "0"], "argument --workers: '0' is not a whole number of at least 1"),
+        (["--workers", "2"], "argument --workers: only allowed with --seeds"),
+        (["--again"], "argument --again: only allowed with --seeds"),
+        (["--holdout", "0"], "argument --holdout: '0' is not a whole number of at least 1"),
+        (["--holdout", "-1"], "argument --holdout: '-1' is not a whole number of at least 1"),
         (["--learning-rate", "0.1"], "unrecognized arguments: --learning-rate 0.1"),
         (["--epochs"], "argument --epochs: expected one argument"),
     ],
@@ -210,15 +306,24 @@ def test_a_store_that_is_none_is_refused(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_what_argparse_can_judge_is_refused_before_anything_slow_is_imported(tmp_path: Path) -> None:
-    flags = ["--limit", "0", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--limit", "0"], "argument --limit: '0' is not a whole number of at least 1"),
+        (["--seeds", "3,3"], "argument --seeds: the seed 3 is there twice in '3,3'"),
+    ],
+)
+def test_what_argparse_can_judge_is_refused_before_anything_slow_is_imported(
+    flags: list[str], sentence: str, tmp_path: Path
+) -> None:
+    flags = [*flags, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     command = [sys.executable, "-X", "importtime", str(STEP1), *flags]
 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
 
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
     assert done.returncode == 2
-    assert "argument --limit: '0' is not a whole number of at least 1" in done.stderr
+    assert sentence in done.stderr
     assert "mnist_lab.cli" in imported
     assert not imported & {"mlflow", "pandas", "matplotlib", "torchvision"}
     assert list(tmp_path.iterdir()) == []

@@ -33,9 +33,10 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from mnist_lab import data
-from mnist_lab.data import Mnist, find_data_dir, load_mnist
+from mnist_lab.data import Mnist, find_data_dir, hold_out, load_mnist
 from mnist_lab.errors import LabError
 
 MD5 = {
@@ -217,6 +218,90 @@ def test_tensors_are_mnist(mnist: Mnist, real_files: dict[str, bytes]) -> None:
 def test_sha256_is_that_of_the_four_files_in_order(mnist: Mnist, plain: Path, complete: Path) -> None:
     in_order = b"".join((plain / name).read_bytes() for name in MD5)
     assert mnist.sha256 == load_mnist(complete).sha256 == hashlib.sha256(in_order).hexdigest() == SHA256
+
+
+# ---- what the figures of the lab rest on
+
+
+def digests(images: Tensor) -> set[bytes]:
+    return {hashlib.sha256(image.numpy().tobytes()).digest() for image in images}
+
+
+def test_no_test_image_is_a_training_image_nor_there_twice(mnist: Mnist) -> None:
+    training, test = digests(mnist.train_images), digests(mnist.test_images)
+
+    assert (len(training), len(test)) == (60_000, 10_000)  # MNIST has no two images with the same pixels
+    assert not training & test
+
+
+def test_there_are_as_many_images_of_each_digit_as_in_mnist(mnist: Mnist) -> None:
+    train = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    test = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+    assert mnist.train_labels.bincount().tolist() == train
+    assert mnist.test_labels.bincount().tolist() == test
+
+
+@pytest.mark.parametrize("count", [10, 500, 10_000, 59_990])
+def test_a_hold_out_and_the_rest_are_all_of_the_training_images(count: int, mnist: Mnist) -> None:
+    held_out = hold_out(mnist, count)
+
+    assert held_out.validation_images is not None
+    assert held_out.validation_labels is not None
+    parts = digests(held_out.validation_images), digests(held_out.train_images)
+    assert (len(parts[0]), len(parts[1])) == (count, 60_000 - count)
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == digests(mnist.train_images)
+    assert held_out.test_images is mnist.test_images
+    label_of = {
+        image.tobytes(): label
+        for image, label in zip(mnist.train_images.numpy(), mnist.train_labels.tolist(), strict=True)
+    }
+    for images, labels in (
+        (held_out.validation_images, held_out.validation_labels),
+        (held_out.train_images, held_out.train_labels),
+    ):
+        assert [label_of[image.tobytes()] for image in images.numpy()] == labels.tolist()
+
+
+@pytest.mark.parametrize("count", [10, 123, 10_000, 59_990])
+def test_a_hold_out_keeps_the_shares_of_the_digits_to_within_one_image(count: int, mnist: Mnist) -> None:
+    labels = hold_out(mnist, count).validation_labels
+
+    assert labels is not None
+    shares = mnist.train_labels.bincount() * count / 60_000
+    assert (labels.bincount(minlength=10) - shares).abs().max() < 1
+
+
+def test_a_hold_out_is_the_same_for_every_seed(mnist: Mnist) -> None:
+    torch.manual_seed(1)
+    one = hold_out(mnist, 1000)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    other = hold_out(mnist, 1000)
+
+    assert one.validation_images is not None
+    assert other.validation_images is not None
+    assert torch.equal(one.validation_images, other.validation_images)
+    assert torch.equal(torch.get_rng_state(), state)
+    first = digests(one.validation_images)
+    assert first != digests(mnist.train_images[:1000])  # chosen at random, not the first of each digit
+
+
+@pytest.mark.parametrize(
+    ("count", "sentence"),
+    [
+        (60_000, "60,000 is not between 1 and 59,999: it is taken from 60,000 images"),
+        (70_000, "70,000 is not between 1 and 59,999: it is taken from 60,000 images"),
+        (0, "0 is not between 1 and 59,999: it is taken from 60,000 images"),
+        (-5, "-5 is not between 1 and 59,999: it is taken from 60,000 images"),
+        (3, "3 leaves no image of the digit [0-9] in the held-out part"),
+        (59_997, "59,997 leaves no image of the digit [0-9] in the training part"),
+    ],
+)
+def test_a_hold_out_that_cannot_be_is_refused(count: int, sentence: str, mnist: Mnist) -> None:
+    with pytest.raises(LabError, match=f"^holdout: {sentence}$"):
+        hold_out(mnist, count)
 
 
 def test_tensors_are_put_on_the_device(complete: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +101,8 @@ def test_the_tags_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) 
 
     own = {name: value for name, value in tags.items() if not name.startswith("mlflow.")}
     assert own.pop("git_dirty") in ("true", "false")
+    assert re.fullmatch("[0-9a-f]{64}", own.pop("code_sha256"))
+    assert own.pop("process").startswith(f"{socket.gethostname()} ")
     assert own.pop("hardware").endswith(f"{os.cpu_count()} cores") or torch.cuda.is_available()
     assert own == {
         "step": "step1_baseline",
@@ -328,6 +331,62 @@ def test_the_order_of_images_is_the_same_on_a_gpu(load_script: Load, uri: str, d
     first_losses = [[loss for _, loss in losses[:5]] for losses in (losses_on_cpu, losses_on_gpu)]
     assert first_losses[1] == pytest.approx(first_losses[0], rel=0.01)  # another order differs by 5 % and more
     assert on_gpu.epochs[0].eval_images == on_cpu.epochs[0].eval_images == 10_000
+
+
+# ---- with a hold-out
+
+
+@pytest.fixture(scope="module")
+def held_out(load_script: Load, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, TrackedRun]:
+    database = tmp_path_factory.mktemp("held_out") / "mlflow.db"
+    script = ROOT / "experiments" / "step1_baseline.py"
+    experiment = dataclasses.replace(load_script(script.stem).EXPERIMENT, epochs=2)
+    uri = f"sqlite:///{database}"
+    result = runner.run(
+        experiment, script, Silent(), overrides={}, device="cpu", tracking_uri=uri, limit=1000, holdout=500
+    )
+    (run,) = read_runs(database)
+    return result, run
+
+
+def test_the_epochs_of_a_hold_out_are_judged_on_validation_images(held_out: tuple[RunResult, TrackedRun]) -> None:
+    result, run = held_out
+
+    assert [epoch.evaluated_on for epoch in result.epochs] == ["validation"] * 2
+    assert [(epoch.train_images, epoch.eval_images) for epoch in result.epochs] == [(1000, 500)] * 2
+    assert run.metrics.keys() == {
+        *("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr", "epoch_seconds"),
+        *("num_params", "final_validation_accuracy", "best_validation_accuracy", "best_epoch"),
+        *("final_test_accuracy", "final_test_loss"),
+    }
+    accuracies = [accuracy for _, accuracy in run.metrics["validation_accuracy"]]
+    assert accuracies == [100 * epoch.eval_correct / 500 for epoch in result.epochs]
+    assert run.metrics["final_validation_accuracy"] == [(0, accuracies[-1])]
+    assert run.metrics["best_validation_accuracy"] == [(0, max(accuracies))]
+    assert run.metrics["best_epoch"] == [(0, 1 + accuracies.index(max(accuracies)))]
+
+
+def test_the_verdict_of_a_hold_out_is_on_the_test_images(held_out: tuple[RunResult, TrackedRun], mnist: Mnist) -> None:
+    result, run = held_out
+    kept = np.load(run.artifacts / "predictions.npz")
+    correct = int((kept["prediction"] == mnist.test_labels.numpy()).sum())
+    loss = nn.functional.cross_entropy(torch.from_numpy(kept["logits"]), mnist.test_labels).item()
+
+    assert run.metrics["final_test_accuracy"] == [(0, correct / 100)]
+    assert run.metrics["final_test_loss"][0][1] == pytest.approx(loss, abs=1e-5)
+    assert {v.name: v.measured for v in result.verdicts}["accuracy"] == correct / 100
+
+
+def test_a_hold_out_is_a_param_and_an_input(held_out: tuple[RunResult, TrackedRun]) -> None:
+    _, run = held_out
+
+    assert run.params["holdout"] == "500"
+    assert run.tags["overrides"] == "limit=1000"
+    assert (run.artifacts / "figures" / "training.png").exists()
+    uri = f"sqlite:///{run.artifacts.parents[2] / 'mlflow.db'}"
+    inputs = MlflowClient(uri).get_run(run.run_id).inputs.dataset_inputs
+    shapes = {entry.tags[0].value: json.loads(entry.dataset.profile)["features_shape"][0] for entry in inputs}
+    assert shapes == {"training": 1000, "validation": 500, "test": 10_000}
 
 
 # ---- before the run

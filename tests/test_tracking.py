@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from mnist_lab.cli import interrupt_on_signals
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.tracking import TrackedRun, open_store, track
+from mnist_lab.tracking import TrackedRun, adopt, close_abandoned, finished_runs, open_store, track
 from mnist_lab.training import normalize
 
 NO_TAGS: dict[str, str] = {}
@@ -377,6 +378,102 @@ def test_the_next_run_is_not_led_to_this_ones_store(
         raise ZeroDivisionError
 
     assert os.environ.get("MLFLOW_TRACKING_URI") == before
+
+
+# ---- runs of a study
+
+
+def leave_running(uri: str) -> None:
+    store = open_store(uri)
+    with track(store, "left", params={}, tags=NO_TAGS):
+        os._exit(9)  # as SIGKILL does: nothing is closed
+
+
+def test_runs_whose_process_is_gone_are_closed_and_no_others(uri: str, database: Path) -> None:
+    process = begin(leave_running, uri)
+    process.join(60)
+    store = open_store(uri)
+    client = MlflowClient(uri)
+    elsewhere = client.create_run(store.experiment_id, run_name="elsewhere", tags={"process": "other.host 1 1.0"})
+    foreign = client.create_run(store.experiment_id, run_name="foreign")
+
+    with track(store, "mine", params={}, tags=NO_TAGS):
+        close_abandoned(store)
+        states = {run.name: run.status for run in read_runs(database)}
+
+    assert states == {"left": "KILLED", "elsewhere": "RUNNING", "foreign": "RUNNING", "mine": "RUNNING"}
+    assert {elsewhere.info.status, foreign.info.status} == {"RUNNING"}
+
+
+def test_a_number_used_again_by_another_process_is_not_the_same_process(uri: str, database: Path) -> None:
+    store = open_store(uri)
+    tag = f"{socket.gethostname()} {os.getpid()} 1000000.0"  # this number, but begun long ago
+    MlflowClient(uri).create_run(store.experiment_id, run_name="left", tags={"process": tag})
+
+    close_abandoned(store)
+
+    assert [run.status for run in read_runs(database)] == ["KILLED"]
+
+
+def test_a_child_run_may_be_open_inside_its_study_and_the_study_goes_on(uri: str, database: Path) -> None:
+    store = open_store(uri)
+
+    with track(store, "study", params={}, tags=NO_TAGS) as study:
+        with track(store, "child", params={}, tags=NO_TAGS, parent_run_id=study.run_id) as child:
+            child.log_once({"num_params": 1})
+        study.log_once({"seeds": 1})
+        study.end_status = "FAILED"
+
+    outer, inner = sorted(read_runs(database), key=lambda run: run.name, reverse=True)
+    assert (outer.name, outer.status, outer.metrics) == ("study", "FAILED", {"seeds": [(0, 1)]})
+    assert (inner.name, inner.status, inner.metrics) == ("child", "FINISHED", {"num_params": [(0, 1)]})
+    assert inner.tags["mlflow.parentRunId"] == outer.run_id
+
+
+def test_only_finished_runs_of_the_same_declaration_and_code_are_found(uri: str) -> None:
+    store = open_store(uri)
+    tags = {"step": "a", "overrides": "", "code_sha256": "c0de"}
+    params = {"lr": 0.1, "device": "cpu"}
+
+    def write(seed: int, finished: bool = True, **changes: object) -> str:
+        given = {name: changes.get(name, value) for name, value in (params | tags).items()}
+        here = {**{name: given[name] for name in params}, "seed": seed} | ({"new": 1} if "new" in changes else {})
+        run_tags = {name: str(given[name]) for name in tags}
+        with track(store, "run", params=here, tags=run_tags) as run:
+            run.log_once({"final_test_accuracy": 99.0} if finished else {})
+            run.end_status = str(changes.get("status", "FINISHED"))
+        return run.run_id
+
+    write(0)
+    newest = write(0)
+    write(1, lr=0.2)
+    write(2, device="cuda")
+    write(3, step="b")
+    write(4, overrides="epochs=1")
+    write(5, code_sha256="other")
+    write(6, status="FAILED")
+    write(7, finished=False)
+    write(8, new=1)
+    nine = write(9)
+
+    found = finished_runs(store, params, tags)
+
+    assert {seed: run.run_id for seed, run in found.items()} == {0: newest, 9: nine}
+    assert found[9].metrics == {"final_test_accuracy": 99.0}
+
+
+def test_an_adopted_run_is_the_child_of_the_new_study(uri: str, database: Path) -> None:
+    store = open_store(uri)
+    with (
+        track(store, "old study", params={}, tags=NO_TAGS) as old,
+        track(store, "child", params={}, tags=NO_TAGS, parent_run_id=old.run_id) as child,
+    ):
+        pass
+    with track(store, "new study", params={}, tags=NO_TAGS) as new:
+        adopt(store, new.run_id, child.run_id)
+
+    tags = {run.name: run.tags for run in read_runs(database)}
+    assert tags["child"]["mlflow.parentRunId"] == new.run_id
 
 
 # ---- what a run leaves

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
-from mnist_lab.data import Mnist
+from mnist_lab.data import Mnist, hold_out
 from mnist_lab.dropout import SparseDropout
 from mnist_lab.errors import LabError
 from mnist_lab.rehearsal import rehearse
@@ -388,6 +388,58 @@ def test_evaluation_is_in_eval_mode_and_leaves_the_network_alone(mnist: Mnist) -
     with torch.no_grad():
         some = net.eval()((mnist.test_images[-7:] / 255 - 0.1307) / 0.3081)
     torch.testing.assert_close(logits[-7:], some, rtol=0, atol=1e-4)  # of this network, in the images' order
+
+
+class SaysItsMode(nn.Module):
+    """Gives logits that say whether it is in training mode; part of it is frozen in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Dropout()
+        self.frozen.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.full((len(images), 10), float(self.training))
+
+
+def test_prediction_leaves_each_part_in_its_mode(small_mnist: Mnist) -> None:
+    net = SaysItsMode()
+
+    assert not predict(net, small_mnist.test_images).any()  # never in training mode
+    assert (net.training, net.frozen.training) == (True, False)
+
+    net.eval()
+    predict(net, small_mnist.test_images)
+    assert (net.training, net.frozen.training) == (False, False)
+
+
+def test_prediction_that_fails_leaves_the_mode_too(small_mnist: Mnist) -> None:
+    class RaisesInEvaluation(SaysItsMode):
+        def forward(self, images: Tensor) -> Tensor:
+            raise ArithmeticError("no")
+
+    net = RaisesInEvaluation()
+
+    with pytest.raises(ArithmeticError, match="no"):
+        predict(net, small_mnist.test_images)
+
+    assert (net.training, net.frozen.training) == (True, False)
+
+
+def test_with_a_hold_out_the_test_images_are_not_read(mnist: Mnist) -> None:
+    held_out = hold_out(first(mnist, 2000), 300)
+    blind = dataclasses.replace(held_out, test_images=None, test_labels=None)  # type: ignore[arg-type]
+
+    rehearse(declare(), blind)
+    net, epochs = train(declare(), blind)
+
+    assert {(epoch.evaluated_on, epoch.train_images, epoch.eval_images) for epoch in epochs} == {
+        ("validation", 1700, 300)
+    }
+    assert held_out.validation_images is not None
+    assert held_out.validation_labels is not None
+    logits = predict(net, held_out.validation_images)
+    assert (epochs[-1].eval_loss, epochs[-1].eval_correct) == evaluate(logits, held_out.validation_labels)
 
 
 def test_training_is_in_training_mode_in_every_epoch(small_mnist: Mnist) -> None:
