@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{arguments.epochs} epoch(s) of {arguments.limit:,} images and an evaluation on all test images; "
         f"{workers} seeds trained at once in the lab. The write-ups' way is measured with one seed; for more, its "
         f"start-up counts once and its epochs as often. Ten seeds of the lab are estimated: {workers} workers need "
-        f"{in_round[0][counts[-1]].turns(TEN)} turns for them, and a turn takes what two measured studies differ by."
+        f"{in_round[0][counts[-1]].turns(TEN)} turns for them. A turn takes what the largest study took more "
+        f"than one of fewer turns; where there is none, its mean turn."
     )
     report.write()
 
