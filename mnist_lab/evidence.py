@@ -78,7 +78,8 @@ class Study:
 def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) -> list[Path]:
     """Write the tracked runs' CSVs into the folder, and the tables of `readme` and the folder's README.md from them.
 
-    A step that the store has no runs of keeps the CSV it has. Returns what was written.
+    A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere.
+    Returns what was written.
 
     Raises:
         LabError: if the store has no runs, a page has no markers for its tables, or a file can't be read or written.
@@ -87,12 +88,20 @@ def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) 
 
     runs = results.newest_runs(results.run_table(tracking_uri=tracking_uri))
     history = results.epoch_history(tracking_uri=tracking_uri)
-    written = {folder / f"{step}.csv": _csv(COLUMNS, _run_rows(of_step)) for step, of_step in runs.groupby("step")}
+    history = history[history["run_id"].isin(runs["run_id"])]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        measured = history[history["run_id"].isin(runs["run_id"])]
-        epochs = _epoch_rows(measured) + [
-            row for row in _read(folder / "epochs.csv") if row["step"] not in {*runs["step"]}
+        of_steps = {str(step): _run_rows(of_step) for step, of_step in runs.groupby("step")}
+        kept = {step: _kept(_read(folder / f"{step}.csv"), rows) for step, rows in of_steps.items()}
+        written = {
+            folder / f"{step}.csv": _csv(COLUMNS, sorted(rows + kept[step], key=lambda row: int(row["seed"])))
+            for step, rows in of_steps.items()
+        }
+        kept_seeds = {(step, row["seed"]) for step, rows in kept.items() for row in rows}
+        epochs = _epoch_rows(history) + [
+            row
+            for row in _read(folder / "epochs.csv")
+            if row["step"] not in of_steps or (row["step"], row["seed"]) in kept_seeds
         ]
         epochs.sort(key=lambda row: (step_order(row["step"]), int(row["seed"]), int(row["epoch"])))
         written[folder / "epochs.csv"] = _csv(EPOCH_COLUMNS, epochs)
@@ -107,6 +116,12 @@ def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) 
     except OSError as error:
         raise LabError(f"the results can't be exported: {error.strerror}: {error.filename}") from error
     return sorted({*written, folder / "effects.csv"})
+
+
+def _kept(before: Iterable[Row], now: Sequence[Row]) -> list[Row]:
+    """Return the rows of a CSV whose seeds are not among those exported now, if the same code computed them."""
+    seeds, codes = {row["seed"] for row in now}, {row["code_sha256"] for row in now}
+    return [row for row in before if row["seed"] not in seeds and row["code_sha256"] in codes]
 
 
 def read_studies(folder: Path) -> list[Study]:

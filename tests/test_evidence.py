@@ -160,6 +160,26 @@ def test_a_step_without_runs_in_the_store_keeps_its_csv(store: Store, pages: tup
     assert (folder / "epochs.csv").read_text() == lines + "earlier,0,1,97.00\n"
 
 
+def test_seeds_that_the_same_code_computed_elsewhere_are_kept(store: Store, pages: tuple[Path, Path]) -> None:
+    folder, readme = pages
+    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    file, epochs = folder / "step1_baseline.csv", folder / "epochs.csv"
+    header, first, *rest = file.read_text().splitlines()
+    code = rows_of(file)[0]["code_sha256"]
+    elsewhere, other_code = first.replace("0,", "7,", 1), first.replace("0,", "8,", 1).replace(code, "other")
+    assert first.startswith("0,")
+    assert code
+    assert code in first
+    file.write_text("\n".join([header, first, elsewhere, other_code, *rest, ""]))
+    epochs.write_text(epochs.read_text() + "step1_baseline,7,1,97.00\nstep1_baseline,8,1,97.00\n")
+
+    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+
+    assert file.read_text().splitlines() == [header, first, *rest, elsewhere]
+    assert {row["seed"] for row in rows_of(epochs) if row["step"] == "step1_baseline"} == {"0", "1", "2", "7"}
+    assert "| `step1_baseline` | 4 |" in readme.read_text()
+
+
 def test_figures_that_were_not_recorded_are_empty(uri: str, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
     write_run(open_store(uri), "idea", 0, [99.0], start_time=T0, tags={})
