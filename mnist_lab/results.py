@@ -481,7 +481,7 @@ def _row(run: Run, columns: dict[str, str]) -> dict[str, object]:
         **stated,
         **run.data.params,
         "final_train_accuracy": metrics.get("train_accuracy"),  # MLflow gives the latest value
-        "final_test_loss": metrics.get("test_loss"),
+        "final_test_loss": metrics.get("final_test_loss", metrics.get("test_loss")),  # the former with a hold-out
         "final_validation_loss": metrics.get("validation_loss"),
         **{name: metrics[name] for name in columns if name in metrics},
         "seed": int(run.data.params["seed"]),
