@@ -16,6 +16,7 @@ from measure import Report, Sample, Setting, interleave, load_experiment, make_p
 
 from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.experiment import Experiment
+from mnist_lab.runner import initial_network
 from mnist_lab.stacked import fit_stacked
 from mnist_lab.training import fit
 
@@ -33,16 +34,16 @@ def seconds(train: Callable[[], None]) -> float:
 
 
 def train_one(experiment: Experiment, mnist: Mnist) -> None:
-    """Train one seed, prepared as mnist_lab.runner does."""
-    torch.manual_seed(0)
-    net = experiment.net().to(mnist.train_images.device).to(memory_format=torch.channels_last)
+    """Train one seed."""
+    net = initial_network(experiment, 0, mnist.train_images.device)
     for _ in fit(net, experiment, mnist, seed=0):
         pass
 
 
 def train_stacked(experiment: Experiment, mnist: Mnist, seeds: int) -> None:
     """Train several seeds as one program."""
-    for _ in fit_stacked(experiment, mnist, range(seeds)):
+    nets = [initial_network(experiment, seed, mnist.train_images.device) for seed in range(seeds)]
+    for _ in fit_stacked(nets, experiment, mnist, range(seeds)):
         pass
 
 

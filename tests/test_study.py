@@ -16,15 +16,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers import TrackedRun, default_signals, read_runs, wait_until
+from helpers import ROOT, TrackedRun, default_signals, read_runs, wait_until
 
 from mnist_lab import declaration, runner
 from mnist_lab.cli import how_sure
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.statistics import judge_mean
-from mnist_lab.study import _Done, _Failed, _judge, _Listener, _train_here, overall, run_study
-from mnist_lab.tracking import FinishedRun
+from mnist_lab.study import _Done, _Failed, _judge, _Listener, _train_here, overall, run_study, train_stacked
+from mnist_lab.tracking import FinishedRun, finished_runs, open_store, track
 
 # As users write them too: nothing guards the call of main, and a lambda can't be sent to another process.
 SCRIPT = """
@@ -444,3 +444,37 @@ def test_a_study_that_makes_no_sense_is_refused(
 
     with pytest.raises(LabError, match=f"^{sentence}$"):
         run_study(declaration.read(script), script, Heard([]), overrides={}, seeds=seeds, workers=workers)
+
+
+def test_seeds_trained_as_one_program_are_tracked_as_runs_of_their_own(uri: str) -> None:
+    """As on a GPU, though on the CPU here."""
+    script = ROOT / "experiments" / "step2_dropout.py"
+    experiment, overrides = declaration.read(script).override({"epochs": 2})
+    device = torch.device("cpu")
+    mnist = runner.load_parts(None, device, limit=256, holdout=None)
+    store = open_store(uri)
+    overrides = runner.all_overrides(overrides, limit=256)
+    with track(store, "a study", params={}, tags={}) as parent:
+        messages = list(
+            train_stacked(
+                experiment,
+                script,
+                mnist,
+                store,
+                [4, 2],
+                overrides=overrides,
+                holdout=None,
+                data_dir=None,
+                parent_run_id=parent.run_id,
+            )
+        )
+
+    assert [(type(message).__name__, message.seed) for message in messages] == [
+        *[("_Epoch", 4), ("_Epoch", 2)] * 2,
+        *[("_Done", 4), ("_Done", 2)],
+    ]
+    found = finished_runs(store, *runner.identify(experiment, script, device, overrides, None))
+    assert set(found) == {2, 4}  # a study on this device would not train them again
+    assert found[2].metrics["train_loss"] != found[4].metrics["train_loss"]
+    history = mlflow.MlflowClient(tracking_uri=uri).get_metric_history(found[4].run_id, "test_accuracy")
+    assert [point.step for point in history] == [1, 2]
