@@ -68,6 +68,10 @@ step%: $(INSTALLED)
 %: experiments/%.py $(INSTALLED)
 	@$(PYTHON) $< $(FLAGS)
 
+.PHONY: resume
+resume: $(INSTALLED)  ## go on with the newest interrupted run, after its last finished epoch
+	@$(PYTHON) -m mnist_lab resume $(ARGS)
+
 # ---- what the runs say
 
 .PHONY: compare

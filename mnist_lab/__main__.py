@@ -1,8 +1,9 @@
-"""The jobs that belong to no experiment: `python -m mnist_lab data | compare | export | report | ui`."""
+"""The jobs that belong to no experiment: `python -m mnist_lab data | resume | compare | export | report | ui`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -94,6 +95,19 @@ def ui(arguments: argparse.Namespace) -> None:
     server.serve(store.uri, store.experiment_id, port)
 
 
+def resume(arguments: argparse.Namespace) -> None:
+    """Go on with an interrupted run, whatever script it is of."""
+    from mnist_lab import checkpoint
+
+    uri = tracking_uri(arguments.tracking_uri)
+    found = checkpoint.find(uri, run_id=arguments.run_id)
+    if not Path(found.script).is_file():
+        raise LabError(f"resume: the script of run {found.run_id}, {found.script}, is not there any more")
+    print(f"Going on with {found.step} seed {found.seed} after epoch {found.epochs[-1].epoch}.", flush=True)
+    flags = ["--resume", found.run_id, "--tracking-uri", uri]
+    os.execv(sys.executable, [sys.executable, found.script, *flags])  # noqa: S606 - the script is the user's own
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mnist_lab", description="Jobs that belong to no experiment.")
     jobs = parser.add_subparsers(required=True, metavar="JOB")
@@ -106,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     add(data, "data", "fetch and verify MNIST").add_argument(
         "--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)"
     )
+    command = add(resume, "resume", "go on with the newest interrupted run, or the one named")
+    command.add_argument("run_id", nargs="?", metavar="RUN_ID", help="of MLflow")
+    _add_tracking_uri(command)
     command = add(compare, "compare", "print one row per experiment from the tracked runs")
     command.add_argument("--include-overrides", action="store_true", help="also runs with overridden hyperparameters")
     command.add_argument(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mnist_lab import declaration
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import SUMMARY_METRICS, Experiment
+from mnist_lab.store import tracking_uri
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
     import torch
@@ -29,6 +30,8 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from mnist_lab.training import EpochMetrics
 
 INTERRUPTED = "Interrupted."
+# What `--resume` takes from the run that it continues.
+OF_THE_RUN = ("seed", "seeds", "epochs", "batch_size", "limit", "holdout", "threads", "set", "again", "workers")
 MAX_SEEDS = 10_000  # of one study
 SUMMARY_METRICS_WITH_HOLD_OUT = (
     "final_train_accuracy",
@@ -56,11 +59,22 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
         flags.error("argument --threads: not allowed with --seeds, whose processes have one thread each")
     if arguments.seeds is None and (arguments.workers is not None or arguments.again):
         flags.error(f"argument --{'again' if arguments.again else 'workers'}: only allowed with --seeds")
+    given = [name for name in OF_THE_RUN if getattr(arguments, name) not in (None, False, [])]
+    if arguments.resume is not None and given:
+        flags.error(f"argument --{given[0].replace('_', '-')}: not allowed with --resume, which has that of the run")
     experiment.check()
-    changes = dict(assignment(text) for text in arguments.set)
-    for flag in ("epochs", "batch_size"):
-        if (value := getattr(arguments, flag)) is not None:
-            changes[flag] = value
+    if arguments.resume is None:
+        changes: dict[str, object] = dict(assignment(text) for text in arguments.set)
+        for flag in ("epochs", "batch_size"):
+            if (value := getattr(arguments, flag)) is not None:
+                changes[flag] = value
+    else:
+        from mnist_lab import checkpoint
+
+        resume = checkpoint.find(tracking_uri(arguments.tracking_uri), script.stem, arguments.resume)
+        changes = dict(resume.changes)
+        arguments.seed, arguments.limit, arguments.holdout = resume.seed, resume.limit, resume.holdout
+        arguments.resume = resume
     experiment, overrides = experiment.override(changes)
     experiment.check()
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
@@ -84,9 +98,13 @@ def _run(experiment: Experiment, script: Path, overrides: Mapping[str, object], 
                 tracking_uri=arguments.tracking_uri,
                 limit=arguments.limit,
                 holdout=arguments.holdout,
+                resume=arguments.resume,
             )
     except KeyboardInterrupt:
-        _exit_interrupted("A run that had begun is marked KILLED; its finished epochs are in MLflow.")
+        _exit_interrupted(
+            "A run that had begun is marked KILLED; its finished epochs are in MLflow. "
+            "The same script with --resume goes on after the last of them."
+        )
     print_result(result, experiment)
 
 
@@ -156,6 +174,13 @@ def parser(script: Path) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workers", type=_from(1), metavar="N", help="processes of a study on a CPU (default: one per core)"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN_ID",
+        help="continue the newest interrupted run of this script, or this one, after its last finished epoch",
     )
     parser.add_argument("--again", action="store_true", help="train all seeds of a study, finished or not")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from mnist_lab import provenance, targets
+from mnist_lab import checkpoint, provenance, targets
+from mnist_lab.checkpoint import Checkpoint
 from mnist_lab.data import Mnist, find_data_dir, hold_out, load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
@@ -74,6 +75,7 @@ def run(
     limit: int | None = None,
     holdout: int | None = None,
     parent_run_id: str | None = None,
+    resume: Checkpoint | None = None,
 ) -> RunResult:
     """Train and track one run of the experiment that `script` declares.
 
@@ -83,6 +85,7 @@ def run(
         test images are read once, at the end. Logged as a param: tables keep the two protocols apart.
     threads: of torch on a CPU; see `threads.Threads` for what is chosen if not given.
     parent_run_id: the study's run that this one belongs to.
+    resume: continue this run, in the same MLflow run; all other arguments are those of that run.
 
     Raises:
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
@@ -97,13 +100,45 @@ def run(
     close_abandoned(store)
     mnist = load_parts(data_dir, where, limit=limit, holdout=holdout)
     rehearse(experiment, mnist)
+    overrides = all_overrides(overrides, limit=limit)
+    identity = identity_text(experiment, script, where, overrides, holdout)
+    if resume is not None:
+        _check_same(identity, resume)
+        threads = resume.threads
     on_cpu = Threads(threads, load) if where.type == "cpu" else None
 
     net = initial_network(experiment, seed, where)
-    overrides = all_overrides(overrides, limit=limit)
     training = Training(net, experiment, mnist, seed=seed, on_batch=progress.on_batch)
-    return record(
-        training.epochs() if on_cpu is None else _beside_others(training.epochs(), on_cpu),
+    before = [] if resume is None else resume.epochs
+    if resume is not None:
+        training.load_state_dict(resume.training)
+
+    def train(run_id: str) -> Iterator[EpochMetrics]:
+        epochs = list(before)
+        for metrics in training.epochs():
+            epochs.append(metrics)
+            # First here, then in MLflow: what is missing there is logged when the run goes on.
+            checkpoint.save(
+                Checkpoint(
+                    run_id=run_id,
+                    script=str(script),
+                    seed=seed,
+                    changes={name: value for name, value in overrides.items() if name != "limit"},
+                    limit=limit,
+                    holdout=holdout,
+                    identity=identity,
+                    threads=torch.get_num_threads(),
+                    epochs=epochs,
+                    training=training.state_dict(),
+                ),
+                store.uri,
+            )
+            if on_cpu is not None and on_cpu.adapt():
+                logger.warning("other processes need the cores too: going on with %d thread(s)", on_cpu.number)
+            yield metrics
+
+    result = record(
+        train,
         net,
         experiment,
         script,
@@ -115,15 +150,22 @@ def run(
         holdout=holdout,
         data_dir=data_dir,
         parent_run_id=parent_run_id,
+        resume=resume,
     )
+    checkpoint.remove_alike(store.uri, identity, seed)
+    return result
 
 
-def _beside_others(epochs: Iterable[EpochMetrics], threads: Threads) -> Iterator[EpochMetrics]:
-    """Take fewer threads after an epoch in which other processes came to need a core."""
-    for metrics in epochs:
-        if threads.adapt():
-            logger.warning("other processes need the cores too: going on with %d thread(s)", threads.number)
-        yield metrics
+def _check_same(identity: Mapping[str, str], resume: Checkpoint) -> None:
+    """Refuse to go on with a run whose declaration or code is another one now."""
+    for name in sorted({*identity, *resume.identity}):
+        now, then = identity.get(name, "none"), resume.identity.get(name, "none")
+        if now != then and name == "code_sha256":
+            raise LabError(
+                f"resume: the script or the lab's code has changed since run {resume.run_id} began; train it anew"
+            )
+        if now != then:
+            raise LabError(f"resume: {name} is {now} now and was {then} in run {resume.run_id}; train it anew")
 
 
 def initial_network(experiment: Experiment, seed: int, device: torch.device) -> nn.Module:
@@ -133,7 +175,7 @@ def initial_network(experiment: Experiment, seed: int, device: torch.device) -> 
 
 
 def record(
-    trained: Iterable[EpochMetrics],
+    train: Callable[[str], Iterable[EpochMetrics]],
     net: nn.Module,
     experiment: Experiment,
     script: Path,
@@ -146,9 +188,11 @@ def record(
     holdout: int | None,
     data_dir: Path | None,
     parent_run_id: str | None,
+    resume: Checkpoint | None = None,
 ) -> RunResult:
-    """Track one run: its epochs as they come from `trained`, which trains `net`, and what the network is in the end.
+    """Track one run: its epochs as they come, and what the network is in the end.
 
+    train: given the run's id in MLflow, trains `net` and returns the epochs that are left.
     The other arguments are those of `run`.
     """
     where = mnist.train_images.device
@@ -167,15 +211,26 @@ def record(
     }
     summary = summarize(net)
     progress.on_start(run_name, where, net, summary, len(mnist.train_images))
-    with track(store, run_name, params={**params, "seed": seed}, tags=tags, parent_run_id=parent_run_id) as tracked:
-        tracked.log_data(mnist, find_data_dir(data_dir))
-        tracked.log_text(summary + "\n", "model_summary.txt")
-        tracked.log_file(script, "source")
-        tracked.log_json(environment, "environment.json")
-        if commit.dirty:
-            tracked.log_text(commit.diff, "source/uncommitted.diff")
+    with track(
+        store,
+        run_name,
+        params={**params, "seed": seed},
+        tags=tags,
+        parent_run_id=parent_run_id,
+        resume_run_id=None if resume is None else resume.run_id,
+    ) as tracked:
         epochs = []
-        for metrics in trained:
+        if resume is None:
+            tracked.log_data(mnist, find_data_dir(data_dir))
+            tracked.log_text(summary + "\n", "model_summary.txt")
+            tracked.log_file(script, "source")
+            tracked.log_json(environment, "environment.json")
+            if commit.dirty:
+                tracked.log_text(commit.diff, "source/uncommitted.diff")
+        else:
+            epochs = list(resume.epochs)
+            tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in epochs})
+        for metrics in train(tracked.run_id):
             epochs.append(metrics)
             tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
             progress.on_epoch(metrics)
@@ -232,6 +287,14 @@ def identify(
         "overrides": " ".join(f"{name}={value}" for name, value in sorted(overrides.items())),
         "code_sha256": provenance.code_sha256(script),
     }
+
+
+def identity_text(
+    experiment: Experiment, script: Path, device: torch.device, overrides: Mapping[str, object], holdout: int | None
+) -> dict[str, str]:
+    """Return the same, all of it as text, for a checkpoint."""
+    params, tags = identify(experiment, script, device, overrides, holdout)
+    return {**{name: str(value) for name, value in params.items()}, **tags}
 
 
 def target_tags(experiment: Experiment) -> dict[str, str]:

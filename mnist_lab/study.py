@@ -32,7 +32,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from mnist_lab import declaration, provenance, runner, targets
+from mnist_lab import checkpoint, declaration, provenance, runner, targets
+from mnist_lab.checkpoint import Checkpoint
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
@@ -46,6 +47,7 @@ from mnist_lab.tracking import (
     Store,
     TrackedRun,
     adopt,
+    can_resume,
     close_abandoned,
     finished_runs,
     open_store,
@@ -106,6 +108,7 @@ class _Job:
     tracking_uri: str
     limit: int | None
     holdout: int | None
+    again: bool
     parent_run_id: str
 
 
@@ -182,6 +185,7 @@ def run_study(
                 tracking_uri=store.uri,
                 limit=limit,
                 holdout=holdout,
+                again=again,
                 parent_run_id=study.run_id,
             )
             messages = _train_in_workers(job, missing, count, progress.on_time)
@@ -213,6 +217,9 @@ def run_study(
                         limit=limit,
                         holdout=holdout,
                         parent_run_id=study.run_id,
+                        resume=None
+                        if again
+                        else _interrupted(store, experiment, script, where, all_overrides, holdout, seed),
                     ).run_id
                 ),
                 progress,
@@ -424,7 +431,7 @@ def train_stacked(
     for index, seed in enumerate(seeds):
         try:
             result = runner.record(
-                [of_seeds[index] for of_seeds in epochs],
+                partial(_already_trained, [of_seeds[index] for of_seeds in epochs]),
                 nets[index],
                 experiment,
                 script,
@@ -441,6 +448,25 @@ def train_stacked(
             yield _Failed(seed, _reason(error))
         else:
             yield _Done(seed, result.run_id)
+
+
+def _already_trained(epochs: list[EpochMetrics], run_id: str) -> list[EpochMetrics]:
+    return epochs
+
+
+def _interrupted(
+    store: Store,
+    experiment: Experiment,
+    script: Path,
+    device: torch.device,
+    overrides: Mapping[str, object],
+    holdout: int | None,
+    seed: int,
+) -> Checkpoint | None:
+    """Return the checkpoint of an earlier run of this seed that can go on, if there is one."""
+    identity = runner.identity_text(experiment, script, device, overrides, holdout)
+    found = checkpoint.alike(store.uri, identity, seed)
+    return next((one for one in found if can_resume(store, one.run_id)), None)
 
 
 def _reason(error: Exception) -> str:
@@ -585,6 +611,8 @@ def _train(job: _Job, seed: int, connection: Connection) -> str:
         except OSError:
             raise KeyboardInterrupt from None  # the study's process is gone
 
+    on_data = runner.all_overrides(overrides, limit=job.limit)
+    cpu, store = torch.device("cpu"), open_store(job.tracking_uri)
     result = runner.run(
         experiment,
         job.script,
@@ -597,6 +625,7 @@ def _train(job: _Job, seed: int, connection: Connection) -> str:
         limit=job.limit,
         holdout=job.holdout,
         parent_run_id=job.parent_run_id,
+        resume=None if job.again else _interrupted(store, experiment, job.script, cpu, on_data, job.holdout, seed),
     )
     return result.run_id
 

@@ -17,9 +17,10 @@ import socket
 import sqlite3
 import tempfile
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, redirect_stderr
+from contextlib import closing, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -237,9 +238,21 @@ class TrackedRun:
         mlflow.log_metrics(dict(metrics), step=epoch)
 
     @_uninterrupted()
+    def log_missing(self, epochs: Mapping[int, Mapping[str, float]]) -> None:
+        """Log those points of these epochs that the run does not have yet, so that each is there once."""
+        client = mlflow.MlflowClient()
+        names = {name for metrics in epochs.values() for name in metrics}
+        logged = {(name, point.step) for name in names for point in client.get_metric_history(self.run_id, name)}
+        for epoch, metrics in epochs.items():
+            if missing := {name: value for name, value in metrics.items() if (name, epoch) not in logged}:
+                mlflow.log_metrics(missing, step=epoch)
+
+    @_uninterrupted()
     def log_once(self, metrics: Mapping[str, float]) -> None:
-        """Log metrics that a run has one value of."""
-        mlflow.log_metrics(dict(metrics))
+        """Log metrics that a run has one value of; of a resumed run, those that it does not have yet."""
+        logged = mlflow.MlflowClient().get_run(self.run_id).data.metrics
+        if missing := {name: value for name, value in metrics.items() if name not in logged}:
+            mlflow.log_metrics(missing)
 
     @_uninterrupted()
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -339,28 +352,40 @@ def track(
     params: Mapping[str, object],
     tags: Mapping[str, str],
     parent_run_id: str | None = None,
+    resume_run_id: str | None = None,
 ) -> Iterator[TrackedRun]:
     """Open a run, and close it by how the block ends.
 
-    FINISHED at its end or by `sys.exit(0)`, KILLED by KeyboardInterrupt, else FAILED.
+    FINISHED at its end or by `sys.exit(0)`, KILLED by KeyboardInterrupt, else FAILED, with the traceback as
+    `traceback.txt` unless it is a LabError.
     parent_run_id: the study's run that this one is a child of; that may be open in this process or in another.
+    resume_run_id: go on with this run, with its name, params and tags.
 
     Raises:
-        LabError: if the store fails on the way, e.g. because its disk is full.
+        LabError: if the store fails on the way, e.g. because its disk is full, or the run to resume is not there, has
+            finished, or is in training elsewhere.
     """
     before = os.environ.get("MLFLOW_TRACKING_URI")
     run_id, status = None, "FAILED"
+    if resume_run_id is not None:
+        _check_resumable(store, resume_run_id)
     try:
         with _uninterrupted():
             mlflow.set_tracking_uri(store.uri)
-            run_id = mlflow.start_run(
-                experiment_id=store.experiment_id,
-                run_name=run_name,
-                tags={**tags, "process": _process_tag()},
-                nested=parent_run_id is not None,
-                parent_run_id=parent_run_id,
-            ).info.run_id
-            mlflow.log_params(dict(params))
+            if resume_run_id is not None:
+                run_id = mlflow.start_run(resume_run_id, nested=parent_run_id is not None).info.run_id
+                mlflow.set_tag("process", _process_tag())
+                if parent_run_id is not None:
+                    mlflow.set_tag(MLFLOW_PARENT_RUN_ID, parent_run_id)
+            else:
+                run_id = mlflow.start_run(
+                    experiment_id=store.experiment_id,
+                    run_name=run_name,
+                    tags={**tags, "process": _process_tag()},
+                    nested=parent_run_id is not None,
+                    parent_run_id=parent_run_id,
+                ).info.run_id
+                mlflow.log_params(dict(params))
         tracked = TrackedRun(run_id)
         yield tracked
         status = tracked.end_status
@@ -372,6 +397,10 @@ def track(
         raise
     except MlflowException as error:
         raise LabError(f"tracking store {store.uri!r} failed during the run: {_one_line(error)}") from error
+    except Exception as error:
+        if run_id is not None and not isinstance(error, LabError):
+            _log_traceback(error)
+        raise
     finally:
         with _uninterrupted():
             try:
@@ -379,6 +408,32 @@ def track(
                     _end_run(run_id, status)
             finally:  # MLflow has set the environment variable too, by which the next store would be found
                 mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
+
+
+def can_resume(store: Store, run_id: str) -> bool:
+    """Say whether `track` would go on with this run."""
+    try:
+        _check_resumable(store, run_id)
+    except LabError:
+        return False
+    return True
+
+
+def _check_resumable(store: Store, run_id: str) -> None:
+    try:
+        status = mlflow.MlflowClient(tracking_uri=store.uri).get_run(run_id).info.status
+    except MlflowException as error:
+        raise LabError(f"resume: run {run_id} can't be read from {store.uri!r}: {_one_line(error)}") from error
+    if status == "FINISHED":
+        raise LabError(f"resume: run {run_id} has finished")
+    if status == "RUNNING":
+        raise LabError(f"resume: run {run_id} is still in training, in another process")
+
+
+def _log_traceback(error: Exception) -> None:
+    """Keep the traceback with the run; where even that fails, the error itself matters more."""
+    with suppress(MlflowException, OSError), _uninterrupted():
+        mlflow.log_text("".join(traceback.format_exception(error)), "traceback.txt")
 
 
 def _end_run(run_id: str, status: str) -> None:

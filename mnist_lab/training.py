@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from mnist_lab.cudagraph import Captured
 from mnist_lab.data import Mnist
 from mnist_lab.dropout import SparseDropout
+from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 
 # Mean and standard deviation of the training pixels scaled to [0, 1].
@@ -90,6 +91,9 @@ class Training:
         self.epoch = 0
         self.loss_sum = torch.zeros((), device=mnist.train_images.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=mnist.train_images.device)
+        batches = math.ceil(len(mnist.train_images) / experiment.batch_size)
+        self.losses = torch.zeros(batches, device=mnist.train_images.device)  # of this epoch's batches
+        self.batch = torch.zeros(1, dtype=torch.int64, device=mnist.train_images.device)  # how many there were so far
         self.captured = Captured(self._train_batch)
 
     def epochs(self) -> Iterator[EpochMetrics]:
@@ -102,6 +106,8 @@ class Training:
             order = torch.randperm(total, generator=self.shuffling).to(self.mnist.train_images.device)
             self._train_epoch(order)
             train_loss = self.loss_sum.item() / total
+            if not math.isfinite(train_loss):
+                raise LabError(self._where_not_finite())
             if self.scheduler is not None and self.experiment.scheduler_interval == "epoch":
                 if isinstance(self.scheduler, ReduceLROnPlateau):
                     self.scheduler.step(train_loss)  # the test images are no business of the schedule's
@@ -126,6 +132,7 @@ class Training:
         """Train on the images that `order` names, in that order, and sum up loss and correct predictions."""
         self.loss_sum.zero_()
         self.correct.zero_()
+        self.batch.zero_()
         self.net.train()
         seen = 0
         for batch in torch.split(order, self.experiment.batch_size):
@@ -140,8 +147,18 @@ class Training:
         images = normalize(training_images(self.mnist, batch, self.experiment))
         labels = self.mnist.train_labels[batch]
         loss, logits = train_step(self.net, images, labels, self.experiment, self.optimizer)
+        self.losses.index_copy_(0, self.batch, loss.view(1).to(self.losses.dtype))
+        self.batch += 1
         self.loss_sum += loss * len(batch)
         self.correct += (logits.argmax(dim=1) == labels).sum()
+
+    def _where_not_finite(self) -> str:
+        bad = (~self.losses.isfinite()).nonzero().flatten().tolist()
+        epoch = f"in epoch {self.epoch + 1} of {self.experiment.epochs}"
+        if not bad:  # each is a number, but their sum is too large for one
+            return f"loss: grew beyond all bounds {epoch}; the training has diverged, e.g. by too high a learning rate"
+        value, batch = self.losses[bad[0]].item(), f"batch {bad[0] + 1} of {len(self.losses)}"
+        return f"loss: is {value} {epoch}, {batch}; the training has diverged, e.g. by too high a learning rate"
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it."""

@@ -566,7 +566,8 @@ def check_that_it_ends_in_order(training: Training, number: signal.Signals) -> N
     assert len(run.metrics["test_accuracy"]) >= 1  # what was trained by then is kept
     assert training.process.returncode == 130
     assert training.stderr.read_text() == (
-        "\nInterrupted. A run that had begun is marked KILLED; its finished epochs are in MLflow.\n"
+        "\nInterrupted. A run that had begun is marked KILLED; its finished epochs are in MLflow. "
+        "The same script with --resume goes on after the last of them.\n"
     )
 
 

@@ -239,6 +239,11 @@ def test_the_status_says_how_the_block_ended(end: BaseException | None, status: 
     assert run.metrics == {"test_accuracy": [(1, 98.0)]}  # what was logged before the end is kept
     assert read_value(database, "SELECT end_time - start_time >= 0 FROM runs") == 1
     assert mlflow.active_run() is None
+    trace = run.artifacts / "traceback.txt"
+    assert trace.exists() == isinstance(end, RuntimeError | MemoryError)  # of bugs only
+    if trace.exists():
+        assert "in log_and_end" in trace.read_text()
+        assert trace.read_text().rstrip().endswith(("RuntimeError: a bug", "MemoryError"))
 
 
 @pytest.fixture

@@ -770,6 +770,30 @@ def test_a_training_that_is_taken_up_again_ends_as_one_that_never_stopped(
     assert all(torch.equal(tensor, again.net.state_dict()[name]) for name, tensor in net.state_dict().items())
 
 
+# ---- a loss that is not finite
+
+
+class Breaks(Linear):
+    """Gives NaN in training from its sixth batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches += self.training
+        return super().forward(images) * (math.nan if self.batches >= 6 else 1)
+
+
+def test_a_loss_that_is_not_finite_is_named_by_epoch_and_batch(small_mnist: Mnist) -> None:
+    experiment = declare(net=Breaks, epochs=3, batch_size=125)  # four batches an epoch
+    epochs = fit(Breaks(), experiment, small_mnist, seed=0)
+
+    assert next(epochs).epoch == 1
+    with pytest.raises(LabError, match=r"^loss: is nan in epoch 2 of 3, batch 2 of 4; the training has diverged"):
+        next(epochs)
+
+
 # ---- num_params
 
 
