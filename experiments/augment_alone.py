@@ -5,9 +5,11 @@ Target: to know what step 4's schedule is worth: this script and step 4 differ i
 Change: against step 4, no StepLR: the learning rate stays at 0.01, that of steps 1 to 3. Training images are rotated at
 random, as in step 4.
 
-Result: not measured yet.
+Result: 99.18 +- 0.10 % in the last epoch (mean and sd of seeds 0 to 2, two cores of an AMD EPYC, torch 2.15) and
+99.28 at best; training accuracy 99.16.
 
-Analysis: see docs/results.
+Analysis: with a constant learning rate the last epoch is as unsteady as in steps 1 to 3. Step 4's schedule, with the
+higher learning rate that it allows, adds 0.24 points, with an interval of -0.15 to +0.64: not shown at three seeds.
 """
 
 from functools import partial

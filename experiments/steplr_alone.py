@@ -4,9 +4,11 @@ Target: to know what step 4's augmentation is worth: this script and step 4 diff
 
 Change: against step 4, no augmentation. The learning rate starts at 0.1 and falls by StepLR, as there.
 
-Result: not measured yet.
+Result: 99.28 +- 0.04 % in the last epoch (mean and sd of seeds 0 to 2, two cores of an AMD EPYC, torch 2.15) and
+99.32 at best; training accuracy 99.56.
 
-Analysis: see docs/results.
+Analysis: without augmentation the network over-fits again, by 0.28 points. Step 4's augmentation adds 0.15 points of
+test accuracy, with an interval of -0.06 to +0.36: not shown at three seeds, about five would do if it is that large.
 """
 
 from functools import partial
