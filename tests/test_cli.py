@@ -96,7 +96,8 @@ def test_nothing_is_left_in_the_current_folder(full_run: FullRun) -> None:
 
     assert [path.name for path in folder.iterdir()] == ["store"]
     names = {path.name for path in (folder / "store").iterdir()}
-    assert {"mlflow.db", "artifacts"} < names <= {"mlflow.db", "artifacts", *BESIDE_THE_DATABASE}
+    assert {"mlflow.db", "artifacts"} < names <= {"mlflow.db", "artifacts", "checkpoints", *BESIDE_THE_DATABASE}
+    assert list((folder / "store" / "checkpoints").iterdir()) == []  # the run has finished
 
 
 def test_without_targets_there_is_no_verdict(load_script: Load, capsys: pytest.CaptureFixture[str]) -> None:
