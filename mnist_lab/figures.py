@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import special
 
 from mnist_lab.comparison import step_order
 from mnist_lab.errors import LabError
@@ -294,6 +294,8 @@ def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:
         bad = runs[~runs[name].between(0, 100)]
         if len(bad):
             raise LabError(f"runs has {name} {bad[name].iloc[0]} in {bad['step'].iloc[0]}: it must be 0 to 100 percent")
+    from scipy import stats  # it takes half a second to import, which the figures of one run need not
+
     table = {}
     for step, group in _first_runs(runs).groupby("step", sort=False):
         if group["num_params"].nunique() != 1:

@@ -43,7 +43,8 @@ def fit_stacked(
     """Train the networks of several seeds at once, in place, and yield each finished epoch's metrics in their order.
 
     nets: each as it is built after `torch.manual_seed(seed)`.
-    epoch_seconds is the time that all seeds took together.
+    epoch_seconds is the time that all seeds took together. A seed whose loss is not finite has that loss in its metrics
+    and does not disturb the others.
 
     Raises:
         LabError: if the optimizer or the scheduler would mix the seeds.
@@ -112,7 +113,7 @@ def can_stack(experiment: Experiment, num_images: int) -> bool:
 
 def _mixes(optimizer: Optimizer, scheduler: LRScheduler | None) -> str | None:
     """Return the sentence that says why stacked seeds would influence one another, or None."""
-    if not isinstance(optimizer, ELEMENTWISE_OPTIMIZERS):
+    if type(optimizer) not in ELEMENTWISE_OPTIMIZERS:  # a subclass may do as it likes
         allowed = ", ".join(kind.__name__ for kind in ELEMENTWISE_OPTIMIZERS)
         return f"optimizer: {type(optimizer).__name__} can't train seeds together; {allowed} can"
     if isinstance(scheduler, ReduceLROnPlateau):

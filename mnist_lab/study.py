@@ -143,7 +143,7 @@ def run_study(
     _check(seeds, workers)
     where = runner.choose_device(device)
     if workers is not None and where.type != "cpu":
-        raise LabError(f"workers: {workers} is for a CPU; on {where.type} the seeds train one after another")
+        raise LabError(f"workers: {workers} is for a CPU; on {where.type} the seeds train in one process")
     store = open_store(tracking_uri)
     close_abandoned(store)
     all_overrides = runner.all_overrides(overrides, limit=limit)
@@ -429,9 +429,14 @@ def train_stacked(
             yield _Failed(seed, _reason(error))
         return
     for index, seed in enumerate(seeds):
+        own = [of_seeds[index] for of_seeds in epochs]
+        diverged = next((metrics.epoch for metrics in own if not math.isfinite(metrics.train_loss)), None)
+        if diverged is not None:
+            yield _Failed(seed, f"loss: is not finite in epoch {diverged} of {len(own)}; the training has diverged")
+            continue
         try:
             result = runner.record(
-                partial(_already_trained, [of_seeds[index] for of_seeds in epochs]),
+                partial(_already_trained, own),
                 nets[index],
                 experiment,
                 script,
