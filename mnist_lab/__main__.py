@@ -1,4 +1,4 @@
-"""The jobs that belong to no experiment: `python -m mnist_lab data | resume | compare | export | report | ui`."""
+"""The jobs that belong to no experiment: `python -m mnist_lab data | resume | sync | compare | export | ...`."""
 
 from __future__ import annotations
 
@@ -95,6 +95,21 @@ def ui(arguments: argparse.Namespace) -> None:
     server.serve(store.uri, store.experiment_id, port)
 
 
+def sync(arguments: argparse.Namespace) -> None:
+    """Send what runs logged while their tracking server was away."""
+    from mnist_lab import tracking
+
+    uri = tracking_uri(arguments.tracking_uri)
+    deliveries = tracking.sync(uri)
+    for one in deliveries:
+        left = f"; {one.waiting} wait still: {one.reason}" if one.waiting else ""
+        print(f"run {one.run_id} on {one.uri}: {one.sent} records sent{left}")
+    if not deliveries:
+        print("Nothing waits for a tracking server.")
+    if any(one.waiting for one in deliveries):
+        raise LabError("not all could be sent; what waits stays on disk, and the same command tries again")
+
+
 def resume(arguments: argparse.Namespace) -> None:
     """Go on with an interrupted run, whatever script it is of."""
     from mnist_lab import checkpoint
@@ -123,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(resume, "resume", "go on with the newest interrupted run, or the one named")
     command.add_argument("run_id", nargs="?", metavar="RUN_ID", help="of MLflow")
     _add_tracking_uri(command)
+    _add_tracking_uri(add(sync, "sync", "send what runs logged while their tracking server was away"))
     command = add(compare, "compare", "print one row per experiment from the tracked runs")
     command.add_argument("--include-overrides", action="store_true", help="also runs with overridden hyperparameters")
     command.add_argument(

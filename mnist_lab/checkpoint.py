@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mnist_lab.errors import LabError
-from mnist_lab.store import PROJECT_ROOT, sqlite_file
+from mnist_lab.store import own_folder
 from mnist_lab.training import EpochMetrics
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,8 @@ class Checkpoint:
 
 
 def folder(uri: str) -> Path:
-    """Return where the checkpoints of a tracking store are kept: beside its database, or in this project's mlruns."""
-    database = sqlite_file(uri)
-    return (database.parent if database else PROJECT_ROOT / "mlruns") / "checkpoints"
+    """Return where the checkpoints of a tracking store's runs are."""
+    return own_folder(uri) / "checkpoints"
 
 
 def file_of(uri: str, run_id: str) -> Path:

@@ -21,7 +21,7 @@ from mnist_lab.rehearsal import rehearse
 from mnist_lab.summary import summarize
 from mnist_lab.targets import Verdict
 from mnist_lab.threads import Load, Threads
-from mnist_lab.tracking import Store, close_abandoned, open_store, track
+from mnist_lab.tracking import Store, close_abandoned, open_store, sync, track
 from mnist_lab.training import EpochMetrics, Training, evaluate, normalize, num_params, predict
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def run(
     where = choose_device(device)
     load = Load()
     store = open_store(tracking_uri)
+    sync(store.uri)
     close_abandoned(store)
     mnist = load_parts(data_dir, where, limit=limit, holdout=holdout)
     rehearse(experiment, mnist)

@@ -42,6 +42,12 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(path).absolute() if path and path != uri else None
 
 
+def own_folder(uri: str) -> Path:
+    """Return where the lab keeps what is its own of a store: beside the database, or in this project's `mlruns`."""
+    database = sqlite_file(uri)
+    return database.parent if database else PROJECT_ROOT / "mlruns"
+
+
 def check_readable(uri: str) -> None:
     """Refuse a SQLite store that is not there or not MLflow's; MLflow itself would make one of it.
 

@@ -38,6 +38,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.rehearsal import rehearse
+from mnist_lab.runner import RunResult
 from mnist_lab.stacked import can_stack, fit_stacked
 from mnist_lab.statistics import Aggregate, StudyVerdict, aggregate, judge_mean
 from mnist_lab.targets import Verdict
@@ -51,7 +52,7 @@ from mnist_lab.tracking import (
     close_abandoned,
     finished_runs,
     open_store,
-    read_run,
+    sync,
     track,
 )
 from mnist_lab.training import EpochMetrics
@@ -145,6 +146,7 @@ def run_study(
     if workers is not None and where.type != "cpu":
         raise LabError(f"workers: {workers} is for a CPU; on {where.type} the seeds train in one process")
     store = open_store(tracking_uri)
+    sync(store.uri)
     close_abandoned(store)
     all_overrides = runner.all_overrides(overrides, limit=limit)
     params, identity = runner.identify(experiment, script, where, all_overrides, holdout)
@@ -204,23 +206,21 @@ def run_study(
         else:
             messages = _train_here(
                 missing,
-                lambda seed, listener: (
-                    runner.run(
-                        experiment,
-                        script,
-                        listener,
-                        overrides=overrides,
-                        seed=seed,
-                        device=str(where),
-                        data_dir=data_dir,
-                        tracking_uri=store.uri,
-                        limit=limit,
-                        holdout=holdout,
-                        parent_run_id=study.run_id,
-                        resume=None
-                        if again
-                        else _interrupted(store, experiment, script, where, all_overrides, holdout, seed),
-                    ).run_id
+                lambda seed, listener: runner.run(
+                    experiment,
+                    script,
+                    listener,
+                    overrides=overrides,
+                    seed=seed,
+                    device=str(where),
+                    data_dir=data_dir,
+                    tracking_uri=store.uri,
+                    limit=limit,
+                    holdout=holdout,
+                    parent_run_id=study.run_id,
+                    resume=None
+                    if again
+                    else _interrupted(store, experiment, script, where, all_overrides, holdout, seed),
                 ),
                 progress,
             )
@@ -229,14 +229,15 @@ def run_study(
                 if isinstance(message, _Epoch):
                     progress.on_epoch(message.seed, message.metrics)
                 elif isinstance(message, _Done):
-                    runs[message.seed] = read_run(store, message.run_id)
-                    progress.on_seed(message.seed, runs[message.seed].metrics)
+                    runs[message.run.seed] = message.run
+                    progress.on_seed(message.run.seed, message.run.metrics)
                 else:
                     failed[message.seed] = message.reason
                     progress.on_failure(message.seed, message.reason)
         finally:
             messages.close()  # ends the workers, before the study's run is closed
-            close_abandoned(store)  # the runs of workers that died
+            with suppress(LabError):  # a server that is away: the next run there closes them
+                close_abandoned(store)  # the runs of workers that died
         result = _judge(
             experiment,
             study.run_id,
@@ -366,8 +367,7 @@ class _Epoch(NamedTuple):
 
 
 class _Done(NamedTuple):
-    seed: int
-    run_id: str
+    run: FinishedRun
 
 
 class _Failed(NamedTuple):
@@ -376,6 +376,10 @@ class _Failed(NamedTuple):
 
 
 _Message = _Epoch | _Done | _Failed
+
+
+def _done(seed: int, result: RunResult) -> _Done:
+    return _Done(FinishedRun(result.run_id, seed, result.measured))
 
 
 class _Listener:
@@ -389,16 +393,16 @@ class _Listener:
 
 
 def _train_here(
-    seeds: Sequence[int], train: Callable[[int, _Listener], str], progress: Progress
+    seeds: Sequence[int], train: Callable[[int, _Listener], RunResult], progress: Progress
 ) -> Generator[_Message, None, None]:
     """Train the seeds one after another in this process."""
     for seed in seeds:
         try:
-            run_id = train(seed, _Listener(partial(progress.on_epoch, seed)))
+            result = train(seed, _Listener(partial(progress.on_epoch, seed)))
         except Exception as error:
             yield _Failed(seed, _reason(error))
         else:
-            yield _Done(seed, run_id)
+            yield _done(seed, result)
 
 
 def train_stacked(
@@ -452,7 +456,7 @@ def train_stacked(
         except Exception as error:
             yield _Failed(seed, _reason(error))
         else:
-            yield _Done(seed, result.run_id)
+            yield _done(seed, result)
 
 
 def _already_trained(epochs: list[EpochMetrics], run_id: str) -> list[EpochMetrics]:
@@ -591,7 +595,7 @@ def _work(connection: Connection, job: _Job) -> None:
     try:
         while (seed := connection.recv()) is not None:
             try:
-                message: _Message = _Done(seed, _train(job, seed, connection))
+                message: _Message = _done(seed, _train(job, seed, connection))
             except Exception as error:
                 message = _Failed(seed, _reason(error))
             connection.send(message)
@@ -599,8 +603,8 @@ def _work(connection: Connection, job: _Job) -> None:
         os._exit(1)
 
 
-def _train(job: _Job, seed: int, connection: Connection) -> str:
-    """Train one seed and return the id of its run."""
+def _train(job: _Job, seed: int, connection: Connection) -> RunResult:
+    """Train and track one seed."""
     if provenance.code_sha256(job.script) != job.code_sha256:
         raise LabError(f"{job.script.name} or the lab's code was changed while the study ran")
     experiment, overrides = declaration.read(job.script).override(job.overrides)
@@ -618,7 +622,7 @@ def _train(job: _Job, seed: int, connection: Connection) -> str:
 
     on_data = runner.all_overrides(overrides, limit=job.limit)
     cpu, store = torch.device("cpu"), open_store(job.tracking_uri)
-    result = runner.run(
+    return runner.run(
         experiment,
         job.script,
         _Listener(send),
@@ -632,7 +636,6 @@ def _train(job: _Job, seed: int, connection: Connection) -> str:
         parent_run_id=job.parent_run_id,
         resume=None if job.again else _interrupted(store, experiment, job.script, cpu, on_data, job.holdout, seed),
     )
-    return result.run_id
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

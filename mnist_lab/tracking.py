@@ -17,6 +17,7 @@ import socket
 import sqlite3
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,15 +33,18 @@ import psutil
 import torch
 from filelock import FileLock
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.entities import Run
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.models import infer_signature
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.models import Model, infer_signature
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.rest_utils import MlflowHostCreds, http_request
 from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
+from mnist_lab.outbox import Outbox, Record, all_outboxes
 from mnist_lab.store import EXPERIMENT_NAME, SQLITE, UI_VIEW, check_readable, sqlite_file, tracking_uri
 
 FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a busy machine
@@ -52,6 +56,11 @@ UI_COLUMNS = [
 ]
 MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 MAX_RUNS = 50_000  # the most that MLflow gives at once
+# How long a training waits for a server: MLflow's own two minutes and seven tries would hold it up.
+SERVER_TIMEOUT, SERVER_RETRIES = 4, 1
+ASK_AGAIN_SECONDS = 30  # after a server gave no answer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,11 @@ def open_store(uri: str | None = None) -> Store:
     """
     uri = tracking_uri(uri)
     database = sqlite_file(uri)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default, 7, waits for minutes
     try:
         if database is None:
-            return Store(uri, _experiment_id(uri, artifacts=None))
+            _ask(uri)
+            with _briefly():
+                return Store(uri, _experiment_id(uri, artifacts=None))
         if database.exists():
             check_readable(uri)  # before a lock file is left beside what is not ours
         database.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +98,13 @@ def open_store(uri: str | None = None) -> Store:
             return Store(uri, _experiment_id(uri, artifacts=_artifacts(database)))
     except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error) as error:
         raise LabError(f"tracking store {uri!r} can't be used: {_one_line(error)}") from error
+
+
+def _ask(uri: str) -> None:
+    """Ask a server for any answer at all, once: MLflow itself would try again for longer than a user waits."""
+    if uri.startswith(("http://", "https://")):
+        answer = http_request(MlflowHostCreds(uri), "/health", "GET", timeout=SERVER_TIMEOUT, max_retries=0)  # type: ignore[no-untyped-call]
+        answer.close()
 
 
 def _create(database: Path) -> None:
@@ -170,12 +187,6 @@ def finished_runs(store: Store, params: Mapping[str, object], tags: Mapping[str,
     return found
 
 
-def read_run(store: Store, run_id: str) -> FinishedRun:
-    """Return a finished run of one seed."""
-    run = mlflow.MlflowClient(tracking_uri=store.uri).get_run(run_id)
-    return FinishedRun(run_id, int(run.data.params["seed"]), dict(run.data.metrics))
-
-
 def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
     """Make a run the child of a study's run, whatever study it belonged to before."""
     with _uninterrupted():
@@ -186,12 +197,15 @@ def close_abandoned(store: Store) -> None:
     """Mark the runs KILLED that stand as RUNNING though their process, on this machine, is gone: killed, or power lost.
 
     Raises:
-        LabError: if the store can't be read.
+        LabError: if the store can't be read or written.
     """
     client = mlflow.MlflowClient(tracking_uri=store.uri)
-    for run in _search(store, "attributes.status = 'RUNNING'"):
-        if _is_gone(run.data.tags.get("process", "")):
-            client.set_terminated(run.info.run_id, "KILLED")
+    try:
+        for run in _search(store, "attributes.status = 'RUNNING'"):
+            if _is_gone(run.data.tags.get("process", "")):
+                client.set_terminated(run.info.run_id, "KILLED")
+    except MlflowException as error:
+        raise LabError(f"tracking store {store.uri!r} can't be written: {_one_line(error)}") from error
 
 
 def _search(store: Store, condition: str) -> list[Run]:
@@ -225,58 +239,61 @@ def _is_gone(tag: str) -> bool:
 class TrackedRun:
     """One run being written. Made by `track`. Signals that end the program wait until what is being logged is.
 
+    What a tracking server does not take, because it is away, waits on disk (`outbox`) and is sent when it is back: the
+    run need not wait for it. A SQLite store has no such excuse: there an error ends the run.
+
     end_status: the status that the run gets when its block comes to its end.
     """
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, store: Store, run_id: str, logged_once: frozenset[str] = frozenset()) -> None:
         self.run_id = run_id
         self.end_status = "FINISHED"
+        self._store = store
+        self._logged_once = logged_once
+        self._client = mlflow.MlflowClient(tracking_uri=store.uri)
+        self._outbox = Outbox.of_run(store.uri, run_id)
+        self._waiting = False  # whether the outbox has records: then what comes next waits behind them
+        self._ask_again = 0.0  # when, by the monotonic clock
 
-    @_uninterrupted()
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Log one point of each metric at `step=epoch`."""
-        mlflow.log_metrics(dict(metrics), step=epoch)
+        self._write(_metrics(metrics, step=epoch))
 
     @_uninterrupted()
     def log_missing(self, epochs: Mapping[int, Mapping[str, float]]) -> None:
         """Log those points of these epochs that the run does not have yet, so that each is there once."""
-        client = mlflow.MlflowClient()
         names = {name for metrics in epochs.values() for name in metrics}
-        logged = {(name, point.step) for name in names for point in client.get_metric_history(self.run_id, name)}
+        logged = {(name, point.step) for name in names for point in self._client.get_metric_history(self.run_id, name)}
         for epoch, metrics in epochs.items():
             if missing := {name: value for name, value in metrics.items() if (name, epoch) not in logged}:
-                mlflow.log_metrics(missing, step=epoch)
+                self.log_epoch(epoch, missing)
 
-    @_uninterrupted()
     def log_once(self, metrics: Mapping[str, float]) -> None:
         """Log metrics that a run has one value of; of a resumed run, those that it does not have yet."""
-        logged = mlflow.MlflowClient().get_run(self.run_id).data.metrics
-        if missing := {name: value for name, value in metrics.items() if name not in logged}:
-            mlflow.log_metrics(missing)
+        if missing := {name: value for name, value in metrics.items() if name not in self._logged_once}:
+            self._write(_metrics(missing, step=0))
 
-    @_uninterrupted()
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        mlflow.set_tags(dict(tags))
+        self._write(Record("tags", dict(tags)))
 
-    @_uninterrupted()
-    def log_file(self, file: Path, folder: str) -> None:
-        mlflow.log_artifact(str(file), folder)
+    def log_file(self, file: Path, folder: str | None = None) -> None:
+        self._write(Record("artifact", {"folder": folder}, file))
 
-    @_uninterrupted()
     def log_text(self, text: str, artifact_file: str) -> None:
-        mlflow.log_text(text, artifact_file)
+        with self._new_file(artifact_file) as (file, folder):
+            file.write_text(text, encoding="utf-8")
+            self.log_file(file, folder)
 
-    @_uninterrupted()
     def log_json(self, value: Mapping[str, object], artifact_file: str) -> None:
-        mlflow.log_text(json.dumps(value, indent=2) + "\n", artifact_file)
+        self.log_text(json.dumps(value, indent=2) + "\n", artifact_file)
 
-    @_uninterrupted()
     def log_figures(self, figures: Mapping[str, Any]) -> None:
         """Log matplotlib figures as `figures/<name>.png`."""
         for name, figure in figures.items():
-            mlflow.log_figure(figure, f"figures/{name}.png", save_kwargs={"dpi": 120})
+            with self._new_file(f"figures/{name}.png") as (file, folder):
+                figure.savefig(file, dpi=120)
+                self.log_file(file, folder)
 
-    @_uninterrupted()
     def log_data(self, mnist: Mnist, source: Path) -> None:
         """Log the parts of MNIST as MLflow inputs, with the SHA-256 of the files as digest (its first 36 digits)."""
         for context, images, labels in (
@@ -294,22 +311,19 @@ class TrackedRun:
                     name=f"MNIST {context}",
                     digest=mnist.sha256[:MAX_DIGEST],
                 )
-                mlflow.log_input(dataset, context=context)
+                self._write(Record("dataset", {"context": context, "dataset": dataset.to_dict()}))
 
-    @_uninterrupted()
     def log_predictions(self, truth: Tensor, logits: Tensor) -> None:
         """Log truth (N,), prediction (N,) and logits (N, 10) of the test images as `predictions.npz`, pickle-free."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "predictions.npz"
+        with self._new_file("predictions.npz") as (file, folder):
             np.savez_compressed(
                 file,
                 truth=truth.cpu().numpy().astype(np.uint8),
                 prediction=logits.argmax(dim=1).cpu().numpy().astype(np.uint8),
                 logits=logits.float().cpu().numpy(),
             )
-            mlflow.log_artifact(str(file))
+            self.log_file(file, folder)
 
-    @_uninterrupted()
     def log_model(self, net: nn.Module, images: Tensor) -> str | None:
         """Log the trained network so that `mlflow.pytorch.load_model` gives it back, for any batch size.
 
@@ -323,25 +337,93 @@ class TrackedRun:
             output = net(example)
         signature = infer_signature(example.numpy(), output.numpy())
         packages = [f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")]
-        try:
-            with _quiet(), redirect_stderr(io.StringIO()):  # torch.export prints the graph that it can't express
-                mlflow.pytorch.log_model(
-                    net,
-                    name="model",
-                    signature=signature,
-                    input_example=example.numpy(),
-                    pip_requirements=packages,
-                    serialization_format="pt2",
-                )
-        except MlflowException:
-            raise
-        except Exception as error:  # torch.export has many ways to say no
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "state_dict.pt"
-                torch.save(net.state_dict(), file)
-                mlflow.log_artifact(str(file))
-            return _one_line(error)
+        with self._new_file("model") as (model, _):
+            try:
+                # torch.export prints the graph that it can't express, and takes long enough for a Ctrl-C to come in it.
+                with _uninterrupted(), _quiet(), redirect_stderr(io.StringIO()):
+                    mlflow.pytorch.save_model(
+                        net,
+                        str(model),
+                        signature=signature,
+                        input_example=example.numpy(),
+                        pip_requirements=packages,
+                        serialization_format="pt2",
+                    )
+            except MlflowException:
+                raise
+            except Exception as error:  # torch.export has many ways to say no
+                with self._new_file("state_dict.pt") as (file, folder):
+                    torch.save(net.state_dict(), file)
+                    self.log_file(file, folder)
+                return _one_line(error)
+            self._write(Record("model", {"name": "model", "step": 0}, model))
         return None
+
+    @contextmanager
+    def _new_file(self, artifact_file: str) -> Iterator[tuple[Path, str | None]]:
+        """Give a file to write, named as the artifact will be, and the artifact's folder."""
+        folder, _, name = artifact_file.rpartition("/")
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary) / name, folder or None
+
+    @_uninterrupted()
+    def _write(self, record: Record) -> None:
+        """Write the record into the run, or where its server is away, into the outbox."""
+        if not self._waiting or self._catch_up():
+            try:
+                with _briefly():
+                    _send(self._client, self.run_id, record)
+                return
+            except Exception as error:
+                if not _is_away(self._store, error):
+                    raise
+                self._ask_again = time.monotonic() + ASK_AGAIN_SECONDS
+                if not self._waiting:
+                    self._outbox.lock()
+                    self._waiting = True
+                    logger.warning(
+                        "the tracking server %s is away (%s): the run goes on, and what it logs waits in %s",
+                        self._store.uri,
+                        _one_line(error)[:150],
+                        self._outbox.folder,
+                    )
+        self._outbox.add(self._store.uri, self.run_id, record)
+
+    def _catch_up(self, *, now: bool = False) -> bool:
+        """Send what waits, if it is time to ask again; say whether all of it is sent."""
+        if not now and time.monotonic() < self._ask_again:
+            return False
+        try:
+            sent = _send_waiting(self._client, self.run_id, self._outbox)
+        except Exception as error:
+            if not _is_away(self._store, error):
+                raise
+            self._ask_again = time.monotonic() + ASK_AGAIN_SECONDS
+            return False
+        self._waiting = False
+        self._outbox.unlock()
+        logger.warning("the tracking server %s is back, and has what waited (%d records)", self._store.uri, sent)
+        return True
+
+    @_uninterrupted()
+    def _end(self, status: str) -> None:
+        """Close the run, and send what waits for its server. Where that fails, what ended the block matters more."""
+        try:
+            self._write(Record("end", {"status": status, "end_time": _milliseconds()}))
+            if self._waiting and not self._catch_up(now=True):
+                logger.warning(
+                    "the tracking server %s is still away: what it lacks of run %s waits on disk; "
+                    "`make sync` sends it, and so does the next run there",
+                    self._store.uri,
+                    self.run_id,
+                )
+        except (MlflowException, OSError) as error:
+            message = f"tracking store: the run {self.run_id} could not be marked {status}: {_one_line(error)}"
+            if status == "FINISHED":
+                raise LabError(message) from error
+            logger.warning(message)
+        finally:
+            self._outbox.unlock()
 
 
 @contextmanager
@@ -362,31 +444,18 @@ def track(
     resume_run_id: go on with this run, with its name, params and tags.
 
     Raises:
-        LabError: if the store fails on the way, e.g. because its disk is full, or the run to resume is not there, has
-            finished, or is in training elsewhere.
+        LabError: if the run can't be opened, if the store fails on the way, e.g. because its disk is full, or if the
+            run to resume is not there, has finished, or is in training elsewhere. A tracking server that goes away
+            once the run is open is no error.
     """
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    run_id, status = None, "FAILED"
-    if resume_run_id is not None:
-        _check_resumable(store, resume_run_id)
+    parent = {} if parent_run_id is None else {MLFLOW_PARENT_RUN_ID: parent_run_id}
+    tracked, status = None, "FAILED"
     try:
-        with _uninterrupted():
-            mlflow.set_tracking_uri(store.uri)
-            if resume_run_id is not None:
-                run_id = mlflow.start_run(resume_run_id, nested=parent_run_id is not None).info.run_id
-                mlflow.set_tag("process", _process_tag())
-                if parent_run_id is not None:
-                    mlflow.set_tag(MLFLOW_PARENT_RUN_ID, parent_run_id)
+        with _uninterrupted(), _briefly():
+            if resume_run_id is None:
+                tracked = _begin(store, run_name, params, {**tags, **parent})
             else:
-                run_id = mlflow.start_run(
-                    experiment_id=store.experiment_id,
-                    run_name=run_name,
-                    tags={**tags, "process": _process_tag()},
-                    nested=parent_run_id is not None,
-                    parent_run_id=parent_run_id,
-                ).info.run_id
-                mlflow.log_params(dict(params))
-        tracked = TrackedRun(run_id)
+                tracked = _begin_again(store, resume_run_id, parent)
         yield tracked
         status = tracked.end_status
     except KeyboardInterrupt:
@@ -396,18 +465,35 @@ def track(
         status = "FINISHED" if end.code in (0, None) else "FAILED"
         raise
     except MlflowException as error:
-        raise LabError(f"tracking store {store.uri!r} failed during the run: {_one_line(error)}") from error
+        when = "failed during the run" if tracked else "can't be written"
+        raise LabError(f"tracking store {store.uri!r} {when}: {_one_line(error)}") from error
     except Exception as error:
-        if run_id is not None and not isinstance(error, LabError):
-            _log_traceback(error)
+        if tracked is not None and not isinstance(error, LabError):
+            # Where even that fails, the error itself matters more.
+            with suppress(MlflowException, OSError):
+                tracked.log_text("".join(traceback.format_exception(error)), "traceback.txt")
         raise
     finally:
-        with _uninterrupted():
-            try:
-                if run_id is not None:
-                    _end_run(run_id, status)
-            finally:  # MLflow has set the environment variable too, by which the next store would be found
-                mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
+        if tracked is not None:
+            tracked._end(status)
+
+
+def _begin(store: Store, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:
+    client = mlflow.MlflowClient(tracking_uri=store.uri)
+    all_tags = resolve_tags({**tags, "process": _process_tag()})  # with MLflow's own: user, source
+    run_id = client.create_run(store.experiment_id, tags=all_tags, run_name=run_name).info.run_id
+    tracked = TrackedRun(store, run_id)
+    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
+    return tracked
+
+
+def _begin_again(store: Store, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
+    _check_resumable(store, run_id)
+    client = mlflow.MlflowClient(tracking_uri=store.uri)
+    client.update_run(run_id, status="RUNNING")
+    tracked = TrackedRun(store, run_id, frozenset(client.get_run(run_id).data.metrics))
+    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in {**tags, "process": _process_tag()}.items()])
+    return tracked
 
 
 def can_resume(store: Store, run_id: str) -> bool:
@@ -430,21 +516,143 @@ def _check_resumable(store: Store, run_id: str) -> None:
         raise LabError(f"resume: run {run_id} is still in training, in another process")
 
 
-def _log_traceback(error: Exception) -> None:
-    """Keep the traceback with the run; where even that fails, the error itself matters more."""
-    with suppress(MlflowException, OSError), _uninterrupted():
-        mlflow.log_text("".join(traceback.format_exception(error)), "traceback.txt")
+# ---- records, and a server that is away
 
 
-def _end_run(run_id: str, status: str) -> None:
-    """Close the run. Where that fails, what ended the block matters more, unless nothing did."""
+@dataclass(frozen=True)
+class Delivery:
+    """What came of sending one run's records: how many were sent, how many wait still, and why."""
+
+    uri: str
+    run_id: str
+    sent: int
+    waiting: int
+    reason: str = ""
+
+
+def sync(uri: str) -> list[Delivery]:
+    """Send what waits for tracking servers, each run's records in their order.
+
+    uri: of the store whose folder holds the outboxes; what waits there for other servers is sent too. Runs whose
+        process still has records of its own to send are left to it.
+    """
+    deliveries = []
+    away: dict[str, str] = {}
+    for outbox in all_outboxes(uri):
+        if not outbox.lock():
+            continue
+        try:
+            target, run_id = outbox.target
+            before, reason = len(outbox.waiting()), away.get(target, "")
+            if not reason:
+                try:
+                    _ask(target)
+                    with _briefly():
+                        _send_waiting(mlflow.MlflowClient(tracking_uri=target), run_id, outbox)
+                except (MlflowException, OSError) as error:
+                    reason = _one_line(error)
+                    if _is_away(Store(target, ""), error):
+                        away[target] = reason
+            waiting = len(outbox.waiting())
+            deliveries.append(Delivery(target, run_id, before - waiting, waiting, reason))
+        finally:
+            outbox.unlock()
+    return deliveries
+
+
+def _send_waiting(client: mlflow.MlflowClient, run_id: str, outbox: Outbox) -> int:
+    """Send the records in their order, each forgotten when it is sent, and return how many they were."""
+    waiting = outbox.waiting()
+    for entry in waiting:
+        with _briefly():
+            _send(client, run_id, outbox.read(entry))
+        outbox.remove(entry)
+    return len(waiting)
+
+
+def _send(client: mlflow.MlflowClient, run_id: str, record: Record) -> None:
+    """Write a record into its run. Doing it twice is as doing it once: an answer can be lost after the deed is done."""
+    content = record.content
+    match record.kind:
+        case "metrics":  # MLflow drops a point that it has, with the same time and value
+            timestamp, step = content["timestamp"], content["step"]
+            metrics = [Metric(name, value, timestamp, step) for name, value in content["values"].items()]
+            client.log_batch(run_id, metrics=metrics)
+        case "tags":
+            client.log_batch(run_id, tags=[RunTag(name, value) for name, value in content.items()])
+        case "artifact":
+            client.log_artifact(run_id, str(record.path), content["folder"])
+        case "dataset":
+            tags = [InputTag(MLFLOW_DATASET_CONTEXT, content["context"])]
+            client.log_inputs(run_id, [DatasetInput(Dataset(**content["dataset"]), tags)])
+        case "model":
+            assert record.path is not None
+            _send_model(client, run_id, content["name"], content["step"], record.path)
+        case "end":
+            client.set_terminated(run_id, content["status"], content["end_time"])
+        case _:
+            raise AssertionError(record.kind)
+
+
+def _send_model(client: mlflow.MlflowClient, run_id: str, name: str, step: int, folder: Path) -> None:
+    """Make a saved model the run's, in the steps of `mlflow.pytorch.log_model`, which can't be taken up half-way."""
+    run = client.get_run(run_id)
+    there = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
+    logged = next((model for model in there if model.name == name), None)
+    if logged is None:
+        logged = client.create_logged_model(
+            run.info.experiment_id, name, run_id, tags=resolve_tags(), params=run.data.params
+        )
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+    points = [point for key in run.data.metrics for point in client.get_metric_history(run_id, key)]
+    client.log_batch(
+        run_id,
+        metrics=[
+            Metric(point.key, point.value, point.timestamp, step, logged.model_id, run_id=run_id)
+            for point in points
+            if point.step == step
+        ],
+    )
+    model = Model.load(str(folder))
+    model.run_id, model.model_id, model.model_uuid = run_id, logged.model_id, logged.model_id
+    model.artifact_path = logged.artifact_location
+    model.save(str(folder / "MLmodel"))
+    client.log_model_artifacts(logged.model_id, str(folder))
+    client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _metrics(metrics: Mapping[str, float], step: int) -> Record:
+    return Record("metrics", {"step": step, "timestamp": _milliseconds(), "values": dict(metrics)})
+
+
+def _milliseconds() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _is_away(store: Store, error: Exception) -> bool:
+    """Say whether a server gave no answer, or said that the fault is its own. What it refuses stays an error."""
+    if sqlite_file(store.uri) is not None:
+        return False
+    if isinstance(error, MlflowException):
+        return bool(error.get_http_status_code() >= 500)  # type: ignore[no-untyped-call]
+    answer = getattr(error, "response", None)  # of requests' errors, which are OSErrors
+    return isinstance(error, OSError) and (answer is None or answer.status_code >= 500)
+
+
+@contextmanager
+def _briefly() -> Iterator[None]:
+    """Let MLflow wait for a server no longer than a training should, unless the user has said how long."""
+    limits = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_TIMEOUT),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(SERVER_RETRIES),
+    }
+    here = {name: value for name, value in limits.items() if name not in os.environ}
+    os.environ.update(here)
     try:
-        mlflow.end_run(status)
-    except MlflowException as error:
-        message = f"tracking store: the run {run_id} could not be marked {status}: {_one_line(error)}"
-        if status == "FINISHED":
-            raise LabError(message) from error
-        logging.getLogger(__name__).warning(message)
+        yield
+    finally:
+        for name in here:
+            os.environ.pop(name, None)
 
 
 @contextmanager

@@ -351,15 +351,18 @@ def refuse(database: Path, action: str) -> None:
         connection.execute(f"CREATE TRIGGER full BEFORE {action} BEGIN SELECT RAISE(ABORT, 'database is full'); END")
 
 
-def test_a_run_inside_a_run_is_refused_and_leaves_the_outer_one_open(uri: str, database: Path) -> None:
+def test_two_runs_may_be_open_at_once(uri: str, database: Path) -> None:
     store = open_store(uri)
 
-    with track(store, "outer", params={}, tags=NO_TAGS) as outer:
-        with pytest.raises(Exception, match="already active"), track(store, "inner", params={}, tags=NO_TAGS):
-            pass
-        outer.log_epoch(1, {"test_accuracy": 98.0})
+    with track(store, "one", params={}, tags=NO_TAGS) as one, track(store, "two", params={}, tags=NO_TAGS) as two:
+        one.log_epoch(1, {"test_accuracy": 98.0})
+        two.log_epoch(1, {"test_accuracy": 97.0})
 
-    assert [(run.name, run.status) for run in read_runs(database)] == [("outer", "FINISHED")]
+    runs = {run.name: (run.status, run.metrics, "mlflow.parentRunId" in run.tags) for run in read_runs(database)}
+    assert runs == {
+        "one": ("FINISHED", {"test_accuracy": [(1, 98.0)]}, False),
+        "two": ("FINISHED", {"test_accuracy": [(1, 97.0)]}, False),
+    }
 
 
 def test_a_run_may_be_tracked_in_any_thread(uri: str, database: Path) -> None:
