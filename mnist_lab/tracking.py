@@ -135,11 +135,12 @@ def _experiment_id(uri: str, artifacts: Path | None) -> str:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold back the signals that end a program until the block is through; a second Ctrl-C is not held back.
+def _uninterrupted(*, interrupted: bool = False) -> Iterator[None]:
+    """Hold back the signals that end a program until the block is through; a second Ctrl-C ends it at once.
 
     An interrupt in the midst of MLflow's work can leave the database locked by a transaction that nobody ends,
     and then the run can't be closed: it would stay RUNNING.
+    interrupted: whether the program is being ended already, so that the next Ctrl-C is a second one.
     """
     if threading.current_thread() is not threading.main_thread():  # signals interrupt no other thread
         yield
@@ -147,11 +148,13 @@ def _uninterrupted() -> Iterator[None]:
     arrived: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and signum in arrived:
-            raise KeyboardInterrupt
         arrived.append(signum)
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # no handler of Python's runs while SQLite waits for a lock
 
     handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if interrupted and handlers[signal.SIGINT] != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
@@ -366,8 +369,11 @@ class TrackedRun:
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary) / name, folder or None
 
-    @_uninterrupted()
     def _write(self, record: Record) -> None:
+        with _uninterrupted():
+            self._write_now(record)
+
+    def _write_now(self, record: Record) -> None:
         """Write the record into the run, or where its server is away, into the outbox."""
         if not self._waiting or self._catch_up():
             try:
@@ -405,11 +411,10 @@ class TrackedRun:
         logger.warning("the tracking server %s is back, and has what waited (%d records)", self._store.uri, sent)
         return True
 
-    @_uninterrupted()
-    def _end(self, status: str) -> None:
+    def end(self, status: str) -> None:
         """Close the run, and send what waits for its server. Where that fails, what ended the block matters more."""
         try:
-            self._write(Record("end", {"status": status, "end_time": _milliseconds()}))
+            self._write_now(Record("end", {"status": status, "end_time": _milliseconds()}))
             if self._waiting and not self._catch_up(now=True):
                 logger.warning(
                     "the tracking server %s is still away: what it lacks of run %s waits on disk; "
@@ -475,7 +480,8 @@ def track(
         raise
     finally:
         if tracked is not None:
-            tracked._end(status)
+            with _uninterrupted(interrupted=status == "KILLED"):
+                tracked.end(status)
 
 
 def _begin(store: Store, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -469,6 +470,7 @@ class TrainingOnTerminal(Training):
 @dataclass(frozen=True)
 class Trainings:
     until_sigint: Training
+    until_second_sigint: Training
     until_sighup: Training
     with_nohup: Training
     on_terminal: TrainingOnTerminal
@@ -480,6 +482,7 @@ def trainings(mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder = tmp_path_factory.mktemp("trainings")
     started = Trainings(
         Training(folder / "sigint"),
+        Training(folder / "second"),
         Training(folder / "sighup"),
         Training(folder / "nohup", ignored=(signal.SIGHUP,)),
         TrainingOnTerminal(folder / "terminal", limit=3000),
@@ -544,6 +547,25 @@ def test_closing_the_terminal_ends_the_training_in_order(shown: str, trainings: 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
 def test_a_signal_ends_the_training_in_order(name: str, trainings: Trainings) -> None:
     check_that_it_ends_in_order(getattr(trainings, f"until_{name.lower()}"), signal.Signals[name])
+
+
+def test_a_second_ctrl_c_ends_the_program_at_once(trainings: Trainings) -> None:
+    training = trainings.until_second_sigint
+    wait_until(lambda: training.epochs() >= 1)
+    with closing(sqlite3.connect(training.database, isolation_level=None)) as blocker:
+        blocker.execute("BEGIN IMMEDIATE")  # so that the run can't be closed
+        training.process.send_signal(signal.SIGINT)
+        time.sleep(0.7)
+        assert training.process.poll() is None
+
+        start = time.monotonic()
+        training.process.send_signal(signal.SIGINT)
+        training.process.wait(60)
+
+        assert time.monotonic() - start < 1
+        blocker.execute("ROLLBACK")
+    assert training.process.returncode == -signal.SIGINT
+    assert training.ended().status == "RUNNING"  # the next run there marks it KILLED
 
 
 def test_nohup_lets_the_training_outlive_its_terminal(trainings: Trainings) -> None:
