@@ -388,9 +388,8 @@ class TrackedRun:
                     self._outbox.lock()
                     self._waiting = True
                     logger.warning(
-                        "the tracking server %s is away (%s): the run goes on, and what it logs waits in %s",
+                        "the tracking server %s is away: the run goes on, and what it logs waits in %s",
                         self._store.uri,
-                        _one_line(error)[:150],
                         self._outbox.folder,
                     )
         self._outbox.add(self._store.uri, self.run_id, record)
@@ -411,7 +410,7 @@ class TrackedRun:
         logger.warning("the tracking server %s is back, and has what waited (%d records)", self._store.uri, sent)
         return True
 
-    def end(self, status: str) -> None:
+    def _end(self, status: str) -> None:
         """Close the run, and send what waits for its server. Where that fails, what ended the block matters more."""
         try:
             self._write_now(Record("end", {"status": status, "end_time": _milliseconds()}))
@@ -481,7 +480,7 @@ def track(
     finally:
         if tracked is not None:
             with _uninterrupted(interrupted=status == "KILLED"):
-                tracked.end(status)
+                tracked._end(status)
 
 
 def _begin(store: Store, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:
