@@ -340,7 +340,6 @@ def run_with(more: str, database: Path) -> subprocess.CompletedProcess[str]:
     ("more", "sentence"),
     [
         ("print(WIDHT)", r"error: script: NameError: name 'WIDHT' is not defined \(my_idea\.py, line \d+\)\n"),
-        ("torch.ones(2) @ torch.ones(3)", r"error: script: RuntimeError: inconsistent .* \(my_idea\.py, line \d+\)\n"),
         ("sys.exit('not today')", "not today\n"),
     ],
 )
@@ -369,9 +368,8 @@ def test_fifty_million_parameters_are_trained(database: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems don't limit a process's memory so")
-@pytest.mark.parametrize("megabytes", [350, 500, 650])
-def test_where_memory_is_short_fifty_million_parameters_are_refused(megabytes: int, database: Path) -> None:
-    limit = f"limit = psutil.Process().memory_info().vms + {megabytes}_000_000"
+def test_where_memory_is_short_fifty_million_parameters_are_refused(database: Path) -> None:
+    limit = "limit = psutil.Process().memory_info().vms + 350_000_000"
     set_limit = "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))"
 
     done = run_with(f"WIDTH = 50_000_000 // 795\n{limit}\n{set_limit}", database)
