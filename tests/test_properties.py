@@ -514,12 +514,14 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     return damaged
 
 
+ZEROS, NOTHING = gzip.compress(bytes(2**20)), gzip.compress(b"")
+
+
 def endless(kind: int, some: bytes) -> Iterator[bytes]:
     """Yield the beginning of what never ends: zeros, random bytes, empty members, or a header field without an end."""
-    zeros, empty = gzip.compress(bytes(2**20)), gzip.compress(b"")
     header = b"\x1f\x8b\x08\x08" + bytes(6)
-    yield [zeros, some, empty, header][kind]
-    yield from itertools.repeat([zeros, some, empty, b"x" * 1000][kind], 500)
+    yield [ZEROS, some, NOTHING, header][kind]
+    yield from itertools.repeat([ZEROS, some, NOTHING, b"x" * 1000][kind], 500)
 
 
 def test_any_damaged_data_file_is_refused_by_its_checksum(mnist: Mnist, tmp_path: Path) -> None:
