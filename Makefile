@@ -128,5 +128,5 @@ format: $(INSTALLED)  ## format the code and sort the imports
 
 .PHONY: clean
 clean:  ## remove the environment and caches; data and runs stay
-	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

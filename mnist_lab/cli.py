@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mnist_lab import declaration
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import SUMMARY_METRICS, Experiment
+from mnist_lab.experiment import SUMMARY_METRICS, Experiment, shown
 from mnist_lab.store import tracking_uri
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
@@ -33,6 +34,7 @@ INTERRUPTED = "Interrupted."
 # What `--resume` takes from the run that it continues.
 OF_THE_RUN = ("seed", "seeds", "epochs", "batch_size", "limit", "holdout", "threads", "set", "again", "workers")
 MAX_SEEDS = 10_000  # of one study
+MAX_THREADS = 1_024  # starting very many ends the process
 SUMMARY_METRICS_WITH_HOLD_OUT = (
     "final_train_accuracy",
     "best_train_accuracy",
@@ -62,6 +64,10 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
     given = [name for name in OF_THE_RUN if getattr(arguments, name) not in (None, False, [])]
     if arguments.resume is not None and given:
         flags.error(f"argument --{given[0].replace('_', '-')}: not allowed with --resume, which has that of the run")
+    for name, value in vars(arguments).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str | Path) and not _can_be_written(str(text)):
+                flags.error(f"argument --{name.replace('_', '-')}: {str(text)!r} is not text in UTF-8")
     experiment.check()
     if arguments.resume is None:
         changes: dict[str, object] = dict(assignment(text) for text in arguments.set)
@@ -149,9 +155,15 @@ def answer_early() -> None:
 
     Does nothing in a program that is not a script which calls `main`.
     """
+    if (script := _script_that_calls_main()) is not None:
+        parser(script).parse_args()
+
+
+def _script_that_calls_main() -> Path | None:
     main_file, script = getattr(sys.modules["__main__"], "__file__", None), Path(sys.argv[0]).resolve()
     if main_file and Path(main_file).resolve() == script and re.search(r"^ *main\(\w", _source(script), re.MULTILINE):
-        parser(script).parse_args()
+        return script
+    return None
 
 
 def parser(script: Path) -> argparse.ArgumentParser:
@@ -185,7 +197,10 @@ def parser(script: Path) -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="train all seeds of a study, finished or not")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     parser.add_argument(
-        "--threads", type=_from(1), metavar="N", help="of torch on a CPU (default: one per core that nobody else uses)"
+        "--threads",
+        type=_from(1, MAX_THREADS),
+        metavar="N",
+        help="of torch on a CPU (default: one per core that nobody else uses)",
     )
     parser.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
@@ -226,12 +241,14 @@ def _declaration(source: str) -> str:
     return ""
 
 
-def _from(least: int) -> Callable[[str], int]:
-    """Return what reads a whole number for argparse and refuses one below `least`, before anything slow is imported."""
+def _from(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return what reads a whole number for argparse and refuses another one, before anything slow is imported."""
 
     def number(text: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]+", text) or (value := int(text)) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{value} is more than {most:,}")
         return value
 
     return number
@@ -244,11 +261,16 @@ def _seeds(text: str) -> Sequence[int]:
         if count > MAX_SEEDS:
             raise argparse.ArgumentTypeError(f"{count:,} seeds are more than {MAX_SEEDS:,}")
         return range(count)
-    seeds = [_from(0)(part.strip()) for part in text.split(",")]
-    for index, seed in enumerate(seeds):
-        if seed in seeds[:index]:
+    parts = text.split(",")
+    if len(parts) > MAX_SEEDS:
+        raise argparse.ArgumentTypeError(f"{len(parts):,} seeds are more than {MAX_SEEDS:,}")
+    seeds: dict[int, None] = {}
+    for part in parts:
+        seed = _from(0)(part.strip())
+        if seed in seeds:
             raise argparse.ArgumentTypeError(f"the seed {seed} is there twice in {text!r}")
-    return seeds
+        seeds[seed] = None
+    return list(seeds)
 
 
 def assignment(text: str) -> tuple[str, str]:
@@ -257,10 +279,15 @@ def assignment(text: str) -> tuple[str, str]:
     Raises:
         LabError: if it is no such pair.
     """
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise LabError(f"--set: {text!r} is not NAME=VALUE, e.g. lr=0.05")
-    return name.strip(), value.strip()
+    name, _, value = (part.strip() for part in text.partition("="))
+    if not (name and value):
+        raise LabError(f"--set: {shown(text)} is not NAME=VALUE, e.g. lr=0.05")
+    return name, value
+
+
+def _can_be_written(text: str) -> bool:
+    """Say whether text can stand in a file name and a database: bytes that are no UTF-8 come as lone surrogates."""
+    return "\0" not in text and text == text.encode("utf-8", "ignore").decode("utf-8")
 
 
 class Console:
@@ -494,12 +521,26 @@ def interrupt_on_signals(*signals: signal.Signals) -> None:
             signal.signal(number, interrupt)
 
 
+def _line_before_main(trace: TracebackType | None) -> int | None:
+    """Return the line of the experiment's script that was at work; None in the lab's code, and in other programs."""
+    script, frames = _script_that_calls_main(), traceback.extract_tb(trace)
+    if any(Path(frame.filename).parent == Path(__file__).parent for frame in frames):
+        return None
+    return next((frame.lineno for frame in reversed(frames) if Path(frame.filename).resolve() == script), None)
+
+
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show a LabError as its sentence, also one raised while a script still declares its experiment."""
+    """Show a LabError as its sentence, also one raised while a script still declares its experiment.
+
+    So too what a script's own code raises before it calls `main`. Every other error is a bug.
+    """
     if isinstance(error, LabError):
         print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         print(f"\n{INTERRUPTED}", file=sys.stderr)
+    elif (line := _line_before_main(trace)) is not None:
+        said = " ".join(str(error).split())
+        print(f"error: script: {kind.__name__}: {said} ({Path(sys.argv[0]).name}, line {line})", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

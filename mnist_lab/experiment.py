@@ -36,6 +36,8 @@ PARTS_WITH_DEFAULTS = ("net", "augmentation")
 NAMES_OF_PARTS = ("optimizer", "scheduler", "scheduler_interval", "loss", "augmentation")
 # Logged beside the hyperparameters: an argument so named is qualified by its part.
 RUN_PARAMS = ("seed", "device", "holdout")
+MAX_COUNT = 1_000_000_000  # of epochs or images in a batch: torch counts no further than 64 bits go
+MAX_SHOWN = 1_000  # characters of a value in a sentence
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -122,29 +124,30 @@ class Experiment(_Declaration):
             if value is None and part in ("scheduler", "augmentation"):
                 continue
             if not callable(value):
-                raise LabError(f"{part}: {value!r} can't be called; give a class or function, or a partial of one")
+                raise LabError(f"{part}: {shown(value)} can't be called; give a class or function, or a partial of one")
             if part == "net" and _is_module(value):
                 name = type(value).__name__
                 raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
             if isinstance(value, functools.partial) and value.args:
                 raise LabError(f"{part}: give the arguments of partial({_name(value)}, ...) by keyword")
-        if self.scheduler_interval not in ("epoch", "batch"):
-            raise LabError(f"scheduler_interval: {self.scheduler_interval!r} is neither 'epoch' nor 'batch'")
+        interval: object = self.scheduler_interval
+        if not (isinstance(interval, str) and interval in ("epoch", "batch")):
+            raise LabError(f"scheduler_interval: {shown(interval)} is neither 'epoch' nor 'batch'")
         if not isinstance(self.targets, Targets):
-            raise LabError(f"targets: {self.targets!r} is not a Targets(accuracy=..., params=..., epochs=...)")
+            raise LabError(f"targets: {shown(self.targets)} is not a Targets(accuracy=..., params=..., epochs=...)")
         accuracy = self.targets.accuracy
         if accuracy is not None and not (_is_number(accuracy) and 0 < accuracy <= 100):
-            raise LabError(f"targets.accuracy: {accuracy!r} is not a percentage above 0 and up to 100")
+            raise LabError(f"targets.accuracy: {shown(accuracy)} is not a percentage above 0 and up to 100")
         for name in ("params", "epochs"):
             if (limit := getattr(self.targets, name)) is not None:
                 _check_count(f"targets.{name}", limit)
         if not isinstance(self.reported, Mapping):
-            raise LabError(f"reported: {self.reported!r} is not a dict of figures by name")
+            raise LabError(f"reported: {shown(self.reported)} is not a dict of figures by name")
         for name, figure in self.reported.items():
             if name not in SUMMARY_METRICS:
-                raise LabError(f"reported: unknown figure {name!r}; allowed are {', '.join(SUMMARY_METRICS)}")
+                raise LabError(f"reported: unknown figure {shown(name)}; allowed are {', '.join(SUMMARY_METRICS)}")
             if not _is_number(figure):
-                raise LabError(f"reported: {name}={figure!r} is not a number")
+                raise LabError(f"reported: {name}={shown(figure)} is not a number")
 
     def hyperparameters(self) -> dict[str, object]:
         """Return every declared hyperparameter, flat: `batch_size epochs optimizer lr momentum scheduler ...`.
@@ -181,7 +184,7 @@ class Experiment(_Declaration):
             if name not in declared:
                 settable = [key for key in declared if key not in NAMES_OF_PARTS]
                 raise LabError(
-                    f"{name}: not a hyperparameter of this experiment{_did_you_mean(name, settable)}; "
+                    f"{_plain(name)}: not a hyperparameter of this experiment{_did_you_mean(name, settable)}; "
                     f"declared are {', '.join(settable)}"
                 )
             value = _like(name, given, declared[name])
@@ -236,7 +239,7 @@ def _like(name: str, given: object, declared: object) -> object:
         return value
     kind = {"int": "a whole number", "float": "a finite number", "bool": "True or False", "tuple": "a tuple"}
     wanted = kind.get(type(declared).__name__, f"a {type(declared).__name__}")
-    raise LabError(f"{name}: {given!r} is not {wanted} (the declared value is {declared!r})")
+    raise LabError(f"{name}: {shown(given)} is not {wanted} (the declared value is {shown(declared)})")
 
 
 def _read(text: str) -> object:
@@ -258,7 +261,23 @@ def _is_number(value: object) -> bool:
 
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise LabError(f"{name}: {value!r} is not a whole number of at least 1")
+        raise LabError(f"{name}: {shown(value)} is not a whole number of at least 1")
+    if value > MAX_COUNT:
+        raise LabError(f"{name}: {shown(value)} is more than {MAX_COUNT:,}")
+
+
+def shown(value: object) -> str:
+    """Return the value as a sentence shows it: its repr on one line, and of a long one the beginning."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an int of thousands of digits has none either
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _plain(name: str) -> str:
+    """Return a name as it is if it can be printed, else what `shown` makes of it."""
+    return name if name.isprintable() and 0 < len(name) <= MAX_SHOWN else shown(name)
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

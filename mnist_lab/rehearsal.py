@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from mnist_lab import training
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.training import (
+    EVALUATION_BATCH_SIZE,
+    EpochMetrics,
     build_scheduler,
     evaluation_part,
     normalize,
@@ -28,9 +31,12 @@ from mnist_lab.training import (
     training_images,
 )
 
+TRAINING = Path(training.__file__)
+MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
+
 
 def rehearse(experiment: Experiment, mnist: Mnist) -> None:
-    """Try the declaration on real batches before any training, and walk the schedule to its end.
+    """Try the declaration on real batches before any training, and walk the schedule to its end or very far.
 
     The network, the random state and the data are left as they were.
 
@@ -40,29 +46,38 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> None:
     device, total = mnist.train_images.device, len(mnist.train_images)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        with _blame("net"):
+        with blame("net"):
             net = experiment.net()
             if not isinstance(net, nn.Module):
                 raise TypeError(f"gives a {type(net).__name__}, not a torch.nn.Module")
             net.to(device)
+            for name, parameter in net.named_parameters():
+                if isinstance(parameter, nn.UninitializedParameter):
+                    raise TypeError(f"{name} has no shape before the first batch; give sizes in place of lazy layers")
         if num_params(net) == 0:
             raise LabError("net: has no parameters to train")
-        with _blame("optimizer"):
+        with blame("optimizer"):
             optimizer = experiment.optimizer(net.parameters())
             if not isinstance(optimizer, Optimizer):
                 raise TypeError(f"gives a {type(optimizer).__name__}, not a torch.optim.Optimizer")
         # Both sizes that will come up: some networks fail on a last batch of one image only.
         for size in sorted({min(experiment.batch_size, total), total % experiment.batch_size} - {0}, reverse=True):
-            _rehearse_step(net, experiment, mnist, optimizer, size)
-        with _blame("net"):
-            _check_logits(predict(net, evaluation_part(mnist)[1][:2]), 2)
-        with _blame("scheduler"):
+            _rehearse_batch(net, experiment, mnist, size)
+        with blame("net"):
+            _check_evaluation(net, evaluation_part(mnist)[1])
+        first = torch.arange(min(experiment.batch_size, total), device=device)
+        images = normalize(training_images(mnist, first, experiment))
+        with blame("optimizer"):
+            train_step(net, images, mnist.train_labels[first], experiment, optimizer)
+            if not predict(net, evaluation_part(mnist)[1][:2]).isfinite().all():
+                raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
+        with blame("scheduler"):
             _walk_schedule(experiment, net, total)
 
 
-def _rehearse_step(net: nn.Module, experiment: Experiment, mnist: Mnist, optimizer: Optimizer, size: int) -> None:
+def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: int) -> None:
     batch = torch.arange(size, device=mnist.train_images.device)
-    with _blame("augmentation"):
+    with blame("augmentation"):
         images = training_images(mnist, batch, experiment)
         if not isinstance(images, Tensor):
             raise TypeError(f"gives a {type(images).__name__}, not a tensor of images")
@@ -74,9 +89,9 @@ def _rehearse_step(net: nn.Module, experiment: Experiment, mnist: Mnist, optimiz
     images = normalize(images)
     labels = mnist.train_labels[batch]
     net.train()
-    with _blame("net"):
+    with blame("net"):
         _check_logits(logits := net(images), size)
-    with _blame("loss"):
+    with blame("loss"):
         loss = experiment.loss(logits, labels)
         if not isinstance(loss, Tensor) or loss.shape != ():
             raise ValueError("does not give a single number")
@@ -84,15 +99,21 @@ def _rehearse_step(net: nn.Module, experiment: Experiment, mnist: Mnist, optimiz
             raise ValueError(f"is {loss.item()} on the first batch")
         if not loss.requires_grad:
             raise ValueError("has no gradient in the network's parameters, so it can't train them")
-    with _blame("net"):
+    with blame("net"):
         loss.backward()  # type: ignore[no-untyped-call]
-    with _blame("optimizer"):
-        train_step(net, images, labels, experiment, optimizer)
+
+
+def _check_evaluation(net: nn.Module, images: Tensor) -> None:
+    """Try every number of images that is evaluated at once, and the two that the model is logged with."""
+    for size in sorted({2, min(EVALUATION_BATCH_SIZE, len(images)), len(images) % EVALUATION_BATCH_SIZE} - {0}):
+        _check_logits(predict(net, images[:size]), size)
 
 
 def _check_logits(logits: object, size: int) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"gives a {type(logits).__name__}, not a tensor of logits")
+    if logits.dtype not in (torch.float32, torch.float64, torch.float16):
+        raise TypeError(f"gives {logits.dtype} logits; give torch.float32, e.g. by .float() on the output")
     if logits.shape != (size, 10):
         raise ValueError(
             f"gives an output of shape {tuple(logits.shape)} for {size} images, not ({size}, 10): one logit per digit"
@@ -115,7 +136,7 @@ def _walk_schedule(experiment: Experiment, net: nn.Module, total: int) -> None:
         return
     optimizer.zero_grad()
     optimizer.step(lambda: 0.0)  # a schedule warns where its optimizer has not taken a step before it
-    for _ in range(experiment.epochs * scheduler_steps_per_epoch(experiment, total)):
+    for _ in range(min(MAX_SCHEDULE_STEPS, experiment.epochs * scheduler_steps_per_epoch(experiment, total))):
         scheduler.step()
         lr = float(optimizer.param_groups[0]["lr"])
         if not math.isfinite(lr):
@@ -123,17 +144,52 @@ def _walk_schedule(experiment: Experiment, net: nn.Module, total: int) -> None:
 
 
 @contextmanager
-def _blame(field: str) -> Iterator[None]:
-    """Turn whatever the declared code raises into one sentence that names the field and the line in the script."""
+def blame_script() -> Iterator[None]:
+    """Turn what the script's own code raises while it trains into one sentence, and so a lack of memory."""
     try:
         yield
     except LabError:
         raise
     except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_script(Path(f.filename))]
-        where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise LabError(f"{field}: {said}{where}") from error
+        files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        in_training = any(map(_is_script, files[files.index(TRAINING) :])) if TRAINING in files else False
+        if in_training or _lacks_memory(error):
+            raise _refusal("training", error) from error
+        raise
+
+
+def without_exits(epochs: Iterable[EpochMetrics]) -> Iterator[EpochMetrics]:
+    """Yield the epochs; a script that calls `sys.exit` meanwhile has not finished its run by that."""
+    try:
+        yield from epochs
+    except SystemExit as end:
+        raise _refusal("training", end) from end
+
+
+@contextmanager
+def blame(field: str) -> Iterator[None]:
+    """Turn whatever the declared code raises into one sentence that names the field and the line in the script."""
+    try:
+        yield
+    except LabError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _refusal(field, error) from error
+
+
+def _refusal(field: str, error: BaseException) -> LabError:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_script(Path(f.filename))]
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, SystemExit):
+        said = f"sys.exit({error.code!r}) was called"
+    elif _lacks_memory(error):
+        said = f"needs more memory than there is: {said}"
+    return LabError(f"{field}: {said}{where}")
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _is_script(file: Path) -> bool:

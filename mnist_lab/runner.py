@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from mnist_lab.checkpoint import Checkpoint
 from mnist_lab.data import Mnist, find_data_dir, hold_out, load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
-from mnist_lab.rehearsal import rehearse
+from mnist_lab.rehearsal import blame, blame_script, rehearse, without_exits
 from mnist_lab.summary import summarize
 from mnist_lab.targets import Verdict
 from mnist_lab.threads import Load, Threads
@@ -61,6 +62,7 @@ class RunResult:
     overrides: Mapping[str, object]
 
 
+@blame_script()
 def run(
     experiment: Experiment,
     script: Path,
@@ -88,7 +90,8 @@ def run(
     resume: continue this run, in the same MLflow run; all other arguments are those of that run.
 
     Raises:
-        LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
+        LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
+            later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
     """
     experiment.check()
     check_seed(seed)
@@ -116,7 +119,9 @@ def run(
 
     def train(run_id: str) -> Iterator[EpochMetrics]:
         epochs = list(before)
-        for metrics in training.epochs():
+        for metrics in without_exits(training.epochs()):
+            if not math.isfinite(metrics.eval_loss):
+                raise LabError(f"net: its {metrics.evaluated_on} loss is {metrics.eval_loss} in epoch {metrics.epoch}")
             epochs.append(metrics)
             # First here, then in MLflow: what is missing there is logged when the run goes on.
             checkpoint.save(
@@ -235,7 +240,7 @@ def record(
             epochs.append(metrics)
             tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
             progress.on_epoch(metrics)
-        logits = predict(net, mnist.test_images)
+        logits = test_logits(net, mnist)
         measured = measure(net, epochs, experiment)
         logged_once: tuple[str, ...] = LOGGED_ONCE
         if holdout is not None:
@@ -257,6 +262,19 @@ def record(
         if refusal is not None:
             tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
     return RunResult(tracked.run_id, epochs, measured, verdicts, overrides)
+
+
+def test_logits(net: nn.Module, mnist: Mnist) -> Tensor:
+    """Return the trained network's logits (10000, 10) of the test images.
+
+    Raises:
+        LabError: if it fails there or gives values that are not finite.
+    """
+    with blame("net"):
+        logits = predict(net, mnist.test_images)
+        if not logits.isfinite().all():
+            raise ValueError("gives logits of the test images that are not finite, after the last epoch")
+    return logits
 
 
 def load_parts(data_dir: Path | None, device: torch.device, *, limit: int | None, holdout: int | None) -> Mnist:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from mnist_lab import Experiment, Targets
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.errors import LabError
+from mnist_lab.experiment import shown
 
 
 class Net(nn.Module):
@@ -126,7 +127,7 @@ def test_a_count_that_is_none_is_refused(field: str, value: object) -> None:
     ],
 )
 def test_a_part_that_cannot_be_called_is_refused(field: str, value: object) -> None:
-    with pytest.raises(LabError, match=f"^{field}: {re.escape(repr(value))} can't be called"):
+    with pytest.raises(LabError, match=f"^{field}: {re.escape(shown(value))} can't be called"):
         declare(**{field: value}).check()
 
 

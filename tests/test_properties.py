@@ -1,0 +1,570 @@
+"""Whatever is typed, declared or found in a data file: it works, or one sentence names what is wrong with it.
+
+Hypothesis makes the inputs, the same ones in every run of the suite.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import io
+import itertools
+import math
+import os
+import re
+import signal
+import sys
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import SIGNALS, read_runs, read_value
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
+
+from mnist_lab import Experiment, Targets, data, rehearsal, runner, study
+from mnist_lab.augmentation import random_rotation
+from mnist_lab.cli import main
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.experiment import shown
+from mnist_lab.training import fit
+
+EXAMPLES = 2_000
+TRAINED = 4  # command lines that are not only checked
+SECONDS = 60  # that one input may take before it counts as a hang
+EACH = settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture
+def tiny_mnist(mnist: Mnist) -> Mnist:
+    """Return the first 130 training and 60 test images."""
+    return dataclasses.replace(
+        mnist,
+        train_images=mnist.train_images[:130],
+        train_labels=mnist.train_labels[:130],
+        test_images=mnist.test_images[:60],
+        test_labels=mnist.test_labels[:60],
+    )
+
+
+@pytest.fixture(autouse=True)
+def _short_schedules_and_settings_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(rehearsal, "MAX_SCHEDULE_STEPS", 100)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def no_hang(shown: object) -> Iterator[None]:
+    def give_up(signum: int, frame: FrameType | None) -> None:
+        raise AssertionError(f"not through after {SECONDS} seconds: {shown!r}")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---- what people may give for a value
+
+SURROGATES = "\udce9"  # how Python shows a byte that is no UTF-8 in an argument
+text = st.text(max_size=12) | st.sampled_from(
+    ["", " ", "\0", "a\nb", "\x1b[31m", SURROGATES, "١", "x" * 5000, "∞", "-"]
+)
+whole = st.integers(-3, 300) | st.integers() | st.sampled_from([2**31, 2**32, 2**63, 2**64, 10**30, 10**400])
+number_text = (
+    whole.map(str)
+    | st.floats().map(repr)
+    | st.sampled_from(
+        ["1e999", "-0", "+1", "1_0", "0x10", " 3 ", "9" * 5000, "0x" + "f" * 5000, "1e38", "1e-400", "True"]
+    )
+)
+literal = st.sampled_from(
+    ["None", "[]", "{}", "()", "(1, 2)", "(" * 3000, "1+1j", "b'x'", "'", "{[]: 1}", "__import__('os')"]
+)
+
+
+# ---- command lines
+
+
+class Net(nn.Module):
+    def __init__(self, dropout: float = 0.1, bias: bool = False, name: str = "plain", scale: float = 1.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(784, 10, bias=bias))
+        self.scale = scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images) * self.scale
+
+
+EXPERIMENT = Experiment(
+    net=Net,
+    epochs=2,
+    batch_size=64,
+    optimizer=partial(SGD, lr=0.01, momentum=0.9, foreach=None),
+    scheduler=partial(StepLR, step_size=2, gamma=0.6),
+    augmentation=partial(random_rotation, degrees=7.0),
+    targets=Targets(accuracy=99.4, params=10_000, epochs=15),
+)
+HYPERPARAMETERS = [name for name in EXPERIMENT.hyperparameters() if name not in ("foreach",)]
+# The flags that a sentence may be about, by how it begins; every other one is about a hyperparameter, thus --set.
+ABOUT = {
+    "seed": ("--seed", "--seeds"),
+    "epochs": ("--epochs", "--set"),
+    "batch_size": ("--batch-size", "--set"),
+    "device": ("--device",),
+    "limit": ("--limit",),
+    "holdout": ("--holdout",),
+    "resume": ("--resume",),
+    "workers": ("--workers",),
+    "tracking store": ("--tracking-uri",),
+    "MNIST is not complete": ("--data-dir",),
+}
+GOOD = {
+    "--epochs": ["1", "3"],
+    "--batch-size": ["1", "64", "1000"],
+    "--seed": ["0", "7"],
+    "--threads": ["1", "2"],
+    "--device": ["cpu"],
+    "--limit": ["1", "65", "130"],
+    "--holdout": ["50"],
+    "--set": ["lr=0.1", "momentum=0", "gamma=0.5", "step_size=1", "dropout=0.5", "bias=True", "name=a b", "degrees=3"],
+}
+
+
+def odd_arguments(places: list[str]) -> st.SearchStrategy[list[str]]:
+    """Return a strategy for one or two arguments that are mostly wrong."""
+    value = number_text | text | literal
+    setting = st.builds("{}={}".format, st.sampled_from(HYPERPARAMETERS) | text, value) | text
+    flags = st.sampled_from(["--epochs", "--batch-size", "--seed", "--seeds", "--workers", "--threads", "--limit"])
+    return st.one_of(
+        st.tuples(flags, value).map(list),
+        st.tuples(flags, whole.map(str)).map(list),
+        st.tuples(st.sampled_from(["--holdout", "--device"]), value).map(list),
+        setting.map(lambda given: ["--set", given]),
+        setting.map(lambda given: [f"--set={given}"]),
+        st.sampled_from(["1,2,3", "1,1", ",", "5,", "1,-1", ",".join(map(str, range(20_000))), "1," * 9999 + "1"]).map(
+            lambda seeds: ["--seeds", seeds]
+        ),
+        (st.sampled_from(["../../x", "/etc/passwd", "", "a" * 32]) | text).map(lambda run: ["--resume", run]),
+        (st.sampled_from(places) | text.filter(lambda name: "/" not in name)).map(lambda uri: ["--tracking-uri", uri]),
+        st.sampled_from(
+            [["--data-dir", places[0].removeprefix("sqlite:///")], ["--data-dir", "\0"], ["--data-dir", "é" * 300]]
+        ),
+        st.sampled_from(
+            [["--again"], ["--resume"], ["--help"], ["--se", "1"], ["--"], ["-x"], ["--set"], ["--epochs"]]
+        ),
+        text.map(lambda junk: [junk]),
+    )
+
+
+def command_lines(places: list[str]) -> st.SearchStrategy[list[str]]:
+    good = st.sampled_from([[flag, value] for flag, values in GOOD.items() for value in values])
+    some_good = st.lists(good, max_size=3)
+    with_odd = st.tuples(some_good, st.lists(odd_arguments(places), min_size=1, max_size=2))
+    return st.one_of(some_good, *[with_odd.map(lambda both: both[0] + both[1])] * 5).map(
+        lambda groups: list(itertools.chain.from_iterable(groups))
+    )
+
+
+class Begun(BaseException):
+    """All checks are passed, and the training begins."""
+
+
+@dataclasses.dataclass
+class Desk:
+    """Where command lines are tried: a script, a store without runs, and things that are no store."""
+
+    script: Path
+    database: Path
+    places: list[str]
+
+    def outcome(self, arguments: list[str]) -> str:
+        """Return "begun", "help" or "usage", or the sentence with which the arguments are refused."""
+        stdout, stderr = io.StringIO(), io.StringIO()
+        given = ["--tracking-uri", f"sqlite:///{self.database}", *arguments]
+        try:
+            with no_hang(arguments), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                main(EXPERIMENT, given)
+        except Begun:
+            return "begun"
+        except LabError as refusal:
+            return str(refusal)
+        except SystemExit as end:
+            if end.code == 0:
+                assert stdout.getvalue().startswith("usage: my_idea.py")
+                return "help"
+            if end.code != 2:
+                raise
+            said = stderr.getvalue().partition("my_idea.py: error: ")[2]
+            assert re.match("argument --|unrecognized arguments: |ambiguous option: ", said), stderr.getvalue()
+            return "usage"
+        return "finished"
+
+
+@pytest.fixture
+def desk(tiny_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    script, here = tmp_path / "my_idea.py", tmp_path / "here"
+    script.write_text("from mnist_lab import Experiment, main\n\nEXPERIMENT = Experiment(...)\nmain(EXPERIMENT)\n")
+    here.mkdir()
+    (tmp_path / "notes.txt").write_text("my notes\n")
+    load = runner.load_mnist
+
+    def load_few(folder: Path | None, device: torch.device) -> Mnist:
+        return tiny_mnist if folder is None else load(folder, device)
+
+    monkeypatch.setattr(runner, "load_mnist", load_few)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    places = [f"sqlite:///{tmp_path}/notes.txt", f"sqlite:///{tmp_path}", f"sqlite:///{tmp_path}/notes.txt/mlflow.db"]
+    return Desk(script, database, [*places, "sqlite:", "sqlite:///", "sqlite:///a?b", "foo://x", "http://127.0.0.1:9"])
+
+
+written: list[str] = []  # what this process opens to write or makes, while a test looks
+
+
+@pytest.fixture
+def watched_files() -> Iterator[list[str]]:
+    """Return the list of the files and folders that are made or written to while the test runs."""
+    looking = [True]
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if not looking[0]:
+            return
+        if event in ("os.mkdir", "os.rename", "os.remove") or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        ):
+            with contextlib.suppress(TypeError, ValueError):
+                written.append(os.path.abspath(os.fsdecode(arguments[1 if event == "os.rename" else 0])))  # noqa: PTH100
+
+    written.clear()
+    sys.addaudithook(look)
+    yield written
+    looking[0] = False
+
+
+def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
+    desk: Desk, watched_files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(*arguments: object, **more: object) -> None:
+        raise Begun
+
+    monkeypatch.setattr(runner, "identity_text", begin)
+    monkeypatch.setattr(study, "track", begin)
+    outcomes: Counter[str] = Counter()
+
+    @EACH
+    @given(command_lines(desk.places))
+    def holds(arguments: list[str]) -> None:
+        outcome = desk.outcome(arguments)
+        torch.set_num_threads(1)
+        if outcome in ("begun", "help", "usage"):
+            outcomes[outcome] += 1
+        else:
+            outcomes["sentence"] += 1
+            assert outcome.isprintable(), outcome
+            about = next((flags for start, flags in ABOUT.items() if outcome.startswith(start)), ("--set",))
+            assert any(argument.startswith(about) for argument in arguments), outcome
+            if about == ("--set",) and not re.match("--set|net|optimizer|scheduler|augmentation|loss", outcome):
+                names = [argument.removeprefix("--set=").partition("=")[0].strip() for argument in arguments]
+                assert outcome.startswith(tuple(f"{way}: " for name in names for way in (name, shown(name)))), outcome[
+                    :99
+                ]
+        assert read_value(desk.database, "SELECT COUNT(*) FROM runs") == 0
+
+    holds()
+
+    print(outcomes)
+    assert sum(outcomes.values()) >= EXAMPLES
+    assert min(outcomes[kind] for kind in ("begun", "usage", "sentence")) >= EXAMPLES / 10
+    inside = (str(tmp_path), "/dev/", "/proc/")
+    own = ("__pycache__", ".hypothesis", "torchinductor")  # caches of Python, Hypothesis and torch
+    assert {
+        path for path in watched_files if not path.startswith(inside) and not any(part in path for part in own)
+    } == set()
+
+
+def test_command_lines_that_train_leave_finished_runs(desk: Desk) -> None:
+    tried: list[dict[str, str]] = []
+    good = st.sampled_from([[flag, value] for flag, values in GOOD.items() for value in values])
+
+    @settings(EACH, max_examples=TRAINED)
+    @given(st.lists(good, min_size=2, max_size=4, unique_by=lambda argument: argument[0]))
+    def holds(groups: list[list[str]]) -> None:
+        outcome = desk.outcome(list(itertools.chain.from_iterable(groups)))
+        given = dict(groups)
+        if outcome != "finished":
+            assert outcome.startswith("limit: 130 is not between 1 and 80"), outcome
+            assert given.keys() >= {"--limit", "--holdout"}
+            return
+        tried.append(given)
+        run = read_runs(desk.database)[-1]
+        assert run.status == "FINISHED"
+        epochs = int(given.get("--epochs", EXPERIMENT.epochs))
+        assert [step for step, _ in run.metrics["train_loss"]] == list(range(1, epochs + 1))
+        assert all(math.isfinite(value) for points in run.metrics.values() for _, value in points)
+        for flag, name in (("--epochs", "epochs"), ("--batch-size", "batch_size"), ("--seed", "seed")):
+            assert flag not in given or run.params[name] == given[flag]
+
+    holds()
+
+    assert len(read_runs(desk.database)) == len(tried) >= TRAINED - 2
+
+
+# ---- declarations
+
+
+def is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+class Awkward:
+    """A value that can't even be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+def giving(change: Callable[[Tensor], object]) -> type[nn.Module]:
+    class Changed(Net):
+        def forward(self, images: Tensor) -> Any:
+            return change(super().forward(images))
+
+    return Changed
+
+
+def raises(*arguments: object) -> Tensor:
+    raise KeyError("of no use")
+
+
+anything = st.one_of(
+    whole,
+    st.floats(),
+    text,
+    st.none() | st.booleans() | st.binary(max_size=4) | st.complex_numbers(),
+    st.lists(st.integers() | st.text(max_size=3), max_size=3)
+    | st.dictionaries(st.text(max_size=3), st.floats(), max_size=2),
+    st.sampled_from(
+        [Awkward(), object, len, nn.Module, torch.zeros(3, 3), np.array(["epoch", "batch"]), np.int64(3), ...]
+    ),
+    st.sampled_from([raises, partial(raises, 1), partial(Net, 0.5), Net, lambda *given: None, print, sys.exit, iter]),
+)
+numbers = st.floats() | st.integers(-2, 300) | text
+RIGHT: dict[str, st.SearchStrategy[Any]] = {
+    "net": st.sampled_from([Net, partial(Net, dropout=0.5), lambda: Net()]),
+    "epochs": st.integers(1, 30),
+    "batch_size": st.integers(1, 200),
+    "optimizer": st.sampled_from([partial(SGD, lr=0.01), Adam, partial(SGD, lr=0.01, momentum=0.9)]),
+    "scheduler": st.sampled_from([None, partial(StepLR, step_size=2), partial(ExponentialLR, gamma=0.9)]),
+    "scheduler_interval": st.sampled_from(["epoch", "batch"]),
+    "augmentation": st.sampled_from([None, partial(random_rotation, degrees=7.0)]),
+    "loss": st.sampled_from([nn.functional.cross_entropy, nn.CrossEntropyLoss()]),
+    "targets": st.just(Targets(accuracy=99.4)),
+    "reported": st.just({"best_epoch": 3}),
+}
+ODD: dict[str, st.SearchStrategy[Any]] = {
+    "net": st.builds(partial, st.just(Net), dropout=numbers)
+    | st.builds(partial, st.just(Net), scale=st.floats())
+    | st.builds(partial, st.just(Net), width=numbers)
+    | st.sampled_from(
+        [lambda y: y[:, :5], lambda y: y[1:], lambda y: y.sum(), lambda y: y * torch.nan, str, raises]
+    ).map(giving),
+    "epochs": whole,
+    "batch_size": whole,
+    "optimizer": st.builds(partial, st.just(SGD), lr=numbers, momentum=numbers)
+    | st.builds(partial, st.just(Adam), lr=numbers, betas=st.tuples(numbers, numbers) | numbers),
+    "scheduler": st.builds(partial, st.just(StepLR), step_size=numbers, gamma=numbers)
+    | st.builds(partial, st.just(OneCycleLR), max_lr=numbers, total_steps=st.integers(-1, 40))
+    | st.builds(partial, st.just(ExponentialLR), gamma=numbers),
+    "scheduler_interval": text,
+    "augmentation": st.builds(partial, st.just(random_rotation), degrees=numbers)
+    | st.sampled_from([lambda x: x[1:], lambda x: x * torch.inf, lambda x: x.long(), lambda x: x.mean(), raises]),
+    "loss": st.sampled_from([lambda y, t: y, lambda y, t: y.sum() * torch.inf, lambda y, t: 1.0, raises]),
+    "targets": st.builds(Targets, accuracy=anything, params=anything, epochs=anything),
+    "reported": st.dictionaries(
+        st.sampled_from(["best_epoch", "best"]) | anything.filter(is_hashable), anything, max_size=2
+    ),
+    "epoch": whole,  # of no such field
+}
+
+
+@st.composite
+def declarations(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
+    """Return fields, and the names of those that may be wrong."""
+    odd = set(draw(st.lists(st.sampled_from(list(ODD)), min_size=0, max_size=2)))
+    fields = {
+        name: draw(ODD[name] | anything if name in odd else RIGHT.get(name, whole))
+        for name in {**RIGHT, **dict.fromkeys(sorted(odd))}
+    }
+    for name in draw(st.just([]) | st.just([]) | st.lists(st.sampled_from(list(RIGHT)), max_size=1)):
+        odd.add(name)
+        fields.pop(name, None)
+    return fields, odd
+
+
+def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(
+    tiny_mnist: Mnist,
+) -> None:
+    few = dataclasses.replace(
+        tiny_mnist, train_images=tiny_mnist.train_images[:8], train_labels=tiny_mnist.train_labels[:8]
+    )
+    outcomes: Counter[str] = Counter()
+    named: Counter[str] = Counter()
+
+    @EACH
+    @given(declarations())
+    def holds(declared: tuple[dict[str, Any], set[str]]) -> None:
+        fields, odd = declared
+        try:
+            with no_hang(odd):
+                experiment = Experiment(**fields)
+                experiment.check()
+                experiment.hyperparameters()
+                rehearsal.rehearse(experiment, tiny_mnist)
+        except LabError as refusal:
+            sentence = str(refusal)
+            assert sentence.isprintable()
+            field = re.match(r"(?:Experiment: the field '|Experiment has no field '|)(\w+)", sentence)
+            assert field
+            # What a part gives is seen by the next one: odd images or logits may be too much for it.
+            seen_by = {
+                "optimizer": {"net", "augmentation", "loss", "epoch"},
+                "loss": {"net"},
+                "scheduler": {"optimizer"},
+            }
+            assert odd & ({field[1]} | seen_by.get(field[1], set())), sentence
+            outcomes["sentence"] += 1
+            named[field[1]] += 1
+            return
+        outcomes["accepted"] += 1
+        with no_hang(odd):
+            try:
+                (metrics,) = fit(experiment.net(), dataclasses.replace(experiment, epochs=1), few, seed=0)
+            except LabError as diverged:
+                if not str(diverged).startswith("loss: "):
+                    raise
+            else:
+                assert metrics.train_images == 8
+
+    holds()
+
+    assert sum(outcomes.values()) >= EXAMPLES
+    assert min(outcomes.values()) >= EXAMPLES / 10
+    assert named.keys() >= {name for name in ODD if name != "reported"}
+
+
+# ---- data files
+
+
+LABELS = data.IDX_FILES[3]
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """Return what is done to a file."""
+    kind = draw(st.sampled_from(["cut", "longer", "flipped", "magic", "other", "swapped"]))
+    position, some = draw(st.floats(0, 1, exclude_max=True)), draw(st.binary(min_size=1, max_size=300))
+    bit = draw(st.integers(0, 7))
+
+    def damaged(content: bytes) -> bytes:
+        at = int(position * len(content))
+        match kind:
+            case "cut":
+                return content[:at]
+            case "longer":
+                return content[:at] + some + content[at:]
+            case "flipped":
+                return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
+            case "magic":
+                return some[:4].ljust(4, b"\0") + content[4:]
+            case "swapped":
+                return content[at:] + content[:at]
+        return some
+
+    return damaged
+
+
+ZEROS, NOTHING = gzip.compress(bytes(2**20)), gzip.compress(b"")
+
+
+def endless(kind: int, some: bytes) -> Iterator[bytes]:
+    """Yield the beginning of what never ends: zeros, random bytes, empty members, or a header field without an end."""
+    header = b"\x1f\x8b\x08\x08" + bytes(6)
+    yield [ZEROS, some, NOTHING, header][kind]
+    yield from itertools.repeat([ZEROS, some, NOTHING, b"x" * 1000][kind], 500)
+
+
+def test_any_damaged_data_file_is_refused_by_its_checksum(mnist: Mnist, tmp_path: Path) -> None:
+    good = b"\0\0\x08\x01\0\0\x27\x10" + bytes(mnist.test_labels.tolist())
+    assert hashlib.md5(good, usedforsecurity=False).hexdigest() == LABELS.md5
+    compressed = gzip.compress(good, mtime=0)
+    outcomes: Counter[str] = Counter()
+
+    @EACH
+    @given(
+        st.sampled_from(["MNIST/raw/", ""]),
+        st.sampled_from(["plain", "inside gzip", "gzip", "endless"]),
+        damages(),
+        st.integers(0, 3),
+        st.binary(min_size=50, max_size=300),
+    )
+    def holds(place: str, form: str, damaged: Callable[[bytes], bytes], kind: int, some: bytes) -> None:
+        content = {
+            "plain": lambda: damaged(good),
+            "inside gzip": lambda: gzip.compress(damaged(good)),
+            "gzip": lambda: damaged(compressed),
+            "endless": lambda: b"".join(endless(kind, some)),
+        }[form]()
+        file = tmp_path / f"{place}{LABELS.name}{'' if form == 'plain' else '.gz'}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        del content
+        tracemalloc.start()
+        try:
+            with no_hang(form):
+                found, faults = data._read_good_files(tmp_path, [LABELS])
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
+            file.unlink()
+        # Some damage leaves the content as it was: in gzip's header, say, or no byte more than before.
+        assert found in ({}, {LABELS.name: good})
+        outcomes["the very file" if found else "refused"] += 1
+        if not found:
+            (fault,) = faults
+            assert re.fullmatch(rf"{re.escape(str(file))} \((damaged: |can't be read: ).+\)", fault)
+
+    holds()
+
+    assert sum(outcomes.values()) >= EXAMPLES
+    assert outcomes["refused"] > EXAMPLES * 0.8
