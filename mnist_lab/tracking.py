@@ -41,7 +41,17 @@ from torch import Tensor, nn
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.store import EXPERIMENT_NAME, SQLITE, UI_VIEW, check_readable, sqlite_file, tracking_uri
+from mnist_lab.store import (
+    ARTIFACTS,
+    EXPERIMENT_NAME,
+    SQLITE,
+    UI_VIEW,
+    check_readable,
+    check_writable,
+    follow_move,
+    sqlite_file,
+    tracking_uri,
+)
 
 FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a busy machine
 # MLflow's table shows no metric unless a view is chosen; this is its own way of sharing one, by name in the address.
@@ -79,12 +89,14 @@ def open_store(uri: str | None = None) -> Store:
             return Store(uri, _experiment_id(uri, artifacts=None))
         if database.exists():
             check_readable(uri)  # before a lock file is left beside what is not ours
+        check_writable(uri)
         database.parent.mkdir(parents=True, exist_ok=True)
         # Two processes that make the same new database at once would break it.
         with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
             if not database.exists():
                 _create(database)
             check_readable(uri)
+            follow_move(uri)
             return Store(uri, _experiment_id(uri, artifacts=_artifacts(database)))
     except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error) as error:
         raise LabError(f"tracking store {uri!r} can't be used: {_one_line(error)}") from error
@@ -101,7 +113,7 @@ def _create(database: Path) -> None:
 
 
 def _artifacts(database: Path) -> Path:
-    return database.parent / "artifacts"
+    return database.parent / ARTIFACTS
 
 
 def _experiment_id(uri: str, artifacts: Path | None) -> str:
