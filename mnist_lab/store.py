@@ -87,7 +87,7 @@ def check_readable(uri: str) -> None:
 
 
 def check_writable(uri: str) -> None:
-    """Refuse a SQLite store that a run could not be written to; what is there stays as it is, to the byte.
+    """Refuse a SQLite store that a run could not be written to; nothing is changed or left.
 
     The database, made or not, its folder and those of artifacts and checkpoints are tried, with room for one run.
 

@@ -12,6 +12,8 @@ import importlib.metadata
 import io
 import json
 import logging
+import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -103,13 +105,18 @@ def open_store(uri: str | None = None) -> Store:
 
 
 def _create(database: Path) -> None:
-    """Make the database under another name first: a process killed half-way must not leave half a store."""
-    new = database.with_name(f"{database.name}.new")
-    new.unlink(missing_ok=True)
-    _experiment_id(f"{SQLITE}{new}", artifacts=_artifacts(database))
-    with closing(sqlite3.connect(new)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")  # it stays so
-    new.replace(database)
+    """Make the database in a folder of its own first: a process that fails half-way must not leave half a store."""
+    folder = database.with_name(f"{database.name}.new")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    folder.mkdir()
+    new = folder / f"{secrets.token_hex(4)}.db"  # MLflow takes a path that it has seen for one that it has made
+    try:
+        _experiment_id(f"{SQLITE}{new}", artifacts=_artifacts(database))
+        with closing(sqlite3.connect(new)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")  # it stays so
+        new.replace(database)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _artifacts(database: Path) -> Path:
