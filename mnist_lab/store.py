@@ -87,7 +87,7 @@ def check_readable(uri: str) -> None:
 
 
 def check_writable(uri: str) -> None:
-    """Refuse a SQLite store that a run could not be written to; nothing is changed or left.
+    """Refuse a SQLite store that is not MLflow's, or that a run could not be written to; nothing is changed or left.
 
     The database, made or not, its folder and those of artifacts and checkpoints are tried, with room for one run.
 
@@ -98,9 +98,18 @@ def check_writable(uri: str) -> None:
     if file is None:
         return
     folders = [file.parent, file.parent / CHECKPOINTS]
-    if file.exists():
+    if _is_there(file):
+        for path in (
+            file,
+            file.parent,
+        ):  # first: SQLite would leave a log beside the file that is as read-only as it is
+            if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+                refusal = PermissionError(errno.EACCES, f"{path} is read-only for you")
+                raise LabError(f"tracking store {file} can't be written: {refusal.strerror}{_advice(refusal)}")
+        check_readable(uri)
         with _connection(file, "rw", "written") as connection:
             connection.execute("BEGIN IMMEDIATE")
+            connection.execute("CREATE TABLE probe (x)")  # a read-only file lets one begin, where it has a log
             connection.execute("ROLLBACK")
             folders += [folder for folder in [_recorded(connection)] if folder]
     else:

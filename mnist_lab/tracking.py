@@ -55,6 +55,9 @@ from mnist_lab.store import (
     tracking_uri,
 )
 
+# MLflow shows each error of the database with its traceback, and raises it too; one sentence is made of that.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
 FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a busy machine
 # MLflow's table shows no metric unless a view is chosen; this is its own way of sharing one, by name in the address.
 UI_COLUMNS = [
@@ -89,9 +92,7 @@ def open_store(uri: str | None = None) -> Store:
     try:
         if database is None:
             return Store(uri, _experiment_id(uri, artifacts=None))
-        if database.exists():
-            check_readable(uri)  # before a lock file is left beside what is not ours
-        check_writable(uri)
+        check_writable(uri)  # before a lock file is left beside what is not ours
         database.parent.mkdir(parents=True, exist_ok=True)
         # Two processes that make the same new database at once would break it.
         with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
