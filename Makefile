@@ -31,11 +31,19 @@ help:  ## list the targets
 .PHONY: setup
 setup: $(INSTALLED)  ## make the environment in .venv from requirements.lock
 
+# An environment knows its own path, so in a folder that was moved or copied it is made anew.
+ifneq ($(shell cat $(INSTALLED) 2>/dev/null),)
+ifneq ($(shell cat $(INSTALLED)),$(CURDIR))
+.PHONY: $(INSTALLED)
+endif
+endif
+
 $(INSTALLED): requirements.lock pyproject.toml | $(UV)
+	test ! -s $@ || test "$$(cat $@)" = "$(CURDIR)" || rm -rf .venv
 	test -x $(PYTHON) || $(UV) venv --quiet --python '>=3.11,<3.14' .venv
 	$(UV) pip sync --quiet --require-hashes requirements.lock
 	$(UV) pip install --quiet --no-deps --editable .
-	@touch $@
+	@echo "$(CURDIR)" > $@
 
 .uv/bin/uv:
 	python3 -m venv .uv

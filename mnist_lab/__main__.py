@@ -117,7 +117,10 @@ def resume(arguments: argparse.Namespace) -> None:
     uri = tracking_uri(arguments.tracking_uri)
     found = checkpoint.find(uri, run_id=arguments.run_id)
     if not Path(found.script).is_file():
-        raise LabError(f"resume: the script of run {found.run_id}, {found.script}, is not there any more")
+        raise LabError(
+            f"resume: the script of run {found.run_id}, {found.script}, is not there any more; start it with --resume "
+            "where it is now"
+        )
     print(f"Going on with {found.step} seed {found.seed} after epoch {found.epochs[-1].epoch}.", flush=True)
     flags = ["--resume", found.run_id, "--tracking-uri", uri]
     os.execv(sys.executable, [sys.executable, found.script, *flags])  # noqa: S606 - the script is the user's own

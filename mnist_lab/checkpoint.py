@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mnist_lab.errors import LabError
-from mnist_lab.store import own_folder
+from mnist_lab.store import CHECKPOINTS, PROJECT_ROOT, own_folder
 from mnist_lab.training import EpochMetrics
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """A run after one of its epochs.
 
-    script: the script's path.
+    script: the script's path. In the file it is relative to the project, where it lies in it: that may be moved.
     changes: what the command line had changed, by name, `limit` not included.
     identity: the params and tags that runs share if they differ in nothing but the seed, as text.
     threads: of torch; another number would round sums in another order.
@@ -49,7 +49,7 @@ class Checkpoint:
 
 def folder(uri: str) -> Path:
     """Return where the checkpoints of a tracking store's runs are."""
-    return own_folder(uri) / "checkpoints"
+    return own_folder(uri) / CHECKPOINTS
 
 
 def file_of(uri: str, run_id: str) -> Path:
@@ -67,8 +67,11 @@ def save(checkpoint: Checkpoint, uri: str) -> None:
     new = file.with_suffix(".new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        script = Path(checkpoint.script)
+        script = script.relative_to(PROJECT_ROOT) if script.is_relative_to(PROJECT_ROOT) else script
+        epochs = [asdict(epoch) for epoch in checkpoint.epochs]
         with new.open("wb") as stream:
-            torch.save({**vars(checkpoint), "epochs": [asdict(epoch) for epoch in checkpoint.epochs]}, stream)
+            torch.save({**vars(checkpoint), "script": str(script), "epochs": epochs}, stream)
             stream.flush()
             os.fsync(stream.fileno())
         new.replace(file)
@@ -86,7 +89,8 @@ def load(file: Path) -> Checkpoint:
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        return Checkpoint(**{**saved, "epochs": [EpochMetrics(**epoch) for epoch in saved["epochs"]]})
+        script = str(PROJECT_ROOT / saved["script"])
+        return Checkpoint(**{**saved, "script": script, "epochs": [EpochMetrics(**epoch) for epoch in saved["epochs"]]})
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, TypeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
         raise LabError(f"checkpoint {file} can't be read: {reason}") from error

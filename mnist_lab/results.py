@@ -41,7 +41,7 @@ from mnist_lab.comparison import (
 )
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import SUMMARY_METRICS, Targets
-from mnist_lab.store import EXPERIMENT_NAME, check_readable
+from mnist_lab.store import EXPERIMENT_NAME, check_readable, follow_move
 from mnist_lab.store import tracking_uri as resolve_uri
 
 EPOCH_METRICS = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"]
@@ -156,6 +156,7 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
     """
     uri = resolve_uri(tracking_uri)
     check_readable(uri)
+    follow_move(uri)
     with tempfile.TemporaryDirectory() as folder, _reading(uri):
         client = mlflow.MlflowClient(uri)
         try:

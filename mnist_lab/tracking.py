@@ -12,6 +12,8 @@ import importlib.metadata
 import io
 import json
 import logging
+import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -45,7 +47,20 @@ from torch import Tensor, nn
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.outbox import Outbox, Record, all_outboxes
-from mnist_lab.store import EXPERIMENT_NAME, SQLITE, UI_VIEW, check_readable, sqlite_file, tracking_uri
+from mnist_lab.store import (
+    ARTIFACTS,
+    EXPERIMENT_NAME,
+    SQLITE,
+    UI_VIEW,
+    check_readable,
+    check_writable,
+    follow_move,
+    sqlite_file,
+    tracking_uri,
+)
+
+# MLflow shows each error of the database with its traceback, and raises it too; one sentence is made of that.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a busy machine
 # MLflow's table shows no metric unless a view is chosen; this is its own way of sharing one, by name in the address.
@@ -87,14 +102,14 @@ def open_store(uri: str | None = None) -> Store:
             _ask(uri)
             with _briefly():
                 return Store(uri, _experiment_id(uri, artifacts=None))
-        if database.exists():
-            check_readable(uri)  # before a lock file is left beside what is not ours
+        check_writable(uri)  # before a lock file is left beside what is not ours
         database.parent.mkdir(parents=True, exist_ok=True)
         # Two processes that make the same new database at once would break it.
         with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
             if not database.exists():
                 _create(database)
             check_readable(uri)
+            follow_move(uri)
             return Store(uri, _experiment_id(uri, artifacts=_artifacts(database)))
     except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error) as error:
         raise LabError(f"tracking store {uri!r} can't be used: {_one_line(error)}") from error
@@ -108,17 +123,22 @@ def _ask(uri: str) -> None:
 
 
 def _create(database: Path) -> None:
-    """Make the database under another name first: a process killed half-way must not leave half a store."""
-    new = database.with_name(f"{database.name}.new")
-    new.unlink(missing_ok=True)
-    _experiment_id(f"{SQLITE}{new}", artifacts=_artifacts(database))
-    with closing(sqlite3.connect(new)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")  # it stays so
-    new.replace(database)
+    """Make the database in a folder of its own first: a process that fails half-way must not leave half a store."""
+    folder = database.with_name(f"{database.name}.new")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    folder.mkdir()
+    new = folder / f"{secrets.token_hex(4)}.db"  # MLflow takes a path that it has seen for one that it has made
+    try:
+        _experiment_id(f"{SQLITE}{new}", artifacts=_artifacts(database))
+        with closing(sqlite3.connect(new)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")  # it stays so
+        new.replace(database)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _artifacts(database: Path) -> Path:
-    return database.parent / "artifacts"
+    return database.parent / ARTIFACTS
 
 
 def _experiment_id(uri: str, artifacts: Path | None) -> str:
