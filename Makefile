@@ -17,7 +17,7 @@ STEPS := step1 step2 step3 step4
 
 .PHONY: help
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
 	@echo 'Experiments, by the names of their scripts:'
 	@for script in experiments/*.py; do \
 	  name=$$(basename "$$script" .py); [[ $$name =~ ^step[0-9]+_ ]] && name=$${name%%_*}; \
@@ -121,6 +121,10 @@ bench: $(INSTALLED)  ## measure speed, start-up and memory against other ways: A
 .PHONY: test
 test: lint $(INSTALLED)  ## lint, types, import directions and all tests
 	$(PYTHON) -m pytest $(ARGS)
+
+.PHONY: test-long
+test-long: $(INSTALLED)  ## the tests that take many minutes, one after another; they print their figures
+	$(PYTHON) -m pytest -m long --numprocesses=0 $(ARGS)
 
 .PHONY: lint
 lint: $(INSTALLED)  ## ruff, mypy and import-linter
