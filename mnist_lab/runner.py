@@ -240,7 +240,7 @@ def record(
             epochs.append(metrics)
             tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
             progress.on_epoch(metrics)
-        logits = test_logits(net, mnist)
+        logits = final_logits(net, mnist)
         measured = measure(net, epochs, experiment)
         logged_once: tuple[str, ...] = LOGGED_ONCE
         if holdout is not None:
@@ -264,7 +264,7 @@ def record(
     return RunResult(tracked.run_id, epochs, measured, verdicts, overrides)
 
 
-def test_logits(net: nn.Module, mnist: Mnist) -> Tensor:
+def final_logits(net: nn.Module, mnist: Mnist) -> Tensor:
     """Return the trained network's logits (10000, 10) of the test images.
 
     Raises:
