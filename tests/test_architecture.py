@@ -55,10 +55,10 @@ def test_the_readme_lists_every_file_of_the_lab() -> None:
 
 def test_make_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"^\.PHONY: (\S+)$", makefile, flags=re.MULTILINE)
+    targets = re.findall(r"^\.PHONY: ([a-z-]+)$", makefile, flags=re.MULTILINE)
     help_text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     steps = [script.stem for script in SCRIPTS if not script.stem.startswith("step")]
-    wanted = "setup data steps compare report notebooks lab ui test lint format clean help"
+    wanted = "setup data steps compare report notebooks lab ui sync resume export bench test test-long lint format clean help"
     assert set(wanted.split()) <= set(targets)
     for name in [*targets, "step1", "step2", "step3", "step4", *steps]:
         assert re.search(rf"^  {name} +\S", help_text, flags=re.MULTILINE), name
