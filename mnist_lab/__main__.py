@@ -116,14 +116,17 @@ def resume(arguments: argparse.Namespace) -> None:
 
     uri = tracking_uri(arguments.tracking_uri)
     found = checkpoint.find(uri, run_id=arguments.run_id)
-    if not Path(found.script).is_file():
+    script = Path(found.script).resolve()
+    if not script.is_file():
         raise LabError(
-            f"resume: the script of run {found.run_id}, {found.script}, is not there any more; start it with --resume "
-            "where it is now"
+            f"resume: the script of run {found.run_id}, {script}, is not there any more; "
+            "start it with --resume where it is now"
         )
+    if not script.is_relative_to(PROJECT_ROOT):  # a checkpoint from elsewhere must not name a program to be run
+        raise LabError(f"resume: {script} is no script of this project; start it yourself: python {script} --resume")
     print(f"Going on with {found.step} seed {found.seed} after epoch {found.epochs[-1].epoch}.", flush=True)
     flags = ["--resume", found.run_id, "--tracking-uri", uri]
-    os.execv(sys.executable, [sys.executable, found.script, *flags])  # noqa: S606 - the script is the user's own
+    os.execv(sys.executable, [sys.executable, str(script), *flags])  # noqa: S606 - a script of this project
 
 
 def _parser() -> argparse.ArgumentParser:

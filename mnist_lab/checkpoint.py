@@ -89,6 +89,8 @@ def load(file: Path) -> Checkpoint:
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
+        if saved["run_id"] != file.stem:  # which the name of the file to write next, or remove, is made of
+            raise ValueError(f"it is named after another run than its own, {saved['run_id']!r}")
         script = str(PROJECT_ROOT / saved["script"])
         return Checkpoint(**{**saved, "script": script, "epochs": [EpochMetrics(**epoch) for epoch in saved["epochs"]]})
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, TypeError, KeyError, ValueError) as error:

@@ -6,8 +6,10 @@ The tables in README.md and docs/results/README.md are made from the CSVs alone,
 from __future__ import annotations
 
 import csv
+import html
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +73,8 @@ class Study:
         return {int(row["seed"]): float(row["last"]) for row in self.rows}
 
     def shared(self, column: str) -> str:
-        """Return the different values of a column, in the order of the seeds."""
-        return ", ".join(dict.fromkeys(row[column] for row in self.rows if row[column])) or "not recorded"
+        """Return the different values of a column, in the order of the seeds, as Markdown."""
+        return _plain(", ".join(dict.fromkeys(row[column] for row in self.rows if row[column]))) or "not recorded"
 
 
 def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) -> list[Path]:
@@ -87,6 +89,9 @@ def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) 
     from mnist_lab import results  # MLflow takes seconds to import, which the tables alone need not
 
     runs = results.newest_runs(results.run_table(tracking_uri=tracking_uri))
+    for step in runs["step"].unique():
+        if not re.fullmatch(r"\w[\w.-]*", step) or step in OTHER_FILES:  # it is free text to the store
+            raise LabError(f"step: {step!r} can't name a file of figures; letters, digits and _ . - can")
     history = results.epoch_history(tracking_uri=tracking_uri)
     history = history[history["run_id"].isin(runs["run_id"])]
     try:
@@ -226,7 +231,7 @@ def runs_table(studies: Sequence[Study]) -> str:
     rows = []
     for study in studies:
         commits = dict.fromkeys(
-            row["git_commit"][:10] + (" + changes" if row["git_dirty"] == "True" else "") for row in study.rows
+            _plain(row["git_commit"][:10]) + (" + changes" if row["git_dirty"] == "True" else "") for row in study.rows
         )
         dates = sorted({row["date"][:10] for row in study.rows})
         minutes = study.values("minutes")
@@ -299,6 +304,11 @@ def _ranges(seeds: Iterable[int]) -> str:
         else:
             runs.append([seed])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _plain(text: str) -> str:
+    """Return text that a store holds as Markdown that shows it: without HTML, in one cell of a table."""
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
 def _markdown(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int]) -> str:

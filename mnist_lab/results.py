@@ -15,6 +15,7 @@ import math
 import re
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -168,8 +169,11 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
         if "predictions.npz" not in {artifact.path for artifact in client.list_artifacts(run_id)}:
             raise LabError(f"run {run_id} has no predictions: there is no predictions.npz among its artifacts")
         file = client.download_artifacts(run_id, "predictions.npz", folder)
-        with np.load(file, allow_pickle=False) as arrays:
-            truth, prediction, logits = arrays["truth"], arrays["prediction"], arrays["logits"]
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                truth, prediction, logits = arrays["truth"], arrays["prediction"], arrays["logits"]
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise LabError(f"run {run_id}: its predictions.npz can't be read: {error}") from error
     table = pd.DataFrame({"truth": truth, "prediction": prediction}).astype("int64")
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     table["confidence"] = odds.max(axis=1) / odds.sum(axis=1)

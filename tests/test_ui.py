@@ -118,6 +118,25 @@ def test_the_server_listens_on_loopback_only(server: Server) -> None:
     assert {tuple(address) for address in sockets} == {("127.0.0.1", port)}
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({}, 200), ({"Host": "evil.example"}, 403), ({"Origin": "http://evil.example"}, 403)],
+    ids=["its own page", "a foreign host", "a foreign page"],
+)
+def test_the_server_answers_nobody_who_is_led_to_it_by_another_page(
+    headers: dict[str, str], status: int, server: Server
+) -> None:
+    asked = urllib.request.Request(
+        f"{server.address}/api/2.0/mlflow/experiments/search",
+        data=b'{"max_results": 1}',
+        headers={"Content-Type": "application/json", **headers},
+    )
+    opener = urllib.request.build_opener()
+    opener.process_response.clear()  # a refusal is an answer too
+    with opener.open(asked, timeout=30) as answer:
+        assert answer.status == status
+
+
 def test_runs_can_be_tracked_through_the_server(server: Server) -> None:
     with track(open_store(server.address), "by http", params={"lr": 0.1}, tags={"step": "a"}) as tracked:
         tracked.log_epoch(1, {"test_accuracy": 98.5})
