@@ -67,7 +67,7 @@ def _yardstick() -> float:
 
 def log_points(store: Store, writer: int, epochs: int, names: list[str], together: Barrier) -> None:
     """Log one run of `epochs` points of each metric, beginning when all writers are there."""
-    together.wait(240)
+    together.wait(900)
     with track(store, f"writer {writer}", params={"writer": writer}, tags={}) as run:
         for epoch in range(1, epochs + 1):
             values: Mapping[str, float] = {name: value(writer, epoch, number) for number, name in enumerate(names)}

@@ -120,7 +120,7 @@ def test_eight_processes_that_log_at_once_lose_no_point(
     before = time.monotonic()
 
     codes = run_at_once(
-        log_points, [(store, writer, epochs, names, together) for writer in range(WRITERS)], timeout=900
+        log_points, [(store, writer, epochs, names, together) for writer in range(WRITERS)], timeout=1800
     )
 
     seconds = time.monotonic() - before
@@ -223,7 +223,7 @@ def script(tmp_path: Path) -> Path:
 def test_a_few_runs_one_after_another_leave_no_file_open_and_nothing_in_memory(
     script: Path, uri: str, database: Path, tmp_path: Path
 ) -> None:
-    (runs,) = soak(script, uri, tmp_path, [range(WARM_UP + 3)], timeout=300)
+    (runs,) = soak(script, uri, tmp_path, [range(WARM_UP + 3)], timeout=1800)
 
     assert_complete(database, WARM_UP + 3)
     assert_nothing_grows(runs)
