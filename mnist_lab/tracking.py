@@ -380,6 +380,8 @@ class TrackedRun:
                     torch.save(net.state_dict(), file)
                     self.log_file(file, folder)
                 return _one_line(error)
+            finally:
+                _forget_exports()
             self._write(Record("model", {"name": "model", "step": 0}, model))
         return None
 
