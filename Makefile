@@ -34,7 +34,8 @@ setup: $(INSTALLED)  ## make the environment in .venv from requirements.lock
 # An environment knows its own path, so in a folder that was moved or copied it is made anew.
 ifneq ($(shell cat $(INSTALLED) 2>/dev/null),)
 ifneq ($(shell cat $(INSTALLED)),$(CURDIR))
-.PHONY: $(INSTALLED)
+$(INSTALLED): folder-has-moved
+folder-has-moved: ;
 endif
 endif
 
