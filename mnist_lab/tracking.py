@@ -389,11 +389,11 @@ class TrackedRun:
     def _new_file(self, artifact_file: str) -> Iterator[tuple[Path, str | None]]:
         """Give a file to write, named as the artifact will be, and the artifact's folder."""
         folder, _, name = artifact_file.rpartition("/")
-        with tempfile.TemporaryDirectory() as temporary:
+        with _failures(self._store), tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary) / name, folder or None
 
     def _write(self, record: Record) -> None:
-        with _uninterrupted():
+        with _failures(self._store), _uninterrupted():
             self._write_now(record)
 
     def _write_now(self, record: Record) -> None:
@@ -497,13 +497,22 @@ def track(
     except Exception as error:
         if tracked is not None and not isinstance(error, LabError):
             # Where even that fails, the error itself matters more.
-            with suppress(MlflowException, OSError):
+            with suppress(LabError):
                 tracked.log_text("".join(traceback.format_exception(error)), "traceback.txt")
         raise
     finally:
         if tracked is not None:
             with _uninterrupted(interrupted=status == "KILLED"):
                 tracked._end(status)
+
+
+@contextmanager
+def _failures(store: Store) -> Iterator[None]:
+    """Make one sentence of what the store, or a disk that is full, does not take."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise LabError(f"tracking store {store.uri!r} failed during the run: {_one_line(error)}") from error
 
 
 def _begin(store: Store, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:
