@@ -292,7 +292,6 @@ def test_an_unusual_network_is_trained(
 
 SCRIPT = """
 import dataclasses
-import os
 import resource
 import sys
 from functools import partial
@@ -351,13 +350,6 @@ def test_a_script_that_fails_before_it_declares_says_so_in_one_line(more: str, s
     assert read_runs(database) == []
 
 
-def test_a_script_that_forks_trains_once_in_each_process(database: Path) -> None:
-    done = run_with("if child := os.fork():\n    os.waitpid(child, 0)", database)
-
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [run.status for run in read_runs(database)] == ["FINISHED", "FINISHED"]
-
-
 def test_fifty_million_parameters_are_trained(database: Path) -> None:
     done = run_with("WIDTH = 50_000_000 // 795", database)
 
@@ -369,10 +361,11 @@ def test_fifty_million_parameters_are_trained(database: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems don't limit a process's memory so")
 def test_where_memory_is_short_fifty_million_parameters_are_refused(database: Path) -> None:
+    imports = "torch.optim.SGD([torch.zeros(1)], lr=0.1)"  # what torch imports late is no part of the limit
     limit = "limit = psutil.Process().memory_info().vms + 350_000_000"
     set_limit = "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))"
 
-    done = run_with(f"WIDTH = 50_000_000 // 795\n{limit}\n{set_limit}", database)
+    done = run_with(f"WIDTH = 50_000_000 // 795\n{imports}\n{limit}\n{set_limit}", database)
 
     assert done.returncode == 1
     assert re.fullmatch(r"error: \w+: needs more memory than there is: .*\n", done.stderr)
