@@ -41,7 +41,7 @@ def train_one_after_another(script: Path, uri: str, seeds: range, report: Path) 
             "cpu_seconds": cpu,
             "wall_seconds": wall,
             "cpu_yardsticks": cpu / measure,
-            "megabytes": process.memory_info().rss / 2**20,
+            "megabytes": _own_memory(process) / 2**20,
             "open_files": process.num_fds(),
             "objects": len(gc.get_objects()),
         }
@@ -49,11 +49,17 @@ def train_one_after_another(script: Path, uri: str, seeds: range, report: Path) 
             stream.write(json.dumps(figures) + "\n")
 
 
+def _own_memory(process: psutil.Process) -> int:
+    """Return the bytes in memory without those of mapped files, which the system drops and reads again as it likes."""
+    memory = process.memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
+
+
 def _yardstick() -> float:
     """Return the processor time of a work that is always the same, Python's and torch's in about equal parts.
 
-    Where other programs share a core's caches and clock, processor time itself is up to twice as long; what a run takes
-    in these units is not.
+    Where other programs share a core's caches and clock, processor time itself can be twice as long, and the yardstick
+    with it.
     """
     before = time.process_time()
     kept: list[object] = []

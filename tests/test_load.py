@@ -29,9 +29,9 @@ AT_A_TIME = 8
 # The first runs of a process import modules and fill caches.
 WARM_UP = 3
 COMPARED = 20  # runs at either end
-# MLflow keeps two artifact stores per run, 1,024 in all: about 300 objects and 30 kB a run.
+# MLflow keeps two artifact stores per run, of the last 512 runs: 150 objects and less than 0.1 MB a run.
 OBJECTS_PER_RUN = 500
-MEGABYTES = 20
+MEGABYTES, MEGABYTES_PER_RUN = 8, 0.1
 SLOWER = 1.10
 
 SCRIPT = """
@@ -120,7 +120,7 @@ def test_eight_processes_that_log_at_once_lose_no_point(
     before = time.monotonic()
 
     codes = run_at_once(
-        log_points, [(store, writer, epochs, names, together) for writer in range(WRITERS)], timeout=1800
+        log_points, [(store, writer, epochs, names, together) for writer in range(WRITERS)], timeout=3600
     )
 
     seconds = time.monotonic() - before
@@ -187,12 +187,12 @@ def assert_complete(database: Path, count: int) -> None:
     assert not list((database.parent / "checkpoints").iterdir())
 
 
-def assert_nothing_grows(runs: list[dict[str, float]]) -> None:
-    """Compare a process after its last run with what it was when warm."""
-    first, last = runs[WARM_UP - 1], runs[-1]
-    assert max(run["open_files"] for run in runs[WARM_UP:]) <= first["open_files"]
-    assert (last["objects"] - first["objects"]) / (len(runs) - WARM_UP) < OBJECTS_PER_RUN
-    assert last["megabytes"] - first["megabytes"] < MEGABYTES
+def assert_nothing_grows(runs: list[dict[str, float]], warm: int = WARM_UP) -> None:
+    """Compare a process after its last run with what it was after `warm` runs."""
+    first, last, between = runs[warm - 1], runs[-1], len(runs) - warm
+    assert max(run["open_files"] for run in runs[warm:]) <= first["open_files"]
+    assert last["objects"] - first["objects"] < OBJECTS_PER_RUN * between
+    assert last["megabytes"] - first["megabytes"] < MEGABYTES + MEGABYTES_PER_RUN * between
 
 
 def table(runs: list[dict[str, float]]) -> str:
@@ -239,7 +239,7 @@ def test_runs_one_after_another_take_no_more_memory_files_or_time(
     with capfd.disabled():
         print(f"\n{SOAK_RUNS} runs one after another\n{table(runs)}")
     assert_complete(database, SOAK_RUNS)
-    assert_nothing_grows(runs)
+    assert_nothing_grows(runs, warm=COMPARED)
     times = [run["cpu_yardsticks"] for run in runs]
     assert median(times[-COMPARED:]) < SLOWER * median(times[WARM_UP:][:COMPARED])
 
