@@ -6,14 +6,15 @@ Change: a head of global average pooling and a 1x1 convolution. Pooling costs ca
 and dropout falls to 0.007: 0.1 was reported to hold the training accuracy at 98.8 to 99.0. Learning rate and batch size
 are those of step 1.
 
-Result: 99.13 +- 0.08 % in the last epoch (mean and sd of seeds 0 to 2, two cores of an AMD EPYC, torch 2.15) and
-99.27 at best; training accuracy 99.37. Reported were 99.37 at best (epoch 14), and 99.40 in training.
+Result: 99.12 +- 0.09 % in the last epoch (mean and sd of seeds 0 to 9, two cores of an AMD EPYC, torch 2.15) and
+99.26 at best; training accuracy 99.36. The accuracy target is missed, p < 0.01. Reported were 99.37 at best (epoch
+14), and 99.40 in training.
 
-Analysis: with almost no dropout the training accuracy is as reported. Two of the three seeds had an epoch at 99.35
-and 99.36, as good as the reported one, but ended at 99.07 and 99.22: at the constant learning rate the test accuracy
-moves by 0.1 to 0.3 from epoch to epoch, and a best epoch picked on the test images flatters it. The reported gain
-over step 2 does not show. GAP alone (gap_alone.py) costs 0.22 points, interval -0.44 to +0.01, and the layers that
-were added, with less dropout, bring back 0.20, -0.19 to +0.60: three seeds show neither.
+Analysis: with almost no dropout the training accuracy is as reported. The reported gain over step 2 does not show:
+ten seeds end 0.05 points lower. GAP alone (gap_alone.py) costs 0.23 points, and the layers that were added, with less
+dropout, bring back 0.18. One epoch in ten runs reached 99.36, about the reported best: at the constant learning rate
+the test accuracy moves by 0.1 to 0.3 from epoch to epoch, and a best epoch picked on the test images is 0.14 points
+above the last on average.
 """
 
 from functools import partial
