@@ -22,6 +22,7 @@ from mnist_lab import declaration, runner
 from mnist_lab.cli import how_sure
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
+from mnist_lab.runner import RunResult
 from mnist_lab.statistics import judge_mean
 from mnist_lab.study import _Done, _Failed, _judge, _Listener, _train_here, overall, run_study, train_stacked
 from mnist_lab.tracking import FinishedRun, finished_runs, open_store, track
@@ -364,16 +365,17 @@ def test_runs_of_another_declaration_do_not_count(
 def test_on_a_gpu_the_seeds_train_here_one_after_another() -> None:
     trained = []
 
-    def train(seed: int, listener: object) -> str:
+    def train(seed: int, listener: object) -> RunResult:
         trained.append(seed)
         if seed == 4:
             raise LabError("lr: too high")
-        return f"run {seed}"
+        return RunResult(f"run {seed}", [], {"best_epoch": 1}, [], {})
 
     messages = list(_train_here([3, 4, 5], train, Heard([])))
 
     assert trained == [3, 4, 5]
-    assert messages == [_Done(3, "run 3"), _Failed(4, "lr: too high"), _Done(5, "run 5")]
+    done3, done5 = (_Done(FinishedRun(f"run {seed}", seed, {"best_epoch": 1})) for seed in (3, 5))
+    assert messages == [done3, _Failed(4, "lr: too high"), done5]
 
 
 def finished(accuracies: list[float]) -> list[FinishedRun]:
@@ -468,10 +470,9 @@ def test_seeds_trained_as_one_program_are_tracked_as_runs_of_their_own(uri: str)
             )
         )
 
-    assert [(type(message).__name__, message.seed) for message in messages] == [
-        *[("_Epoch", 4), ("_Epoch", 2)] * 2,
-        *[("_Done", 4), ("_Done", 2)],
-    ]
+    *epochs, done4, done2 = messages
+    assert [(type(message).__name__, message.seed) for message in epochs] == [("_Epoch", 4), ("_Epoch", 2)] * 2
+    assert [(type(message).__name__, message.run.seed) for message in (done4, done2)] == [("_Done", 4), ("_Done", 2)]
     found = finished_runs(store, *runner.identify(experiment, script, device, overrides, None))
     assert set(found) == {2, 4}  # a study on this device would not train them again
     assert found[2].metrics["train_loss"] != found[4].metrics["train_loss"]
