@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from mnist_lab.training import (
 
 TRAINING = Path(training.__file__)
 MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
+MAX_LR = torch.finfo(torch.float32).max  # torch refuses to multiply a float32 parameter by more
 
 
 def rehearse(experiment: Experiment, mnist: Mnist) -> None:
@@ -135,12 +135,17 @@ def _walk_schedule(experiment: Experiment, net: nn.Module, total: int) -> None:
             raise ValueError("ReduceLROnPlateau needs scheduler_interval='epoch': it follows the epoch's training loss")
         return
     optimizer.zero_grad()
+    _check_lr(optimizer)  # building a schedule sets the rate of the first step
     optimizer.step(lambda: 0.0)  # a schedule warns where its optimizer has not taken a step before it
     for _ in range(min(MAX_SCHEDULE_STEPS, experiment.epochs * scheduler_steps_per_epoch(experiment, total))):
         scheduler.step()
-        lr = float(optimizer.param_groups[0]["lr"])
-        if not math.isfinite(lr):
-            raise ValueError(f"the learning rate becomes {lr}")
+        _check_lr(optimizer)
+
+
+def _check_lr(optimizer: Optimizer) -> None:
+    lr = float(optimizer.param_groups[0]["lr"])
+    if not abs(lr) <= MAX_LR:
+        raise ValueError(f"the learning rate becomes {lr}, which is no float32 number")
 
 
 @contextmanager
