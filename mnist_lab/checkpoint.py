@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mnist_lab.errors import LabError
-from mnist_lab.store import CHECKPOINTS, PROJECT_ROOT, own_folder
+from mnist_lab.store import CHECKPOINTS, PROJECT_ROOT, own_folder, sync_to_disk
 from mnist_lab.training import EpochMetrics
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def save(checkpoint: Checkpoint, uri: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         new.replace(file)
-        _sync_folder(file.parent)
+        sync_to_disk(file.parent)
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a disk is full
         new.unlink(missing_ok=True)
         raise LabError(f"checkpoint {file} can't be written: {' '.join(str(error).split())}") from error
@@ -133,12 +133,3 @@ def remove_alike(uri: str, identity: Mapping[str, str], seed: int) -> None:
     """Remove the checkpoint of a run that has finished, and those of interrupted runs that it makes up for."""
     for checkpoint in alike(uri, identity, seed):
         file_of(uri, checkpoint.run_id).unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

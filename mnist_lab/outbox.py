@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mnist_lab.store import own_folder
+from mnist_lab.store import own_folder, sync_to_disk
 
 RECORD = "record.json"
 TARGET = "target.json"
@@ -87,9 +86,9 @@ class Outbox:
         name = None if record.path is None else record.path.name
         _write(new / RECORD, {"kind": record.kind, "content": dict(record.content), "path": name})
         for path in [*new.rglob("*"), new]:
-            _sync(path)
+            sync_to_disk(path)
         new.rename(entry)
-        _sync(self.folder)
+        sync_to_disk(self.folder)
 
     def waiting(self) -> list[Path]:
         """Return the entries of the records that wait, the oldest first."""
@@ -125,13 +124,5 @@ def all_outboxes(uri: str) -> list[Outbox]:
 def _write(file: Path, content: Mapping[str, object]) -> None:
     new = file.with_suffix(".part")
     new.write_text(json.dumps(content))
-    _sync(new)
+    sync_to_disk(new)
     new.rename(file)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

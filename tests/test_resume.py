@@ -49,7 +49,7 @@ def half_saved(state, stream):
 POINTS = {
     "in the midst of saving": lambda: setattr(checkpoint.torch, "save", half_saved),
     "before the rename": lambda: setattr(Path, "replace", die),
-    "after the rename": lambda: setattr(checkpoint, "_sync_folder", die),
+    "after the rename": lambda: setattr(checkpoint, "sync_to_disk", die),
     "before logging the epoch": lambda: setattr(tracking.TrackedRun, "log_epoch", die),
     "before the last figures": lambda: setattr(tracking.TrackedRun, "log_once", die),
     "before the model": lambda: setattr(tracking.TrackedRun, "log_model", die),
