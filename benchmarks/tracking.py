@@ -90,7 +90,7 @@ def one_run(limit: int, epochs: int) -> dict[str, Any]:
     from mnist_lab import runner
 
     for name, value in list(vars(runner).items()):
-        if inspect.isfunction(value) and value.__module__ == "mnist_lab.tracking":
+        if inspect.isfunction(value) and value.__module__ in ("mnist_lab.tracking", "mnist_lab.delivery"):
             setattr(runner, name, clock.around(name, value))
     for name, value in list(vars(mnist_lab.tracking.TrackedRun).items()):
         if inspect.isfunction(value) and not name.startswith("_"):

@@ -97,10 +97,10 @@ def ui(arguments: argparse.Namespace) -> None:
 
 def sync(arguments: argparse.Namespace) -> None:
     """Send what runs logged while their tracking server was away."""
-    from mnist_lab import tracking
+    from mnist_lab import delivery
 
     uri = tracking_uri(arguments.tracking_uri)
-    deliveries = tracking.sync(uri)
+    deliveries = delivery.sync(uri)
     for one in deliveries:
         left = f"; {one.waiting} wait still: {one.reason}" if one.waiting else ""
         print(f"run {one.run_id} on {one.uri}: {one.sent} records sent{left}")

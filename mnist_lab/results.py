@@ -6,12 +6,8 @@ results.run_table(steps="step3_gap").to_markdown()
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read once, when mlflow is imported
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
 import math
+import os
 import re
 import tempfile
 import warnings

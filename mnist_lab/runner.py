@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from mnist_lab import checkpoint, provenance, targets
 from mnist_lab.checkpoint import Checkpoint
 from mnist_lab.data import Mnist, find_data_dir, hold_out, load_mnist
+from mnist_lab.delivery import sync
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.rehearsal import blame, blame_script, rehearse, without_exits
 from mnist_lab.summary import summarize
 from mnist_lab.targets import Verdict
 from mnist_lab.threads import Load, Threads
-from mnist_lab.tracking import Store, close_abandoned, open_store, sync, track
+from mnist_lab.tracking import Store, close_abandoned, open_store, track
 from mnist_lab.training import EpochMetrics, Training, evaluate, normalize, num_params, predict
 
 if TYPE_CHECKING:

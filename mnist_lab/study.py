@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from mnist_lab import checkpoint, declaration, provenance, runner, targets
 from mnist_lab.checkpoint import Checkpoint
 from mnist_lab.data import Mnist
+from mnist_lab.delivery import sync
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.rehearsal import rehearse
@@ -52,7 +53,6 @@ from mnist_lab.tracking import (
     close_abandoned,
     finished_runs,
     open_store,
-    sync,
     track,
 )
 from mnist_lab.training import EpochMetrics

@@ -1,11 +1,6 @@
-"""The only room that writes to MLflow: the store, and what one run leaves in it (docs/metrics.md lists it)."""
+"""What is written to MLflow: the store, and what one run leaves in it (docs/metrics.md lists it)."""
 
 from __future__ import annotations
-
-import os
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read once, when mlflow is imported
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import copy
 import gc
@@ -36,18 +31,18 @@ import psutil
 import torch
 from filelock import FileLock
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag
+from mlflow.entities import Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, infer_signature
+from mlflow.models import infer_signature
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
-from mlflow.utils.rest_utils import MlflowHostCreds, http_request
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 
 from mnist_lab.data import Mnist
+from mnist_lab.delivery import ask, briefly, is_away, one_line, send, send_waiting
 from mnist_lab.errors import LabError
-from mnist_lab.outbox import Outbox, Record, all_outboxes
+from mnist_lab.outbox import Outbox, Record
 from mnist_lab.store import (
     ARTIFACTS,
     EXPERIMENT_NAME,
@@ -72,8 +67,6 @@ UI_COLUMNS = [
 ]
 MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 MAX_RUNS = 50_000  # the most that MLflow gives at once
-# How long a training waits for a server: MLflow's own two minutes and seven tries would hold it up.
-SERVER_TIMEOUT, SERVER_RETRIES = 4, 1
 ASK_AGAIN_SECONDS = 30  # after a server gave no answer
 
 logger = logging.getLogger(__name__)
@@ -100,8 +93,8 @@ def open_store(uri: str | None = None) -> Store:
     database = sqlite_file(uri)
     try:
         if database is None:
-            _ask(uri)
-            with _briefly():
+            ask(uri)
+            with briefly():
                 return Store(uri, _experiment_id(uri, artifacts=None))
         check_writable(uri)  # before a lock file is left beside what is not ours
         database.parent.mkdir(parents=True, exist_ok=True)
@@ -113,14 +106,7 @@ def open_store(uri: str | None = None) -> Store:
             follow_move(uri)
             return Store(uri, _experiment_id(uri, artifacts=_artifacts(database)))
     except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error) as error:
-        raise LabError(f"tracking store {uri!r} can't be used: {_one_line(error)}") from error
-
-
-def _ask(uri: str) -> None:
-    """Ask a server for any answer at all, once: MLflow itself would try again for longer than a user waits."""
-    if uri.startswith(("http://", "https://")):
-        answer = http_request(MlflowHostCreds(uri), "/health", "GET", timeout=SERVER_TIMEOUT, max_retries=0)  # type: ignore[no-untyped-call]
-        answer.close()
+        raise LabError(f"tracking store {uri!r} can't be used: {one_line(error)}") from error
 
 
 def _create(database: Path) -> None:
@@ -229,7 +215,7 @@ def close_abandoned(store: Store) -> None:
             if _is_gone(run.data.tags.get("process", "")):
                 client.set_terminated(run.info.run_id, "KILLED")
     except MlflowException as error:
-        raise LabError(f"tracking store {store.uri!r} can't be written: {_one_line(error)}") from error
+        raise LabError(f"tracking store {store.uri!r} can't be written: {one_line(error)}") from error
 
 
 def _search(store: Store, condition: str) -> list[Run]:
@@ -239,7 +225,7 @@ def _search(store: Store, condition: str) -> list[Run]:
         order = ["attributes.start_time DESC"]
         return list(client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS, order_by=order))
     except (MlflowException, SQLAlchemyError) as error:
-        raise LabError(f"tracking store {store.uri!r} can't be read: {_one_line(error)}") from error
+        raise LabError(f"tracking store {store.uri!r} can't be read: {one_line(error)}") from error
 
 
 def _process_tag() -> str:
@@ -379,7 +365,7 @@ class TrackedRun:
                 with self._new_file("state_dict.pt") as (file, folder):
                     torch.save(net.state_dict(), file)
                     self.log_file(file, folder)
-                return _one_line(error)
+                return one_line(error)
             finally:
                 _forget_exports()
             self._write(Record("model", {"name": "model", "step": 0}, model))
@@ -400,11 +386,11 @@ class TrackedRun:
         """Write the record into the run, or where its server is away, into the outbox."""
         if not self._waiting or self._catch_up():
             try:
-                with _briefly():
-                    _send(self._client, self.run_id, record)
+                with briefly():
+                    send(self._client, self.run_id, record)
                 return
             except Exception as error:
-                if not _is_away(self._store, error):
+                if not is_away(self._store.uri, error):
                     raise
                 self._ask_again = time.monotonic() + ASK_AGAIN_SECONDS
                 if not self._waiting:
@@ -422,9 +408,9 @@ class TrackedRun:
         if not now and time.monotonic() < self._ask_again:
             return False
         try:
-            sent = _send_waiting(self._client, self.run_id, self._outbox)
+            sent = send_waiting(self._client, self.run_id, self._outbox)
         except Exception as error:
-            if not _is_away(self._store, error):
+            if not is_away(self._store.uri, error):
                 raise
             self._ask_again = time.monotonic() + ASK_AGAIN_SECONDS
             return False
@@ -445,7 +431,7 @@ class TrackedRun:
                     self.run_id,
                 )
         except (MlflowException, OSError) as error:
-            message = f"tracking store: the run {self.run_id} could not be marked {status}: {_one_line(error)}"
+            message = f"tracking store: the run {self.run_id} could not be marked {status}: {one_line(error)}"
             if status == "FINISHED":
                 raise LabError(message) from error
             logger.warning(message)
@@ -478,7 +464,7 @@ def track(
     parent = {} if parent_run_id is None else {MLFLOW_PARENT_RUN_ID: parent_run_id}
     tracked, status = None, "FAILED"
     try:
-        with _uninterrupted(), _briefly():
+        with _uninterrupted(), briefly():
             if resume_run_id is None:
                 tracked = _begin(store, run_name, params, {**tags, **parent})
             else:
@@ -493,7 +479,7 @@ def track(
         raise
     except MlflowException as error:
         when = "failed during the run" if tracked else "can't be written"
-        raise LabError(f"tracking store {store.uri!r} {when}: {_one_line(error)}") from error
+        raise LabError(f"tracking store {store.uri!r} {when}: {one_line(error)}") from error
     except Exception as error:
         if tracked is not None and not isinstance(error, LabError):
             # Where even that fails, the error itself matters more.
@@ -512,7 +498,7 @@ def _failures(store: Store) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise LabError(f"tracking store {store.uri!r} failed during the run: {_one_line(error)}") from error
+        raise LabError(f"tracking store {store.uri!r} failed during the run: {one_line(error)}") from error
 
 
 def _begin(store: Store, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:
@@ -546,7 +532,7 @@ def _check_resumable(store: Store, run_id: str) -> None:
     try:
         status = mlflow.MlflowClient(tracking_uri=store.uri).get_run(run_id).info.status
     except MlflowException as error:
-        raise LabError(f"resume: run {run_id} can't be read from {store.uri!r}: {_one_line(error)}") from error
+        raise LabError(f"resume: run {run_id} can't be read from {store.uri!r}: {one_line(error)}") from error
     if status == "FINISHED":
         raise LabError(f"resume: run {run_id} has finished")
     if status == "RUNNING":
@@ -569,143 +555,12 @@ def _forget_exports() -> None:
             instance.tracked_fakes = None
 
 
-# ---- records, and a server that is away
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """What came of sending one run's records: how many were sent, how many wait still, and why."""
-
-    uri: str
-    run_id: str
-    sent: int
-    waiting: int
-    reason: str = ""
-
-
-def sync(uri: str) -> list[Delivery]:
-    """Send what waits for tracking servers, each run's records in their order.
-
-    uri: of the store whose folder holds the outboxes; what waits there for other servers is sent too. Runs whose
-        process still has records of its own to send are left to it.
-    """
-    deliveries = []
-    away: dict[str, str] = {}
-    for outbox in all_outboxes(uri):
-        if not outbox.lock():
-            continue
-        try:
-            target, run_id = outbox.target
-            before, reason = len(outbox.waiting()), away.get(target, "")
-            if not reason:
-                try:
-                    _ask(target)
-                    with _briefly():
-                        _send_waiting(mlflow.MlflowClient(tracking_uri=target), run_id, outbox)
-                except (MlflowException, OSError) as error:
-                    reason = _one_line(error)
-                    if _is_away(Store(target, ""), error):
-                        away[target] = reason
-            waiting = len(outbox.waiting())
-            deliveries.append(Delivery(target, run_id, before - waiting, waiting, reason))
-        finally:
-            outbox.unlock()
-    return deliveries
-
-
-def _send_waiting(client: mlflow.MlflowClient, run_id: str, outbox: Outbox) -> int:
-    """Send the records in their order, each forgotten when it is sent, and return how many they were."""
-    waiting = outbox.waiting()
-    for entry in waiting:
-        with _briefly():
-            _send(client, run_id, outbox.read(entry))
-        outbox.remove(entry)
-    return len(waiting)
-
-
-def _send(client: mlflow.MlflowClient, run_id: str, record: Record) -> None:
-    """Write a record into its run. Doing it twice is as doing it once: an answer can be lost after the deed is done."""
-    content = record.content
-    match record.kind:
-        case "metrics":  # MLflow drops a point that it has, with the same time and value
-            timestamp, step = content["timestamp"], content["step"]
-            metrics = [Metric(name, value, timestamp, step) for name, value in content["values"].items()]
-            client.log_batch(run_id, metrics=metrics)
-        case "tags":
-            client.log_batch(run_id, tags=[RunTag(name, value) for name, value in content.items()])
-        case "artifact":
-            client.log_artifact(run_id, str(record.path), content["folder"])
-        case "dataset":
-            tags = [InputTag(MLFLOW_DATASET_CONTEXT, content["context"])]
-            client.log_inputs(run_id, [DatasetInput(Dataset(**content["dataset"]), tags)])
-        case "model":
-            assert record.path is not None
-            _send_model(client, run_id, content["name"], content["step"], record.path)
-        case "end":
-            client.set_terminated(run_id, content["status"], content["end_time"])
-        case _:
-            raise AssertionError(record.kind)
-
-
-def _send_model(client: mlflow.MlflowClient, run_id: str, name: str, step: int, folder: Path) -> None:
-    """Make a saved model the run's, in the steps of `mlflow.pytorch.log_model`, which can't be taken up half-way."""
-    run = client.get_run(run_id)
-    there = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
-    logged = next((model for model in there if model.name == name), None)
-    if logged is None:
-        logged = client.create_logged_model(
-            run.info.experiment_id, name, run_id, tags=resolve_tags(), params=run.data.params
-        )
-    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
-    points = [point for key in run.data.metrics for point in client.get_metric_history(run_id, key)]
-    client.log_batch(
-        run_id,
-        metrics=[
-            Metric(point.key, point.value, point.timestamp, step, logged.model_id, run_id=run_id)
-            for point in points
-            if point.step == step
-        ],
-    )
-    model = Model.load(str(folder))
-    model.run_id, model.model_id, model.model_uuid = run_id, logged.model_id, logged.model_id
-    model.artifact_path = logged.artifact_location
-    model.save(str(folder / "MLmodel"))
-    client.log_model_artifacts(logged.model_id, str(folder))
-    client.finalize_logged_model(logged.model_id, "READY")
-
-
 def _metrics(metrics: Mapping[str, float], step: int) -> Record:
     return Record("metrics", {"step": step, "timestamp": _milliseconds(), "values": dict(metrics)})
 
 
 def _milliseconds() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _is_away(store: Store, error: Exception) -> bool:
-    """Say whether a server gave no answer, or said that the fault is its own. What it refuses stays an error."""
-    if sqlite_file(store.uri) is not None:
-        return False
-    if isinstance(error, MlflowException):
-        return bool(error.get_http_status_code() >= 500)  # type: ignore[no-untyped-call]
-    answer = getattr(error, "response", None)  # of requests' errors, which are OSErrors
-    return isinstance(error, OSError) and (answer is None or answer.status_code >= 500)
-
-
-@contextmanager
-def _briefly() -> Iterator[None]:
-    """Let MLflow wait for a server no longer than a training should, unless the user has said how long."""
-    limits = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_TIMEOUT),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(SERVER_RETRIES),
-    }
-    here = {name: value for name, value in limits.items() if name not in os.environ}
-    os.environ.update(here)
-    try:
-        yield
-    finally:
-        for name in here:
-            os.environ.pop(name, None)
 
 
 @contextmanager
@@ -719,7 +574,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]

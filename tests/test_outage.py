@@ -1,5 +1,6 @@
 """Tracking servers that are killed, frozen or gone in the middle of a run: the run goes on, and nothing is lost."""
 
+import http.client
 import importlib.util
 import multiprocessing
 import os
@@ -14,17 +15,20 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlsplit
 
 import mlflow
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, TrackedRun, read_runs
+from mlflow.entities import LoggedModel
 
 from mnist_lab import __main__ as jobs
-from mnist_lab import checkpoint, runner, tracking
+from mnist_lab import checkpoint, delivery, runner, tracking
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.outbox import Outbox, Record
@@ -166,10 +170,11 @@ def check_same(run: TrackedRun, whole: TrackedRun, server: Server) -> None:
     client = mlflow.MlflowClient(server.uri)
     inputs, wanted = (client.get_run(one.run_id).inputs.dataset_inputs for one in (run, whole))
     assert sorted(map(str, inputs)) == sorted(map(str, wanted))
-    (model,) = client.search_logged_models(
-        [client.get_run(run.run_id).info.experiment_id], f"source_run_id = '{run.run_id}'"
-    )
+    model, theirs_too = (only_model(client, one.run_id) for one in (run, whole))
     assert model.status == "READY"
+    assert sorted((m.key, m.step, m.value) for m in model.metrics) == sorted(
+        (m.key, m.step, m.value) for m in theirs_too.metrics
+    )
     mlflow.set_tracking_uri(server.uri)
     try:
         nets = [mlflow.pytorch.load_model(f"runs:/{one.run_id}/model") for one in (run, whole)]
@@ -177,6 +182,12 @@ def check_same(run: TrackedRun, whole: TrackedRun, server: Server) -> None:
         mlflow.set_tracking_uri(None)
     images = torch.rand(3, 1, 28, 28)
     assert torch.equal(nets[0](images), nets[1](images))
+
+
+def only_model(client: mlflow.MlflowClient, run_id: str) -> LoggedModel:
+    experiment_id = client.get_run(run_id).info.experiment_id
+    (model,) = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    return model
 
 
 def by_id(server: Server, run_id: str) -> TrackedRun:
@@ -193,7 +204,6 @@ def test_runs_whose_server_is_killed_or_frozen_and_comes_back_lack_nothing_and_h
     assert "is back, and has what waited" in caplog.text
     check_same(by_id(server, killed), whole, server)
 
-    # A frozen server takes the request in, and does it when it goes on: the answer is lost, the deed is not.
     frozen = train(
         experiment,
         server.uri,
@@ -205,13 +215,71 @@ def test_runs_whose_server_is_killed_or_frozen_and_comes_back_lack_nothing_and_h
     to_the_end = train(experiment, server.uri, After(epoch_2=server.kill))
     assert "still away" in caplog.text
     assert by_id(server, to_the_end).status == "RUNNING"  # as far as the database knows
-    assert [tracking.sync(server.uri)[0].sent, len(tracking.sync(server.uri))] == [0, 1]
+    assert [delivery.sync(server.uri)[0].sent, len(delivery.sync(server.uri))] == [0, 1]
     server.start()
-    (delivery,) = tracking.sync(server.uri)
-    assert (delivery.run_id, delivery.waiting, delivery.reason) == (to_the_end, 0, "")
-    assert delivery.sent > 8
+    (sent,) = delivery.sync(server.uri)
+    assert (sent.run_id, sent.waiting, sent.reason) == (to_the_end, 0, "")
+    assert sent.sent > 8
     check_same(by_id(server, to_the_end), whole, server)
-    assert tracking.sync(server.uri) == []
+    assert delivery.sync(server.uri) == []
+    assert list(outboxes.iterdir()) == []
+
+
+class Forgetful(BaseHTTPRequestHandler):
+    """Hands each request on to the real server; the first answer to each kind of request is lost on the way back."""
+
+    lost: ClassVar[set[str]] = set()
+    port: ClassVar[int]
+    losing: ClassVar[bool] = False
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+        connection.request(self.command, self.path, body, headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        kind = f"{self.command} {urlsplit(self.path).path.rpartition('/artifacts/')[0] or urlsplit(self.path).path}"
+        Forgetful.losing |= self.path.endswith("log-inputs")  # a run has to be begun before anything can wait for it
+        if self.losing and kind not in self.lost:
+            self.lost.add(kind)
+            return
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_PUT = do_PATCH = do_GET
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def forgetful(server: Server) -> Iterator[str]:
+    """Return the address of a proxy of the server that loses answers."""
+    Forgetful.port = server.port
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Forgetful)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{proxy.server_port}"
+    proxy.shutdown()
+    proxy.server_close()
+
+
+def test_what_is_sent_again_because_the_answer_was_lost_is_there_once(
+    server: Server, forgetful: str, experiment: Experiment, outboxes: Path
+) -> None:
+    whole = by_id(server, train(experiment, server.uri))
+
+    run_id = train(experiment, forgetful)
+    for _ in range(10):
+        delivery.sync(forgetful)
+
+    lost = {kind.rpartition("/mlflow")[2] for kind in Forgetful.lost}
+    assert lost >= {"/runs/log-batch", "/runs/log-inputs", "/runs/outputs", "/runs/update", "/logged-models"}
+    check_same(by_id(server, run_id), whole, server)
     assert list(outboxes.iterdir()) == []
 
 
