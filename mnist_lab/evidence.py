@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from mnist_lab import statistics, targets
@@ -227,7 +228,7 @@ def effects_table(comparisons: Sequence[Comparison]) -> str:
 
 def runs_table(studies: Sequence[Study]) -> str:
     """Return how the runs of each experiment were made."""
-    headers = ["experiment", "command", "seeds", "commit", "code", "hardware", "torch", "minutes a run", "date"]
+    headers = ["experiment", "command", "seeds", "commit", "code", "hardware", "torch", "minutes (median)", "date"]
     rows = []
     for study in studies:
         commits = dict.fromkeys(
@@ -244,7 +245,7 @@ def runs_table(studies: Sequence[Study]) -> str:
                 study.shared("code_sha256"),
                 study.shared("hardware"),
                 study.shared("torch"),
-                f"{sum(minutes) / len(minutes):.0f}" if minutes else "not recorded",
+                f"{median(minutes):.0f}" if minutes else "not recorded",
                 " to ".join(dict.fromkeys([dates[0], dates[-1]])),
             ]
         )
