@@ -121,8 +121,7 @@ def run(
     def train(run_id: str) -> Iterator[EpochMetrics]:
         epochs = list(before)
         for metrics in without_exits(training.epochs()):
-            if not math.isfinite(metrics.eval_loss):
-                raise LabError(f"net: its {metrics.evaluated_on} loss is {metrics.eval_loss} in epoch {metrics.epoch}")
+            check_eval_loss(metrics)
             epochs.append(metrics)
             # First here, then in MLflow: what is missing there is logged when the run goes on.
             checkpoint.save(
@@ -161,6 +160,12 @@ def run(
     )
     checkpoint.remove_alike(store.uri, identity, seed)
     return result
+
+
+def check_eval_loss(metrics: EpochMetrics) -> None:
+    """Refuse to go on with a network whose evaluation gives no number; raises LabError."""
+    if not math.isfinite(metrics.eval_loss):
+        raise LabError(f"net: its {metrics.evaluated_on} loss is {metrics.eval_loss} in epoch {metrics.epoch}")
 
 
 def _check_same(identity: Mapping[str, str], resume: Checkpoint) -> None:

@@ -439,6 +439,8 @@ def train_stacked(
             yield _Failed(seed, f"loss: is not finite in epoch {diverged} of {len(own)}; the training has diverged")
             continue
         try:
+            for metrics in own:
+                runner.check_eval_loss(metrics)
             result = runner.record(
                 partial(_already_trained, own),
                 nets[index],

@@ -1,5 +1,6 @@
 """Several seeds of one experiment: real studies in processes of their own, killed and taken up again."""
 
+import dataclasses
 import math
 import os
 import re
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
@@ -18,14 +18,16 @@ import pytest
 import torch
 from helpers import ROOT, TrackedRun, default_signals, read_runs, wait_until
 
-from mnist_lab import declaration, runner
+from mnist_lab import declaration, runner, study
 from mnist_lab.cli import how_sure
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.runner import RunResult
+from mnist_lab.stacked import fit_stacked
 from mnist_lab.statistics import judge_mean
 from mnist_lab.study import _Done, _Failed, _judge, _Listener, _train_here, overall, run_study, train_stacked
 from mnist_lab.tracking import FinishedRun, finished_runs, open_store, track
+from mnist_lab.training import EpochMetrics
 
 # As users write them too: nothing guards the call of main, and a lambda can't be sent to another process.
 SCRIPT = """
@@ -112,7 +114,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass
+@dataclasses.dataclass
 class Story:
     """What stood in the store after a study was killed, interrupted, orphaned, and let through at last."""
 
@@ -285,7 +287,7 @@ def test_a_seed_of_a_study_is_the_run_of_that_seed(
     assert {name for name in in_study.tags if name not in alone.tags} == {PARENT}
 
 
-@dataclass
+@dataclasses.dataclass
 class Heard:
     """Listens to a study."""
 
@@ -478,3 +480,30 @@ def test_seeds_trained_as_one_program_are_tracked_as_runs_of_their_own(uri: str)
     assert found[2].metrics["train_loss"] != found[4].metrics["train_loss"]
     history = mlflow.MlflowClient(tracking_uri=uri).get_metric_history(found[4].run_id, "test_accuracy")
     assert [point.step for point in history] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        ("train_loss", "loss: is not finite in epoch 2 of 2; the training has diverged"),
+        ("eval_loss", "net: its test loss is nan in epoch 2"),
+    ],
+)
+def test_a_seed_that_gives_no_number_among_seeds_trained_as_one_program_fails_alone(
+    loss: str, reason: str, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = ROOT / "experiments" / "step2_dropout.py"
+    experiment, overrides = declaration.read(script).override({"epochs": 2})
+    mnist = runner.load_parts(None, torch.device("cpu"), limit=64, holdout=None)
+
+    def one_gives_nan(*arguments: object) -> Iterator[list[EpochMetrics]]:
+        for epoch, metrics in enumerate(fit_stacked(*arguments), 1):  # type: ignore[arg-type]
+            yield [dataclasses.replace(metrics[0], **{loss: math.nan}) if epoch == 2 else metrics[0], metrics[1]]
+
+    monkeypatch.setattr(study, "fit_stacked", one_gives_nan)
+    named = {"overrides": overrides, "holdout": None, "data_dir": None, "parent_run_id": None}
+    *_, failed, done = train_stacked(experiment, script, mnist, open_store(uri), [4, 2], **named)
+
+    assert (failed.seed, failed.reason) == (4, reason)
+    assert isinstance(done, _Done)
+    assert done.run.seed == 2
