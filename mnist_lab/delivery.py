@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-from mlflow.utils.rest_utils import MlflowHostCreds, http_request
+from mlflow.utils.rest_utils import http_request
+from requests import RequestException
 
 from mnist_lab.outbox import Outbox, Record, all_outboxes
 from mnist_lab.store import sqlite_file
@@ -45,14 +47,15 @@ def sync(uri: str) -> list[Delivery]:
         if not outbox.lock():
             continue
         try:
+            if not outbox.waiting():  # another process has sent it all since
+                continue
             target, run_id = outbox.target
             before, reason = len(outbox.waiting()), away.get(target, "")
             if not reason:
                 try:
                     ask(target)
-                    with briefly():
-                        send_waiting(mlflow.MlflowClient(tracking_uri=target), run_id, outbox)
-                except (MlflowException, OSError) as error:
+                    send_waiting(mlflow.MlflowClient(tracking_uri=target), run_id, outbox)
+                except Exception as error:  # what is wrong with one run's records concerns no other's
                     reason = one_line(error)
                     if is_away(target, error):
                         away[target] = reason
@@ -100,15 +103,13 @@ def send(client: mlflow.MlflowClient, run_id: str, record: Record) -> None:
 def _send_model(client: mlflow.MlflowClient, run_id: str, name: str, step: int, folder: Path) -> None:
     """Make a saved model the run's, in the steps of `mlflow.pytorch.log_model`, which can't be taken up half-way."""
     run = client.get_run(run_id)
-    there = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
-    logged = next((model for model in there if model.name == name), None)
-    if logged is None:
-        logged = client.create_logged_model(
-            run.info.experiment_id, name, run_id, tags=resolve_tags(), params=run.data.params
-        )
-    outputs = run.outputs.model_outputs if run.outputs else []
-    if logged.model_id not in {output.model_id for output in outputs}:  # MLflow refuses one that it has
+    logged = _logged_model(client, run, name)
+    try:
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+    except MlflowException:  # MLflow refuses one that it has
+        outputs = client.get_run(run_id).outputs
+        if outputs is None or logged.model_id not in {output.model_id for output in outputs.model_outputs}:
+            raise
     points = [point for key in run.data.metrics for point in client.get_metric_history(run_id, key)]
     client.log_batch(
         run_id,
@@ -121,15 +122,39 @@ def _send_model(client: mlflow.MlflowClient, run_id: str, name: str, step: int, 
     model = Model.load(str(folder))
     model.run_id, model.model_id, model.model_uuid = run_id, logged.model_id, logged.model_id
     model.artifact_path = logged.artifact_location
-    model.save(str(folder / "MLmodel"))
+    new = folder / "MLmodel.new"
+    model.save(str(new))
+    new.replace(folder / "MLmodel")  # it is sent again if this process is killed
     client.log_model_artifacts(logged.model_id, str(folder))
     client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _logged_model(client: mlflow.MlflowClient, run: Run, name: str) -> LoggedModel:
+    """Return the run's model of that name, made if there is none.
+
+    A slow server can make one for a request that was given up, after a second one was made; the oldest stays.
+    """
+
+    def there() -> list[LoggedModel]:
+        of_run = f"source_run_id = '{run.info.run_id}'"
+        models = client.search_logged_models([run.info.experiment_id], of_run)
+        return sorted((model for model in models if model.name == name), key=lambda model: model.creation_timestamp)
+
+    models = there()
+    if not models:
+        client.create_logged_model(
+            run.info.experiment_id, name, run.info.run_id, tags=resolve_tags(), params=run.data.params
+        )
+        models = there()
+    for surplus in models[1:]:
+        client.delete_logged_model(surplus.model_id)
+    return models[0]
 
 
 def ask(uri: str) -> None:
     """Ask a server for any answer at all, once: MLflow itself would try again for longer than a user waits."""
     if uri.startswith(("http://", "https://")):
-        answer = http_request(MlflowHostCreds(uri), "/health", "GET", timeout=SERVER_TIMEOUT, max_retries=0)  # type: ignore[no-untyped-call]
+        answer = http_request(get_default_host_creds(uri), "/health", "GET", timeout=SERVER_TIMEOUT, max_retries=0)  # type: ignore[no-untyped-call]
         answer.close()
 
 
@@ -139,8 +164,7 @@ def is_away(uri: str, error: Exception) -> bool:
         return False
     if isinstance(error, MlflowException):
         return bool(error.get_http_status_code() >= 500)  # type: ignore[no-untyped-call]
-    answer = getattr(error, "response", None)  # of requests' errors, which are OSErrors
-    return isinstance(error, OSError) and (answer is None or answer.status_code >= 500)
+    return isinstance(error, RequestException) and (error.response is None or error.response.status_code >= 500)
 
 
 @contextmanager

@@ -75,6 +75,7 @@ class Outbox:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / TARGET).exists():
             _write(self.folder / TARGET, {"uri": uri, "run_id": run_id})
+            sync_to_disk(self.folder.parent)
         numbers = [int(entry.name) for entry in self._entries()]
         entry = self.folder / f"{max(numbers, default=0) + 1:06}"
         new = entry.with_suffix(".new")

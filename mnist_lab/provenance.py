@@ -75,10 +75,13 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> str:
-    """Return the name of the device that trains, e.g. "NVIDIA H100" or "AMD EPYC 9R14, 2 cores"."""
+    """Return the name of the device that trains, e.g. "NVIDIA H100" or "AMD EPYC 9R14, 2 cores, AVX512".
+
+    A CPU's name comes with the vector instructions that torch uses: with others, sums are rounded in another order.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {os.cpu_count()} cores"
+    return f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _processor() -> str:

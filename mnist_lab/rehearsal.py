@@ -143,9 +143,9 @@ def _walk_schedule(experiment: Experiment, net: nn.Module, total: int) -> None:
 
 
 def _check_lr(optimizer: Optimizer) -> None:
-    lr = float(optimizer.param_groups[0]["lr"])
-    if not abs(lr) <= MAX_LR:
-        raise ValueError(f"the learning rate becomes {lr}, which is no float32 number")
+    for lr in (float(group["lr"]) for group in optimizer.param_groups):
+        if not abs(lr) <= MAX_LR:
+            raise ValueError(f"the learning rate becomes {lr}, which is no float32 number")
 
 
 @contextmanager

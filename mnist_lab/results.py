@@ -1,4 +1,4 @@
-"""The only room that reads MLflow: tracked runs as DataFrames. Accuracies are in percent.
+"""Tracked runs as DataFrames, read from MLflow. Accuracies are in percent.
 
 from mnist_lab import results
 results.run_table(steps="step3_gap").to_markdown()
@@ -24,7 +24,8 @@ import pandas as pd
 import sqlalchemy
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from mlflow.utils.rest_utils import MlflowHostCreds, http_request
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 
 from mnist_lab import statistics, targets
 from mnist_lab.comparison import (
@@ -537,7 +538,7 @@ def _points_over_http(uri: str, epochs: dict[str, int], metrics: list[str]) -> I
     for first in range(0, len(run_ids), at_a_time):
         for metric in metrics:
             asked = {"run_id": run_ids[first : first + at_a_time], "metric_key": metric}
-            response = http_request(MlflowHostCreds(uri), HISTORIES, "GET", params=asked)  # type: ignore[no-untyped-call]
+            response = http_request(get_default_host_creds(uri), HISTORIES, "GET", params=asked)  # type: ignore[no-untyped-call]
             response.raise_for_status()
             for point in response.json()["metrics"]:
                 yield point["run_id"], point["key"], int(point["step"]), float(point["value"])

@@ -199,7 +199,7 @@ def finished_runs(store: Store, params: Mapping[str, object], tags: Mapping[str,
 
 def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
     """Make a run the child of a study's run, whatever study it belonged to before."""
-    with _uninterrupted():
+    with _uninterrupted(), briefly():
         mlflow.MlflowClient(tracking_uri=store.uri).set_tag(run_id, MLFLOW_PARENT_RUN_ID, parent_run_id)
 
 
@@ -213,7 +213,8 @@ def close_abandoned(store: Store) -> None:
     try:
         for run in _search(store, "attributes.status = 'RUNNING'"):
             if _is_gone(run.data.tags.get("process", "")):
-                client.set_terminated(run.info.run_id, "KILLED")
+                with briefly():
+                    client.set_terminated(run.info.run_id, "KILLED")
     except MlflowException as error:
         raise LabError(f"tracking store {store.uri!r} can't be written: {one_line(error)}") from error
 
@@ -223,7 +224,8 @@ def _search(store: Store, condition: str) -> list[Run]:
     try:
         client = mlflow.MlflowClient(tracking_uri=store.uri)
         order = ["attributes.start_time DESC"]
-        return list(client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS, order_by=order))
+        with briefly():
+            return list(client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS, order_by=order))
     except (MlflowException, SQLAlchemyError) as error:
         raise LabError(f"tracking store {store.uri!r} can't be read: {one_line(error)}") from error
 
@@ -273,7 +275,9 @@ class TrackedRun:
     def log_missing(self, epochs: Mapping[int, Mapping[str, float]]) -> None:
         """Log those points of these epochs that the run does not have yet, so that each is there once."""
         names = {name for metrics in epochs.values() for name in metrics}
-        logged = {(name, point.step) for name in names for point in self._client.get_metric_history(self.run_id, name)}
+        with briefly():
+            histories = [(name, self._client.get_metric_history(self.run_id, name)) for name in names]
+        logged = {(name, point.step) for name, points in histories for point in points}
         for epoch, metrics in epochs.items():
             if missing := {name: value for name, value in metrics.items() if (name, epoch) not in logged}:
                 self.log_epoch(epoch, missing)
@@ -511,12 +515,26 @@ def _begin(store: Store, run_name: str, params: Mapping[str, object], tags: Mapp
 
 
 def _begin_again(store: Store, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
+    _deliver(store, run_id)
     _check_resumable(store, run_id)
     client = mlflow.MlflowClient(tracking_uri=store.uri)
     client.update_run(run_id, status="RUNNING")
     tracked = TrackedRun(store, run_id, frozenset(client.get_run(run_id).data.metrics))
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in {**tags, "process": _process_tag()}.items()])
     return tracked
+
+
+def _deliver(store: Store, run_id: str) -> None:
+    """Send what waits for a run that goes on: later it would be sent beside what the run logs anew."""
+    outbox = Outbox.of_run(store.uri, run_id)
+    if not outbox.waiting():
+        return
+    if not outbox.lock():
+        raise LabError(f"resume: what run {run_id} logged is being sent by another process; try again later")
+    try:
+        send_waiting(mlflow.MlflowClient(tracking_uri=store.uri), run_id, outbox)
+    finally:
+        outbox.unlock()
 
 
 def can_resume(store: Store, run_id: str) -> bool:
@@ -530,7 +548,8 @@ def can_resume(store: Store, run_id: str) -> bool:
 
 def _check_resumable(store: Store, run_id: str) -> None:
     try:
-        status = mlflow.MlflowClient(tracking_uri=store.uri).get_run(run_id).info.status
+        with briefly():
+            status = mlflow.MlflowClient(tracking_uri=store.uri).get_run(run_id).info.status
     except MlflowException as error:
         raise LabError(f"resume: run {run_id} can't be read from {store.uri!r}: {one_line(error)}") from error
     if status == "FINISHED":

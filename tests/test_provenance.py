@@ -143,13 +143,15 @@ def test_the_versions_are_those_in_use() -> None:
     assert {"torchvision", "numpy", "pandas", "matplotlib", "os"} < versions.keys()
 
 
-def test_the_cpu_is_named_with_its_cores() -> None:
-    name, _, cores = hardware(CPU).rpartition(", ")
+def test_the_cpu_is_named_with_its_cores_and_the_vector_instructions_that_torch_uses() -> None:
+    name, cores, instructions = hardware(CPU).rsplit(", ", 2)
 
     assert cores == f"{os.cpu_count()} cores"
     assert len(name) > 3
     if platform.system() == "Linux" and platform.machine() == "x86_64":
-        assert f": {name}\n" in Path("/proc/cpuinfo").read_text()
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        assert f": {name}\n" in cpuinfo
+        assert instructions == ("AVX512" if "avx512f" in cpuinfo else "AVX2" if "avx2" in cpuinfo else "DEFAULT")
 
 
 def test_the_digest_of_the_code_minds_what_is_computed_and_nothing_else(tmp_path: Path) -> None:
