@@ -66,6 +66,7 @@ def serve(uri: str, experiment_id: str, port: int) -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONWARNINGS": "ignore",  # of its own libraries, which no user of the lab can heed
     }
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # whoever reads the output may be gone, and the server must still end
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait_until_ready(server, address, mark)
@@ -75,7 +76,7 @@ def serve(uri: str, experiment_id: str, port: int) -> None:
         server.wait()
         raise LabError(f"the MLflow server ended by itself with exit code {server.returncode}")
     except KeyboardInterrupt:
-        print()
+        print(file=sys.stderr)
     finally:
         _stop(server)
 

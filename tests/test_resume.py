@@ -23,7 +23,6 @@ from mnist_lab.training import EpochMetrics
 
 STEP = ROOT / "experiments" / "step4_augment_steplr.py"
 FLAGS = ["--limit", "512", "--epochs", "5", "--seed", "5"]
-KILLS = 20
 
 # Imports the lab once and forks for each line of flags, so that twenty runs take no twenty imports. The first word of a
 # line says where the child kills itself, or "-"; the answer is the child's number, then how it ended.
@@ -164,12 +163,13 @@ def check_same(run: TrackedRun, whole: TrackedRun) -> None:
     assert (run.artifacts / "figures" / "training.png").exists()
 
 
+@pytest.mark.parametrize("number", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
-    make_lab: Callable[[], Lab], reference: Reference
+    make_lab: Callable[[], Lab], reference: Reference, number: int
 ) -> None:
     moments = random.Random(7)
     lab, kills = make_lab(), 0
-    while kills < KILLS:
+    while kills < number:
         unfinished = any((lab.database.parent / "checkpoints").glob("*.pt"))
         flags = ["--resume"] if unfinished else FLAGS
         code = lab.run(*flags, kill_after=moments.uniform(0.1, 0.7 * reference.seconds))

@@ -168,10 +168,23 @@ def test_sigterm_ends_the_server_with_its_children(server: Server) -> None:
     assert server.process.wait(30) == 0
     wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"], 10)
     assert server.process.stdout is not None
-    assert server.process.stdout.read() == "Ctrl-C stops the server.\n\n"
+    assert server.process.stdout.read() == "Ctrl-C stops the server.\n"
     assert "Traceback" not in server.stderr.read_text()
     with pytest.raises(OSError, match="refused"):
         server.get("/health")
+
+
+def test_the_server_ends_with_its_program_though_nobody_reads_what_it_prints(uri: str, tmp_path: Path) -> None:
+    process = start("--tracking-uri", uri, stderr=tmp_path / "stderr.txt")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("The runs: ")
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.stdout.close()
+
+    process.terminate()
+
+    assert process.wait(30) == 0
+    wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"], 10)
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
