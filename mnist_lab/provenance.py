@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -14,8 +12,6 @@ from pathlib import Path
 import torch
 
 DIFF = ("diff", "--no-ext-diff", "--no-color")  # one that `git apply` takes, however the user's git shows diffs
-# What decides, beside the script, what a run computes; the rest of the lab only writes it down.
-COMPUTING = ("augmentation.py", "dropout.py", "training.py")  # the data have a digest of their own
 PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pandas", "matplotlib")
 
 
@@ -44,22 +40,6 @@ def commit(script: Path) -> Commit:
     for new in (entry[3:] for entry in changes.split("\0") if entry.startswith("?? ")):
         diff += _git(Path(tree), *DIFF, "--no-index", "--", os.devnull, new)
     return Commit(sha, dirty=True, diff=diff)
-
-
-def code_sha256(script: Path) -> str:
-    """Return a SHA-256 over what the script and the lab's modules that compute say to Python.
-
-    Runs that share it, and their params, computed the same. Comments, docstrings and layout do not count: a Result can
-    be written into a script without making its runs look like those of another.
-    """
-    digest = hashlib.sha256()
-    for file in [script, *(Path(__file__).with_name(name) for name in COMPUTING)]:
-        tree = ast.parse(file.read_bytes())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -20,6 +20,7 @@ from mnist_lab.delivery import sync
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.rehearsal import blame, blame_script, rehearse, without_exits
+from mnist_lab.sources import SCRIPT, code_sha256, find_sources
 from mnist_lab.summary import summarize
 from mnist_lab.targets import Verdict
 from mnist_lab.threads import Load, Threads
@@ -235,7 +236,8 @@ def record(
         if resume is None:
             tracked.log_data(mnist, find_data_dir(data_dir))
             tracked.log_text(summary + "\n", "model_summary.txt")
-            tracked.log_file(script, "source")
+            for name, file in find_sources(script).items():
+                tracked.log_file(file, "source" if name == SCRIPT else source_folder(name, file))
             tracked.log_json(environment, "environment.json")
             if commit.dirty:
                 tracked.log_text(commit.diff, "source/uncommitted.diff")
@@ -268,6 +270,12 @@ def record(
         if refusal is not None:
             tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
     return RunResult(tracked.run_id, epochs, measured, verdicts, overrides)
+
+
+def source_folder(name: str, file: Path) -> str:
+    """Return where a module that the script imports is kept among the artifacts: `source/nets` for `nets.blocks`."""
+    packages = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    return "/".join(["source", *packages])
 
 
 def final_logits(net: nn.Module, mnist: Mnist) -> Tensor:
@@ -310,7 +318,7 @@ def identify(
     return params, {
         "step": script.stem,
         "overrides": " ".join(f"{name}={value}" for name, value in sorted(overrides.items())),
-        "code_sha256": provenance.code_sha256(script),
+        "code_sha256": code_sha256(find_sources(script)),
     }
 
 

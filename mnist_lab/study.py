@@ -40,6 +40,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.rehearsal import rehearse
 from mnist_lab.runner import RunResult
+from mnist_lab.sources import code_sha256, find_sources
 from mnist_lab.stacked import can_stack, fit_stacked
 from mnist_lab.statistics import Aggregate, StudyVerdict, aggregate, judge_mean
 from mnist_lab.targets import Verdict
@@ -102,6 +103,7 @@ class _Job:
     """What a worker is told: everything but the seed."""
 
     script: Path
+    sources: dict[str, Path]
     code_sha256: str
     hyperparameters: dict[str, object]
     overrides: dict[str, object]  # without those on the data
@@ -180,6 +182,7 @@ def run_study(
         if where.type == "cpu":
             job = _Job(
                 script=script,
+                sources=find_sources(script),
                 code_sha256=identity["code_sha256"],
                 hyperparameters=experiment.hyperparameters(),
                 overrides=dict(overrides),
@@ -607,7 +610,7 @@ def _work(connection: Connection, job: _Job) -> None:
 
 def _train(job: _Job, seed: int, connection: Connection) -> RunResult:
     """Train and track one seed."""
-    if provenance.code_sha256(job.script) != job.code_sha256:
+    if code_sha256(job.sources) != job.code_sha256:
         raise LabError(f"{job.script.name} or the lab's code was changed while the study ran")
     experiment, overrides = declaration.read(job.script).override(job.overrides)
     if experiment.hyperparameters() != job.hyperparameters:

@@ -21,6 +21,9 @@ from mnist_lab.dropout import SparseDropout
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 
+# Names what a run computes: raise it with every change to the loops, the augmentations, the default loss, the hold-out or
+# the layout in memory that changes any figure. Runs with different recipes are not averaged.
+RECIPE = 1
 # Mean and standard deviation of the training pixels scaled to [0, 1].
 MEAN, STD = 0.1307, 0.3081
 EVALUATION_BATCH_SIZE = 500
