@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.data import load_mnist
-from mnist_lab.training import training_images
+from mnist_lab.training.loop import training_images
 
 BATCH_SIZE, DEGREES = 128, 7.0
 LAB, ALONE = "lab", "lab: random_rotation alone"

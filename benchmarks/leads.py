@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_lab.data import load_mnist
-from mnist_lab.dropout import SparseDropout
-from mnist_lab.training import normalize
+from mnist_lab.training.dropout import SparseDropout
+from mnist_lab.training.loop import normalize
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = 469

@@ -26,8 +26,8 @@ from typing import TypeVar
 import torch
 from tabulate import tabulate
 
-from mnist_lab import provenance
 from mnist_lab.experiment import Experiment
+from mnist_lab.running import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(__file__).resolve().parent / "out"

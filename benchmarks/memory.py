@@ -46,7 +46,7 @@ def one_run(limit: int, epochs: int) -> dict[str, float]:
 
     from measure import load_experiment
 
-    from mnist_lab import runner
+    from mnist_lab.running import run as runner
 
     peaks = {"imports": peak()}
 

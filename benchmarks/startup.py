@@ -26,9 +26,8 @@ COMPARE, RUN = "make compare's command", "step4 --limit 128 --epochs 1"
 
 def fill(uri: str, runs: int) -> None:
     """Write so many runs of 14 epochs into a new store."""
+    from mnist_lab.tracking.store import open_store
     from run_writer import write_run
-
-    from mnist_lab.tracking import open_store
 
     store = open_store(uri)
     for number in range(runs):

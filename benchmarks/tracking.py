@@ -1,8 +1,8 @@
 """MLflow's share of a run of step 4 as declared, model and figures included.
 
-Each round is a fresh process that trains a few epochs on few images through mnist_lab.runner, with a clock around what
-it calls of mnist_lab.tracking, around drawing the figures and around importing MLflow. The training of a full run is
-scaled from the same process, its batches to those of 60,000 images; the logging of epochs is scaled to 14 of them.
+Each round is a fresh process that trains a few epochs on few images through mnist_lab.running.run, with a clock around
+what it calls of mnist_lab.tracking.run, around drawing the figures and around importing MLflow. The training of a full
+run is scaled from the same process, its batches to those of 60,000 images; the logging of epochs is scaled to 14.
 """
 
 from __future__ import annotations
@@ -86,15 +86,15 @@ def one_run(limit: int, epochs: int) -> dict[str, Any]:
     with clock.running("import mlflow"):
         import mlflow  # noqa: F401
 
-        import mnist_lab.tracking
-    from mnist_lab import runner
+        import mnist_lab.tracking.run
+    from mnist_lab.running import run as runner
 
     for name, value in list(vars(runner).items()):
-        if inspect.isfunction(value) and value.__module__ in ("mnist_lab.tracking", "mnist_lab.delivery"):
+        if inspect.isfunction(value) and value.__module__ in ("mnist_lab.tracking.run", "mnist_lab.tracking.delivery"):
             setattr(runner, name, clock.around(name, value))
-    for name, value in list(vars(mnist_lab.tracking.TrackedRun).items()):
+    for name, value in list(vars(mnist_lab.tracking.run.TrackedRun).items()):
         if inspect.isfunction(value) and not name.startswith("_"):
-            setattr(mnist_lab.tracking.TrackedRun, name, clock.around(name, value))
+            setattr(mnist_lab.tracking.run.TrackedRun, name, clock.around(name, value))
     runner.draw = clock.around("draw figures", runner.draw)
 
     declared = load_experiment(STEP)

@@ -33,9 +33,9 @@ from measure import (
 from torch import Tensor, nn
 
 from mnist_lab.data import Mnist, load_mnist
-from mnist_lab.dropout import SparseDropout
 from mnist_lab.experiment import Experiment
-from mnist_lab.training import fit, normalize, predict
+from mnist_lab.training.dropout import SparseDropout
+from mnist_lab.training.loop import fit, normalize, predict
 
 STEPS = ("step1_baseline", "step2_dropout", "step3_gap", "step4_augment_steplr", "four_conv")
 CPU = torch.device("cpu")
@@ -184,7 +184,7 @@ def lightning_way(task: Task) -> Epoch:
 
 
 def lab(task: Task) -> Epoch:
-    """Train by `mnist_lab.training.fit`, with the network prepared as mnist_lab.runner does."""
+    """Train by `mnist_lab.training.loop.fit`, with the network prepared as mnist_lab.running.run does."""
     net = task.network().to(memory_format=torch.channels_last)
     laps = Laps()
     experiment = dataclasses.replace(task.experiment, epochs=1)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
-from mnist_lab.report import write_report
-from mnist_lab.store import PROJECT_ROOT
+from mnist_lab.results.report import write_report
+from mnist_lab.tracking.sqlite import PROJECT_ROOT
 
 IMAGES = PROJECT_ROOT / "docs" / "images"
 LIMIT = 300 * 1024  # bytes

@@ -16,13 +16,13 @@ does no better than it here: it has neither batch norm nor dropout, and a small 
 
 from functools import partial
 
-from mnist_lab import Experiment, main
-from mnist_lab.augmentation import random_center_crop, random_rotation
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
+
+from mnist_lab import Experiment, main
+from mnist_lab.augmentation import random_center_crop, random_rotation
 
 
 class Net(nn.Module):

@@ -17,10 +17,10 @@ more epochs will not reach 99.4. The parameters are 970 over the budget.
 
 from functools import partial
 
-from mnist_lab import Experiment, Targets, main
-
 import torch
 from torch import Tensor, nn
+
+from mnist_lab import Experiment, Targets, main
 
 
 class Net(nn.Module):

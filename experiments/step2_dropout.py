@@ -16,10 +16,10 @@ that of step 1 with two thirds of its parameters: 0.02 points lower, with an int
 
 from functools import partial
 
-from mnist_lab import Experiment, Targets, main
-
 import torch
 from torch import Tensor, nn
+
+from mnist_lab import Experiment, Targets, main
 
 
 class Net(nn.Module):

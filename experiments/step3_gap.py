@@ -19,10 +19,10 @@ above the last on average.
 
 from functools import partial
 
-from mnist_lab import Experiment, Targets, main
-
 import torch
 from torch import Tensor, nn
+
+from mnist_lab import Experiment, Targets, main
 
 
 class Net(nn.Module):

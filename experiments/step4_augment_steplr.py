@@ -19,12 +19,12 @@ the last epoch is nearly the best. The training accuracy, measured on rotated im
 
 from functools import partial
 
-from mnist_lab import Experiment, Targets, main
-from mnist_lab.augmentation import random_rotation
-
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
+
+from mnist_lab import Experiment, Targets, main
+from mnist_lab.augmentation import random_rotation
 
 
 class Net(nn.Module):

@@ -12,68 +12,12 @@ test accuracy, with an interval of -0.03 to +0.13 (paired over ten seeds, p = 0.
 would show a difference of that size.
 """
 
-from functools import partial
+from dataclasses import replace
 
-from mnist_lab import Experiment, Targets, main
+from mnist_lab import main
+from step4_augment_steplr import EXPERIMENT as STEP4
 
-import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import StepLR
-
-
-class Net(nn.Module):
-    def __init__(self, dropout: float = 0.007) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(  # after each: output (channels, height, width), receptive field in pixels
-            nn.Conv2d(1, 8, 3, bias=False),  # (8, 26, 26), 3
-            nn.BatchNorm2d(8),
-            nn.Dropout(dropout),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, bias=False),  # (8, 24, 24), 5
-            nn.BatchNorm2d(8),
-            nn.Dropout(dropout),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, bias=False),  # (8, 22, 22), 7
-            nn.BatchNorm2d(8),
-            nn.Dropout(dropout),
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # (8, 11, 11), 8
-            nn.Conv2d(8, 13, 3, bias=False),  # (13, 9, 9), 12
-            nn.BatchNorm2d(13),
-            nn.Dropout(dropout),
-            nn.ReLU(),
-            nn.Conv2d(13, 14, 3, bias=False),  # (14, 7, 7), 16
-            nn.BatchNorm2d(14),
-            nn.Dropout(dropout),
-            nn.ReLU(),
-            nn.Conv2d(14, 8, 1, bias=False),  # (8, 7, 7), 16
-            nn.BatchNorm2d(8),
-            nn.Dropout(dropout),
-            nn.ReLU(),
-            nn.Conv2d(8, 26, 3, bias=False),  # (26, 5, 5), 20
-            nn.BatchNorm2d(26),
-            nn.Dropout(dropout),
-            nn.ReLU(),
-            nn.Conv2d(26, 50, 1, bias=False),  # (50, 5, 5), 20
-            nn.BatchNorm2d(50),
-            nn.Dropout(dropout),
-            nn.ReLU(),
-            nn.AvgPool2d(5),  # (50, 1, 1), 28
-            nn.Conv2d(50, 10, 1, bias=False),  # (10, 1, 1), 28
-        )
-
-    def forward(self, images: Tensor) -> Tensor:  # (N, 1, 28, 28) -> (N, 10)
-        return self.layers(images).flatten(1)
-
-
-EXPERIMENT = Experiment(
-    net=Net,
-    epochs=14,
-    batch_size=128,
-    optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-    scheduler=partial(StepLR, step_size=2, gamma=0.6),
-    targets=Targets(accuracy=99.4, params=10_000, epochs=15),
-)
+EXPERIMENT = replace(STEP4, augmentation=None, reported={})
 
 if __name__ == "__main__":
     main(EXPERIMENT)

@@ -17,11 +17,11 @@ Three seeds do not show that the target is missed; about nine would, if the mean
 
 from functools import partial
 
-from mnist_lab import Experiment, Targets, main
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mnist_lab import Experiment, Targets, main
 
 
 class Net(nn.Module):

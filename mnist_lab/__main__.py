@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mnist_lab.cli import interrupt_on_signals
 from mnist_lab.errors import LabError
-from mnist_lab.store import PROJECT_ROOT, sqlite_file, tracking_uri
+from mnist_lab.tracking.sqlite import PROJECT_ROOT, sqlite_file, tracking_uri
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from tabulate import tabulate
 
     from mnist_lab import results
-    from mnist_lab.comparison import effects_text
+    from mnist_lab.verdicts.comparison import effects_text
 
     holdout, uri = arguments.holdout, arguments.tracking_uri
     table = results.compare_table(include_overrides=arguments.include_overrides, holdout=holdout, tracking_uri=uri)
@@ -61,7 +61,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write the figures that are committed: CSVs and the tables made of them."""
-    from mnist_lab.evidence import export_runs
+    from mnist_lab.results.evidence import export_runs
 
     for file in export_runs(arguments.folder, arguments.readme, tracking_uri=arguments.tracking_uri):
         print(f"Written: {file}")
@@ -69,7 +69,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the report of the tracked runs."""
-    from mnist_lab.report import write_report
+    from mnist_lab.results.report import write_report
 
     for file in write_report(arguments.folder, tracking_uri=arguments.tracking_uri):
         print(f"Written: {file}")
@@ -77,7 +77,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 def ui(arguments: argparse.Namespace) -> None:
     """Serve the MLflow UI on loopback."""
-    from mnist_lab import ui as server
+    from mnist_lab.tracking import ui as server
 
     if sqlite_file(tracking_uri(arguments.tracking_uri)) is None:
         raise LabError(
@@ -85,7 +85,7 @@ def ui(arguments: argparse.Namespace) -> None:
         )
     server.check_port(arguments.port)
 
-    from mnist_lab.tracking import open_store
+    from mnist_lab.tracking.store import open_store
 
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     store = open_store(arguments.tracking_uri)
@@ -97,7 +97,7 @@ def ui(arguments: argparse.Namespace) -> None:
 
 def sync(arguments: argparse.Namespace) -> None:
     """Send what runs logged while their tracking server was away."""
-    from mnist_lab import delivery
+    from mnist_lab.tracking import delivery
 
     uri = tracking_uri(arguments.tracking_uri)
     deliveries = delivery.sync(uri)
@@ -112,7 +112,7 @@ def sync(arguments: argparse.Namespace) -> None:
 
 def resume(arguments: argparse.Namespace) -> None:
     """Go on with an interrupted run, whatever script it is of."""
-    from mnist_lab import checkpoint
+    from mnist_lab.running import checkpoint
 
     uri = tracking_uri(arguments.tracking_uri)
     found = checkpoint.find(uri, run_id=arguments.run_id)

@@ -20,8 +20,8 @@ from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from mnist_lab.comparison import step_order
 from mnist_lab.errors import LabError
+from mnist_lab.verdicts.comparison import step_order
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D"), ("black", "-", "v"))

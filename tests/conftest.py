@@ -20,10 +20,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from helpers import TrackedRun, read_runs, run_script
 
-from mnist_lab import provenance
+from helpers import TrackedRun, read_runs, run_script
 from mnist_lab.data import Mnist, load_mnist
+from mnist_lab.running import provenance
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -83,7 +83,7 @@ def _no_test_touches_the_projects_runs(
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the database of a store without runs. Making one takes seconds, so copy it."""
-    from mnist_lab.tracking import open_store
+    from mnist_lab.tracking.store import open_store
 
     database = tmp_path_factory.mktemp("empty_store") / "mlflow.db"
     open_store(f"sqlite:///{database}")

@@ -11,9 +11,11 @@ import psutil
 import torch
 from torch import nn
 
-from mnist_lab import declaration, runner
-from mnist_lab.tracking import Store, track
-from mnist_lab.training import EpochMetrics
+from mnist_lab.running import declaration
+from mnist_lab.running import run as runner
+from mnist_lab.tracking.run import track
+from mnist_lab.tracking.store import Store
+from mnist_lab.training.loop import EpochMetrics
 
 LIMIT = 256
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
-from run_writer import write_run
 
 from mnist_lab.data import Mnist
 from mnist_lab.figures import plot_samples
-from mnist_lab.tracking import Store, open_store
+from mnist_lab.tracking.store import Store, open_store
+from run_writer import write_run
 
 T0 = 1_790_000_000_000
 REPORTED = {"reported_best_test_accuracy": "99.46", "reported_best_train_accuracy": "99.32"}

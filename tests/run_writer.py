@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import mlflow
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from mnist_lab.tracking import Store
+from mnist_lab.tracking.store import Store
 
 STEP4 = {
     "batch_size": "128",

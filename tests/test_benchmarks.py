@@ -167,7 +167,7 @@ def test_the_write_ups_way_really_trains(mnist: Mnist) -> None:
 
 @pytest.mark.parametrize("step", ["step1_baseline", "step4_augment_steplr", "four_conv"])
 def test_the_write_ups_loaders_give_the_labs_inputs(step: str, mnist: Mnist) -> None:
-    from mnist_lab.training import normalize
+    from mnist_lab.training.loop import normalize
 
     train_loader, test_loader = load("writeups").loaders(step, 64, images=200, test_images=100)
     assert (len(train_loader.dataset), len(test_loader.dataset)) == (200, 100)

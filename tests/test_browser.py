@@ -13,12 +13,12 @@ from contextlib import contextmanager
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from report_store import RUNS, write_sample_store
 
 from mnist_lab import results
 from mnist_lab.data import Mnist
-from mnist_lab.report import write_report
-from mnist_lab.tracking import Store
+from mnist_lab.results.report import write_report
+from mnist_lab.tracking.store import Store
+from report_store import RUNS, write_sample_store
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [

@@ -19,6 +19,7 @@ from typing import Literal
 
 import pytest
 import torch
+
 from conftest import FullRun
 from helpers import (
     ROOT,
@@ -30,12 +31,12 @@ from helpers import (
     run_script,
     wait_until,
 )
-
-from mnist_lab.cli import StudyConsole, epoch_line, interrupt_on_signals, main, print_result
+from mnist_lab.cli import interrupt_on_signals, main
+from mnist_lab.console import StudyConsole, epoch_line, print_result
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import SUMMARY_METRICS
-from mnist_lab.training import EpochMetrics
+from mnist_lab.training.loop import EpochMetrics
 
 Load = Callable[[str], ModuleType]
 STEP1 = ROOT / "experiments" / "step1_baseline.py"
@@ -102,7 +103,7 @@ def test_nothing_is_left_in_the_current_folder(full_run: FullRun) -> None:
 
 
 def test_without_targets_there_is_no_verdict(load_script: Load, capsys: pytest.CaptureFixture[str]) -> None:
-    from mnist_lab.runner import RunResult
+    from mnist_lab.running.run import RunResult
 
     measured = dict.fromkeys(SUMMARY_METRICS, 99.0)
     print_result(RunResult("abc", [], measured, [], {}), load_script("step1_baseline").EXPERIMENT)
@@ -138,7 +139,7 @@ def test_an_epochs_line_says_what_it_was_evaluated_on(part: Literal["test", "val
 
 
 def test_the_result_of_a_hold_out_says_validation(load_script: Load, capsys: pytest.CaptureFixture[str]) -> None:
-    from mnist_lab.runner import RunResult
+    from mnist_lab.running.run import RunResult
 
     measured = dict.fromkeys((*SUMMARY_METRICS, "final_validation_accuracy", "best_validation_accuracy"), 99.0)
     print_result(RunResult("abc", [], measured, [], {}), load_script("step1_baseline").EXPERIMENT)

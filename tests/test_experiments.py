@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
-from mnist_lab import Experiment, Targets, rehearsal, training
+from mnist_lab import Experiment, Targets
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.data import Mnist
-from mnist_lab.summary import receptive_fields
+from mnist_lab.running import rehearsal
+from mnist_lab.running.summary import receptive_fields
+from mnist_lab.training import loop as training
 
 ROOT = Path(__file__).parent.parent
 STEMS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
@@ -90,7 +92,7 @@ def refuse(*_):
 register_optimizer_step_pre_hook(refuse)
 for path in sys.argv[1:]:
     runpy.run_path(path, run_name="imported")
-print(sorted({"mlflow", "mnist_lab.runner", "mnist_lab.tracking"} & sys.modules.keys()))
+print(sorted({"mlflow", "mnist_lab.running.run", "mnist_lab.tracking.run"} & sys.modules.keys()))
 """
     paths = [str(ROOT / "experiments" / f"{stem}.py") for stem in STEMS]
     environment = os.environ | {

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import FullRun
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+
+from conftest import FullRun
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import read_runs, run_script
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mnist_lab import Experiment, runner
+from helpers import read_runs, run_script
+from mnist_lab import Experiment
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.runner import RunResult
-from mnist_lab.training import EpochMetrics
+from mnist_lab.running import run as runner
+from mnist_lab.running.run import RunResult
+from mnist_lab.training.loop import EpochMetrics
 
 
 class Silent:
@@ -300,7 +301,8 @@ import psutil
 import torch
 from torch import nn
 
-from mnist_lab import Experiment, main, runner
+from mnist_lab import Experiment, main
+from mnist_lab.running import run as runner
 
 
 class Net(nn.Module):

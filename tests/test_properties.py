@@ -25,20 +25,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import SIGNALS, read_runs, read_value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
 
-from mnist_lab import Experiment, Targets, data, rehearsal, runner, study
+from helpers import SIGNALS, read_runs, read_value
+from mnist_lab import Experiment, Targets, data
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.cli import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import shown
-from mnist_lab.training import fit
+from mnist_lab.running import rehearsal, study
+from mnist_lab.running import run as runner
+from mnist_lab.training.loop import fit
 
 FEW, MANY = 400, 2_000
 HOW_MANY = pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.long)])

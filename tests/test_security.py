@@ -10,16 +10,18 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from helpers import ROOT
-from run_writer import write_run
 from test_evidence import PAGE, T0
 
+from helpers import ROOT
 from mnist_lab import __main__ as jobs
-from mnist_lab import checkpoint, evidence, results
-from mnist_lab.checkpoint import Checkpoint
+from mnist_lab import results
 from mnist_lab.errors import LabError
-from mnist_lab.tracking import open_store
-from mnist_lab.training import EpochMetrics
+from mnist_lab.results import evidence
+from mnist_lab.running import checkpoint
+from mnist_lab.running.checkpoint import Checkpoint
+from mnist_lab.tracking.store import open_store
+from mnist_lab.training.loop import EpochMetrics
+from run_writer import write_run
 
 UNSAFE = {"eval", "exec", "read_pickle", "unsafe_load"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}

@@ -1,0 +1,248 @@
+"""What is printed: a run or a study as it goes, and its verdict at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from mnist_lab.experiment import SUMMARY_METRICS, Experiment
+
+if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
+    import torch
+    from torch import Tensor, nn
+    from tqdm import tqdm
+
+    from mnist_lab.running.run import RunResult
+    from mnist_lab.running.study import StudyResult
+    from mnist_lab.training.loop import EpochMetrics
+    from mnist_lab.verdicts.statistics import StudyVerdict
+
+SUMMARY_METRICS_WITH_HOLD_OUT = (
+    "final_train_accuracy",
+    "best_train_accuracy",
+    "final_validation_accuracy",
+    "best_validation_accuracy",
+    "best_epoch",
+    "final_test_accuracy",
+    "final_test_loss",
+)
+REFRESH_SECONDS = 0.5  # reading the running figures waits for the device, so the bar does it this often only
+
+
+class Console:
+    """Shows a run as it goes: a bar on a terminal, and a line per epoch everywhere."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self.epoch = 1
+        self.num_images = 0
+        self.bar: tqdm[NoReturn] | None = None
+        self.shown_at = 0.0
+        self.on_terminal = sys.stdout.isatty()
+
+    def on_start(self, run_name: str, device: torch.device, net: nn.Module, summary: str, num_images: int) -> None:
+        from mnist_lab.training.loop import num_params
+
+        self.num_images = num_images
+        if self.on_terminal:
+            print(summary)
+        print(f"{run_name}: {num_params(net):,} parameters, {num_images:,} training images, on {device.type}")
+
+    def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
+        if not self.on_terminal:
+            return
+        if self.bar is None:
+            self.bar = self._new_bar()
+        now = time.monotonic()
+        if now - self.shown_at >= REFRESH_SECONDS:
+            self.shown_at = now
+            self.bar.set_postfix_str(
+                f"loss {loss_sum.item() / seen:.4f}, accuracy {100 * correct.item() / seen:.2f} %", refresh=False
+            )
+            self.bar.update(seen - self.bar.n)
+
+    def on_epoch(self, metrics: EpochMetrics) -> None:
+        self.close()
+        self.epoch = metrics.epoch + 1
+        print(epoch_line(metrics, self.epochs), flush=True)
+
+    def close(self) -> None:
+        """Take the bar away, so that what is printed next starts on a line of its own."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _new_bar(self) -> tqdm[NoReturn]:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self.num_images,
+            desc=f"epoch {self.epoch}/{self.epochs}",
+            file=sys.stdout,
+            unit=" images",
+            leave=False,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]",
+        )
+
+
+def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
+    """Return the line that stands for a finished epoch."""
+    return (
+        f"epoch {metrics.epoch:>{len(str(epochs))}}/{epochs}  "
+        f"train loss {metrics.train_loss:.4f}, "
+        f"accuracy {_share(metrics.train_correct, metrics.train_images)}  "
+        f"{metrics.evaluated_on} loss {metrics.eval_loss:.4f}, "
+        f"accuracy {_share(metrics.eval_correct, metrics.eval_images)}  "
+        f"lr {metrics.lr:.3g}  {metrics.epoch_seconds:.1f} s"
+    )
+
+
+class StudyConsole:
+    """Shows a study as it goes: one bar for all seeds on a terminal, else a line per epoch; and a line per seed."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self.trained: dict[int, int] = {}  # epochs by seed
+        self.done = self.wanted = self.width = 0
+        self.bar: tqdm[NoReturn] | None = None
+
+    def on_start(
+        self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
+    ) -> None:
+        self.wanted, self.done, self.width = len(seeds), len(seeds) - len(missing), len(str(max(seeds)))
+        reused = ", ".join(str(seed) for seed in seeds if seed not in missing)
+        if reused:
+            print(f"{name}: finished already, and not trained again: {reused}")
+        if not missing:
+            return
+        how = f"{workers} at a time" if device.type == "cpu" else "one after another"
+        print(f"{name}: training {', '.join(map(str, missing))}, {how}, on {device.type}", flush=True)
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=len(missing) * self.epochs,
+                desc=self._seeds_done(),
+                file=sys.stdout,
+                leave=False,
+                dynamic_ncols=True,
+                smoothing=0,  # the seeds' epochs end in bursts: only the mean speed says when all is done
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left]",
+            )
+
+    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
+        self.trained[seed] = metrics.epoch
+        if self.bar is not None:
+            self.bar.update()
+        else:
+            print(f"seed {seed:>{self.width}}  {epoch_line(metrics, self.epochs)}", flush=True)
+
+    def on_seed(self, seed: int, metrics: Mapping[str, float]) -> None:
+        self.done += 1
+        part = "validation" if "best_validation_accuracy" in metrics else "test"
+        self._write(
+            f"seed {seed:>{self.width}}  done: test accuracy {metrics['final_test_accuracy']:.2f} % in the last epoch; "
+            f"best {part} accuracy {metrics[f'best_{part}_accuracy']:.2f} % in epoch {metrics['best_epoch']:.0f}  "
+            f"({self._seeds_done()})"
+        )
+
+    def on_failure(self, seed: int, reason: str) -> None:
+        if self.bar is not None and self.bar.total is not None:
+            self.bar.total -= self.epochs - self.trained.get(seed, 0)  # they will not be trained
+        self._write(f"seed {seed:>{self.width}}  failed: {reason}")
+
+    def on_time(self) -> None:
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def close(self) -> None:
+        """Take the bar away, so that what is printed next starts on a line of its own."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _seeds_done(self) -> str:
+        return f"{self.done}/{self.wanted} seeds"
+
+    def _write(self, line: str) -> None:
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.set_description_str(self._seeds_done(), refresh=False)
+            self.bar.write(line, file=sys.stdout)
+
+
+def print_study(result: StudyResult, experiment: Experiment) -> None:
+    """Print what the seeds show together: the figures over the seeds, those of each seed, and the verdict."""
+    from tabulate import tabulate
+
+    from mnist_lab.running.study import tables
+
+    for rows, headers in tables(result):
+        print()
+        print(tabulate(rows, headers=headers, disable_numparse=True))
+    judged = [(v.name, v.wanted, _figure(v.name, v.measured), v.word) for v in result.verdicts]
+    if result.accuracy is not None:
+        of_mean = (f"mean at least {result.accuracy.target:g} %", f"{result.accuracy.mean:.2f} %", result.accuracy.word)
+        judged.insert(0, ("accuracy", *of_mean))
+    if judged:
+        print()
+        print(tabulate(judged, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True))
+    if result.accuracy is not None:
+        print(f"\n{how_sure(result.accuracy)}")
+    if result.overrides:
+        print(f"Overridden ({', '.join(result.overrides)}): tagged so, and left out of the tables of results.")
+    print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the seeds below it.")
+
+
+def how_sure(verdict: StudyVerdict) -> str:
+    """Say how sure the verdict on a mean is, and how many seeds it takes where it is not shown."""
+    if verdict.n == 1:
+        return "One seed shows nothing about the mean: train more of them."
+    side = "at least" if verdict.mean >= verdict.target else "below"
+    text = f"That the mean is {side} {verdict.target:g} %: p = {verdict.p:.2g}"
+    if verdict.word != "not shown":
+        return f"{text}, from {verdict.n} seeds."
+    if verdict.seeds_needed is None:
+        return f"{text}, which does not show it; how many seeds would can't be said."
+    return f"{text}, which does not show it; about {verdict.seeds_needed:,} seeds would, if the mean stays where it is."
+
+
+def print_result(result: RunResult, experiment: Experiment) -> None:
+    """Print each target with its measured value and verdict, and the reported figures beside the measured ones."""
+    from tabulate import tabulate
+
+    measured = result.measured
+    print()
+    if result.verdicts:
+        judged = [(v.name, v.wanted, _figure(v.name, v.measured), v.word) for v in result.verdicts]
+        print(tabulate(judged, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True))
+        print()
+    held_out = "final_validation_accuracy" in measured
+    rows = [
+        (name.replace("_", " "), _figure(name, measured[name]), _figure(name, experiment.reported.get(name)))
+        for name in (SUMMARY_METRICS_WITH_HOLD_OUT if held_out else SUMMARY_METRICS)
+    ]
+    print(tabulate(rows, headers=("", "measured", "reported"), disable_numparse=True))
+    if held_out:
+        print("\nThe accuracy that counts is the final test accuracy: the test images were read once, at the end.")
+    else:
+        print("\nThe accuracy that counts is the last epoch's. The best epoch was picked on the test images.")
+    if result.overrides:
+        print(f"Overridden ({', '.join(result.overrides)}): tagged so, and left out of the tables of results.")
+    print(f"MLflow run {result.run_id}; `make ui` shows it, `make compare` sets it beside the others.")
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if "accuracy" in name:
+        return f"{value:.2f} %"
+    return f"{value:.4f}" if "loss" in name else f"{value:,.0f}"
+
+
+def _share(correct: int, total: int) -> str:
+    return f"{correct}/{total} ({100 * correct / total:.2f}%)"

@@ -1,0 +1,23 @@
+"""Tracked runs, read from MLflow: as tables, compared, as committed figures and as a report."""
+
+from mnist_lab.results.compare import (
+    compare,
+    compare_pairs,
+    compare_table,
+    compare_text,
+    effects_table,
+    newest_runs,
+)
+from mnist_lab.results.runs import epoch_history, predictions, run_table
+
+__all__ = [
+    "compare",
+    "compare_pairs",
+    "compare_table",
+    "compare_text",
+    "effects_table",
+    "epoch_history",
+    "newest_runs",
+    "predictions",
+    "run_table",
+]

@@ -1,0 +1,220 @@
+"""Experiments side by side: one row per experiment, and what each single change is worth. Accuracies are in percent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import pandas as pd
+
+from mnist_lab.errors import LabError
+from mnist_lab.experiment import Targets
+from mnist_lab.results.runs import COLUMNS, all_runs, holdout_of, predictions, run_table
+from mnist_lab.tracking.sqlite import tracking_uri as resolve_uri
+from mnist_lab.verdicts import statistics, targets
+from mnist_lab.verdicts.comparison import (
+    PAIRS,
+    Comparison,
+    Pair,
+    adjust,
+    compare_predictions,
+    compare_seeds,
+    step_order,
+)
+
+
+def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return of a run table the newest run of each step and seed, and only what the newest run's code computed.
+
+    A mean over runs whose script or training code was edited in between is the mean of nothing. So of each step the
+    runs with another `code_sha256` than its newest run are left out; column `left_out` says how many of them there are.
+    """
+    by_step = ["step", "overrides"]
+    code = runs["code_sha256"].fillna("")
+    same = code == code.groupby([runs[name] for name in by_step]).transform("first")  # the newest stand first
+    left_out = (~same).groupby([runs[name] for name in by_step]).transform("sum")
+    return runs.assign(left_out=left_out.astype("int64"))[same].drop_duplicates([*by_step, "seed"])
+
+
+def compare_table(
+    *,
+    include_overrides: bool | Literal["if_none"] = False,
+    holdout: int = 0,
+    tracking_uri: str | None = None,
+) -> pd.DataFrame:
+    """Return one row per experiment: the newest finished run of each seed, and the mean where there are several seeds.
+
+    holdout: as for `run_table`. The runs that count are those of `newest_runs`.
+
+    Columns: step, overrides, seeds (their number), left_out (runs of other code), num_params, epochs, last, last_sd,
+    low and high (95 % interval of the mean; missing for one seed, as last_sd is), best, train, verdict_accuracy,
+    verdict_params, verdict_epochs ("-" where no target was stated), p and seeds_needed (of the accuracy's verdict,
+    `statistics.judge_mean`), the targets and the reported figures. Accuracies are in percent; last and train are of the
+    last epoch, best was picked on the test images, or where images are held out on those.
+
+    verdict_accuracy: "met" or "missed" for one seed; of several, what their mean shows: "met", "missed", "not shown".
+
+    Raises:
+        LabError: if the store is missing or foreign, or no run has this protocol.
+    """
+    runs = newest_runs(run_table(include_overrides=include_overrides, holdout=holdout, tracking_uri=tracking_uri))
+    facts = [name for name in COLUMNS if name.startswith(("target_", "reported_"))]
+    best = "best_validation_accuracy" if holdout else "best_test_accuracy"
+    rows = []
+    for (step, overrides), group in runs.groupby(["step", "overrides"]):
+        newest, last = group.iloc[0], statistics.aggregate(group["final_test_accuracy"].tolist())
+        row = {
+            "step": step,
+            "overrides": overrides,
+            "seeds": last.n,
+            "left_out": newest["left_out"],
+            "num_params": newest["num_params"],
+            "epochs": newest["epochs"],
+            "last": last.mean,
+            "last_sd": last.sd,
+            "low": last.low,
+            "high": last.high,
+            "best": group[best].mean(),
+            "train": group["final_train_accuracy"].mean(),
+            **{name: newest[name] for name in facts},
+        }
+        rows.append(row | _verdicts(row, group["final_test_accuracy"].tolist()))
+    rows.sort(key=lambda row: (step_order(row["step"]), row["overrides"]))
+    verdicts = ["verdict_accuracy", "verdict_params", "verdict_epochs", "p", "seeds_needed"]
+    counts = ["seeds", "left_out", "num_params", "epochs"]
+    names = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "best", "train", *facts, *verdicts]
+    table = pd.DataFrame(rows, columns=names)
+    return table.astype({"num_params": "Int64", "epochs": "Int64", "seeds_needed": "Int64"})
+
+
+def compare_text(table: pd.DataFrame, *, holdout: int = 0) -> tuple[list[list[str]], list[str]]:
+    """Return the rows and headers of `compare_table` as text to print, but for reported figures that no row has."""
+
+    def percent(value: float) -> str:
+        return "-" if pd.isna(value) else f"{value:.2f}"
+
+    columns = {
+        "experiment": [f"{step} {overrides}".strip() for step, overrides in table[["step", "overrides"]].to_numpy()],
+        "seeds": [str(n) for n in table["seeds"]],
+        "parameters": [f"{n:,} {word}" for n, word in table[["num_params", "verdict_params"]].to_numpy()],
+        "epochs": [f"{n} {word}" for n, word in table[["epochs", "verdict_epochs"]].to_numpy()],
+        "last": [
+            percent(mean) + ("" if pd.isna(sd) else f" +- {sd:.3f}")
+            for mean, sd in table[["last", "last_sd"]].to_numpy()
+        ],
+        "verdict": table["verdict_accuracy"].tolist(),
+        "seeds\nneeded": ["-" if pd.isna(n) else f"{n:,}" for n in table["seeds_needed"]],
+        "best\nvalidation" if holdout else "best": [percent(value) for value in table["best"]],
+        "train": [percent(value) for value in table["train"]],
+        "reported\nlast": [percent(value) for value in table["reported_final_test_accuracy"]],
+        "reported\nbest": [percent(value) for value in table["reported_best_test_accuracy"]],
+    }
+    shown = {name: cells for name, cells in columns.items() if "reported" not in name or {*cells} != {"-"}}
+    return [list(row) for row in zip(*shown.values(), strict=True)], list(shown)
+
+
+def compare(a: str, b: str, *, holdout: int = 0, tracking_uri: str | None = None) -> Comparison:
+    """Compare two experiments by the test accuracy of their last epochs, b - a, in points.
+
+    a, b: steps, e.g. "gap_alone" and "step3_gap". The newest finished run of each seed counts, as declared
+        (`newest_runs`). Seeds that both have are paired. One run on each side is compared by its stored predictions,
+        image by image, which says something of these two trained networks only.
+    holdout: as for `run_table`.
+
+    Raises:
+        LabError: if a step has no such run, their protocols differ, or one has a single seed and the other several.
+    """
+    declared = next((pair.change for pair in PAIRS if (pair.a, pair.b) == (a, b)), "")
+    return _compare(Pair(a, b, declared), _declared_runs(holdout, tracking_uri), holdout, tracking_uri)
+
+
+def effects_table(pairs: Iterable[Pair] = PAIRS, *, holdout: int = 0, tracking_uri: str | None = None) -> pd.DataFrame:
+    """Return what each single change is worth: one row per pair of experiments that both have runs.
+
+    Columns: those of `Comparison`, whose p_holm is adjusted for the rows of this table, with `seeds`, `shown` and
+    `verdict`. A pair that can't be compared is left out; `compare_pairs` says why.
+
+    Raises:
+        LabError: if the store is missing or foreign, or no run has this protocol.
+    """
+    comparisons, _ = compare_pairs(pairs, holdout=holdout, tracking_uri=tracking_uri)
+    rows = [{**vars(c), "seeds": c.seeds, "shown": c.shown, "verdict": c.verdict} for c in comparisons]
+    return pd.DataFrame(rows, columns=[*Comparison.__dataclass_fields__, "seeds", "shown", "verdict"])
+
+
+def compare_pairs(
+    pairs: Iterable[Pair] = PAIRS, *, holdout: int = 0, tracking_uri: str | None = None
+) -> tuple[list[Comparison], list[str]]:
+    """Compare the pairs of experiments that both have runs, as `compare` does, with `p_holm` adjusted for their number.
+
+    Returns the comparisons, and a sentence for each pair that has runs but can't be compared.
+
+    Raises:
+        LabError: as `effects_table`.
+    """
+    runs = _declared_runs(holdout, tracking_uri)
+    found, refused = [], []
+    for pair in pairs:
+        if {pair.a, pair.b} <= set(runs["step"]):
+            try:
+                found.append(_compare(pair, runs, holdout, tracking_uri))
+            except LabError as error:
+                refused.append(f"{pair.b} against {pair.a} is not compared: {error}")
+    return adjust(found), refused
+
+
+def _declared_runs(holdout: int, tracking_uri: str | None) -> pd.DataFrame:
+    return newest_runs(run_table(holdout=holdout, tracking_uri=tracking_uri))
+
+
+def _compare(pair: Pair, runs: pd.DataFrame, holdout: int, tracking_uri: str | None) -> Comparison:
+    of_a, of_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
+    for step, of_step in ((pair.a, of_a), (pair.b, of_b)):
+        if of_step.empty:
+            raise LabError(_why_no_runs(step, holdout, tracking_uri))
+    if len(of_a) == len(of_b) == 1:
+        said_a, said_b = (predictions(of["run_id"].iloc[0], tracking_uri=tracking_uri) for of in (of_a, of_b))
+        return compare_predictions(
+            pair, said_a["truth"] == said_a["prediction"], said_b["truth"] == said_b["prediction"]
+        )
+    if min(len(of_a), len(of_b)) == 1:
+        single, several = (pair.a, pair.b) if len(of_a) == 1 else (pair.b, pair.a)
+        raise LabError(
+            f"{single} has one seed and {several} has {max(len(of_a), len(of_b))}: a test needs at least two of each, "
+            f'e.g. `make {single} ARGS="--seed 1"`'
+        )
+    accuracies = [dict(zip(of["seed"], of["final_test_accuracy"], strict=True)) for of in (of_a, of_b)]
+    return compare_seeds(pair, *accuracies)
+
+
+def _why_no_runs(step: str, holdout: int, tracking_uri: str | None) -> str:
+    """Say why a step has no run to compare: none at all, or none of this protocol, or none that counts."""
+    uri = resolve_uri(tracking_uri)
+    runs = [run for run in all_runs(uri) if run.data.tags["step"] == step and run.info.status == "FINISHED"]
+    if not runs:
+        return f"steps: no finished run of {step!r} in {uri}"
+    protocols = sorted({holdout_of(run) for run in runs})
+    if holdout not in protocols:
+        held = " or ".join(f"{number:,}" for number in protocols)
+        return (
+            f"holdout: the runs of {step!r} hold out {held} training images, not {holdout:,}; runs of different "
+            "protocols are not compared"
+        )
+    return f"steps: the runs of {step!r} in {uri} are overridden on the command line: they are not that step"
+
+
+def _verdicts(row: dict[str, Any], accuracies: list[float]) -> dict[str, object]:
+    """Judge one row of `compare_table` by its targets; the mean over several seeds by a test."""
+    names = ("accuracy", "params", "epochs")
+    stated = {name: row[f"target_{name}"] for name in names if pd.notna(row[f"target_{name}"])}
+    judged = targets.judge(
+        Targets(**stated), final_test_accuracy=row["last"], num_params=row["num_params"], epochs=row["epochs"]
+    )
+    words: dict[str, object] = {f"verdict_{name}": "-" for name in names}
+    words |= {f"verdict_{verdict.name}": verdict.word for verdict in judged}
+    words |= {"p": math.nan, "seeds_needed": None}
+    if "accuracy" in stated and len(accuracies) > 1:
+        study = statistics.judge_mean(accuracies, stated["accuracy"])
+        words |= {"verdict_accuracy": study.word, "p": study.p, "seeds_needed": study.seeds_needed}
+    return words

@@ -1,0 +1,238 @@
+"""The report that is handed on: `steps.html`, one self-contained page, and `steps.md` with its figures beside it.
+
+Each experiment is told by its script's docstring, its tracked runs and their figures. Accuracies are in percent.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import html
+import importlib.metadata
+import io
+import os
+import platform
+import re
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from mnist_lab import figures, results
+from mnist_lab.data import load_mnist
+from mnist_lab.errors import LabError
+from mnist_lab.tracking.sqlite import PROJECT_ROOT
+from mnist_lab.verdicts.comparison import step_order
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+HEADINGS = ("Target", "Change", "Result", "Analysis")
+PICTURES = "steps_files"  # the folder beside steps.md
+PACKAGES = ("mlflow", "pandas", "numpy", "scipy", "matplotlib", "jinja2")
+PLAIN = " =:/;,.()-+*!?@_~"  # what may stand unquoted in the data URI of an SVG
+
+
+@dataclass(frozen=True)
+class Story:
+    """A script's docstring: its title, what stands before the headings, and the headings with their texts."""
+
+    title: str
+    opening: str
+    sections: list[tuple[str, str]]
+
+    @property
+    def missing(self) -> list[str]:
+        return [heading for heading in HEADINGS if heading not in dict(self.sections)]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, drawn: the path of its PNG from steps.md, and what the page shows (a data URI, a size in pixels)."""
+
+    path: str
+    png: bytes
+    source: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the comparison table, with the figures of its runs, and notes on what could not be drawn."""
+
+    name: str  # the step, with its overrides where there are any
+    row: dict[Any, Any]
+    pictures: list[Picture]
+    notes: list[str]
+
+    @property
+    def all_met(self) -> bool:
+        words = {self.row[f"verdict_{target}"] for target in ("accuracy", "params", "epochs")}
+        return "met" in words and words <= {"met", "-"}
+
+
+def write_report(
+    folder: Path, *, tracking_uri: str | None = None, scripts: Path = PROJECT_ROOT / "experiments"
+) -> tuple[Path, Path]:
+    """Write steps.html and steps.md into the folder and return their paths. Nothing is written before all is drawn.
+
+    Of each experiment and seed the newest finished run counts, among those that the newest one's code computed;
+    overridden ones only where there is none as declared.
+
+    Raises:
+        LabError: if the store is missing or foreign or has no finished run, a script can't be read, or the folder
+            can't be written to.
+    """
+    if not scripts.is_dir():
+        raise LabError(f"scripts: {scripts} is not a folder")
+    stories = {script.stem: read_story(script) for script in scripts.glob("[!_]*.py")}
+    runs = results.newest_runs(results.run_table(include_overrides="if_none", tracking_uri=tracking_uri))
+    if runs.empty:
+        raise LabError("no finished run to report on; train first, e.g. `make step1`")
+    compared = results.compare_table(include_overrides="if_none", tracking_uri=tracking_uri)
+    history = results.epoch_history(include_overrides="if_none", tracking_uri=tracking_uri)
+    images = load_mnist().test_images[:, 0].numpy()  # (10000, 28, 28)
+
+    drawn: dict[str, Result] = {}
+    for row in compared.to_dict("records"):
+        mine = runs[runs["step"] == row["step"]]
+        if len(mine):  # a step that has finished since the runs were read waits for the next report
+            drawn[row["step"]] = draw(row, mine, history[history["run_id"].isin(mine["run_id"])], images, tracking_uri)
+    steps = sorted({*stories, *drawn}, key=step_order)
+    return _write(
+        folder,
+        chapters=[(step, stories.get(step), drawn.get(step)) for step in steps],
+        results=[drawn[step] for step in steps if step in drawn],
+        overview=draw_overview(runs),
+        runs=sorted(runs.to_dict("records"), key=lambda run: (step_order(run["step"]), run["seed"])),
+        software=[f"Python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)],
+        system=platform.platform(),
+    )
+
+
+def read_story(script: Path) -> Story:
+    """Read the story in a script's docstring, without importing the script. Headings may be missing in it.
+
+    Raises:
+        LabError: if the script can't be read or is no Python.
+    """
+    try:
+        docstring = ast.get_docstring(ast.parse(script.read_bytes(), script.name)) or ""
+    except (OSError, SyntaxError, ValueError) as error:
+        raise LabError(f"script {script} can't be read: {error}") from error
+    before, *parts = re.split(rf"^({'|'.join(HEADINGS)}):", docstring, flags=re.MULTILINE)
+    title, _, opening = before.strip().partition("\n\n")
+    texts = [text.strip() for text in parts[1::2]]
+    return Story(" ".join(title.split()).removesuffix("."), opening, list(zip(parts[::2], texts, strict=True)))
+
+
+def draw(
+    row: dict[Any, Any],
+    runs: pd.DataFrame,
+    epochs: pd.DataFrame,
+    images: NDArray[np.uint8],
+    tracking_uri: str | None,
+) -> Result:
+    """Draw one experiment: training curves over its seeds, confusion matrix and mistakes of the newest run."""
+    name = f"{row['step']} [{row['overrides']}]" if row["overrides"] else row["step"]
+    mean = epochs.groupby("epoch")[["test_accuracy", "train_accuracy"]].mean()
+    seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    alt = (
+        f"Two charts, loss and accuracy over {len(mean)} epochs, {seeds}. Test accuracy is "
+        f"{mean['test_accuracy'].iloc[0]:.2f} % after the first epoch and {mean['test_accuracy'].iloc[-1]:.2f} % after "
+        f"the last; training accuracy ends at {mean['train_accuracy'].iloc[-1]:.2f} %."
+    )
+    target = row["target_accuracy"] if row["target_accuracy"] > 0 else None  # it is NaN where none was stated
+    curves = _picture(
+        figures.plot_training(epochs, target), f"{row['step']}-training", alt, f"Loss and accuracy, {seeds}."
+    )
+    try:
+        said = results.predictions(runs["run_id"].iloc[0], tracking_uri=tracking_uri)
+    except LabError as error:
+        return Result(name, row, [curves], [f"No confusion matrix and no mistakes: {error}."])
+    run = f"seed {runs['seed'].iloc[0]}, the newest run"
+    wrong = said[said["truth"] != said["prediction"]].sort_values("confidence", ascending=False)
+    alt = f"Confusion matrix: {len(said) - len(wrong):,} of {len(said):,} test images are read rightly."
+    for (truth, read_as), count in Counter(zip(wrong["truth"], wrong["prediction"], strict=True)).most_common(1):
+        alt += f" The most frequent mistake is {truth} read as {read_as}, {count} times."
+    matrix = figures.plot_confusion(said["truth"], said["prediction"])
+    confusion = _picture(matrix, f"{row['step']}-confusion", alt, f"Mistakes by digit, {run}.")
+    alt = f"The most confident of {len(wrong)} mistakes, as images with truth, prediction and confidence."
+    for truth, read_as, confidence in wrong[["truth", "prediction", "confidence"]].head(1).to_numpy():
+        alt += f" The first is a {truth:.0f} read as {read_as:.0f} with {100 * confidence:.1f} %."
+    gallery = figures.plot_mistakes(images, said["truth"], said["prediction"], said["confidence"])
+    mistakes = _picture(gallery, f"{row['step']}-mistakes", alt, f"The most confident mistakes, {run}.", vector=False)
+    return Result(name, row, [curves, confusion, mistakes], [])
+
+
+def draw_overview(runs: pd.DataFrame) -> Picture:
+    """Draw all experiments side by side."""
+    means = runs.groupby("step")["final_test_accuracy"].mean().sort_values()
+    params = runs.groupby("step")["num_params"].first()
+    ends = [f"{step}, {means[step]:.2f} % with {params[step]:,} parameters" for step in means.index]
+    alt = f"Test accuracy of the last epoch against parameters, {len(ends)} experiments. Highest: {ends[-1]}."
+    if len(ends) > 1:
+        alt += f" Lowest: {ends[0]}."
+    caption = (
+        "Test accuracy of the last epoch against parameters (above) and one by one (below). Grey marks are figures "
+        "that others published; they were not measured here."
+    )
+    return _picture(figures.plot_steps(runs), "all", alt, caption)
+
+
+def _picture(figure: Figure, name: str, alt: str, caption: str, *, vector: bool = True) -> Picture:
+    """Render a figure as PNG for steps.md, and for the page as SVG, or as that PNG where it is made of images."""
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+    source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    if vector:
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+        source = f"data:image/svg+xml,{quote(svg.getvalue(), safe=PLAIN)}"
+    file = quote(name, safe=" =,") + ".png"  # a step's name is free text to the store
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    return Picture(f"{PICTURES}/{file}", png.getvalue(), source, width, height, alt, caption)
+
+
+def _write(folder: Path, **told: Any) -> tuple[Path, Path]:
+    templates = Environment(
+        loader=PackageLoader("mnist_lab.results"),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {
+        "percent": lambda value: "–" if value != value else f"{value:.2f}",
+        "paragraphs": lambda text: re.split(r"\n\s*\n", text),
+        "laid_out": lambda text: re.search(r"^( |[-*|] )", text, re.MULTILINE) is not None,
+        "md": lambda text: html.escape(text, quote=False),  # Markdown may hold HTML
+        "quote": quote,
+    }
+    pages = {name: templates.get_template(name).render(told).encode() for name in ("steps.html", "steps.md")}
+    pictures = [told["overview"], *(picture for result in told["results"] for picture in result.pictures)]
+    contents = {folder / path: content for path, content in ({p.path: p.png for p in pictures} | pages).items()}
+    new = {file: file.with_name(f"{file.name}.{os.getpid()}.new") for file in contents}
+    try:
+        for file, content in contents.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            new[file].write_bytes(content)
+        for file in contents:  # at one stroke each: a reader finds the old file or the new one, never a half
+            new[file].replace(file)
+    except OSError as error:
+        raise LabError(f"the report can't be written to {folder}: {error.strerror}: {error.filename}") from error
+    finally:
+        for file in new.values():
+            with suppress(OSError):
+                file.unlink()
+    return folder / "steps.html", folder / "steps.md"

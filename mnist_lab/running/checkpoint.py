@@ -1,0 +1,135 @@
+"""What a run needs to go on after an interruption: written after each epoch, whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnist_lab.errors import LabError
+from mnist_lab.tracking.sqlite import CHECKPOINTS, PROJECT_ROOT, own_folder, sync_to_disk
+from mnist_lab.training.loop import EpochMetrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after one of its epochs.
+
+    script: the script's path. In the file it is relative to the project, where it lies in it: that may be moved.
+    changes: what the command line had changed, by name, `limit` not included.
+    identity: the params and tags that runs share if they differ in nothing but the seed, as text.
+    threads: of torch; another number would round sums in another order.
+    epochs: every epoch so far.
+    training: `Training.state_dict()`.
+    """
+
+    run_id: str
+    script: str
+    seed: int
+    changes: Mapping[str, Any]
+    limit: int | None
+    holdout: int | None
+    identity: Mapping[str, str]
+    threads: int
+    epochs: list[EpochMetrics]
+    training: Mapping[str, Any]
+
+    @property
+    def step(self) -> str:
+        return Path(self.script).stem
+
+
+def folder(uri: str) -> Path:
+    """Return where the checkpoints of a tracking store's runs are."""
+    return own_folder(uri) / CHECKPOINTS
+
+
+def file_of(uri: str, run_id: str) -> Path:
+    """Return the file of a run's checkpoint."""
+    return folder(uri) / f"{run_id}.pt"
+
+
+def save(checkpoint: Checkpoint, uri: str) -> None:
+    """Put the checkpoint in the place of the run's last one; a crash at any moment leaves one of the two whole.
+
+    Raises:
+        LabError: if it can't be written; the last one is as it was.
+    """
+    file = file_of(uri, checkpoint.run_id)
+    new = file.with_suffix(".new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        script = Path(checkpoint.script)
+        script = script.relative_to(PROJECT_ROOT) if script.is_relative_to(PROJECT_ROOT) else script
+        epochs = [asdict(epoch) for epoch in checkpoint.epochs]
+        with new.open("wb") as stream:
+            torch.save({**vars(checkpoint), "script": str(script), "epochs": epochs}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        new.replace(file)
+        sync_to_disk(file.parent)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a disk is full
+        new.unlink(missing_ok=True)
+        raise LabError(f"checkpoint {file} can't be written: {' '.join(str(error).split())}") from error
+
+
+def load(file: Path) -> Checkpoint:
+    """Read a checkpoint. Tensors and plain values are all that is read, so a file from elsewhere can run no code.
+
+    Raises:
+        LabError: if the file is not a whole checkpoint.
+    """
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        if saved["run_id"] != file.stem:  # which the name of the file to write next, or remove, is made of
+            raise ValueError(f"it is named after another run than its own, {saved['run_id']!r}")
+        script = str(PROJECT_ROOT / saved["script"])
+        return Checkpoint(**{**saved, "script": script, "epochs": [EpochMetrics(**epoch) for epoch in saved["epochs"]]})
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, TypeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise LabError(f"checkpoint {file} can't be read: {reason}") from error
+
+
+def newest_first(uri: str) -> Iterator[Checkpoint]:
+    """Yield the readable checkpoints of a store, the newest first; of others, a notice says why they are left out."""
+    for file in sorted(folder(uri).glob("*.pt"), key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            yield load(file)
+        except LabError as error:
+            logger.warning("not used: %s", error)
+
+
+def find(uri: str, step: str | None = None, run_id: str | None = None) -> Checkpoint:
+    """Return the checkpoint of a run, or the newest one of a step, or the newest of all.
+
+    Raises:
+        LabError: if there is none.
+    """
+    kept = [one for one in newest_first(uri) if step in (None, one.step)]
+    named = [one for one in kept if run_id in (None, "", one.run_id)]
+    if named:
+        return named[0]
+    whose = f" of {step}" if step else ""
+    if not kept:
+        raise LabError(f"resume: there is no interrupted run{whose} with a finished epoch in {folder(uri)}")
+    there = ", ".join(f"{one.run_id} ({one.step} seed {one.seed})" for one in kept)
+    raise LabError(f"resume: there is no checkpoint of a run {run_id!r}{whose}; there are: {there}")
+
+
+def alike(uri: str, identity: Mapping[str, str], seed: int) -> Iterator[Checkpoint]:
+    """Yield the checkpoints of runs with this seed that differ in nothing else, the newest first."""
+    return (one for one in newest_first(uri) if (one.identity, one.seed) == (identity, seed))
+
+
+def remove_alike(uri: str, identity: Mapping[str, str], seed: int) -> None:
+    """Remove the checkpoint of a run that has finished, and those of interrupted runs that it makes up for."""
+    for checkpoint in alike(uri, identity, seed):
+        file_of(uri, checkpoint.run_id).unlink(missing_ok=True)

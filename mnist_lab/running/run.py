@@ -1,0 +1,429 @@
+"""One run: data -> network -> fit -> tracking, for one experiment and one seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mnist_lab.data import Mnist, find_data_dir, hold_out, load_mnist
+from mnist_lab.errors import LabError
+from mnist_lab.experiment import Experiment
+from mnist_lab.running import checkpoint, provenance
+from mnist_lab.running.checkpoint import Checkpoint
+from mnist_lab.running.rehearsal import blame, blame_script, rehearse, without_exits
+from mnist_lab.running.sources import SCRIPT, code_sha256, find_sources
+from mnist_lab.running.summary import summarize
+from mnist_lab.running.threads import Load, Threads
+from mnist_lab.tracking.delivery import sync
+from mnist_lab.tracking.run import track
+from mnist_lab.tracking.store import Store, close_abandoned, open_store
+from mnist_lab.training.loop import EpochMetrics, Training, evaluate, normalize, num_params, predict
+from mnist_lab.verdicts import targets
+from mnist_lab.verdicts.targets import Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+MAX_SEED = 2**32 - 1
+# What a run logs once. MLflow shows the last value of each epoch's metrics by itself; its UI slows down with many more.
+LOGGED_ONCE = ("num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target")
+LOGGED_ONCE_WITH_HOLD_OUT = (
+    "num_params",
+    "final_validation_accuracy",
+    "best_validation_accuracy",
+    "best_epoch",
+    "final_test_accuracy",
+    "final_test_loss",
+)
+
+
+class Progress(Protocol):
+    """Who listens to a run: the console, or nobody. See `training.OnBatch` for what `on_batch` is given."""
+
+    def on_start(self, run_name: str, device: torch.device, net: nn.Module, summary: str, num_images: int) -> None: ...
+    def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...
+    def on_epoch(self, metrics: EpochMetrics) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its id in MLflow, every epoch, the figures measured once, and the verdicts."""
+
+    run_id: str
+    epochs: list[EpochMetrics]
+    measured: dict[str, float]
+    verdicts: list[Verdict]
+    overrides: Mapping[str, object]
+
+
+@blame_script()
+def run(
+    experiment: Experiment,
+    script: Path,
+    progress: Progress,
+    *,
+    overrides: Mapping[str, object],
+    seed: int = 0,
+    device: str | None = None,
+    threads: int | None = None,
+    data_dir: Path | None = None,
+    tracking_uri: str | None = None,
+    limit: int | None = None,
+    holdout: int | None = None,
+    parent_run_id: str | None = None,
+    resume: Checkpoint | None = None,
+) -> RunResult:
+    """Train and track one run of the experiment that `script` declares.
+
+    overrides: what differs from that declaration; `experiment` has it applied already. The run is tagged with it.
+    limit: train on the first so many images only, which counts as an override too.
+    holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
+        test images are read once, at the end. Logged as a param: tables keep the two protocols apart.
+    threads: of torch on a CPU; see `threads.Threads` for what is chosen if not given.
+    parent_run_id: the study's run that this one belongs to.
+    resume: continue this run, in the same MLflow run; all other arguments are those of that run.
+
+    Raises:
+        LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
+            later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
+    """
+    experiment.check()
+    check_seed(seed)
+    if not script.is_file():
+        raise LabError(f"script: {str(script)!r} is not a file; a run is named after the script that declares it")
+    where = choose_device(device)
+    load = Load()
+    store = open_store(tracking_uri)
+    sync(store.uri)
+    close_abandoned(store)
+    mnist = load_parts(data_dir, where, limit=limit, holdout=holdout)
+    rehearse(experiment, mnist)
+    overrides = all_overrides(overrides, limit=limit)
+    identity = identity_text(experiment, script, where, overrides, holdout)
+    if resume is not None:
+        _check_same(identity, resume)
+        threads = resume.threads
+    on_cpu = Threads(threads, load) if where.type == "cpu" else None
+
+    net = initial_network(experiment, seed, where)
+    training = Training(net, experiment, mnist, seed=seed, on_batch=progress.on_batch)
+    before = [] if resume is None else resume.epochs
+    if resume is not None:
+        training.load_state_dict(resume.training)
+
+    def train(run_id: str) -> Iterator[EpochMetrics]:
+        epochs = list(before)
+        for metrics in without_exits(training.epochs()):
+            check_eval_loss(metrics)
+            epochs.append(metrics)
+            # First here, then in MLflow: what is missing there is logged when the run goes on.
+            checkpoint.save(
+                Checkpoint(
+                    run_id=run_id,
+                    script=str(script),
+                    seed=seed,
+                    changes={name: value for name, value in overrides.items() if name != "limit"},
+                    limit=limit,
+                    holdout=holdout,
+                    identity=identity,
+                    threads=torch.get_num_threads(),
+                    epochs=epochs,
+                    training=training.state_dict(),
+                ),
+                store.uri,
+            )
+            if on_cpu is not None and on_cpu.adapt():
+                logger.warning("other processes need the cores too: going on with %d thread(s)", on_cpu.number)
+            yield metrics
+
+    result = record(
+        train,
+        net,
+        experiment,
+        script,
+        mnist,
+        store,
+        progress,
+        overrides=overrides,
+        seed=seed,
+        holdout=holdout,
+        data_dir=data_dir,
+        parent_run_id=parent_run_id,
+        resume=resume,
+    )
+    checkpoint.remove_alike(store.uri, identity, seed)
+    return result
+
+
+def check_eval_loss(metrics: EpochMetrics) -> None:
+    """Refuse to go on with a network whose evaluation gives no number; raises LabError."""
+    if not math.isfinite(metrics.eval_loss):
+        raise LabError(f"net: its {metrics.evaluated_on} loss is {metrics.eval_loss} in epoch {metrics.epoch}")
+
+
+def _check_same(identity: Mapping[str, str], resume: Checkpoint) -> None:
+    """Refuse to go on with a run whose declaration or code is another one now."""
+    for name in sorted({*identity, *resume.identity}):
+        now, then = identity.get(name, "none"), resume.identity.get(name, "none")
+        if now != then and name == "code_sha256":
+            raise LabError(
+                f"resume: the script or the lab's code has changed since run {resume.run_id} began; train it anew"
+            )
+        if now != then:
+            raise LabError(f"resume: {name} is {now} now and was {then} in run {resume.run_id}; train it anew")
+
+
+def initial_network(experiment: Experiment, seed: int, device: torch.device) -> nn.Module:
+    """Seed weights, dropout and augmentation, and build the network; images are shuffled by generators of their own."""
+    torch.manual_seed(seed)
+    return experiment.net().to(device).to(memory_format=torch.channels_last)
+
+
+def record(
+    train: Callable[[str], Iterable[EpochMetrics]],
+    net: nn.Module,
+    experiment: Experiment,
+    script: Path,
+    mnist: Mnist,
+    store: Store,
+    progress: Progress,
+    *,
+    overrides: Mapping[str, object],
+    seed: int,
+    holdout: int | None,
+    data_dir: Path | None,
+    parent_run_id: str | None,
+    resume: Checkpoint | None = None,
+) -> RunResult:
+    """Track one run: its epochs as they come, and what the network is in the end.
+
+    train: given the run's id in MLflow, trains `net` and returns the epochs that are left.
+    The other arguments are those of `run`.
+    """
+    where = mnist.train_images.device
+    step, run_name = script.stem, f"{script.stem} seed {seed}"
+    params, identity = identify(experiment, script, where, overrides, holdout)
+    commit, environment = provenance.commit(script), provenance.environment(where)
+    tags = {
+        **identity,
+        "git_commit": commit.sha,
+        "git_dirty": str(commit.dirty).lower(),
+        "data_sha256": mnist.sha256,
+        "hardware": environment["hardware"],
+        "torch": environment["torch"],
+        **target_tags(experiment),
+        **{f"reported_{name}": str(figure) for name, figure in experiment.reported.items()},
+    }
+    summary = summarize(net)
+    progress.on_start(run_name, where, net, summary, len(mnist.train_images))
+    with track(
+        store,
+        run_name,
+        params={**params, "seed": seed},
+        tags=tags,
+        parent_run_id=parent_run_id,
+        resume_run_id=None if resume is None else resume.run_id,
+    ) as tracked:
+        epochs = []
+        if resume is None:
+            tracked.log_data(mnist, find_data_dir(data_dir))
+            tracked.log_text(summary + "\n", "model_summary.txt")
+            for name, file in find_sources(script).items():
+                tracked.log_file(file, "source" if name == SCRIPT else source_folder(name, file))
+            tracked.log_json(environment, "environment.json")
+            if commit.dirty:
+                tracked.log_text(commit.diff, "source/uncommitted.diff")
+        else:
+            epochs = list(resume.epochs)
+            tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in epochs})
+        for metrics in train(tracked.run_id):
+            epochs.append(metrics)
+            tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
+            progress.on_epoch(metrics)
+        logits = final_logits(net, mnist)
+        measured = measure(net, epochs, experiment)
+        logged_once: tuple[str, ...] = LOGGED_ONCE
+        if holdout is not None:
+            loss, correct = evaluate(logits, mnist.test_labels)
+            measured |= {"final_test_loss": loss, "final_test_accuracy": 100 * correct / len(logits)}
+            logged_once = LOGGED_ONCE_WITH_HOLD_OUT
+        verdicts = targets.judge(
+            experiment.targets,
+            final_test_accuracy=measured["final_test_accuracy"],
+            num_params=int(measured["num_params"]),
+            epochs=len(epochs),
+        )
+        tracked.log_once({name: measured[name] for name in logged_once if name in measured})
+        words = {f"verdict_{verdict.name}": verdict.word for verdict in verdicts}
+        tracked.set_tags({"targets": targets.overall(verdicts), **words})
+        tracked.log_predictions(mnist.test_labels, logits)
+        tracked.log_figures(draw(experiment, mnist, epochs, logits, step=step, seed=seed, run_id=tracked.run_id))
+        refusal = tracked.log_model(net, normalize(mnist.test_images[:2].float() / 255))
+        if refusal is not None:
+            tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
+    return RunResult(tracked.run_id, epochs, measured, verdicts, overrides)
+
+
+def source_folder(name: str, file: Path) -> str:
+    """Return where a module that the script imports is kept among the artifacts: `source/nets` for `nets.blocks`."""
+    packages = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    return "/".join(["source", *packages])
+
+
+def final_logits(net: nn.Module, mnist: Mnist) -> Tensor:
+    """Return the trained network's logits (10000, 10) of the test images.
+
+    Raises:
+        LabError: if it fails there or gives values that are not finite.
+    """
+    with blame("net"):
+        logits = predict(net, mnist.test_images)
+        if not logits.isfinite().all():
+            raise ValueError("gives logits of the test images that are not finite, after the last epoch")
+    return logits
+
+
+def load_parts(data_dir: Path | None, device: torch.device, *, limit: int | None, holdout: int | None) -> Mnist:
+    """Load MNIST, hold out `holdout` of the training images, and keep the first `limit` of the others.
+
+    Raises:
+        LabError: if there are not that many, or the data can't be had.
+    """
+    mnist = load_mnist(data_dir, device)
+    if holdout is not None:
+        mnist = hold_out(mnist, holdout)
+    return mnist if limit is None else first_images(mnist, limit)
+
+
+def all_overrides(overrides: Mapping[str, object], *, limit: int | None) -> dict[str, object]:
+    """Return the overrides with `limit` among them: a run on fewer images is not that step any more."""
+    return {**overrides, **({} if limit is None else {"limit": limit})}
+
+
+def identify(
+    experiment: Experiment, script: Path, device: torch.device, overrides: Mapping[str, object], holdout: int | None
+) -> tuple[dict[str, object], dict[str, str]]:
+    """Return params and tags that runs have in common if, and only if, they differ in nothing but the seed."""
+    params = {**experiment.hyperparameters(), "device": device.type}
+    if holdout is not None:
+        params["holdout"] = holdout
+    return params, {
+        "step": script.stem,
+        "overrides": " ".join(f"{name}={value}" for name, value in sorted(overrides.items())),
+        "code_sha256": code_sha256(find_sources(script)),
+    }
+
+
+def identity_text(
+    experiment: Experiment, script: Path, device: torch.device, overrides: Mapping[str, object], holdout: int | None
+) -> dict[str, str]:
+    """Return the same, all of it as text, for a checkpoint."""
+    params, tags = identify(experiment, script, device, overrides, holdout)
+    return {**{name: str(value) for name, value in params.items()}, **tags}
+
+
+def target_tags(experiment: Experiment) -> dict[str, str]:
+    """Return the stated targets as tags: `target_accuracy` and so on."""
+    return {f"target_{name}": str(value) for name, value in dataclasses.asdict(experiment.targets).items() if value}
+
+
+def epoch_metrics(metrics: EpochMetrics) -> dict[str, float]:
+    """Return what is logged of an epoch; accuracies in percent."""
+    return {
+        "train_loss": metrics.train_loss,
+        "train_accuracy": metrics.train_accuracy,
+        f"{metrics.evaluated_on}_loss": metrics.eval_loss,
+        f"{metrics.evaluated_on}_accuracy": metrics.eval_accuracy,
+        "lr": metrics.lr,
+        "epoch_seconds": metrics.epoch_seconds,
+    }
+
+
+def measure(net: nn.Module, epochs: list[EpochMetrics], experiment: Experiment) -> dict[str, float]:
+    """Return what the epochs say once per run. The best epoch is the first with the highest accuracy.
+
+    Accuracies after training are named by what the epochs were evaluated on: `final_test_accuracy` and so on, or with a
+    hold-out `final_validation_accuracy`.
+    """
+    last, best = epochs[-1], max(epochs, key=lambda epoch: epoch.eval_correct)
+    part = last.evaluated_on
+    measured = {
+        "num_params": num_params(net),
+        "epochs": last.epoch,
+        "final_train_accuracy": last.train_accuracy,
+        "best_train_accuracy": max(epoch.train_accuracy for epoch in epochs),
+        f"final_{part}_accuracy": last.eval_accuracy,
+        f"best_{part}_accuracy": best.eval_accuracy,
+        "best_epoch": best.epoch,
+        f"final_{part}_loss": last.eval_loss,
+    }
+    if (accuracy := experiment.targets.accuracy) is not None:
+        measured["epochs_at_target"] = sum(epoch.eval_accuracy >= accuracy for epoch in epochs)
+    return measured
+
+
+def draw(
+    experiment: Experiment, mnist: Mnist, epochs: list[EpochMetrics], logits: Tensor, **identity: object
+) -> dict[str, Figure]:
+    """Draw the figures that are kept with a run; `identity` is its step, seed and run_id."""
+    from mnist_lab.figures import run_figures  # pandas and matplotlib take a second, which a refused run need not wait
+
+    augmented = None
+    if experiment.augmentation is not None:
+        images = mnist.train_images[:10].float() / 255
+        draws = torch.stack([experiment.augmentation(images) for _ in range(3)])
+        augmented = images.squeeze(1).cpu().numpy(), draws.squeeze(2).cpu().numpy()
+    return run_figures(
+        [{**identity, "epoch": metrics.epoch, **epoch_metrics(metrics)} for metrics in epochs],
+        experiment.targets.accuracy,
+        mnist.test_images.squeeze(1).cpu().numpy(),
+        mnist.test_labels.cpu().numpy(),
+        logits.float().cpu().numpy(),
+        augmented,
+    )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device named, else cuda, else mps, else cpu.
+
+    Raises:
+        LabError: if torch knows no such device or this machine has none.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available[:0] = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name is None:
+        return torch.device(available[0])
+    if name not in available:
+        raise LabError(f"device: {name!r} is not available here; available are {', '.join(available)}")
+    return torch.device(name)
+
+
+def first_images(mnist: Mnist, limit: int) -> Mnist:
+    """Return the data with only the first `limit` training images.
+
+    Raises:
+        LabError: if there are not that many.
+    """
+    total = len(mnist.train_images)
+    if not 1 <= limit <= total:
+        raise LabError(f"limit: {limit} is not between 1 and {total:,}, the number of training images")
+    return dataclasses.replace(mnist, train_images=mnist.train_images[:limit], train_labels=mnist.train_labels[:limit])
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that numpy would not take; raises LabError."""
+    if not 0 <= seed <= MAX_SEED:
+        raise LabError(f"seed: {seed} is not between 0 and {MAX_SEED}")

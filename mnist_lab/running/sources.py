@@ -1,0 +1,170 @@
+"""The code behind an experiment: its script, what that imports outside libraries, and the digest of both."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import site
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import resolve_name
+from pathlib import Path
+from typing import Any
+
+from mnist_lab.training import RECIPE
+
+LAB = Path(__file__).resolve().parents[1]
+SCRIPT = "script"  # the name under which the script itself counts, whatever its file is called
+# Fields of syntax nodes that say nothing of what is computed.
+SILENT_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
+
+
+def find_sources(script: Path) -> dict[str, Path]:
+    """Return the files of the script and of the modules that it imports, directly or not, by module name.
+
+    Counted are Python files outside the standard library, site-packages and this lab. Import statements are followed
+    wherever they stand in a file. Where `script` is the running program, so are the modules that it has loaded by other
+    means, such as `importlib` or a `sys.path` of its own.
+    """
+    found = {SCRIPT: script}
+    path = [str(script.parent), *sys.path]
+    waiting = [("", script)]
+    while waiting:
+        package, file = waiting.pop()
+        for name in _imported_names(file, package):
+            if name not in found and (spec := _find_spec(name, path)) is not None and _is_own(spec.origin):
+                assert spec.origin is not None
+                found[name] = Path(spec.origin)
+                is_package = spec.submodule_search_locations is not None
+                waiting.append((name if is_package else name.rpartition(".")[0], found[name]))
+    return {**_loaded_modules(script, found), **found}
+
+
+def code_sha256(sources: Mapping[str, Path]) -> str:
+    """Return a SHA-256 over what the sources say to Python, and over `RECIPE`, what the lab makes of it.
+
+    Runs that share it, and their params, computed the same. Comments, docstrings and layout do not count: a Result can
+    be written into a script without making its runs look like those of another. The digest is the same on every
+    supported Python.
+    """
+    digest = hashlib.sha256(f"recipe {RECIPE}".encode())
+    for name in sorted(sources):
+        digest.update(f"\0{name}\0{_says(sources[name])}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _says(file: Path) -> str:
+    content = file.read_bytes()
+    try:
+        return _canonical(ast.parse(content))
+    except (SyntaxError, ValueError):  # a module that this Python can't read, behind a `try`
+        return content.hex()
+
+
+def _imported_names(file: Path, package: str) -> Iterator[str]:
+    """Yield the dotted name of every module, with its parents, that the file's import statements may mean."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):  # Python will say so itself when the module is used
+        return
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                try:
+                    module = resolve_name("." * node.level + module, package)
+                except ImportError:
+                    continue
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]  # each may be a module of its own
+        for name in names:
+            parts = name.split(".")
+            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _find_spec(name: str, path: list[str]) -> ModuleSpec | None:
+    """Find a module by its dotted name without importing it or its parents."""
+    spec: ModuleSpec | None = None
+    search: list[str] | None = path
+    full = ""
+    for part in name.split("."):
+        if search is None:
+            return None
+        full = f"{full}.{part}" if full else part
+        try:
+            spec = PathFinder.find_spec(full, search)
+        except (ImportError, ValueError):
+            return None
+        if spec is None:
+            return None
+        search = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    return spec
+
+
+def _loaded_modules(script: Path, found: Mapping[str, Path]) -> dict[str, Path]:
+    """Return what the running script has loaded besides `found`; nothing where another program is running."""
+    running = getattr(sys.modules["__main__"], "__file__", None)
+    if running is None or Path(running).resolve() != script.resolve():
+        return {}
+    known = {file.resolve() for file in found.values()}
+    loaded = {name: str(getattr(module, "__file__", None)) for name, module in list(sys.modules.items())}
+    return {
+        name: Path(file)
+        for name, file in sorted(loaded.items())
+        if name not in ("__main__", "__mp_main__") and _is_own(file) and Path(file).resolve() not in known
+    }
+
+
+def _is_own(origin: str | None) -> bool:
+    """Say whether a module's file is Python that is part of no library and not of the lab."""
+    if origin is None or not origin.endswith(".py"):
+        return False
+    file = Path(origin).resolve()
+    return file.is_file() and not any(file.is_relative_to(folder) for folder in (LAB, *_library_folders()))
+
+
+def _library_folders() -> set[Path]:
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    folders = {*map(sysconfig.get_path, names), *site.getsitepackages(), site.getusersitepackages()}
+    # Of an environment, the standard library is that of the Python it was made with.
+    folders |= {str(Path(ast.__file__).parent)}
+    return {Path(folder).resolve() for folder in folders}
+
+
+def _canonical(node: object) -> str:
+    """Write a syntax tree as text, without docstrings and without what differs between versions of Python."""
+    if isinstance(node, ast.AST):
+        fields = ((name, _canonical(value)) for name, value in _fields(node) if value not in (None, []))
+        return f"{type(node).__name__}({','.join(f'{name}={text}' for name, text in fields)})"
+    if isinstance(node, list):
+        return f"[{','.join(_canonical(item) for item in node if not _is_text_alone(item))}]"
+    return repr(node)
+
+
+def _fields(node: ast.AST) -> Iterator[tuple[str, Any]]:
+    for name, value in ast.iter_fields(node):
+        if isinstance(node, ast.JoinedStr) and name == "values":  # Pythons split the text of f-strings differently
+            value = _joined(value)
+        if name not in SILENT_FIELDS:
+            yield name, value
+
+
+def _joined(parts: list[ast.expr]) -> list[ast.expr]:
+    """Return the parts of an f-string with neighbouring texts made one, and empty ones left out."""
+    joined: list[ast.expr] = []
+    for part in parts:
+        if isinstance(part, ast.Constant):
+            before = joined.pop() if joined and isinstance(joined[-1], ast.Constant) else ast.Constant("")
+            part = ast.Constant(before.value + part.value)  # type: ignore[attr-defined]
+        if not (isinstance(part, ast.Constant) and part.value == ""):
+            joined.append(part)
+    return joined
+
+
+def _is_text_alone(node: object) -> bool:
+    """Say whether a statement is a string and nothing else, as docstrings are."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

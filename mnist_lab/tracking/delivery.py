@@ -1,0 +1,189 @@
+"""How records reach their run in MLflow: each once, and what a server that was away did not take when it is back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from mlflow.utils.rest_utils import http_request
+from requests import RequestException
+
+from mnist_lab.tracking.outbox import Outbox, Record, all_outboxes
+from mnist_lab.tracking.sqlite import sqlite_file
+
+SERVER_TIMEOUT = 4  # seconds that a training waits for a server; MLflow's own two minutes would hold it up
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What came of sending one run's records: how many were sent, how many wait still, and why."""
+
+    uri: str
+    run_id: str
+    sent: int
+    waiting: int
+    reason: str = ""
+
+
+def sync(uri: str) -> list[Delivery]:
+    """Send what waits for tracking servers, each run's records in their order.
+
+    uri: of the store whose folder holds the outboxes; what waits there for other servers is sent too. Runs whose
+        process still has records of its own to send are left to it.
+    """
+    deliveries = []
+    away: dict[str, str] = {}
+    for outbox in all_outboxes(uri):
+        if not outbox.lock():
+            continue
+        try:
+            if not outbox.waiting():  # another process has sent it all since
+                continue
+            target, run_id = outbox.target
+            before, reason = len(outbox.waiting()), away.get(target, "")
+            if not reason:
+                try:
+                    ask(target)
+                    send_waiting(mlflow.MlflowClient(tracking_uri=target), run_id, outbox)
+                except Exception as error:  # what is wrong with one run's records concerns no other's
+                    reason = one_line(error)
+                    if is_away(target, error):
+                        away[target] = reason
+            waiting = len(outbox.waiting())
+            deliveries.append(Delivery(target, run_id, before - waiting, waiting, reason))
+        finally:
+            outbox.unlock()
+    return deliveries
+
+
+def send_waiting(client: mlflow.MlflowClient, run_id: str, outbox: Outbox) -> int:
+    """Send the records in their order, each forgotten when it is sent, and return how many they were."""
+    waiting = outbox.waiting()
+    for entry in waiting:
+        with briefly():
+            send(client, run_id, outbox.read(entry))
+        outbox.remove(entry)
+    return len(waiting)
+
+
+def send(client: mlflow.MlflowClient, run_id: str, record: Record) -> None:
+    """Write a record into its run. Doing it twice is as doing it once: an answer can be lost after the deed is done."""
+    content = record.content
+    match record.kind:
+        case "metrics":  # MLflow drops a point that it has, with the same time and value
+            timestamp, step = content["timestamp"], content["step"]
+            metrics = [Metric(name, value, timestamp, step) for name, value in content["values"].items()]
+            client.log_batch(run_id, metrics=metrics)
+        case "tags":
+            client.log_batch(run_id, tags=[RunTag(name, value) for name, value in content.items()])
+        case "artifact":
+            client.log_artifact(run_id, str(record.path), content["folder"])
+        case "dataset":
+            tags = [InputTag(MLFLOW_DATASET_CONTEXT, content["context"])]
+            client.log_inputs(run_id, [DatasetInput(Dataset(**content["dataset"]), tags)])
+        case "model":
+            assert record.path is not None
+            _send_model(client, run_id, content["name"], content["step"], record.path)
+        case "end":
+            client.set_terminated(run_id, content["status"], content["end_time"])
+        case _:
+            raise AssertionError(record.kind)
+
+
+def _send_model(client: mlflow.MlflowClient, run_id: str, name: str, step: int, folder: Path) -> None:
+    """Make a saved model the run's, in the steps of `mlflow.pytorch.log_model`, which can't be taken up half-way."""
+    run = client.get_run(run_id)
+    logged = _logged_model(client, run, name)
+    try:
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+    except MlflowException:  # MLflow refuses one that it has
+        outputs = client.get_run(run_id).outputs
+        if outputs is None or logged.model_id not in {output.model_id for output in outputs.model_outputs}:
+            raise
+    points = [point for key in run.data.metrics for point in client.get_metric_history(run_id, key)]
+    client.log_batch(
+        run_id,
+        metrics=[
+            Metric(point.key, point.value, point.timestamp, step, logged.model_id, run_id=run_id)
+            for point in points
+            if point.step == step
+        ],
+    )
+    model = Model.load(str(folder))
+    model.run_id, model.model_id, model.model_uuid = run_id, logged.model_id, logged.model_id
+    model.artifact_path = logged.artifact_location
+    new = folder / "MLmodel.new"
+    model.save(str(new))
+    new.replace(folder / "MLmodel")  # it is sent again if this process is killed
+    client.log_model_artifacts(logged.model_id, str(folder))
+    client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _logged_model(client: mlflow.MlflowClient, run: Run, name: str) -> LoggedModel:
+    """Return the run's model of that name, made if there is none.
+
+    A slow server can make one for a request that was given up, after a second one was made; the oldest stays.
+    """
+
+    def there() -> list[LoggedModel]:
+        of_run = f"source_run_id = '{run.info.run_id}'"
+        models = client.search_logged_models([run.info.experiment_id], of_run)
+        return sorted((model for model in models if model.name == name), key=lambda model: model.creation_timestamp)
+
+    models = there()
+    if not models:
+        client.create_logged_model(
+            run.info.experiment_id, name, run.info.run_id, tags=resolve_tags(), params=run.data.params
+        )
+        models = there()
+    for surplus in models[1:]:
+        client.delete_logged_model(surplus.model_id)
+    return models[0]
+
+
+def ask(uri: str) -> None:
+    """Ask a server for any answer at all, once: MLflow itself would try again for longer than a user waits."""
+    if uri.startswith(("http://", "https://")):
+        answer = http_request(get_default_host_creds(uri), "/health", "GET", timeout=SERVER_TIMEOUT, max_retries=0)  # type: ignore[no-untyped-call]
+        answer.close()
+
+
+def is_away(uri: str, error: Exception) -> bool:
+    """Say whether a server gave no answer, or said that the fault is its own. What it refuses stays an error."""
+    if sqlite_file(uri) is not None:
+        return False
+    if isinstance(error, MlflowException):
+        return bool(error.get_http_status_code() >= 500)  # type: ignore[no-untyped-call]
+    return isinstance(error, RequestException) and (error.response is None or error.response.status_code >= 500)
+
+
+@contextmanager
+def briefly() -> Iterator[None]:
+    """Let MLflow ask a server once, and wait for it no longer than a training should, or as long as the user has said.
+
+    What MLflow sends again by itself, because the answer was lost, can be there twice: `send` looks first.
+    """
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    if "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ:
+        limits["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(SERVER_TIMEOUT)
+    before = {name: os.environ.get(name) for name in limits}
+    os.environ.update(limits)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]

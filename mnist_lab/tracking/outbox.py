@@ -1,0 +1,129 @@
+"""What a tracking server did not take: kept on disk, record by record, until it is back. Nothing here knows MLflow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mnist_lab.tracking.sqlite import own_folder, sync_to_disk
+
+RECORD = "record.json"
+TARGET = "target.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One thing to write into a run: what kind it is, its content as JSON can hold it, and a file or folder with it."""
+
+    kind: str
+    content: Mapping[str, Any]
+    path: Path | None = None
+
+
+class Outbox:
+    """The records of one run that wait for its tracking server, in the order in which they were written.
+
+    Each is a folder that is made under another name and renamed when it is whole, so a crash at any moment leaves whole
+    records only. A lock keeps two processes from sending the same run's; it is let go when its process ends, however.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = FileLock(folder.with_suffix(".lock"), timeout=0)
+
+    @classmethod
+    def of_run(cls, uri: str, run_id: str) -> Outbox:
+        """Return the outbox of a run; nothing is made on disk before the first record."""
+        return cls(outboxes_folder(uri) / run_id)
+
+    @property
+    def target(self) -> tuple[str, str]:
+        """The tracking URI and the run's id."""
+        target = json.loads((self.folder / TARGET).read_text())
+        return target["uri"], target["run_id"]
+
+    def lock(self) -> bool:
+        """Take the outbox for this process; False where another has it."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        """Let go of the outbox, and take away what is not needed any more."""
+        if not self._lock.is_locked:
+            return
+        if not self.waiting():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+    def add(self, uri: str, run_id: str, record: Record) -> None:
+        """Keep a record, its file or folder copied with it, so that it outlasts a power cut.
+
+        Raises:
+            OSError: if it can't be written; what was kept before is as it was.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / TARGET).exists():
+            _write(self.folder / TARGET, {"uri": uri, "run_id": run_id})
+            sync_to_disk(self.folder.parent)
+        numbers = [int(entry.name) for entry in self._entries()]
+        entry = self.folder / f"{max(numbers, default=0) + 1:06}"
+        new = entry.with_suffix(".new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        if record.path is not None:
+            copy = shutil.copytree if record.path.is_dir() else shutil.copy
+            copy(record.path, new / record.path.name)
+        name = None if record.path is None else record.path.name
+        _write(new / RECORD, {"kind": record.kind, "content": dict(record.content), "path": name})
+        for path in [*new.rglob("*"), new]:
+            sync_to_disk(path)
+        new.rename(entry)
+        sync_to_disk(self.folder)
+
+    def waiting(self) -> list[Path]:
+        """Return the entries of the records that wait, the oldest first."""
+        return sorted(self._entries())
+
+    def read(self, entry: Path) -> Record:
+        """Return the record of an entry."""
+        kept = json.loads((entry / RECORD).read_text())
+        return Record(kept["kind"], kept["content"], None if kept["path"] is None else entry / kept["path"])
+
+    def remove(self, entry: Path) -> None:
+        """Forget a record that has been sent."""
+        gone = entry.with_suffix(".sent")
+        entry.rename(gone)  # first, so that no half of it is ever sent again
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _entries(self) -> Iterator[Path]:
+        if self.folder.is_dir():
+            yield from (entry for entry in self.folder.iterdir() if entry.name.isdecimal())
+
+
+def outboxes_folder(uri: str) -> Path:
+    """Return where the outboxes of a tracking store's runs are."""
+    return own_folder(uri) / "outbox"
+
+
+def all_outboxes(uri: str) -> list[Outbox]:
+    """Return the outboxes with something in them, of whatever server."""
+    folder = outboxes_folder(uri)
+    return [Outbox(path.parent) for path in sorted(folder.glob(f"*/{TARGET}"))]
+
+
+def _write(file: Path, content: Mapping[str, object]) -> None:
+    new = file.with_suffix(".part")
+    new.write_text(json.dumps(content))
+    sync_to_disk(new)
+    new.rename(file)

@@ -1,0 +1,352 @@
+"""What one run leaves in MLflow (docs/metrics.md lists it)."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.metadata
+import io
+import json
+import logging
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, suppress
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import torch
+from mlflow.data.numpy_dataset import from_numpy
+from mlflow.entities import Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.models import infer_signature
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from torch import Tensor, nn
+
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.tracking.delivery import briefly, is_away, one_line, send, send_waiting
+from mnist_lab.tracking.outbox import Outbox, Record
+from mnist_lab.tracking.store import Store, check_resumable, process_tag, quiet, uninterrupted
+
+MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
+ASK_AGAIN_SECONDS = 30  # after a server gave no answer
+
+logger = logging.getLogger(__name__)
+
+
+class TrackedRun:
+    """One run being written. Made by `track`. Signals that end the program wait until what is being logged is.
+
+    What a tracking server does not take, because it is away, waits on disk (`outbox`) and is sent when it is back: the
+    run need not wait for it. A SQLite store has no such excuse: there an error ends the run.
+
+    end_status: the status that the run gets when its block comes to its end.
+    """
+
+    def __init__(self, store: Store, run_id: str, logged_once: frozenset[str] = frozenset()) -> None:
+        self.run_id = run_id
+        self.end_status = "FINISHED"
+        self._store = store
+        self._logged_once = logged_once
+        self._client = mlflow.MlflowClient(tracking_uri=store.uri)
+        self._outbox = Outbox.of_run(store.uri, run_id)
+        self._waiting = False  # whether the outbox has records: then what comes next waits behind them
+        self._ask_again = 0.0  # when, by the monotonic clock
+
+    def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Log one point of each metric at `step=epoch`."""
+        self._write(_metrics(metrics, step=epoch))
+
+    @uninterrupted()
+    def log_missing(self, epochs: Mapping[int, Mapping[str, float]]) -> None:
+        """Log those points of these epochs that the run does not have yet, so that each is there once."""
+        names = {name for metrics in epochs.values() for name in metrics}
+        with briefly():
+            histories = [(name, self._client.get_metric_history(self.run_id, name)) for name in names]
+        logged = {(name, point.step) for name, points in histories for point in points}
+        for epoch, metrics in epochs.items():
+            if missing := {name: value for name, value in metrics.items() if (name, epoch) not in logged}:
+                self.log_epoch(epoch, missing)
+
+    def log_once(self, metrics: Mapping[str, float]) -> None:
+        """Log metrics that a run has one value of; of a resumed run, those that it does not have yet."""
+        if missing := {name: value for name, value in metrics.items() if name not in self._logged_once}:
+            self._write(_metrics(missing, step=0))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._write(Record("tags", dict(tags)))
+
+    def log_file(self, file: Path, folder: str | None = None) -> None:
+        self._write(Record("artifact", {"folder": folder}, file))
+
+    def log_text(self, text: str, artifact_file: str) -> None:
+        with self._new_file(artifact_file) as (file, folder):
+            file.write_text(text, encoding="utf-8")
+            self.log_file(file, folder)
+
+    def log_json(self, value: Mapping[str, object], artifact_file: str) -> None:
+        self.log_text(json.dumps(value, indent=2) + "\n", artifact_file)
+
+    def log_figures(self, figures: Mapping[str, Any]) -> None:
+        """Log matplotlib figures as `figures/<name>.png`."""
+        for name, figure in figures.items():
+            with self._new_file(f"figures/{name}.png") as (file, folder):
+                figure.savefig(file, dpi=120)
+                self.log_file(file, folder)
+
+    def log_data(self, mnist: Mnist, source: Path) -> None:
+        """Log the parts of MNIST as MLflow inputs, with the SHA-256 of the files as digest (its first 36 digits)."""
+        for context, images, labels in (
+            ("training", mnist.train_images, mnist.train_labels),
+            ("validation", mnist.validation_images, mnist.validation_labels),
+            ("test", mnist.test_images, mnist.test_labels),
+        ):
+            if images is None or labels is None:
+                continue
+            with quiet():
+                dataset = from_numpy(
+                    images.cpu().numpy(),
+                    source=str(source),
+                    targets=labels.cpu().numpy(),
+                    name=f"MNIST {context}",
+                    digest=mnist.sha256[:MAX_DIGEST],
+                )
+                self._write(Record("dataset", {"context": context, "dataset": dataset.to_dict()}))
+
+    def log_predictions(self, truth: Tensor, logits: Tensor) -> None:
+        """Log truth (N,), prediction (N,) and logits (N, 10) of the test images as `predictions.npz`, pickle-free."""
+        with self._new_file("predictions.npz") as (file, folder):
+            np.savez_compressed(
+                file,
+                truth=truth.cpu().numpy().astype(np.uint8),
+                prediction=logits.argmax(dim=1).cpu().numpy().astype(np.uint8),
+                logits=logits.float().cpu().numpy(),
+            )
+            self.log_file(file, folder)
+
+    def log_model(self, net: nn.Module, images: Tensor) -> str | None:
+        """Log the trained network so that `mlflow.pytorch.load_model` gives it back, for any batch size.
+
+        images: a few of the network's inputs (N, 1, 28, 28), at least two, as the input example.
+        The format is torch.export's, which holds no pickle. Where it can't express the network, the weights are
+        logged as `state_dict.pt`, and the reason is returned.
+        """
+        net = copy.deepcopy(net).cpu().eval()
+        example = images.cpu()
+        with torch.inference_mode():
+            output = net(example)
+        signature = infer_signature(example.numpy(), output.numpy())
+        packages = [f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")]
+        with self._new_file("model") as (model, _):
+            try:
+                # torch.export prints the graph that it can't express, and takes long enough for a Ctrl-C to come in it.
+                with uninterrupted(), quiet(), redirect_stderr(io.StringIO()):
+                    mlflow.pytorch.save_model(
+                        net,
+                        str(model),
+                        signature=signature,
+                        input_example=example.numpy(),
+                        pip_requirements=packages,
+                        serialization_format="pt2",
+                    )
+            except MlflowException:
+                raise
+            except Exception as error:  # torch.export has many ways to say no
+                with self._new_file("state_dict.pt") as (file, folder):
+                    torch.save(net.state_dict(), file)
+                    self.log_file(file, folder)
+                return one_line(error)
+            finally:
+                _forget_exports()
+            self._write(Record("model", {"name": "model", "step": 0}, model))
+        return None
+
+    @contextmanager
+    def _new_file(self, artifact_file: str) -> Iterator[tuple[Path, str | None]]:
+        """Give a file to write, named as the artifact will be, and the artifact's folder."""
+        folder, _, name = artifact_file.rpartition("/")
+        with _failures(self._store), tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary) / name, folder or None
+
+    def _write(self, record: Record) -> None:
+        with _failures(self._store), uninterrupted():
+            self._write_now(record)
+
+    def _write_now(self, record: Record) -> None:
+        """Write the record into the run, or where its server is away, into the outbox."""
+        if not self._waiting or self._catch_up():
+            try:
+                with briefly():
+                    send(self._client, self.run_id, record)
+                return
+            except Exception as error:
+                if not is_away(self._store.uri, error):
+                    raise
+                self._ask_again = time.monotonic() + ASK_AGAIN_SECONDS
+                if not self._waiting:
+                    self._outbox.lock()
+                    self._waiting = True
+                    logger.warning(
+                        "the tracking server %s is away: the run goes on, and what it logs waits in %s",
+                        self._store.uri,
+                        self._outbox.folder,
+                    )
+        self._outbox.add(self._store.uri, self.run_id, record)
+
+    def _catch_up(self, *, now: bool = False) -> bool:
+        """Send what waits, if it is time to ask again; say whether all of it is sent."""
+        if not now and time.monotonic() < self._ask_again:
+            return False
+        try:
+            sent = send_waiting(self._client, self.run_id, self._outbox)
+        except Exception as error:
+            if not is_away(self._store.uri, error):
+                raise
+            self._ask_again = time.monotonic() + ASK_AGAIN_SECONDS
+            return False
+        self._waiting = False
+        self._outbox.unlock()
+        logger.warning("the tracking server %s is back, and has what waited (%d records)", self._store.uri, sent)
+        return True
+
+    def _end(self, status: str) -> None:
+        """Close the run, and send what waits for its server. Where that fails, what ended the block matters more."""
+        try:
+            self._write_now(Record("end", {"status": status, "end_time": _milliseconds()}))
+            if self._waiting and not self._catch_up(now=True):
+                logger.warning(
+                    "the tracking server %s is still away: what it lacks of run %s waits on disk; "
+                    "`make sync` sends it, and so does the next run there",
+                    self._store.uri,
+                    self.run_id,
+                )
+        except (MlflowException, OSError) as error:
+            message = f"tracking store: the run {self.run_id} could not be marked {status}: {one_line(error)}"
+            if status == "FINISHED":
+                raise LabError(message) from error
+            logger.warning(message)
+        finally:
+            self._outbox.unlock()
+
+
+@contextmanager
+def track(
+    store: Store,
+    run_name: str,
+    *,
+    params: Mapping[str, object],
+    tags: Mapping[str, str],
+    parent_run_id: str | None = None,
+    resume_run_id: str | None = None,
+) -> Iterator[TrackedRun]:
+    """Open a run, and close it by how the block ends.
+
+    FINISHED at its end or by `sys.exit(0)`, KILLED by KeyboardInterrupt, else FAILED, with the traceback as
+    `traceback.txt` unless it is a LabError.
+    parent_run_id: the study's run that this one is a child of; that may be open in this process or in another.
+    resume_run_id: go on with this run, with its name, params and tags.
+
+    Raises:
+        LabError: if the run can't be opened, if the store fails on the way, e.g. because its disk is full, or if the
+            run to resume is not there, has finished, or is in training elsewhere. A tracking server that goes away
+            once the run is open is no error.
+    """
+    parent = {} if parent_run_id is None else {MLFLOW_PARENT_RUN_ID: parent_run_id}
+    tracked, status = None, "FAILED"
+    try:
+        with uninterrupted(), briefly():
+            if resume_run_id is None:
+                tracked = _begin(store, run_name, params, {**tags, **parent})
+            else:
+                tracked = _begin_again(store, resume_run_id, parent)
+        yield tracked
+        status = tracked.end_status
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except SystemExit as end:
+        status = "FINISHED" if end.code in (0, None) else "FAILED"
+        raise
+    except MlflowException as error:
+        when = "failed during the run" if tracked else "can't be written"
+        raise LabError(f"tracking store {store.uri!r} {when}: {one_line(error)}") from error
+    except Exception as error:
+        if tracked is not None and not isinstance(error, LabError):
+            # Where even that fails, the error itself matters more.
+            with suppress(LabError):
+                tracked.log_text("".join(traceback.format_exception(error)), "traceback.txt")
+        raise
+    finally:
+        if tracked is not None:
+            with uninterrupted(interrupted=status == "KILLED"):
+                tracked._end(status)
+
+
+@contextmanager
+def _failures(store: Store) -> Iterator[None]:
+    """Make one sentence of what the store, or a disk that is full, does not take."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise LabError(f"tracking store {store.uri!r} failed during the run: {one_line(error)}") from error
+
+
+def _begin(store: Store, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:
+    client = mlflow.MlflowClient(tracking_uri=store.uri)
+    all_tags = resolve_tags({**tags, "process": process_tag()})  # with MLflow's own: user, source
+    run_id = client.create_run(store.experiment_id, tags=all_tags, run_name=run_name).info.run_id
+    tracked = TrackedRun(store, run_id)
+    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
+    return tracked
+
+
+def _begin_again(store: Store, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
+    _deliver(store, run_id)
+    check_resumable(store, run_id)
+    client = mlflow.MlflowClient(tracking_uri=store.uri)
+    client.update_run(run_id, status="RUNNING")
+    tracked = TrackedRun(store, run_id, frozenset(client.get_run(run_id).data.metrics))
+    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in {**tags, "process": process_tag()}.items()])
+    return tracked
+
+
+def _deliver(store: Store, run_id: str) -> None:
+    """Send what waits for a run that goes on: later it would be sent beside what the run logs anew."""
+    outbox = Outbox.of_run(store.uri, run_id)
+    if not outbox.waiting():
+        return
+    if not outbox.lock():
+        raise LabError(f"resume: what run {run_id} logged is being sent by another process; try again later")
+    try:
+        send_waiting(mlflow.MlflowClient(tracking_uri=store.uri), run_id, outbox)
+    finally:
+        outbox.unlock()
+
+
+def _forget_exports() -> None:
+    """Let go of what torch.export keeps of each network for as long as the process lives: 0.4 MB of step 4's.
+
+    The caches of ShapeEnv's methods have no limit and are shared by all of its instances. The tensors that an instance
+    tracks hold it in turn, from C++, where Python can't see that nobody else does.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # slow to import, but for an export it was
+
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
+    for instance in gc.get_objects():
+        if type(instance) is ShapeEnv:
+            instance.tracked_fakes = None
+
+
+def _metrics(metrics: Mapping[str, float], step: int) -> Record:
+    return Record("metrics", {"step": step, "timestamp": _milliseconds(), "values": dict(metrics)})
+
+
+def _milliseconds() -> int:
+    return time.time_ns() // 1_000_000

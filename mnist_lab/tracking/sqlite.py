@@ -1,0 +1,252 @@
+"""Where the runs are kept, and whether a SQLite store can be read and written. Standard library only."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import importlib.util
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from mnist_lab.errors import LabError
+
+EXPERIMENT_NAME = "mnist"  # the one MLflow experiment that holds all runs
+UI_VIEW = "lab"  # the name of the columns that the MLflow UI shows
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+SQLITE = "sqlite:///"
+ARTIFACTS, CHECKPOINTS = "artifacts", "checkpoints"  # folders beside a SQLite database
+BUSY_TIMEOUT = 4  # seconds that a lock on the database is waited for
+ROOM = 4 * 2**20  # bytes that must be free before a run; one leaves about 1 MB, and the largest network's 5
+# Where MLflow records paths of artifacts.
+LOCATIONS = {
+    "experiments": ["artifact_location"],
+    "runs": ["artifact_uri"],
+    "logged_models": ["artifact_location"],
+    "model_versions": ["source", "storage_location"],
+}
+
+
+def tracking_uri(given: str | None = None) -> str:
+    """Return the URI given, else MLFLOW_TRACKING_URI, else the project's own `mlruns/mlflow.db`.
+
+    A SQLite path comes back absolute, so that it means the same file whatever the current folder is later.
+
+    Raises:
+        LabError: if a SQLite URI names no file, or one that MLflow would read as another.
+    """
+    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
+    file = sqlite_file(uri)
+    if file is None:
+        if uri.startswith("sqlite:"):
+            raise LabError(f"tracking store {uri!r} names no file; give {SQLITE}<path>/mlflow.db")
+        return uri
+    if "%" in str(file) or "?" in str(file):
+        raise LabError(
+            f"tracking store {str(file)!r}: % and ? have a meaning of their own in a URI; choose another path"
+        )
+    return f"{SQLITE}{file}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the absolute path of a SQLite store's database, or None for a store of another kind."""
+    path = uri.removeprefix(SQLITE)
+    return Path(path).absolute() if path and path != uri else None
+
+
+def own_folder(uri: str) -> Path:
+    """Return where the lab keeps what is its own of a store: beside the database, or in this project's `mlruns`."""
+    database = sqlite_file(uri)
+    return database.parent if database else PROJECT_ROOT / "mlruns"
+
+
+def sync_to_disk(path: Path) -> None:
+    """Make what was written to a file, or renamed in a folder, last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_readable(uri: str) -> None:
+    """Refuse a SQLite store that is not there or not MLflow's; MLflow itself would make one of it.
+
+    Raises:
+        LabError: with what to do.
+    """
+    file = sqlite_file(uri)
+    if file is None:
+        return
+    try:
+        if not file.exists():
+            raise LabError(f"no runs yet: {file} does not exist; train first, e.g. `make step1`")
+        if not file.is_file():
+            raise LabError(f"tracking store {file} is not a file")
+    except OSError as error:  # a folder on the way that this user may not enter
+        raise LabError(f"tracking store {file} can't be read: {error.strerror}") from error
+    with _connection(file, "ro", "read") as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not {"alembic_version", "experiments", "runs"} <= tables:
+            raise LabError(f"tracking store {file} is not an MLflow database")
+        versions = [version for (version,) in connection.execute("SELECT version_num FROM alembic_version")]
+    if (known := _known_schemas()) and not known.issuperset(versions):
+        raise LabError(
+            f"tracking store {file} was last used by a newer MLflow than {importlib.metadata.version('mlflow')}, which "
+            "can't read it: install that one, or go back to the copy made before (docs/metrics.md)"
+        )
+
+
+def check_writable(uri: str) -> None:
+    """Refuse a SQLite store that is not MLflow's, or that a run could not be written to; nothing is changed or left.
+
+    The database, made or not, its folder and those of artifacts and checkpoints are tried, with room for one run.
+
+    Raises:
+        LabError: with what to do.
+    """
+    file = sqlite_file(uri)
+    if file is None:
+        return
+    folders = [file.parent, file.parent / CHECKPOINTS]
+    if _is_there(file):
+        for path in (
+            file,
+            file.parent,
+        ):  # first: SQLite would leave a log beside the file that is as read-only as it is
+            if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+                refusal = PermissionError(errno.EACCES, f"{path} is read-only for you")
+                raise LabError(f"tracking store {file} can't be written: {refusal.strerror}{_advice(refusal)}")
+        check_readable(uri)
+        with _connection(file, "rw", "written") as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("CREATE TABLE probe (x)")  # a read-only file lets one begin, where it has a log
+            connection.execute("ROLLBACK")
+            folders += [folder for folder in [_recorded(connection)] if folder]
+    else:
+        folders.append(file.parent / ARTIFACTS)
+    for folder in dict.fromkeys(_existing(folder) for folder in folders):
+        try:
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:  # without a name, where Linux can
+                if probe.write(os.urandom(ROOM)) < ROOM:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise LabError(
+                f"tracking store {file} can't be used: {folder} can't be written: {error.strerror}{_advice(error)}"
+            ) from error
+
+
+def follow_move(uri: str) -> None:
+    """Let a SQLite store that was moved or copied with its `artifacts/` find them where they are now, beside it.
+
+    MLflow records absolute paths, so a store in a folder that was renamed lists its runs without their artifacts.
+    Changes nothing where the artifacts are where they are said to be, on a server, or in a folder that the lab would
+    not have chosen; nor where the database was moved without them.
+
+    Raises:
+        LabError: if the paths have to be changed and the database can't be read or written.
+    """
+    file = sqlite_file(uri)
+    if file is None:
+        return
+    new = file.resolve().parent / ARTIFACTS
+    with _connection(file, "ro", "read") as connection:
+        if not _has_moved(connection, new):
+            return
+    with _connection(file, "rw", "corrected, though it was moved and so its artifacts are not found") as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        old = _recorded(connection)
+        if old is None or not _has_moved(connection, new):  # another process was first
+            return
+
+        def moved(location: str | None) -> str | None:
+            path = _local(location)
+            if location is None or path is None or not path.is_relative_to(old):
+                return location
+            path = new / path.relative_to(old)
+            return path.as_uri() if location.startswith("file:") else str(path)
+
+        connection.create_function("moved", 1, moved, deterministic=True)
+        for table, columns in LOCATIONS.items():
+            known = {name for (name,) in connection.execute("SELECT name FROM pragma_table_info(?)", (table,))}
+            for column in known.intersection(columns):  # an older MLflow has fewer
+                connection.execute(f"UPDATE {table} SET {column} = moved({column}) WHERE {column} <> moved({column})")  # noqa: S608
+        connection.execute("COMMIT")
+
+
+def _known_schemas() -> set[str]:
+    """Return the versions of its database that the installed MLflow knows, without importing it; that takes seconds."""
+    spec = importlib.util.find_spec("mlflow")
+    assert spec is not None
+    assert spec.origin is not None
+    files = (Path(spec.origin).parent / "store" / "db_migrations" / "versions").glob("*_*.py")
+    return {file.name.partition("_")[0] for file in files}
+
+
+def _has_moved(connection: sqlite3.Connection, new: Path) -> bool:
+    """Say whether the artifacts lie in the folder `new`, though another one is recorded."""
+    old = _recorded(connection)
+    if old is None or old.name != ARTIFACTS or old == new:
+        return False
+    with suppress(OSError):
+        if old.parent.samefile(new.parent):  # by another name, through a link
+            return False
+    runs = [path for (uri,) in connection.execute("SELECT artifact_uri FROM runs") if (path := _local(uri))]
+    inside = [path.relative_to(old) for path in runs if path.is_relative_to(old)]
+    if not inside:
+        return True
+    return new.is_dir() and (not _is_there(old) or any((new / path).exists() for path in inside))
+
+
+def _recorded(connection: sqlite3.Connection) -> Path | None:
+    """Return the folder that is recorded for the artifacts of new runs, if there is one and it is no server's."""
+    query = "SELECT artifact_location FROM experiments WHERE name = ?"
+    return next((_local(location) for (location,) in connection.execute(query, (EXPERIMENT_NAME,))), None)
+
+
+def _local(location: str | None) -> Path | None:
+    """Return the path that an artifact location means, or None where that is not an absolute path on this machine."""
+    if location is not None and location.startswith("file:"):
+        parts = urlsplit(location)
+        location = unquote(parts.path) if parts.netloc in ("", "localhost") else None
+    return Path(location) if location is not None and location.startswith("/") else None
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if _is_there(path))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # in a folder that this user may not enter
+        return False
+
+
+@contextmanager
+def _connection(file: Path, mode: str, purpose: str) -> Iterator[sqlite3.Connection]:
+    """Open an existing database in the mode "ro" or "rw", and turn what goes wrong with it into a sentence."""
+    try:
+        with closing(
+            sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+        ) as connection:
+            yield connection
+    except sqlite3.Error as error:
+        raise LabError(f"tracking store {file} can't be {purpose}: {error}{_advice(error)}") from error
+
+
+def _advice(error: OSError | sqlite3.Error) -> str:
+    """Say what to do about it, in the rest of a sentence."""
+    code = getattr(error, "errno", None) or getattr(error, "sqlite_errorname", "").removeprefix("SQLITE_").split("_")[0]
+    if code in ("BUSY", "LOCKED"):
+        return "; another program has locked it: wait for that program or end it, then try again"
+    if code in ("FULL", errno.ENOSPC, errno.EDQUOT):
+        return "; a run needs a few megabytes there: make room, or name another store with --tracking-uri"
+    if code in ("READONLY", "CANTOPEN", "PERM", errno.EACCES, errno.EPERM, errno.EROFS):
+        return "; make it and its folder writable, copy the folder, or name another store with --tracking-uri"
+    return ""

@@ -1,0 +1,262 @@
+"""The tracking store: made ready for runs, asked for runs, and rid of those whose process is gone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import mlflow
+import psutil
+from filelock import FileLock
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from sqlalchemy.exc import SQLAlchemyError
+
+from mnist_lab.errors import LabError
+from mnist_lab.tracking.delivery import ask, briefly, one_line
+from mnist_lab.tracking.sqlite import (
+    ARTIFACTS,
+    EXPERIMENT_NAME,
+    SQLITE,
+    UI_VIEW,
+    check_readable,
+    check_writable,
+    follow_move,
+    sqlite_file,
+    tracking_uri,
+)
+
+# MLflow shows each error of the database with its traceback, and raises it too; one sentence is made of that.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a busy machine
+# MLflow's table shows no metric unless a view is chosen; this is its own way of sharing one, by name in the address.
+UI_COLUMNS = [
+    *(f"metrics.`{name}`" for name in ("final_test_accuracy", "best_test_accuracy", "train_accuracy", "num_params")),
+    *(f"metrics.`final_test_accuracy_{name}`" for name in ("mean", "sd")),  # of a study
+    "tags.`targets`",
+]
+MAX_RUNS = 50_000  # the most that MLflow gives at once
+
+
+@dataclass(frozen=True)
+class Store:
+    """A tracking store that is ready: its URI and the id of the MLflow experiment that holds the runs."""
+
+    uri: str
+    experiment_id: str
+
+
+def open_store(uri: str | None = None) -> Store:
+    """Make the store ready for runs, creating it on first use; several processes may do so at once.
+
+    A SQLite database gets its artifacts in `artifacts/` beside it, and write-ahead logging, so that reading does not
+    block writing. Elsewhere the tracking server decides.
+
+    Raises:
+        LabError: if the store can't be opened or made.
+    """
+    uri = tracking_uri(uri)
+    database = sqlite_file(uri)
+    try:
+        if database is None:
+            ask(uri)
+            with briefly():
+                return Store(uri, _experiment_id(uri, artifacts=None))
+        check_writable(uri)  # before a lock file is left beside what is not ours
+        database.parent.mkdir(parents=True, exist_ok=True)
+        # Two processes that make the same new database at once would break it.
+        with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
+            if not database.exists():
+                _create(database)
+            check_readable(uri)
+            follow_move(uri)
+            return Store(uri, _experiment_id(uri, artifacts=_artifacts(database)))
+    except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error) as error:
+        raise LabError(f"tracking store {uri!r} can't be used: {one_line(error)}") from error
+
+
+def _create(database: Path) -> None:
+    """Make the database in a folder of its own first: a process that fails half-way must not leave half a store."""
+    folder = database.with_name(f"{database.name}.new")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    folder.mkdir()
+    new = folder / f"{secrets.token_hex(4)}.db"  # MLflow takes a path that it has seen for one that it has made
+    try:
+        _experiment_id(f"{SQLITE}{new}", artifacts=_artifacts(database))
+        with closing(sqlite3.connect(new)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")  # it stays so
+        new.replace(database)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _artifacts(database: Path) -> Path:
+    return database.parent / ARTIFACTS
+
+
+def _experiment_id(uri: str, artifacts: Path | None) -> str:
+    with quiet():
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+        if experiment is None:
+            location = artifacts.as_uri() if artifacts else None
+            view = {f"mlflow.sharedViewState.{UI_VIEW}": json.dumps({"selectedColumns": UI_COLUMNS})}
+            return str(client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=view))
+    if experiment.lifecycle_stage == "deleted":
+        raise LabError(f"tracking store {uri!r}: the experiment {EXPERIMENT_NAME!r} is deleted; restore it in MLflow")
+    return str(experiment.experiment_id)
+
+
+@contextmanager
+def uninterrupted(*, interrupted: bool = False) -> Iterator[None]:
+    """Hold back the signals that end a program until the block is through; a second Ctrl-C ends it at once.
+
+    An interrupt in the midst of MLflow's work can leave the database locked by a transaction that nobody ends,
+    and then the run can't be closed: it would stay RUNNING.
+    interrupted: whether the program is being ended already, so that the next Ctrl-C is a second one.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals interrupt no other thread
+        yield
+        return
+    arrived: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        arrived.append(signum)
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # no handler of Python's runs while SQLite waits for a lock
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if interrupted and handlers[signal.SIGINT] != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run as it stands in the store: its seed, and the last value of each metric."""
+
+    run_id: str
+    seed: int
+    metrics: Mapping[str, float]
+
+
+def finished_runs(store: Store, params: Mapping[str, object], tags: Mapping[str, str]) -> dict[int, FinishedRun]:
+    """Return the newest finished run of each seed that has these tags and, but for the seed, exactly these params.
+
+    Raises:
+        LabError: if the store can't be read.
+    """
+    wanted = {name: str(value) for name, value in params.items()}
+    found: dict[int, FinishedRun] = {}
+    for run in _search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
+        seed = run.data.params.get("seed", "")
+        alike = {**run.data.params, "seed": seed} == {**wanted, "seed": seed}
+        tagged = all(run.data.tags.get(name) == value for name, value in tags.items())
+        if alike and tagged and seed.isdecimal() and "final_test_accuracy" in run.data.metrics:
+            found.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
+    return found
+
+
+def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
+    """Make a run the child of a study's run, whatever study it belonged to before."""
+    with uninterrupted(), briefly():
+        mlflow.MlflowClient(tracking_uri=store.uri).set_tag(run_id, MLFLOW_PARENT_RUN_ID, parent_run_id)
+
+
+def close_abandoned(store: Store) -> None:
+    """Mark the runs KILLED that stand as RUNNING though their process, on this machine, is gone: killed, or power lost.
+
+    Raises:
+        LabError: if the store can't be read or written.
+    """
+    client = mlflow.MlflowClient(tracking_uri=store.uri)
+    try:
+        for run in _search(store, "attributes.status = 'RUNNING'"):
+            if _is_gone(run.data.tags.get("process", "")):
+                with briefly():
+                    client.set_terminated(run.info.run_id, "KILLED")
+    except MlflowException as error:
+        raise LabError(f"tracking store {store.uri!r} can't be written: {one_line(error)}") from error
+
+
+def _search(store: Store, condition: str) -> list[Run]:
+    """Return the runs that meet the condition, newest first."""
+    try:
+        client = mlflow.MlflowClient(tracking_uri=store.uri)
+        order = ["attributes.start_time DESC"]
+        with briefly():
+            return list(client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS, order_by=order))
+    except (MlflowException, SQLAlchemyError) as error:
+        raise LabError(f"tracking store {store.uri!r} can't be read: {one_line(error)}") from error
+
+
+def process_tag() -> str:
+    """Name this process, so that another one can say later whether it has ended: host, number, start."""
+    process = psutil.Process()
+    return f"{socket.gethostname()} {process.pid} {process.create_time()}"
+
+
+def _is_gone(tag: str) -> bool:
+    host, _, process = tag.partition(" ")
+    number, _, created = process.partition(" ")
+    if host != socket.gethostname() or not number.isdecimal():  # another machine's, or another program's
+        return False
+    try:
+        # Numbers are used again. The clock may be corrected by a second meanwhile.
+        return abs(psutil.Process(int(number)).create_time() - float(created)) > 2
+    except psutil.NoSuchProcess:
+        return True
+
+
+def can_resume(store: Store, run_id: str) -> bool:
+    """Say whether `track` would go on with this run."""
+    try:
+        check_resumable(store, run_id)
+    except LabError:
+        return False
+    return True
+
+
+def check_resumable(store: Store, run_id: str) -> None:
+    try:
+        with briefly():
+            status = mlflow.MlflowClient(tracking_uri=store.uri).get_run(run_id).info.status
+    except MlflowException as error:
+        raise LabError(f"resume: run {run_id} can't be read from {store.uri!r}: {one_line(error)}") from error
+    if status == "FINISHED":
+        raise LabError(f"resume: run {run_id} has finished")
+    if status == "RUNNING":
+        raise LabError(f"resume: run {run_id} is still in training, in another process")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

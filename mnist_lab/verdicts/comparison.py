@@ -1,0 +1,177 @@
+"""What one experiment is beyond another: differences over seeds, in words that claim no more than was shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from numpy.typing import ArrayLike
+
+from mnist_lab.verdicts import statistics
+from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, Difference
+
+MCNEMAR = "McNemar's exact test"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two experiments that differ by one change: `b` has it and `a` has not."""
+
+    a: str
+    b: str
+    change: str
+
+
+# What each single change of the steps is worth. Another project passes its own pairs.
+PAIRS = (
+    Pair("step1_baseline", "step2_dropout", "dropout, narrower layers"),
+    Pair("step2_dropout", "gap_alone", "GAP alone"),
+    Pair("gap_alone", "step3_gap", "more layers, less dropout"),
+    Pair("step3_gap", "step4_augment_steplr", "step 4 as a whole"),
+    Pair("steplr_alone", "step4_augment_steplr", "augmentation"),
+    Pair("augment_alone", "step4_augment_steplr", "StepLR and lr 0.1"),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How experiment `b` differs from `a` in test accuracy, in points (percentage points), b - a.
+
+    low, high: the 95 % interval of the difference; nan where there is no spread to measure it by.
+    p: two-sided. p_holm: adjusted for the other comparisons of the same table; the same as p for one by itself.
+    n: pairs of seeds; or seeds of a and of b; or test images, where one run of each was compared.
+    seeds_needed: about how many seeds of each would show a difference of this size; None where it shows, or where it
+        can't be said.
+    """
+
+    a: str
+    b: str
+    change: str
+    effect: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    test: str
+    n: tuple[int, ...]
+    seeds_needed: int | None
+
+    @property
+    def shown(self) -> bool:
+        return self.p_holm < ALPHA_DIFFERENCE
+
+    @property
+    def seeds(self) -> str:
+        """The seeds that were compared, e.g. "10", or "10, 8" where they are not paired."""
+        return "1" if self.test == MCNEMAR else ", ".join(str(n) for n in self.n)
+
+    @property
+    def word(self) -> str:
+        """Whether `b` is "better" or "worse" than `a`, or "not shown"."""
+        return "not shown" if not self.shown else "better" if self.effect > 0 else "worse"
+
+    @property
+    def verdict(self) -> str:
+        """What was shown: "better by 0.12 points", or "no difference shown (needs about 44 seeds for 0.03 points)"."""
+        size = f"{abs(self.effect):.2f} points"
+        if self.shown:
+            of = " in this one run of each" if self.test == MCNEMAR else ""
+            return f"{self.word} by {size}{of}"
+        if self.test == MCNEMAR:
+            return "no difference shown by one run of each"
+        if self.p < ALPHA_DIFFERENCE:
+            return "no difference shown (among so many comparisons)"
+        if self.seeds_needed is None:
+            return "no difference shown"
+        return f"no difference shown (needs about {self.seeds_needed:,} seeds for {size})"
+
+    @property
+    def sentence(self) -> str:
+        """The comparison in one sentence, with its figures."""
+        interval = interval_text(self.low, self.high, signed=True)
+        interval = "" if interval == "-" else f", 95 % interval {interval}"
+        unit = "test images" if self.test == MCNEMAR else "shared seeds" if len(self.n) == 1 else "seeds"
+        counts = " and ".join(f"{n:,}" for n in self.n)
+        return (
+            f"{self.b} against {self.a}: {self.verdict}; {self.effect:+.2f} points{interval}, "
+            f"p = {p_text(self.p)} ({self.test}, {counts} {unit})."
+        )
+
+
+def compare_seeds(pair: Pair, a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
+    """Compare two experiments by their test accuracies in percent, by seed.
+
+    Raises:
+        LabError: if either has fewer than two seeds.
+    """
+    found = statistics.compare_means(list(a.values()), list(b.values()), paired_by=(list(a), list(b)))
+    return _comparison(pair, found)
+
+
+def compare_predictions(pair: Pair, a_correct: ArrayLike, b_correct: ArrayLike) -> Comparison:
+    """Compare one trained network of each by what they read rightly: (N,) booleans, in one order of images."""
+    found = statistics.mcnemar_exact(a_correct, b_correct)
+    effect, low, high = (100 * share for share in (found.effect, found.low, found.high))
+    return _comparison(pair, Difference(effect, low, high, found.p, MCNEMAR, (found.n,), seeds_needed=None))
+
+
+def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons of one table with `p_holm` adjusted for their number."""
+    adjusted = statistics.holm([comparison.p for comparison in comparisons])
+    return [dataclasses.replace(comparison, p_holm=p) for comparison, p in zip(comparisons, adjusted, strict=True)]
+
+
+def effects_text(comparisons: Iterable[Comparison]) -> tuple[list[list[str]], list[str]]:
+    """Return the rows and headers of a table of comparisons, as text to print."""
+    rows = [
+        [
+            f"{c.change}\n  {c.a} -> {c.b}",
+            f"{c.effect:+.2f}",
+            interval_text(c.low, c.high, signed=True),
+            p_text(c.p),
+            p_text(c.p_holm),
+            c.seeds,
+            c.word,
+            "-" if c.seeds_needed is None else f"{c.seeds_needed:,}",
+        ]
+        for c in comparisons
+    ]
+    return rows, ["change", "points", "95 % interval", "p", "p\n(Holm)", "seeds", "verdict", "seeds\nneeded"]
+
+
+def interval_text(low: float, high: float, *, signed: bool = False) -> str:
+    """Return an interval as it is printed, e.g. "99.31 to 99.44", or "-" where there is none."""
+    sign = "+" if signed else ""
+    return "-" if math.isnan(low) else f"{low:{sign}.2f} to {high:{sign}.2f}"
+
+
+def p_text(p: float) -> str:
+    """Return a p-value as it is printed: two digits that count, never a bare zero."""
+    if math.isnan(p):
+        return "-"
+    return "<0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+
+
+def step_order(step: str) -> tuple[bool, list[str | int]]:
+    """Return the key by which experiments are sorted: `step1_...` and on before the rest, step 10 after step 9."""
+    parts = re.split(r"(\d+)", step)
+    return not step.startswith("step"), [int(part) if part.isdecimal() else part for part in parts]
+
+
+def _comparison(pair: Pair, found: Difference) -> Comparison:
+    return Comparison(
+        pair.a,
+        pair.b,
+        pair.change,
+        found.effect,
+        found.low,
+        found.high,
+        found.p,
+        found.p,
+        found.test,
+        found.n,
+        found.seeds_needed,
+    )

@@ -1,0 +1,204 @@
+"""The committed figures: the tables say what the CSVs say, and an export writes what was tracked."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+from mnist_lab.errors import LabError
+from mnist_lab.results import evidence
+from mnist_lab.tracking.store import Store, open_store
+from run_writer import TARGETS, write_run
+
+RESULTS = ROOT / "docs" / "results"
+T0 = 1_700_000_000_000
+PAGE = """# Page
+
+Before.
+
+<!-- results -->
+old
+<!-- /results -->
+
+Between.
+
+<!-- effects -->
+<!-- /effects -->
+
+After.
+"""
+STEPS = {"step1_baseline": (99.0, 99.1, 98.9), "step2_dropout": (99.2, 99.28, 99.12), "step10_new": (99.5,)}
+
+
+# ---- what is committed
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"], ids=["README", "docs/results"])
+def test_the_committed_tables_are_made_of_the_committed_csvs(page: Path) -> None:
+    text = page.read_text()
+    assert evidence.with_tables(text, evidence.tables(RESULTS)) == text, "make export"
+
+
+def test_the_committed_effects_are_those_of_the_committed_seeds() -> None:
+    made = evidence.effect_rows(evidence.compare_studies(evidence.read_studies(RESULTS)))
+    assert rows_of(RESULTS / "effects.csv") == made
+
+
+def test_the_committed_epochs_end_at_the_committed_figures() -> None:
+    epochs = rows_of(RESULTS / "epochs.csv")
+    assert epochs
+    for study in evidence.read_studies(RESULTS):
+        for run in study.rows:
+            mine = [row for row in epochs if (row["step"], row["seed"]) == (study.step, run["seed"])]
+            if mine:  # the first runs' epochs were not kept
+                accuracies = [row["test_accuracy"] for row in mine]
+                assert len(accuracies) == int(run["epochs"])
+                assert accuracies[-1] == run["last"]
+                assert max(accuracies, key=float) == run["best"] == accuracies[int(run["best_epoch"]) - 1]
+
+
+def test_every_committed_csv_is_of_a_script() -> None:
+    assert {s.step for s in evidence.read_studies(RESULTS)} <= {
+        file.stem for file in (ROOT / "experiments").glob("*.py")
+    }
+
+
+# ---- an export
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> tuple[Path, Path]:
+    """Return a folder of results and a README, both with markers."""
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    folder.mkdir()
+    readme.write_text(PAGE)
+    (folder / "README.md").write_text("<!-- runs -->\n<!-- /runs -->\n")
+    return folder, readme
+
+
+@pytest.fixture
+def store(uri: str) -> Store:
+    store = open_store(uri)
+    tags = TARGETS | {"code_sha256": "0123456789abcdef", "torch": "2.15.0", "reported_best_test_accuracy": "99.46"}
+    for step, accuracies in STEPS.items():
+        for seed, accuracy in enumerate(accuracies):
+            write_run(store, step, seed, [98.0, accuracy + 0.01, accuracy], start_time=T0 + seed, tags=tags)
+    return store
+
+
+def test_an_export_writes_a_row_per_seed(store: Store, pages: tuple[Path, Path]) -> None:
+    folder, readme = pages
+    written = evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    names = ["README.md", "effects.csv", "epochs.csv", *(f"{step}.csv" for step in STEPS)]
+    assert sorted(written) == sorted([readme, *(folder / name for name in names)])
+    rows = rows_of(folder / "step1_baseline.csv")
+    assert [row["seed"] for row in rows] == ["0", "1", "2"]
+    assert rows[1] == {
+        "seed": "1",
+        "last": "99.10",
+        "best": "99.11",
+        "best_epoch": "2",
+        "train": "99.000",
+        "test_loss": "0.03000",
+        "num_params": "7852",
+        "epochs": "3",
+        "minutes": "1.0",
+        "hardware": "a CPU",
+        "torch": "2.15.0",
+        "git_commit": "abc",
+        "git_dirty": "False",
+        "code_sha256": "0123456789ab",
+        "date": "2023-11-14 22:13",
+        "target_accuracy": "99.4",
+        "target_params": "10000",
+        "target_epochs": "15",
+        "reported_best": "99.46",
+    }
+    epochs = rows_of(folder / "epochs.csv")
+    assert len(epochs) == 7 * 3
+    assert epochs[0] == {"step": "step1_baseline", "seed": "0", "epoch": "1", "test_accuracy": "98.00"}
+    assert [row["step"] for row in epochs[::3]] == ["step1_baseline"] * 3 + ["step2_dropout"] * 3 + ["step10_new"]
+
+
+def test_the_page_gets_its_tables_and_keeps_its_prose(store: Store, pages: tuple[Path, Path]) -> None:
+    folder, readme = pages
+    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    page = readme.read_text()
+    assert re.sub(r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", r"\1\3", page, flags=re.DOTALL) == re.sub(
+        r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", r"\1\3", PAGE, flags=re.DOTALL
+    )
+    assert "old" not in page
+    one = "| `step1_baseline` | 3 | **99.00** ± 0.100 | 98.75 to 99.25 | 99.01 | 98.90 | 7,852 | 3 |"
+    assert f"{one} accuracy not shown (needs about 4 seeds), params met, epochs met | 99.46 |" in page
+    assert "| `step10_new` | 1 | **99.50** | - | 99.51 | 99.40 | 7,852 | 3 | accuracy met, params met" in page
+    assert "| `step1_baseline` → `step2_dropout` | +0.20 | +0.15 to +0.25 |" in page
+    assert "| better by 0.20 points |" in page
+    assert "| `python experiments/step1_baseline.py --seed N` | 0-2 | abc |" in (folder / "README.md").read_text()
+    (effect,) = rows_of(folder / "effects.csv")
+    assert (effect["points"], effect["test"], effect["seeds"]) == ("0.200", "paired t-test", "3")
+    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    assert readme.read_text() == page
+
+
+def test_a_step_without_runs_in_the_store_keeps_its_csv(store: Store, pages: tuple[Path, Path]) -> None:
+    folder, readme = pages
+    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    kept = (folder / "step2_dropout.csv").read_text().replace("99.20", "99.21")
+    (folder / "earlier.csv").write_text(kept)
+    lines = (folder / "epochs.csv").read_text()
+    (folder / "epochs.csv").write_text(lines + "earlier,0,1,97.00\n")
+    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    assert (folder / "earlier.csv").read_text() == kept
+    assert "| `earlier` | 3 |" in readme.read_text()
+    assert (folder / "epochs.csv").read_text() == lines + "earlier,0,1,97.00\n"
+
+
+def test_seeds_that_the_same_code_computed_elsewhere_are_kept(store: Store, pages: tuple[Path, Path]) -> None:
+    folder, readme = pages
+    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    file, epochs = folder / "step1_baseline.csv", folder / "epochs.csv"
+    header, first, *rest = file.read_text().splitlines()
+    code = rows_of(file)[0]["code_sha256"]
+    elsewhere, other_code = first.replace("0,", "7,", 1), first.replace("0,", "8,", 1).replace(code, "other")
+    assert first.startswith("0,")
+    assert code
+    assert code in first
+    file.write_text("\n".join([header, first, elsewhere, other_code, *rest, ""]))
+    epochs.write_text(epochs.read_text() + "step1_baseline,7,1,97.00\nstep1_baseline,8,1,97.00\n")
+
+    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+
+    assert file.read_text().splitlines() == [header, first, *rest, elsewhere]
+    assert {row["seed"] for row in rows_of(epochs) if row["step"] == "step1_baseline"} == {"0", "1", "2", "7"}
+    assert "| `step1_baseline` | 4 |" in readme.read_text()
+
+
+def test_figures_that_were_not_recorded_are_empty(uri: str, pages: tuple[Path, Path]) -> None:
+    folder, readme = pages
+    write_run(open_store(uri), "idea", 0, [99.0], start_time=T0, tags={})
+    evidence.export_runs(folder, readme, tracking_uri=uri)
+    (row,) = rows_of(folder / "idea.csv")
+    unknown = ("torch", "code_sha256", "target_accuracy", "target_params", "target_epochs", "reported_best")
+    assert [row[name] for name in unknown] == [""] * 6
+    assert "| no target stated | – |" in readme.read_text()
+    assert "No change has runs of several seeds on both sides yet." in readme.read_text()
+
+
+def test_a_page_without_markers_is_refused(store: Store, pages: tuple[Path, Path]) -> None:
+    folder, readme = pages
+    readme.write_text("# Page\n")
+    with pytest.raises(LabError, match="has no markers for a table: <!-- results -->"):
+        evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    assert readme.read_text() == "# Page\n"
+
+
+def test_a_missing_page_is_refused(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(LabError, match="can't be exported: No such file"):
+        evidence.export_runs(tmp_path / "results", tmp_path / "README.md", tracking_uri=store.uri)

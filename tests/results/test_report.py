@@ -1,0 +1,441 @@
+"""The report, written from a small real store and read back as a reader's program would."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import mlflow
+import pandas as pd
+import pytest
+
+from mnist_lab import results
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.results.report import Story, read_story, write_report
+from mnist_lab.tracking.store import Store, open_store
+from report_store import STATED, T0, write_sample_store
+from run_writer import write_run
+
+HOSTILE = "../a|b <script>alert(1)</script>"  # a step's name is free text to the store
+SCRIPTS = {
+    "step1_plain": '''"""Step 1, plain: the ground.
+
+Target: come near 99.4 %.
+
+Change: none.
+
+Result: 98.90 +- 0.10 (2 seeds).
+
+Analysis: it over-fits.
+
+Still the analysis, in a second paragraph with a list:
+
+- one
+- two
+"""
+raise RuntimeError("a report imports no script")
+''',
+    "step2_better": '"""Step 2: <script>alert("2")</script> &c.\n\nTarget: a < b\nChange: c\nResult: r\nAnalysis:\n"""',
+    "step3_next": '"""Step 3: not run yet.\n\nTarget: t\n\nChange: c\n\nResult: -\n\nAnalysis: -\n"""',
+    "an_idea": '"""An idea."""',
+    "no_words": "x = 1",
+}
+LINES = ["step1_plain", "step2_better", HOSTILE]
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a program reads in the page: elements with their attributes, table rows, and all text."""
+
+    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    tables: list[list[list[str]]] = field(default_factory=list)
+    text: str = ""
+    in_cell: bool = False
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.in_cell:
+            row = self.tables[-1][-1]
+            row[-1] = " ".join(f"{row[-1]}{data}".split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A written report."""
+
+    folder: Path
+    html: str
+    md: str
+    page: Page
+
+
+def write(folder: Path, uri: str, scripts: Path) -> Report:
+    html_file, md_file = write_report(folder, tracking_uri=uri, scripts=scripts)
+    assert (html_file, md_file) == (folder / "steps.html", folder / "steps.md")
+    page = Page()
+    page.feed(html_file.read_text())
+    return Report(folder, html_file.read_text(), md_file.read_text(), page)
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experiments")
+    for name, text in SCRIPTS.items():
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, mnist: Mnist) -> Store:
+    """Return the sample store with what a report must tell apart: hostile, overridden and unfinished runs."""
+    store = write_sample_store(tmp_path_factory.mktemp("store"), mnist)
+    write_run(store, HOSTILE, 0, [97.0], start_time=T0, num_params=20_000, tags={})  # and it has no predictions
+    write_run(store, "step2_better", 0, [99.9], start_time=T0 + 10**9, tags=STATED | {"overrides": "lr=0.2"})
+    write_run(store, "step2_better", 7, [99.9], start_time=T0 + 10**9, status="FAILED")
+    write_run(store, "step3_next", 0, [99.9], start_time=T0 + 10**9, status=None)
+    return store
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, store: Store, scripts: Path) -> Report:
+    return write(tmp_path_factory.mktemp("reports") / "new" / "folder", store.uri, scripts)
+
+
+def percent(value: float) -> str:
+    return "–" if pd.isna(value) else f"{value:.2f}"
+
+
+# ---- the tables
+
+
+def expected_rows(store: Store) -> list[list[str]]:
+    """Return the figures of `compare_table` in the order of the columns; HOSTILE has no targets and one seed."""
+    rows = []
+    for row in results.compare_table(tracking_uri=store.uri).to_dict("records"):
+        last = percent(row["last"]) + (f" ± {row['last_sd']:.3f}" if row["seeds"] > 1 else "")
+        cells = [row["step"], str(row["seeds"]), f"{row['num_params']:,}", str(row["epochs"]), last]
+        cells += [percent(row[name]) for name in ("best", "train")]
+        reported = ("final_test_accuracy", "best_test_accuracy", "best_train_accuracy")
+        rows.append(cells + [percent(row[f"reported_{name}"]) for name in reported])
+    return rows
+
+
+def test_the_comparison_is_that_of_compare_table(report: Report, store: Store) -> None:
+    _, _, *rows = report.page.tables[0]
+    judged = {2: "verdict_params", 3: "verdict_epochs", 4: "verdict_accuracy"}
+    table = results.compare_table(tracking_uri=store.uri)
+    assert list(table["step"]) == LINES
+    shown = [[re.sub(r"[✓✗?].*", "", cell) for cell in row] for row in rows]
+    assert shown == expected_rows(store)
+    for row, (_, line) in zip(rows, table.iterrows(), strict=True):
+        words = {column: re.findall("met|missed|not shown", row[column]) for column in judged}
+        assert words == {column: [line[name]] if line[name] != "-" else [] for column, name in judged.items()}
+    assert "missed < 10,000" in rows[0][2]
+    assert "met < 10,000" in rows[1][2]
+    assert "? not shown ≥ 99.4" in rows[0][4]  # two seeds at 98.97 and 98.83 don't refute it at p < 0.01
+    assert "✓ met ≥ 99.4" in rows[1][4]
+
+
+def test_the_comparison_in_markdown_has_the_same_figures(report: Report, store: Store) -> None:
+    lines = [line for line in report.md.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:5]]
+    shown = [[re.sub(r" \((met|missed|not shown)\)$", "", cell) for cell in row] for row in rows]
+    expected = expected_rows(store)
+    expected[2][0] = HOSTILE.replace("|", r"\|").replace("<", "&lt;").replace(">", "&gt;")
+    assert shown == expected
+    assert rows[0][2] == "10,970 (missed)"
+    assert {len(row) for row in rows} == {10}
+
+
+def test_the_best_epoch_is_labelled_as_picked_on_the_test_images(report: Report) -> None:
+    for text in (report.page.text, report.md):
+        assert "best epoch was picked on the test images" in " ".join(text.split())
+
+
+def test_the_runs_behind_it_are_listed_with_hardware_and_commit(report: Report, store: Store) -> None:
+    _, *rows = report.page.tables[1]
+    assert [row[0] for row in rows] == [
+        *(f"{step} seed {seed}" for step in LINES[:2] for seed in (0, 1)),
+        f"{HOSTILE} seed 0",
+    ]
+    newest = results.run_table("step2_better", 0, tracking_uri=store.uri).iloc[0]
+    assert rows[2][1] == "99.81"
+    assert rows[2][2] == f"{newest['start_time']:%Y-%m-%d %H:%M}"
+    assert rows[2][3:] == ["1.0", "cpu: a CPU", "abc", newest["run_id"]]
+    assert newest["run_id"] in report.md
+    assert "mlflow 3" in report.page.text
+
+
+def test_overridden_runs_are_left_out(report: Report) -> None:
+    assert "lr=0.2" not in report.html + report.md
+
+
+def test_runs_of_other_code_are_left_out_and_counted(tmp_path: Path, scripts: Path, uri: str, mnist: Mnist) -> None:
+    store = open_store(uri)
+    network = {"code_sha256": "old"}
+    write_run(store, "step1_plain", 0, [98.0], start_time=T0, num_params=7_852, tags=STATED | network)
+    write_run(store, "step1_plain", 1, [98.0], start_time=T0 + 1, num_params=7_852, tags=STATED | network)
+    network = {"code_sha256": "new"}
+    write_run(store, "step1_plain", 0, [99.0], start_time=T0 + 2, num_params=10_970, tags=STATED | network)
+    report = write(tmp_path, uri, scripts)
+    assert "2 older runs are left out: other code computed them" in report.page.text
+    assert "Left out: 2 older runs that other code computed" in report.md
+    assert "98.00" not in report.md
+
+
+def test_what_meets_all_targets_is_named(report: Report) -> None:
+    assert "All of its targets are met by step2_better." in report.page.text
+    assert "All of its targets are met by step2_better." in report.md
+
+
+# ---- the story
+
+
+def test_the_experiments_stand_in_order(report: Report) -> None:
+    order = ["step1_plain", "step2_better", "step3_next", HOSTILE, "an_idea", "no_words"]
+    assert [h2["id"] for h2 in report.page.all("h2")] == ["comparison", *order, "provenance"]
+    assert re.findall(r"^Experiment (\w+)$", report.md, flags=re.MULTILINE) == [
+        step for step in order if step != HOSTILE
+    ]
+
+
+def test_a_script_without_a_finished_run_says_how_to_make_one(report: Report) -> None:
+    for step in ("step3_next", "an_idea", "no_words"):
+        assert f"No finished run yet: make {step}" in report.page.text
+        assert f"No finished run yet: `make {step}`" in report.md
+
+
+def test_a_missing_heading_is_named(report: Report) -> None:
+    for text in (report.page.text, report.md):
+        assert text.count("has nothing under: Target, Change, Result, Analysis.") == 2
+    assert "There is no script of this name" in report.page.text
+
+
+def test_a_docstring_is_read_without_importing_the_script(scripts: Path) -> None:
+    story = read_story(scripts / "step1_plain.py")
+    assert story.title == "Step 1, plain: the ground"
+    assert story.missing == []
+    assert [heading for heading, _ in story.sections] == ["Target", "Change", "Result", "Analysis"]
+    assert dict(story.sections)["Result"] == "98.90 +- 0.10 (2 seeds)."
+    assert dict(story.sections)["Analysis"].endswith("a list:\n\n- one\n- two")
+
+
+@pytest.mark.parametrize(
+    ("docstring", "story"),
+    [
+        ("", Story("", "", [])),
+        ("A title.\nover two lines.", Story("A title. over two lines", "", [])),
+        ("Title.\n\nSome words.\n\nTarget: t", Story("Title", "Some words.", [("Target", "t")])),
+        ("Target: t\nResult:\n    r", Story("", "", [("Target", "t"), ("Result", "r")])),
+        ("T.\n\nResult: a\n\nResult: b", Story("T", "", [("Result", "a"), ("Result", "b")])),
+    ],
+)
+def test_docstrings_of_other_shapes(tmp_path: Path, docstring: str, story: Story) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"'''{docstring}'''")
+    assert read_story(script) == story
+
+
+# ---- the figures
+
+
+def test_every_figure_says_what_it_shows(report: Report) -> None:
+    texts = [image["alt"] or "" for image in report.page.all("img")]
+    assert len(texts) == 1 + 2 * 3 + 1
+    assert "Highest: step2_better, 99.82 % with 7,852 parameters. Lowest: ../a|b <script>" in texts[0]
+    assert "97.30 % after the first epoch and 98.90 % after the last; training accuracy ends at 98.80 %" in texts[1]
+    assert "9,883 of 10,000 test images are read rightly" in texts[2]  # of seed 1, which is newer than seed 0
+    assert "The most confident of 117 mistakes" in texts[3]
+    assert "The first is a 7 read as 8 with 99.9 %." in texts[3]
+    assert "9,981 of 10,000" in texts[5]
+    assert all(f"![{text.replace('<', '&lt;').replace('>', '&gt;')}](" in report.md for text in texts)
+
+
+def test_a_run_without_predictions_has_a_sentence_instead(report: Report) -> None:
+    for text in (report.page.text, report.md):
+        assert re.search(r"No confusion matrix and no mistakes: run \w+ has no predictions: .*", text)
+
+
+def test_markdown_refers_to_pictures_that_are_there(report: Report) -> None:
+    paths = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", report.md)
+    assert len(paths) == len(set(paths)) == 8
+    files = [report.folder / unquote(path) for path in paths]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    assert sorted(files) == sorted((report.folder / "steps_files").iterdir())
+
+
+# ---- one file, and safe
+
+
+def test_the_page_loads_nothing_and_runs_nothing(report: Report) -> None:
+    page = report.page
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "base", "video", "audio"}
+    assert all((image["src"] or "").startswith("data:image/") for image in page.all("img"))
+    assert all((link["href"] or "").startswith("#") for link in page.all("a"))
+    assert not {name for _, attributes in page.elements for name in attributes if name.startswith("on")}
+    assert not re.search(r"url\(|@import", report.html[: report.html.index("</style>")])
+    pictures = [unquote(image["src"] or "") for image in page.all("img")]
+    assert sum(picture.startswith("data:image/svg+xml,") for picture in pictures) == 6
+    for picture in pictures:
+        assert not re.search(r"href=\"(?!#|data:)|<script|<!ENTITY", picture)
+
+
+def test_hostile_text_is_shown_as_text(report: Report) -> None:
+    assert '<script>alert("2")</script> &c' in report.page.text
+    assert "&lt;script&gt;alert(&#34;2&#34;)" in report.html
+    assert "<script" not in report.html
+    assert "<script" not in report.md
+    assert "&lt;script&gt;" in report.md
+
+
+def test_links_lead_somewhere(report: Report) -> None:
+    ids = [attributes["id"] for _, attributes in report.page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {unquote(link["href"] or "")[1:] for link in report.page.all("a")} <= set(ids)
+
+
+def test_the_page_has_landmarks_and_labelled_tables(report: Report) -> None:
+    page = report.page
+    assert page.all("html") == [{"lang": "en"}]
+    assert [len(page.all(tag)) for tag in ("h1", "header", "nav", "main")] == [1, 1, 1, 1]
+    assert len(page.all("table")) == len(page.all("caption")) == 2
+    assert all(th["scope"] in ("col", "colgroup", "row") for th in page.all("th"))
+
+
+# ---- writing
+
+
+def test_writing_again_gives_the_same_and_leaves_other_files_alone(
+    report: Report, tmp_path: Path, store: Store, scripts: Path
+) -> None:
+    folder = tmp_path / "reports"
+    shutil.copytree(report.folder, folder)
+    (folder / "steps_files" / "mine.png").write_text("mine")
+    (folder / "steps.html").write_text("an old one")
+    again = write(folder, store.uri, scripts)
+    without_svg = re.compile(r'src="data:image/svg[^"]*"')  # matplotlib draws lots for the ids in it
+    assert without_svg.sub("", again.html) == without_svg.sub("", report.html)
+    assert again.md == report.md
+    assert (folder / "steps_files" / "mine.png").read_text() == "mine"
+    (folder / "steps_files" / "mine.png").unlink()
+    assert contents(folder / "steps_files") == contents(report.folder / "steps_files")
+    assert {path.name for path in folder.iterdir()} == {"steps.html", "steps.md", "steps_files"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@contextmanager
+def unwritable(folder: Path) -> Iterator[None]:
+    """Take away the right to write into a folder; root, who may write anyway, gets a folder where a file should be."""
+    if os.geteuid() == 0:
+        (folder / "steps_files").write_text("")
+        yield
+        return
+    folder.chmod(0o500)
+    try:
+        yield
+    finally:
+        folder.chmod(0o700)
+
+
+def test_a_folder_that_cant_be_written_to(tmp_path: Path, overridden_uri: str, scripts: Path) -> None:
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    (folder / "steps.html").write_text("the old report")
+    with unwritable(folder), pytest.raises(LabError, match="^the report can't be written to .*reports: "):
+        write_report(folder, tracking_uri=overridden_uri, scripts=scripts)
+    assert (folder / "steps.html").read_text() == "the old report"
+    assert {path.name for path in folder.iterdir()} <= {"steps.html", "steps_files"}
+
+
+def test_a_file_that_cant_be_replaced(tmp_path: Path, overridden_uri: str, scripts: Path) -> None:
+    (tmp_path / "steps.md").mkdir()
+    with pytest.raises(LabError, match="^the report can't be written to .*: Is a directory: "):
+        write_report(tmp_path, tracking_uri=overridden_uri, scripts=scripts)
+    assert not list(tmp_path.rglob("*.new"))
+
+
+# ---- stores and scripts that won't do
+
+
+@pytest.fixture
+def overridden_uri(uri: str) -> str:
+    """Return a store as after `make step1 ARGS="--epochs 1"` and nothing else."""
+    write_run(open_store(uri), "step1_plain", 0, [97.0], start_time=T0, tags=STATED | {"overrides": "epochs=1"})
+    return uri
+
+
+def test_overridden_runs_are_reported_where_there_are_none_as_declared(
+    tmp_path: Path, overridden_uri: str, scripts: Path
+) -> None:
+    report = write(tmp_path, overridden_uri, scripts)
+    (row,) = report.page.tables[0][2:]
+    assert row[0] == "step1_plain [epochs=1]"
+    assert report.page.tables[1][1][0] == "step1_plain [epochs=1] seed 0"
+    for text in (report.page.text, report.md):
+        assert "No finished run as declared yet. This is step1_plain [epochs=1]" in text
+        assert "98.90 +- 0.10 (2 seeds)." in text  # the story is told all the same
+
+
+def refused(tmp_path: Path, uri: str, scripts: Path) -> str:
+    """Return the sentence of the refusal; nothing is written."""
+    folder = tmp_path / "reports"
+    with pytest.raises(LabError) as caught:
+        write_report(folder, tracking_uri=uri, scripts=scripts)
+    assert not folder.exists()
+    return str(caught.value)
+
+
+def test_a_missing_store(tmp_path: Path, scripts: Path) -> None:
+    assert "does not exist" in refused(tmp_path, f"sqlite:///{tmp_path}/none.db", scripts)
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_a_foreign_store(tmp_path: Path, scripts: Path) -> None:
+    (tmp_path / "other.db").write_text("not a database at all, but long enough to look like a file")
+    assert "other.db" in refused(tmp_path, f"sqlite:///{tmp_path}/other.db", scripts)
+
+
+def test_a_store_without_a_finished_run(tmp_path: Path, overridden_uri: str, scripts: Path) -> None:
+    client = mlflow.MlflowClient(overridden_uri)
+    (run_id,) = results.run_table(include_overrides=True, tracking_uri=overridden_uri)["run_id"]
+    client.delete_run(run_id)
+    write_run(open_store(overridden_uri), "step1_plain", 0, [97.0], start_time=T0, status="FAILED")
+    assert refused(tmp_path, overridden_uri, scripts).endswith("train first, e.g. `make step1`")
+
+
+def test_a_script_that_is_no_python(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "broken.py").write_text('"""Title."""\ndef')
+    assert re.match(r"script .*broken\.py can't be read: .*line 2", refused(tmp_path, store.uri, tmp_path))
+
+
+def test_scripts_that_are_not_there(tmp_path: Path, store: Store) -> None:
+    assert refused(tmp_path, store.uri, tmp_path / "none") == f"scripts: {tmp_path / 'none'} is not a folder"

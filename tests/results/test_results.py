@@ -1,0 +1,548 @@
+"""Run tables read from real stores: a SQLite file and a tracking server over it."""
+
+import math
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+
+from mnist_lab import results
+from mnist_lab.errors import LabError
+from mnist_lab.tracking.store import Store, open_store
+from mnist_lab.verdicts.comparison import Pair
+from mnist_lab.verdicts.statistics import compare_means, seeds_needed
+from run_writer import STEP4, write_run
+
+T0 = 1_700_000_000_000
+NO_SCHEDULE = {name: value for name, value in STEP4.items() if name not in ("step_size", "gamma")} | {
+    "scheduler": "none",
+    "lr": "0.01",
+    "dropout": "0.1",
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Return a store with every kind of run that the tables must tell apart."""
+    store = open_store(f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}")
+    write_run(store, "step4", 0, [99.0, 99.5, 99.4], start_time=T0)
+    write_run(store, "step4", 1, [98.9, 99.3, 99.3], start_time=T0 + 1000)
+    write_run(store, "step4", 0, [99.1, 99.6, 99.5], start_time=T0 + 2000)  # seed 0 again: this one counts
+    write_run(store, "step2", 0, [98.0, 99.0], start_time=T0 + 3000, num_params=6864, params=NO_SCHEDULE)
+    write_run(store, "my_idea", 0, [97.0], start_time=T0 + 4000, num_params=20_000, tags={})
+    write_run(store, "step4", 0, [99.9], start_time=T0 + 5000, tags={"overrides": "lr=0.2"})
+    write_run(store, "step4", 2, [98.0, 98.5], start_time=T0 + 6000, status="FAILED")
+    write_run(store, "step4", 3, [98.0], start_time=T0 + 7000, status=None)
+    return store
+
+
+@pytest.fixture(scope="module")
+def server(store: Store) -> Iterator[str]:
+    """Return the address of a real tracking server over the same store."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--backend-store-uri", store.uri],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None, "the server ended by itself"
+                time.sleep(0.2)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def test_run_table_has_one_typed_row_per_finished_run(store: Store) -> None:
+    table = results.run_table(tracking_uri=store.uri)
+    assert table["step"].tolist() == ["my_idea", "step2", "step4", "step4", "step4"]  # newest first
+    assert table["seed"].tolist() == [0, 0, 0, 1, 0]
+    newest = table.iloc[2]
+    assert newest["final_test_accuracy"] == 99.5
+    assert newest["best_test_accuracy"] == 99.6
+    assert newest["best_epoch"] == 2
+    assert newest["final_train_accuracy"] == pytest.approx(99.4)
+    assert newest["num_params"] == 7852
+    assert newest["minutes"] == 1
+    assert newest["start_time"] == pd.Timestamp(T0 + 2000, unit="ms", tz="UTC")
+    kinds = {name: str(kind) for name, kind in table.dtypes.items()}
+    assert [kinds[name] for name in ("batch_size", "epochs", "step_size")] == ["Int64"] * 3
+    assert [kinds[name] for name in ("lr", "momentum", "gamma", "dropout")] == ["float64"] * 4
+    assert kinds["start_time"].startswith("datetime64")
+    assert kinds["git_dirty"] == "boolean"
+    assert pd.isna(table.iloc[1]["step_size"])  # step 2 has no schedule
+    assert table.iloc[1]["dropout"] == 0.1
+
+
+def test_run_table_filters(store: Store) -> None:
+    def ids(**filters: object) -> list[tuple[str, int]]:
+        table = results.run_table(tracking_uri=store.uri, **filters)
+        return list(zip(table["step"], table["seed"], strict=True))
+
+    assert ids(steps="step2") == [("step2", 0)]
+    assert ids(steps=["step2", "my_idea"]) == [("my_idea", 0), ("step2", 0)]
+    assert ids(steps="step4", seeds=1) == [("step4", 1)]
+    assert ids(seeds=[1, 7]) == [("step4", 1)]
+    assert ids(steps="step4", include_overrides=True) == [("step4", 0), ("step4", 0), ("step4", 1), ("step4", 0)]
+    assert ids(status="FAILED") == [("step4", 2)]
+    assert ids(status="RUNNING") == [("step4", 3)]
+    assert len(ids(status=None)) == 7
+
+
+def test_overridden_runs_stand_in_where_a_step_has_no_run_as_declared(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    write_run(store, "step1", 0, [98.0], start_time=T0, tags={"overrides": "epochs=9"})
+    write_run(store, "step1", 0, [98.1], start_time=T0 + 1000, tags={"overrides": "epochs=1"})
+    write_run(store, "step1", 1, [98.2], start_time=T0 + 2000, tags={"overrides": "epochs=1"})
+    write_run(store, "step2", 0, [98.3], start_time=T0 + 3000)
+    write_run(store, "step2", 0, [98.4], start_time=T0 + 4000, tags={"overrides": "epochs=1"})
+    table = results.run_table(include_overrides="if_none", tracking_uri=store.uri)
+    assert table["final_test_accuracy"].tolist() == [98.3, 98.2, 98.1]
+    assert table["overrides"].tolist() == ["", "epochs=1", "epochs=1"]
+    assert results.run_table(tracking_uri=store.uri)["final_test_accuracy"].tolist() == [98.3]
+
+
+def test_epoch_history_is_tidy(store: Store) -> None:
+    history = results.epoch_history(tracking_uri=store.uri)
+    assert list(history.columns) == ["run_id", "step", "overrides", "seed", "epoch", *results.EPOCH_METRICS]
+    assert len(history) == 3 + 3 + 3 + 2 + 1
+    assert not history.isna().any().any()
+    one = history[(history["step"] == "step4") & (history["seed"] == 1)]
+    assert one["epoch"].tolist() == [1, 2, 3]
+    assert one["test_accuracy"].tolist() == [98.9, 99.3, 99.3]
+    assert one["lr"].tolist() == pytest.approx([0.1, 0.1, 0.06])
+    assert set(results.epoch_history("step2", tracking_uri=store.uri)["step"]) == {"step2"}
+
+
+def test_a_server_gives_the_same_tables_as_the_file(store: Store, server: str) -> None:
+    pd.testing.assert_frame_equal(results.run_table(tracking_uri=server), results.run_table(tracking_uri=store.uri))
+    key = ["run_id", "epoch"]
+    over_http = results.epoch_history(status=None, include_overrides=True, tracking_uri=server)
+    from_file = results.epoch_history(status=None, include_overrides=True, tracking_uri=store.uri)
+    pd.testing.assert_frame_equal(
+        over_http.sort_values(key, ignore_index=True), from_file.sort_values(key, ignore_index=True)
+    )
+
+
+def test_the_history_of_many_runs_takes_few_requests(
+    store: Store, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    http_request = results.http_request
+    monkeypatch.setattr(
+        results, "http_request", lambda *given, **more: asked.append(more) or http_request(*given, **more)
+    )
+    monkeypatch.setattr(results, "RUNS_PER_REQUEST", 3)
+    history = results.epoch_history(status=None, include_overrides=True, tracking_uri=server)
+    assert history["run_id"].nunique() == 8
+    assert len(asked) == math.ceil(8 / 3) * len(results.EPOCH_METRICS)
+
+
+def test_a_point_logged_twice_counts_once_with_its_latest_value(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run = write_run(store, "step1", 0, [98.0, 99.0], start_time=T0)
+    mlflow.MlflowClient(store.uri).log_metric(run.info.run_id, "test_accuracy", 98.5, timestamp=T0 + 500, step=1)
+    history = results.epoch_history(tracking_uri=store.uri)
+    assert history["test_accuracy"].tolist() == [98.5, 99.0]
+
+
+def test_compare_takes_the_newest_run_of_each_seed_and_their_mean(store: Store) -> None:
+    table = results.compare_table(tracking_uri=store.uri).set_index("step")
+    assert table.index.tolist() == ["step2", "step4", "my_idea"]  # the steps first
+    step4 = table.loc["step4"]
+    assert step4["seeds"] == 2
+    assert step4["last"] == pytest.approx((99.5 + 99.3) / 2)
+    assert step4["last_sd"] == pytest.approx(np.std([99.5, 99.3], ddof=1))
+    assert step4["best"] == pytest.approx((99.6 + 99.3) / 2)
+    assert (step4["low"], step4["high"]) == pytest.approx((99.4 - 12.7062 * 0.1, 99.4 + 12.7062 * 0.1), abs=1e-3)
+    assert step4["verdict_accuracy"] == "not shown"  # the mean of the last epochs, 99.40, not one lucky seed
+    assert step4["p"] == pytest.approx(0.5, abs=1e-6)
+    assert table.loc["step2", "verdict_accuracy"] == "missed"
+    assert table.loc["step2", "verdict_params"] == "met"
+    assert pd.isna(table.loc["step2", "last_sd"])
+    assert table.loc["my_idea", "verdict_accuracy"] == "-"  # no target stated
+
+
+def test_the_verdict_on_several_seeds_is_what_their_mean_shows(uri: str) -> None:
+    store = open_store(uri)
+    studies = {
+        "above": (99.50, 99.52, 99.51),
+        "below": (99.1, 99.12, 99.11),
+        "near": (99.3, 99.6, 99.45),
+        "one": (99.5,),
+    }
+    for step, accuracies in studies.items():
+        for seed, accuracy in enumerate(accuracies):
+            write_run(store, step, seed, [accuracy], start_time=T0 + seed)
+    table = results.compare_table(tracking_uri=uri).set_index("step")
+    assert table["verdict_accuracy"].to_dict() == {"above": "met", "below": "missed", "near": "not shown", "one": "met"}
+    assert table.loc["near", "seeds_needed"] == seeds_needed(0.05 / 0.15, arms=1, tail=0.01)
+    assert table["seeds_needed"].isna().tolist() == [True, True, False, True]
+    rows, headers = results.compare_text(table.reset_index())
+    assert headers == [
+        "experiment",
+        "seeds",
+        "parameters",
+        "epochs",
+        "last",
+        "verdict",
+        "seeds\nneeded",
+        "best",
+        "train",
+    ]
+    assert rows[2][4:7] == ["99.45 +- 0.150", "not shown", str(table.loc["near", "seeds_needed"])]
+    assert rows[3][4:7] == ["99.50", "met", "-"]
+
+
+def test_seeds_of_different_code_are_not_averaged(uri: str) -> None:
+    store = open_store(uri)
+    for start, (seed, accuracy, code) in enumerate(
+        [(0, 98.0, "old"), (1, 98.1, "old"), (2, 98.2, "old"), (0, 99.0, "new"), (1, 99.1, "new")]
+    ):
+        write_run(store, "step1", seed, [accuracy], start_time=T0 + start, tags={"code_sha256": code})
+    write_run(store, "step2", 0, [97.0], start_time=T0)  # runs from before there was such a tag are of one kind
+    write_run(store, "step2", 1, [97.2], start_time=T0 + 1)
+    table = results.compare_table(tracking_uri=uri).set_index("step")
+    assert table[["seeds", "left_out", "last"]].to_dict("index") == {
+        "step1": {"seeds": 2, "left_out": 3, "last": pytest.approx(99.05)},
+        "step2": {"seeds": 2, "left_out": 0, "last": pytest.approx(97.1)},
+    }
+
+
+def test_experiments_stand_in_their_natural_order(uri: str) -> None:
+    store = open_store(uri)
+    for step in ("step10_late", "zero", "step2_early", "another"):
+        write_run(store, step, 0, [99.0], start_time=T0)
+    assert results.compare_table(tracking_uri=uri)["step"].tolist() == ["step2_early", "step10_late", "another", "zero"]
+
+
+# ---- two protocols
+
+
+@pytest.fixture
+def held_out(uri: str) -> str:
+    """Return a store with a run of each protocol of one step, and one that is overridden besides."""
+    store = open_store(uri)
+    write_run(store, "step1", 0, [98.0, 99.0], start_time=T0)
+    write_held_out_run(store, "step1", 0, [97.0, 98.9, 98.8], final_test_accuracy=98.7, start_time=T0 + 1)
+    write_held_out_run(store, "step1", 1, [98.5], final_test_accuracy=98.4, start_time=T0 + 2, overrides="lr=0.5 ")
+    return uri
+
+
+def write_held_out_run(
+    store: Store,
+    step: str,
+    seed: int,
+    accuracies: list[float],
+    *,
+    final_test_accuracy: float,
+    start_time: int,
+    overrides: str = "",
+) -> None:
+    """Write a run that held out 10,000 images, whose epochs had these validation accuracies."""
+    run = write_run(
+        store,
+        step,
+        seed,
+        [],
+        start_time=start_time,
+        params={**STEP4, "holdout": "10000"},
+        tags={"overrides": f"{overrides}holdout=10000"},
+    )
+    client, run_id = mlflow.MlflowClient(store.uri), run.info.run_id
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        client.log_metric(run_id, "validation_accuracy", accuracy, step=epoch)
+        client.log_metric(run_id, "validation_loss", (100 - accuracy) / 30, step=epoch)
+        client.log_metric(run_id, "train_accuracy", accuracy + 0.1, step=epoch)
+    once = {
+        "num_params": 7852.0,
+        "final_validation_accuracy": accuracies[-1],
+        "best_validation_accuracy": max(accuracies),
+        "best_epoch": 1.0 + accuracies.index(max(accuracies)),
+        "final_test_accuracy": final_test_accuracy,
+        "final_test_loss": 0.04,
+    }
+    for name, value in once.items():
+        client.log_metric(run_id, name, value)
+
+
+def test_the_protocols_are_in_separate_tables(held_out: str) -> None:
+    tested = results.run_table(tracking_uri=held_out)
+    assert tested[["holdout", "final_test_accuracy", "best_test_accuracy"]].to_numpy().tolist() == [[0, 99.0, 99.0]]
+    assert "final_validation_accuracy" not in tested
+    (validated,) = results.run_table(holdout=10_000, tracking_uri=held_out).to_dict("records")
+    shown = ("holdout", "overrides", "final_validation_accuracy", "best_validation_accuracy", "best_epoch")
+    assert [validated[name] for name in shown] == [10_000, "", 98.8, 98.9, 2]
+    assert (validated["final_test_accuracy"], validated["final_test_loss"]) == (98.7, 0.04)
+    assert validated["final_validation_loss"] == pytest.approx(1.2 / 30)
+    assert "best_test_accuracy" not in validated
+    everything = results.run_table(holdout=10_000, include_overrides=True, tracking_uri=held_out)
+    assert everything["overrides"].tolist() == ["lr=0.5", ""]  # holding out is a protocol, with its own column
+
+
+def test_epochs_of_validation_are_called_so(held_out: str) -> None:
+    history = results.epoch_history(holdout=10_000, tracking_uri=held_out)
+    assert history["validation_accuracy"].tolist() == [97.0, 98.9, 98.8]
+    assert "test_accuracy" not in history
+    assert results.epoch_history(tracking_uri=held_out)["test_accuracy"].tolist() == [98.0, 99.0]
+
+
+def test_compare_tables_say_validation_where_it_is_validation(held_out: str) -> None:
+    table = results.compare_table(holdout=10_000, tracking_uri=held_out)
+    assert table[["last", "best"]].to_numpy().tolist() == [
+        [98.7, 98.9]
+    ]  # the last epoch is measured on the test images
+    _, headers = results.compare_text(table, holdout=10_000)
+    assert "best\nvalidation" in headers
+    assert "best" in results.compare_text(results.compare_table(tracking_uri=held_out))[1]
+
+
+def test_a_protocol_without_runs_is_refused(held_out: str) -> None:
+    with pytest.raises(LabError, match="holdout: no run in .* holds out 5,000 training images; .* with 0 or 10,000"):
+        results.run_table(holdout=5_000, tracking_uri=held_out)
+
+
+def test_a_studys_own_run_is_in_no_table(uri: str) -> None:
+    store = open_store(uri)
+    run = write_run(store, "step1", 0, [99.0], start_time=T0)
+    client = mlflow.MlflowClient(store.uri)
+    tags = {"study": "step1", "step": "step1", "overrides": ""}
+    parent = client.create_run(store.experiment_id, start_time=T0 + 1, tags=tags, run_name="step1 study")
+    client.log_metric(parent.info.run_id, "final_test_accuracy", 99.0)
+    client.set_terminated(parent.info.run_id)
+    assert results.run_table(status=None, tracking_uri=uri)["run_id"].tolist() == [run.info.run_id]
+    assert results.compare_table(tracking_uri=uri)["seeds"].tolist() == [1]
+
+
+# ---- two experiments
+
+
+def log_predictions(store: Store, run: mlflow.entities.Run, folder: Path, wrong: slice) -> None:
+    truth = np.arange(1000, dtype=np.uint8) % 10
+    prediction = truth.copy()
+    prediction[wrong] = (truth[wrong] + 1) % 10
+    file = folder / "predictions.npz"
+    np.savez_compressed(file, truth=truth, prediction=prediction, logits=np.eye(10, dtype=np.float32)[prediction])
+    mlflow.MlflowClient(store.uri).log_artifact(run.info.run_id, str(file))
+
+
+def test_compare_pairs_the_seeds_of_the_newest_runs(uri: str) -> None:
+    store = open_store(uri)
+    write_run(store, "a", 0, [90.0], start_time=T0 - 1)  # an older run of seed 0
+    for start, (seed, a, b) in enumerate([(0, 99.0, 99.2), (1, 99.1, 99.25), (2, 98.9, 99.12)]):
+        write_run(store, "a", seed, [a], start_time=T0 + start)
+        write_run(store, "b", seed, [b], start_time=T0 + 20 - start)  # in another order of time
+    write_run(store, "b", 9, [50.0], start_time=T0 + 30, tags={"overrides": "lr=9"})
+    found = results.compare("a", "b", tracking_uri=uri)
+    expected = compare_means([99.0, 99.1, 98.9], [99.2, 99.25, 99.12], paired_by=([0, 1, 2], [0, 1, 2]))
+    assert (found.a, found.b, found.test, found.n, found.seeds) == ("a", "b", "paired t-test", (3,), "3")
+    assert (found.effect, found.low, found.high, found.p) == pytest.approx(
+        (expected.effect, expected.low, expected.high, expected.p)
+    )
+    assert found.effect == pytest.approx(0.19)
+    assert found.shown
+    assert found.sentence.startswith("b against a: better by 0.19 points; +0.19 points, 95 % interval +0.10 to +0.28, ")
+    back = results.compare("b", "a", tracking_uri=uri)
+    assert (back.effect, back.word) == (pytest.approx(-0.19), "worse")
+
+
+def test_compare_says_how_many_seeds_it_would_take(uri: str) -> None:
+    store = open_store(uri)
+    for seed, (a, b) in enumerate([(99.40, 99.48), (99.45, 99.40), (99.35, 99.41)]):
+        write_run(store, "a", seed, [a], start_time=T0 + seed)
+        write_run(store, "b", seed, [b], start_time=T0 + seed)
+    found = results.compare("a", "b", tracking_uri=uri)
+    needed = seeds_needed(0.03 / np.std([0.08, -0.05, 0.06], ddof=1), arms=1, tail=0.025)
+    assert found.verdict == f"no difference shown (needs about {needed} seeds for 0.03 points)"
+    assert not found.shown
+
+
+def test_compare_without_shared_seeds_is_welchs(uri: str) -> None:
+    store = open_store(uri)
+    for seed in (0, 1):
+        write_run(store, "a", seed, [99.0 + seed / 10], start_time=T0)
+        write_run(store, "b", seed + 5, [99.1 + seed / 10], start_time=T0)
+    found = results.compare("a", "b", tracking_uri=uri)
+    assert (found.test, found.n, found.seeds) == ("Welch's t-test", (2, 2), "2, 2")
+
+
+def test_one_run_each_is_compared_image_by_image(uri: str, tmp_path: Path) -> None:
+    store = open_store(uri)
+    log_predictions(store, write_run(store, "a", 0, [98.0], start_time=T0), tmp_path, slice(0, 20))
+    log_predictions(store, write_run(store, "b", 3, [99.6], start_time=T0), tmp_path, slice(18, 22))
+    found = results.compare("a", "b", tracking_uri=uri)
+    assert (found.test, found.n, found.seeds) == ("McNemar's exact test", (1000,), "1")
+    assert found.effect == pytest.approx(1.6)  # points: 18 images that only b reads rightly, and 2 that only a does
+    assert found.p == pytest.approx(2 * (1 + 20 + 190) / 2**20)
+    assert found.verdict == "better by 1.60 points in this one run of each"
+    same = results.compare("a", "a", tracking_uri=uri)
+    assert same.verdict == "no difference shown by one run of each"
+
+
+def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> None:
+    store = open_store(held_out)
+    write_run(store, "several", 0, [99.0], start_time=T0)
+    write_run(store, "several", 1, [99.0], start_time=T0)
+    write_held_out_run(store, "held", 0, [99.0], final_test_accuracy=98.7, start_time=T0)
+    write_run(store, "changed", 0, [99.0], start_time=T0, tags={"overrides": "lr=9"})
+    for a, b, sentence in (
+        ("step1", "nothing", "steps: no finished run of 'nothing' in "),
+        ("step1", "held", "holdout: the runs of 'held' hold out 10,000 training images, not 0; .* different protocols"),
+        ("step1", "several", 'step1 has one seed and several has 2: .*`make step1 ARGS="--seed 1"`'),
+        ("several", "step1", "step1 has one seed and several has 2"),
+        ("step1", "step1", "has no predictions"),
+        ("step1", "changed", "steps: the runs of 'changed' in .* are overridden"),
+    ):
+        with pytest.raises(LabError, match=sentence):
+            results.compare(a, b, tracking_uri=held_out)
+
+
+def test_the_effects_table_adjusts_for_its_own_rows(uri: str) -> None:
+    store = open_store(uri)
+    for seed, accuracies in enumerate([(99.0, 99.2, 99.20), (99.1, 99.25, 99.31), (98.9, 99.12, 99.1)]):
+        for step, accuracy in zip("abc", accuracies, strict=True):
+            write_run(store, step, seed, [accuracy], start_time=T0 + seed)
+    write_run(store, "single", 0, [99.0], start_time=T0)
+    pairs = [Pair("a", "b", "first"), Pair("b", "c", "second"), Pair("a", "gone", "third"), Pair("a", "single", "4th")]
+    table = results.effects_table(pairs, tracking_uri=uri)
+    assert table["change"].tolist() == ["first", "second"]
+    assert table["p_holm"].tolist() == pytest.approx([2 * table["p"][0], table["p"][1]])
+    assert table["shown"].tolist() == [bool(2 * table["p"][0] < 0.05), False]
+    assert table["seeds"].tolist() == ["3", "3"]
+    _, refused = results.compare_pairs(pairs, tracking_uri=uri)
+    (sentence,) = refused  # a pair without runs is no one's mistake
+    assert sentence.startswith("single against a is not compared: single has one seed and a has 3")
+
+
+def test_compare_prints_the_tables_of_one_protocol(held_out: str) -> None:
+    store = open_store(held_out)
+    for step, accuracies in (("step2_dropout", (99.0, 99.1)), ("gap_alone", (99.3, 99.1)), ("step3_gap", (99.2,))):
+        for seed, accuracy in enumerate(accuracies):
+            write_run(store, step, seed, [accuracy], start_time=T0 + seed)
+
+    def compare(*flags: str) -> str:
+        command = [sys.executable, "-m", "mnist_lab", "compare", "--tracking-uri", held_out, *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    text = compare()
+    assert re.search(r"^step2_dropout +2 .*99\.05 \+- 0\.071 +not shown +4 ", text, re.MULTILINE)
+    assert re.search(r"^GAP alone +\+0\.15 +-?\d", text, re.MULTILINE)
+    assert "step2_dropout -> gap_alone" in text
+    assert "step3_gap against gap_alone is not compared: step3_gap has one seed and gap_alone has 2" in text
+    assert "validation" not in text
+    assert max(map(len, text.splitlines()[:8])) <= 120
+    text = compare("--holdout", "10000")
+    assert re.search(r"best\s.*\n.*validation", text)
+    assert "98.70" in text
+    assert "step2_dropout" not in text
+
+
+def test_a_finished_run_without_a_result_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    write_run(store, "step1", 0, [], start_time=T0)
+    with pytest.warns(UserWarning, match="has no result: left out"):
+        assert results.run_table(tracking_uri=store.uri).empty
+
+
+def test_an_empty_store_says_what_to_run(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    for read in (results.run_table, results.epoch_history, results.compare_table):
+        with pytest.raises(LabError, match="no runs yet in .*make step1"):
+            read(tracking_uri=store.uri)
+
+
+def test_no_matching_run_gives_an_empty_table_with_the_columns(store: Store) -> None:
+    table = results.run_table(seeds=77, tracking_uri=store.uri)
+    assert table.empty
+    assert {"step", "seed", "lr", "final_test_accuracy", "run_id"} <= set(table)
+    assert results.epoch_history(seeds=77, tracking_uri=store.uri).empty
+
+
+@pytest.mark.parametrize(
+    ("filters", "sentence"),
+    [
+        ({"steps": "step9"}, "no run of 'step9'.*my_idea, step2, step4"),
+        ({"status": "DONE"}, "status: 'DONE' is none of FINISHED"),
+    ],
+)
+def test_a_filter_that_nothing_can_match_is_refused(store: Store, filters: dict[str, str], sentence: str) -> None:
+    with pytest.raises(LabError, match=sentence):
+        results.run_table(tracking_uri=store.uri, **filters)
+
+
+def test_a_missing_store_says_what_to_run_and_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(LabError, match="no runs yet: .*make step1"):
+        results.run_table(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_database_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "other.db"
+    connection = sqlite3.connect(file)
+    connection.execute("CREATE TABLE runs (id INTEGER)")
+    connection.commit()
+    connection.close()
+    before = file.read_bytes()
+    with pytest.raises(LabError, match="is not an MLflow database"):
+        results.run_table(tracking_uri=f"sqlite:///{file}")
+    assert file.read_bytes() == before
+
+
+def test_a_server_that_is_not_there_gives_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(LabError, match="tracking store 'http://127.0.0.1:9' can't be read"):
+        results.run_table(tracking_uri="http://127.0.0.1:9")
+
+
+def test_predictions_come_back_as_they_were_logged(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run = write_run(store, "step1", 0, [98.0], start_time=T0)
+    logits = np.random.default_rng(0).normal(size=(50, 10)).astype(np.float32)
+    truth = np.arange(50, dtype=np.uint8) % 10
+    file = tmp_path / "predictions.npz"
+    np.savez_compressed(file, truth=truth, prediction=logits.argmax(axis=1).astype(np.uint8), logits=logits)
+    mlflow.MlflowClient(store.uri).log_artifact(run.info.run_id, str(file))
+    table = results.predictions(run.info.run_id, tracking_uri=store.uri)
+    assert table["truth"].tolist() == truth.tolist()
+    assert table["prediction"].tolist() == logits.argmax(axis=1).tolist()
+    assert np.array_equal(table.filter(like="logit_").to_numpy(), logits)
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert table["confidence"].to_numpy() == pytest.approx(softmax.max(axis=1), abs=1e-6)
+
+
+def test_predictions_that_are_not_there_are_refused(store: Store) -> None:
+    def run_id(**filters: str) -> str:
+        return results.run_table(tracking_uri=store.uri, **filters)["run_id"].iloc[0]
+
+    for wanted, sentence in (
+        ("0" * 32, "there is no run '0000"),
+        (run_id(status="RUNNING"), "is RUNNING, not FINISHED"),
+        (run_id(status="FAILED"), "is FAILED, not FINISHED"),
+        (run_id(steps="step2"), "has no predictions"),
+    ):
+        with pytest.raises(LabError, match=sentence):
+            results.predictions(wanted, tracking_uri=store.uri)

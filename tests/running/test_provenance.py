@@ -1,0 +1,153 @@
+"""Where a run comes from: real repositories made by git, and this machine."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+
+from mnist_lab.running.provenance import Commit, commit, environment, hardware
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # set where a git hook runs the tests
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    (tmp_path / "gitconfig").write_text("[user]\n\tname = A\n\temail = a@example.org\n")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True
+    ).stdout.rstrip("\n")
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Return a repository with one commit: experiments/idea.py, notes.txt and an ignored folder."""
+    root = tmp_path / "repository"
+    (root / "experiments").mkdir(parents=True)
+    (root / "experiments" / "idea.py").write_text("EPOCHS = 14\n")
+    (root / "notes.txt").write_text("one\ntwo\n")
+    (root / ".gitignore").write_text("runs/\n")
+    git(root, "init", "--quiet")
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "First")
+    (root / "runs").mkdir()
+    (root / "runs" / "mlflow.db").write_text("ignored")
+    return root
+
+
+def files(root: Path) -> dict[str, str]:
+    names = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    return {name: (root / name).read_text() for name in names if name and (root / name).exists()}
+
+
+def test_a_clean_repository(repository: Path) -> None:
+    assert commit(repository / "experiments" / "idea.py") == Commit(git(repository, "rev-parse", "HEAD"), False, "")
+
+
+def test_the_diff_makes_the_same_files_of_the_commit(repository: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(repository), str(clone))
+    (repository / "experiments" / "idea.py").write_text("EPOCHS = 7\n")
+    (repository / "notes.txt").unlink()
+    new = ["new.py", "experiments/deep/er.py", "with space.py", "ünïcödé.py", 'quote"d.py', "tab\there.py", " led.py"]
+    for name in new:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text(f"NAME = {name!r}\n")
+    (repository / "staged.py").write_text("STAGED = True\n")
+    git(repository, "add", "staged.py")
+
+    state = commit(repository / "experiments" / "idea.py")
+
+    assert state.sha == git(clone, "rev-parse", "HEAD")
+    assert state.dirty
+    subprocess.run(["git", "-C", str(clone), "apply"], input=state.diff, text=True, check=True)
+    assert files(clone) == files(repository)
+    assert set(new) < set(files(clone))
+
+
+def test_a_new_file_alone_is_a_change(repository: Path) -> None:
+    (repository / "experiments" / "new.py").write_text("LR = 0.1\n")
+
+    state = commit(repository / "experiments" / "idea.py")
+
+    assert state.dirty
+    assert "+++ b/experiments/new.py\n@@ -0,0 +1 @@\n+LR = 0.1\n" in state.diff
+
+
+@pytest.mark.parametrize("setting", ["[color]\n\tui = always", "[diff]\n\texternal = echo"])
+def test_the_diff_is_one_however_the_user_likes_to_see_diffs(setting: str, repository: Path, tmp_path: Path) -> None:
+    with (tmp_path / "gitconfig").open("a") as config:
+        config.write(f"{setting}\n")
+    (repository / "notes.txt").write_text("one\ntwo\nthree\n")
+    (repository / "new.txt").write_text("new\n")
+
+    diff = commit(repository / "experiments" / "idea.py").diff
+
+    assert "--- a/notes.txt\n+++ b/notes.txt\n@@ -1,2 +1,3 @@\n one\n two\n+three\n" in diff
+    assert "--- /dev/null\n+++ b/new.txt\n@@ -0,0 +1 @@\n+new\n" in diff
+
+
+def test_looking_changes_nothing(repository: Path) -> None:
+    (repository / "new.txt").write_text("new\n")
+    before = git(repository, "status", "--porcelain")
+
+    commit(repository / "experiments" / "idea.py")
+
+    assert git(repository, "status", "--porcelain") == before == "?? new.txt"
+
+
+def test_a_repository_without_a_commit(tmp_path: Path) -> None:
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "idea.py").write_text("EPOCHS = 1\n")
+
+    state = commit(tmp_path / "idea.py")
+
+    assert state.sha == "none"
+    assert state.dirty
+    assert "+EPOCHS = 1" in state.diff
+
+
+def test_no_repository(tmp_path: Path) -> None:
+    assert commit(tmp_path / "idea.py") == Commit("none", False, "")
+
+
+def test_no_git_on_this_machine(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert commit(repository / "experiments" / "idea.py") == Commit("none", False, "")
+
+
+# ---- versions and hardware
+
+
+def test_the_versions_are_those_in_use() -> None:
+    versions = environment(CPU)
+
+    assert versions["python"] == platform.python_version()
+    assert versions["torch"] == torch.__version__.partition("+")[0] or versions["torch"] == torch.__version__
+    assert versions["mlflow"] == mlflow.__version__
+    assert versions["threads"] == str(torch.get_num_threads())
+    assert versions["cuda"] == "none"
+    assert versions["hardware"] == hardware(CPU)
+    assert {"torchvision", "numpy", "pandas", "matplotlib", "os"} < versions.keys()
+
+
+def test_the_cpu_is_named_with_its_cores_and_the_vector_instructions_that_torch_uses() -> None:
+    name, cores, instructions = hardware(CPU).rsplit(", ", 2)
+
+    assert cores == f"{os.cpu_count()} cores"
+    assert len(name) > 3
+    if platform.system() == "Linux" and platform.machine() == "x86_64":
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        assert f": {name}\n" in cpuinfo
+        assert instructions == ("AVX512" if "avx512f" in cpuinfo else "AVX2" if "avx2" in cpuinfo else "DEFAULT")

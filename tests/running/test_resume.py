@@ -1,0 +1,320 @@
+"""Runs that are killed outright, at random moments and in the midst of writing, end as those that were not."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import ROOT, TrackedRun, default_signals, read_runs
+from mnist_lab.errors import LabError
+from mnist_lab.running import checkpoint
+from mnist_lab.training.loop import EpochMetrics
+
+STEP = ROOT / "experiments" / "step4_augment_steplr.py"
+FLAGS = ["--limit", "512", "--epochs", "5", "--seed", "5"]
+
+# Imports the lab once and forks for each line of flags, so that twenty runs take no twenty imports. The first word of a
+# line says where the child kills itself, or "-"; the answer is the child's number, then how it ended.
+SERVER = """
+import os, signal, sys
+from pathlib import Path
+import mlflow.pytorch, torch, torch.export._trace
+from mnist_lab import cli, figures
+from mnist_lab.running import checkpoint
+from mnist_lab.running import declaration
+from mnist_lab.running import run as runner
+from mnist_lab.tracking import run as tracking
+
+script = Path(sys.argv[1])
+torch.set_num_threads(1)
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_saved(state, stream):
+    stream.write(b"half of a checkpoint")
+    die()
+
+
+POINTS = {
+    "in the midst of saving": lambda: setattr(checkpoint.torch, "save", half_saved),
+    "before the rename": lambda: setattr(Path, "replace", die),
+    "after the rename": lambda: setattr(checkpoint, "sync_to_disk", die),
+    "before logging the epoch": lambda: setattr(tracking.TrackedRun, "log_epoch", die),
+    "before the last figures": lambda: setattr(tracking.TrackedRun, "log_once", die),
+    "before the model": lambda: setattr(tracking.TrackedRun, "log_model", die),
+}
+
+
+for line in sys.stdin:
+    point, *flags = line.rstrip("\\n").split("\\t")
+    child = os.fork()
+    if child == 0:
+        if point != "-":
+            POINTS[point]()
+        sys.argv = [str(script), *flags]
+        try:
+            cli.main(declaration.read(script))
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(end.code or 0)
+        except BaseException as error:
+            print(f"error: {error}", file=sys.stderr)
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    print(f"child {child}", flush=True)
+    _, status = os.waitpid(child, 0)
+    print(f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
+"""
+
+
+class Lab:
+    """Runs the lab's command line in a process of its own for each call."""
+
+    def __init__(self, folder: Path) -> None:
+        self.database = folder / "mlflow.db"
+        self.uri = f"sqlite:///{self.database}"
+        self.errors = (folder / "stderr.txt").open("w+")
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER, STEP],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            preexec_fn=default_signals(),
+        )
+
+    def run(self, *flags: str, point: str = "-", kill_after: float | None = None) -> int:
+        """Return the exit code, negative for a signal; `kill_after` so many seconds the process is killed outright."""
+        assert self.server.stdin
+        assert self.server.stdout
+        self.server.stdin.write("\t".join([point, *flags, "--tracking-uri", self.uri]) + "\n")
+        self.server.stdin.flush()
+        child = int(self._answer("child"))
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(child, signal.SIGKILL)
+        return int(self._answer("ended"))
+
+    def _answer(self, word: str) -> str:
+        assert self.server.stdout
+        for line in self.server.stdout:
+            if line.startswith(f"{word} "):
+                return line.split()[1]
+        raise AssertionError(Path(self.errors.name).read_text())
+
+    def close(self) -> None:
+        assert self.server.stdin
+        self.server.stdin.close()
+        self.server.wait()
+        self.errors.close()
+
+
+@dataclass(frozen=True)
+class Reference:
+    run: TrackedRun
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def make_lab(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    labs: list[Lab] = []
+
+    def make() -> Lab:
+        labs.append(Lab(tmp_path_factory.mktemp("lab")))
+        return labs[-1]
+
+    yield make
+    for lab in labs:
+        lab.close()
+
+
+@pytest.fixture(scope="module")
+def reference(make_lab: Callable[[], Lab]) -> Reference:
+    """Return a run that nothing interrupted, and how long it took."""
+    lab = make_lab()
+    assert lab.run(*FLAGS) == 0
+    start = time.monotonic()
+    assert lab.run(*FLAGS) == 0
+    (run, _) = read_runs(lab.database)
+    return Reference(run, time.monotonic() - start)
+
+
+def check_same(run: TrackedRun, whole: TrackedRun) -> None:
+    """Check status, params, each point of each metric but the times, once, and what the network says in the end."""
+    assert run.status == "FINISHED"
+    assert run.params == whole.params
+    timeless = {name: points for name, points in run.metrics.items() if name != "epoch_seconds"}
+    assert timeless == {name: points for name, points in whole.metrics.items() if name != "epoch_seconds"}
+    assert [step for step, _ in run.metrics["epoch_seconds"]] == list(range(1, 6))
+    with np.load(run.artifacts / "predictions.npz") as mine, np.load(whole.artifacts / "predictions.npz") as theirs:
+        assert np.array_equal(mine["logits"], theirs["logits"])  # bit for bit
+    assert (run.artifacts / "figures" / "training.png").exists()
+
+
+@pytest.mark.parametrize("number", [5, pytest.param(20, marks=pytest.mark.long)])
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
+    make_lab: Callable[[], Lab], reference: Reference, number: int
+) -> None:
+    moments = random.Random(7)
+    lab, kills = make_lab(), 0
+    while kills < number:
+        unfinished = any((lab.database.parent / "checkpoints").glob("*.pt"))
+        flags = ["--resume"] if unfinished else FLAGS
+        code = lab.run(*flags, kill_after=moments.uniform(0.1, 0.7 * reference.seconds))
+        kills += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL), Path(lab.errors.name).read_text()
+    while any((lab.database.parent / "checkpoints").glob("*.pt")):
+        assert lab.run("--resume") == 0, Path(lab.errors.name).read_text()
+    if not (finished := [run for run in read_runs(lab.database) if run.status == "FINISHED"]):
+        assert lab.run(*FLAGS) == 0
+        finished = [run for run in read_runs(lab.database) if run.status == "FINISHED"]
+
+    for run in finished:
+        check_same(run, reference.run)
+    # What was killed before its first checkpoint has no end, but does not stand as RUNNING either.
+    assert {run.status for run in read_runs(lab.database)} <= {"FINISHED", "KILLED"}
+
+
+def test_a_run_killed_in_the_midst_of_writing_ends_as_one_that_was_not(
+    make_lab: Callable[[], Lab], reference: Reference
+) -> None:
+    lab = make_lab()
+    assert lab.run(*FLAGS, point="after the rename") == -signal.SIGKILL
+    for point in [
+        "in the midst of saving",
+        "before the rename",
+        "after the rename",
+        "before logging the epoch",
+        "before the last figures",
+        "before the model",
+    ]:
+        assert lab.run("--resume", point=point) == -signal.SIGKILL, point
+    assert lab.run("--resume") == 0, Path(lab.errors.name).read_text()
+
+    (run,) = read_runs(lab.database)
+    check_same(run, reference.run)
+    assert list((lab.database.parent / "checkpoints").iterdir()) == []
+
+
+def test_resume_goes_on_with_the_run_that_is_named_and_no_other(make_lab: Callable[[], Lab]) -> None:
+    lab = make_lab()
+    for seed in ("1", "2"):
+        assert lab.run("--limit", "256", "--epochs", "2", "--seed", seed, point="before the model") == -signal.SIGKILL
+    first, second = read_runs(lab.database)
+
+    assert lab.run("--resume", first.run_id) == 0
+
+    first, second = read_runs(lab.database)
+    assert (first.status, first.params["seed"]) == ("FINISHED", "1")
+    assert second.status == "KILLED"
+    assert [file.stem for file in (lab.database.parent / "checkpoints").iterdir()] == [second.run_id]
+    assert lab.run("--resume", first.run_id) == 1
+    said = f"error: resume: there is no checkpoint of a run '{first.run_id}' of step4_augment_steplr; there are: "
+    assert f"{said}{second.run_id} (" in Path(lab.errors.name).read_text()
+
+
+# ---- the files
+
+
+def example(run_id: str = "abc", **changes: object) -> checkpoint.Checkpoint:
+    epoch = EpochMetrics(1, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5)
+    fields = {
+        "run_id": run_id,
+        "script": "/somewhere/step9_idea.py",
+        "seed": 3,
+        "changes": {"lr": 0.1, "sizes": (1, 2)},
+        "limit": None,
+        "holdout": None,
+        "identity": {"lr": "0.1"},
+        "threads": 1,
+        "epochs": [epoch],
+        "training": {"epoch": 1, "net": {"weight": torch.ones(3)}},
+    }
+    return checkpoint.Checkpoint(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def test_a_checkpoint_comes_back_as_it_was(uri: str) -> None:
+    checkpoint.save(example(), uri)
+    found = checkpoint.find(uri, "step9_idea")
+    assert {**vars(found), "training": None} == {**vars(example()), "training": None}
+    assert torch.equal(found.training["net"]["weight"], torch.ones(3))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no archive"])
+def test_a_damaged_file_is_left_out_by_name(
+    damage: Callable[[bytes], bytes], uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.save(example("good"), uri)
+    checkpoint.save(example("bad"), uri)
+    file = checkpoint.file_of(uri, "bad")
+    file.write_bytes(damage(file.read_bytes()))
+    assert checkpoint.find(uri, "step9_idea").run_id == "good"
+    assert f"not used: checkpoint {file} can't be read" in caplog.text
+
+
+def test_a_file_that_would_run_code_is_refused(uri: str, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):  # type: ignore[no-untyped-def]
+            return Path.touch, (tmp_path / "code ran",)
+
+    file = checkpoint.file_of(uri, "evil")
+    file.parent.mkdir()
+    torch.save({**vars(example("evil")), "training": Evil()}, file)
+    with pytest.raises(LabError, match=r"checkpoint .*evil\.pt can't be read"):
+        checkpoint.load(file)
+    assert not (tmp_path / "code ran").exists()
+
+
+def test_the_newest_is_found_of_a_step_and_of_all(uri: str) -> None:
+    for number, (run_id, script) in enumerate([("a", "one.py"), ("b", "one.py"), ("c", "two.py")]):
+        checkpoint.save(example(run_id, script=script), uri)
+        os.utime(checkpoint.file_of(uri, run_id), (number, number))
+    assert checkpoint.find(uri).run_id == "c"
+    assert checkpoint.find(uri, "one").run_id == "b"
+    assert checkpoint.find(uri, "one", "a").run_id == "a"
+    with pytest.raises(LabError, match=r"^resume: there is no interrupted run of three with a finished epoch in "):
+        checkpoint.find(uri, "three")
+
+
+@pytest.mark.parametrize("name", ["../abc", "/etc/passwd", "nothing"])
+def test_a_run_that_has_no_checkpoint_is_refused(name: str, uri: str) -> None:
+    checkpoint.save(example(), uri)
+    with pytest.raises(
+        LabError, match=rf"^resume: there is no checkpoint of a run '{name}' of step9_idea; there are: abc \(step9_"
+    ):
+        checkpoint.find(uri, "step9_idea", name)
+
+
+def full_disk(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(example(), uri)
+    before = checkpoint.file_of(uri, "abc").read_bytes()
+    folder = checkpoint.folder(uri)
+    monkeypatch.setattr(checkpoint.os, "fsync", full_disk)
+    with pytest.raises(LabError, match=r"abc\.pt can't be written: .*No space left on device"):
+        checkpoint.save(example(seed=4), uri)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {"abc.pt": before}

@@ -1,0 +1,488 @@
+"""One run from data to tracking: what it leaves, that it can be repeated, and what is refused before it starts."""
+
+import dataclasses
+import io
+import json
+import os
+import platform
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from torch import Tensor, nn
+
+from conftest import FullRun
+from helpers import ROOT, TrackedRun, open_terminal, read_runs
+from mnist_lab.cli import Console
+from mnist_lab.cli import main as run_command_line
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.experiment import Experiment, Targets
+from mnist_lab.running import run as runner
+from mnist_lab.running.run import RunResult, choose_device, first_images, measure
+from mnist_lab.training.loop import EpochMetrics
+
+Load = Callable[[str], ModuleType]
+CPU = torch.device("cpu")
+NO_OVERRIDES: dict[str, object] = {}
+
+
+class Silent:
+    """Listens to a run and does nothing."""
+
+    def on_start(self, run_name: str, device: torch.device, net: nn.Module, summary: str, num_images: int) -> None: ...
+    def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...
+    def on_epoch(self, metrics: EpochMetrics) -> None: ...
+
+
+# ---- one epoch of step 1 on all of MNIST, through its script
+
+
+def test_a_real_epoch_learns(full_run: FullRun) -> None:
+    run = full_run.tracked
+    ((step, accuracy),) = run.metrics["test_accuracy"]
+
+    assert step == 1
+    assert accuracy >= 97
+    assert run.metrics["final_test_accuracy"] == run.metrics["best_test_accuracy"] == [(0, accuracy)]
+    assert run.metrics["best_epoch"] == [(0, 1)]
+    assert run.metrics["train_accuracy"][0][1] > 90
+    assert 0 < run.metrics["test_loss"][0][1] < run.metrics["train_loss"][0][1] < 1
+
+
+def test_each_epoch_has_six_metrics_and_the_run_five(full_run: FullRun) -> None:
+    metrics = full_run.tracked.metrics
+
+    per_epoch = {"train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"}
+    once = {"num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target"}
+    assert metrics.keys() == per_epoch | once
+    assert all([step for step, _ in metrics[name]] == [1] for name in per_epoch)
+    assert metrics["lr"] == [(1, 0.01)]
+    assert metrics["num_params"] == [(0, 10_970)]
+    assert metrics["epochs_at_target"] == [(0, 0)]
+
+
+def test_the_params_are_the_declared_hyperparameters(full_run: FullRun) -> None:
+    assert full_run.tracked.params == {
+        "batch_size": "128",
+        "epochs": "1",
+        "seed": "3",
+        "device": choose_device(None).type,
+        "optimizer": "SGD",
+        "lr": "0.01",
+        "momentum": "0.9",
+        "scheduler": "none",
+        "loss": "cross_entropy",
+        "augmentation": "none",
+    }
+
+
+def test_the_run_is_finished_and_named_after_the_step_and_seed(full_run: FullRun) -> None:
+    run = full_run.tracked
+    (read_by_mlflow,) = MlflowClient(f"sqlite:///{full_run.database}").search_runs(["1"])
+
+    assert (run.name, run.status) == ("step1_baseline seed 3", "FINISHED")
+    assert (read_by_mlflow.info.run_id, read_by_mlflow.info.run_name) == (run.run_id, run.name)
+    assert read_by_mlflow.data.metrics["test_accuracy"] == run.metrics["test_accuracy"][0][1]
+
+
+def test_the_tags_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) -> None:
+    tags = full_run.tracked.tags
+
+    own = {name: value for name, value in tags.items() if not name.startswith("mlflow.")}
+    assert own.pop("git_dirty") in ("true", "false")
+    assert re.fullmatch("[0-9a-f]{64}", own.pop("code_sha256"))
+    assert own.pop("process").startswith(f"{socket.gethostname()} ")
+    assert f", {os.cpu_count()} cores, " in own.pop("hardware") or torch.cuda.is_available()
+    assert own == {
+        "step": "step1_baseline",
+        "overrides": "epochs=1",
+        "git_commit": full_run.commit,
+        "data_sha256": mnist.sha256,
+        "torch": torch.__version__.partition("+")[0],
+        "target_accuracy": "99.4",
+        "target_params": "10000",
+        "target_epochs": "15",
+        "reported_best_train_accuracy": "99.75",
+        "reported_best_test_accuracy": "99.29",
+        "targets": "missed",
+        "verdict_accuracy": "missed",
+        "verdict_params": "missed",
+        "verdict_epochs": "met",
+    }
+    assert re.fullmatch("[0-9a-f]{64}", mnist.sha256)
+
+
+def test_the_data_are_inputs_of_the_run(full_run: FullRun, mnist: Mnist) -> None:
+    inputs = MlflowClient(f"sqlite:///{full_run.database}").get_run(full_run.tracked.run_id).inputs.dataset_inputs
+
+    shapes = {entry.tags[0].value: json.loads(entry.dataset.profile)["features_shape"] for entry in inputs}
+    assert shapes == {"training": [60_000, 1, 28, 28], "test": [10_000, 1, 28, 28]}
+    assert {entry.dataset.digest for entry in inputs} == {mnist.sha256[:36]}
+
+
+def test_the_artifacts_are_there(full_run: FullRun) -> None:
+    artifacts = full_run.tracked.artifacts
+    summary = (artifacts / "model_summary.txt").read_text()
+    environment = json.loads((artifacts / "environment.json").read_text())
+
+    assert artifacts.is_relative_to(full_run.database.parent / "artifacts")
+    assert (artifacts / "source" / "step1_baseline.py").read_bytes() == full_run.script.read_bytes()
+    assert "Receptive field" in summary
+    assert re.search(r"Conv2d-23 .* 28x28\n", summary)
+    assert (environment["python"], environment["mlflow"]) == (platform.python_version(), mlflow.__version__)
+    for name in ("training", "learning_rate", "mistakes", "confusion"):
+        assert (artifacts / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_uncommitted_changes_are_kept_where_there_are_some(full_run: FullRun) -> None:
+    diff = full_run.tracked.artifacts / "source" / "uncommitted.diff"
+
+    if full_run.tracked.tags["git_dirty"] == "true":
+        assert "diff --git a/" in diff.read_text()
+    else:
+        assert not diff.exists()
+
+
+def test_the_kept_predictions_give_the_logged_accuracy(full_run: FullRun, mnist: Mnist) -> None:
+    with np.load(full_run.tracked.artifacts / "predictions.npz", allow_pickle=False) as kept:
+        truth, prediction, logits = kept["truth"], kept["prediction"], kept["logits"]
+
+    np.testing.assert_array_equal(truth, mnist.test_labels.numpy())
+    np.testing.assert_array_equal(prediction, logits.argmax(axis=1))
+    correct = int((prediction == truth).sum())
+    assert full_run.tracked.metrics["final_test_accuracy"] == [(0, correct / 100)]
+    assert f"accuracy {correct}/10000" in full_run.process.stdout
+
+
+# ---- repeating a run
+
+
+@dataclasses.dataclass
+class Runs:
+    """Short runs of step 4, which draws for everything: weights, order, dropout and rotation."""
+
+    silent: RunResult
+    on_terminal: RunResult
+    shown: str  # what the terminal was sent
+    other_seed: RunResult
+    database: Path
+
+    def tracked(self, result: RunResult) -> TrackedRun:
+        return next(run for run in read_runs(self.database) if run.run_id == result.run_id)
+
+
+@contextmanager
+def stdout_on_a_terminal() -> Iterator[list[str]]:
+    """Let sys.stdout be a pseudo-terminal; what was written stands in the list at the end."""
+    master, slave = open_terminal()
+    parts: list[bytes] = []
+    written: list[str] = []
+
+    def drain() -> None:
+        while True:
+            try:
+                part = os.read(master, 65536)
+            except OSError:
+                return
+            if not part:
+                return
+            parts.append(part)
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    before = sys.stdout
+    sys.stdout = io.TextIOWrapper(os.fdopen(slave, "wb", 0), write_through=True)
+    try:
+        yield written
+    finally:
+        sys.stdout.close()
+        sys.stdout = before
+        thread.join(30)
+        os.close(master)
+        written.append(b"".join(parts).decode())
+
+
+@pytest.fixture(scope="module")
+def runs(load_script: Load, mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    script = ROOT / "experiments" / "step4_augment_steplr.py"
+    database = tmp_path_factory.mktemp("runs") / "mlflow.db"
+    changes = {"lr": 0.05, "gamma": 0.5, "step_size": 1, "epochs": 2}
+    experiment, overrides = load_script(script.stem).EXPERIMENT.override(changes)
+
+    def run(progress: runner.Progress, experiment: Experiment, seed: int) -> RunResult:
+        uri = f"sqlite:///{database}"
+        return runner.run(
+            experiment, script, progress, overrides=overrides, seed=seed, device="cpu", tracking_uri=uri, limit=2000
+        )
+
+    silent = run(Silent(), experiment, 1)
+    with stdout_on_a_terminal() as written:
+        on_terminal = run(Console(experiment.epochs), experiment, 1)
+    other_seed = run(Silent(), dataclasses.replace(experiment, epochs=1), 2)
+    return Runs(silent, on_terminal, written[0], other_seed, database)
+
+
+def without_times(epochs: Sequence[EpochMetrics]) -> list[EpochMetrics]:
+    return [dataclasses.replace(epoch, epoch_seconds=0.0) for epoch in epochs]
+
+
+def test_two_runs_with_one_seed_are_identical(runs: Runs) -> None:
+    silent, on_terminal = runs.tracked(runs.silent), runs.tracked(runs.on_terminal)
+    kept = [np.load(run.artifacts / "predictions.npz")["logits"] for run in (silent, on_terminal)]
+
+    assert len(runs.silent.epochs) == 2
+    assert without_times(runs.silent.epochs) == without_times(runs.on_terminal.epochs)
+    for name in silent.metrics.keys() - {"epoch_seconds"}:
+        assert silent.metrics[name] == on_terminal.metrics[name]
+    np.testing.assert_array_equal(*kept)
+
+
+def test_the_terminal_was_really_drawn_on(runs: Runs) -> None:
+    assert "\r" in runs.shown
+    assert " images/s" in runs.shown
+
+
+def test_another_seed_is_another_run(runs: Runs) -> None:
+    one, other = runs.silent.epochs[0], runs.other_seed.epochs[0]
+
+    assert one.train_loss != other.train_loss
+    assert one.eval_loss != other.eval_loss
+    assert runs.tracked(runs.other_seed).name == "step4_augment_steplr seed 2"
+
+
+def test_overrides_are_applied_and_tagged(runs: Runs) -> None:
+    run = runs.tracked(runs.silent)
+
+    assert {name: run.params[name] for name in ("lr", "gamma", "step_size", "epochs", "momentum", "degrees")} == {
+        "lr": "0.05",
+        "gamma": "0.5",
+        "step_size": "1",
+        "epochs": "2",
+        "momentum": "0.9",
+        "degrees": "7.0",
+    }
+    assert run.metrics["lr"] == [(1, 0.05), (2, 0.025)]
+    assert set(run.tags["overrides"].split()) == {"lr=0.05", "gamma=0.5", "step_size=1", "epochs=2", "limit=2000"}
+
+
+def test_a_limited_run_trains_on_so_many_images_and_tests_on_all(runs: Runs) -> None:
+    assert [(epoch.train_images, epoch.eval_images) for epoch in runs.silent.epochs] == [(2000, 10_000)] * 2
+    assert runs.silent.overrides["limit"] == 2000
+
+
+def test_the_result_is_what_was_tracked(runs: Runs) -> None:
+    result, tracked = runs.silent, runs.tracked(runs.silent)
+
+    assert [value for _, value in tracked.metrics["test_loss"]] == [epoch.eval_loss for epoch in result.epochs]
+    assert tracked.metrics["final_test_accuracy"] == [(0, result.measured["final_test_accuracy"])]
+    assert tracked.tags["targets"] == "missed"
+    assert {verdict.name: verdict.met for verdict in result.verdicts} == {
+        "accuracy": False,
+        "params": True,
+        "epochs": True,
+    }
+
+
+def test_augmented_images_are_among_the_figures(runs: Runs) -> None:
+    assert (runs.tracked(runs.silent).artifacts / "figures" / "augmentation.png").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_order_of_images_is_the_same_on_a_gpu(load_script: Load, uri: str, database: Path) -> None:
+    """Without augmentation and dropout nothing but rounding differs, so the first epoch's losses nearly agree."""
+    script = ROOT / "experiments" / "step1_baseline.py"
+    experiment = dataclasses.replace(load_script(script.stem).EXPERIMENT, epochs=1)
+
+    def run(device: str) -> tuple[RunResult, list[tuple[int, float]]]:
+        losses: list[tuple[int, float]] = []
+
+        class Listening(Silent):
+            def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
+                losses.append((seen, loss_sum.item()))
+
+        result = runner.run(
+            experiment,
+            script,
+            Listening(),
+            overrides=NO_OVERRIDES,
+            seed=1,
+            device=device,
+            tracking_uri=uri,
+            limit=2000,
+        )
+        return result, losses
+
+    (on_cpu, losses_on_cpu), (on_gpu, losses_on_gpu) = run("cpu"), run("cuda")
+
+    assert [run.params["device"] for run in read_runs(database)] == ["cpu", "cuda"]
+    assert [seen for seen, _ in losses_on_gpu] == [seen for seen, _ in losses_on_cpu]
+    first_losses = [[loss for _, loss in losses[:5]] for losses in (losses_on_cpu, losses_on_gpu)]
+    assert first_losses[1] == pytest.approx(first_losses[0], rel=0.01)  # another order differs by 5 % and more
+    assert on_gpu.epochs[0].eval_images == on_cpu.epochs[0].eval_images == 10_000
+
+
+# ---- with a hold-out
+
+
+@pytest.fixture(scope="module")
+def held_out(load_script: Load, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, TrackedRun]:
+    database = tmp_path_factory.mktemp("held_out") / "mlflow.db"
+    script = ROOT / "experiments" / "step1_baseline.py"
+    experiment = dataclasses.replace(load_script(script.stem).EXPERIMENT, epochs=2)
+    uri = f"sqlite:///{database}"
+    result = runner.run(
+        experiment, script, Silent(), overrides={}, device="cpu", tracking_uri=uri, limit=1000, holdout=500
+    )
+    (run,) = read_runs(database)
+    return result, run
+
+
+def test_the_epochs_of_a_hold_out_are_judged_on_validation_images(held_out: tuple[RunResult, TrackedRun]) -> None:
+    result, run = held_out
+
+    assert [epoch.evaluated_on for epoch in result.epochs] == ["validation"] * 2
+    assert [(epoch.train_images, epoch.eval_images) for epoch in result.epochs] == [(1000, 500)] * 2
+    assert run.metrics.keys() == {
+        *("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr", "epoch_seconds"),
+        *("num_params", "final_validation_accuracy", "best_validation_accuracy", "best_epoch"),
+        *("final_test_accuracy", "final_test_loss"),
+    }
+    accuracies = [accuracy for _, accuracy in run.metrics["validation_accuracy"]]
+    assert accuracies == [100 * epoch.eval_correct / 500 for epoch in result.epochs]
+    assert run.metrics["final_validation_accuracy"] == [(0, accuracies[-1])]
+    assert run.metrics["best_validation_accuracy"] == [(0, max(accuracies))]
+    assert run.metrics["best_epoch"] == [(0, 1 + accuracies.index(max(accuracies)))]
+
+
+def test_the_verdict_of_a_hold_out_is_on_the_test_images(held_out: tuple[RunResult, TrackedRun], mnist: Mnist) -> None:
+    result, run = held_out
+    kept = np.load(run.artifacts / "predictions.npz")
+    correct = int((kept["prediction"] == mnist.test_labels.numpy()).sum())
+    loss = nn.functional.cross_entropy(torch.from_numpy(kept["logits"]), mnist.test_labels).item()
+
+    assert run.metrics["final_test_accuracy"] == [(0, correct / 100)]
+    assert run.metrics["final_test_loss"][0][1] == pytest.approx(loss, abs=1e-5)
+    assert {v.name: v.measured for v in result.verdicts}["accuracy"] == correct / 100
+
+
+def test_a_hold_out_is_a_param_and_an_input(held_out: tuple[RunResult, TrackedRun]) -> None:
+    _, run = held_out
+
+    assert run.params["holdout"] == "500"
+    assert run.tags["overrides"] == "limit=1000"
+    assert (run.artifacts / "figures" / "training.png").exists()
+    uri = f"sqlite:///{run.artifacts.parents[2] / 'mlflow.db'}"
+    inputs = MlflowClient(uri).get_run(run.run_id).inputs.dataset_inputs
+    shapes = {entry.tags[0].value: json.loads(entry.dataset.profile)["features_shape"][0] for entry in inputs}
+    assert shapes == {"training": 1000, "validation": 500, "test": 10_000}
+
+
+# ---- before the run
+
+
+def test_the_device_is_the_best_that_is_there() -> None:
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+    assert choose_device(None).type == best
+    assert choose_device("cpu") == CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+@pytest.mark.parametrize("name", ["tpu", "cuda", "cuda:0", "CPU", "", "meta"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(LabError, match=f"^device: '{name}' is not available here; available are (mps, )?cpu$"):
+        choose_device(name)
+
+
+@pytest.mark.parametrize("limit", [1, 128, 60_000])
+def test_first_images(limit: int, mnist: Mnist) -> None:
+    fewer = first_images(mnist, limit)
+
+    assert torch.equal(fewer.train_images, mnist.train_images[:limit])
+    assert torch.equal(fewer.train_labels, mnist.train_labels[:limit])
+    assert fewer.test_images is mnist.test_images
+    assert fewer.sha256 == mnist.sha256
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 60_001])
+def test_more_images_than_there_are_is_refused(limit: int, mnist: Mnist) -> None:
+    with pytest.raises(LabError, match=f"^limit: {limit} is not between 1 and 60,000, the number of training images$"):
+        first_images(mnist, limit)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_refused(seed: int, load_script: Load, uri: str, database: Path) -> None:
+    experiment = load_script("step1_baseline").EXPERIMENT
+
+    with pytest.raises(LabError, match=f"^seed: {seed} is not between 0 and 4294967295$"):
+        runner.run(experiment, Path(__file__), Silent(), overrides=NO_OVERRIDES, seed=seed, tracking_uri=uri)
+
+    assert read_runs(database) == []
+
+
+def test_a_run_that_no_script_declares_is_refused(
+    load_script: Load, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["-c"])  # as in `python -c`
+
+    with pytest.raises(LabError, match="^script: .* is not a file; a run is named after the script"):
+        run_command_line(load_script("step1_baseline").EXPERIMENT, ["--tracking-uri", uri])
+
+    assert read_runs(database) == []
+
+
+# ---- what is measured once
+
+
+def epoch(number: int, train_correct: int, test_correct: int) -> EpochMetrics:
+    return EpochMetrics(
+        epoch=number,
+        train_loss=0.1,
+        train_correct=train_correct,
+        train_images=60_000,
+        eval_loss=number / 100,
+        eval_correct=test_correct,
+        eval_images=10_000,
+        lr=0.01,
+        epoch_seconds=1.0,
+    )
+
+
+def experiment_with(targets: Targets) -> Experiment:
+    return Experiment(net=nn.Identity, epochs=4, batch_size=1, optimizer=torch.optim.SGD, targets=targets)
+
+
+def test_the_last_epoch_is_the_headline_and_the_first_of_the_best_the_best() -> None:
+    epochs = [epoch(1, 59_000, 9_900), epoch(2, 59_500, 9_950), epoch(3, 59_700, 9_950), epoch(4, 59_600, 9_939)]
+
+    measured = measure(nn.Linear(784, 10), epochs, experiment_with(Targets(accuracy=99.4)))
+
+    assert measured == {
+        "num_params": 7850,
+        "epochs": 4,
+        "final_train_accuracy": pytest.approx(99.3333, abs=1e-3),
+        "best_train_accuracy": 99.5,
+        "final_test_accuracy": 99.39,
+        "best_test_accuracy": 99.5,
+        "best_epoch": 2,
+        "final_test_loss": 0.04,
+        "epochs_at_target": 2,
+    }
+
+
+def test_epochs_at_target_needs_a_target() -> None:
+    assert "epochs_at_target" not in measure(
+        nn.Linear(1, 1), [epoch(1, 59_000, 9_900)], experiment_with(Targets(params=10_000))
+    )

@@ -1,0 +1,511 @@
+"""Several seeds of one experiment: real studies in processes of their own, killed and taken up again."""
+
+import dataclasses
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from helpers import ROOT, TrackedRun, default_signals, read_runs, wait_until
+from mnist_lab.console import how_sure
+from mnist_lab.errors import LabError
+from mnist_lab.experiment import Experiment, Targets
+from mnist_lab.running import declaration, study
+from mnist_lab.running import run as runner
+from mnist_lab.running.run import RunResult
+from mnist_lab.running.study import _Done, _Failed, _judge, _Listener, _train_here, overall, run_study, train_stacked
+from mnist_lab.tracking.run import track
+from mnist_lab.tracking.store import FinishedRun, finished_runs, open_store
+from mnist_lab.training.loop import EpochMetrics
+from mnist_lab.training.stacked import fit_stacked
+from mnist_lab.verdicts.statistics import judge_mean
+
+# As users write them too: nothing guards the call of main, and a lambda can't be sent to another process.
+SCRIPT = """
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mnist_lab import Experiment, Targets, main
+
+
+class Net(nn.Module):
+    def __init__(self, dropout=0.1):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(784, 10))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def wait_or_fail(images):
+    while torch.initial_seed() in (1, 2) and not Path("go").exists():
+        time.sleep(0.05)
+    if torch.initial_seed() == 3 and not Path("mended").exists():
+        raise ArithmeticError("seed 3 is not lucky")
+    return images
+
+
+declared = Experiment(
+    net=Net,
+    epochs=1,
+    batch_size=64,
+    optimizer=partial(torch.optim.SGD, lr=0.1),
+    augmentation=lambda images: wait_or_fail(images),
+    targets=Targets(accuracy=50.0, params=10_000),
+)
+main(declared)
+"""
+PARENT = "mlflow.parentRunId"
+
+
+class Study:
+    """A study that was started from a shell, in a process group of its own."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.folder, self.database = folder, folder / "runs.db"
+        command = [sys.executable, "my_idea.py", "--limit", "256", "--tracking-uri", "sqlite:///runs.db", *flags]
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=default_signals(),
+        )
+
+    def runs(self) -> list[TrackedRun]:
+        return read_runs(self.database)
+
+    def running(self) -> int:
+        return [run.status for run in self.runs()].count("RUNNING")
+
+    def processes(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if _group(process.pid) == self.process.pid]
+
+    def end(self) -> tuple[str, str]:
+        return self.process.communicate(timeout=240)
+
+
+def _group(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid) if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else None
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "my_idea.py").write_text(SCRIPT)
+    return folder
+
+
+@dataclasses.dataclass
+class Story:
+    """What stood in the store after a study was killed, interrupted, orphaned, and let through at last."""
+
+    killed: list[TrackedRun]
+    interrupted: list[TrackedRun]
+    interrupted_stderr: str
+    interrupted_code: int
+    seconds_to_interrupt: float
+    orphaned: list[TrackedRun]
+    through: list[TrackedRun]
+    stdout: str
+    stderr: str
+    code: int
+
+
+@pytest.fixture(scope="module")
+def story(folder: Path) -> Iterator[Story]:
+    """Give the same command four times; seeds 1 and 2 wait for the file `go`, seed 3 fails."""
+    started: list[Study] = []
+
+    def start(*more: str) -> Study:
+        started.append(Study(folder, "--seeds", "0,1,2,3", *more))
+        return started[-1]
+
+    try:
+        study = start("--workers", "1")
+        wait_until(lambda: study.running() == 2 and len(study.runs()) == 3)  # the study, seed 0 finished, seed 1
+        os.killpg(study.process.pid, signal.SIGKILL)
+        study.end()
+        wait_until(lambda: not study.processes(), 10)
+        killed = study.runs()
+
+        study = start("--workers", "2")
+        wait_until(lambda: len(study.runs()) == 6 and study.running() == 3)
+        before = time.monotonic()
+        os.killpg(study.process.pid, signal.SIGINT)
+        _, interrupted_stderr = study.end()
+        seconds = time.monotonic() - before
+        interrupted, interrupted_code = study.runs(), study.process.returncode
+        assert not study.processes()
+
+        study = start("--workers", "2")
+        wait_until(lambda: len(study.runs()) == 9 and study.running() == 3)
+        study.process.kill()  # it alone, as when memory runs out
+        wait_until(lambda: not study.processes(), 30)
+        study.end()
+        orphaned = study.runs()
+
+        (folder / "go").touch()
+        study = start("--workers", "2")
+        stdout, stderr = study.end()
+        yield Story(
+            killed,
+            interrupted,
+            interrupted_stderr,
+            interrupted_code,
+            seconds,
+            orphaned,
+            study.runs(),
+            stdout,
+            stderr,
+            study.process.returncode,
+        )
+    finally:
+        for study in started:
+            for process in study.processes():
+                process.kill()
+            study.process.wait()
+
+
+def states(runs: list[TrackedRun]) -> list[tuple[str, str]]:
+    """Return kind and status of each run, oldest first: the study, or the number of the seed."""
+    return [(run.params.get("seed", "study"), run.status) for run in runs]
+
+
+def test_what_a_killed_study_leaves_is_closed_by_the_next(story: Story) -> None:
+    assert states(story.killed) == [("study", "RUNNING"), ("0", "FINISHED"), ("1", "RUNNING")]
+    assert [run.status for run in story.through[:3]] == ["KILLED", "FINISHED", "KILLED"]
+
+
+def test_ctrl_c_ends_a_study_and_its_seeds_in_order(story: Story) -> None:
+    assert sorted(states(story.interrupted[3:])) == [("1", "KILLED"), ("2", "KILLED"), ("study", "KILLED")]
+    assert story.interrupted_code == 130
+    assert story.interrupted_stderr == (
+        "\nInterrupted. Runs that had begun are marked KILLED; "
+        "the same command trains only the seeds that are missing.\n"
+    )
+    assert story.seconds_to_interrupt < 30
+
+
+def test_workers_end_in_order_when_the_study_is_killed(story: Story) -> None:
+    assert sorted(states(story.orphaned[6:])) == [("1", "KILLED"), ("2", "KILLED"), ("study", "RUNNING")]
+
+
+def test_the_same_command_trains_only_what_is_missing(story: Story) -> None:
+    finished = [run for run in story.through if run.status == "FINISHED"]
+
+    assert sorted(run.params["seed"] for run in finished) == ["0", "1", "2"]
+    assert finished[0].run_id == story.killed[1].run_id
+    assert "finished already, and not trained again: 0\n" in story.stdout
+    assert "training 1, 2, 3, 2 at a time, on cpu\n" in story.stdout
+
+
+def test_all_finished_seeds_are_children_of_the_newest_study(story: Story) -> None:
+    study = [run for run in story.through if "study" in run.tags][-1]
+    children = [run for run in story.through if run.tags.get(PARENT) == study.run_id]
+
+    assert study.name == "my_idea 4 seeds"
+    assert "seed" not in study.params
+    assert (study.params["epochs"], study.tags["study"], study.tags["seeds"]) == ("1", "my_idea", "0 1 2 3")
+    assert sorted(states(children)) == [("0", "FINISHED"), ("1", "FINISHED"), ("2", "FINISHED"), ("3", "FAILED")]
+
+
+def test_a_seed_that_fails_is_reported_and_the_others_go_on(story: Story) -> None:
+    study = [run for run in story.through if "study" in run.tags][-1]
+
+    assert story.code == 1
+    assert re.search(r"^seed 3  failed: training: seed 3 is not lucky \(my_idea\.py, line \d+\)$", story.stdout, re.M)
+    assert story.stderr == "Failed: seed 3; the same command tries again.\n"
+    assert (study.status, study.tags["seeds_failed"]) == ("FAILED", "3")
+    assert study.metrics["seeds"] == [(0, 3)]
+
+
+def test_the_aggregates_are_those_of_the_seeds(story: Story) -> None:
+    study = [run for run in story.through if "study" in run.tags][-1]
+    finished = [run for run in story.through if run.status == "FINISHED"]
+    last = [run.metrics["final_test_accuracy"][0][1] for run in finished]
+
+    def logged(name: str) -> float:
+        return study.metrics[f"final_test_accuracy_{name}"][0][1]
+
+    assert logged("mean") == pytest.approx(np.mean(last))
+    assert logged("sd") == pytest.approx(np.std(last, ddof=1))
+    assert (logged("minimum"), logged("median")) == (min(last), pytest.approx(np.median(last)))
+    assert logged("share_at_target") == np.mean(np.array(last) >= 50)
+    half = 4.302652729 * np.std(last, ddof=1) / math.sqrt(3)  # t at 97.5 %, 2 degrees of freedom
+    assert (logged("low"), logged("high")) == pytest.approx((np.mean(last) - half, np.mean(last) + half))
+    assert study.metrics["p"][0][1] == judge_mean(last, 50.0).p
+    assert study.tags["verdict_accuracy"] == judge_mean(last, 50.0).word
+    assert f"last epoch, test       {np.mean(last):.2f}" in story.stdout
+    assert all(run.run_id in study.tags["mlflow.note.content"] for run in finished)
+
+
+def test_without_a_terminal_each_epoch_is_a_line_with_its_seed(story: Story) -> None:
+    assert re.search(
+        r"^seed 1  epoch 1/1  train loss .*  test loss .*, accuracy \d+/10000 ", story.stdout, re.MULTILINE
+    )
+    assert re.search(
+        r"^seed 2  done: test accuracy \d\d\.\d\d % in the last epoch; .*seeds\)$", story.stdout, re.MULTILINE
+    )
+    assert "\r" not in story.stdout
+
+
+def test_a_seed_of_a_study_is_the_run_of_that_seed(
+    story: Story, folder: Path, monkeypatch: pytest.MonkeyPatch, uri: str, database: Path
+) -> None:
+    monkeypatch.chdir(folder)
+    script = folder / "my_idea.py"
+    in_study = next(run for run in story.through if states([run]) == [("2", "FINISHED")])
+    listener = _Listener(lambda metrics: None)
+
+    runner.run(
+        declaration.read(script), script, listener, overrides={}, seed=2, device="cpu", tracking_uri=uri, limit=256
+    )
+
+    (alone,) = read_runs(database)
+    kept = [np.load(run.artifacts / "predictions.npz")["logits"] for run in (in_study, alone)]
+    np.testing.assert_array_equal(*kept)
+    assert alone.params == in_study.params
+    assert {name for name in in_study.tags if name not in alone.tags} == {PARENT}
+
+
+@dataclasses.dataclass
+class Heard:
+    """Listens to a study."""
+
+    missing: list[int]
+
+    def on_start(self, name: str, seeds: object, missing: list[int], workers: int, device: torch.device) -> None:
+        self.missing = list(missing)
+
+    def on_epoch(self, seed: int, metrics: object) -> None: ...
+    def on_seed(self, seed: int, metrics: object) -> None: ...
+    def on_failure(self, seed: int, reason: str) -> None: ...
+    def on_time(self) -> None: ...
+
+
+def test_finished_seeds_need_no_training_at_all(
+    story: Story, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(folder)
+    script, heard = folder / "my_idea.py", Heard([-1])
+
+    result = run_study(
+        declaration.read(script),
+        script,
+        heard,
+        overrides={},
+        seeds=[2, 0],
+        device="cpu",
+        tracking_uri="sqlite:///runs.db",
+        limit=256,
+    )
+
+    assert heard.missing == []
+    assert ([run.seed for run in result.runs], result.reused) == ([2, 0], [2, 0])
+    assert result.aggregates["final_test_accuracy"].n == 2
+    study = next(run for run in read_runs(folder / "runs.db") if run.run_id == result.run_id)
+    assert (study.name, study.status) == ("my_idea 2 seeds", "FINISHED")
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"), [({"epochs": 2}, 256), ({"lr": 0.2}, 256), ({"dropout": 0.2}, 256), ({}, 255)]
+)
+def test_runs_of_another_declaration_do_not_count(
+    changes: dict[str, object], limit: int, story: Story, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    script = folder / "my_idea.py"
+    experiment, overrides = declaration.read(script).override(changes)
+
+    class Stop(Exception):
+        pass
+
+    class Stopping(Heard):
+        def on_start(self, *arguments: object) -> None:
+            self.missing = list(arguments[2])  # type: ignore[call-overload]
+            raise Stop
+
+    heard = Stopping([])
+    with pytest.raises(Stop):
+        run_study(
+            experiment,
+            script,
+            heard,
+            overrides=overrides,
+            seeds=[0, 1],
+            device="cpu",
+            tracking_uri="sqlite:///runs.db",
+            limit=limit,
+        )
+
+    assert heard.missing == [0, 1]
+    assert mlflow.active_run() is None
+
+
+# ---- without training
+
+
+def test_on_a_gpu_the_seeds_train_here_one_after_another() -> None:
+    trained = []
+
+    def train(seed: int, listener: object) -> RunResult:
+        trained.append(seed)
+        if seed == 4:
+            raise LabError("lr: too high")
+        return RunResult(f"run {seed}", [], {"best_epoch": 1}, [], {})
+
+    messages = list(_train_here([3, 4, 5], train, Heard([])))
+
+    assert trained == [3, 4, 5]
+    done3, done5 = (_Done(FinishedRun(f"run {seed}", seed, {"best_epoch": 1})) for seed in (3, 5))
+    assert messages == [done3, _Failed(4, "lr: too high"), done5]
+
+
+def finished(accuracies: list[float]) -> list[FinishedRun]:
+    figures = [
+        {"final_test_accuracy": accuracy, "best_test_accuracy": accuracy + 0.05, "num_params": 7852.0}
+        for accuracy in accuracies
+    ]
+    return [FinishedRun(str(seed), seed, metrics) for seed, metrics in enumerate(figures)]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "targets", "word"),
+    [
+        ([99.45, 99.46, 99.47], Targets(accuracy=99.4, params=10_000, epochs=15), "met"),
+        ([99.45, 99.46, 99.47], Targets(accuracy=99.4, params=7_000, epochs=15), "missed"),
+        ([99.45, 99.46, 99.38], Targets(accuracy=99.4, params=10_000, epochs=15), "not shown"),
+        ([99.45, 99.46, 99.38], Targets(accuracy=99.4, params=10_000, epochs=14), "missed"),
+        ([99.1, 99.11, 99.12], Targets(accuracy=99.4), "missed"),
+        ([99.45], Targets(accuracy=99.4), "not shown"),
+        ([99.45], Targets(), "none"),
+        ([], Targets(accuracy=99.4), "none"),
+    ],
+)
+def test_the_verdict_of_a_study(accuracies: list[float], targets: Targets, word: str) -> None:
+    experiment = Experiment(net=torch.nn.Identity, epochs=14, batch_size=1, optimizer=torch.optim.SGD, targets=targets)
+    figures = ("final_test_accuracy", "best_test_accuracy")
+
+    result = _judge(experiment, "abc", finished(accuracies), [], {}, figures, {})
+
+    assert overall(result) == word
+
+
+def test_how_sure_a_verdict_is() -> None:
+    assert how_sure(judge_mean([99.45, 99.46, 99.47], 99.4)) == (
+        "That the mean is at least 99.4 %: p = 0.0046, from 3 seeds."
+    )
+    unsure = how_sure(judge_mean([99.45, 99.46, 99.38], 99.4))
+    assert re.fullmatch(
+        r"That the mean is at least 99\.4 %: p = 0\.\d+, which does not show it; "
+        r"about \d+ seeds would, if the mean stays where it is\.",
+        unsure,
+    )
+    assert how_sure(judge_mean([99.5], 99.4)) == "One seed shows nothing about the mean: train more of them."
+
+
+def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:
+    script = tmp_path / "empty.py"
+    script.write_text("x = 1\n")
+
+    with pytest.raises(LabError, match=r"^script: .*empty\.py came to its end without calling main\(EXPERIMENT\)$"):
+        declaration.read(script)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "workers", "sentence"),
+    [
+        ([], None, "seeds: there is none; give at least one"),
+        ([1, 2, 1], None, "seeds: 1 is there twice"),
+        ([2**32], None, "seed: 4294967296 is not between 0 and 4294967295"),
+        ([1], 0, "workers: 0 is not a whole number of at least 1"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused(
+    seeds: list[int], workers: int | None, sentence: str, folder: Path
+) -> None:
+    script = folder / "my_idea.py"
+
+    with pytest.raises(LabError, match=f"^{sentence}$"):
+        run_study(declaration.read(script), script, Heard([]), overrides={}, seeds=seeds, workers=workers)
+
+
+def test_seeds_trained_as_one_program_are_tracked_as_runs_of_their_own(uri: str) -> None:
+    """As on a GPU, though on the CPU here."""
+    script = ROOT / "experiments" / "step2_dropout.py"
+    experiment, overrides = declaration.read(script).override({"epochs": 2})
+    device = torch.device("cpu")
+    mnist = runner.load_parts(None, device, limit=256, holdout=None)
+    store = open_store(uri)
+    overrides = runner.all_overrides(overrides, limit=256)
+    with track(store, "a study", params={}, tags={}) as parent:
+        messages = list(
+            train_stacked(
+                experiment,
+                script,
+                mnist,
+                store,
+                [4, 2],
+                overrides=overrides,
+                holdout=None,
+                data_dir=None,
+                parent_run_id=parent.run_id,
+            )
+        )
+
+    *epochs, done4, done2 = messages
+    assert [(type(message).__name__, message.seed) for message in epochs] == [("_Epoch", 4), ("_Epoch", 2)] * 2
+    assert [(type(message).__name__, message.run.seed) for message in (done4, done2)] == [("_Done", 4), ("_Done", 2)]
+    found = finished_runs(store, *runner.identify(experiment, script, device, overrides, None))
+    assert set(found) == {2, 4}  # a study on this device would not train them again
+    assert found[2].metrics["train_loss"] != found[4].metrics["train_loss"]
+    history = mlflow.MlflowClient(tracking_uri=uri).get_metric_history(found[4].run_id, "test_accuracy")
+    assert [point.step for point in history] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        ("train_loss", "loss: is not finite in epoch 2 of 2; the training has diverged"),
+        ("eval_loss", "net: its test loss is nan in epoch 2"),
+    ],
+)
+def test_a_seed_that_gives_no_number_among_seeds_trained_as_one_program_fails_alone(
+    loss: str, reason: str, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = ROOT / "experiments" / "step2_dropout.py"
+    experiment, overrides = declaration.read(script).override({"epochs": 2})
+    mnist = runner.load_parts(None, torch.device("cpu"), limit=64, holdout=None)
+
+    def one_gives_nan(*arguments: object) -> Iterator[list[EpochMetrics]]:
+        for epoch, metrics in enumerate(fit_stacked(*arguments), 1):  # type: ignore[arg-type]
+            yield [dataclasses.replace(metrics[0], **{loss: math.nan}) if epoch == 2 else metrics[0], metrics[1]]
+
+    monkeypatch.setattr(study, "fit_stacked", one_gives_nan)
+    named = {"overrides": overrides, "holdout": None, "data_dir": None, "parent_run_id": None}
+    *_, failed, done = train_stacked(experiment, script, mnist, open_store(uri), [4, 2], **named)
+
+    assert (failed.seed, failed.reason) == (4, reason)
+    assert isinstance(done, _Done)
+    assert done.run.seed == 2

@@ -1,0 +1,245 @@
+"""Stores whose folder was renamed, moved or copied: what is in them is found where it is now."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.tracking._tracking_service import utils
+from torch import nn
+
+from helpers import ROOT, default_signals, read_value
+from mnist_lab import results
+from mnist_lab.errors import LabError
+from mnist_lab.running import checkpoint
+from mnist_lab.running.checkpoint import Checkpoint
+from mnist_lab.tracking.run import track
+from mnist_lab.tracking.sqlite import follow_move
+from mnist_lab.tracking.store import open_store
+from mnist_lab.training.loop import EpochMetrics
+
+NAMES = ["renamed", "mit Leerzeichen und ünïcödé #1"]
+
+
+# ---- a real run
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return a project's folder that holds a store with a finished run, and the run's id."""
+    project = tmp_path_factory.mktemp("moved") / "project"
+    store = open_store(f"sqlite:///{project}/mlruns/mlflow.db")
+    with track(store, "step9 seed 0", params={"seed": 0}, tags={"step": "step9"}) as run:
+        run.log_text("hello", "figures/hello.txt")
+        run.log_predictions(torch.arange(10), torch.eye(10))
+        assert run.log_model(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), torch.zeros(2, 1, 28, 28)) is None
+        return project, run.run_id
+
+
+def check_found(project: Path, run_id: str) -> None:
+    """Check that all that the run left is found, and in this folder."""
+    utils._artifact_repos_cache.clear()  # each move is followed by a program of its own
+    uri = f"sqlite:///{project}/mlruns/mlflow.db"
+    assert results.predictions(run_id, tracking_uri=uri)["prediction"].tolist() == list(range(10))
+    client = MlflowClient(uri)
+    assert {"figures", "predictions.npz"} <= {artifact.path for artifact in client.list_artifacts(run_id)}
+    here = (project / "mlruns" / "artifacts").as_uri()
+    run = client.get_run(run_id)
+    assert run.info.artifact_uri == f"{here}/{run_id}/artifacts"
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert model.artifact_location == f"{here}/models/{model.model_id}/artifacts"
+    assert client.get_experiment(run.info.experiment_id).artifact_location == here
+    mlflow.set_tracking_uri(uri)
+    net = mlflow.pytorch.load_model(f"runs:/{run_id}/model")
+    assert net(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+
+
+def test_a_project_that_was_renamed_again_and_again_and_copied_shows_every_runs_artifacts(
+    original: tuple[Path, str],
+) -> None:
+    project, run_id = original
+    try:
+        for name in NAMES:
+            project = project.rename(project.with_name(name))
+            check_found(project, run_id)
+        project = project.rename(project.with_name("on the way")).rename(project.with_name("twice"))  # unseen between
+        copy = project.with_name("copy")
+        shutil.copytree(project, copy)
+        check_found(copy, run_id)  # though the paths in it lead to the other one, which is there
+        check_found(project, run_id)
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+        project.rename(original[0])
+
+
+def test_the_ui_shows_the_artifacts_of_a_copy(original: tuple[Path, str], tmp_path: Path) -> None:
+    project, run_id = original
+    shutil.copytree(project, tmp_path / "copy ü")
+    (shown,) = (tmp_path / "copy ü").glob("mlruns/artifacts/*/artifacts/figures/hello.txt")
+    shown.write_text("hello from the copy")
+    command = [sys.executable, "-m", "mnist_lab", "ui", "--tracking-uri", "sqlite:///copy ü/mlruns/mlflow.db"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=default_signals()
+    ) as process:
+        assert process.stdout is not None
+        try:
+            address = process.stdout.readline().removeprefix("The runs: ").partition("/#")[0]
+            path = f"{address}/get-artifact?run_uuid={run_id}&path=figures%2Fhello.txt"
+            with urllib.request.urlopen(path, timeout=30) as answer:
+                assert answer.read() == b"hello from the copy"
+        finally:
+            process.terminate()
+
+
+# ---- what is changed, and what is not
+
+
+class Places:
+    """The artifact locations in a database: of the experiment `mnist`, another experiment, runs and models."""
+
+    TABLES = """
+        CREATE TABLE experiments (experiment_id INTEGER, name TEXT, artifact_location TEXT);
+        CREATE TABLE runs (run_uuid TEXT, artifact_uri TEXT);
+        CREATE TABLE logged_models (model_id TEXT, artifact_location TEXT);
+        CREATE TABLE model_versions (source TEXT, storage_location TEXT);
+    """
+
+    def __init__(self, folder: Path, location: str, runs: list[str], others: list[str]) -> None:
+        self.database = folder / "mlflow.db"
+        self.uri = f"sqlite:///{self.database}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self.database)) as connection, connection:
+            connection.executescript(self.TABLES)
+            connection.execute("INSERT INTO experiments VALUES (1, 'mnist', ?)", (location,))
+            connection.executemany("INSERT INTO experiments VALUES (2, 'of others', ?)", [(one,) for one in others])
+            connection.executemany("INSERT INTO runs VALUES ('run', ?)", [(one,) for one in runs])
+            connection.executemany("INSERT INTO logged_models VALUES ('model', ?)", [(one,) for one in runs])
+            connection.executemany("INSERT INTO model_versions VALUES (?, NULL)", [(one,) for one in runs])
+
+    def read(self) -> list[str]:
+        """Return the location of `mnist`, those of the runs, and those of the other experiments."""
+        with closing(sqlite3.connect(self.database)) as connection:
+            runs = connection.execute("SELECT artifact_uri FROM runs").fetchall()
+            assert connection.execute("SELECT artifact_location FROM logged_models").fetchall() == runs
+            assert connection.execute("SELECT source FROM model_versions").fetchall() == runs
+            mnist, *others = connection.execute("SELECT artifact_location FROM experiments ORDER BY 1 = 0").fetchall()
+            return [mnist[0], *(one for (one,) in runs), *(one for (one,) in others)]
+
+
+def with_host(path: Path) -> str:
+    return path.as_uri().replace("file://", "file://localhost")
+
+
+@pytest.mark.parametrize("form", [Path.as_uri, str, with_host])
+def test_paths_are_corrected_in_the_form_that_they_have(form: Callable[[Path], str], tmp_path: Path) -> None:
+    old, new = tmp_path / "alt #1 ü" / "artifacts", tmp_path / "new #2 é" / "artifacts"
+    untouched = [form(old.with_name("artifacts2") / "r3"), "mlflow-artifacts:/r4", "s3://bucket/artifacts", "./rel"]
+    places = Places(new.parent, form(old), [form(old / "r1"), str(old / "a b"), *untouched], [form(tmp_path / "x")])
+    new.mkdir()
+
+    follow_move(places.uri)
+
+    again = str if form is str else Path.as_uri
+    expected = [again(new), again(new / "r1"), str(new / "a b"), *untouched, form(tmp_path / "x")]
+    assert places.read() == expected
+    before = places.database.read_bytes()
+    follow_move(places.uri)
+    assert places.database.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "case", ["nothing beside it", "others' artifacts beside it", "a server's", "a folder of the user's", "a link"]
+)
+def test_what_was_not_moved_with_its_artifacts_is_left_alone(case: str, tmp_path: Path) -> None:
+    old, new = tmp_path / "old" / "artifacts", tmp_path / "new" / "artifacts"
+    location = {"a server's": "mlflow-artifacts:/1", "a folder of the user's": str(tmp_path / "big disk")}
+    places = Places(new.parent, location.get(case, old.as_uri()), [f"{old.as_uri()}/r1"], [])
+    if case != "nothing beside it":
+        (new / "something").mkdir(parents=True)
+    if case == "others' artifacts beside it":
+        (old / "r1").mkdir(parents=True)
+    if case == "a link":
+        old.parent.symlink_to(new.parent)
+    before = places.database.read_bytes()
+
+    follow_move(places.uri)
+
+    assert places.database.read_bytes() == before
+
+
+def test_a_store_without_runs_keeps_its_artifacts_beside_it_wherever_it_goes(tmp_path: Path) -> None:
+    (tmp_path / "old" / "artifacts").mkdir(parents=True)
+    places = Places(tmp_path / "new", (tmp_path / "old" / "artifacts").as_uri(), [], [])
+
+    follow_move(places.uri)
+
+    assert places.read() == [(tmp_path / "new" / "artifacts").as_uri()]
+
+
+def test_a_correction_that_fails_half_way_changes_nothing(tmp_path: Path) -> None:
+    old, new = tmp_path / "old" / "artifacts", tmp_path / "new" / "artifacts"
+    places = Places(new.parent, old.as_uri(), [f"{old.as_uri()}/r1"], [])
+    new.mkdir()
+    with closing(sqlite3.connect(places.database)) as connection, connection:
+        connection.execute(
+            "CREATE TRIGGER full BEFORE UPDATE ON model_versions BEGIN SELECT RAISE(ABORT, 'database is full'); END"
+        )
+
+    with pytest.raises(
+        LabError, match="^tracking store .* can't be corrected, though it was moved .*: database is full"
+    ):
+        follow_move(places.uri)
+
+    assert places.read() == [old.as_uri(), f"{old.as_uri()}/r1"]
+    assert read_value(places.database, "PRAGMA integrity_check") == "ok"
+
+
+# ---- an interrupted run
+
+
+def test_an_interrupted_run_finds_the_script_of_the_project_that_it_is_in_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, step = f"sqlite:///{tmp_path}/mlruns/mlflow.db", Path("experiments", "step1_baseline.py")
+    epoch = EpochMetrics(1, 1, 0.5, 1, 1, 0.5, 1, "test", 0.1, 1.0)
+    kept = Checkpoint("abc", str(ROOT / step), 0, {}, None, None, {}, 1, [epoch], {})
+    checkpoint.save(kept, uri)
+    assert checkpoint.find(uri).script == str(ROOT / step)
+
+    monkeypatch.setattr(checkpoint, "PROJECT_ROOT", tmp_path / "moved")
+
+    assert checkpoint.find(uri).script == str(tmp_path / "moved" / step)
+    checkpoint.save(Checkpoint(**{**vars(kept), "script": "/elsewhere/idea.py"}), uri)
+    assert checkpoint.find(uri).script == "/elsewhere/idea.py"
+
+
+# ---- its environment
+
+
+@pytest.mark.parametrize(("made_in", "kept"), [("{here}", True), ("/elsewhere", False), ("", True)])
+def test_an_environment_that_was_moved_is_made_anew(made_in: str, kept: bool, tmp_path: Path) -> None:
+    project = tmp_path / "a project"
+    (project / ".venv").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, project)
+    (project / ".venv" / "python").touch()
+    (project / ".venv" / ".installed").write_text(made_in.format(here=project) + "\n" * bool(made_in))
+    uv = tmp_path / "uv"
+    uv.write_text("#!/bin/sh\nmkdir -p .venv\n")
+    uv.chmod(0o755)
+
+    for _ in range(2):
+        subprocess.run(["make", "--silent", "setup", f"UV={uv}"], cwd=project, check=True)
+
+    assert (project / ".venv" / "python").exists() == kept
+    assert (project / ".venv" / ".installed").read_text().strip() in (str(project), made_in)

@@ -1,0 +1,129 @@
+"""Which store is meant, and whether it is one that can be read."""
+
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from mnist_lab.errors import LabError
+from mnist_lab.tracking.sqlite import check_readable, sqlite_file, tracking_uri
+
+PROJECT = Path(__file__).resolve().parents[2]
+DEFAULT = f"sqlite:///{PROJECT}/mlruns/mlflow.db"
+
+
+# ---- which store
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "uri"),
+    [
+        ("sqlite:////a/given.db", "sqlite:////b/environment.db", "sqlite:////a/given.db"),
+        (None, "sqlite:////b/environment.db", "sqlite:////b/environment.db"),
+        (None, None, DEFAULT),
+        (None, "", DEFAULT),
+        ("", None, DEFAULT),
+        ("http://127.0.0.1:5000", None, "http://127.0.0.1:5000"),
+        (None, "https://runs.example", "https://runs.example"),
+    ],
+)
+def test_the_argument_comes_before_the_environment_and_that_before_the_project(
+    given: str | None, environment: str | None, uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no part in it
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if environment is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
+
+    assert tracking_uri(given) == uri
+
+
+@pytest.mark.parametrize("relative", ["runs.db", "a/b/runs.db", "./runs.db"])
+def test_a_relative_path_is_made_absolute_at_once(
+    relative: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    uri = tracking_uri(f"sqlite:///{relative}")
+
+    monkeypatch.chdir("/")
+    assert uri == f"sqlite:///{tmp_path / relative}"
+    assert sqlite_file(uri) == tmp_path / relative
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:runs.db", "sqlite:/runs.db"])
+def test_a_sqlite_uri_without_a_file_is_refused(uri: str) -> None:
+    with pytest.raises(LabError, match=r"^tracking store '.*' names no file; give sqlite:///<path>/mlflow.db$"):
+        tracking_uri(uri)
+
+
+@pytest.mark.parametrize("path", ["/a/100%25/runs.db", "/a/what?/runs.db"])
+def test_a_path_that_mlflow_would_read_as_another_is_refused(path: str) -> None:
+    with pytest.raises(LabError, match="% and \\? have a meaning of their own") as refusal:
+        tracking_uri(f"sqlite:///{path}")
+
+    assert path in str(refusal.value)
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "postgresql://host/runs", "sqlite://", "sqlite:///", "/x.db"])
+def test_only_sqlite_stores_have_a_file(uri: str) -> None:
+    assert sqlite_file(uri) is None
+
+
+# ---- whether it can be read
+
+
+def test_a_store_that_was_never_made_says_what_to_do_and_stays_unmade(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "mlflow.db"
+
+    with pytest.raises(LabError, match="no runs yet: .*mlflow.db does not exist; train first, e.g. `make step1`"):
+        check_readable(f"sqlite:///{file}")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_store_is_readable(uri: str) -> None:
+    check_readable(uri)
+
+
+@pytest.mark.parametrize("name", ["with space", "ünïcödé", "#hash", "quote'd"])
+def test_a_real_store_is_readable_in_any_folder(name: str, database: Path, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    shutil.move(database, tmp_path / name / "mlflow.db")
+
+    check_readable(tracking_uri(f"sqlite:///{tmp_path / name}/mlflow.db"))
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "postgresql://host/runs"])
+def test_a_server_is_left_to_mlflow(uri: str) -> None:
+    check_readable(uri)
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LabError, match=f"tracking store {tmp_path} is not a file"):
+        check_readable(f"sqlite:///{tmp_path}")
+
+
+@pytest.mark.parametrize("content", ["foreign", "text", "empty", "cut short", "overwritten"])
+def test_a_file_that_is_not_mlflows_is_refused_and_left_alone(content: str, database: Path) -> None:
+    whole = database.read_bytes()
+    if content == "foreign":
+        database.unlink()
+        with closing(sqlite3.connect(database)) as connection, connection:
+            connection.execute("CREATE TABLE runs (distance REAL)")  # of a runner
+    else:
+        broken = {
+            "text": b"my notes\n" * 1000,
+            "empty": b"",
+            "cut short": whole[: len(whole) // 10],
+            "overwritten": whole[:100] + bytes(len(whole) - 100),
+        }
+        database.write_bytes(broken[content])
+    before = database.read_bytes()
+
+    with pytest.raises(LabError, match=f"^tracking store {database} (is not an MLflow database|can't be read: .+)$"):
+        check_readable(f"sqlite:///{database}")
+
+    assert database.read_bytes() == before

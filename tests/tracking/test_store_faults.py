@@ -1,0 +1,297 @@
+"""Stores on real file systems that are full or read-only, of other users, or locked: refused before any training."""
+
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT, default_signals, read_runs, read_value, run_script, wait_until
+from mnist_lab import results
+from mnist_lab.errors import LabError
+from mnist_lab.tracking import sqlite as store
+from mnist_lab.tracking.run import track
+from mnist_lab.tracking.sqlite import follow_move
+from mnist_lab.tracking.store import open_store
+
+NOBODY = 65534
+LIMIT = 10  # seconds until the sentence, the import of MLflow not counted
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Return every file below a folder, and every folder as None; but for what locks and an empty log are kept in."""
+    files = {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    return {
+        str(path): content
+        for path, content in files.items()
+        if not path.name.endswith((".lock", "-shm")) and not (path.name.endswith("-wal") and content == b"")
+    }
+
+
+@contextmanager
+def refused_unchanged(database: Path, reason: str) -> Iterator[None]:
+    """Check that the block ends in one sentence on this store, in time, and that all beside it is as it was."""
+    before, start = contents(database.parent), time.monotonic()
+    with pytest.raises(LabError, match=reason) as refusal:
+        yield
+    assert time.monotonic() - start < LIMIT
+    assert str(refusal.value).startswith(
+        (f"tracking store {database} can't be ", f"tracking store 'sqlite:///{database}'")
+    )
+    assert "\n" not in str(refusal.value)
+    assert contents(database.parent) == before
+
+
+def write_run(database: Path) -> None:
+    with track(open_store(f"sqlite:///{database}"), "a run", params={"seed": 0}, tags={"step": "a"}) as run:
+        run.log_epoch(1, {"test_accuracy": 98.0})
+        run.log_text("hello", "hello.txt")
+
+
+@pytest.fixture(scope="module")
+def used(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a store with one run."""
+    folder = tmp_path_factory.mktemp("used") / "mlruns"
+    folder.mkdir()
+    shutil.copy(empty_store, folder)
+    write_run(folder / "mlflow.db")
+    return folder
+
+
+def copy_to(used: Path, place: Path) -> Path:
+    """Return the database of a copy of the store, which nobody holds open and which finds its own artifacts."""
+    shutil.copytree(used, place)
+    follow_move(f"sqlite:///{place}/mlflow.db")
+    return place / "mlflow.db"
+
+
+# ---- file systems
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Return a function that makes a file system of so many MiB and returns its folder."""
+    mounted: list[Path] = []
+
+    def make(size: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no file system can be mounted here: {getattr(error, 'stderr', error)!r}")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path, leave: int = 0) -> Path:
+    """Take all the room of a file system but for so many bytes, and return the file that takes it."""
+    file = folder / "filler"
+    with file.open("wb", buffering=0) as stream, suppress(OSError):
+        while stream.write(bytes(2**16)):
+            pass
+    if leave:
+        os.truncate(file, file.stat().st_size - leave)
+    return file
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["a store", "no store yet"])
+def test_a_full_disk_is_found_before_the_run(made: bool, used: Path, mount: Callable[[int], Path]) -> None:
+    database = mount(16) / "mlruns" / "mlflow.db"
+    if made:
+        copy_to(used, database.parent)
+    filler = fill(database.parent.parent, leave=store.ROOM // 2)
+
+    with refused_unchanged(database, "No space left on device; a run needs a few megabytes there: make room"):
+        open_store(f"sqlite:///{database}")
+
+    assert database.parent.exists() == made
+    filler.unlink()
+    write_run(database)
+    assert [run.status for run in read_runs(database)] == ["FINISHED"] * (1 + made)
+
+
+def test_a_disk_that_fills_up_while_the_store_is_made_leaves_no_half(
+    mount: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = mount(8) / "mlflow.db"
+    filler = fill(database.parent, leave=2**18)
+    monkeypatch.setattr(store, "ROOM", 1)  # there was room when it was asked for
+
+    with refused_unchanged(database, "can't be used: .*database or disk is full"):
+        open_store(f"sqlite:///{database}")
+
+    filler.unlink()
+    write_run(database)
+    assert [run.status for run in read_runs(database)] == ["FINISHED"]
+
+
+def test_a_read_only_file_system_is_found_before_the_run(used: Path, mount: Callable[[int], Path]) -> None:
+    disk = mount(16)
+    database = copy_to(used, disk / "mlruns")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+    with refused_unchanged(database, "make it and its folder writable, copy the folder, or name another store with"):
+        open_store(f"sqlite:///{database}")
+    with pytest.raises(LabError, match="^tracking store .* Read-only file system; make it"):
+        open_store(f"sqlite:///{disk}/new/mlflow.db")
+    assert [path.name for path in disk.iterdir()] == ["mlruns"]
+
+
+def test_artifacts_on_a_read_only_file_system_are_found_before_the_run(
+    database: Path, mount: Callable[[int], Path], tmp_path: Path
+) -> None:
+    disk = mount(1)
+    database.with_name("artifacts").symlink_to(disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+    with refused_unchanged(database, f"{database.parent}/artifacts can't be written: Read-only file system"):
+        open_store(f"sqlite:///{database}")
+
+
+# ---- a disk that fills up during the run
+
+
+def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(
+    used: Path, mount: Callable[[int], Path], tmp_path: Path
+) -> None:
+    disk = mount(16)
+    database = copy_to(used, disk / "mlruns")
+    (earlier,) = read_runs(database)
+    step = ROOT / "experiments" / "step1_baseline.py"
+    command = [sys.executable, str(step), "--tracking-uri", f"sqlite:///{database}"]
+    with subprocess.Popen(
+        [*command, "--epochs", "3", "--limit", "256"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals(),
+    ) as process:
+        wait_until(lambda: list(disk.glob("mlruns/checkpoints/*.pt")))
+        filler = fill(disk)
+        _, said = process.communicate(timeout=120)
+
+    assert process.returncode == 1
+    assert "Traceback" not in said
+    assert re.search(r"^error: .*\.pt can't be written: .*$|^error: tracking store .* full.*$", said, re.MULTILINE)
+    assert read_value(database, "PRAGMA integrity_check") == "ok"
+    first, run = read_runs(database)
+    assert (first, earlier.artifacts.joinpath("hello.txt").read_text()) == (earlier, "hello")
+    points = run.metrics["test_accuracy"]
+    assert [epoch for epoch, _ in points] == list(range(1, len(points) + 1))
+    assert [file.stem for file in disk.glob("mlruns/checkpoints/*.pt")] == [run.run_id]
+
+    filler.unlink()
+    assert run_script(step, "--resume", *command[2:], cwd=tmp_path).returncode == 0
+
+    _, resumed = read_runs(database)
+    assert (resumed.run_id, resumed.status) == (run.run_id, "FINISHED")
+    assert resumed.metrics["test_accuracy"][: len(points)] == points
+    assert [epoch for epoch, _ in resumed.metrics["test_accuracy"]] == [1, 2, 3]
+    assert read_value(database, "PRAGMA integrity_check") == "ok"
+
+
+# ---- users
+
+
+@contextmanager
+def another_user() -> Iterator[None]:
+    """Be a user whom file modes stop; root is stopped by none."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def public(used: Path) -> Iterator[Path]:
+    """Return the database of a store that everyone can write to, in a folder that everyone can enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        database = copy_to(used, Path(folder) / "mlruns")
+        for path in (database.parent, *database.parent.rglob("*")):
+            path.chmod(0o777)
+        yield database
+        database.parent.chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    ("mode", "path", "reason"),
+    [
+        (0o444, "mlflow.db", "mlflow.db is read-only for you; make it and its folder writable"),
+        (0o555, ".", "mlruns is read-only for you; make it and its folder writable"),
+        (0o000, ".", "mlruns can't be written: Permission denied; make it and its folder writable"),
+        (0o555, "artifacts", "artifacts can't be written: Permission denied; make it and its folder writable"),
+    ],
+    ids=["read-only file", "read-only folder", "closed folder", "read-only artifacts"],
+)
+def test_a_store_of_another_user_is_found_before_the_run(mode: int, path: str, reason: str, public: Path) -> None:
+    before = contents(public.parent)
+    (public.parent / path).chmod(mode)
+    start = time.monotonic()
+
+    with another_user(), pytest.raises(LabError, match=f"^tracking store .*{public}.*({reason})"):
+        open_store(f"sqlite:///{public}")
+
+    assert time.monotonic() - start < LIMIT
+    (public.parent / path).chmod(0o777)
+    assert contents(public.parent) == before
+    with another_user():
+        open_store(f"sqlite:///{public}")
+
+
+# ---- programs
+
+
+@pytest.mark.parametrize(("mode", "begin"), [("WAL", "IMMEDIATE"), ("DELETE", "EXCLUSIVE")])
+def test_a_database_that_another_program_does_not_let_go_is_found_before_the_run(
+    mode: str, begin: str, used: Path, tmp_path: Path
+) -> None:
+    database = copy_to(used, tmp_path / "mlruns")
+    program = f"""
+import sqlite3, sys
+connection = sqlite3.connect({str(database)!r}, isolation_level=None)
+connection.execute("PRAGMA journal_mode={mode}")
+connection.execute("BEGIN {begin}")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        with refused_unchanged(database, "database is locked; another program has locked it: wait for that program"):
+            open_store(f"sqlite:///{database}")
+        other.communicate()
+
+    open_store(f"sqlite:///{database}")
+
+
+def test_a_store_of_a_newer_mlflow_is_refused_and_left_as_it_was(used: Path, tmp_path: Path) -> None:
+    database = copy_to(used, tmp_path / "mlruns")
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+
+    for read in (open_store, lambda uri: results.run_table(tracking_uri=uri)):
+        with pytest.raises(
+            LabError, match=f"^tracking store {database} was last used by a newer MLflow than 3.* install"
+        ):
+            read(f"sqlite:///{database}")
+
+    assert read_value(database, "SELECT version_num FROM alembic_version") == "ffffffffffff"

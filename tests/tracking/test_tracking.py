@@ -1,0 +1,633 @@
+"""Stores that are opened, runs that end in every way, and what one run leaves: all in real MLflow stores."""
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from torch import Tensor, nn
+
+from conftest import FullRun
+from helpers import read_runs, read_value
+from mnist_lab.cli import interrupt_on_signals
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.tracking.run import TrackedRun, track
+from mnist_lab.tracking.store import adopt, close_abandoned, finished_runs, open_store
+from mnist_lab.training.loop import normalize
+
+NO_TAGS: dict[str, str] = {}
+fork = multiprocessing.get_context("fork")  # what is imported here need not be imported again in each process
+
+
+def begin(target: Callable[..., None], *arguments: object) -> BaseProcess:
+    process = fork.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def log_a_run(uri: str, name: str) -> None:
+    with track(open_store(uri), name, params={"seed": 1}, tags=NO_TAGS) as run:
+        run.log_epoch(1, {"test_accuracy": 99.0})
+        run.log_text("hello", "hello.txt")
+
+
+# ---- the store
+
+
+def test_a_new_store_holds_the_experiment_and_its_artifacts_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    store = open_store("sqlite:///a folder/ünïcödé #1/mlflow.db")
+
+    folder = tmp_path / "a folder" / "ünïcödé #1"
+    monkeypatch.chdir("/")
+    log_a_run(store.uri, "first")
+    assert store.uri == f"sqlite:///{folder}/mlflow.db"
+    assert read_value(folder / "mlflow.db", "SELECT name FROM experiments WHERE experiment_id <> 0") == "mnist"
+    assert [file.read_text() for file in folder.glob("artifacts/*/artifacts/hello.txt")] == ["hello"]
+    client = MlflowClient(store.uri)
+    (run,) = client.search_runs([store.experiment_id])
+    assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["hello.txt"]
+    assert {path.name for path in folder.iterdir()} <= {f"mlflow.db{end}" for end in ("", "-wal", "-shm", ".lock")} | {
+        "artifacts"
+    }
+    assert list(tmp_path.iterdir()) == [tmp_path / "a folder"]
+    assert capfd.readouterr() == ("", "")  # none of the library's remarks on tables and migrations
+
+
+def test_opening_a_store_again_changes_nothing(database: Path, uri: str) -> None:
+    log_a_run(uri, "first")
+
+    assert open_store(uri) == open_store(uri)
+
+    assert [run.name for run in read_runs(database)] == ["first"]
+    assert read_value(database, "SELECT count(*) FROM experiments") == 2  # MLflow's own Default, and mnist
+
+
+def test_processes_that_use_a_new_store_at_once_all_succeed(tmp_path: Path) -> None:
+    database = tmp_path / "new" / "mlflow.db"
+    together = fork.Barrier(4)
+
+    def use(number: int) -> None:
+        together.wait(60)
+        log_a_run(f"sqlite:///{database}", f"run {number}")
+
+    processes = [begin(use, number) for number in range(4)]
+    for process in processes:
+        process.join(120)
+
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+    runs = read_runs(database)
+    assert sorted((run.name, run.status) for run in runs) == [(f"run {number}", "FINISHED") for number in range(4)]
+    assert all(run.metrics == {"test_accuracy": [(1, 99.0)]} for run in runs)
+    assert read_value(database, "PRAGMA journal_mode") == "wal"
+    assert read_value(database, "PRAGMA integrity_check") == "ok"
+
+
+def test_a_process_killed_while_it_makes_the_store_blocks_nobody(tmp_path: Path) -> None:
+    start = time.monotonic()
+    process = begin(log_a_run, f"sqlite:///{tmp_path}/whole/mlflow.db", "whole")
+    process.join(120)
+    whole = time.monotonic() - start
+    half_made = 0
+
+    for share in (0.3, 0.6, 0.85):
+        database = tmp_path / str(share) / "mlflow.db"
+        killed = begin(open_store, f"sqlite:///{database}")
+        time.sleep(share * whole)
+        killed.kill()
+        killed.join(60)
+        half_made += database.with_name("mlflow.db.new").exists()
+        process = begin(log_a_run, f"sqlite:///{database}", "next")
+        process.join(120)
+
+        assert process.exitcode == 0
+        assert [(run.name, run.status) for run in read_runs(database)] == [("next", "FINISHED")]
+        assert read_value(database, "PRAGMA integrity_check") == "ok"
+        assert read_value(database, "PRAGMA journal_mode") == "wal"
+        assert not list(database.parent.glob("mlflow.db.new*"))
+    assert half_made > 0  # else no kill came at a moment that matters
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("sqlite:///{folder}/notes.txt", "can't be read: file is not a database"),
+        ("sqlite:///{folder}", "is not a file"),
+        ("sqlite:///{folder}/notes.txt/mlflow.db", "can't be used: .*(Not a directory|File exists)"),
+        ("sqlite:////dev/null/mlflow.db", "can't be used: "),
+        ("sqlite://", "names no file"),
+        ("foo://x", "can't be used: .*unsupported URI 'foo://x'"),
+        ("runs", "can't be used: .*filesystem tracking backend"),
+        ("sqlite+foo:///x.db", "can't be used: .*sqlite.foo"),
+        ("mssql://nobody@127.0.0.1:1/runs", "can't be used: "),  # its driver is not installed
+        ("http://127.0.0.1:9", "can't be used: .*Connection refused"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_refused(
+    uri: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("my notes\n")
+
+    with pytest.raises(LabError, match=f"^tracking store .*{reason}"):
+        open_store(uri.format(folder=tmp_path))
+
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"notes.txt": "my notes\n"}
+
+
+def test_another_programs_database_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    database = tmp_path / "photos.db"
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("CREATE TABLE photos (name TEXT)")
+    before = database.read_bytes()
+
+    with pytest.raises(LabError, match=f"^tracking store {database} is not an MLflow database$"):
+        open_store(f"sqlite:///{database}")
+
+    assert database.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [database]
+
+
+def test_a_deleted_experiment_is_not_written_to(uri: str) -> None:
+    MlflowClient(uri).delete_experiment(open_store(uri).experiment_id)
+
+    with pytest.raises(LabError, match="the experiment 'mnist' is deleted; restore it in MLflow"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("room", ["tracking", "results"])
+def test_telemetry_is_off_before_mlflow_is_imported(room: str) -> None:
+    program = f"""
+import importlib.abc, os, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "mlflow":
+            print("telemetry disabled:", os.environ.get("MLFLOW_DISABLE_TELEMETRY"))
+            sys.stdout.flush()
+            os._exit(0)
+
+sys.meta_path.insert(0, Watch())
+import mnist_lab.{room}
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_DISABLE_TELEMETRY"}
+
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+
+    assert done.stdout == "telemetry disabled: true\n"
+
+
+# ---- how a run ends
+
+
+def track_a_run(uri: str, block: Callable[[TrackedRun], None]) -> None:
+    with track(open_store(uri), "a run", params={"lr": 0.1}, tags={"step": "a"}) as tracked:
+        block(tracked)
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (None, "FINISHED"),
+        (RuntimeError("a bug"), "FAILED"),
+        (LabError("bad input"), "FAILED"),
+        (MemoryError(), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(), "FINISHED"),
+        (SystemExit(0), "FINISHED"),
+        (SystemExit(3), "FAILED"),
+        (SystemExit("no more"), "FAILED"),
+    ],
+    ids=repr,
+)
+def test_the_status_says_how_the_block_ended(end: BaseException | None, status: str, uri: str, database: Path) -> None:
+    def log_and_end(tracked: TrackedRun) -> None:
+        tracked.log_epoch(1, {"test_accuracy": 98.0})
+        if end is not None:
+            raise end
+
+    if end is None:
+        track_a_run(uri, log_and_end)
+    else:
+        with pytest.raises(type(end)) as raised:
+            track_a_run(uri, log_and_end)
+        assert raised.value is end
+
+    (run,) = read_runs(database)
+    assert (run.name, run.status, run.params["lr"], run.tags["step"]) == ("a run", status, "0.1", "a")
+    assert run.metrics == {"test_accuracy": [(1, 98.0)]}  # what was logged before the end is kept
+    assert read_value(database, "SELECT end_time - start_time >= 0 FROM runs") == 1
+    assert mlflow.active_run() is None
+    trace = run.artifacts / "traceback.txt"
+    assert trace.exists() == isinstance(end, RuntimeError | MemoryError)  # of bugs only
+    if trace.exists():
+        assert "in log_and_end" in trace.read_text()
+        assert trace.read_text().rstrip().endswith(("RuntimeError: a bug", "MemoryError"))
+
+
+@pytest.fixture
+def _as_in_a_program() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP interrupt, as `main` does, and put pytest's own handlers back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where pytest was started by nohup
+    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_as_in_a_program")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_at_any_moment_leaves_a_killed_run_or_none(number: signal.Signals, uri: str, database: Path) -> None:
+    store = open_store(uri)
+
+    def whole_run() -> None:
+        with track(store, "a run", params={"lr": 0.1}, tags={"step": "a"}) as tracked:
+            for epoch in range(1, 4):
+                tracked.log_epoch(epoch, {"test_accuracy": 98.0})
+
+    whole_run()  # the first one takes longer
+    start = time.monotonic()
+    whole_run()
+    length = time.monotonic() - start
+    interrupted = 0
+    for part in range(20):
+        timer = threading.Timer(part / 20 * length, os.kill, (os.getpid(), number))
+        try:
+            timer.start()
+            try:
+                whole_run()
+            finally:
+                timer.join()
+                time.sleep(0.001)  # the signal may come after the run: here, still inside this `try`
+        except KeyboardInterrupt:
+            interrupted += 1
+        assert mlflow.active_run() is None
+
+    statuses = [run.status for run in read_runs(database)]
+    assert interrupted == 20
+    assert set(statuses) == {"FINISHED", "KILLED"}
+    assert statuses.count("KILLED") >= 5
+
+
+@pytest.mark.usefixtures("_as_in_a_program")
+def test_a_second_signal_while_the_run_is_closed_does_not_leave_it_running(uri: str, database: Path) -> None:
+    blocker = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+
+    def interrupt_twice(tracked: TrackedRun) -> None:
+        blocker.execute("BEGIN IMMEDIATE")  # so that closing the run waits
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP)).start()  # a closed terminal sends it twice
+        threading.Timer(0.6, blocker.execute, ("ROLLBACK",)).start()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        track_a_run(uri, interrupt_twice)
+
+    blocker.close()
+    assert [run.status for run in read_runs(database)] == ["KILLED"]
+
+
+def test_a_store_that_fails_during_the_run_is_one_sentence(uri: str, database: Path) -> None:
+    def log_into_a_full_database(tracked: TrackedRun) -> None:
+        refuse(database, "INSERT ON metrics")
+        tracked.log_epoch(1, {"test_accuracy": 98.0})
+
+    with pytest.raises(LabError, match=f"^tracking store '{uri}' failed during the run: .*database is full"):
+        track_a_run(uri, log_into_a_full_database)
+
+    assert [run.status for run in read_runs(database)] == ["FAILED"]
+
+
+def test_a_store_that_fails_at_the_end_of_the_run_is_one_sentence(uri: str, database: Path) -> None:
+    with pytest.raises(LabError, match="^tracking store: the run .* could not be marked FINISHED: .*database is full"):
+        track_a_run(uri, lambda tracked: refuse(database, "UPDATE ON runs"))
+
+    assert mlflow.active_run() is None
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), ZeroDivisionError("a bug")], ids=repr)
+def test_a_store_that_fails_at_the_end_does_not_hide_what_ended_the_run(
+    end: BaseException, uri: str, database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(tracked: TrackedRun) -> None:
+        refuse(database, "UPDATE ON runs")
+        raise end
+
+    with pytest.raises(type(end)) as raised:
+        track_a_run(uri, fail)
+
+    assert raised.value is end
+    (record,) = [record for record in caplog.records if record.name == "mnist_lab.tracking.run"]
+    assert record.levelno == logging.WARNING
+    assert "could not be marked" in record.getMessage()
+    assert "database is full" in record.getMessage()
+
+
+def refuse(database: Path, action: str) -> None:
+    """Make the database fail as one whose disk is full, from now on."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(f"CREATE TRIGGER full BEFORE {action} BEGIN SELECT RAISE(ABORT, 'database is full'); END")
+
+
+def test_two_runs_may_be_open_at_once(uri: str, database: Path) -> None:
+    store = open_store(uri)
+
+    with track(store, "one", params={}, tags=NO_TAGS) as one, track(store, "two", params={}, tags=NO_TAGS) as two:
+        one.log_epoch(1, {"test_accuracy": 98.0})
+        two.log_epoch(1, {"test_accuracy": 97.0})
+
+    runs = {run.name: (run.status, run.metrics, "mlflow.parentRunId" in run.tags) for run in read_runs(database)}
+    assert runs == {
+        "one": ("FINISHED", {"test_accuracy": [(1, 98.0)]}, False),
+        "two": ("FINISHED", {"test_accuracy": [(1, 97.0)]}, False),
+    }
+
+
+def test_a_run_may_be_tracked_in_any_thread(uri: str, database: Path) -> None:
+    thread = threading.Thread(target=log_a_run, args=(uri, "in a thread"))
+    thread.start()
+    thread.join(60)
+
+    assert [(run.name, run.status) for run in read_runs(database)] == [("in a thread", "FINISHED")]
+
+
+@pytest.mark.parametrize("before", [None, "sqlite:////tmp/elsewhere/mlflow.db"])
+def test_the_next_run_is_not_led_to_this_ones_store(
+    before: str | None, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if before is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", before)
+
+    log_a_run(uri, "a run")
+    with pytest.raises(ZeroDivisionError), track(open_store(uri), "another", params={}, tags=NO_TAGS):
+        raise ZeroDivisionError
+
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before
+
+
+# ---- runs of a study
+
+
+def leave_running(uri: str) -> None:
+    store = open_store(uri)
+    with track(store, "left", params={}, tags=NO_TAGS):
+        os._exit(9)  # as SIGKILL does: nothing is closed
+
+
+def test_runs_whose_process_is_gone_are_closed_and_no_others(uri: str, database: Path) -> None:
+    process = begin(leave_running, uri)
+    process.join(60)
+    store = open_store(uri)
+    client = MlflowClient(uri)
+    elsewhere = client.create_run(store.experiment_id, run_name="elsewhere", tags={"process": "other.host 1 1.0"})
+    foreign = client.create_run(store.experiment_id, run_name="foreign")
+
+    with track(store, "mine", params={}, tags=NO_TAGS):
+        close_abandoned(store)
+        states = {run.name: run.status for run in read_runs(database)}
+
+    assert states == {"left": "KILLED", "elsewhere": "RUNNING", "foreign": "RUNNING", "mine": "RUNNING"}
+    assert {elsewhere.info.status, foreign.info.status} == {"RUNNING"}
+
+
+def test_a_number_used_again_by_another_process_is_not_the_same_process(uri: str, database: Path) -> None:
+    store = open_store(uri)
+    tag = f"{socket.gethostname()} {os.getpid()} 1000000.0"  # this number, but begun long ago
+    MlflowClient(uri).create_run(store.experiment_id, run_name="left", tags={"process": tag})
+
+    close_abandoned(store)
+
+    assert [run.status for run in read_runs(database)] == ["KILLED"]
+
+
+def test_a_child_run_may_be_open_inside_its_study_and_the_study_goes_on(uri: str, database: Path) -> None:
+    store = open_store(uri)
+
+    with track(store, "study", params={}, tags=NO_TAGS) as study:
+        with track(store, "child", params={}, tags=NO_TAGS, parent_run_id=study.run_id) as child:
+            child.log_once({"num_params": 1})
+        study.log_once({"seeds": 1})
+        study.end_status = "FAILED"
+
+    outer, inner = sorted(read_runs(database), key=lambda run: run.name, reverse=True)
+    assert (outer.name, outer.status, outer.metrics) == ("study", "FAILED", {"seeds": [(0, 1)]})
+    assert (inner.name, inner.status, inner.metrics) == ("child", "FINISHED", {"num_params": [(0, 1)]})
+    assert inner.tags["mlflow.parentRunId"] == outer.run_id
+
+
+def test_only_finished_runs_of_the_same_declaration_and_code_are_found(uri: str) -> None:
+    store = open_store(uri)
+    tags = {"step": "a", "overrides": "", "code_sha256": "c0de"}
+    params = {"lr": 0.1, "device": "cpu"}
+
+    def write(seed: int, finished: bool = True, **changes: object) -> str:
+        given = {name: changes.get(name, value) for name, value in (params | tags).items()}
+        here = {**{name: given[name] for name in params}, "seed": seed} | ({"new": 1} if "new" in changes else {})
+        run_tags = {name: str(given[name]) for name in tags}
+        with track(store, "run", params=here, tags=run_tags) as run:
+            run.log_once({"final_test_accuracy": 99.0} if finished else {})
+            run.end_status = str(changes.get("status", "FINISHED"))
+        return run.run_id
+
+    write(0)
+    newest = write(0)
+    write(1, lr=0.2)
+    write(2, device="cuda")
+    write(3, step="b")
+    write(4, overrides="epochs=1")
+    write(5, code_sha256="other")
+    write(6, status="FAILED")
+    write(7, finished=False)
+    write(8, new=1)
+    nine = write(9)
+
+    found = finished_runs(store, params, tags)
+
+    assert {seed: run.run_id for seed, run in found.items()} == {0: newest, 9: nine}
+    assert found[9].metrics == {"final_test_accuracy": 99.0}
+
+
+def test_an_adopted_run_is_the_child_of_the_new_study(uri: str, database: Path) -> None:
+    store = open_store(uri)
+    with (
+        track(store, "old study", params={}, tags=NO_TAGS) as old,
+        track(store, "child", params={}, tags=NO_TAGS, parent_run_id=old.run_id) as child,
+    ):
+        pass
+    with track(store, "new study", params={}, tags=NO_TAGS) as new:
+        adopt(store, new.run_id, child.run_id)
+
+    tags = {run.name: run.tags for run in read_runs(database)}
+    assert tags["child"]["mlflow.parentRunId"] == new.run_id
+
+
+# ---- what a run leaves
+
+
+def test_epochs_are_points_at_their_number(uri: str, database: Path) -> None:
+    with track(open_store(uri), "a run", params={"lr": 0.1, "scheduler": None}, tags={"step": "a"}) as tracked:
+        tracked.log_epoch(1, {"test_loss": 0.5, "lr": 0.1})
+        tracked.log_epoch(2, {"test_loss": 0.25, "lr": 0.05})
+        tracked.log_once({"num_params": 7852})
+        tracked.set_tags({"targets": "met"})
+
+    (run,) = read_runs(database)
+    assert run.run_id == tracked.run_id
+    assert run.metrics == {
+        "test_loss": [(1, 0.5), (2, 0.25)],
+        "lr": [(1, 0.1), (2, 0.05)],
+        "num_params": [(0, 7852)],
+    }
+    assert run.params == {"lr": "0.1", "scheduler": "None"}
+    assert {name: run.tags[name] for name in ("step", "targets")} == {"step": "a", "targets": "met"}
+
+
+def test_the_data_is_an_input_with_its_own_digest(small_mnist: Mnist, uri: str, tmp_path: Path) -> None:
+    with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
+        tracked.log_data(small_mnist, tmp_path)
+
+    inputs = MlflowClient(uri).get_run(tracked.run_id).inputs.dataset_inputs
+    by_context = {entry.tags[0].value: entry.dataset for entry in inputs}
+    assert {context: dataset.name for context, dataset in by_context.items()} == {
+        "training": "MNIST training",
+        "test": "MNIST test",
+    }
+    assert {dataset.digest for dataset in by_context.values()} == {small_mnist.sha256[:36]}
+    assert json.loads(by_context["training"].source) == {"uri": str(tmp_path)}
+    assert json.loads(by_context["training"].profile)["features_shape"] == [500, 1, 28, 28]
+    assert json.loads(by_context["test"].profile)["features_shape"] == [300, 1, 28, 28]
+
+
+def test_a_file_is_kept_byte_for_byte(uri: str, database: Path, tmp_path: Path) -> None:
+    script = tmp_path / "idea.py"
+    script.write_bytes(b"# coding: latin-1\r\nNAME = '\xe9'\r\n")
+
+    with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
+        tracked.log_file(script, "source")
+
+    (run,) = read_runs(database)
+    assert (run.artifacts / "source" / "idea.py").read_bytes() == script.read_bytes()
+
+
+# ---- the trained network
+
+
+def logged_model(run: FullRun) -> Path:
+    (folder,) = (run.database.parent / "artifacts" / "models").iterdir()
+    return folder / "artifacts"
+
+
+@pytest.fixture(scope="module")
+def loaded(full_run: FullRun) -> nn.Module:
+    """Return the network of the full run as MLflow gives it back to somebody who has not got its script."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        mlflow.set_tracking_uri(f"sqlite:///{full_run.database}")
+        return mlflow.pytorch.load_model(f"runs:/{full_run.tracked.run_id}/model")
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 1000])
+@torch.inference_mode()
+def test_the_loaded_model_predicts_the_same_for_any_batch_size(
+    batch_size: int, loaded: nn.Module, full_run: FullRun, mnist: Mnist
+) -> None:
+    logits = np.load(full_run.tracked.artifacts / "predictions.npz")["logits"]
+    images = normalize(mnist.test_images[-batch_size:].float() / 255)
+
+    again = loaded(images).numpy()
+
+    np.testing.assert_allclose(again, logits[-batch_size:], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(again.argmax(axis=1), logits[-batch_size:].argmax(axis=1))
+
+
+def test_the_model_is_kept_without_pickle(full_run: FullRun) -> None:
+    archives = 0
+    for file in (file for file in logged_model(full_run).rglob("*") if file.is_file()):
+        assert file.suffix not in (".pkl", ".pickle", ".pth"), file
+        if zipfile.is_zipfile(file):
+            archives += 1
+            with zipfile.ZipFile(file) as archive:
+                assert not [name for name in archive.namelist() if name.endswith(".pkl")]
+    assert archives == 1  # the exported program
+
+
+def test_the_model_names_its_inputs_outputs_and_packages(full_run: FullRun) -> None:
+    folder = logged_model(full_run)
+    signature = mlflow.models.Model.load(str(folder)).signature
+    example = json.loads((folder / "input_example.json").read_text())
+
+    assert signature.inputs.to_dict()[0]["tensor-spec"] == {"dtype": "float32", "shape": (-1, 1, 28, 28)}
+    assert signature.outputs.to_dict()[0]["tensor-spec"] == {"dtype": "float32", "shape": (-1, 10)}
+    assert np.array(example).shape == (2, 1, 28, 28)
+    assert f"torch=={torch.__version__.partition('+')[0]}" in (folder / "requirements.txt").read_text()
+
+
+class DependsOnTheData(nn.Module):
+    """What torch.export can't express."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.linear(images.flatten(1))
+        return logits if images.sum() > 0 else -logits
+
+
+def test_a_network_that_cannot_be_exported_is_kept_as_weights(
+    uri: str, database: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    net = DependsOnTheData().train()
+    with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
+        capfd.readouterr()
+        reason = tracked.log_model(net, torch.rand(2, 1, 28, 28))
+
+    assert capfd.readouterr() == ("", "")  # torch's own account of it is pages long
+    assert reason is not None
+    assert "data-dependent" in reason
+    assert "\n" not in reason
+    (run,) = read_runs(database)
+    assert run.status == "FINISHED"
+    weights = torch.load(run.artifacts / "state_dict.pt", weights_only=True)
+    assert weights.keys() == net.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in net.state_dict().items())
+    assert net.training  # it is the script's own and stays as it was
+
+
+def test_predictions_are_kept_without_pickle(uri: str, database: Path) -> None:
+    logits = torch.randn(5, 10)
+    truth = torch.tensor([3, 1, 4, 1, 5])
+    with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
+        tracked.log_predictions(truth, logits)
+
+    (run,) = read_runs(database)
+    with np.load(run.artifacts / "predictions.npz", allow_pickle=False) as kept:
+        np.testing.assert_array_equal(kept["truth"], truth)
+        np.testing.assert_array_equal(kept["prediction"], logits.argmax(1))
+        np.testing.assert_array_equal(kept["logits"], logits)

@@ -1,0 +1,266 @@
+"""`python -m mnist_lab ui`: a real server over a real store."""
+
+import contextlib
+import http.server
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from helpers import ROOT, default_signals, read_runs, wait_until
+from mnist_lab.errors import LabError
+from mnist_lab.tracking import ui
+from mnist_lab.tracking.run import track
+from mnist_lab.tracking.store import open_store
+
+
+@contextlib.contextmanager
+def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """Take a port, as another program does."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, port))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def start(*flags: str, stderr: Path) -> subprocess.Popen[str]:
+    """Start the UI from another folder than the project's."""
+    with stderr.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "mnist_lab", "ui", *flags],
+            cwd=stderr.parent,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            preexec_fn=default_signals(),
+        )
+
+
+# ---- a server
+
+
+@dataclass(frozen=True)
+class Server:
+    taken_port: int
+    process: subprocess.Popen[str]
+    first_line: str
+    stderr: Path
+    database: Path
+
+    @property
+    def address(self) -> str:
+        return self.first_line.removeprefix("The runs: ").partition("/#")[0]
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.address}{path}", timeout=30) as answer:
+            return answer.read().decode()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Start the UI where the port that is asked for is taken, over a store that is not there yet."""
+    folder = tmp_path_factory.mktemp("ui")
+    with listening() as port:
+        flags = ["--port", str(port), "--tracking-uri", "sqlite:///store/mlflow.db"]
+        process = start(*flags, stderr=folder / "stderr")
+        assert process.stdout is not None
+        try:
+            first_line = process.stdout.readline()
+            assert first_line, (folder / "stderr").read_text()
+            yield Server(port, process, first_line, folder / "stderr", folder / "store" / "mlflow.db")
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def test_a_taken_port_gives_the_next_and_says_so(server: Server) -> None:
+    port = int(server.address.rpartition(":")[2])
+
+    assert server.taken_port < port < server.taken_port + ui.PORTS_TRIED
+    first, *servers = server.stderr.read_text().splitlines()
+    assert first == f"Port {server.taken_port} is taken; using {port}."
+    assert [line for line in servers if "Warning" in line] == []
+
+
+def test_the_printed_address_is_that_of_the_runs_table(server: Server) -> None:
+    assert re.match(r"The runs: http://127\.0\.0\.1:\d+/#/experiments/1/runs\b", server.first_line)
+    assert "<title>MLflow</title>" in server.get("/")
+
+
+def test_the_server_knows_the_experiment(server: Server) -> None:
+    found = json.loads(server.get("/api/2.0/mlflow/experiments/get-by-name?experiment_name=mnist"))["experiment"]
+
+    assert found["experiment_id"] == "1"
+    assert found["artifact_location"] == (server.database.parent / "artifacts").as_uri()  # not the server's own
+
+
+def test_the_server_listens_on_loopback_only(server: Server) -> None:
+    started = psutil.Process(server.process.pid)
+    sockets = [
+        connection.laddr
+        for process in (started, *started.children(recursive=True))
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+    port = int(server.address.rpartition(":")[2])
+    assert {tuple(address) for address in sockets} == {("127.0.0.1", port)}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({}, 200), ({"Host": "evil.example"}, 403), ({"Origin": "http://evil.example"}, 403)],
+    ids=["its own page", "a foreign host", "a foreign page"],
+)
+def test_the_server_answers_nobody_who_is_led_to_it_by_another_page(
+    headers: dict[str, str], status: int, server: Server
+) -> None:
+    asked = urllib.request.Request(
+        f"{server.address}/api/2.0/mlflow/experiments/search",
+        data=b'{"max_results": 1}',
+        headers={"Content-Type": "application/json", **headers},
+    )
+    opener = urllib.request.build_opener()
+    opener.process_response.clear()  # a refusal is an answer too
+    with opener.open(asked, timeout=30) as answer:
+        assert answer.status == status
+
+
+def test_runs_can_be_tracked_through_the_server(server: Server) -> None:
+    with track(open_store(server.address), "by http", params={"lr": 0.1}, tags={"step": "a"}) as tracked:
+        tracked.log_epoch(1, {"test_accuracy": 98.5})
+        tracked.log_text("hello", "hello.txt")
+
+    (run,) = read_runs(server.database)
+    assert (run.name, run.status, run.metrics) == ("by http", "FINISHED", {"test_accuracy": [(1, 98.5)]})
+    assert (run.artifacts / "hello.txt").read_text() == "hello"
+    shown = json.loads(server.get(f"/api/2.0/mlflow/runs/get?run_id={run.run_id}"))["run"]
+    assert shown["data"]["metrics"][0]["value"] == 98.5
+
+
+def test_a_server_that_is_running_needs_no_ui(server: Server, tmp_path: Path) -> None:
+    process = start("--tracking-uri", server.address, stderr=tmp_path / "stderr")
+
+    assert process.wait(60) == 1
+    assert (tmp_path / "stderr").read_text() == (
+        f"error: tracking store '{server.address}' is a server already: open it in a browser\n"
+    )
+
+
+def test_sigterm_ends_the_server_with_its_children(server: Server) -> None:
+    """The last test of this server."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(family) >= 2
+
+    server.process.terminate()
+
+    assert server.process.wait(30) == 0
+    wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"], 10)
+    assert server.process.stdout is not None
+    assert server.process.stdout.read() == "Ctrl-C stops the server.\n"
+    assert "Traceback" not in server.stderr.read_text()
+    with pytest.raises(OSError, match="refused"):
+        server.get("/health")
+
+
+def test_the_server_ends_with_its_program_though_nobody_reads_what_it_prints(uri: str, tmp_path: Path) -> None:
+    process = start("--tracking-uri", uri, stderr=tmp_path / "stderr.txt")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("The runs: ")
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.stdout.close()
+
+    process.terminate()
+
+    assert process.wait(30) == 0
+    wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"], 10)
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """Says that all is well, as an MLflow server of somebody else's would."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+def test_anothers_server_on_the_port_is_not_taken_for_ours(uri: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two that start at once may find the same port free; the later one must not show the other's runs."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as other:
+        threading.Thread(target=other.serve_forever).start()
+        try:
+            with pytest.raises(
+                LabError, match="^the MLflow server did not start: exit code \\d, its messages are above$"
+            ):
+                ui.serve(uri, "1", other.server_port)
+        finally:
+            other.shutdown()
+
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "address already in use" in captured.err
+
+
+# ---- ports
+
+
+def test_a_free_port_is_taken_as_it_is() -> None:
+    with listening() as port:
+        pass
+
+    assert ui.free_port(port) == port
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104
+def test_a_taken_port_is_passed_over(host: str) -> None:
+    with listening(host) as port:
+        assert port < ui.free_port(port) < port + ui.PORTS_TRIED
+
+
+def test_ports_that_are_all_taken_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ui, "PORTS_TRIED", 1)
+    with listening() as port, pytest.raises(LabError, match=f"^port: {port} to {port} are all taken; name another"):
+        ui.free_port(port)
+
+
+@pytest.mark.parametrize("port", [-1, 0, 80, 1023, 65536, 100_000])
+def test_a_port_out_of_range_is_refused(port: int) -> None:
+    with pytest.raises(LabError, match=f"^port: {port} is not between 1024 and 65535$"):
+        ui.free_port(port)
+
+
+def test_the_last_port_of_all_is_the_last_one_tried() -> None:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # where another program has it
+            stack.enter_context(listening(port=65535))
+        with pytest.raises(LabError, match="^port: 65535 to 65535 are all taken"):
+            ui.free_port(65535)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--port", "80"], "error: port: 80 is not between 1024 and 65535"),
+        (["--tracking-uri", "sqlite:///{folder}"], "error: tracking store {folder} is not a file"),
+    ],
+    ids=["port", "store"],
+)
+def test_a_wrong_flag_is_refused_in_one_sentence(flags: list[str], sentence: str, tmp_path: Path) -> None:
+    process = start(*[flag.format(folder=tmp_path) for flag in flags], stderr=tmp_path / "stderr")
+
+    assert process.wait(120) == 1
+    assert (tmp_path / "stderr").read_text() == f"{sentence.format(folder=tmp_path)}\n"

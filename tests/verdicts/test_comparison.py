@@ -1,0 +1,103 @@
+"""Comparisons in words: no more is claimed than was shown."""
+
+import math
+
+import pytest
+
+from helpers import ROOT
+from mnist_lab.errors import LabError
+from mnist_lab.verdicts.comparison import (
+    PAIRS,
+    Comparison,
+    Pair,
+    adjust,
+    compare_predictions,
+    compare_seeds,
+    effects_text,
+    interval_text,
+    p_text,
+    step_order,
+)
+
+PAIR = Pair("plain", "better", "one change")
+
+
+def comparison(**given: object) -> Comparison:
+    figures = {"effect": 0.03, "low": -0.01, "high": 0.07, "p": 0.2, "p_holm": 0.2, "test": "paired t-test", "n": (5,)}
+    return Comparison(**{"a": "plain", "b": "better", "change": "", **figures, "seeds_needed": 44, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "verdict"),
+    [
+        ({}, "no difference shown (needs about 44 seeds for 0.03 points)"),
+        ({"effect": -0.03}, "no difference shown (needs about 44 seeds for 0.03 points)"),
+        ({"seeds_needed": 12_345}, "no difference shown (needs about 12,345 seeds for 0.03 points)"),
+        ({"effect": 0.0, "p": 1.0, "p_holm": 1.0, "seeds_needed": None}, "no difference shown"),
+        ({"p": math.nan, "p_holm": math.nan, "seeds_needed": None}, "no difference shown"),
+        ({"p": 0.01, "p_holm": 0.03, "seeds_needed": None}, "better by 0.03 points"),
+        ({"p": 0.01, "p_holm": 0.03, "seeds_needed": None, "effect": -0.2}, "worse by 0.20 points"),
+        ({"p": 0.01, "p_holm": 0.06, "seeds_needed": None}, "no difference shown (among so many comparisons)"),
+    ],
+)
+def test_the_verdict_says_what_was_shown(given: dict[str, object], verdict: str) -> None:
+    assert comparison(**given).verdict == verdict
+
+
+def test_the_sentence_has_the_figures() -> None:
+    assert comparison().sentence == (
+        "better against plain: no difference shown (needs about 44 seeds for 0.03 points); +0.03 points, "
+        "95 % interval -0.01 to +0.07, p = 0.20 (paired t-test, 5 shared seeds)."
+    )
+    without_interval = comparison(low=math.nan, high=math.nan, test="Welch's t-test", n=(2, 3))
+    assert without_interval.sentence.endswith("; +0.03 points, p = 0.20 (Welch's t-test, 2 and 3 seeds).")
+
+
+def test_seeds_are_paired_by_their_numbers() -> None:
+    found = compare_seeds(PAIR, {0: 99.0, 1: 99.1, 2: 99.2}, {2: 99.3, 1: 99.2, 7: 10.0})
+    assert (found.n, found.seeds) == ((2,), "2")
+    assert found.effect == pytest.approx(0.1)
+
+
+def test_one_seed_is_refused() -> None:
+    with pytest.raises(LabError, match="at least two seeds"):
+        compare_seeds(PAIR, {0: 99.0}, {0: 99.3, 1: 99.2})
+
+
+def test_two_networks_are_compared_in_points() -> None:
+    found = compare_predictions(PAIR, [True] * 90 + [False] * 10, [True] * 98 + [False] * 2)
+    assert (found.effect, found.p) == (pytest.approx(8.0), 2 / 2**8)
+    assert found.verdict == "better by 8.00 points in this one run of each"
+
+
+def test_a_table_of_comparisons_is_adjusted_together() -> None:
+    adjusted = adjust([comparison(p=0.03), comparison(p=0.04, effect=-0.03)])
+    assert [c.p_holm for c in adjusted] == [0.06, 0.06]
+    assert not any(c.shown for c in adjusted)  # each by itself would be
+    assert adjust([]) == []
+    rows, headers = effects_text(adjusted)
+    assert len(headers) == len(rows[0]) == 8
+    assert rows[1][1:] == ["-0.03", "-0.01 to +0.07", "0.04", "0.06", "5", "not shown", "44"]
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [(1.0, "1.00"), (0.153, "0.15"), (0.0712, "0.071"), (0.0042, "0.0042"), (1e-9, "<0.0001"), (math.nan, "-")],
+)
+def test_a_p_value_is_never_a_bare_zero(p: float, text: str) -> None:
+    assert p_text(p) == text
+
+
+def test_an_interval_that_is_not_there_is_a_dash() -> None:
+    assert interval_text(math.nan, math.nan) == "-"
+    assert interval_text(-0.014, 0.05, signed=True) == "-0.01 to +0.05"
+
+
+def test_experiments_are_in_natural_order() -> None:
+    names = ["zero", "step10_b", "step2_a", "idea12", "idea3", "step2", "10th", "step"]
+    assert sorted(names, key=step_order) == ["step", "step2", "step2_a", "step10_b", "10th", "idea3", "idea12", "zero"]
+
+
+def test_the_pairs_name_experiments_that_there_are() -> None:
+    scripts = {file.stem for file in (ROOT / "experiments").glob("*.py")}
+    assert {step for pair in PAIRS for step in (pair.a, pair.b)} <= scripts

@@ -1,0 +1,240 @@
+"""The statistics, against examples that were published with their figures.
+
+Student's sleep data: Student (1908), The probable error of a mean, Biometrika 6, 1-25; the figures to seven digits are
+those of R's `t.test` on its data set `sleep`.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from mnist_lab.errors import LabError
+from mnist_lab.verdicts.statistics import (
+    aggregate,
+    compare_means,
+    holm,
+    judge_mean,
+    mcnemar_exact,
+    seeds_needed,
+)
+
+# Hours of sleep that ten patients gained by each of two drugs.
+DRUG_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+DRUG_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+GAINS = [b - a for a, b in zip(DRUG_1, DRUG_2, strict=True)]
+PATIENTS = list(range(10))
+
+
+# ---- one figure over seeds
+
+
+def test_aggregate_has_the_mean_spread_and_interval_of_students_sleep_data() -> None:
+    gain = aggregate(GAINS, target=1.25)
+    assert gain.n == 10
+    assert gain.mean == pytest.approx(1.58)
+    assert gain.sd == pytest.approx(1.2299955, abs=1e-7)
+    assert (gain.low, gain.high) == pytest.approx((0.7001142, 2.4598858), abs=1e-7)
+    assert (gain.minimum, gain.median, gain.maximum) == pytest.approx((0.0, 1.3, 4.6))
+    assert gain.share_at_target == 0.6
+
+
+def test_aggregate_of_one_seed_has_no_spread_and_no_interval() -> None:
+    one = aggregate([99.39])
+    assert (one.n, one.mean, one.minimum, one.median, one.maximum) == (1, 99.39, 99.39, 99.39, 99.39)
+    assert all(math.isnan(value) for value in (one.sd, one.low, one.high, one.share_at_target))
+
+
+def test_a_value_at_the_target_counts_as_reaching_it() -> None:
+    assert aggregate([99.4, 99.39], target=99.4).share_at_target == 0.5
+
+
+# ---- a mean against a target
+
+
+def test_judge_mean_gives_the_probability_that_student_published() -> None:
+    """Student (1908), section IX: the odds are 666 to 1, P = .9985, that the second drug is the better one."""
+    verdict = judge_mean(GAINS, 0.0)
+    assert verdict.word == "met"
+    assert 1 - verdict.p == pytest.approx(0.9985, abs=1e-4)
+    assert verdict.p == pytest.approx(0.002832890 / 2, abs=1e-8)  # half of R's two-sided p
+    assert verdict.seeds_needed is None
+
+
+def test_judge_mean_shows_a_miss_by_the_same_test() -> None:
+    verdict = judge_mean([-gain for gain in GAINS], 0.0)
+    assert verdict.word == "missed"
+    assert verdict.p == pytest.approx(0.002832890 / 2, abs=1e-8)
+
+
+def test_a_mean_above_the_target_that_the_test_does_not_show_is_not_met() -> None:
+    """Student (1908): for the first drug P = .8873 only, read from his table; 0.8912 by today's."""
+    verdict = judge_mean(DRUG_1, 0.0)
+    assert verdict.word == "not shown"
+    assert 1 - verdict.p == pytest.approx(0.8873, abs=5e-3)
+    assert verdict.seeds_needed == seeds_needed(0.75 / np.std(DRUG_1, ddof=1), arms=1, tail=0.01)
+    assert verdict.seeds_needed == 60
+
+
+def test_the_seeds_needed_would_show_it_in_four_of_five_studies() -> None:
+    """By simulation, so by other means than the noncentral t-distribution."""
+    generator = np.random.default_rng(0)
+    for n, low, high in ((60, 0.79, 0.83), (58, 0.0, 0.80)):
+        drawn = generator.normal(0.75 / np.std(DRUG_1, ddof=1), 1.0, size=(40_000, n))
+        t = drawn.mean(axis=1) / drawn.std(axis=1, ddof=1) * math.sqrt(n)
+        critical = {60: 2.3912, 58: 2.3936}[n]  # t-tables: 0.01, one-sided, 59 and 57 degrees of freedom
+        assert low < (t > critical).mean() < high
+
+
+def test_one_seed_shows_nothing_about_a_mean() -> None:
+    verdict = judge_mean([99.9], 99.4)
+    assert verdict.word == "not shown"
+    assert math.isnan(verdict.p)
+    assert verdict.seeds_needed is None
+
+
+def test_a_mean_that_is_the_target_needs_no_number_of_seeds() -> None:
+    verdict = judge_mean([1.0, -1.0], 0.0)
+    assert (verdict.word, verdict.p, verdict.seeds_needed) == ("not shown", 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("n", "value", "word"),
+    [(2, 99.5, "not shown"), (6, 99.5, "not shown"), (7, 99.5, "met"), (7, 99.3, "missed"), (30, 99.4, "not shown")],
+)
+def test_values_without_any_spread_are_judged_by_the_sign_test(n: int, value: float, word: str) -> None:
+    verdict = judge_mean([value] * n, 99.4)
+    assert verdict.word == word
+    assert verdict.p == (0.5 if value == 99.4 else 0.5**n)
+    assert verdict.seeds_needed == (7 if word == "not shown" and value != 99.4 else None)
+
+
+# ---- two means
+
+
+def test_paired_comparison_of_students_sleep_data() -> None:
+    """R: t.test(extra ~ group, data = sleep, paired = TRUE) gives t = -4.0621, df = 9, p-value = 0.002833."""
+    difference = compare_means(DRUG_1, DRUG_2, paired_by=(PATIENTS, PATIENTS))
+    assert (difference.test, difference.n) == ("paired t-test", (10,))
+    assert difference.effect == pytest.approx(1.58)
+    assert (difference.low, difference.high) == pytest.approx((0.7001142, 2.4598858), abs=1e-7)
+    assert difference.p == pytest.approx(0.002833, abs=1e-6)
+    assert difference.shown
+    assert difference.seeds_needed is None
+
+
+def test_welchs_comparison_of_students_sleep_data() -> None:
+    """R: t.test(extra ~ group, data = sleep) gives t = -1.8608, df = 17.776, p-value = 0.07939."""
+    difference = compare_means(DRUG_1, DRUG_2)
+    assert (difference.test, difference.n) == ("Welch's t-test", (10, 10))
+    assert difference.effect == pytest.approx(1.58)
+    assert (difference.low, difference.high) == pytest.approx((-0.2054832, 3.3654832), abs=1e-7)
+    assert difference.p == pytest.approx(0.07939, abs=1e-5)
+    assert not difference.shown
+    assert difference.seeds_needed == 24
+
+
+def test_pairs_are_found_by_seed_and_not_by_place() -> None:
+    shuffled = compare_means(DRUG_1, DRUG_2[::-1], paired_by=(PATIENTS, PATIENTS[::-1]))
+    assert shuffled == compare_means(DRUG_1, DRUG_2, paired_by=(PATIENTS, PATIENTS))
+
+
+def test_only_shared_seeds_are_paired() -> None:
+    difference = compare_means([1.0, 2.0, 3.0, 50.0], [90.0, 2.1, 3.3, 1.0], paired_by=([0, 1, 2, 3], [9, 1, 2, 0]))
+    assert difference.n == (3,)
+    assert difference.effect == pytest.approx((0.0 + 0.1 + 0.3) / 3)
+
+
+def test_one_shared_seed_is_no_pairing() -> None:
+    difference = compare_means(DRUG_1, DRUG_2, paired_by=(PATIENTS, [0, *range(20, 29)]))
+    assert difference == compare_means(DRUG_1, DRUG_2)
+
+
+def test_the_same_figures_twice_differ_by_nothing() -> None:
+    difference = compare_means(DRUG_1, DRUG_1, paired_by=(PATIENTS, PATIENTS))
+    assert (difference.effect, difference.p, difference.seeds_needed) == (0.0, 1.0, None)
+
+
+def test_a_difference_without_any_spread_is_judged_by_the_sign_test() -> None:
+    two = compare_means([99.1, 99.2], [99.2, 99.3], paired_by=([0, 1], [0, 1]))
+    assert (two.test, two.p, two.seeds_needed) == ("sign test", 0.5, 6)
+    assert math.isnan(two.low)
+    six = compare_means([99.1] * 6, [99.2] * 6, paired_by=(range(6), range(6)))
+    assert (six.p, six.shown, six.seeds_needed) == (2 * 0.5**6, True, None)
+
+
+def test_two_arms_without_any_spread_cannot_be_tested_by_welch() -> None:
+    difference = compare_means([99.1, 99.1], [99.2, 99.2])
+    assert math.isnan(difference.p)
+    assert not difference.shown
+
+
+def test_a_comparison_of_means_needs_two_seeds_on_each_side() -> None:
+    with pytest.raises(LabError, match="at least two seeds on each side; there are 3 and 1"):
+        compare_means([1.0, 2.0, 3.0], [1.0])
+
+
+# ---- how many seeds
+
+
+@pytest.mark.parametrize(("effect_size", "published"), [(0.2, 393), (0.5, 64), (0.8, 26)])
+def test_seeds_needed_of_two_arms_are_cohens(effect_size: float, published: int) -> None:
+    """Cohen (1992), A power primer, Psychological Bulletin 112, 155-159, table 2: difference of means, alpha .05."""
+    small = {0.2: 394}  # 393.4 would have the power; Cohen rounds it down
+    assert seeds_needed(effect_size, arms=2, tail=0.025) == small.get(effect_size, published)
+
+
+@pytest.mark.parametrize(("difference", "exact", "normal"), [(0.10, 6, 4), (0.05, 17, 16), (0.03, 45, 44)])
+def test_seeds_needed_at_the_spread_of_mnist(difference: float, exact: int, normal: int) -> None:
+    """At sd 0.05. The normal approximation, 2 (z.975 + z.8)^2 / d^2, takes the sd as known and asks for fewer."""
+    assert seeds_needed(difference / 0.05, arms=2, tail=0.025) == exact
+    assert math.ceil(2 * (1.959964 + 0.841621) ** 2 / (difference / 0.05) ** 2) == normal
+
+
+@pytest.mark.parametrize(("effect_size", "needed"), [(0.0, None), (1e-9, None), (3.0, 4), (1e6, 2), (-3.0, 4)])
+def test_seeds_needed_at_the_ends(effect_size: float, needed: int | None) -> None:
+    assert seeds_needed(effect_size, arms=1, tail=0.025) == needed
+
+
+# ---- two networks on the same images
+
+
+def test_mcnemar_on_agrestis_approval_ratings() -> None:
+    """Agresti (2002), Categorical Data Analysis, 10.1: 794, 150, 86 and 570 of 1600; -0.04 +- 1.96 (0.0095)."""
+    first = np.repeat([True, True, False, False], [794, 150, 86, 570])
+    second = np.repeat([True, False, True, False], [794, 150, 86, 570])
+    ratings = mcnemar_exact(first, second)
+    assert (ratings.n, ratings.only_a, ratings.only_b) == (1600, 150, 86)
+    assert ratings.effect == pytest.approx(-0.04)
+    assert (ratings.low, ratings.high) == pytest.approx((-0.04 - 1.96 * 0.0095, -0.04 + 1.96 * 0.0095), abs=1e-4)
+    assert ratings.p < 0.0001
+
+
+def test_mcnemars_exact_p() -> None:
+    """The example of the vignette exactMcNemar of R's package exact2x2: 21, 9, 2, 12; p-value = 0.06543."""
+    pairs = mcnemar_exact(
+        np.repeat([True, True, False, False], [21, 2, 9, 12]), np.repeat([True, False, True, False], [21, 2, 9, 12])
+    )
+    assert (pairs.only_a, pairs.only_b) == (2, 9)
+    assert pairs.p == pytest.approx(0.06543, abs=1e-5)
+    assert pairs.p == 2 * (1 + 11 + 55) / 2**11  # at most 2 of 11 throws of a coin, on either side
+
+
+def test_mcnemar_where_the_networks_never_disagree() -> None:
+    same = mcnemar_exact([True, False, True], [True, False, True])
+    assert (same.only_a, same.only_b, same.effect, same.p) == (0, 0, 0.0, 1.0)
+
+
+# ---- a table of comparisons
+
+
+def test_holm_on_a_published_example() -> None:
+    """The worked example of the article "Holm-Bonferroni method" in Wikipedia: at 0.05 only H4 and H1 are rejected."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_a_comparison_that_was_not_made_is_no_part_of_the_family() -> None:
+    adjusted = holm([0.01, math.nan, 0.02])
+    assert adjusted[0::2] == pytest.approx([0.02, 0.02])
+    assert math.isnan(adjusted[1])
+    assert holm([]) == []
