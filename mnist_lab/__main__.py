@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from mnist_lab.cli import interrupt_on_signals
+from mnist_lab.cli import interrupt_on_signals, sentences
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.sqlite import PROJECT_ROOT, sqlite_file, tracking_uri
 
@@ -16,7 +16,8 @@ from mnist_lab.tracking.sqlite import PROJECT_ROOT, sqlite_file, tracking_uri
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `compare | head` ends quietly
     arguments = _parser().parse_args()
-    arguments.job(arguments)
+    with sentences():
+        arguments.job(arguments)
 
 
 def data(arguments: argparse.Namespace) -> None:

@@ -7,25 +7,25 @@ import ast
 import re
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from mnist_lab.console import Console, StudyConsole, print_result, print_study
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, shown
 from mnist_lab.running import declaration
+from mnist_lab.running.output import lasting_output
 from mnist_lab.tracking.sqlite import tracking_uri
 
-if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
-    pass
+if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--help` needs none of it
+    from mnist_lab.running.checkpoint import Checkpoint
+    from mnist_lab.running.job import Job
 
 INTERRUPTED = "Interrupted."
-# What `--resume` takes from the run that it continues.
-OF_THE_RUN = ("seed", "seeds", "epochs", "batch_size", "limit", "holdout", "threads", "set", "again", "workers")
 MAX_SEEDS = 10_000  # of one study
 MAX_THREADS = 1_024  # starting very many ends the process
 
@@ -33,96 +33,119 @@ MAX_THREADS = 1_024  # starting very many ends the process
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
     """Train one run, or with `--seeds` a study, as the command line says, print its verdict, and track it in MLflow.
 
-    The name of the script that was started names the step.
+    The name of the script that was started names the step. A script may call it once: its runs are told apart by the
+    script's name. What the user can put right ends the program with one sentence on stderr and exit code 1.
     """
     if declaration.only_read(experiment):
         return
-    script = Path(sys.argv[0]).resolve()
+    with lasting_output(), sentences():
+        script = Path(sys.argv[0]).resolve()
+        _refuse_second_call(script)
+        arguments = _parse(script, argv)
+        job, resume = make_job(experiment, script, arguments)
+        interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
+        if arguments.seeds is None:
+            _run(job, arguments.seed or 0, resume)
+        else:
+            _study(job, arguments)
+
+
+def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace) -> tuple[Job, Checkpoint | None]:
+    """Return the job that the command line asks for, and with `--resume` the checkpoint from which it goes on.
+
+    Raises:
+        LabError: if a value can't be right, or there is no interrupted run such as is asked for.
+    """
+    from mnist_lab.running import checkpoint
+    from mnist_lab.running.job import Job, choose_device
+
+    experiment.check()
+    changes: dict[str, object] = dict(assignment(text) for text in arguments.set)
+    changes |= {name: getattr(arguments, name) for name in ("epochs", "batch_size") if getattr(arguments, name)}
+    changed, overrides = experiment.override(changes)
+    resume, uri = None, tracking_uri(arguments.tracking_uri)
+    if arguments.resume is not None:
+        wanted = {name: overrides.get(name) for name in changes}  # None: as declared
+        resume = checkpoint.find(
+            uri,
+            script.stem,
+            arguments.resume,
+            changes=wanted,
+            **{name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")},
+        )
+        changed, overrides = experiment.override(resume.changes)
+        arguments.seed, arguments.limit, arguments.holdout = resume.seed, resume.limit, resume.holdout
+    job = Job(
+        script=script,
+        experiment=changed,
+        overrides=overrides,
+        device=choose_device(arguments.device),
+        threads=arguments.threads,
+        data_dir=arguments.data_dir,
+        tracking_uri=uri,
+        limit=arguments.limit,
+        holdout=arguments.holdout or 0,
+    )
+    return job, resume
+
+
+def _parse(script: Path, argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser(script)
     arguments = flags.parse_args(argv)
     if arguments.seeds is not None and arguments.threads is not None:
         flags.error("argument --threads: not allowed with --seeds, whose processes have one thread each")
     if arguments.seeds is None and (arguments.workers is not None or arguments.again):
         flags.error(f"argument --{'again' if arguments.again else 'workers'}: only allowed with --seeds")
-    given = [name for name in OF_THE_RUN if getattr(arguments, name) not in (None, False, [])]
-    if arguments.resume is not None and given:
-        flags.error(f"argument --{given[0].replace('_', '-')}: not allowed with --resume, which has that of the run")
+    if arguments.resume is not None and arguments.seeds is not None:
+        flags.error("argument --seeds: not allowed with --resume: a study goes on by itself where it was interrupted")
     for name, value in vars(arguments).items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str | Path) and not _can_be_written(str(text)):
                 flags.error(f"argument --{name.replace('_', '-')}: {str(text)!r} is not text in UTF-8")
-    experiment.check()
-    if arguments.resume is None:
-        changes: dict[str, object] = dict(assignment(text) for text in arguments.set)
-        for flag in ("epochs", "batch_size"):
-            if (value := getattr(arguments, flag)) is not None:
-                changes[flag] = value
-    else:
-        from mnist_lab.running import checkpoint
-
-        resume = checkpoint.find(tracking_uri(arguments.tracking_uri), script.stem, arguments.resume)
-        changes = dict(resume.changes)
-        arguments.seed, arguments.limit, arguments.holdout = resume.seed, resume.limit, resume.holdout
-        arguments.resume = resume
-    experiment, overrides = experiment.override(changes)
-    experiment.check()
-    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
-    (_run if arguments.seeds is None else _run_study)(experiment, script, overrides, arguments)
+    return arguments
 
 
-def _run(experiment: Experiment, script: Path, overrides: Mapping[str, object], arguments: argparse.Namespace) -> None:
+def _refuse_second_call(script: Path) -> None:
+    """Refuse to train a second experiment under the name of one script; raises LabError."""
+    program = sys.modules["__main__"]
+    if Path(getattr(program, "__file__", None) or "").resolve() != script:  # in a notebook, or called by a program
+        return
+    if program in _have_called_main:
+        raise LabError(
+            f"script: {script.name} calls main a second time; its runs would not be told apart. "
+            "Give each experiment a script of its own, or vary a value with --set"
+        )
+    _have_called_main.add(program)
+
+
+_have_called_main: weakref.WeakSet[ModuleType] = weakref.WeakSet()
+
+
+def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
+    from mnist_lab.running.run import run
+
     try:
-        from mnist_lab.running import run as runner
-
-        with closing(Console(experiment.epochs)) as console:
-            result = runner.run(
-                experiment,
-                script,
-                console,
-                overrides=overrides,
-                seed=arguments.seed or 0,
-                device=arguments.device,
-                threads=arguments.threads,
-                data_dir=arguments.data_dir,
-                tracking_uri=arguments.tracking_uri,
-                limit=arguments.limit,
-                holdout=arguments.holdout,
-                resume=arguments.resume,
-            )
+        with closing(Console(job.experiment.epochs)) as console:
+            result = run(job, seed, console, resume=resume)
     except KeyboardInterrupt:
         _exit_interrupted(
             "A run that had begun is marked KILLED; its finished epochs are in MLflow. "
-            "The same script with --resume goes on after the last of them."
+            "The same command with --resume goes on after the last of them."
         )
-    print_result(result, experiment)
+    print_result(result, job)
 
 
-def _run_study(
-    experiment: Experiment, script: Path, overrides: Mapping[str, object], arguments: argparse.Namespace
-) -> None:
+def _study(job: Job, arguments: argparse.Namespace) -> None:
+    from mnist_lab.running.study import study
+
     try:
-        from mnist_lab.running import study
-
-        with closing(StudyConsole(experiment.epochs)) as console:
-            result = study.run_study(
-                experiment,
-                script,
-                console,
-                overrides=overrides,
-                seeds=arguments.seeds,
-                workers=arguments.workers,
-                again=arguments.again,
-                device=arguments.device,
-                data_dir=arguments.data_dir,
-                tracking_uri=arguments.tracking_uri,
-                limit=arguments.limit,
-                holdout=arguments.holdout,
-            )
+        with closing(StudyConsole(job.experiment.epochs)) as console:
+            result = study(job, arguments.seeds, console, workers=arguments.workers, again=arguments.again)
     except KeyboardInterrupt:
         _exit_interrupted(
             "Runs that had begun are marked KILLED; the same command trains only the seeds that are missing."
         )
-    print_study(result, experiment)
+    print_study(result, job)
     if result.failed:
         print(f"Failed: seed {', '.join(map(str, result.failed))}; the same command tries again.", file=sys.stderr)
         sys.exit(1)
@@ -133,20 +156,17 @@ def _exit_interrupted(consequence: str) -> NoReturn:
     sys.exit(128 + signal.SIGINT)
 
 
-def answer_early() -> None:
-    """Answer `--help`, and refuse a wrong command line, as soon as a script imports the lab: torch takes seconds more.
-
-    Does nothing in a program that is not a script which calls `main`.
-    """
-    if (script := _script_that_calls_main()) is not None:
-        parser(script).parse_args()
-
-
-def _script_that_calls_main() -> Path | None:
-    main_file, script = getattr(sys.modules["__main__"], "__file__", None), Path(sys.argv[0]).resolve()
-    if main_file and Path(main_file).resolve() == script and re.search(r"^ *main\(\w", _source(script), re.MULTILINE):
-        return script
-    return None
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Show a LabError as its sentence, and Ctrl-C as a word; every other error is a bug and keeps its traceback."""
+    try:
+        yield
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"\n{INTERRUPTED}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def parser(script: Path) -> argparse.ArgumentParser:
@@ -175,7 +195,7 @@ def parser(script: Path) -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="RUN_ID",
-        help="continue the newest interrupted run of this script, or this one, after its last finished epoch",
+        help="continue the newest interrupted run of this script that has the other flags, or this one",
     )
     parser.add_argument("--again", action="store_true", help="train all seeds of a study, finished or not")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
@@ -183,7 +203,7 @@ def parser(script: Path) -> argparse.ArgumentParser:
         "--threads",
         type=_from(1, MAX_THREADS),
         metavar="N",
-        help="of torch on a CPU (default: one per core that nobody else uses)",
+        help="of torch on a CPU (default: one per core; give 1 beside other work)",
     )
     parser.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
@@ -285,30 +305,3 @@ def interrupt_on_signals(*signals: signal.Signals) -> None:
     for number in signals:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
-
-
-def _line_before_main(trace: TracebackType | None) -> int | None:
-    """Return the line of the experiment's script that was at work; None in the lab's code, and in other programs."""
-    script, frames = _script_that_calls_main(), traceback.extract_tb(trace)
-    if any(Path(frame.filename).parent == Path(__file__).parent for frame in frames):
-        return None
-    return next((frame.lineno for frame in reversed(frames) if Path(frame.filename).resolve() == script), None)
-
-
-def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show a LabError as its sentence, also one raised while a script still declares its experiment.
-
-    So too what a script's own code raises before it calls `main`. Every other error is a bug.
-    """
-    if isinstance(error, LabError):
-        print(f"error: {error}", file=sys.stderr)
-    elif isinstance(error, KeyboardInterrupt):
-        print(f"\n{INTERRUPTED}", file=sys.stderr)
-    elif (line := _line_before_main(trace)) is not None:
-        said = " ".join(str(error).split())
-        print(f"error: script: {kind.__name__}: {said} ({Path(sys.argv[0]).name}, line {line})", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _excepthook

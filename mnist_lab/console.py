@@ -7,13 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from mnist_lab.experiment import SUMMARY_METRICS, Experiment
+from mnist_lab.experiment import SUMMARY_METRICS
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
     import torch
     from torch import Tensor, nn
     from tqdm import tqdm
 
+    from mnist_lab.running.job import Job
     from mnist_lab.running.run import RunResult
     from mnist_lab.running.study import StudyResult
     from mnist_lab.training.loop import EpochMetrics
@@ -175,7 +176,7 @@ class StudyConsole:
             self.bar.write(line, file=sys.stdout)
 
 
-def print_study(result: StudyResult, experiment: Experiment) -> None:
+def print_study(result: StudyResult, job: Job) -> None:
     """Print what the seeds show together: the figures over the seeds, those of each seed, and the verdict."""
     from tabulate import tabulate
 
@@ -193,8 +194,8 @@ def print_study(result: StudyResult, experiment: Experiment) -> None:
         print(tabulate(judged, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True))
     if result.accuracy is not None:
         print(f"\n{how_sure(result.accuracy)}")
-    if result.overrides:
-        print(f"Overridden ({', '.join(result.overrides)}): tagged so, and left out of the tables of results.")
+    if overrides := job.tags["overrides"]:
+        print(f"Overridden ({overrides}): tagged so, and left out of the tables of results.")
     print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the seeds below it.")
 
 
@@ -211,7 +212,7 @@ def how_sure(verdict: StudyVerdict) -> str:
     return f"{text}, which does not show it; about {verdict.seeds_needed:,} seeds would, if the mean stays where it is."
 
 
-def print_result(result: RunResult, experiment: Experiment) -> None:
+def print_result(result: RunResult, job: Job) -> None:
     """Print each target with its measured value and verdict, and the reported figures beside the measured ones."""
     from tabulate import tabulate
 
@@ -223,7 +224,7 @@ def print_result(result: RunResult, experiment: Experiment) -> None:
         print()
     held_out = "final_validation_accuracy" in measured
     rows = [
-        (name.replace("_", " "), _figure(name, measured[name]), _figure(name, experiment.reported.get(name)))
+        (name.replace("_", " "), _figure(name, measured[name]), _figure(name, job.experiment.reported.get(name)))
         for name in (SUMMARY_METRICS_WITH_HOLD_OUT if held_out else SUMMARY_METRICS)
     ]
     print(tabulate(rows, headers=("", "measured", "reported"), disable_numparse=True))
@@ -231,8 +232,8 @@ def print_result(result: RunResult, experiment: Experiment) -> None:
         print("\nThe accuracy that counts is the final test accuracy: the test images were read once, at the end.")
     else:
         print("\nThe accuracy that counts is the last epoch's. The best epoch was picked on the test images.")
-    if result.overrides:
-        print(f"Overridden ({', '.join(result.overrides)}): tagged so, and left out of the tables of results.")
+    if overrides := job.tags["overrides"]:
+        print(f"Overridden ({overrides}): tagged so, and left out of the tables of results.")
     print(f"MLflow run {result.run_id}; `make ui` shows it, `make compare` sets it beside the others.")
 
 

@@ -36,7 +36,7 @@ class Checkpoint:
     seed: int
     changes: Mapping[str, Any]
     limit: int | None
-    holdout: int | None
+    holdout: int
     identity: Mapping[str, str]
     threads: int
     epochs: list[EpochMetrics]
@@ -107,21 +107,46 @@ def newest_first(uri: str) -> Iterator[Checkpoint]:
             logger.warning("not used: %s", error)
 
 
-def find(uri: str, step: str | None = None, run_id: str | None = None) -> Checkpoint:
+def find(
+    uri: str,
+    step: str | None = None,
+    run_id: str | None = None,
+    *,
+    changes: Mapping[str, object] | None = None,
+    **wanted: int | None,
+) -> Checkpoint:
     """Return the checkpoint of a run, or the newest one of a step, or the newest of all.
+
+    changes: only one whose hyperparameters were changed so, by flat name; None for one that stands as declared.
+    wanted: only one with this seed, limit, holdout or threads, where they are not None.
 
     Raises:
         LabError: if there is none.
     """
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+
+    def has_all(one: Checkpoint) -> bool:
+        changed = all(one.changes.get(name) == value for name, value in (changes or {}).items())
+        return changed and all(getattr(one, name) == value for name, value in wanted.items())
+
     kept = [one for one in newest_first(uri) if step in (None, one.step)]
     named = [one for one in kept if run_id in (None, "", one.run_id)]
-    if named:
-        return named[0]
+    if found := [one for one in named if has_all(one)]:
+        return found[0]
     whose = f" of {step}" if step else ""
     if not kept:
         raise LabError(f"resume: there is no interrupted run{whose} with a finished epoch in {folder(uri)}")
-    there = ", ".join(f"{one.run_id} ({one.step} seed {one.seed})" for one in kept)
-    raise LabError(f"resume: there is no checkpoint of a run {run_id!r}{whose}; there are: {there}")
+    there = ", ".join(f"{one.run_id} ({one.step} seed {one.seed}{_changes_text(one)})" for one in kept)
+    if not named:
+        raise LabError(f"resume: there is no checkpoint of a run {run_id!r}{whose}; there are: {there}")
+    declared = {name: "as declared" if value is None else value for name, value in (changes or {}).items()}
+    asked = ", ".join(f"{name} {value}" for name, value in {**wanted, **declared}.items())
+    raise LabError(f"resume: there is no interrupted run{whose} with {asked}; there are: {there}")
+
+
+def _changes_text(one: Checkpoint) -> str:
+    changes = {**one.changes, "limit": one.limit, "holdout": one.holdout}
+    return "".join(f" {name}={value}" for name, value in changes.items() if value)
 
 
 def alike(uri: str, identity: Mapping[str, str], seed: int) -> Iterator[Checkpoint]:

@@ -18,10 +18,11 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint, provenance
 from mnist_lab.running.checkpoint import Checkpoint
+from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.rehearsal import blame, blame_script, rehearse, without_exits
-from mnist_lab.running.sources import SCRIPT, code_sha256, find_sources
+from mnist_lab.running.sources import SCRIPT
 from mnist_lab.running.summary import summarize
-from mnist_lab.running.threads import Load, Threads
+from mnist_lab.running.threads import Load, crowded, set_threads
 from mnist_lab.tracking.delivery import sync
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import Store, close_abandoned, open_store
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_SEED = 2**32 - 1
 # What a run logs once. MLflow shows the last value of each epoch's metrics by itself; its UI slows down with many more.
 LOGGED_ONCE = ("num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target")
 LOGGED_ONCE_WITH_HOLD_OUT = (
@@ -63,60 +63,41 @@ class RunResult:
     epochs: list[EpochMetrics]
     measured: dict[str, float]
     verdicts: list[Verdict]
-    overrides: Mapping[str, object]
 
 
 @blame_script()
 def run(
-    experiment: Experiment,
-    script: Path,
-    progress: Progress,
-    *,
-    overrides: Mapping[str, object],
-    seed: int = 0,
-    device: str | None = None,
-    threads: int | None = None,
-    data_dir: Path | None = None,
-    tracking_uri: str | None = None,
-    limit: int | None = None,
-    holdout: int | None = None,
-    parent_run_id: str | None = None,
-    resume: Checkpoint | None = None,
+    job: Job, seed: int, progress: Progress, *, parent_run_id: str | None = None, resume: Checkpoint | None = None
 ) -> RunResult:
-    """Train and track one run of the experiment that `script` declares.
+    """Train and track one run.
 
-    overrides: what differs from that declaration; `experiment` has it applied already. The run is tagged with it.
-    limit: train on the first so many images only, which counts as an override too.
-    holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
-        test images are read once, at the end. Logged as a param: tables keep the two protocols apart.
-    threads: of torch on a CPU; see `threads.Threads` for what is chosen if not given.
     parent_run_id: the study's run that this one belongs to.
-    resume: continue this run, in the same MLflow run; all other arguments are those of that run.
+    resume: continue this run, in the same MLflow run; the job and the seed are those of that run.
 
     Raises:
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
             later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
     """
-    experiment.check()
     check_seed(seed)
-    if not script.is_file():
-        raise LabError(f"script: {str(script)!r} is not a file; a run is named after the script that declares it")
-    where = choose_device(device)
     load = Load()
-    store = open_store(tracking_uri)
+    store = open_store(job.tracking_uri)
     sync(store.uri)
     close_abandoned(store)
-    mnist = load_parts(data_dir, where, limit=limit, holdout=holdout)
-    rehearse(experiment, mnist)
-    overrides = all_overrides(overrides, limit=limit)
-    identity = identity_text(experiment, script, where, overrides, holdout)
+    mnist = load_parts(job)
+    rehearse(job.experiment, mnist)
     if resume is not None:
-        _check_same(identity, resume)
-        threads = resume.threads
-    on_cpu = Threads(threads, load) if where.type == "cpu" else None
+        _check_same(job.identity, resume)
+    if job.device.type == "cpu":
+        threads = set_threads(job.threads if resume is None else resume.threads)
+        if crowded(threads, others := load.others()):
+            logger.warning(
+                "other processes use %.1f cores: beside them one thread is faster than %d (--threads 1)",
+                others,
+                threads,
+            )
 
-    net = initial_network(experiment, seed, where)
-    training = Training(net, experiment, mnist, seed=seed, on_batch=progress.on_batch)
+    net = initial_network(job.experiment, seed, job.device)
+    training = Training(net, job.experiment, mnist, seed=seed, on_batch=progress.on_batch)
     before = [] if resume is None else resume.epochs
     if resume is not None:
         training.load_state_dict(resume.training)
@@ -130,38 +111,22 @@ def run(
             checkpoint.save(
                 Checkpoint(
                     run_id=run_id,
-                    script=str(script),
+                    script=str(job.script),
                     seed=seed,
-                    changes={name: value for name, value in overrides.items() if name != "limit"},
-                    limit=limit,
-                    holdout=holdout,
-                    identity=identity,
+                    changes=dict(job.overrides),
+                    limit=job.limit,
+                    holdout=job.holdout,
+                    identity=job.identity,
                     threads=torch.get_num_threads(),
                     epochs=epochs,
                     training=training.state_dict(),
                 ),
                 store.uri,
             )
-            if on_cpu is not None and on_cpu.adapt():
-                logger.warning("other processes need the cores too: going on with %d thread(s)", on_cpu.number)
             yield metrics
 
-    result = record(
-        train,
-        net,
-        experiment,
-        script,
-        mnist,
-        store,
-        progress,
-        overrides=overrides,
-        seed=seed,
-        holdout=holdout,
-        data_dir=data_dir,
-        parent_run_id=parent_run_id,
-        resume=resume,
-    )
-    checkpoint.remove_alike(store.uri, identity, seed)
+    result = record(job, seed, train, net, mnist, store, progress, parent_run_id=parent_run_id, resume=resume)
+    checkpoint.remove_alike(store.uri, job.identity, seed)
     return result
 
 
@@ -190,18 +155,14 @@ def initial_network(experiment: Experiment, seed: int, device: torch.device) -> 
 
 
 def record(
+    job: Job,
+    seed: int,
     train: Callable[[str], Iterable[EpochMetrics]],
     net: nn.Module,
-    experiment: Experiment,
-    script: Path,
     mnist: Mnist,
     store: Store,
     progress: Progress,
     *,
-    overrides: Mapping[str, object],
-    seed: int,
-    holdout: int | None,
-    data_dir: Path | None,
     parent_run_id: str | None,
     resume: Checkpoint | None = None,
 ) -> RunResult:
@@ -211,11 +172,10 @@ def record(
     The other arguments are those of `run`.
     """
     where = mnist.train_images.device
-    step, run_name = script.stem, f"{script.stem} seed {seed}"
-    params, identity = identify(experiment, script, where, overrides, holdout)
-    commit, environment = provenance.commit(script), provenance.environment(where)
+    experiment, run_name = job.experiment, run_name_of(job, f"seed {seed}")
+    commit, environment = provenance.commit(job.script), provenance.environment(where)
     tags = {
-        **identity,
+        **job.tags,
         "git_commit": commit.sha,
         "git_dirty": str(commit.dirty).lower(),
         "data_sha256": mnist.sha256,
@@ -229,16 +189,16 @@ def record(
     with track(
         store,
         run_name,
-        params={**params, "seed": seed},
+        params={**job.params, "seed": seed},
         tags=tags,
         parent_run_id=parent_run_id,
         resume_run_id=None if resume is None else resume.run_id,
     ) as tracked:
         epochs = []
         if resume is None:
-            tracked.log_data(mnist, find_data_dir(data_dir))
+            tracked.log_data(mnist, find_data_dir(job.data_dir))
             tracked.log_text(summary + "\n", "model_summary.txt")
-            for name, file in find_sources(script).items():
+            for name, file in job.sources.items():
                 tracked.log_file(file, "source" if name == SCRIPT else source_folder(name, file))
             tracked.log_json(environment, "environment.json")
             if commit.dirty:
@@ -253,7 +213,7 @@ def record(
         logits = final_logits(net, mnist)
         measured = measure(net, epochs, experiment)
         logged_once: tuple[str, ...] = LOGGED_ONCE
-        if holdout is not None:
+        if job.holdout:
             loss, correct = evaluate(logits, mnist.test_labels)
             measured |= {"final_test_loss": loss, "final_test_accuracy": 100 * correct / len(logits)}
             logged_once = LOGGED_ONCE_WITH_HOLD_OUT
@@ -267,11 +227,11 @@ def record(
         words = {f"verdict_{verdict.name}": verdict.word for verdict in verdicts}
         tracked.set_tags({"targets": targets.overall(verdicts), **words})
         tracked.log_predictions(mnist.test_labels, logits)
-        tracked.log_figures(draw(experiment, mnist, epochs, logits, step=step, seed=seed, run_id=tracked.run_id))
+        tracked.log_figures(draw(experiment, mnist, epochs, logits, step=job.step, seed=seed, run_id=tracked.run_id))
         refusal = tracked.log_model(net, normalize(mnist.test_images[:2].float() / 255))
         if refusal is not None:
             tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
-    return RunResult(tracked.run_id, epochs, measured, verdicts, overrides)
+    return RunResult(tracked.run_id, epochs, measured, verdicts)
 
 
 def source_folder(name: str, file: Path) -> str:
@@ -293,43 +253,22 @@ def final_logits(net: nn.Module, mnist: Mnist) -> Tensor:
     return logits
 
 
-def load_parts(data_dir: Path | None, device: torch.device, *, limit: int | None, holdout: int | None) -> Mnist:
-    """Load MNIST, hold out `holdout` of the training images, and keep the first `limit` of the others.
+def load_parts(job: Job) -> Mnist:
+    """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` of the others.
 
     Raises:
         LabError: if there are not that many, or the data can't be had.
     """
-    mnist = load_mnist(data_dir, device)
-    if holdout is not None:
-        mnist = hold_out(mnist, holdout)
-    return mnist if limit is None else first_images(mnist, limit)
+    mnist = load_mnist(job.data_dir, job.device)
+    if job.holdout:
+        mnist = hold_out(mnist, job.holdout)
+    return mnist if job.limit is None else first_images(mnist, job.limit)
 
 
-def all_overrides(overrides: Mapping[str, object], *, limit: int | None) -> dict[str, object]:
-    """Return the overrides with `limit` among them: a run on fewer images is not that step any more."""
-    return {**overrides, **({} if limit is None else {"limit": limit})}
-
-
-def identify(
-    experiment: Experiment, script: Path, device: torch.device, overrides: Mapping[str, object], holdout: int | None
-) -> tuple[dict[str, object], dict[str, str]]:
-    """Return params and tags that runs have in common if, and only if, they differ in nothing but the seed."""
-    params = {**experiment.hyperparameters(), "device": device.type}
-    if holdout is not None:
-        params["holdout"] = holdout
-    return params, {
-        "step": script.stem,
-        "overrides": " ".join(f"{name}={value}" for name, value in sorted(overrides.items())),
-        "code_sha256": code_sha256(find_sources(script)),
-    }
-
-
-def identity_text(
-    experiment: Experiment, script: Path, device: torch.device, overrides: Mapping[str, object], holdout: int | None
-) -> dict[str, str]:
-    """Return the same, all of it as text, for a checkpoint."""
-    params, tags = identify(experiment, script, device, overrides, holdout)
-    return {**{name: str(value) for name, value in params.items()}, **tags}
+def run_name_of(job: Job, seeds: str) -> str:
+    """Name a run in MLflow, e.g. "step3_gap seed 0 [epochs=1 limit=1000]": what is overridden shows."""
+    overrides = job.tags["overrides"]
+    return f"{job.step} {seeds}" + (f" [{overrides}]" if overrides else "")
 
 
 def target_tags(experiment: Experiment) -> dict[str, str]:
@@ -393,24 +332,6 @@ def draw(
     )
 
 
-def choose_device(name: str | None) -> torch.device:
-    """Return the device named, else cuda, else mps, else cpu.
-
-    Raises:
-        LabError: if torch knows no such device or this machine has none.
-    """
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available[:0] = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if name is None:
-        return torch.device(available[0])
-    if name not in available:
-        raise LabError(f"device: {name!r} is not available here; available are {', '.join(available)}")
-    return torch.device(name)
-
-
 def first_images(mnist: Mnist, limit: int) -> Mnist:
     """Return the data with only the first `limit` training images.
 
@@ -421,9 +342,3 @@ def first_images(mnist: Mnist, limit: int) -> Mnist:
     if not 1 <= limit <= total:
         raise LabError(f"limit: {limit} is not between 1 and {total:,}, the number of training images")
     return dataclasses.replace(mnist, train_images=mnist.train_images[:limit], train_labels=mnist.train_labels[:limit])
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that numpy would not take; raises LabError."""
-    if not 0 <= seed <= MAX_SEED:
-        raise LabError(f"seed: {seed} is not between 0 and {MAX_SEED}")

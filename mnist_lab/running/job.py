@@ -1,0 +1,133 @@
+"""What is to be run: an experiment and all that was said about running it, but for the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnist_lab.errors import LabError
+from mnist_lab.experiment import Experiment
+from mnist_lab.running import declaration
+from mnist_lab.running.sources import code_sha256, find_sources
+
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One experiment as it is to be run, with any seed. It can be pickled, and so be sent to another process.
+
+    script: the file that declares the experiment; its name names the step.
+    experiment: with `overrides` applied.
+    overrides: the hyperparameters that differ from the declaration, by flat name.
+    device: what trains.
+    threads: of torch on a CPU; None for one per core that this process may run on.
+    data_dir, tracking_uri: where MNIST and the runs are kept; None for the default folder of the data.
+    limit: train on the first so many images only, which counts as an override too; None for all.
+    holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
+        test images are then read once, at the end. 0 for none.
+
+    Raises:
+        LabError: if the script is not a file, or the declaration can't be right on its face.
+    """
+
+    script: Path
+    experiment: Experiment
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    threads: int | None = None
+    data_dir: Path | None = None
+    tracking_uri: str
+    limit: int | None = None
+    holdout: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.script.is_file():
+            raise LabError(f"script: {str(self.script)!r} is not a file; a run is named after its script")
+        self.experiment.check()
+
+    @property
+    def step(self) -> str:
+        return self.script.stem
+
+    @cached_property
+    def sources(self) -> dict[str, Path]:
+        """The script and what it imports outside libraries, by module name."""
+        return find_sources(self.script)
+
+    @cached_property
+    def code_sha256(self) -> str:
+        return code_sha256(self.sources)
+
+    @property
+    def params(self) -> dict[str, object]:
+        """What is logged as params, but for the seed."""
+        held_out = {"holdout": self.holdout} if self.holdout else {}
+        return {**self.experiment.hyperparameters(), "device": self.device.type, **held_out}
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The tags that, with the params, runs share if and only if they differ in nothing but the seed."""
+        overrides = {**self.overrides, **({} if self.limit is None else {"limit": self.limit})}
+        return {
+            "step": self.step,
+            "overrides": " ".join(f"{name}={value}" for name, value in sorted(overrides.items())),
+            "code_sha256": self.code_sha256,
+        }
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Params and tags together, as text."""
+        return {**_as_text(self.params), **self.tags}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the experiment behind: its network's class may live in the script, which the other process reads."""
+        return {**vars(self), "experiment": None, "code_sha256": self.code_sha256, "declared": _as_text(self.params)}
+
+    def read_experiment(self) -> None:
+        """Read the experiment from the script, in a process that was sent this job.
+
+        Raises:
+            LabError: if the script, or what it imports, is another one now or declares another experiment.
+        """
+        if code_sha256(self.sources) != self.code_sha256:
+            raise LabError(f"{self.script.name} or what it imports was changed while the study ran")
+        vars(self)["experiment"], _ = declaration.read(self.script).override(self.overrides)
+        if _as_text(self.params) != vars(self)["declared"]:
+            raise LabError(
+                f"{self.script.name} does not declare the same experiment in a worker process; "
+                "a study needs a script that declares one experiment"
+            )
+
+
+def _as_text(params: Mapping[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in params.items()}
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device named, else cuda, else mps, else cpu.
+
+    Raises:
+        LabError: if torch knows no such device or this machine has none.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available[:0] = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name is None:
+        return torch.device(available[0])
+    if name not in available:
+        raise LabError(f"device: {name!r} is not available here; available are {', '.join(available)}")
+    return torch.device(name)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that numpy would not take; raises LabError."""
+    if not 0 <= seed <= MAX_SEED:
+        raise LabError(f"seed: {seed} is not between 0 and {MAX_SEED}")

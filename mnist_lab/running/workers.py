@@ -1,0 +1,307 @@
+"""Who trains the seeds of a study: processes of one thread each on a CPU, this process on a GPU.
+
+The processes are started by `multiprocessing` with "spawn" (torch's threads don't survive a fork). They are no `Pool`:
+a pool is broken as a whole when one of its processes dies, while here only that seed fails.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.running import checkpoint, declaration
+from mnist_lab.running.checkpoint import Checkpoint
+from mnist_lab.running.job import Job
+from mnist_lab.running.output import lasting_output
+from mnist_lab.running.run import RunResult, check_eval_loss, initial_network, record, run
+from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
+from mnist_lab.training.loop import EpochMetrics
+from mnist_lab.training.stacked import fit_stacked
+
+LOOK_SECONDS = 1.0  # how often the display is told that time passes
+END_SECONDS = 20.0  # that a worker gets to close its run when the study is stopped
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all seeds of a study have in common: the job, the study's run, and whether to begin anew."""
+
+    job: Job
+    parent_run_id: str
+    again: bool
+
+
+class Epoch(NamedTuple):
+    """A seed has finished an epoch."""
+
+    seed: int
+    metrics: EpochMetrics
+
+
+class Done(NamedTuple):
+    """A seed has finished its run."""
+
+    run: FinishedRun
+
+
+class Failed(NamedTuple):
+    """A seed has no run, and why."""
+
+    seed: int
+    reason: str
+
+
+Message = Epoch | Done | Failed
+
+
+class EpochListener:
+    """Listens to one seed's run and passes its epochs on."""
+
+    def __init__(self, on_epoch: Callable[[EpochMetrics], None]) -> None:
+        self.on_epoch = on_epoch
+
+    def on_start(self, run_name: str, device: torch.device, net: nn.Module, summary: str, num_images: int) -> None: ...
+    def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...
+
+
+def train_one_by_one(
+    task: Task, seeds: Sequence[int], on_epoch: Callable[[int, EpochMetrics], None]
+) -> Generator[Message, None, None]:
+    """Train the seeds one after another in this process; their epochs go to `on_epoch` as they come."""
+    for seed in seeds:
+        try:
+            result = _train(task, seed, partial(on_epoch, seed))
+        except Exception as error:
+            yield Failed(seed, _reason(error))
+        else:
+            yield _done(seed, result)
+
+
+def train_stacked(task: Task, seeds: Sequence[int], mnist: Mnist, store: Store) -> Generator[Message, None, None]:
+    """Train all seeds at once on the device of `mnist`, then track each as a run of its own."""
+    experiment = task.job.experiment
+    nets = [initial_network(experiment, seed, mnist.train_images.device) for seed in seeds]
+    epochs: list[list[EpochMetrics]] = []
+    try:
+        for metrics_of_seeds in fit_stacked(nets, experiment, mnist, seeds):
+            epochs.append(metrics_of_seeds)
+            for seed, metrics in zip(seeds, metrics_of_seeds, strict=True):
+                yield Epoch(seed, metrics)
+    except Exception as error:  # they stand or fall together
+        for seed in seeds:
+            yield Failed(seed, _reason(error))
+        return
+    for index, seed in enumerate(seeds):
+        own = [of_seeds[index] for of_seeds in epochs]
+        diverged = next((metrics.epoch for metrics in own if not math.isfinite(metrics.train_loss)), None)
+        if diverged is not None:
+            yield Failed(seed, f"loss: is not finite in epoch {diverged} of {len(own)}; the training has diverged")
+            continue
+        try:
+            for metrics in own:
+                check_eval_loss(metrics)
+            result = record(
+                task.job,
+                seed,
+                partial(_already_trained, own),
+                nets[index],
+                mnist,
+                store,
+                EpochListener(lambda metrics: None),
+                parent_run_id=task.parent_run_id,
+            )
+        except Exception as error:
+            yield Failed(seed, _reason(error))
+        else:
+            yield _done(seed, result)
+
+
+def _already_trained(epochs: list[EpochMetrics], run_id: str) -> list[EpochMetrics]:
+    return epochs
+
+
+def _train(task: Task, seed: int, on_epoch: Callable[[EpochMetrics], None]) -> RunResult:
+    """Train and track one seed, and go on with an interrupted run of it where there is one."""
+    resume = None if task.again else _interrupted(task.job, seed)
+    return run(task.job, seed, EpochListener(on_epoch), parent_run_id=task.parent_run_id, resume=resume)
+
+
+def _interrupted(job: Job, seed: int) -> Checkpoint | None:
+    """Return the checkpoint of an earlier run of this seed that can go on, if there is one."""
+    store = open_store(job.tracking_uri)
+    found = checkpoint.alike(store.uri, job.identity, seed)
+    return next((one for one in found if can_resume(store, one.run_id)), None)
+
+
+def _done(seed: int, result: RunResult) -> Done:
+    return Done(FinishedRun(result.run_id, seed, result.measured))
+
+
+def _reason(error: Exception) -> str:
+    """Return the sentence of a LabError; of a bug, the traceback."""
+    return str(error) if isinstance(error, LabError) else "".join(traceback.format_exception(error)).rstrip()
+
+
+# ---- processes
+
+
+class _Worker:
+    """A process that trains one seed after another, and the connection to it."""
+
+    def __init__(self, task: Task, number: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_work, args=(theirs, task), name=f"{declaration.WORKER} {number}", daemon=True
+        )
+        self.seed: int | None = None
+        with _one_thread(), _signals_held_back():
+            self.process.start()
+        theirs.close()  # so that this end hears of it when the process ends
+
+    def give(self, seed: int | None) -> None:
+        """Let it train a seed next, or with None come to its end."""
+        self.seed = seed
+        with suppress(OSError):  # where it has died: receiving says so too
+            self.connection.send(seed)
+
+
+def train_in_processes(
+    task: Task, seeds: Sequence[int], count: int, on_time: Callable[[], None]
+) -> Generator[Message, None, None]:
+    """Train the seeds in `count` processes at a time. However this ends, the processes end before it."""
+    waiting = deque(seeds)
+    workers: list[_Worker] = []
+    started = 0
+    try:
+        while waiting or workers:
+            while waiting and len(workers) < count:
+                started += 1
+                workers.append(worker := _Worker(task, started))
+                worker.give(waiting.popleft())
+            ready = wait([worker.connection for worker in workers], timeout=LOOK_SECONDS)
+            for worker in [worker for worker in workers if worker.connection in ready]:
+                try:
+                    message: Message = worker.connection.recv()
+                except (EOFError, OSError):
+                    workers.remove(worker)
+                    worker.process.join()
+                    if worker.seed is not None:
+                        yield Failed(worker.seed, f"its process ended early ({_ending(worker.process.exitcode)})")
+                    continue
+                if not isinstance(message, Epoch):
+                    worker.give(waiting.popleft() if waiting else None)
+                yield message
+            on_time()
+    finally:
+        _end_processes(workers)
+
+
+def _ending(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"exit code {exitcode}"
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
+
+
+def _end_processes(workers: Sequence[_Worker]) -> None:
+    """Let the workers close their runs and end; kill those that do not."""
+    for worker in workers:
+        worker.process.terminate()
+    deadline = time.monotonic() + END_SECONDS
+    for worker in workers:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let processes that are started meanwhile compute with one thread each."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Keep Ctrl-C and a closed terminal, which reach all processes at once, from those that are started meanwhile.
+
+    This process sees them, and then ends its workers by SIGTERM.
+    """
+    resource_tracker.ensure_running()  # starting it would let the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ---- in a worker process
+
+
+def _work(connection: Connection, task: Task) -> None:
+    """Train the seeds that come over the connection, and send back what comes of them."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+
+    def send(seed: int, metrics: EpochMetrics) -> None:
+        try:
+            connection.send(Epoch(seed, metrics))
+        except OSError:
+            raise KeyboardInterrupt from None  # the study's process is gone
+
+    try:
+        with lasting_output():
+            while (seed := connection.recv()) is not None:
+                try:
+                    task.job.read_experiment()
+                    message: Message = _done(seed, _train(task, seed, partial(send, seed)))
+                except Exception as error:
+                    message = Failed(seed, _reason(error))
+                connection.send(message)
+    except (KeyboardInterrupt, EOFError, OSError):  # stopped, or the study's process is gone
+        os._exit(1)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the study's process, then end this one, and with it its run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(END_SECONDS)
+    os._exit(1)
