@@ -47,6 +47,7 @@ def one_run(limit: int, epochs: int) -> dict[str, float]:
     from measure import load_experiment
 
     from mnist_lab.running import run as runner
+    from mnist_lab.running.job import Job
 
     peaks = {"imports": peak()}
 
@@ -73,14 +74,9 @@ def one_run(limit: int, epochs: int) -> dict[str, float]:
 
     experiment = dataclasses.replace(load_experiment(STEP), epochs=epochs)
     with temporary_store() as uri:
-        runner.run(
-            experiment,
-            script_of(STEP),
-            Noting(),
-            overrides={"epochs": epochs},
-            limit=limit,
-            tracking_uri=uri,
-        )
+        changes = {"epochs": epochs}
+        job = Job(script=script_of(STEP), experiment=experiment, overrides=changes, limit=limit, tracking_uri=uri)
+        runner.run(job, 0, Noting())
     note("end of the run")
     return peaks
 

@@ -88,6 +88,7 @@ def one_run(limit: int, epochs: int) -> dict[str, Any]:
 
         import mnist_lab.tracking.run
     from mnist_lab.running import run as runner
+    from mnist_lab.running.job import Job
 
     for name, value in list(vars(runner).items()):
         if inspect.isfunction(value) and value.__module__ in ("mnist_lab.tracking.run", "mnist_lab.tracking.delivery"):
@@ -115,14 +116,9 @@ def one_run(limit: int, epochs: int) -> dict[str, Any]:
             laps.restart()
 
     with temporary_store() as uri:
-        runner.run(
-            experiment,
-            script_of(STEP),
-            Timing(),
-            overrides={"epochs": epochs},
-            limit=limit,
-            tracking_uri=uri,
-        )
+        changes = {"epochs": epochs}
+        job = Job(script=script_of(STEP), experiment=experiment, overrides=changes, limit=limit, tracking_uri=uri)
+        runner.run(job, 0, Timing())
     clock.seconds["log_epoch"] *= declared.epochs / epochs
     return {"tracking": clock.seconds, "training": declared.epochs * statistics.median(full)}
 

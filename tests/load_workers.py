@@ -13,6 +13,7 @@ from torch import nn
 
 from mnist_lab.running import declaration
 from mnist_lab.running import run as runner
+from mnist_lab.running.job import Job
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import Store
 from mnist_lab.training.loop import EpochMetrics
@@ -30,11 +31,12 @@ class _Silent:
 
 def train_one_after_another(script: Path, uri: str, seeds: range, report: Path) -> None:
     """Train and track one real run per seed in this process; append a line of figures to `report` after each."""
-    process, experiment = psutil.Process(), declaration.read(script)
+    process = psutil.Process()
+    job = Job(script=script, experiment=declaration.read(script), tracking_uri=uri, limit=LIMIT)
     for seed in seeds:
         measure = _yardstick()
         cpu, wall = time.process_time(), time.perf_counter()
-        runner.run(experiment, script, _Silent(), overrides={}, seed=seed, device="cpu", tracking_uri=uri, limit=LIMIT)
+        runner.run(job, seed, _Silent())
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         measure += _yardstick()
         gc.collect()

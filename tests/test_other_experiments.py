@@ -19,6 +19,7 @@ from mnist_lab import Experiment
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running import run as runner
+from mnist_lab.running.job import Job
 from mnist_lab.running.run import RunResult
 from mnist_lab.training.loop import EpochMetrics
 
@@ -45,7 +46,7 @@ def train(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch, uri: str) -> Trai
     def train(net: Callable[..., object], **fields: object) -> RunResult:
         declared = {"epochs": 2, "batch_size": 64, "optimizer": partial(SGD, lr=0.01)}
         experiment = Experiment(net=net, **(declared | fields))
-        return runner.run(experiment, Path(__file__), Silent(), overrides={}, device="cpu", tracking_uri=uri)
+        return runner.run(Job(script=Path(__file__), experiment=experiment, tracking_uri=uri), 0, Silent())
 
     return train
 

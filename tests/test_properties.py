@@ -228,9 +228,11 @@ class Desk:
                 main(EXPERIMENT, given)
         except Begun:
             return "begun"
-        except LabError as refusal:
-            return str(refusal)
         except SystemExit as end:
+            if end.code == 1:
+                _, error, sentence = stderr.getvalue().rstrip("\n").rpartition("error: ")
+                assert error
+                return sentence
             if end.code == 0:
                 assert stdout.getvalue().startswith("usage: my_idea.py")
                 return "help"
@@ -292,7 +294,7 @@ def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
     def begin(*arguments: object, **more: object) -> None:
         raise Begun
 
-    monkeypatch.setattr(runner, "identity_text", begin)
+    monkeypatch.setattr(runner, "initial_network", begin)
     monkeypatch.setattr(study, "track", begin)
     outcomes: Counter[str] = Counter()
 

@@ -29,6 +29,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.running import run as runner
+from mnist_lab.running.job import Job
 from mnist_lab.running.run import RunResult, choose_device, first_images, measure
 from mnist_lab.training.loop import EpochMetrics
 
@@ -222,9 +223,8 @@ def runs(load_script: Load, mnist: Mnist, tmp_path_factory: pytest.TempPathFacto
 
     def run(progress: runner.Progress, experiment: Experiment, seed: int) -> RunResult:
         uri = f"sqlite:///{database}"
-        return runner.run(
-            experiment, script, progress, overrides=overrides, seed=seed, device="cpu", tracking_uri=uri, limit=2000
-        )
+        job = Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=2000)
+        return runner.run(job, seed, progress)
 
     silent = run(Silent(), experiment, 1)
     with stdout_on_a_terminal() as written:
@@ -312,17 +312,9 @@ def test_the_order_of_images_is_the_same_on_a_gpu(load_script: Load, uri: str, d
             def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
                 losses.append((seen, loss_sum.item()))
 
-        result = runner.run(
-            experiment,
-            script,
-            Listening(),
-            overrides=NO_OVERRIDES,
-            seed=1,
-            device=device,
-            tracking_uri=uri,
-            limit=2000,
-        )
-        return result, losses
+        where = torch.device(device)
+        job = Job(script=script, experiment=experiment, device=where, tracking_uri=uri, limit=2000)
+        return runner.run(job, 1, Listening()), losses
 
     (on_cpu, losses_on_cpu), (on_gpu, losses_on_gpu) = run("cpu"), run("cuda")
 
@@ -342,9 +334,8 @@ def held_out(load_script: Load, tmp_path_factory: pytest.TempPathFactory) -> tup
     script = ROOT / "experiments" / "step1_baseline.py"
     experiment = dataclasses.replace(load_script(script.stem).EXPERIMENT, epochs=2)
     uri = f"sqlite:///{database}"
-    result = runner.run(
-        experiment, script, Silent(), overrides={}, device="cpu", tracking_uri=uri, limit=1000, holdout=500
-    )
+    job = Job(script=script, experiment=experiment, tracking_uri=uri, limit=1000, holdout=500)
+    result = runner.run(job, 0, Silent())
     (run,) = read_runs(database)
     return result, run
 
@@ -427,7 +418,7 @@ def test_a_seed_out_of_range_is_refused(seed: int, load_script: Load, uri: str, 
     experiment = load_script("step1_baseline").EXPERIMENT
 
     with pytest.raises(LabError, match=f"^seed: {seed} is not between 0 and 4294967295$"):
-        runner.run(experiment, Path(__file__), Silent(), overrides=NO_OVERRIDES, seed=seed, tracking_uri=uri)
+        runner.run(Job(script=Path(__file__), experiment=experiment, tracking_uri=uri), seed, Silent())
 
     assert read_runs(database) == []
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import mlflow
@@ -21,16 +21,20 @@ from helpers import ROOT, TrackedRun, default_signals, read_runs, wait_until
 from mnist_lab.console import how_sure
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
-from mnist_lab.running import declaration, study
+from mnist_lab.running import declaration, workers
 from mnist_lab.running import run as runner
+from mnist_lab.running.job import Job
 from mnist_lab.running.run import RunResult
-from mnist_lab.running.study import _Done, _Failed, _judge, _Listener, _train_here, overall, run_study, train_stacked
+from mnist_lab.running.study import _judge, overall
+from mnist_lab.running.study import study as run_study
+from mnist_lab.running.workers import Done, EpochListener, Task, train_stacked
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import FinishedRun, finished_runs, open_store
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.training.stacked import fit_stacked
 from mnist_lab.verdicts.statistics import judge_mean
 
+NO_CHANGES: dict[str, object] = {}
 # As users write them too: nothing guards the call of main, and a lambda can't be sent to another process.
 SCRIPT = """
 import time
@@ -276,17 +280,19 @@ def test_a_seed_of_a_study_is_the_run_of_that_seed(
     monkeypatch.chdir(folder)
     script = folder / "my_idea.py"
     in_study = next(run for run in story.through if states([run]) == [("2", "FINISHED")])
-    listener = _Listener(lambda metrics: None)
 
-    runner.run(
-        declaration.read(script), script, listener, overrides={}, seed=2, device="cpu", tracking_uri=uri, limit=256
-    )
+    runner.run(job_of(script, uri), 2, EpochListener(lambda metrics: None))
 
     (alone,) = read_runs(database)
     kept = [np.load(run.artifacts / "predictions.npz")["logits"] for run in (in_study, alone)]
     np.testing.assert_array_equal(*kept)
     assert alone.params == in_study.params
     assert {name for name in in_study.tags if name not in alone.tags} == {PARENT}
+
+
+def job_of(script: Path, uri: str, changes: Mapping[str, object] = NO_CHANGES, limit: int = 256) -> Job:
+    experiment, overrides = declaration.read(script).override(changes)
+    return Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=limit)
 
 
 @dataclasses.dataclass
@@ -310,16 +316,7 @@ def test_finished_seeds_need_no_training_at_all(
     monkeypatch.chdir(folder)
     script, heard = folder / "my_idea.py", Heard([-1])
 
-    result = run_study(
-        declaration.read(script),
-        script,
-        heard,
-        overrides={},
-        seeds=[2, 0],
-        device="cpu",
-        tracking_uri="sqlite:///runs.db",
-        limit=256,
-    )
+    result = run_study(job_of(script, f"sqlite:///{folder}/runs.db"), [2, 0], heard)
 
     assert heard.missing == []
     assert ([run.seed for run in result.runs], result.reused) == ([2, 0], [2, 0])
@@ -336,7 +333,7 @@ def test_runs_of_another_declaration_do_not_count(
 ) -> None:
     monkeypatch.chdir(folder)
     script = folder / "my_idea.py"
-    experiment, overrides = declaration.read(script).override(changes)
+    job = job_of(script, f"sqlite:///{folder}/runs.db", changes, limit)
 
     class Stop(Exception):
         pass
@@ -348,16 +345,7 @@ def test_runs_of_another_declaration_do_not_count(
 
     heard = Stopping([])
     with pytest.raises(Stop):
-        run_study(
-            experiment,
-            script,
-            heard,
-            overrides=overrides,
-            seeds=[0, 1],
-            device="cpu",
-            tracking_uri="sqlite:///runs.db",
-            limit=limit,
-        )
+        run_study(job, [0, 1], heard)
 
     assert heard.missing == [0, 1]
     assert mlflow.active_run() is None
@@ -366,20 +354,23 @@ def test_runs_of_another_declaration_do_not_count(
 # ---- without training
 
 
-def test_on_a_gpu_the_seeds_train_here_one_after_another() -> None:
+def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
 
-    def train(seed: int, listener: object) -> RunResult:
+    def train(job: Job, seed: int, listener: object, **_: object) -> RunResult:
         trained.append(seed)
         if seed == 4:
             raise LabError("lr: too high")
-        return RunResult(f"run {seed}", [], {"best_epoch": 1}, [], {})
+        return RunResult(f"run {seed}", [], {"best_epoch": 1}, [])
 
-    messages = list(_train_here([3, 4, 5], train, Heard([])))
+    monkeypatch.setattr(workers, "run", train)
+    task = Task(job_of(ROOT / "experiments" / "step2_dropout.py", uri), "parent", again=True)
+
+    messages = list(train_one_by_one(task, [3, 4, 5], lambda seed, metrics: None))
 
     assert trained == [3, 4, 5]
-    done3, done5 = (_Done(FinishedRun(f"run {seed}", seed, {"best_epoch": 1})) for seed in (3, 5))
-    assert messages == [done3, _Failed(4, "lr: too high"), done5]
+    done3, done5 = (Done(FinishedRun(f"run {seed}", seed, {"best_epoch": 1})) for seed in (3, 5))
+    assert messages == [done3, Failed(4, "lr: too high"), done5]
 
 
 def finished(accuracies: list[float]) -> list[FinishedRun]:
@@ -405,9 +396,9 @@ def finished(accuracies: list[float]) -> list[FinishedRun]:
 )
 def test_the_verdict_of_a_study(accuracies: list[float], targets: Targets, word: str) -> None:
     experiment = Experiment(net=torch.nn.Identity, epochs=14, batch_size=1, optimizer=torch.optim.SGD, targets=targets)
-    figures = ("final_test_accuracy", "best_test_accuracy")
+    job = Job(script=Path(__file__), experiment=experiment, tracking_uri="sqlite:///none.db")
 
-    result = _judge(experiment, "abc", finished(accuracies), [], {}, figures, {})
+    result = _judge(job, "abc", finished(accuracies), [], {})
 
     assert overall(result) == word
 
@@ -445,39 +436,24 @@ def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:
 def test_a_study_that_makes_no_sense_is_refused(
     seeds: list[int], workers: int | None, sentence: str, folder: Path
 ) -> None:
-    script = folder / "my_idea.py"
+    job = job_of(folder / "my_idea.py", f"sqlite:///{folder}/runs.db")
 
     with pytest.raises(LabError, match=f"^{sentence}$"):
-        run_study(declaration.read(script), script, Heard([]), overrides={}, seeds=seeds, workers=workers)
+        run_study(job, seeds, Heard([]), workers=workers)
 
 
 def test_seeds_trained_as_one_program_are_tracked_as_runs_of_their_own(uri: str) -> None:
     """As on a GPU, though on the CPU here."""
     script = ROOT / "experiments" / "step2_dropout.py"
-    experiment, overrides = declaration.read(script).override({"epochs": 2})
-    device = torch.device("cpu")
-    mnist = runner.load_parts(None, device, limit=256, holdout=None)
-    store = open_store(uri)
-    overrides = runner.all_overrides(overrides, limit=256)
+    job, store = job_of(script, uri, {"epochs": 2}), open_store(uri)
     with track(store, "a study", params={}, tags={}) as parent:
-        messages = list(
-            train_stacked(
-                experiment,
-                script,
-                mnist,
-                store,
-                [4, 2],
-                overrides=overrides,
-                holdout=None,
-                data_dir=None,
-                parent_run_id=parent.run_id,
-            )
-        )
+        task = Task(job, parent.run_id, again=False)
+        messages = list(train_stacked(task, [4, 2], runner.load_parts(job), store))
 
     *epochs, done4, done2 = messages
-    assert [(type(message).__name__, message.seed) for message in epochs] == [("_Epoch", 4), ("_Epoch", 2)] * 2
-    assert [(type(message).__name__, message.run.seed) for message in (done4, done2)] == [("_Done", 4), ("_Done", 2)]
-    found = finished_runs(store, *runner.identify(experiment, script, device, overrides, None))
+    assert [(type(message).__name__, message.seed) for message in epochs] == [("Epoch", 4), ("Epoch", 2)] * 2
+    assert [(type(message).__name__, message.run.seed) for message in (done4, done2)] == [("Done", 4), ("Done", 2)]
+    found = finished_runs(store, job.params, job.tags)
     assert set(found) == {2, 4}  # a study on this device would not train them again
     assert found[2].metrics["train_loss"] != found[4].metrics["train_loss"]
     history = mlflow.MlflowClient(tracking_uri=uri).get_metric_history(found[4].run_id, "test_accuracy")
@@ -495,17 +471,18 @@ def test_a_seed_that_gives_no_number_among_seeds_trained_as_one_program_fails_al
     loss: str, reason: str, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = ROOT / "experiments" / "step2_dropout.py"
-    experiment, overrides = declaration.read(script).override({"epochs": 2})
-    mnist = runner.load_parts(None, torch.device("cpu"), limit=64, holdout=None)
+    job = job_of(script, uri, {"epochs": 2}, limit=64)
 
     def one_gives_nan(*arguments: object) -> Iterator[list[EpochMetrics]]:
         for epoch, metrics in enumerate(fit_stacked(*arguments), 1):  # type: ignore[arg-type]
             yield [dataclasses.replace(metrics[0], **{loss: math.nan}) if epoch == 2 else metrics[0], metrics[1]]
 
-    monkeypatch.setattr(study, "fit_stacked", one_gives_nan)
-    named = {"overrides": overrides, "holdout": None, "data_dir": None, "parent_run_id": None}
-    *_, failed, done = train_stacked(experiment, script, mnist, open_store(uri), [4, 2], **named)
+    monkeypatch.setattr(workers, "fit_stacked", one_gives_nan)
+    store = open_store(uri)
+    with track(store, "a study", params={}, tags={}) as parent:
+        task = Task(job, parent.run_id, again=False)
+        *_, failed, done = train_stacked(task, [4, 2], runner.load_parts(job), store)
 
     assert (failed.seed, failed.reason) == (4, reason)
-    assert isinstance(done, _Done)
+    assert isinstance(done, Done)
     assert done.run.seed == 2

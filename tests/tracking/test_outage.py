@@ -32,6 +32,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running import run as runner
+from mnist_lab.running.job import Job
 from mnist_lab.tracking import delivery
 from mnist_lab.tracking import run as tracking
 from mnist_lab.tracking.outbox import Outbox, Record, all_outboxes
@@ -142,18 +143,12 @@ def experiment() -> Experiment:
 
 
 def train(experiment: Experiment, uri: str, listener: After | None = None, seed: int = 5) -> str:
-    result = runner.run(
-        experiment,
-        SCRIPT,
-        listener or After(),
-        overrides={"epochs": EPOCHS},
-        seed=seed,
-        threads=1,
-        device="cpu",
-        tracking_uri=uri,
-        limit=256,
-    )
-    return result.run_id
+    return runner.run(job_of(experiment, uri), seed, listener or After()).run_id
+
+
+def job_of(experiment: Experiment, uri: str) -> Job:
+    changes = {"epochs": EPOCHS}
+    return Job(script=SCRIPT, experiment=experiment, overrides=changes, threads=1, tracking_uri=uri, limit=256)
 
 
 def check_same(run: TrackedRun, whole: TrackedRun, server: Server) -> None:
@@ -327,18 +322,7 @@ def test_a_run_killed_while_its_server_is_away_can_be_resumed(server: Server, ex
     server.start()
 
     found = checkpoint.find(server.uri)
-    again, changes = experiment.override(dict(found.changes))
-    runner.run(
-        again,
-        SCRIPT,
-        After(),
-        overrides={**changes, "epochs": EPOCHS},
-        seed=found.seed,
-        device="cpu",
-        tracking_uri=server.uri,
-        limit=found.limit,
-        resume=found,
-    )
+    runner.run(job_of(experiment, server.uri), found.seed, After(), resume=found)
 
     check_same(by_id(server, found.run_id), whole, server)
 
