@@ -61,7 +61,9 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
 
     experiment.check()
     changes: dict[str, object] = dict(assignment(text) for text in arguments.set)
-    changes |= {name: getattr(arguments, name) for name in ("epochs", "batch_size") if getattr(arguments, name)}
+    changes |= {
+        name: getattr(arguments, name) for name in ("epochs", "batch_size") if getattr(arguments, name) is not None
+    }
     changed, overrides = experiment.override(changes)
     resume, uri = None, tracking_uri(arguments.tracking_uri)
     if arguments.resume is not None:

@@ -15,9 +15,9 @@ from mnist_lab.running.sources import code_sha256, find_sources
 ON_ANOTHER_PYTHON = """
 import importlib.util, sys, types
 from pathlib import Path
-training = types.ModuleType("mnist_lab.training.loop")
+training = types.ModuleType("mnist_lab.training")
 training.RECIPE = {recipe}
-sys.modules.update({{"mnist_lab": types.ModuleType("mnist_lab"), "mnist_lab.training.loop": training}})
+sys.modules.update({{"mnist_lab": types.ModuleType("mnist_lab"), "mnist_lab.training": training}})
 spec = importlib.util.spec_from_file_location("sources", {file!r})
 sources = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sources)

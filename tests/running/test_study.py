@@ -27,7 +27,7 @@ from mnist_lab.running.job import Job
 from mnist_lab.running.run import RunResult
 from mnist_lab.running.study import _judge, overall
 from mnist_lab.running.study import study as run_study
-from mnist_lab.running.workers import Done, EpochListener, Task, train_stacked
+from mnist_lab.running.workers import Done, EpochListener, Failed, Task, train_one_by_one, train_stacked
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import FinishedRun, finished_runs, open_store
 from mnist_lab.training.loop import EpochMetrics
