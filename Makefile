@@ -64,6 +64,9 @@ data: $(INSTALLED)  ## fetch and verify MNIST
 .PHONY: steps
 steps: $(STEPS)  ## train steps 1 to 4, one after another
 
+step:
+	@echo 'make: which step? e.g. make step1; make help lists them' >&2; exit 2
+
 # `make step3` runs experiments/step3_*.py; `make four_conv` or `make my_idea` the script of that name.
 step%: $(INSTALLED)
 	@scripts=(experiments/step$*.py experiments/step$*_*.py); found=(); \
@@ -76,6 +79,9 @@ step%: $(INSTALLED)
 
 %: experiments/%.py $(INSTALLED)
 	@$(PYTHON) $< $(FLAGS)
+
+.DEFAULT:
+	@echo 'make: there is no experiments/$@.py, and no target $@: make help lists both' >&2; exit 2
 
 .PHONY: resume
 resume: $(INSTALLED)  ## go on with the newest interrupted run, after its last finished epoch

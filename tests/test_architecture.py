@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "experiments").glob("*.py"))
-MODULES = sorted((ROOT / "mnist_lab").glob("*.py"))
+MODULES = sorted((ROOT / "mnist_lab").rglob("*.py"))
 
 
 def imported_modules(file: Path) -> set[str]:
@@ -24,12 +24,16 @@ def imported_modules(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_a_script_imports_no_other_script(script: Path) -> None:
-    others = {other.stem for other in SCRIPTS} | {"experiments"}
-    assert not imported_modules(script) & others
+def test_a_step_imports_no_other_script_and_an_ablation_only_its_step(script: Path) -> None:
+    imported = imported_modules(script) & ({other.stem for other in SCRIPTS} | {"experiments"})
+    if re.match(r"step\d", script.stem):
+        assert not imported
+    else:
+        assert len(imported) <= 1
+        assert all(re.match(r"step\d", name) for name in imported)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(ROOT)))
 def test_the_lab_imports_no_script(module: Path) -> None:
     assert not imported_modules(module) & ({script.stem for script in SCRIPTS} | {"experiments"})
 
@@ -46,11 +50,11 @@ def test_no_address_stands_in_the_lock() -> None:
     assert not re.search(r"^--", lock, flags=re.MULTILINE)  # pip's options, those that name an index among them
 
 
-def test_the_readme_lists_every_file_of_the_lab() -> None:
-    readme = (ROOT / "README.md").read_text()
-    shown = {"mnist_lab", "experiments", "docs", "notebooks", "benchmarks"}
-    files = [file for file in tracked_files() if file.relative_to(ROOT).parts[0] in shown and file.suffix != ".png"]
-    assert [str(file.relative_to(ROOT)) for file in files if file.name not in readme] == []
+def test_the_design_explains_every_wing_and_module() -> None:
+    design = (ROOT / "docs" / "design.md").read_text()
+    rooms = [module.stem for module in MODULES if module.name != "__init__.py"]
+    wings = [folder.name for folder in (ROOT / "mnist_lab").iterdir() if (folder / "__init__.py").exists()]
+    assert [name for name in [*wings, *rooms] if not re.search(rf"^ *{name}\b", design, flags=re.MULTILINE)] == []
 
 
 def test_make_help_lists_every_target() -> None:
@@ -64,7 +68,17 @@ def test_make_help_lists_every_target() -> None:
         assert re.search(rf"^  {name} +\S", help_text, flags=re.MULTILINE), name
 
 
-def test_make_names_a_step_that_is_not_there() -> None:
-    done = subprocess.run(["make", "step99", "INSTALLED="], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "experiments/step99" in done.stderr
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("step99", "make: there is no experiments/step99.py and no experiments/step99_*.py"),
+        ("step", "make: which step? e.g. make step1; make help lists them"),
+        ("stepfour", "make: there is no experiments/stepfour.py and no experiments/stepfour_*.py"),
+        ("my_idea", "make: there is no experiments/my_idea.py, and no target my_idea: make help lists both"),
+        ("a.b", "make: there is no experiments/a.b.py, and no target a.b: make help lists both"),
+    ],
+)
+def test_make_names_an_experiment_that_is_not_there(target: str, said: str) -> None:
+    done = subprocess.run(["make", target, "INSTALLED="], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == said

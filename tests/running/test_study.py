@@ -228,7 +228,7 @@ def test_all_finished_seeds_are_children_of_the_newest_study(story: Story) -> No
     study = [run for run in story.through if "study" in run.tags][-1]
     children = [run for run in story.through if run.tags.get(PARENT) == study.run_id]
 
-    assert study.name == "my_idea 4 seeds"
+    assert study.name == "my_idea 4 seeds [limit=256]"
     assert "seed" not in study.params
     assert (study.params["epochs"], study.tags["study"], study.tags["seeds"]) == ("1", "my_idea", "0 1 2 3")
     assert sorted(states(children)) == [("0", "FINISHED"), ("1", "FINISHED"), ("2", "FINISHED"), ("3", "FAILED")]
@@ -322,7 +322,7 @@ def test_finished_seeds_need_no_training_at_all(
     assert ([run.seed for run in result.runs], result.reused) == ([2, 0], [2, 0])
     assert result.aggregates["final_test_accuracy"].n == 2
     study = next(run for run in read_runs(folder / "runs.db") if run.run_id == result.run_id)
-    assert (study.name, study.status) == ("my_idea 2 seeds", "FINISHED")
+    assert (study.name, study.status) == ("my_idea 2 seeds [limit=256]", "FINISHED")
 
 
 @pytest.mark.parametrize(
