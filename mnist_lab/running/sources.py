@@ -25,8 +25,8 @@ def find_sources(script: Path) -> dict[str, Path]:
     """Return the files of the script and of the modules that it imports, directly or not, by module name.
 
     Counted are Python files outside the standard library, site-packages and this lab. Import statements are followed
-    wherever they stand in a file. Where `script` is the running program, so are the modules that it has loaded by other
-    means, such as `importlib` or a `sys.path` of its own.
+    wherever they stand in a file. Where `script` is the running program, the modules of its folder that it has loaded
+    by other means, such as `importlib`, count too.
     """
     found = {SCRIPT: script}
     path = [str(script.parent), *sys.path]
@@ -106,16 +106,16 @@ def _find_spec(name: str, path: list[str]) -> ModuleSpec | None:
 
 
 def _loaded_modules(script: Path, found: Mapping[str, Path]) -> dict[str, Path]:
-    """Return what the running script has loaded besides `found`; nothing where another program is running."""
+    """Return what the running script has loaded of its folder besides `found`; nothing where another program runs."""
     running = getattr(sys.modules["__main__"], "__file__", None)
     if running is None or Path(running).resolve() != script.resolve():
         return {}
-    known = {file.resolve() for file in found.values()}
-    loaded = {name: str(getattr(module, "__file__", None)) for name, module in list(sys.modules.items())}
+    folder, known = script.resolve().parent, {file.resolve() for file in found.values()}
+    loaded = {name: Path(getattr(module, "__file__", None) or "").resolve() for name, module in [*sys.modules.items()]}
     return {
-        name: Path(file)
+        name: file
         for name, file in sorted(loaded.items())
-        if name not in ("__main__", "__mp_main__") and _is_own(file) and Path(file).resolve() not in known
+        if file.is_relative_to(folder) and _is_own(str(file)) and file not in known
     }
 
 

@@ -1,0 +1,208 @@
+"""What a command line makes of a declaration, and what of it decides whether runs are alike."""
+
+import os
+import pickle
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers import read_runs
+from mnist_lab.cli import make_job, parser
+from mnist_lab.errors import LabError
+from mnist_lab.running import checkpoint, declaration
+from mnist_lab.running import run as runner
+from mnist_lab.running.job import Job
+from mnist_lab.tracking.store import finished_runs, open_store
+
+SCRIPT = """
+from functools import partial
+
+import torch
+from nets.wide import Net
+
+from mnist_lab import Experiment, main
+
+EXPERIMENT = Experiment(net=Net, epochs=4, batch_size=64, optimizer=partial(torch.optim.SGD, lr=0.01))
+main(EXPERIMENT)
+"""
+NET = """
+from torch import nn
+
+from .sizes import WIDTH
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, WIDTH), nn.Linear(WIDTH, 10))
+
+    def forward(self, images):
+        return self.layers(images)
+"""
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a script whose network lies in a package beside it."""
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "__init__.py").touch()
+    (tmp_path / "nets" / "wide.py").write_text(NET)
+    (tmp_path / "nets" / "sizes.py").write_text("WIDTH = 4\n")
+    (tmp_path / "my_idea.py").write_text(SCRIPT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path / "my_idea.py"
+
+
+@pytest.fixture
+def command(script: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Return a function that runs the script in this process and returns its exit code."""
+
+    def run(*flags: str, stop_after: int | None = None) -> int:
+        save = runner.checkpoint.save
+
+        def stop(checkpoint: runner.Checkpoint, uri: str) -> None:
+            save(checkpoint, uri)
+            if len(checkpoint.epochs) == stop_after:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(runner.checkpoint, "save", stop)
+        fixed = ["--tracking-uri", uri, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [str(script), *fixed, *flags])
+        for name in [name for name in sys.modules if name.partition(".")[0] == "nets"]:
+            del sys.modules[name]
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+        finally:
+            monkeypatch.setattr(runner.checkpoint, "save", save)
+        return 0
+
+    return run
+
+
+def job_of(script: Path, uri: str) -> Job:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nets"]:
+        del sys.modules[name]
+    changes = {"epochs": 1}
+    experiment, overrides = declaration.read(script).override(changes)
+    return Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=64)
+
+
+def test_a_layer_widened_in_a_module_beside_the_script_makes_another_experiment(
+    command: Command, script: Path, uri: str, database: Path
+) -> None:
+    assert command("--epochs", "1", "--limit", "64") == 0
+    (run,) = read_runs(database)
+    store, job = open_store(uri), job_of(script, uri)
+    assert set(finished_runs(store, job.params, job.tags)) == {0}
+    assert run.tags["code_sha256"] == job.code_sha256
+
+    (script.parent / "nets" / "sizes.py").write_text("WIDTH = 8\n")
+
+    widened = job_of(script, uri)
+    assert finished_runs(store, widened.params, widened.tags) == {}
+    kept = {path.relative_to(run.artifacts).as_posix() for path in (run.artifacts / "source").rglob("*.py")}
+    assert kept == {f"source/{name}.py" for name in ("my_idea", "nets/__init__", "nets/wide", "nets/sizes")}
+    assert (run.artifacts / "source" / "nets" / "sizes.py").read_text() == "WIDTH = 4\n"
+
+
+def test_a_job_is_sent_without_its_experiment_and_read_anew(script: Path, uri: str) -> None:
+    job = job_of(script, uri)
+
+    sent = pickle.loads(pickle.dumps(job))  # noqa: S301
+    assert sent.experiment is None
+    sent.read_experiment()
+
+    assert sent.identity == job.identity
+    (script.parent / "nets" / "sizes.py").write_text("WIDTH = 8\n")
+    with pytest.raises(LabError, match=r"^my_idea\.py or what it imports was changed while the study ran$"):
+        pickle.loads(pickle.dumps(job)).read_experiment()  # noqa: S301
+
+
+def test_a_job_names_no_hold_out_in_one_way(script: Path, uri: str) -> None:
+    job = job_of(script, uri)
+
+    assert job.holdout == 0
+    assert "holdout" not in job.params
+
+
+# ---- which interrupted run `--resume` goes on with
+
+
+# Of runs that were stopped after their first epoch; the last is the newest.
+INTERRUPTED = {
+    "11 epochs=3 limit=128": {"seed": 11, "changes": {"epochs": 3}, "limit": 128},
+    "12 epochs=3 limit=128": {"seed": 12, "changes": {"epochs": 3}, "limit": 128},
+    "11 limit=128": {"seed": 11, "limit": 128},
+    "11 epochs=2 limit=64 lr=0.05": {"seed": 11, "changes": {"epochs": 2, "lr": 0.05}, "limit": 64, "holdout": 500},
+}
+
+
+@pytest.fixture
+def interrupted(script: Path, uri: str) -> None:
+    same = {"script": str(script), "threads": 1, "identity": {}, "epochs": [], "training": {}}
+    for age, (name, fields) in enumerate(INTERRUPTED.items()):
+        run_id = name.replace(" ", "_")
+        named = {"changes": {}, "holdout": 0} | fields
+        checkpoint.save(checkpoint.Checkpoint(run_id=run_id, **same, **named), uri)  # type: ignore[arg-type]
+        os.utime(checkpoint.file_of(uri, run_id), (age, age))
+
+
+def choose(script: Path, uri: str, flags: str) -> checkpoint.Checkpoint:
+    arguments = parser(script).parse_args([*flags.split(), "--resume", "--tracking-uri", uri])
+    _, resume = make_job(declaration.read(script), script, arguments)
+    assert resume is not None
+    return resume
+
+
+@pytest.mark.parametrize(
+    ("flags", "resumed"),
+    [
+        ("--epochs 3 --limit 128 --seed 11", "11 epochs=3 limit=128"),
+        ("--seed 12", "12 epochs=3 limit=128"),
+        ("--set epochs=4", "11 limit=128"),
+        ("--epochs 4 --seed 11", "11 limit=128"),
+        ("--holdout 500", "11 epochs=2 limit=64 lr=0.05"),
+        ("--set lr=0.05", "11 epochs=2 limit=64 lr=0.05"),
+        ("", "11 epochs=2 limit=64 lr=0.05"),
+    ],
+)
+def test_the_flags_choose_the_interrupted_run(
+    flags: str, resumed: str, interrupted: None, script: Path, uri: str
+) -> None:
+    assert choose(script, uri, flags).run_id == resumed.replace(" ", "_")
+
+
+def test_the_same_command_with_resume_goes_on(command: Command, database: Path) -> None:
+    flags = ["--epochs", "3", "--limit", "64", "--seed", "11"]
+    assert command(*flags, stop_after=1) == 130
+    assert command(*flags, "--resume") == 0
+
+    (run,) = read_runs(database)
+    assert run.status == "FINISHED"
+    assert [step for step, _ in run.metrics["train_loss"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ("--seed 13", "seed 13"),
+        ("--epochs 7 --seed 11", "seed 11, epochs 7"),
+        ("--epochs 4 --seed 12", "seed 12, epochs as declared"),
+        ("--limit 129", "limit 129"),
+    ],
+)
+def test_flags_that_no_interrupted_run_has_are_refused_by_name(
+    flags: str, asked: str, interrupted: None, script: Path, uri: str
+) -> None:
+    with pytest.raises(LabError) as refusal:
+        choose(script, uri, flags)
+
+    said = str(refusal.value)
+    assert said.startswith(f"resume: there is no interrupted run of my_idea with {asked}; there are: ")
+    assert "seed 12 epochs=3 limit=128" in said
