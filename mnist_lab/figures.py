@@ -418,6 +418,9 @@ def _finish_epochs(axes: Axes, history: pd.DataFrame) -> None:
 
 
 def _log_scale(axes: Axes, which: str) -> None:
+    """Make an axis logarithmic, unless it has no positive value to show."""
+    if not math.isfinite((axes.yaxis if which == "y" else axes.xaxis).get_minpos()):
+        return
     (axes.set_yscale if which == "y" else axes.set_xscale)("log")
     axes.autoscale_view()
     axis = axes.yaxis if which == "y" else axes.xaxis

@@ -18,7 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Targets
+from mnist_lab.experiment import Targets, shown
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import (
@@ -143,7 +143,7 @@ def _exportable(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs whose step can name a file; it is free text to the store."""
     named = [bool(re.fullmatch(r"\w[\w.-]{0,99}", step)) and step not in OTHER_FILES for step in runs["step"]]
     sentences = [
-        f"step: {step!r} can't name a file of figures; up to 100 letters, digits and _ . - can"
+        f"step: {shown(step)} can't name a file of figures; up to 100 letters, digits and _ . - can"
         for step in runs["step"][[not can for can in named]].unique()
     ]
     if sentences and not any(named):
