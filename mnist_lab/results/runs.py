@@ -215,7 +215,10 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
 
 def _read_predictions(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return truth (N,), prediction (N,) and logits (N, 10); raises whatever a file that is not such a one causes."""
-    with np.load(file, allow_pickle=False) as arrays:
+    loaded = np.load(file, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        raise ValueError("it is one array, not an archive of several")
+    with loaded as arrays:
         truth, prediction, logits = arrays["truth"], arrays["prediction"], arrays["logits"]
     for name, digits in (("truth", truth), ("prediction", prediction)):
         if digits.dtype.kind not in "iu" or digits.ndim != 1 or not len(digits):
