@@ -36,10 +36,10 @@ def compare(arguments: argparse.Namespace) -> None:
     from mnist_lab import results
     from mnist_lab.verdicts.comparison import effects_text
 
-    holdout, uri = arguments.holdout, arguments.tracking_uri
-    table = results.compare_table(include_overrides=arguments.include_overrides, holdout=holdout, tracking_uri=uri)
+    holdout, loaded = arguments.holdout, results.load_runs(arguments.tracking_uri)
+    table = results.compare_table(include_overrides=arguments.include_overrides, holdout=holdout, loaded=loaded)
     if table.empty:
-        raise LabError(f"no finished runs without overrides in {tracking_uri(uri)}; train first, e.g. `make step1`")
+        raise LabError(f"no finished runs without overrides in {loaded.uri}; train first, e.g. `make step1`")
     print(tabulate(*results.compare_text(table, holdout=holdout), disable_numparse=True))
     best = f"on the {holdout:,} training images held out" if holdout else "on the test images"
     print(
@@ -51,7 +51,7 @@ def compare(arguments: argparse.Namespace) -> None:
     )
     for row in table[table["left_out"] > 0].to_dict("records"):
         print(f"{row['step']}: {row['left_out']} older runs by other code (code_sha256) are left out.")
-    comparisons, refused = results.compare_pairs(holdout=holdout, tracking_uri=uri)
+    comparisons, refused = results.compare_pairs(holdout=holdout, loaded=loaded)
     if comparisons:
         print("\nWhat each change is worth: test accuracy of the last epoch, in points, with 95 % interval\n")
         print(tabulate(*effects_text(comparisons), disable_numparse=True))

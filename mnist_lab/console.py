@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from mnist_lab.experiment import SUMMARY_METRICS
+from mnist_lab.verdicts.measures import MEASURES
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
     import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from mnist_lab.running.run import RunResult
     from mnist_lab.running.study import StudyResult
     from mnist_lab.training.loop import EpochMetrics
-    from mnist_lab.verdicts.statistics import StudyVerdict
+    from mnist_lab.verdicts.targets import Verdict
 
 SUMMARY_METRICS_WITH_HOLD_OUT = (
     "final_train_accuracy",
@@ -185,25 +186,22 @@ def print_study(result: StudyResult, job: Job) -> None:
     for rows, headers in tables(result):
         print()
         print(tabulate(rows, headers=headers, disable_numparse=True))
-    judged = [(v.name, v.wanted, _figure(v.name, v.measured), v.word) for v in result.verdicts]
-    if result.accuracy is not None:
-        of_mean = (f"mean at least {result.accuracy.target:g} %", f"{result.accuracy.mean:.2f} %", result.accuracy.word)
-        judged.insert(0, ("accuracy", *of_mean))
-    if judged:
+    if result.verdicts:
         print()
-        print(tabulate(judged, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True))
-    if result.accuracy is not None:
-        print(f"\n{how_sure(result.accuracy)}")
+        print(_verdict_table(result.verdicts))
+    for verdict in result.verdicts:
+        if verdict.name == "accuracy":
+            print(f"\n{how_sure(verdict)}")
     if overrides := job.tags["overrides"]:
         print(f"Overridden ({overrides}): tagged so, and left out of the tables of results.")
     print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the seeds below it.")
 
 
-def how_sure(verdict: StudyVerdict) -> str:
-    """Say how sure the verdict on a mean is, and how many seeds it takes where it is not shown."""
+def how_sure(verdict: Verdict) -> str:
+    """Say how sure the verdict on the accuracy of several seeds is, and how many it takes where it is not shown."""
     if verdict.n == 1:
         return "One seed shows nothing about the mean: train more of them."
-    side = "at least" if verdict.mean >= verdict.target else "below"
+    side = "at least" if verdict.measured >= verdict.target else "below"
     text = f"That the mean is {side} {verdict.target:g} %: p = {verdict.p:.2g}"
     if verdict.word != "not shown":
         return f"{text}, from {verdict.n} seeds."
@@ -219,13 +217,14 @@ def print_result(result: RunResult, job: Job) -> None:
     measured = result.measured
     print()
     if result.verdicts:
-        judged = [(v.name, v.wanted, _figure(v.name, v.measured), v.word) for v in result.verdicts]
-        print(tabulate(judged, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True))
+        print(_verdict_table(result.verdicts))
         print()
     held_out = "final_validation_accuracy" in measured
+    names = SUMMARY_METRICS_WITH_HOLD_OUT if held_out else SUMMARY_METRICS
+    reported = job.experiment.reported
     rows = [
-        (name.replace("_", " "), _figure(name, measured[name]), _figure(name, job.experiment.reported.get(name)))
-        for name in (SUMMARY_METRICS_WITH_HOLD_OUT if held_out else SUMMARY_METRICS)
+        (MEASURES[name].label, MEASURES[name].text(measured[name]), MEASURES[name].text(reported.get(name)))
+        for name in names
     ]
     print(tabulate(rows, headers=("", "measured", "reported"), disable_numparse=True))
     if held_out:
@@ -237,12 +236,12 @@ def print_result(result: RunResult, job: Job) -> None:
     print(f"MLflow run {result.run_id}; `make ui` shows it, `make compare` sets it beside the others.")
 
 
-def _figure(name: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    if "accuracy" in name:
-        return f"{value:.2f} %"
-    return f"{value:.4f}" if "loss" in name else f"{value:,.0f}"
+def _verdict_table(verdicts: Sequence[Verdict]) -> str:
+    from tabulate import tabulate
+
+    measures = {"accuracy": "final_test_accuracy", "params": "num_params", "epochs": "epochs"}
+    rows = [(v.name, v.wanted, MEASURES[measures[v.name]].text(v.measured), v.word) for v in verdicts]
+    return tabulate(rows, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True)
 
 
 def _share(correct: int, total: int) -> str:

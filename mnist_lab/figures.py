@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
@@ -22,11 +23,14 @@ from scipy import special
 
 from mnist_lab.errors import LabError
 from mnist_lab.verdicts.comparison import step_order
+from mnist_lab.verdicts.measures import MEASURES
+from mnist_lab.verdicts.statistics import aggregate
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D"), ("black", "-", "v"))
 TARGET: dict[str, Any] = {"color": "black", "ls": (0, (1, 1.5)), "lw": 1.3, "zorder": 1}
 SMALL, MEDIUM = 9, 11  # font sizes in points; elsewhere matplotlib's, which are 10 and 12
+MAX_NAME = 60  # characters of a name; it is free text to the store
 ACCURACY_TICKS = (0, 50, 80, 90, 95, 97, 98, 99, 99.4, 99.6, 99.8, 100)
 
 ONE_RUN = "public: one run, not picked on the test images"
@@ -91,7 +95,7 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     left_out = int(finite.isna().to_numpy().sum())
 
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
-    for axes, metric, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy", "%"), strict=True):
+    for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for name, (color, line, marker) in zip((part, "training"), LOOKS, strict=False):
             values = finite[f"{name.removesuffix('ing')}_{metric}"].unstack("seed")  # (epochs, seeds)
             mean, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
@@ -105,16 +109,16 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
                     axes.fill_between(mean.index, low, high, lw=0, **spread)
         if metric == "accuracy" and target_accuracy is not None:
             axes.axhline(target_accuracy, label=f"target {target_accuracy:g} %", **TARGET)
-        axes.set_ylabel(f"{metric} ({unit})")
+        axes.set_ylabel(f"{metric} ({MEASURES[f'{part}_{metric}'].unit})")
         _finish_epochs(axes, history)
     loss, accuracy = figure.axes
     _log_scale(loss, "y")
     _stretch(accuracy, "y")
-    figure.suptitle(f"{steps[0]}" + (f" ({left_out} values that are not finite left out)" if left_out else ""))
+    figure.suptitle(_name(steps[0]) + (f" ({left_out} values that are not finite left out)" if left_out else ""))
     handles, labels = accuracy.get_legend_handles_labels()
     columns = 3 if seeds == 1 else math.ceil(len(labels) / 2)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL)
-    return figure
+    return _plain(figure)
 
 
 def plot_learning_rate(history: pd.DataFrame) -> Figure:
@@ -124,7 +128,9 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     in the table counts.
     """
     _require(history, "history", ["run_id", "step", "seed", "epoch", "lr"])
-    history = _first_runs(history)
+    history = _first_runs(history[np.isfinite(history["lr"].astype("float64"))])
+    if history.empty:
+        raise LabError("history has no finite learning rate: there is nothing to draw")
     schedules: dict[tuple[tuple[int, float], ...], dict[str, list[str]]] = {}  # points -> step -> seeds
     for (step, seed), run in history.groupby(["step", "seed"], sort=False):
         points = tuple(run[["epoch", "lr"]].sort_values("epoch").itertuples(index=False, name=None))
@@ -134,19 +140,22 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
     for (points, steps), (color, line, marker) in zip(schedules.items(), cycle(LOOKS), strict=False):
-        label = ", ".join(s if names.count(s) == 1 else f"{s} (seed {', '.join(steps[s])})" for s in steps)
+        label = ", ".join(
+            _name(s) if names.count(s) == 1 else f"{_name(s)} (seed {', '.join(steps[s])})" for s in steps
+        )
         # Schedules often begin alike: the earlier the line, the thicker, so that it still shows under the later ones.
         under = min(len(schedules) - 1 - len(axes.lines), 4)
         axes.plot(*zip(*points, strict=True), drawstyle="steps-mid", color=color, ls=line, lw=1.5 + 0.8 * under,
                   marker=marker, ms=4 + 1.6 * under, label=textwrap.fill(label, 90))  # fmt: skip
-    axes.set_ylabel("learning rate")
+    axes.set_ylabel(MEASURES["lr"].axis)
     _finish_epochs(axes, history)
     if history["lr"].min() > 0 and history["lr"].max() > 5 * history["lr"].min():
         _log_scale(axes, "y")
     else:
-        axes.set_ylim(0, 1.1 * history["lr"].max() or 1)
+        top = 1.1 * history["lr"].max()
+        axes.set_ylim(0, top if 0 < top < math.inf else 1)
     figure.legend(loc="outside lower center", fontsize=SMALL)
-    return figure
+    return _plain(figure)
 
 
 def plot_steps(
@@ -166,7 +175,8 @@ def plot_steps(
     table = _step_table(runs, test_images)
     rows = np.arange(len(table))
     heights = [3.9, 0.7 + 0.28 * len(table)]  # inches, and 1.3 for the legend
-    width = 9 + 0.08 * max(0, max(len(str(step)) for step in table.index) - 24)
+    names = [_name(step) for step in table.index]
+    width = 9 + 0.08 * max(0, max(map(len, names)) - 24)
     figure = Figure(figsize=(width, sum(heights) + 1.3), layout="constrained")
     halves = figure.add_gridspec(2, 1, height_ratios=heights)
     # Subfigures: else the names beside the lower axes would narrow the upper ones too.
@@ -193,10 +203,10 @@ def plot_steps(
     if target_params is not None:
         above.axvline(target_params, label=f"target {target_params:,} parameters", **TARGET | {"ls": "--"})
 
-    above.set(xlabel="parameters", ylabel="test accuracy (%)")
+    above.set(xlabel=MEASURES["num_params"].axis, ylabel=MEASURES["test_accuracy"].axis)
     _log_scale(above, "x")
     below.set(xlabel="test accuracy of the last epoch (%)", ylim=(len(table) - 0.4, -0.6))
-    below.set_yticks(rows, [f"{name}   {i}" for i, name in enumerate(table.index, start=1)])
+    below.set_yticks(rows, [f"{name}   {i}" for i, name in enumerate(names, start=1)])
     right = below.twinx()
     right.set(ylim=below.get_ylim(), yticks=rows)
     right.set_yticklabels(f"{m:.2f} [{low:.2f}, {high:.2f}], n = {n}" for n, m, low, high in
@@ -207,6 +217,7 @@ def plot_steps(
     below.grid(alpha=0.3)
     entries = zip(*(axes.get_legend_handles_labels() for axes in (above, below)), strict=True)
     figure.legend(*(a + b for a, b in entries), loc="outside lower center", ncols=2, fontsize=SMALL)
+    _plain(figure)  # before the first drawing, by which the points are numbered
     _number_points(above, table[["num_params", "mean", "low", "high"]].to_numpy(float))
     return figure
 
@@ -303,8 +314,8 @@ def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:
             raise LabError(f"runs has different num_params in {step} ({counts}): keep the runs of one network")
         accuracy, seeds = group["final_test_accuracy"], len(group)
         if seeds > 1:
-            half = stats.t.ppf(0.975, seeds - 1) * accuracy.std(ddof=1) / math.sqrt(seeds)
-            low, high = accuracy.mean() - half, accuracy.mean() + half
+            over_seeds = aggregate(accuracy.tolist())
+            low, high = over_seeds.low, over_seeds.high
         else:
             right = stats.binomtest(round(accuracy.iloc[0] / 100 * test_images), test_images)
             low, high = (100 * bound for bound in right.proportion_ci(0.95, method="wilson"))
@@ -327,6 +338,22 @@ def _first_runs(frame: pd.DataFrame) -> pd.DataFrame:
     kept = frame[frame["run_id"].isin(first["run_id"])] if "epoch" in frame else first
     place = {step: number for number, step in enumerate(sorted(kept["step"].unique(), key=step_order))}
     return kept.sort_values("step", key=lambda steps: steps.map(place), kind="stable")
+
+
+def _name(name: object) -> str:
+    """Return a step's name on one line that fits into a figure; in the middle of a longer one stands "…"."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
+    if len(text) > MAX_NAME:
+        text = f"{text[: MAX_NAME // 2]}…{text[-MAX_NAME // 2 :]}"
+    return f" {text}" if text.startswith("_") else text  # matplotlib leaves such a label out of its legends
+
+
+def _plain(figure: Figure) -> Figure:
+    """Have all text drawn as it is: between two dollar signs matplotlib would read mathematics."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
+    return figure
 
 
 def _number_points(axes: Axes, points: NDArray[np.float64]) -> None:
@@ -391,6 +418,9 @@ def _finish_epochs(axes: Axes, history: pd.DataFrame) -> None:
 
 
 def _log_scale(axes: Axes, which: str) -> None:
+    """Make an axis logarithmic, unless it has no positive value to show."""
+    if not math.isfinite((axes.yaxis if which == "y" else axes.xaxis).get_minpos()):
+        return
     (axes.set_yscale if which == "y" else axes.set_xscale)("log")
     axes.autoscale_view()
     axis = axes.yaxis if which == "y" else axes.xaxis

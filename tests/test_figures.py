@@ -450,3 +450,48 @@ ERRORS: dict[str, Callable[[], Figure]] = {
 def test_bad_input_is_named_in_one_sentence(message: str) -> None:
     with pytest.raises(LabError, match=message):
         ERRORS[message]()
+
+
+# ---- names are free text
+
+
+HOSTILE = ["a$\\frac{$", "$$", r"\$x$", "_hidden", "two\nlines\tand\x00more", "m" * 5_000, "a$b", "^_{}%#&~\\"]
+
+
+def shown_as(name: str) -> str:
+    name = " ".join(name.replace("\x00", " ").split())
+    return name if len(name) <= 60 else f"{name[:30]}…{name[-30:]}"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("overridden", [False, True])
+def test_names_are_drawn_as_plain_text(name: str, overridden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    history, runs = make_history(name, 2, 3), make_runs((name, 7_852, 99.4), ("step1", 7_000, 99.3), seeds=2)
+    expected = shown_as(name)
+    if overridden:
+        history, runs = (frame.assign(step="idea", overrides=name) for frame in (history, runs.iloc[:2]))
+        expected = shown_as(f"idea [{name}]")
+
+    for draw in (figures.plot_training, figures.plot_learning_rate, figures.plot_steps):
+        figure = draw(runs if draw is figures.plot_steps else history)
+        texts = drawn_texts(figure, monkeypatch)
+        assert any(expected in " ".join(text.get_text().split()) for text in texts), draw
+        assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())
+        assert figure.get_figwidth() < 20
+        figure.savefig(io.BytesIO(), format="svg")
+
+
+def test_a_free_text_among_the_public_figures_is_plain_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = figures.plot_steps(make_runs(STEPS[0]), public_figures=[(9_000, 99.5, "$\\frac{$")])
+
+    assert "$\\frac{$" in [text.get_text() for text in drawn_texts(figure, monkeypatch)]
+
+
+def test_learning_rates_that_are_no_numbers_are_left_out() -> None:
+    history = pd.concat([make_history("a", 1, 2, math.nan), make_history("b", 1, 2, math.inf), make_history("c", 1, 2)])
+
+    (axes,) = figures.plot_learning_rate(history).axes
+
+    assert list(curves(axes)) == ["c"]
+    with pytest.raises(LabError, match="no finite learning rate"):
+        figures.plot_learning_rate(make_history("a", 1, 2, math.nan))

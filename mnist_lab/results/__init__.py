@@ -8,7 +8,7 @@ from mnist_lab.results.compare import (
     effects_table,
     newest_runs,
 )
-from mnist_lab.results.runs import epoch_history, predictions, run_table
+from mnist_lab.results.runs import epoch_history, load_runs, predictions, run_table
 
 __all__ = [
     "compare",
@@ -17,6 +17,7 @@ __all__ = [
     "compare_text",
     "effects_table",
     "epoch_history",
+    "load_runs",
     "newest_runs",
     "predictions",
     "run_table",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
-from mnist_lab.results.runs import COLUMNS, all_runs, holdout_of, predictions, run_table
-from mnist_lab.tracking.sqlite import tracking_uri as resolve_uri
-from mnist_lab.verdicts import statistics, targets
+from mnist_lab.results.runs import COLUMNS, LoadedRuns, load_runs, predictions, run_table
+from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import (
     PAIRS,
     Comparison,
@@ -22,16 +20,21 @@ from mnist_lab.verdicts.comparison import (
     compare_seeds,
     step_order,
 )
+from mnist_lab.verdicts.measures import MEASURES
+from mnist_lab.verdicts.targets import judge
+
+TARGETS = ("accuracy", "params", "epochs")
 
 
 def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return of a run table the newest run of each step and seed, and only what the newest run's code computed.
 
     A mean over runs whose script or training code was edited in between is the mean of nothing. So of each step the
-    runs with another `code_sha256` than its newest run are left out; column `left_out` says how many of them there are.
+    runs with another `code_sha256` or number of parameters than its newest run are left out; column `left_out` says how
+    many of them there are.
     """
     by_step = ["step", "overrides"]
-    code = runs["code_sha256"].fillna("")
+    code = runs["code_sha256"].fillna("") + " " + runs["num_params"].astype("str")
     same = code == code.groupby([runs[name] for name in by_step]).transform("first")  # the newest stand first
     left_out = (~same).groupby([runs[name] for name in by_step]).transform("sum")
     return runs.assign(left_out=left_out.astype("int64"))[same].drop_duplicates([*by_step, "seed"])
@@ -42,15 +45,16 @@ def compare_table(
     include_overrides: bool | Literal["if_none"] = False,
     holdout: int = 0,
     tracking_uri: str | None = None,
+    loaded: LoadedRuns | None = None,
 ) -> pd.DataFrame:
     """Return one row per experiment: the newest finished run of each seed, and the mean where there are several seeds.
 
-    holdout: as for `run_table`. The runs that count are those of `newest_runs`.
+    holdout, loaded: as for `run_table`. The runs that count are those of `newest_runs`.
 
     Columns: step, overrides, seeds (their number), left_out (runs of other code), num_params, epochs, last, last_sd,
     low and high (95 % interval of the mean; missing for one seed, as last_sd is), best, train, verdict_accuracy,
     verdict_params, verdict_epochs ("-" where no target was stated), p and seeds_needed (of the accuracy's verdict,
-    `statistics.judge_mean`), the targets and the reported figures. Accuracies are in percent; last and train are of the
+    `targets.judge`), the targets and the reported figures. Accuracies are in percent; last and train are of the
     last epoch, best was picked on the test images, or where images are held out on those.
 
     verdict_accuracy: "met" or "missed" for one seed; of several, what their mean shows: "met", "missed", "not shown".
@@ -58,12 +62,20 @@ def compare_table(
     Raises:
         LabError: if the store is missing or foreign, or no run has this protocol.
     """
-    runs = newest_runs(run_table(include_overrides=include_overrides, holdout=holdout, tracking_uri=tracking_uri))
+    table = run_table(include_overrides=include_overrides, holdout=holdout, tracking_uri=tracking_uri, loaded=loaded)
+    runs = newest_runs(table)
     facts = [name for name in COLUMNS if name.startswith(("target_", "reported_"))]
     best = "best_validation_accuracy" if holdout else "best_test_accuracy"
     rows = []
     for (step, overrides), group in runs.groupby(["step", "overrides"]):
-        newest, last = group.iloc[0], statistics.aggregate(group["final_test_accuracy"].tolist())
+        newest, accuracies = group.iloc[0], group["final_test_accuracy"].tolist()
+        last = statistics.aggregate(accuracies)
+        verdicts = judge(
+            Targets(**{name: newest[f"target_{name}"] for name in TARGETS if pd.notna(newest[f"target_{name}"])}),
+            accuracies=accuracies,
+            num_params=newest["num_params"],
+            epochs=newest["epochs"],
+        )
         row = {
             "step": step,
             "overrides": overrides,
@@ -78,24 +90,29 @@ def compare_table(
             "best": group[best].mean(),
             "train": group["final_train_accuracy"].mean(),
             **{name: newest[name] for name in facts},
+            **{f"verdict_{name}": "-" for name in TARGETS},
+            **{f"verdict_{verdict.name}": verdict.word for verdict in verdicts},
         }
-        rows.append(row | _verdicts(row, group["final_test_accuracy"].tolist()))
+        of_accuracy = {v.name: {"p": v.p, "seeds_needed": v.seeds_needed} for v in verdicts}.get("accuracy", {})
+        rows.append(row | of_accuracy)
     rows.sort(key=lambda row: (step_order(row["step"]), row["overrides"]))
-    verdicts = ["verdict_accuracy", "verdict_params", "verdict_epochs", "p", "seeds_needed"]
+    judged = [*(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
     counts = ["seeds", "left_out", "num_params", "epochs"]
-    names = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "best", "train", *facts, *verdicts]
+    names = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "best", "train", *facts, *judged]
     table = pd.DataFrame(rows, columns=names)
-    return table.astype({"num_params": "Int64", "epochs": "Int64", "seeds_needed": "Int64"})
+    return table.astype({"num_params": "Int64", "epochs": "Int64", "p": "float64", "seeds_needed": "Int64"})
 
 
 def compare_text(table: pd.DataFrame, *, holdout: int = 0) -> tuple[list[list[str]], list[str]]:
     """Return the rows and headers of `compare_table` as text to print, but for reported figures that no row has."""
 
     def percent(value: float) -> str:
-        return "-" if pd.isna(value) else f"{value:.2f}"
+        return MEASURES["final_test_accuracy"].text(value).removesuffix(" %")
 
     columns = {
-        "experiment": [f"{step} {overrides}".strip() for step, overrides in table[["step", "overrides"]].to_numpy()],
+        "experiment": [
+            " ".join(f"{step} {overrides}".split()) for step, overrides in table[["step", "overrides"]].to_numpy()
+        ],
         "seeds": [str(n) for n in table["seeds"]],
         "parameters": [f"{n:,} {word}" for n, word in table[["num_params", "verdict_params"]].to_numpy()],
         "epochs": [f"{n} {word}" for n, word in table[["epochs", "verdict_epochs"]].to_numpy()],
@@ -126,7 +143,8 @@ def compare(a: str, b: str, *, holdout: int = 0, tracking_uri: str | None = None
         LabError: if a step has no such run, their protocols differ, or one has a single seed and the other several.
     """
     declared = next((pair.change for pair in PAIRS if (pair.a, pair.b) == (a, b)), "")
-    return _compare(Pair(a, b, declared), _declared_runs(holdout, tracking_uri), holdout, tracking_uri)
+    loaded = load_runs(tracking_uri)
+    return _compare(Pair(a, b, declared), newest_runs(run_table(holdout=holdout, loaded=loaded)), holdout, loaded)
 
 
 def effects_table(pairs: Iterable[Pair] = PAIRS, *, holdout: int = 0, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -144,7 +162,11 @@ def effects_table(pairs: Iterable[Pair] = PAIRS, *, holdout: int = 0, tracking_u
 
 
 def compare_pairs(
-    pairs: Iterable[Pair] = PAIRS, *, holdout: int = 0, tracking_uri: str | None = None
+    pairs: Iterable[Pair] = PAIRS,
+    *,
+    holdout: int = 0,
+    tracking_uri: str | None = None,
+    loaded: LoadedRuns | None = None,
 ) -> tuple[list[Comparison], list[str]]:
     """Compare the pairs of experiments that both have runs, as `compare` does, with `p_holm` adjusted for their number.
 
@@ -153,28 +175,28 @@ def compare_pairs(
     Raises:
         LabError: as `effects_table`.
     """
-    runs = _declared_runs(holdout, tracking_uri)
+    loaded = loaded or load_runs(tracking_uri)
+    runs = newest_runs(run_table(holdout=holdout, loaded=loaded))
     found, refused = [], []
     for pair in pairs:
         if {pair.a, pair.b} <= set(runs["step"]):
             try:
-                found.append(_compare(pair, runs, holdout, tracking_uri))
+                found.append(_compare(pair, runs, holdout, loaded))
             except LabError as error:
                 refused.append(f"{pair.b} against {pair.a} is not compared: {error}")
     return adjust(found), refused
 
 
-def _declared_runs(holdout: int, tracking_uri: str | None) -> pd.DataFrame:
-    return newest_runs(run_table(holdout=holdout, tracking_uri=tracking_uri))
-
-
-def _compare(pair: Pair, runs: pd.DataFrame, holdout: int, tracking_uri: str | None) -> Comparison:
+def _compare(pair: Pair, runs: pd.DataFrame, holdout: int, loaded: LoadedRuns) -> Comparison:
     of_a, of_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
     for step, of_step in ((pair.a, of_a), (pair.b, of_b)):
         if of_step.empty:
-            raise LabError(_why_no_runs(step, holdout, tracking_uri))
+            raise LabError(_why_no_runs(step, holdout, loaded))
     if len(of_a) == len(of_b) == 1:
-        said_a, said_b = (predictions(of["run_id"].iloc[0], tracking_uri=tracking_uri) for of in (of_a, of_b))
+        ids = [of["run_id"].iloc[0] for of in (of_a, of_b)]
+        said_a, said_b = (predictions(run_id, tracking_uri=loaded.uri) for run_id in ids)
+        if not said_a["truth"].equals(said_b["truth"]):
+            raise LabError(f"the predictions of the runs {ids[0]} and {ids[1]} are not of the same images")
         return compare_predictions(
             pair, said_a["truth"] == said_a["prediction"], said_b["truth"] == said_b["prediction"]
         )
@@ -188,33 +210,16 @@ def _compare(pair: Pair, runs: pd.DataFrame, holdout: int, tracking_uri: str | N
     return compare_seeds(pair, *accuracies)
 
 
-def _why_no_runs(step: str, holdout: int, tracking_uri: str | None) -> str:
+def _why_no_runs(step: str, holdout: int, loaded: LoadedRuns) -> str:
     """Say why a step has no run to compare: none at all, or none of this protocol, or none that counts."""
-    uri = resolve_uri(tracking_uri)
-    runs = [run for run in all_runs(uri) if run.data.tags["step"] == step and run.info.status == "FINISHED"]
+    runs = [run for run in loaded.runs if run.step == step and run.status == "FINISHED"]
     if not runs:
-        return f"steps: no finished run of {step!r} in {uri}"
-    protocols = sorted({holdout_of(run) for run in runs})
+        return f"steps: no finished run of {step!r} in {loaded.uri}"
+    protocols = sorted({run.holdout for run in runs})
     if holdout not in protocols:
         held = " or ".join(f"{number:,}" for number in protocols)
         return (
             f"holdout: the runs of {step!r} hold out {held} training images, not {holdout:,}; runs of different "
             "protocols are not compared"
         )
-    return f"steps: the runs of {step!r} in {uri} are overridden on the command line: they are not that step"
-
-
-def _verdicts(row: dict[str, Any], accuracies: list[float]) -> dict[str, object]:
-    """Judge one row of `compare_table` by its targets; the mean over several seeds by a test."""
-    names = ("accuracy", "params", "epochs")
-    stated = {name: row[f"target_{name}"] for name in names if pd.notna(row[f"target_{name}"])}
-    judged = targets.judge(
-        Targets(**stated), final_test_accuracy=row["last"], num_params=row["num_params"], epochs=row["epochs"]
-    )
-    words: dict[str, object] = {f"verdict_{name}": "-" for name in names}
-    words |= {f"verdict_{verdict.name}": verdict.word for verdict in judged}
-    words |= {"p": math.nan, "seeds_needed": None}
-    if "accuracy" in stated and len(accuracies) > 1:
-        study = statistics.judge_mean(accuracies, stated["accuracy"])
-        words |= {"verdict_accuracy": study.word, "p": study.p, "seeds_needed": study.seeds_needed}
-    return words
+    return f"steps: the runs of {step!r} in {loaded.uri} are overridden on the command line: they are not that step"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,8 +18,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Targets
-from mnist_lab.verdicts import statistics, targets
+from mnist_lab.experiment import Targets, shown
+from mnist_lab.tracking.disk import replace_files
+from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import (
     PAIRS,
     Comparison,
@@ -29,9 +31,13 @@ from mnist_lab.verdicts.comparison import (
     p_text,
     step_order,
 )
+from mnist_lab.verdicts.measures import MEASURES
+from mnist_lab.verdicts.targets import judge
 
 if TYPE_CHECKING:
     import pandas as pd
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, str]  # one line of a CSV; an empty cell is a figure that is not known
 
@@ -91,27 +97,24 @@ def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) 
     """Write the tracked runs' CSVs into the folder, and the tables of `readme` and the folder's README.md from them.
 
     A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere.
-    Returns what was written.
+    A step whose name can't be that of a file is left out, with a warning. Returns what was written.
 
     Raises:
-        LabError: if the store has no runs, a page has no markers for its tables, or a file can't be read or written.
+        LabError: if the store has no runs that can be exported, a page has no markers for its tables, or a file can't
+            be read or written; then nothing was changed.
     """
     from mnist_lab import results  # MLflow takes seconds to import, which the tables alone need not
 
-    runs = results.newest_runs(results.run_table(tracking_uri=tracking_uri))
-    for step in runs["step"].unique():
-        if not re.fullmatch(r"\w[\w.-]*", step) or step in OTHER_FILES:  # it is free text to the store
-            raise LabError(f"step: {step!r} can't name a file of figures; letters, digits and _ . - can")
-    history = results.epoch_history(tracking_uri=tracking_uri)
-    history = history[history["run_id"].isin(runs["run_id"])]
+    loaded = results.load_runs(tracking_uri)
+    runs = _exportable(results.newest_runs(results.run_table(loaded=loaded)))
+    history = results.epoch_history(loaded=loaded)
+    history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         of_steps = {str(step): _run_rows(of_step) for step, of_step in runs.groupby("step")}
         kept = {step: _kept(_read(folder / f"{step}.csv"), rows) for step, rows in of_steps.items()}
-        written = {
-            folder / f"{step}.csv": _csv(COLUMNS, sorted(rows + kept[step], key=lambda row: int(row["seed"])))
-            for step, rows in of_steps.items()
-        }
+        exported = [
+            Study(step, sorted(rows + kept[step], key=lambda row: int(row["seed"]))) for step, rows in of_steps.items()
+        ]
         kept_seeds = {(step, row["seed"]) for step, rows in kept.items() for row in rows}
         epochs = _epoch_rows(history) + [
             row
@@ -119,18 +122,35 @@ def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) 
             if row["step"] not in of_steps or (row["step"], row["seed"]) in kept_seeds
         ]
         epochs.sort(key=lambda row: (step_order(row["step"]), int(row["seed"]), int(row["epoch"])))
-        written[folder / "epochs.csv"] = _csv(EPOCH_COLUMNS, epochs)
-        for file, text in written.items():
-            file.write_text(text)
-        studies = read_studies(folder)
-        effects = _csv(EFFECT_COLUMNS, effect_rows(compare_studies(studies)))
-        (folder / "effects.csv").write_text(effects)
-        for page in (readme, folder / "README.md"):
-            page.write_text(with_tables(page.read_text(), tables(folder)))
-            written[page] = ""
+        others = [study for study in read_studies(folder) if study.step not in of_steps]
+        studies = sorted(exported + others, key=lambda study: step_order(study.step))
+        made = tables_of(studies)
+        written = {
+            **{folder / f"{study.step}.csv": _csv(COLUMNS, study.rows) for study in exported},
+            folder / "epochs.csv": _csv(EPOCH_COLUMNS, epochs),
+            folder / "effects.csv": _csv(EFFECT_COLUMNS, effect_rows(compare_studies(studies))),
+            **{page: with_tables(page.read_text("utf-8"), made) for page in (readme, folder / "README.md")},
+        }
+        replace_files(written)
     except OSError as error:
         raise LabError(f"the results can't be exported: {error.strerror}: {error.filename}") from error
-    return sorted({*written, folder / "effects.csv"})
+    except UnicodeDecodeError as error:
+        raise LabError(f"the results can't be exported: a file in {folder} or {readme} is not UTF-8") from error
+    return sorted(written)
+
+
+def _exportable(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs whose step can name a file; it is free text to the store."""
+    named = [bool(re.fullmatch(r"\w[\w.-]{0,99}", step)) and step not in OTHER_FILES for step in runs["step"]]
+    sentences = [
+        f"step: {shown(step)} can't name a file of figures; up to 100 letters, digits and _ . - can"
+        for step in runs["step"][[not can for can in named]].unique()
+    ]
+    if sentences and not any(named):
+        raise LabError(sentences[0])
+    for sentence in sentences:
+        logger.warning("left out: %s", sentence)
+    return runs[named]
 
 
 def _kept(before: Iterable[Row], now: Sequence[Row]) -> list[Row]:
@@ -181,7 +201,11 @@ def effect_rows(comparisons: Iterable[Comparison]) -> list[Row]:
 
 def tables(folder: Path) -> dict[str, str]:
     """Return each table that is made from the CSVs in a folder, by the name of its markers."""
-    studies = read_studies(folder)
+    return tables_of(read_studies(folder))
+
+
+def tables_of(studies: Sequence[Study]) -> dict[str, str]:
+    """Return each table of these experiments, by the name of its markers."""
     return {
         "results": results_table(studies),
         "effects": effects_table(compare_studies(studies)),
@@ -205,8 +229,8 @@ def results_table(studies: Sequence[Study]) -> str:
                 interval_text(last.low, last.high),
                 _mean(study.values("best")),
                 _mean(study.values("train")),
-                f"{study.values('num_params')[0]:,.0f}",
-                f"{study.values('epochs')[0]:.0f}",
+                MEASURES["num_params"].text(study.values("num_params")[0]),
+                MEASURES["epochs"].text(study.values("epochs")[0]),
                 _verdict(study),
                 _mean(study.values("reported_best")),
             ]
@@ -282,23 +306,17 @@ def with_tables(page: str, made: Mapping[str, str]) -> str:
 def _verdict(study: Study) -> str:
     """Return the verdict on each stated target; on the accuracy of several seeds, what their mean shows."""
     names = ("accuracy", "params", "epochs")
-    stated = {name: study.stated(f"target_{name}") for name in names}
-    if set(stated.values()) == {None}:
-        return "no target stated"
-    last = list(study.last.values())
-    judged = targets.judge(
-        Targets(**{name: value for name, value in stated.items() if value is not None}),  # type: ignore[arg-type]
-        final_test_accuracy=sum(last) / len(last),
+    stated = {name: value for name in names if (value := study.stated(f"target_{name}")) is not None}
+    verdicts = judge(
+        Targets(**stated),  # type: ignore[arg-type]
+        accuracies=list(study.last.values()),
         num_params=int(study.values("num_params")[0]),
         epochs=int(study.values("epochs")[0]),
     )
-    words = {verdict.name: verdict.word for verdict in judged}
-    accuracy = stated["accuracy"]
-    if accuracy is not None and len(last) > 1:
-        found = statistics.judge_mean(last, accuracy)
-        needs = f" (needs about {found.seeds_needed:,} seeds)" if found.seeds_needed else ""
-        words["accuracy"] = f"{found.word}{needs}"
-    return ", ".join(f"{name} {word}" for name, word in words.items())
+    if not verdicts:
+        return "no target stated"
+    needs = {v.name: f" (needs about {v.seeds_needed:,} seeds)" for v in verdicts if v.seeds_needed}
+    return ", ".join(f"{v.name} {v.word}{needs.get(v.name, '')}" for v in verdicts)
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -341,10 +359,12 @@ def _run_rows(runs: pd.DataFrame) -> list[Row]:
         "date": lambda value: f"{value:%Y-%m-%d %H:%M}",
         **dict.fromkeys(("target_accuracy", "target_params", "target_epochs", "reported_best"), lambda v: f"{v:g}"),
     }
+    import pandas as pd
+
     rows = []
     for run in runs.sort_values("seed").to_dict("records"):
         cells = {name: run[column] for name, column in COLUMNS.items()}
-        known = {name: value for name, value in cells.items() if value is not None and value == value}
+        known = {name: value for name, value in cells.items() if pd.notna(value)}
         rows.append({name: forms.get(name, str)(known[name]) if name in known else "" for name in COLUMNS})
     return rows
 
@@ -372,5 +392,5 @@ def _csv(columns: Iterable[str], rows: Iterable[Row]) -> str:
 def _read(file: Path) -> list[Row]:
     if not file.exists():
         return []
-    with file.open(newline="") as lines:
+    with file.open(encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))

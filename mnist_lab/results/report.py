@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import ast
 import base64
+import hashlib
 import html
 import importlib.metadata
 import io
-import os
 import platform
 import re
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
+from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.sqlite import PROJECT_ROOT
 from mnist_lab.verdicts.comparison import step_order
+from mnist_lab.verdicts.measures import MEASURES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 HEADINGS = ("Target", "Change", "Result", "Analysis")
 PICTURES = "steps_files"  # the folder beside steps.md
+MAX_NAME = 150  # characters of a picture's file name; file systems take 255 bytes
 PACKAGES = ("mlflow", "pandas", "numpy", "scipy", "matplotlib", "jinja2")
 PLAIN = " =:/;,.()-+*!?@_~"  # what may stand unquoted in the data URI of an SVG
 
@@ -96,18 +98,18 @@ def write_report(
     if not scripts.is_dir():
         raise LabError(f"scripts: {scripts} is not a folder")
     stories = {script.stem: read_story(script) for script in scripts.glob("[!_]*.py")}
-    runs = results.newest_runs(results.run_table(include_overrides="if_none", tracking_uri=tracking_uri))
+    loaded = results.load_runs(tracking_uri)
+    runs = results.newest_runs(results.run_table(include_overrides="if_none", loaded=loaded))
     if runs.empty:
         raise LabError("no finished run to report on; train first, e.g. `make step1`")
-    compared = results.compare_table(include_overrides="if_none", tracking_uri=tracking_uri)
-    history = results.epoch_history(include_overrides="if_none", tracking_uri=tracking_uri)
+    compared = results.compare_table(include_overrides="if_none", loaded=loaded)
+    history = results.epoch_history(include_overrides="if_none", loaded=loaded)
     images = load_mnist().test_images[:, 0].numpy()  # (10000, 28, 28)
 
     drawn: dict[str, Result] = {}
     for row in compared.to_dict("records"):
         mine = runs[runs["step"] == row["step"]]
-        if len(mine):  # a step that has finished since the runs were read waits for the next report
-            drawn[row["step"]] = draw(row, mine, history[history["run_id"].isin(mine["run_id"])], images, tracking_uri)
+        drawn[row["step"]] = draw(row, mine, history[history["run_id"].isin(mine["run_id"])], images, tracking_uri)
     steps = sorted({*stories, *drawn}, key=step_order)
     return _write(
         folder,
@@ -145,6 +147,21 @@ def draw(
 ) -> Result:
     """Draw one experiment: training curves over its seeds, confusion matrix and mistakes of the newest run."""
     name = f"{row['step']} [{row['overrides']}]" if row["overrides"] else row["step"]
+    pictures, notes = [], []
+    try:
+        pictures.append(_draw_training(row, runs, epochs))
+    except LabError as error:
+        notes.append(f"No training curves: {error}.")
+    try:
+        pictures += _draw_predictions(row, runs, images, tracking_uri)
+    except LabError as error:
+        notes.append(f"No confusion matrix and no mistakes: {error}.")
+    return Result(name, row, pictures, notes)
+
+
+def _draw_training(row: dict[Any, Any], runs: pd.DataFrame, epochs: pd.DataFrame) -> Picture:
+    target = row["target_accuracy"] if row["target_accuracy"] > 0 else None  # it is NaN where none was stated
+    figure = figures.plot_training(epochs, target)
     mean = epochs.groupby("epoch")[["test_accuracy", "train_accuracy"]].mean()
     seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
     alt = (
@@ -152,14 +169,15 @@ def draw(
         f"{mean['test_accuracy'].iloc[0]:.2f} % after the first epoch and {mean['test_accuracy'].iloc[-1]:.2f} % after "
         f"the last; training accuracy ends at {mean['train_accuracy'].iloc[-1]:.2f} %."
     )
-    target = row["target_accuracy"] if row["target_accuracy"] > 0 else None  # it is NaN where none was stated
-    curves = _picture(
-        figures.plot_training(epochs, target), f"{row['step']}-training", alt, f"Loss and accuracy, {seeds}."
-    )
-    try:
-        said = results.predictions(runs["run_id"].iloc[0], tracking_uri=tracking_uri)
-    except LabError as error:
-        return Result(name, row, [curves], [f"No confusion matrix and no mistakes: {error}."])
+    return _picture(figure, f"{row['step']}-training", alt, f"Loss and accuracy, {seeds}.")
+
+
+def _draw_predictions(
+    row: dict[Any, Any], runs: pd.DataFrame, images: NDArray[np.uint8], tracking_uri: str | None
+) -> list[Picture]:
+    said = results.predictions(runs["run_id"].iloc[0], tracking_uri=tracking_uri)
+    if len(said) != len(images):
+        raise LabError(f"run {runs['run_id'].iloc[0]} has predictions of {len(said):,} images, not of {len(images):,}")
     run = f"seed {runs['seed'].iloc[0]}, the newest run"
     wrong = said[said["truth"] != said["prediction"]].sort_values("confidence", ascending=False)
     alt = f"Confusion matrix: {len(said) - len(wrong):,} of {len(said):,} test images are read rightly."
@@ -172,7 +190,7 @@ def draw(
         alt += f" The first is a {truth:.0f} read as {read_as:.0f} with {100 * confidence:.1f} %."
     gallery = figures.plot_mistakes(images, said["truth"], said["prediction"], said["confidence"])
     mistakes = _picture(gallery, f"{row['step']}-mistakes", alt, f"The most confident mistakes, {run}.", vector=False)
-    return Result(name, row, [curves, confusion, mistakes], [])
+    return [confusion, mistakes]
 
 
 def draw_overview(runs: pd.DataFrame) -> Picture:
@@ -198,9 +216,11 @@ def _picture(figure: Figure, name: str, alt: str, caption: str, *, vector: bool 
     if vector:
         figure.savefig(svg, format="svg", metadata={"Date": None})
         source = f"data:image/svg+xml,{quote(svg.getvalue(), safe=PLAIN)}"
-    file = quote(name, safe=" =,") + ".png"  # a step's name is free text to the store
+    file = quote(name, safe=" =,")  # a step's name is free text to the store
+    if len(file) > MAX_NAME:
+        file = f"{file[:MAX_NAME]}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    return Picture(f"{PICTURES}/{file}", png.getvalue(), source, width, height, alt, caption)
+    return Picture(f"{PICTURES}/{file}.png", png.getvalue(), source, width, height, alt, caption)
 
 
 def _write(folder: Path, **told: Any) -> tuple[Path, Path]:
@@ -217,22 +237,15 @@ def _write(folder: Path, **told: Any) -> tuple[Path, Path]:
         "paragraphs": lambda text: re.split(r"\n\s*\n", text),
         "laid_out": lambda text: re.search(r"^( |[-*|] )", text, re.MULTILINE) is not None,
         "md": lambda text: html.escape(text, quote=False),  # Markdown may hold HTML
+        "cell": lambda text: " ".join(html.escape(text, quote=False).replace("|", "\\|").split()),
+        "recorded": lambda value: value if isinstance(value, str) else "not recorded",
+        "minutes": MEASURES["minutes"].text,
         "quote": quote,
     }
     pages = {name: templates.get_template(name).render(told).encode() for name in ("steps.html", "steps.md")}
     pictures = [told["overview"], *(picture for result in told["results"] for picture in result.pictures)]
-    contents = {folder / path: content for path, content in ({p.path: p.png for p in pictures} | pages).items()}
-    new = {file: file.with_name(f"{file.name}.{os.getpid()}.new") for file in contents}
     try:
-        for file, content in contents.items():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            new[file].write_bytes(content)
-        for file in contents:  # at one stroke each: a reader finds the old file or the new one, never a half
-            new[file].replace(file)
+        replace_files({folder / path: content for path, content in ({p.path: p.png for p in pictures} | pages).items()})
     except OSError as error:
         raise LabError(f"the report can't be written to {folder}: {error.strerror}: {error.filename}") from error
-    finally:
-        for file in new.values():
-            with suppress(OSError):
-                file.unlink()
     return folder / "steps.html", folder / "steps.md"

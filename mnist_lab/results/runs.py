@@ -6,13 +6,18 @@ results.run_table(steps="step3_gap").to_markdown()
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import re
+import sys
 import tempfile
 import warnings
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # MLflow's bars in a notebook; they are off
@@ -27,14 +32,20 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import SUMMARY_METRICS
+from mnist_lab.experiment import MAX_COUNT, SUMMARY_METRICS, shown
 from mnist_lab.tracking.sqlite import EXPERIMENT_NAME, check_readable, follow_move
 from mnist_lab.tracking.sqlite import tracking_uri as resolve_uri
+from mnist_lab.tracking.store import check_not_deleted
+
+logger = logging.getLogger(__name__)
 
 EPOCH_METRICS = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"]
 HELD_OUT_METRICS = [name.replace("test_", "validation_") for name in EPOCH_METRICS]  # of runs that hold images out
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
 RUNS_PER_PAGE = 1000
+OF_THE_LAB = "tags.step LIKE '%' AND params.seed LIKE '%'"  # a study's own run, the parent of its seeds', has no seed
+RUNS_PER_QUERY = 500  # databases limit how many values a query may name
+LAST_TIME = 32_503_680_000_000  # milliseconds from 1970 to the year 3000
 # The limits of a tracking server's route for the histories of several runs.
 HISTORIES = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
@@ -75,6 +86,33 @@ VALIDATION_COLUMNS = {
 }
 
 
+@dataclass(frozen=True)
+class LabRun:
+    """A run of the lab as it stands in the store, where every value is of its kind and within its bounds.
+
+    hyperparameters: the other params, as text. facts: what the other columns of the run table hold, by name.
+    """
+
+    run_id: str
+    step: str
+    seed: int
+    holdout: int
+    overrides: str
+    status: str
+    epochs: int
+    hyperparameters: Mapping[str, str]
+    facts: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class LoadedRuns:
+    """The lab's runs in one store, newest first, as they were when the store was read; and how many were left out."""
+
+    uri: str
+    runs: list[LabRun]
+    left_out: int = 0
+
+
 def run_table(
     steps: Iterable[str] | str | None = None,
     seeds: Iterable[int] | int | None = None,
@@ -83,6 +121,7 @@ def run_table(
     status: str | None = "FINISHED",
     holdout: int = 0,
     tracking_uri: str | None = None,
+    loaded: LoadedRuns | None = None,
 ) -> pd.DataFrame:
     """Return one row per run, newest first, with typed columns.
 
@@ -92,6 +131,10 @@ def run_table(
     status: "FINISHED", "RUNNING", "FAILED" or "KILLED", or None for all.
     holdout: only the runs that hold out so many training images; 0 is the write-ups' protocol, which tests after each
         epoch. The two are never in one table.
+    loaded: what `load_runs` gave, so that the store is not asked again.
+
+    A run whose values can't be right (another program's, in the same MLflow experiment) is left out, and a warning of
+    the logger names it.
 
     Columns: step, seed, holdout, every hyperparameter (missing where a run has none of that name), num_params,
     accuracies in percent, verdicts, targets, reported figures, device, versions, commit, times, run_id. `final_` is the
@@ -101,7 +144,8 @@ def run_table(
     Raises:
         LabError: if the store is missing or foreign, a step is unknown to it, or an argument is out of range.
     """
-    return _table(_find_runs(resolve_uri(tracking_uri), steps, seeds, include_overrides, status, holdout), holdout)
+    loaded = loaded or load_runs(tracking_uri)
+    return _table(_find_runs(loaded, steps, seeds, include_overrides, status, holdout), holdout)
 
 
 def epoch_history(
@@ -112,6 +156,7 @@ def epoch_history(
     status: str | None = "FINISHED",
     holdout: int = 0,
     tracking_uri: str | None = None,
+    loaded: LoadedRuns | None = None,
 ) -> pd.DataFrame:
     """Return one row per run and epoch, for the runs that `run_table` gives for the same arguments.
 
@@ -121,15 +166,17 @@ def epoch_history(
     Raises:
         LabError: as `run_table`.
     """
-    uri = resolve_uri(tracking_uri)
-    runs = _table(_find_runs(uri, steps, seeds, include_overrides, status, holdout), holdout)[
-        ["run_id", "step", "overrides", "seed", "epochs"]
-    ]
+    loaded = loaded or load_runs(tracking_uri)
+    found = _find_runs(loaded, steps, seeds, include_overrides, status, holdout)
+    runs = pd.DataFrame(
+        [(run.run_id, run.step, run.overrides, run.seed) for run in found],
+        columns=["run_id", "step", "overrides", "seed"],
+    ).astype({"run_id": "str", "step": "str", "overrides": "str", "seed": "Int64"})
     metrics = HELD_OUT_METRICS if holdout else EPOCH_METRICS
-    points = _points(uri, dict(zip(runs["run_id"], runs["epochs"], strict=True)), metrics)
+    points = _points(loaded.uri, {run.run_id: run.epochs for run in found}, metrics)
     # Should a point have been logged twice, its latest value counts.
     wide = points.pivot_table(index=["run_id", "epoch"], columns="metric", values="value", aggfunc="last")
-    history = runs.drop(columns="epochs").merge(wide.reindex(columns=metrics).reset_index(), on="run_id")
+    history = runs.merge(wide.reindex(columns=metrics).reset_index(), on="run_id")
     return history.astype({"epoch": "Int64"})[["run_id", "step", "overrides", "seed", "epoch", *metrics]]
 
 
@@ -139,7 +186,7 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
     Columns: truth, prediction, confidence (softmax of the predicted digit), logit_0 to logit_9.
 
     Raises:
-        LabError: if there is no such run, or it has not finished, or stored no predictions.
+        LabError: if there is no such run, or it has not finished, or stored no predictions that can be read.
     """
     uri = resolve_uri(tracking_uri)
     check_readable(uri)
@@ -156,36 +203,104 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
             raise LabError(f"run {run_id} has no predictions: there is no predictions.npz among its artifacts")
         file = client.download_artifacts(run_id, "predictions.npz", folder)
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                truth, prediction, logits = arrays["truth"], arrays["prediction"], arrays["logits"]
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise LabError(f"run {run_id}: its predictions.npz can't be read: {error}") from error
+            truth, prediction, logits = _read_predictions(Path(file))
+        except Exception as error:  # a file from elsewhere breaks zip, zlib and numpy in many ways
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise LabError(f"run {run_id}: its predictions.npz can't be read: {reason}") from error
     table = pd.DataFrame({"truth": truth, "prediction": prediction}).astype("int64")
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     table["confidence"] = odds.max(axis=1) / odds.sum(axis=1)
     return table.join(pd.DataFrame(logits, columns=[f"logit_{digit}" for digit in range(10)]))
 
 
+def _read_predictions(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return truth (N,), prediction (N,) and logits (N, 10); raises whatever a file that is not such a one causes."""
+    loaded = np.load(file, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        raise ValueError("it is one array, not an archive of several")
+    with loaded as arrays:
+        truth, prediction, logits = arrays["truth"], arrays["prediction"], arrays["logits"]
+    for name, digits in (("truth", truth), ("prediction", prediction)):
+        if digits.dtype.kind not in "iu" or digits.ndim != 1 or not len(digits):
+            raise ValueError(f"{name} is {digits.dtype} {digits.shape}, not whole numbers (N,)")
+        if digits.min() < 0 or digits.max() > 9:
+            raise ValueError(f"{name} has values that are not digits from 0 to 9")
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction has the shape {prediction.shape} and truth {truth.shape}")
+    if logits.dtype.kind != "f" or logits.shape != (len(truth), 10):
+        raise ValueError(f"logits is {logits.dtype} {logits.shape}, not floats ({len(truth)}, 10)")
+    if not np.isfinite(logits).all():
+        raise ValueError("logits has values that are not finite")
+    return truth, prediction, logits
+
+
+def load_runs(tracking_uri: str | None = None) -> LoadedRuns:
+    """Read every run of the lab in the store. Runs of other programs beside them are not asked for.
+
+    A run whose values can't be right is left out, and named by a warning of the logger.
+
+    Raises:
+        LabError: if the store is missing, foreign or can't be read, or its experiment is deleted.
+    """
+    uri = resolve_uri(tracking_uri)
+    check_readable(uri)
+    found, runs = _search(uri), []
+    for run in found:
+        try:
+            runs.append(_lab_run(run))
+        except ValueError as error:
+            _say_left_out(run.info.run_id, str(error))
+    return LoadedRuns(uri, runs, left_out=len(found) - len(runs))
+
+
+@cache  # once in each program, however often a store is read
+def _say_left_out(run_id: str, reason: str) -> None:
+    logger.warning("left out: run %s: %s", run_id, reason)
+
+
+def _search(uri: str) -> list[Run]:
+    """Return the runs in the store that have a step and a seed, newest first."""
+    with _reading(uri):
+        client = mlflow.MlflowClient(uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+        if experiment is None:
+            return []
+        check_not_deleted(uri, experiment)
+        runs: list[Run] = []
+        token: str | None = ""
+        while token is not None:
+            page = client.search_runs(
+                [experiment.experiment_id],
+                OF_THE_LAB,
+                order_by=["attributes.start_time DESC"],
+                max_results=RUNS_PER_PAGE,
+                page_token=token or None,
+            )
+            runs += page
+            token = page.token
+    return runs
+
+
 def _find_runs(
-    uri: str,
+    loaded: LoadedRuns,
     steps: Iterable[str] | str | None,
     seeds: Iterable[int] | int | None,
     include_overrides: bool | Literal["if_none"],
     status: str | None,
     holdout: int,
-) -> list[Run]:
+) -> list[LabRun]:
     """Return the runs asked for, newest first."""
+    uri = loaded.uri
     if status is not None and status not in STATUSES:
         raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
-    runs = all_runs(uri)
-    if not runs:
+    if not loaded.runs and not loaded.left_out:
         raise LabError(f"no runs yet in {uri}; train first, e.g. `make step1`")
-    protocols = sorted({holdout_of(run) for run in runs})
-    runs = [run for run in runs if holdout_of(run) == holdout]
-    if not runs:
+    protocols = sorted({run.holdout for run in loaded.runs})
+    runs = [run for run in loaded.runs if run.holdout == holdout]
+    if protocols and not runs:
         held = " or ".join(f"{number:,}" for number in protocols)
         raise LabError(f"holdout: no run in {uri} holds out {holdout:,} training images; there are runs with {held}")
-    known = sorted({run.data.tags["step"] for run in runs})
+    known = sorted({run.step for run in runs})
     wanted = {steps} if isinstance(steps, str) else None if steps is None else set(steps)
     for step in wanted or ():
         if step not in known:
@@ -194,65 +309,111 @@ def _find_runs(
     chosen = [
         run
         for run in runs
-        if (wanted is None or run.data.tags["step"] in wanted)
-        and (numbers is None or int(run.data.params["seed"]) in numbers)
-        and status in (None, run.info.status)
+        if (wanted is None or run.step in wanted)
+        and (numbers is None or run.seed in numbers)
+        and status in (None, run.status)
     ]
     if include_overrides is True:
         return chosen
     counted: dict[str, str] = {}  # by step, what its runs have overridden
     if include_overrides == "if_none":
-        for run in reversed(chosen):
-            counted[run.data.tags["step"]] = _overrides(run)
-    counted |= {run.data.tags["step"]: "" for run in chosen if not _overrides(run)}
-    return [run for run in chosen if _overrides(run) == counted.get(run.data.tags["step"], "")]
+        counted = {run.step: run.overrides for run in reversed(chosen)}
+    counted |= {run.step: "" for run in chosen if not run.overrides}
+    return [run for run in chosen if run.overrides == counted.get(run.step, "")]
 
 
-def holdout_of(run: Run) -> int:
-    """Return how many training images the run holds out."""
-    return int(run.data.params.get("holdout", 0))
+def _lab_run(run: Run) -> LabRun:
+    """Return a run with its values read and checked; raises ValueError, which names the first that can't be right."""
+    tags, params, metrics, info = run.data.tags, run.data.params, run.data.metrics, run.info
+    holdout = _count("holdout", params.get("holdout", "0"))
+    if not tags["step"].strip():
+        raise ValueError("its step has no name")
+    for name in ("epochs", "device"):
+        if name not in params:
+            raise ValueError(f"it has no {name}")
+    if info.status == "FINISHED":
+        for name in ("num_params", "final_test_accuracy", f"best_{'validation' if holdout else 'test'}_accuracy"):
+            if name not in metrics:
+                raise ValueError(f"it is FINISHED but has no result: {name} is missing")
+    started = _time("start_time", info.start_time)
+    facts: dict[str, object] = {
+        **{name: tags.get(name) for name, kind in COLUMNS.items() if kind == "str"},
+        **{f"target_{name}": _target(name, tags.get(f"target_{name}")) for name in ("accuracy", "params", "epochs")},
+        **{name: _number(name, tags[name]) for name in COLUMNS if name.startswith("reported_") and name in tags},
+        **{name: metrics[name] for name in VALIDATION_COLUMNS if name in metrics},
+        "final_train_accuracy": metrics.get("train_accuracy"),  # MLflow gives the latest value
+        "final_test_accuracy": metrics.get("final_test_accuracy"),
+        "best_test_accuracy": metrics.get("best_test_accuracy"),
+        "final_test_loss": metrics.get("final_test_loss", metrics.get("test_loss")),  # the former with a hold-out
+        "final_validation_loss": metrics.get("validation_loss"),
+        **{
+            name: _count(name, metrics[name], least)
+            for name, least in (("num_params", 1), ("best_epoch", 1), ("epochs_at_target", 0))
+            if name in metrics
+        },
+        "device": params["device"],
+        "git_dirty": {"true": True, "false": False}.get(tags.get("git_dirty", "")),
+        "start_time": started,
+        "minutes": None if info.end_time is None else (_time("end_time", info.end_time) - started).total_seconds() / 60,
+    }
+    for name, value in facts.items():
+        if name.endswith("_accuracy") and isinstance(value, float) and not 0 <= value <= 100:
+            raise ValueError(f"its {name} is {value:g}, not a percentage")
+    return LabRun(
+        run_id=info.run_id,
+        step=tags["step"],
+        seed=_count("seed", params["seed"]),
+        holdout=holdout,
+        # Without the hold-out: that is a protocol, with a column of its own.
+        overrides=re.sub(r"(^| )holdout=\d+(?= |$)", "", tags.get("overrides", "")).strip(),
+        status=info.status,
+        epochs=_count("epochs", params["epochs"], 1, MAX_COUNT),
+        hyperparameters={name: text for name, text in params.items() if name not in {*COLUMNS, *VALIDATION_COLUMNS}},
+        facts=facts,
+    )
 
 
-def _overrides(run: Run) -> str:
-    """Return what the run has overridden, but for `holdout`: that is a protocol, with a column of its own."""
-    return re.sub(r"(^| )holdout=\d+(?= |$)", "", run.data.tags.get("overrides", "")).strip()
+def _count(name: str, value: str | float, least: int = 0, most: int = 2**63 - 1) -> int:
+    """Return a param's text or a metric's value as a whole number; raises ValueError if it is none in these bounds."""
+    if isinstance(value, str):
+        number = int(value) if re.fullmatch(r"[0-9]{1,19}", value) else None
+    else:
+        number = int(value) if value.is_integer() else None
+    if number is None or not least <= number <= most:
+        raise ValueError(f"its {name} is {shown(value)}, not a whole number from {least} to {most:,}")
+    return number
 
 
-def all_runs(uri: str) -> list[Run]:
-    """Return every run of the lab in the store, newest first."""
-    check_readable(uri)
-    with _reading(uri):
-        client = mlflow.MlflowClient(uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
-        if experiment is None:
-            return []
-        runs: list[Run] = []
-        token: str | None = ""
-        while token is not None:
-            page = client.search_runs(
-                [experiment.experiment_id],
-                order_by=["attributes.start_time DESC"],
-                max_results=RUNS_PER_PAGE,
-                page_token=token or None,
-            )
-            runs += page
-            token = page.token
-    # A study's own run, the parent of its seeds', has no seed.
-    return [run for run in runs if "step" in run.data.tags and "seed" in run.data.params]
+def _number(name: str, text: str) -> float:
+    """Return a tag's text as a number; raises ValueError if it is none, or not finite."""
+    try:
+        number = float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"its {name} is {shown(text)}, not a number")
+    return number
 
 
-def _table(runs: list[Run], holdout: int) -> pd.DataFrame:
-    """Return the run table of these runs; a finished run without a result is left out with a warning."""
+def _target(name: str, text: str | None) -> float | None:
+    if text is None:
+        return None
+    return _number("target_accuracy", text) if name == "accuracy" else _count(f"target_{name}", text, 1, MAX_COUNT)
+
+
+def _time(name: str, milliseconds: int | None) -> pd.Timestamp:
+    if milliseconds is None or not 0 <= milliseconds <= LAST_TIME:
+        raise ValueError(f"its {name} is {shown(milliseconds)}, not a time before the year 3000")
+    return pd.Timestamp(milliseconds, unit="ms", tz="UTC")
+
+
+def _table(runs: list[LabRun], holdout: int) -> pd.DataFrame:
+    """Return the run table of these runs."""
     columns = _columns(holdout)
-    complete = []
-    for run in runs:
-        if run.info.status == "FINISHED" and "final_test_accuracy" not in run.data.metrics:
-            warnings.warn(f"run {run.info.run_id} is FINISHED but has no result: left out", stacklevel=3)
-        else:
-            complete.append(run)
-    rows = [_row(run, columns) for run in complete]
-    hyperparameters = list(dict.fromkeys(name for run in runs for name in run.data.params if name not in columns))
-    if "epochs" not in hyperparameters:  # an empty table has the columns that every run has
+    own = ("run_id", "step", "seed", "holdout", "overrides", "status", "epochs")
+    rows = [{**run.facts, **run.hyperparameters, **{name: getattr(run, name) for name in own}} for run in runs]
+    hyperparameters = list(dict.fromkeys(name for run in runs for name in run.hyperparameters))
+    if not runs:  # an empty table has the columns that every run has
         hyperparameters = ["batch_size", "epochs", "optimizer", "lr"]
     table = pd.DataFrame(rows, columns=["step", "seed", "holdout", *hyperparameters, *list(columns)[3:]])
     typed = {name: _typed(table[name]) for name in hyperparameters}
@@ -268,36 +429,14 @@ def _columns(holdout: int) -> dict[str, str]:
     return dict([*list(kept.items())[:first], *VALIDATION_COLUMNS.items(), *list(kept.items())[first:]])
 
 
-def _row(run: Run, columns: dict[str, str]) -> dict[str, object]:
-    tags, metrics, info = run.data.tags, run.data.metrics, run.info
-    stated = {name: float(value) for name, value in tags.items() if name.startswith(("target_", "reported_"))}
-    return {
-        **{name: tags.get(name) for name in columns},
-        **stated,
-        **run.data.params,
-        "final_train_accuracy": metrics.get("train_accuracy"),  # MLflow gives the latest value
-        "final_test_loss": metrics.get("final_test_loss", metrics.get("test_loss")),  # the former with a hold-out
-        "final_validation_loss": metrics.get("validation_loss"),
-        **{name: metrics[name] for name in columns if name in metrics},
-        "seed": int(run.data.params["seed"]),
-        "holdout": holdout_of(run),
-        "git_dirty": tags.get("git_dirty") == "true",
-        "overrides": _overrides(run),
-        "status": info.status,
-        "start_time": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
-        "minutes": (info.end_time - info.start_time) / 60_000 if info.end_time else None,
-        "run_id": info.run_id,
-    }
-
-
-def _typed(column: pd.Series[str]) -> pd.Series[Any]:
-    """Return a column of MLflow's params, which are text, as integers or numbers where every value is one."""
-    given = column.dropna()
-    if given.str.fullmatch(r"[+-]?\d+").all():
+def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
+    """Return a column of hyperparameters as integers or numbers where every value is one, else as text."""
+    given = column.dropna().astype("str")
+    if given.str.fullmatch(r"[+-]?[0-9]{1,18}").all():
         return column.astype("Int64")
     try:
         return pd.to_numeric(column).astype("float64")
-    except ValueError:
+    except (ValueError, OverflowError):
         return column.astype("str")
 
 
@@ -308,17 +447,26 @@ def _points(uri: str, epochs: dict[str, int], metrics: list[str]) -> pd.DataFram
     """
     with _reading(uri):
         read = _points_over_http if uri.startswith(("http://", "https://")) else _points_by_sql
-        return pd.DataFrame(read(uri, epochs, metrics), columns=["run_id", "metric", "epoch", "value"])
+        points = pd.DataFrame(read(uri, epochs, metrics), columns=["run_id", "metric", "epoch", "value"])
+    # MLflow keeps the largest float for infinity.
+    largest = sys.float_info.max
+    return points.astype({"value": "float64"}).replace({"value": {largest: math.inf, -largest: -math.inf}})
 
 
 def _points_by_sql(uri: str, epochs: dict[str, int], metrics: list[str]) -> list[tuple[str, str, int, float]]:
     query = sqlalchemy.text(
-        "SELECT run_uuid, key, step, value FROM metrics WHERE key IN :keys ORDER BY timestamp"
-    ).bindparams(sqlalchemy.bindparam("keys", metrics, expanding=True))
+        "SELECT run_uuid, key, step, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics "
+        "WHERE run_uuid IN :run_ids AND key IN :keys ORDER BY timestamp"
+    ).bindparams(sqlalchemy.bindparam("run_ids", expanding=True), sqlalchemy.bindparam("keys", metrics, expanding=True))
     engine = sqlalchemy.create_engine(uri)
+    run_ids = list(epochs)
     try:
         with engine.connect() as connection:
-            return [tuple(row) for row in connection.execute(query) if row.run_uuid in epochs]
+            return [
+                tuple(row)
+                for first in range(0, len(run_ids), RUNS_PER_QUERY)
+                for row in connection.execute(query, {"run_ids": run_ids[first : first + RUNS_PER_QUERY]})
+            ]
     finally:
         engine.dispose()
 

@@ -219,7 +219,7 @@ def record(
             logged_once = LOGGED_ONCE_WITH_HOLD_OUT
         verdicts = targets.judge(
             experiment.targets,
-            final_test_accuracy=measured["final_test_accuracy"],
+            accuracies=[measured["final_test_accuracy"]],
             num_params=int(measured["num_params"]),
             epochs=len(epochs),
         )

@@ -28,9 +28,8 @@ from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import FinishedRun, adopt, close_abandoned, finished_runs, open_store
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.training.stacked import can_stack
-from mnist_lab.verdicts import targets
-from mnist_lab.verdicts.statistics import Aggregate, StudyVerdict, aggregate, judge_mean
-from mnist_lab.verdicts.targets import Verdict
+from mnist_lab.verdicts.statistics import Aggregate, aggregate
+from mnist_lab.verdicts.targets import Verdict, judge, overall
 
 # What is aggregated over the seeds: the last epoch first, then the best.
 FIGURES = ("final_test_accuracy", "best_test_accuracy")
@@ -56,8 +55,7 @@ class StudyResult:
     runs: the finished run of each seed, in the order of the seeds that were asked for.
     failed: why the other seeds have none.
     aggregates: by the name of the figure, the last epoch's accuracy first; empty if no seed has finished.
-    accuracy: the verdict on the accuracy target; None where none was stated or no seed has finished.
-    verdicts: on the other targets.
+    verdicts: on each stated target; empty if no seed has finished.
     """
 
     run_id: str
@@ -65,7 +63,6 @@ class StudyResult:
     reused: list[int]
     failed: dict[int, str]
     aggregates: dict[str, Aggregate]
-    accuracy: StudyVerdict | None
     verdicts: list[Verdict]
 
 
@@ -164,38 +161,17 @@ def _check(seeds: Sequence[int], workers: int | None) -> None:
 
 
 def _judge(job: Job, run_id: str, runs: list[FinishedRun], reused: list[int], failed: dict[int, str]) -> StudyResult:
-    aggregates, accuracy, verdicts = {}, None, []
-    experiment, target = job.experiment, job.experiment.targets.accuracy
-    figures = FIGURES_WITH_HOLD_OUT if job.holdout else FIGURES
+    aggregates, verdicts = {}, []
+    targets, figures = job.experiment.targets, FIGURES_WITH_HOLD_OUT if job.holdout else FIGURES
     if runs:
-        aggregates = {name: aggregate([run.metrics[name] for run in runs], target) for name in figures}
-        last = [run.metrics["final_test_accuracy"] for run in runs]
-        accuracy = None if target is None else judge_mean(last, target)
-        verdicts = [
-            verdict
-            for verdict in targets.judge(
-                experiment.targets,
-                final_test_accuracy=aggregates["final_test_accuracy"].mean,
-                num_params=int(runs[0].metrics["num_params"]),
-                epochs=experiment.epochs,
-            )
-            if verdict.name != "accuracy"  # `accuracy` judges that, by how much the seeds differ
-        ]
-    return StudyResult(run_id, runs, reused, failed, aggregates, accuracy, verdicts)
-
-
-def words(result: StudyResult) -> dict[str, str]:
-    """Return the verdict on each target: met, missed, or for the accuracy also "not shown"."""
-    accuracy = {} if result.accuracy is None else {"accuracy": result.accuracy.word}
-    return {**accuracy, **{verdict.name: verdict.word for verdict in result.verdicts}}
-
-
-def overall(result: StudyResult) -> str:
-    """Return "met" if all targets are, "missed" if any is, else "not shown"; "none" where nothing can be judged."""
-    given = words(result).values()
-    if not given:
-        return "none"
-    return "missed" if "missed" in given else "not shown" if "not shown" in given else "met"
+        aggregates = {name: aggregate([run.metrics[name] for run in runs], targets.accuracy) for name in figures}
+        verdicts = judge(
+            targets,
+            accuracies=[run.metrics["final_test_accuracy"] for run in runs],
+            num_params=int(runs[0].metrics["num_params"]),
+            epochs=job.experiment.epochs,
+        )
+    return StudyResult(run_id, runs, reused, failed, aggregates, verdicts)
 
 
 def _log(study: TrackedRun, result: StudyResult) -> None:
@@ -204,10 +180,12 @@ def _log(study: TrackedRun, result: StudyResult) -> None:
         metrics |= {f"{name}_{key}": value for key, value in asdict(figures).items() if key != "n"}
     if result.runs:
         metrics["num_params"] = result.runs[0].metrics["num_params"]
-    if result.accuracy is not None:
-        metrics["p"] = result.accuracy.p
+    for verdict in result.verdicts:
+        if verdict.name == "accuracy":
+            metrics["p"] = verdict.p
     study.log_once({name: value for name, value in metrics.items() if math.isfinite(value)})
-    tags = {"targets": overall(result), **{f"verdict_{name}": word for name, word in words(result).items()}}
+    words = {f"verdict_{verdict.name}": verdict.word for verdict in result.verdicts}
+    tags = {"targets": overall(result.verdicts), **words}
     if result.failed:
         tags["seeds_failed"] = " ".join(map(str, result.failed))
     text = "\n\n".join(tabulate(*table, tablefmt="github", disable_numparse=True) for table in tables(result))

@@ -5,26 +5,38 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torchsummary
+from tabulate import tabulate
 from torch import Tensor, nn
 
+from mnist_lab.training.loop import num_params
+
 IMAGE_SIZE = 28
+MAX_NAMES = 6  # of parameters that a sentence lists
+Hook = Callable[[nn.Module, object, object], None]
 
 
 def summarize(net: nn.Module) -> str:
     """Return torchsummary's text for a (1, 28, 28) input, with each layer's receptive field in pixels.
 
-    torchsummary counts reused layers twice and misses bare parameters; the count that is judged is
-    `training.num_params`. The network and the random state are left as they were. A network that torchsummary
-    can't draw (layers that return tuples, no layer with weights) gives one line that says so: it can still train.
+    The totals are those of the network's parameters, each counted once. torchsummary counts weights and biases layer by
+    layer, call by call; where that gives another total, a line says so and why. A network that torchsummary can't draw
+    (layers that return tuples, no layer with weights) gets a table of its layers without receptive fields, and one that
+    can't be run a line that says so. The network and the random state are left as they were.
     """
     try:
         return _draw(net)
     except Exception as error:
         said = " ".join(str(error).split())
-        return f"No model summary: torchsummary can't draw this network ({type(error).__name__}: {said})."
+        reason = f"torchsummary can't draw this network ({type(error).__name__}: {said})"
+    try:
+        return f"{_layer_table(net)}\nNo receptive fields: {reason}."
+    except Exception:
+        return f"No model summary: {reason}."
 
 
 def _draw(net: nn.Module) -> str:
@@ -42,11 +54,108 @@ def _draw(net: nn.Module) -> str:
         elif rulers == 1:
             lines.append(f"{line} {'Receptive field':>17}")
         elif rulers == 2:
-            size = next(fields)
+            size = next(fields, None)
+            if size is None:  # reading a parametrized weight calls a layer
+                raise ValueError("it lists more layers than the network calls")
             lines.append(f"{line} {f'{size}x{size}':>17}")
         else:
             lines.append(line)
+    return "\n".join(_with_true_totals(lines, net))
+
+
+def _with_true_totals(lines: list[str], net: nn.Module) -> list[str]:
+    """Put the true totals into torchsummary's lines; where they are others, say why in a line at the end."""
+    said = dict(line.split(": ", 1) for line in lines if ": " in line)
+    true = _totals(net)
+    if all(said[name] == figure for name, figure in true.items()):
+        return lines
+    true["Params size (MB)"] = f"{4 * sum(p.numel() for p in net.parameters()) / 2**20:.2f}"
+    parts = (said["Input size (MB)"], said["Forward/backward pass size (MB)"], true["Params size (MB)"])
+    true["Estimated Total Size (MB)"] = f"{sum(map(float, parts)):.2f}"
+    corrected = [f"{name}: {true[name]}" if (name := line.partition(": ")[0]) in true else line for line in lines]
+    own = f"{said['Total params']} in all and {said['Trainable params']} trainable"
+    return [*corrected, f"torchsummary's own count is {own}: it {_why(net)}."]
+
+
+def _totals(net: nn.Module) -> dict[str, str]:
+    total, trainable = sum(parameter.numel() for parameter in net.parameters()), num_params(net)
+    return {
+        "Total params": f"{total:,}",
+        "Trainable params": f"{trainable:,}",
+        "Non-trainable params": f"{total - trainable:,}",
+    }
+
+
+def _why(net: nn.Module) -> str:
+    """Say in which parameters torchsummary's count, by the weight and bias of each call of a layer, goes wrong."""
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    modules = {module: name for name, module in net.named_modules()}
+    times: Counter[str] = Counter()
+    foreign: dict[str, None] = {}
+
+    def count(module: nn.Module, inputs: object, output: object) -> None:
+        for kind in ("weight", "bias"):
+            value = getattr(module, kind, None)
+            if id(value) in names:
+                times[names[id(value)]] += 1
+            elif isinstance(value, Tensor):
+                foreign[f"{modules[module]}.{kind}"] = None
+
+    _run_watched(net, torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE), _layers(net), count)
+    reasons = [
+        f"counts {_listed(name for name in times if times[name] == n)} {n} times"
+        for n in sorted({*times.values()} - {1})
+    ]
+    if foreign:
+        reasons.append(f"counts {_listed(foreign)}, not a parameter,")
+    if left_out := [name for name in names.values() if name not in times]:
+        reasons.append(f"leaves out {_listed(left_out)}")
+    return " and ".join(reasons) or "takes each layer as its weight is, trainable or not"
+
+
+def _layer_table(net: nn.Module) -> str:
+    """Return a table of the layers in the order of their calls, and the totals."""
+    net = copy.deepcopy(net).cpu().eval()
+    calls: list[tuple[nn.Module, str]] = []
+    _run_watched(
+        net,
+        torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE),
+        dict.fromkeys(_layers(net)),
+        lambda module, inputs, output: calls.append((module, _shape(output))),
+    )
+    called = {module for module, _ in calls}
+    counted: set[int] = set()
+    rows = []
+    for number, (module, shape) in enumerate(calls, start=1):
+        # A part that is never called is this layer's own, such as the projection in an attention layer.
+        parts = [module, *(part for part in module.modules() if part not in called)]
+        mine = {id(p): p.numel() for part in parts for p in part.parameters(recurse=False) if id(p) not in counted}
+        counted |= mine.keys()
+        rows.append((f"{type(module).__name__}-{number}", shape, f"{sum(mine.values()):,}"))
+    lines = [
+        tabulate(rows, ("Layer (type)", "Output shape of 2 images", "Param #"), colalign=("left", "left", "right"))
+    ]
+    lines += [f"{name}: {figure}" for name, figure in _totals(net).items()]
+    if outside := [f"{name} ({p.numel():,})" for name, p in net.named_parameters() if id(p) not in counted]:
+        lines.append(f"Params in none of these layers: {_listed(outside)}")
     return "\n".join(lines)
+
+
+def _shape(output: object) -> str:
+    """Return the shape of a layer's output, e.g. "[2, 28, 10]", or of all in it, e.g. "([2, 28, 10], [1, 2, 10])"."""
+    if isinstance(output, Tensor):
+        return str(list(output.shape))
+    if isinstance(output, Mapping):
+        return f"{{{', '.join(f'{key}: {_shape(value)}' for key, value in output.items())}}}"
+    if isinstance(output, list | tuple):
+        return f"({', '.join(map(_shape, output))})"
+    return "None" if output is None else type(output).__name__
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = [f"{len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []
+    return ", ".join(names[:MAX_NAMES] + more)
 
 
 @torch.inference_mode()
@@ -63,18 +172,30 @@ def receptive_fields(net: nn.Module) -> list[int]:
     columns[torch.arange(IMAGE_SIZE), :, :, torch.arange(IMAGE_SIZE)] = torch.nan
     widths: list[int] = []
 
-    def note_width(module: nn.Module, inputs: object, output: Tensor) -> None:
+    def note_width(module: nn.Module, inputs: object, output: object) -> None:
+        assert isinstance(output, Tensor)
         reached = output.isnan()  # (28, C, H, W), or (28, features) once the image is flattened
         if reached.ndim == 4:
             reached = reached[..., output.shape[-1] // 2]
         seen = reached.flatten(1).any(dim=1).nonzero()
         widths.append(int(seen.max() - seen.min()) + 1 if len(seen) else 0)
 
-    def watch(module: nn.Module) -> None:
-        if module is not net and not isinstance(module, nn.Sequential | nn.ModuleList):
-            module.register_forward_hook(note_width)
-
-    net.apply(watch)
-    with torch.random.fork_rng(devices=[]):  # some networks draw in evaluation mode too: F.dropout is on by default
-        net(columns)
+    _run_watched(net, columns, _layers(net), note_width)
     return widths
+
+
+def _layers(net: nn.Module) -> list[nn.Module]:
+    """Return what torchsummary takes for layers, as often as it does: a module with two parents is there twice."""
+    layers: list[nn.Module] = []
+    net.apply(layers.append)
+    return [part for part in layers if part is not net and not isinstance(part, nn.Sequential | nn.ModuleList)]
+
+
+def _run_watched(net: nn.Module, images: Tensor, layers: Iterable[nn.Module], hook: Hook) -> None:
+    """Run the network on the images and call the hook with each of these layers, its input and its output."""
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    # Some networks draw random numbers in evaluation mode too: F.dropout is on by default.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        net(images)
+    for handle in handles:
+        handle.remove()

@@ -116,9 +116,14 @@ def _experiment_id(uri: str, artifacts: Path | None) -> str:
             location = artifacts.as_uri() if artifacts else None
             view = {f"mlflow.sharedViewState.{UI_VIEW}": json.dumps({"selectedColumns": UI_COLUMNS})}
             return str(client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=view))
+    check_not_deleted(uri, experiment)
+    return str(experiment.experiment_id)
+
+
+def check_not_deleted(uri: str, experiment: mlflow.entities.Experiment) -> None:
+    """Refuse a store whose experiment was deleted in the MLflow UI; raises LabError."""
     if experiment.lifecycle_stage == "deleted":
         raise LabError(f"tracking store {uri!r}: the experiment {EXPERIMENT_NAME!r} is deleted; restore it in MLflow")
-    return str(experiment.experiment_id)
 
 
 @contextmanager

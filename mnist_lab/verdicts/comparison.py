@@ -155,10 +155,10 @@ def p_text(p: float) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 
-def step_order(step: str) -> tuple[bool, list[str | int]]:
+def step_order(step: str) -> tuple[bool, list[str | float]]:
     """Return the key by which experiments are sorted: `step1_...` and on before the rest, step 10 after step 9."""
     parts = re.split(r"(\d+)", step)
-    return not step.startswith("step"), [int(part) if part.isdecimal() else part for part in parts]
+    return not step.startswith("step"), [float(part) if part.isdecimal() else part for part in parts]
 
 
 def _comparison(pair: Pair, found: Difference) -> Comparison:

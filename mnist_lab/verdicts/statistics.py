@@ -25,7 +25,10 @@ MOST_SEEDS = 1_000_000  # beyond this, "it can't be said"
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One figure over n seeds. sd has n - 1; low to high is the 95 % t-interval of the mean; nan for one seed."""
+    """One figure in percent over n seeds. sd has n - 1; nan for one seed.
+
+    low to high is the 95 % t-interval of the mean, cut off at 0 and 100 %; nan for one seed.
+    """
 
     n: int
     mean: float
@@ -95,15 +98,15 @@ class McNemar:
 
 
 def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate:
-    """Describe one figure over seeds."""
+    """Describe one figure, in percent, over seeds."""
     x = _numbers(values)
-    low, high = _interval(x)
+    low, high = np.clip(_interval(x), 0.0, 100.0)
     return Aggregate(
         n=len(x),
         mean=float(x.mean()),
         sd=float(x.std(ddof=1)) if len(x) > 1 else math.nan,
-        low=low,
-        high=high,
+        low=float(low),
+        high=float(high),
         minimum=float(x.min()),
         median=float(np.median(x)),
         maximum=float(x.max()),

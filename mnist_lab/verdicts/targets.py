@@ -1,41 +1,65 @@
-"""Verdicts: the declared targets and the measured numbers in, met or missed out."""
+"""Verdicts: the declared targets and the measured numbers in, words out. A run, a study and a table share this rule."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
 
 from mnist_lab.experiment import Targets
+from mnist_lab.verdicts.statistics import judge_mean
+
+Word = Literal["met", "missed", "not shown"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target beside what was measured, e.g. accuracy, "at least 99.4 %", 99.47, met."""
+    """One target beside what was measured, e.g. accuracy, "at least 99.4 %", 99.47, met.
+
+    measured: of several seeds, their mean. n: how many seeds it is of. target: the number in `wanted`.
+    word: of one figure "met" or "missed". Of a mean over seeds, what it shows: "met", "missed" or "not shown".
+    p, seeds_needed: of the test behind that, as in `statistics.StudyVerdict`; nan and None where none was made.
+    """
 
     name: str
     wanted: str
     measured: float
-    met: bool
+    word: Word
+    p: float = math.nan
+    seeds_needed: int | None = None
+    n: int = 1
+    target: float = math.nan
 
-    @property
-    def word(self) -> str:
-        return "met" if self.met else "missed"
 
+def judge(targets: Targets, *, accuracies: Sequence[float], num_params: int, epochs: int) -> list[Verdict]:
+    """Return a verdict for each stated target.
 
-def judge(targets: Targets, *, final_test_accuracy: float, num_params: int, epochs: int) -> list[Verdict]:
-    """Return a verdict for each stated target. The accuracy judged is the last epoch's, in percent."""
+    accuracies: the last epoch's test accuracy in percent, one figure per seed. One by itself is met or missed; of
+        several, `statistics.judge_mean` judges the mean.
+    """
     verdicts = []
     if targets.accuracy is not None:
-        wanted = f"at least {targets.accuracy:g} %"
-        verdicts.append(Verdict("accuracy", wanted, final_test_accuracy, final_test_accuracy >= targets.accuracy))
-    if targets.params is not None:
-        verdicts.append(Verdict("params", f"fewer than {targets.params:,}", num_params, num_params < targets.params))
-    if targets.epochs is not None:
-        verdicts.append(Verdict("epochs", f"fewer than {targets.epochs}", epochs, epochs < targets.epochs))
+        verdicts.append(_judge_accuracy(accuracies, targets.accuracy))
+    for name, measured, limit in (("params", num_params, targets.params), ("epochs", epochs, targets.epochs)):
+        if limit is not None:
+            word: Word = "met" if measured < limit else "missed"
+            verdicts.append(Verdict(name, f"fewer than {limit:,}", measured, word, target=limit))
     return verdicts
 
 
-def overall(verdicts: list[Verdict]) -> str:
-    """Return "met" if all are, "missed" if any is not, "none" where no target was stated."""
-    if not verdicts:
+def overall(verdicts: Sequence[Verdict]) -> str:
+    """Return "met" if all are, "missed" if any is, else "not shown"; "none" where no target was stated."""
+    words = {verdict.word for verdict in verdicts}
+    if not words:
         return "none"
-    return "met" if all(verdict.met for verdict in verdicts) else "missed"
+    return "missed" if "missed" in words else "not shown" if "not shown" in words else "met"
+
+
+def _judge_accuracy(accuracies: Sequence[float], target: float) -> Verdict:
+    wanted, mean = f"at least {target:g} %", fmean(accuracies)
+    if len(accuracies) == 1:
+        return Verdict("accuracy", wanted, mean, "met" if mean >= target else "missed", target=target)
+    shown = judge_mean(accuracies, target)
+    return Verdict("accuracy", f"mean {wanted}", mean, shown.word, shown.p, shown.seeds_needed, shown.n, target)

@@ -18,14 +18,11 @@ import pytest
 import torch
 
 from helpers import ROOT, TrackedRun, default_signals, read_runs, wait_until
-from mnist_lab.console import how_sure
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.running import declaration, workers
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.run import RunResult
-from mnist_lab.running.study import _judge, overall
 from mnist_lab.running.study import study as run_study
 from mnist_lab.running.workers import Done, EpochListener, Failed, Task, train_one_by_one, train_stacked
 from mnist_lab.tracking.run import track
@@ -371,49 +368,6 @@ def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: 
     assert trained == [3, 4, 5]
     done3, done5 = (Done(FinishedRun(f"run {seed}", seed, {"best_epoch": 1})) for seed in (3, 5))
     assert messages == [done3, Failed(4, "lr: too high"), done5]
-
-
-def finished(accuracies: list[float]) -> list[FinishedRun]:
-    figures = [
-        {"final_test_accuracy": accuracy, "best_test_accuracy": accuracy + 0.05, "num_params": 7852.0}
-        for accuracy in accuracies
-    ]
-    return [FinishedRun(str(seed), seed, metrics) for seed, metrics in enumerate(figures)]
-
-
-@pytest.mark.parametrize(
-    ("accuracies", "targets", "word"),
-    [
-        ([99.45, 99.46, 99.47], Targets(accuracy=99.4, params=10_000, epochs=15), "met"),
-        ([99.45, 99.46, 99.47], Targets(accuracy=99.4, params=7_000, epochs=15), "missed"),
-        ([99.45, 99.46, 99.38], Targets(accuracy=99.4, params=10_000, epochs=15), "not shown"),
-        ([99.45, 99.46, 99.38], Targets(accuracy=99.4, params=10_000, epochs=14), "missed"),
-        ([99.1, 99.11, 99.12], Targets(accuracy=99.4), "missed"),
-        ([99.45], Targets(accuracy=99.4), "not shown"),
-        ([99.45], Targets(), "none"),
-        ([], Targets(accuracy=99.4), "none"),
-    ],
-)
-def test_the_verdict_of_a_study(accuracies: list[float], targets: Targets, word: str) -> None:
-    experiment = Experiment(net=torch.nn.Identity, epochs=14, batch_size=1, optimizer=torch.optim.SGD, targets=targets)
-    job = Job(script=Path(__file__), experiment=experiment, tracking_uri="sqlite:///none.db")
-
-    result = _judge(job, "abc", finished(accuracies), [], {})
-
-    assert overall(result) == word
-
-
-def test_how_sure_a_verdict_is() -> None:
-    assert how_sure(judge_mean([99.45, 99.46, 99.47], 99.4)) == (
-        "That the mean is at least 99.4 %: p = 0.0046, from 3 seeds."
-    )
-    unsure = how_sure(judge_mean([99.45, 99.46, 99.38], 99.4))
-    assert re.fullmatch(
-        r"That the mean is at least 99\.4 %: p = 0\.\d+, which does not show it; "
-        r"about \d+ seeds would, if the mean stays where it is\.",
-        unsure,
-    )
-    assert how_sure(judge_mean([99.5], 99.4)) == "One seed shows nothing about the mean: train more of them."
 
 
 def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torchsummary
 from torch import Tensor, nn
 
 from mnist_lab.running.summary import receptive_fields, summarize
+from mnist_lab.training.loop import num_params
 
 ROW = re.compile(r" *\w+-\d+ .*\[")
 
@@ -133,6 +134,84 @@ def test_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
+# ---- the true count
+
+
+class Reused(nn.Module):
+    """A layer that is called twice, a bare parameter, and a buffer called bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.fc = nn.Linear(784, 10)
+        self.scale = nn.Parameter(torch.ones(10))
+        self.norm = nn.Identity()
+        self.norm.register_buffer("bias", torch.zeros(7))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.conv(images)))
+        return self.fc(x.flatten(1)) * self.scale
+
+
+class Tied(nn.Module):
+    """One layer with two parents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Linear(784, 784)
+        self.first, self.second = nn.Sequential(shared), nn.Sequential(shared, nn.Linear(784, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(self.first(images.flatten(1)))
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(784, 10)
+        self.fc.bias.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("net", "total", "note"),
+    [
+        (
+            Reused(),
+            10 + 7850 + 10,
+            "torchsummary's own count is 7,877 in all and 7,870 trainable: it counts conv.weight, conv.bias 2 times "
+            "and counts norm.bias, not a parameter, and leaves out scale.",
+        ),
+        (Tied(), 784 * 785 + 7850, "it counts first.0.weight, first.0.bias 4 times."),
+    ],
+)
+def test_the_totals_count_each_parameter_once_and_a_line_says_where_torchsummary_differs(
+    net: nn.Module, total: int, note: str
+) -> None:
+    assert num_params(net) == total
+
+    lines = summarize(net).splitlines()
+
+    assert f"Total params: {total:,}" in lines
+    assert f"Trainable params: {total:,}" in lines
+    assert f"Params size (MB): {4 * total / 2**20:.2f}" in lines
+    assert lines[-1].startswith("torchsummary's own count is ")
+    assert lines[-1].endswith(note)
+    assert fields_in("\n".join(lines))
+
+
+def test_a_frozen_part_of_a_layer_is_not_trainable() -> None:
+    lines = summarize(Frozen()).splitlines()
+
+    assert {"Total params: 7,850", "Trainable params: 7,840", "Non-trainable params: 10"} <= set(lines)
+    assert lines[-1].startswith("torchsummary's own count is 7,850 in all and 7,850 trainable: it takes each layer as")
+
+
+# ---- what torchsummary can't draw
+
+
 class Functional(nn.Module):
     """Has parameters but no layer: torchsummary stops at it."""
 
@@ -145,14 +224,85 @@ class Functional(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Has a layer that returns a tuple."""
+    """Has a layer that returns tuples in a tuple."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rnn = nn.GRU(28, 10, batch_first=True)
+        self.rnn = nn.LSTM(28, 12, batch_first=True)
+        self.fc = nn.Linear(12, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.rnn(images.squeeze(1))[0][:, -1]
+        return self.fc(self.rnn(images.squeeze(1))[0][:, -1])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(28, 4, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(28, 2, 16, batch_first=True)
+        self.fc = nn.Linear(28, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.squeeze(1)
+        attended, _ = self.attention(rows, rows, rows)
+        return self.fc(self.encoder(attended).mean(1))
+
+
+class Branches(nn.Module):
+    """Layers in a ModuleDict, one of which returns a dict."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(784, 10), nn.Linear(784, 10)
+
+        def forward(self, x: Tensor) -> dict[str, object]:
+            return {"a": self.a(x), "rest": [self.b(x), None]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"both": self.Both(), "unused": nn.Linear(2, 2)})
+
+    def forward(self, images: Tensor) -> Tensor:
+        both = self.parts["both"](images.flatten(1))
+        return both["a"] + both["rest"][0]
+
+
+@pytest.mark.parametrize(
+    ("net", "rows"),
+    [
+        (Functional(), []),
+        (
+            Recurrent(),
+            ["LSTM-1 ([2, 28, 12], ([1, 2, 12], [1, 2, 12])) 2,016", "Linear-2 [2, 10] 130"],
+        ),
+        (Attention(), ["MultiheadAttention-1 ([2, 28, 28], [2, 28, 28]) 3,248", "Linear-11 [2, 10] 290"]),
+        (
+            nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(784, 10))),
+            ["ParametrizedLinear-3 [2, 10] 7,860"],
+        ),
+        (Branches(), ["Linear-1 [2, 10] 7,850", "Both-3 {a: [2, 10], rest: ([2, 10], None)} 0"]),
+    ],
+)
+def test_a_network_that_torchsummary_cant_draw_has_a_table_of_its_layers(
+    net: nn.Module, rows: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_state = torch.get_rng_state()
+
+    lines = [" ".join(line.split()) for line in summarize(net).splitlines()]
+
+    assert set(rows) <= set(lines)
+    assert f"Total params: {num_params(net):,}" in lines
+    assert lines[-1].startswith("No receptive fields: torchsummary can't draw this network (")
+    in_rows = sum(
+        int(found[1].replace(",", "")) for line in lines if (found := re.match(r"\w+-\d+ .* ([\d,]+)$", line))
+    )
+    outside = {Functional: 7840, Branches: 6}.get(type(net), 0)
+    assert in_rows + outside == num_params(net)
+    assert any("in none of these layers: weight (7,840)" in line for line in lines) == isinstance(net, Functional)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not any(module._forward_hooks for module in net.modules())
+    assert capsys.readouterr().out == ""
 
 
 class Unfitting(nn.Module):
@@ -166,12 +316,11 @@ class Unfitting(nn.Module):
         raise RuntimeError("the first line\n  and a second")
 
 
-@pytest.mark.parametrize("net", [Functional(), Recurrent(), Unfitting()])
-def test_a_network_that_cannot_be_drawn_gives_one_line(net: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
-    random_state = torch.get_rng_state()
+def test_a_network_that_cannot_be_run_gives_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    net, random_state = Unfitting(), torch.get_rng_state()
     text = summarize(net)
 
-    assert text.startswith("No model summary: torchsummary can't draw this network (")
+    assert text.startswith("No model summary: torchsummary can't draw this network (RuntimeError: the first line and a")
     assert "\n" not in text
     assert torch.equal(torch.get_rng_state(), random_state)
     assert capsys.readouterr().out == ""

@@ -1,16 +1,20 @@
 """Verdicts at their boundaries."""
 
+import math
+from typing import Any
+
 import pytest
 
 from mnist_lab.experiment import Targets
 from mnist_lab.training.loop import EpochMetrics
+from mnist_lab.verdicts.statistics import judge_mean
 from mnist_lab.verdicts.targets import judge, overall
 
 STEP = Targets(accuracy=99.4, params=10_000, epochs=15)
 
 
-def words(targets: Targets, **measured: float) -> dict[str, str]:
-    best = {"final_test_accuracy": 100.0, "num_params": 1, "epochs": 1}
+def words(targets: Targets, **measured: Any) -> dict[str, str]:
+    best = {"accuracies": [100.0], "num_params": 1, "epochs": 1}
     return {verdict.name: verdict.word for verdict in judge(targets, **(best | measured))}
 
 
@@ -31,7 +35,7 @@ def accuracy_of(correct: int) -> float:
 
 @pytest.mark.parametrize(("accuracy", "word"), [(99.4, "met"), (99.39, "missed"), (99.41, "met"), (0.994, "missed")])
 def test_accuracy_is_met_from_the_target_on(accuracy: float, word: str) -> None:
-    assert words(STEP, final_test_accuracy=accuracy)["accuracy"] == word
+    assert words(STEP, accuracies=[accuracy])["accuracy"] == word
 
 
 @pytest.mark.parametrize(("num_params", "word"), [(9_999, "met"), (10_000, "missed"), (10_001, "missed")])
@@ -47,21 +51,32 @@ def test_epochs_must_be_fewer_than_the_target(epochs: int, word: str) -> None:
 def test_an_accuracy_equals_the_target_that_is_written_like_it() -> None:
     for correct in range(9_000, 10_001):  # a rounding error in the percentage would miss the target by a hair
         target = float(f"{correct // 100}.{correct % 100:02d}")
-        assert words(Targets(accuracy=target), final_test_accuracy=accuracy_of(correct)) == {"accuracy": "met"}
-        assert words(Targets(accuracy=target), final_test_accuracy=accuracy_of(correct - 1)) == {"accuracy": "missed"}
+        assert words(Targets(accuracy=target), accuracies=[accuracy_of(correct)]) == {"accuracy": "met"}
+        assert words(Targets(accuracy=target), accuracies=[accuracy_of(correct - 1)]) == {"accuracy": "missed"}
 
 
 def test_a_verdict_says_what_was_wanted_and_measured() -> None:
-    accuracy, params, epochs = judge(STEP, final_test_accuracy=99.47, num_params=10_970, epochs=14)
+    verdicts = judge(STEP, accuracies=[99.47], num_params=10_970, epochs=14)
 
-    assert (accuracy.name, accuracy.wanted, accuracy.measured, accuracy.met) == (
-        "accuracy",
-        "at least 99.4 %",
-        99.47,
-        True,
+    assert [(v.name, v.wanted, v.measured, v.word) for v in verdicts] == [
+        ("accuracy", "at least 99.4 %", 99.47, "met"),
+        ("params", "fewer than 10,000", 10_970, "missed"),
+        ("epochs", "fewer than 15", 14, "met"),
+    ]
+    assert all(math.isnan(v.p) and v.seeds_needed is None for v in verdicts)
+
+
+def test_several_seeds_are_judged_by_what_their_mean_shows() -> None:
+    above, near, below = (
+        judge(Targets(accuracy=99.4), accuracies=accuracies, num_params=1, epochs=1)[0]
+        for accuracies in ([99.45, 99.46, 99.47], [99.45, 99.46, 99.38], [99.1, 99.11, 99.12])
     )
-    assert (params.name, params.wanted, params.measured, params.met) == ("params", "fewer than 10,000", 10_970, False)
-    assert (epochs.name, epochs.wanted, epochs.measured, epochs.met) == ("epochs", "fewer than 15", 14, True)
+
+    assert [v.word for v in (above, near, below)] == ["met", "not shown", "missed"]
+    assert (above.wanted, above.measured, above.n) == ("mean at least 99.4 %", pytest.approx(99.46), 3)
+    assert above.p == pytest.approx(judge_mean([99.45, 99.46, 99.47], 99.4).p)
+    assert near.seeds_needed == judge_mean([99.45, 99.46, 99.38], 99.4).seeds_needed
+    assert above.seeds_needed is None
 
 
 @pytest.mark.parametrize("stated", ["accuracy", "params", "epochs"])
@@ -72,15 +87,22 @@ def test_only_stated_targets_are_judged(stated: str) -> None:
 
 
 def test_overall_is_met_only_if_all_are() -> None:
-    measured = {"final_test_accuracy": 99.4, "num_params": 7_852, "epochs": 14}
+    measured: dict[str, Any] = {"accuracies": [99.4], "num_params": 7_852, "epochs": 14}
 
     assert overall(judge(STEP, **measured)) == "met"
-    for change in ({"final_test_accuracy": 99.39}, {"num_params": 10_970}, {"epochs": 15}):
+    for change in ({"accuracies": [99.39]}, {"num_params": 10_970}, {"epochs": 15}):
         assert overall(judge(STEP, **(measured | change))) == "missed"
 
 
+def test_overall_is_not_shown_where_the_mean_shows_nothing_and_nothing_is_missed() -> None:
+    measured: dict[str, Any] = {"accuracies": [99.45, 99.46, 99.38], "num_params": 7_852}
+
+    assert overall(judge(STEP, **measured, epochs=14)) == "not shown"
+    assert overall(judge(STEP, **measured, epochs=15)) == "missed"
+
+
 def test_no_target_gives_no_verdict() -> None:
-    verdicts = judge(Targets(), final_test_accuracy=10.0, num_params=10**9, epochs=1000)
+    verdicts = judge(Targets(), accuracies=[10.0], num_params=10**9, epochs=1000)
 
     assert verdicts == []
     assert overall(verdicts) == "none"

@@ -1,0 +1,50 @@
+"""Files that are replaced whole: a reader or a power cut finds the old one or the new one, never a half."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from mnist_lab.tracking.sqlite import sync_to_disk
+
+
+def replace_files(contents: Mapping[Path, str | bytes]) -> None:
+    """Write these files; folders that are missing are made. Text is written as UTF-8 whatever the locale is.
+
+    Each file is written beside its place first, and none is replaced before all are on the disk. A link to a file stays
+    one.
+
+    Raises:
+        OSError: if they can't be written; then the old files are as they were.
+    """
+    new: dict[Path, Path] = {}
+    try:
+        for file, content in contents.items():
+            target = _encodable(file).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            new[target] = target.with_name(f"{target.name}.{os.getpid()}.new")
+            new[target].write_bytes(content.encode() if isinstance(content, str) else content)
+            with suppress(FileNotFoundError):
+                shutil.copymode(target, new[target])
+            sync_to_disk(new[target])
+        for target, written in new.items():
+            written.replace(target)
+        for folder in {target.parent for target in new}:
+            sync_to_disk(folder)
+    finally:
+        for written in new.values():
+            with suppress(OSError):
+                written.unlink()
+
+
+def _encodable(file: Path) -> Path:
+    try:
+        os.fsencode(file)
+    except UnicodeEncodeError as error:
+        reason = f"its name can't be written in this locale's {error.encoding}"
+        raise OSError(errno.EILSEQ, reason, ascii(str(file))) from error
+    return file

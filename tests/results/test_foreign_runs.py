@@ -1,0 +1,301 @@
+"""Runs of other programs in the lab's MLflow experiment: what can't be right is left out and named, the rest shows."""
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+
+from mnist_lab import figures, results
+from mnist_lab.errors import LabError
+from mnist_lab.results import evidence
+from mnist_lab.results import runs as tracked
+from mnist_lab.results.report import write_report
+from mnist_lab.tracking.store import Store, open_store
+from run_writer import write_run
+
+T0 = 1_700_000_000_000
+PARAMS = {"seed": "0", "epochs": "1", "device": "cpu", "lr": "0.1"}
+TAGS = {"step": "foreign", "overrides": ""}
+METRICS = {
+    **{"train_loss": 0.1, "train_accuracy": 99.0, "test_loss": 0.05, "test_accuracy": 99.1, "lr": 0.1},
+    **{"num_params": 7852.0, "final_test_accuracy": 99.1, "best_test_accuracy": 99.1, "best_epoch": 1.0},
+}
+MEASURED_ONCE = ("num_params", "final_test_accuracy", "best_test_accuracy")
+NASTY = ["abc", "10.5", "-1", "1e999", "nan", "inf", "٣", "1_0", " 7 ", "9" * 30, "9" * 400, "True", "0x10", "1e308"]
+NASTY += ["a$\\frac{$", "a|b", "../x", "two\nlines", "_x", "step" + "9" * 5000, "<b>", "\x01", "high", "é", "step1"]
+
+
+def write_foreign_run(
+    store: Store,
+    params: Mapping[str, str] = PARAMS,
+    tags: Mapping[str, str] = TAGS,
+    metrics: Mapping[str, float] = METRICS,
+    *,
+    start_time: int = T0 + 10,
+    end_time: int = T0 + 20,
+    status: str = "FINISHED",
+) -> str:
+    """Write a run as any program may, and return its id."""
+    client = mlflow.MlflowClient(store.uri)
+    run_id: str = client.create_run(store.experiment_id, start_time=start_time, tags=dict(tags)).info.run_id
+    client.log_batch(
+        run_id,
+        metrics=[Metric(name, value, T0, 1) for name, value in metrics.items()],
+        params=[Param(name, value) for name, value in params.items()],
+    )
+    client.set_terminated(run_id, status=status, end_time=end_time)
+    return run_id
+
+
+@pytest.fixture
+def store(uri: str) -> Store:
+    """Return a store with two runs of the lab."""
+    store = open_store(uri)
+    for seed in (0, 1):
+        write_run(store, "step1", seed, [98.0, 99.0 + seed / 10], start_time=T0 + seed)
+    return store
+
+
+def no_params(name: str) -> dict[str, str]:
+    return {key: value for key, value in PARAMS.items() if key != name}
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"params": PARAMS | {"seed": "abc"}}, "its seed is 'abc', not a whole number from 0 to"),
+    ({"params": PARAMS | {"seed": "٣"}}, "its seed is '٣'"),
+    ({"params": PARAMS | {"epochs": "9" * 30}}, "its epochs is '999999999999999999999999999999', not a whole number"),
+    ({"params": no_params("epochs")}, "it has no epochs"),
+    ({"params": no_params("device")}, "it has no device"),
+    ({"params": PARAMS | {"holdout": "some"}}, "its holdout is 'some'"),
+    ({"tags": TAGS | {"step": " "}}, "its step has no name"),
+    ({"tags": TAGS | {"target_accuracy": "most"}}, "its target_accuracy is 'most', not a number"),
+    ({"tags": TAGS | {"target_accuracy": "994"}}, "its target_accuracy is 994, not a percentage"),
+    ({"tags": TAGS | {"target_epochs": "1.5"}}, "its target_epochs is '1.5', not a whole number from 1"),
+    ({"tags": TAGS | {"reported_best_test_accuracy": "high"}}, "its reported_best_test_accuracy is 'high', not a num"),
+    ({"metrics": METRICS | {"num_params": 10.5}}, "its num_params is 10.5, not a whole number from 1"),
+    ({"metrics": METRICS | {"num_params": math.inf}}, "its num_params is 1.79"),
+    ({"metrics": METRICS | {"best_epoch": math.nan}}, "its best_epoch is nan"),
+    ({"metrics": METRICS | {"final_test_accuracy": math.nan}}, "its final_test_accuracy is nan, not a percentage"),
+    ({"metrics": METRICS | {"best_test_accuracy": 1e300}}, "its best_test_accuracy is 1e+300, not a percentage"),
+    ({"metrics": METRICS | {"train_accuracy": -3.0}}, "its final_train_accuracy is -3, not a percentage"),
+    ({"metrics": {"final_test_accuracy": 99.0}}, "it is FINISHED but has no result: num_params is missing"),
+    ({"start_time": 10**17}, "its start_time is 100000000000000000, not a time before the year 3000"),
+    ({"end_time": 10**17}, "its end_time is 100000000000000000"),
+]
+
+
+def test_what_cant_be_right_is_left_out_and_named_once(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    lab = results.run_table(tracking_uri=store.uri), results.epoch_history(tracking_uri=store.uri)
+    wrong = {write_foreign_run(store, **run): sentence for run, sentence in WRONG}
+
+    for _ in range(2):
+        pd.testing.assert_frame_equal(results.run_table(tracking_uri=store.uri), lab[0])
+        pd.testing.assert_frame_equal(results.epoch_history(tracking_uri=store.uri), lab[1])
+    assert results.compare_table(tracking_uri=store.uri)["step"].tolist() == ["step1"]
+
+    assert len(caplog.messages) == len(wrong)
+    for run_id, sentence in wrong.items():
+        (message,) = (message for message in caplog.messages if run_id in message)
+        assert message.startswith(f"left out: run {run_id}: {sentence}")
+
+
+def test_a_store_with_nothing_else_has_an_empty_table(uri: str) -> None:
+    write_foreign_run(open_store(uri), params=PARAMS | {"seed": "abc"})
+    assert results.run_table(tracking_uri=uri).empty
+
+
+def test_runs_without_a_step_or_a_seed_are_no_runs_of_the_lab(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    write_foreign_run(store, params={"epochs": "many"}, tags=TAGS)
+    write_foreign_run(store, tags={"overrides": ""})
+    assert set(results.run_table(tracking_uri=store.uri)["step"]) == {"step1"}
+    assert caplog.messages == []
+
+
+def test_params_named_like_columns_do_not_replace_what_is_measured(store: Store) -> None:
+    names = ("step", "final_test_accuracy", "status", "run_id", "start_time", "facts", "best_validation_accuracy")
+    run_id = write_foreign_run(store, params=PARAMS | dict.fromkeys(names, "high"))
+    run = results.run_table("foreign", tracking_uri=store.uri).iloc[0]
+    assert run[["step", "final_test_accuracy", "status", "run_id"]].tolist() == ["foreign", 99.1, "FINISHED", run_id]
+
+
+def test_a_hyperparameter_that_is_no_number_makes_its_column_text(store: Store) -> None:
+    write_foreign_run(store, params=PARAMS | {"lr": "high", "momentum": "9" * 400, "gamma": "٣"})
+    table = results.run_table(tracking_uri=store.uri).set_index("step")
+    assert table.loc["step1", "lr"].tolist() == ["0.1", "0.1"]
+    assert table.loc["foreign", "momentum"] == math.inf
+    assert table.loc["foreign", "gamma"] == "٣"
+
+
+def test_what_was_not_recorded_or_is_no_number_is_missing(store: Store) -> None:
+    values = METRICS | {"test_loss": math.nan, "train_loss": math.inf, "lr": math.nan}
+    write_foreign_run(store, tags=TAGS | {"git_dirty": "unknown"}, metrics=values)
+    run = results.run_table("foreign", tracking_uri=store.uri).iloc[0]
+    assert all(pd.isna(run[name]) for name in ("git_commit", "git_dirty", "hardware", "final_test_loss"))
+    epoch = results.epoch_history("foreign", tracking_uri=store.uri).iloc[0]
+    assert math.isnan(epoch["test_loss"])
+    assert math.isnan(epoch["lr"])
+    assert epoch["train_loss"] == math.inf
+
+
+def test_another_network_under_the_same_name_is_no_other_seed(store: Store) -> None:
+    write_run(store, "step1", 2, [50.0], start_time=T0 - 5, num_params=10)
+    (row,) = results.compare_table(tracking_uri=store.uri).to_dict("records")
+    assert (row["seeds"], row["left_out"], row["num_params"]) == (2, 1, 7852)
+
+
+# ---- report, export and figures
+
+
+HARMLESS_BUT_ODD: list[dict[str, Any]] = [
+    *({"tags": TAGS | {"step": step}} for step in (*NASTY, "x" * 300)),
+    {"tags": TAGS | {"overrides": "a$\\frac{$ | <b>"}},
+    {"tags": TAGS | {"step": "few"}, "metrics": {name: METRICS[name] for name in MEASURED_ONCE}},
+    {"tags": TAGS | {"step": "some"}, "metrics": {name: METRICS[name] for name in (*MEASURED_ONCE, "lr")}},
+    {"tags": TAGS | {"step": "lost"}, "metrics": METRICS | {"test_accuracy": math.nan, "train_loss": math.inf}},
+    {"tags": TAGS | {"step": "huge"}, "metrics": METRICS | {"test_loss": 1e300, "lr": 1e308, "num_params": 2.0**62}},
+    {"tags": TAGS | {"step": "huge"}, "params": PARAMS | {"seed": "1"}, "metrics": METRICS | {"test_loss": 1e308}},
+]
+
+
+def test_reports_and_figures_show_the_others(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for run in [*HARMLESS_BUT_ODD, *(run for run, _ in WRONG)]:
+        write_foreign_run(store, **run)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        html, md = write_report(tmp_path / "reports", tracking_uri=store.uri, scripts=tmp_path)
+        loaded = results.load_runs(store.uri)
+        for include in (True, "if_none"):
+            history = results.epoch_history(include_overrides=include, loaded=loaded)
+            figures.plot_learning_rate(history).draw_without_rendering()
+            runs = results.run_table(include_overrides=include, loaded=loaded)
+            figures.plot_steps(results.newest_runs(runs)).draw_without_rendering()
+
+    for page in (html.read_text("utf-8"), md.read_text("utf-8")):
+        assert "No training curves: history has no rows" in page
+        assert "step1" in page
+        assert "not recorded" in page
+    assert len(caplog.messages) == len(WRONG)
+
+
+def test_an_export_takes_what_can_name_a_file(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for run in [*HARMLESS_BUT_ODD, *(run for run, _ in WRONG)]:
+        write_foreign_run(store, **run)
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    folder.mkdir()
+    for page in (readme, folder / "README.md"):
+        page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("results", "effects", "runs")))
+
+    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+
+    assert {"step1.csv", "few.csv", "lost.csv", "é.csv"} <= {file.name for file in folder.iterdir()}
+    assert "| `step1` | 2 |" in readme.read_text()
+    assert "left out: step: 'a|b' can't name a file of figures" in "\n".join(caplog.messages)
+    assert ",nan" not in (folder / "epochs.csv").read_text()
+
+
+# ---- whatever is written
+
+
+VALUES = st.sampled_from(NASTY) | st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=20)
+TAG_NAMES = ["step", "overrides", "code_sha256", "git_dirty", "git_commit", "hardware", "verdict_accuracy", "targets"]
+TAG_NAMES += ["target_accuracy", "target_params", "target_epochs", "reported_best_test_accuracy"]
+FOREIGN = st.fixed_dictionaries(
+    {
+        "params": st.dictionaries(st.sampled_from([*PARAMS, "holdout", "step", "num_params"]), VALUES).map(
+            lambda values: PARAMS | {name: text for name, text in values.items() if text}
+        ),
+        "tags": st.dictionaries(
+            st.sampled_from(TAG_NAMES),
+            VALUES,
+        ).map(lambda values: TAGS | values),
+        "metrics": st.dictionaries(st.sampled_from([*METRICS, "epochs_at_target"]), st.floats(width=64)).map(
+            lambda values: METRICS | values
+        ),
+        "start_time": st.integers(-(2**62), 2**62) | st.integers(T0, T0 + 9),
+        "end_time": st.integers(-(2**62), 2**62) | st.integers(T0, T0 + 9),
+        "status": st.sampled_from(["FINISHED", "FAILED", "KILLED"]),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = open_store(f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}")
+    write_run(store, "step2", 0, [99.0], start_time=T0)
+    return store
+
+
+@given(run=FOREIGN)
+@example(run={"tags": TAGS | {"step": "step2"}, "start_time": T0 + 5})
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_run_keeps_the_others_from_the_tables(shared_store: Store, run: dict[str, Any]) -> None:
+    logging.getLogger(tracked.__name__).setLevel(logging.ERROR)
+    try:
+        run_id = write_foreign_run(shared_store, **run)
+    except (MlflowException, OverflowError):
+        assume(False)
+    try:
+        loaded = results.load_runs(shared_store.uri)
+        for status in ("FINISHED", None):
+            table = results.run_table(status=status, include_overrides=True, loaded=loaded)
+            assert "step2" in set(table["step"])
+            history = results.epoch_history(status=status, include_overrides=True, loaded=loaded)
+            assert set(history["run_id"]) <= set(table["run_id"])
+        compared = results.compare_table(include_overrides=True, loaded=loaded)
+        results.compare_text(compared)
+        assert "step2" in set(compared["step"])
+        finished = results.newest_runs(results.run_table(include_overrides=True, loaded=loaded))
+        figures.plot_steps(finished)
+        for _, of_step in results.epoch_history(include_overrides=True, loaded=loaded).groupby(["step", "overrides"]):
+            figures.plot_training(of_step)
+    finally:
+        mlflow.MlflowClient(shared_store.uri).delete_run(run_id)
+
+
+# ---- one reading of the store
+
+
+def test_the_store_is_asked_for_the_labs_runs_only_and_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        write_foreign_run(store, params={"number": str(number)}, tags={"other": "x"})
+    found = []
+    search = mlflow.MlflowClient.search_runs
+
+    def searched(*given: Any, **more: Any) -> Any:
+        page = search(*given, **more)
+        found.append(len(page))
+        return page
+
+    monkeypatch.setattr(mlflow.MlflowClient, "search_runs", searched)
+    loaded = results.load_runs(store.uri)
+    results.compare_table(loaded=loaded)
+    results.compare_pairs(loaded=loaded)
+    results.epoch_history(loaded=loaded)
+    assert found == [2]
+
+
+def test_a_deleted_experiment_is_said_to_be_so(store: Store, tmp_path: Path) -> None:
+    mlflow.MlflowClient(store.uri).delete_experiment(store.experiment_id)
+    sentence = "the experiment 'mnist' is deleted; restore it in MLflow"
+    for read in (
+        lambda: results.run_table(tracking_uri=store.uri),
+        lambda: results.epoch_history(tracking_uri=store.uri),
+        lambda: results.compare_table(tracking_uri=store.uri),
+        lambda: results.compare("a", "b", tracking_uri=store.uri),
+        lambda: write_report(tmp_path, tracking_uri=store.uri, scripts=tmp_path),
+        lambda: evidence.export_runs(tmp_path, tmp_path / "README.md", tracking_uri=store.uri),
+        lambda: open_store(store.uri),  # as writers say
+    ):
+        with pytest.raises(LabError, match=sentence):
+            read()

@@ -1,0 +1,68 @@
+"""What a study's seeds show together, in a word and in a sentence."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnist_lab.console import how_sure
+from mnist_lab.experiment import Experiment, Targets
+from mnist_lab.running.job import Job
+from mnist_lab.running.study import _judge, tables
+from mnist_lab.tracking.store import FinishedRun
+from mnist_lab.verdicts.targets import judge, overall
+
+
+def finished(accuracies: list[float]) -> list[FinishedRun]:
+    figures = [
+        {"final_test_accuracy": accuracy, "best_test_accuracy": accuracy + 0.05, "num_params": 7852.0}
+        for accuracy in accuracies
+    ]
+    return [FinishedRun(str(seed), seed, metrics) for seed, metrics in enumerate(figures)]
+
+
+def job_with(targets: Targets) -> Job:
+    experiment = Experiment(net=torch.nn.Identity, epochs=14, batch_size=1, optimizer=torch.optim.SGD, targets=targets)
+    return Job(script=Path(__file__), experiment=experiment, tracking_uri="sqlite:///none.db")
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "targets", "word"),
+    [
+        ([99.45, 99.46, 99.47], Targets(accuracy=99.4, params=10_000, epochs=15), "met"),
+        ([99.45, 99.46, 99.47], Targets(accuracy=99.4, params=7_000, epochs=15), "missed"),
+        ([99.45, 99.46, 99.38], Targets(accuracy=99.4, params=10_000, epochs=15), "not shown"),
+        ([99.45, 99.46, 99.38], Targets(accuracy=99.4, params=10_000, epochs=14), "missed"),
+        ([99.1, 99.11, 99.12], Targets(accuracy=99.4), "missed"),
+        ([99.45], Targets(accuracy=99.4), "met"),  # one seed is judged as one run is
+        ([99.39], Targets(accuracy=99.4), "missed"),
+        ([99.45], Targets(), "none"),
+        ([], Targets(accuracy=99.4), "none"),
+    ],
+)
+def test_the_verdict_of_a_study(accuracies: list[float], targets: Targets, word: str) -> None:
+    result = _judge(job_with(targets), "abc", finished(accuracies), [], {})
+
+    assert overall(result.verdicts) == word
+
+
+def test_an_interval_of_accuracies_ends_at_100() -> None:
+    result = _judge(job_with(Targets()), "abc", finished([99.38, 99.51]), [], {})
+
+    (over_seeds, headers), _ = tables(result)
+    assert over_seeds[0][headers.index("95 % interval")] == "98.62 to 100.00"
+
+
+def test_how_sure_a_verdict_is() -> None:
+    def how_sure_of(*accuracies: float) -> str:
+        (verdict,) = judge(Targets(accuracy=99.4), accuracies=accuracies, num_params=1, epochs=1)
+        return how_sure(verdict)
+
+    assert how_sure_of(99.45, 99.46, 99.47) == "That the mean is at least 99.4 %: p = 0.0046, from 3 seeds."
+    assert re.fullmatch(
+        r"That the mean is at least 99\.4 %: p = 0\.\d+, which does not show it; "
+        r"about \d+ seeds would, if the mean stays where it is\.",
+        how_sure_of(99.45, 99.46, 99.38),
+    )
+    assert how_sure_of(99.5) == "One seed shows nothing about the mean: train more of them."
