@@ -115,9 +115,8 @@ def find_data_dir(data_dir: Path | str | None = None) -> Path:
 def hold_out(mnist: Mnist, count: int) -> Mnist:
     """Return the data with `count` of the training images held out for validation.
 
-    Of each digit as large a share is held out as of all images, to within one image (largest remainders). Which images
-    is decided by a generator of torch with a fixed seed, so they are the same in every run and on every device. Both
-    parts keep the images' order.
+    The hold-out is stratified by digit, to within one image (largest remainders). A generator of torch with a fixed
+    seed chooses the images, so they are the same in every run and on every device. Both parts keep the images' order.
 
     Raises:
         LabError: if a digit would be missing from either part.
