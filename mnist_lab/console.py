@@ -145,9 +145,10 @@ class StudyConsole:
     def on_seed(self, seed: int, metrics: Mapping[str, float]) -> None:
         self.done += 1
         part = "validation" if "best_validation_accuracy" in metrics else "test"
+        last, best = (MEASURES[name].text(metrics[name]) for name in ("final_test_accuracy", f"best_{part}_accuracy"))
         self._write(
-            f"seed {seed:>{self.width}}  done: test accuracy {metrics['final_test_accuracy']:.2f} % in the last epoch; "
-            f"best {part} accuracy {metrics[f'best_{part}_accuracy']:.2f} % in epoch {metrics['best_epoch']:.0f}  "
+            f"seed {seed:>{self.width}}  done: test accuracy {last} in the last epoch; "
+            f"best {part} accuracy {best} in epoch {metrics['best_epoch']:.0f}  "
             f"({self._seeds_done()})"
         )
 

@@ -27,10 +27,14 @@ def replace_files(contents: Mapping[Path, str | bytes]) -> None:
             target = _encodable(file).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             new[target] = target.with_name(f"{target.name}.{os.getpid()}.new")
-            new[target].write_bytes(content.encode() if isinstance(content, str) else content)
+            try:
+                new[target].write_bytes(content.encode() if isinstance(content, str) else content)
+                sync_to_disk(new[target])
+            except OSError as error:
+                error.filename = str(file)  # a full disk is said without it
+                raise
             with suppress(FileNotFoundError):
                 shutil.copymode(target, new[target])
-            sync_to_disk(new[target])
         for target, written in new.items():
             written.replace(target)
         for folder in {target.parent for target in new}:

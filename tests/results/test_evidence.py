@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, largest_file
 from mnist_lab.errors import LabError
 from mnist_lab.results import evidence
 from mnist_lab.tracking.store import Store, open_store
@@ -202,3 +202,15 @@ def test_a_page_without_markers_is_refused(store: Store, pages: tuple[Path, Path
 def test_a_missing_page_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(LabError, match="can't be exported: No such file"):
         evidence.export_runs(tmp_path / "results", tmp_path / "README.md", tracking_uri=store.uri)
+
+
+def test_a_full_disk_leaves_every_file_as_it_was(store: Store, pages: tuple[Path, Path]) -> None:
+    folder, readme = pages
+    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    write_run(store, "step1_baseline", 3, [99.0] * 200, start_time=T0 + 9, tags=TARGETS)  # 200 epochs: 6 kB
+    files = [readme, *sorted(folder.iterdir())]
+    before = [file.read_bytes() for file in files]
+    with largest_file(4000), pytest.raises(LabError, match=r"can't be exported: File too large: .*epochs\.csv"):
+        evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    assert [readme, *sorted(folder.iterdir())] == files
+    assert [file.read_bytes() for file in files] == before

@@ -1,30 +1,17 @@
 """Files that are replaced: whole or not at all, and in UTF-8."""
 
 import os
-import resource
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from helpers import largest_file
 from mnist_lab.tracking.disk import replace_files
 
 ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let no file grow beyond so many bytes: to a program it is as a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_files_are_written_with_their_folders(tmp_path: Path) -> None:
@@ -50,7 +37,7 @@ def test_where_one_of_the_files_has_no_room_all_are_as_they_were(tmp_path: Path)
     first, second = tmp_path / "first", tmp_path / "second"
     for file in (first, second):
         file.write_text("old")
-    with largest_file(1000), pytest.raises(OSError, match="File too large"):
+    with largest_file(1000), pytest.raises(OSError, match=f"File too large: '{second}'"):
         replace_files({first: "new", second: "new" * 1000})
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["old", "old"]
 
