@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,8 @@ from mnist_lab.tracking.sqlite import PROJECT_ROOT, sqlite_file, tracking_uri
 
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `compare | head` ends quietly
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a step's name may have letters that a locale has not
     arguments = _parser().parse_args()
     with sentences():
         arguments.job(arguments)

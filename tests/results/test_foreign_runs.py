@@ -1,7 +1,10 @@
 """Runs of other programs in the lab's MLflow experiment: what can't be right is left out and named, the rest shows."""
 
+import io
 import logging
 import math
+import signal
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from mnist_lab import figures, results
+from mnist_lab import __main__, figures, results
 from mnist_lab.errors import LabError
 from mnist_lab.results import evidence
 from mnist_lab.results import runs as tracked
@@ -204,6 +207,18 @@ def test_an_export_takes_what_can_name_a_file(store: Store, tmp_path: Path, capl
     assert ",nan" not in (folder / "epochs.csv").read_text()
 
 
+def test_names_that_a_locale_cant_write_are_printed_all_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_foreign_run(store, tags=TAGS | {"step": "größe"})
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["mnist_lab", "compare", "--tracking-uri", store.uri])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii", write_through=True))
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+
+    __main__.main()
+
+    assert b"gr\\xf6\\xdfe" in printed.getvalue()
+
+
 # ---- whatever is written
 
 
@@ -238,7 +253,7 @@ def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @given(run=FOREIGN)
 @example(run={"tags": TAGS | {"step": "step2"}, "start_time": T0 + 5})
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_run_keeps_the_others_from_the_tables(shared_store: Store, run: dict[str, Any]) -> None:
     logging.getLogger(tracked.__name__).setLevel(logging.ERROR)
     try:
