@@ -7,25 +7,33 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import dataclasses
+import hashlib
 import importlib.util
+import json
 import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
-from helpers import TrackedRun, read_runs, run_script
-from mnist_lab.data import Mnist, load_mnist
-from mnist_lab.running import provenance
+from forkserver import set_default_signals
+from helpers import ROOT, TrackedRun, read_runs
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
+    from mnist_lab.data import Mnist
+
+EXPERIMENTS = ROOT / "experiments"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,13 +44,15 @@ def _signals_reach_the_processes_under_test() -> None:
 
 
 @pytest.fixture(scope="session")
-def mnist() -> Mnist:
+def mnist() -> "Mnist":
     """Return the real data, from the project's data folder or fetched into it."""
+    from mnist_lab.data import load_mnist
+
     return load_mnist()
 
 
 @pytest.fixture(scope="session")
-def small_mnist(mnist: Mnist) -> Mnist:
+def small_mnist(mnist: "Mnist") -> "Mnist":
     """Return the first 500 training and 300 test images, for trainings that take no time."""
     return dataclasses.replace(
         mnist,
@@ -81,13 +91,21 @@ def _no_test_touches_the_projects_runs(
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the database of a store without runs. Making one takes seconds, so copy it."""
-    from mnist_lab.tracking.store import open_store
+def empty_store(request: pytest.FixtureRequest) -> Path:
+    """Return the database of a store without runs, to copy: making one takes seconds. It is kept for the next time."""
+    code = hashlib.sha256(version("mlflow").encode())
+    for file in sorted((ROOT / "mnist_lab" / "tracking").glob("*.py")):
+        code.update(file.read_bytes())
+    folder = request.config.cache.mkdir("empty_store") / code.hexdigest()[:12]
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            from mnist_lab.tracking.store import open_store
 
-    database = tmp_path_factory.mktemp("empty_store") / "mlflow.db"
-    open_store(f"sqlite:///{database}")
-    return database
+            new = folder.with_suffix(".new")
+            shutil.rmtree(new, ignore_errors=True)
+            open_store(f"sqlite:///{new}/mlflow.db")
+            new.rename(folder)
+    return folder / "mlflow.db"
 
 
 @pytest.fixture
@@ -117,7 +135,8 @@ class FullRun:
 
     script: Path
     commit: str  # of the project, when the run began
-    process: subprocess.CompletedProcess[str]
+    stdout: str
+    stderr: str
     database: Path
 
     @property
@@ -127,13 +146,29 @@ class FullRun:
 
 
 @pytest.fixture(scope="session")
-def full_run(mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> FullRun:
-    """Train step 1 for one epoch through its script, from another current folder, into a store not made yet."""
-    folder = tmp_path_factory.mktemp("full_run")
-    script, database = EXPERIMENTS / "step1_baseline.py", folder / "store" / "mlflow.db"
-    commit = provenance.commit(script).sha
-    process = run_script(
-        script, "--epochs", "1", "--seed", "3", "--tracking-uri", f"sqlite:///{database}", cwd=folder, timeout=600
-    )
-    assert process.returncode == 0, process.stderr
-    return FullRun(script, commit, process, database)
+def full_run(mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> FullRun:
+    """Train step 1 for one epoch through its script, from another current folder, into a store not made yet.
+
+    All processes of a test session share the run.
+    """
+    from mnist_lab.running import provenance
+
+    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    script, folder, said = EXPERIMENTS / "step1_baseline.py", shared / "full_run", shared / "full_run.json"
+    database = folder / "store" / "mlflow.db"
+    with FileLock(shared / "full_run.lock"):
+        if not said.exists():
+            commit = provenance.commit(script).sha
+            folder.mkdir()
+            command = [sys.executable, script, "--epochs", "1", "--seed", "3"]
+            process = subprocess.run(
+                [*command, "--tracking-uri", f"sqlite:///{database}"],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                preexec_fn=set_default_signals,
+            )
+            assert process.returncode == 0, process.stderr
+            said.write_text(json.dumps([commit, process.stdout, process.stderr]))
+    commit, stdout, stderr = json.loads(said.read_text())
+    return FullRun(script, commit, stdout, stderr, database)

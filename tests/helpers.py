@@ -1,15 +1,12 @@
-"""Start scripts as a user does, and read what they left with nothing but the standard library."""
+"""Wait for what programs do, and read what they left, with nothing but the standard library."""
 
 import fcntl
 import os
 import pty
 import resource
 import select
-import signal
 import sqlite3
 import struct
-import subprocess
-import sys
 import termios
 import threading
 import time
@@ -19,26 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forkserver import PATIENCE, Program
+
 ROOT = Path(__file__).parent.parent
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def default_signals(ignored: tuple[signal.Signals, ...] = ()) -> Callable[[], None]:
-    """Return a preexec_fn: the program starts as from a shell, however pytest itself was started."""
-
-    def set_signals() -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
-
-    return set_signals
-
-
-def run_script(script: Path, *flags: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end, from the folder `cwd`."""
-    command = [sys.executable, str(script), *flags]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, preexec_fn=default_signals()
-    )
 
 
 def open_terminal() -> tuple[int, int]:
@@ -51,36 +31,20 @@ def open_terminal() -> tuple[int, int]:
 class Terminal:
     """A pseudo-terminal that a program runs on. What it shows is read all the time: it holds a few kilobytes only."""
 
-    def __init__(self, command: list[str], cwd: Path) -> None:
+    def __init__(self, *command: str | Path, cwd: Path) -> None:
         self.shown = b""
         self.hung_up = threading.Event()
-        self.master, slave = open_terminal()
-
-        def become_foreground() -> None:
-            default_signals()()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that the program gets SIGHUP when the terminal is closed
-
-        self.process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=become_foreground,
-        )
-        os.close(slave)
+        self.master, self.slave = open_terminal()
+        self.process = Program(*command, cwd=cwd, terminal=os.ttyname(self.slave))
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
 
     def _read(self) -> None:
         while not self.hung_up.is_set():
             if select.select([self.master], [], [], 0.1)[0]:
-                try:
-                    self.shown += os.read(self.master, 65536)
-                except OSError:  # how Linux says that nobody holds the other end any more
-                    break
+                self.shown += os.read(self.master, 65536)
         os.close(self.master)
+        os.close(self.slave)
 
     def text(self) -> str:
         return self.shown.decode(errors="replace")
@@ -137,7 +101,7 @@ def read_value(database: Path, query: str) -> Any:
     return value
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 300) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
     """Wait until the condition holds; an error that it raises counts as "not yet"."""
     deadline = time.monotonic() + timeout
     error: Exception | None = None
@@ -160,3 +124,19 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Check that the block takes no longer; time in which other programs have the processors does not count."""
+    start, waited = time.monotonic(), _waited()
+    yield
+    assert time.monotonic() - start - (_waited() - waited) < seconds
+
+
+def _waited() -> float:
+    """Return for how many seconds this thread could have run and did not, where the system says so (Linux)."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from helpers import read_runs, run_script
+from forkserver import run_program
+from helpers import read_runs
 from mnist_lab import Experiment
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
@@ -335,7 +336,9 @@ def run_with(more: str, database: Path) -> subprocess.CompletedProcess[str]:
     folder = database.parent
     script = folder / "my_idea.py"
     script.write_text(SCRIPT.replace("# more", more))
-    return run_script(script, "--limit", "64", "--device", "cpu", "--tracking-uri", f"sqlite:///{database}", cwd=folder)
+    return run_program(
+        script, "--limit", "64", "--device", "cpu", "--tracking-uri", f"sqlite:///{database}", cwd=folder
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
 
-from helpers import SIGNALS, read_runs, read_value
+from forkserver import SIGNALS
+from helpers import read_runs, read_value
 from mnist_lab import Experiment, Targets, data
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.cli import main
@@ -42,7 +43,7 @@ from mnist_lab.running import rehearsal, study
 from mnist_lab.running import run as runner
 from mnist_lab.training.loop import fit
 
-FEW, MANY = 400, 2_000
+FEW, MANY = 100, 2_000
 HOW_MANY = pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
 TRAINED = 4  # command lines that are not only checked
 SECONDS = 300  # that one input may take, on a busy machine too, before it counts as a hang

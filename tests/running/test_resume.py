@@ -3,126 +3,82 @@
 import errno
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT, TrackedRun, default_signals, read_runs
+from forkserver import Program
+from helpers import ROOT, TrackedRun, read_runs
 from mnist_lab.errors import LabError
 from mnist_lab.running import checkpoint
+from mnist_lab.tracking import run as tracking
 from mnist_lab.training.loop import EpochMetrics
 
 STEP = ROOT / "experiments" / "step4_augment_steplr.py"
 FLAGS = ["--limit", "512", "--epochs", "5", "--seed", "5"]
 
-# Imports the lab once and forks for each line of flags, so that twenty runs take no twenty imports. The first word of a
-# line says where the child kills itself, or "-"; the answer is the child's number, then how it ended.
-SERVER = """
-import os, signal, sys
-from pathlib import Path
-import mlflow.pytorch, torch, torch.export._trace
-from mnist_lab import cli, figures
-from mnist_lab.running import checkpoint
-from mnist_lab.running import declaration
-from mnist_lab.running import run as runner
-from mnist_lab.tracking import run as tracking
 
-script = Path(sys.argv[1])
-torch.set_num_threads(1)
+# ---- where a program kills itself
 
 
-def die(*_, **__):
+def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half_saved(state, stream):
+def half_saved(state: object, stream: BinaryIO) -> None:
     stream.write(b"half of a checkpoint")
     die()
 
 
 POINTS = {
-    "in the midst of saving": lambda: setattr(checkpoint.torch, "save", half_saved),
-    "before the rename": lambda: setattr(Path, "replace", die),
-    "after the rename": lambda: setattr(checkpoint, "sync_to_disk", die),
-    "before logging the epoch": lambda: setattr(tracking.TrackedRun, "log_epoch", die),
-    "before the last figures": lambda: setattr(tracking.TrackedRun, "log_once", die),
-    "before the model": lambda: setattr(tracking.TrackedRun, "log_model", die),
+    "in the midst of saving": (checkpoint.torch, "save", half_saved),
+    "before the rename": (Path, "replace", die),
+    "after the rename": (checkpoint, "sync_to_disk", die),
+    "before logging the epoch": (tracking.TrackedRun, "log_epoch", die),
+    "before the last figures": (tracking.TrackedRun, "log_once", die),
+    "before the model": (tracking.TrackedRun, "log_model", die),
 }
 
 
-for line in sys.stdin:
-    point, *flags = line.rstrip("\\n").split("\\t")
-    child = os.fork()
-    if child == 0:
-        if point != "-":
-            POINTS[point]()
-        sys.argv = [str(script), *flags]
-        try:
-            cli.main(declaration.read(script))
-        except SystemExit as end:
-            sys.stdout.flush()
-            os._exit(end.code or 0)
-        except BaseException as error:
-            print(f"error: {error}", file=sys.stderr)
-            os._exit(1)
-        sys.stdout.flush()
-        os._exit(0)
-    print(f"child {child}", flush=True)
-    _, status = os.waitpid(child, 0)
-    print(f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
-"""
+def die_at(point: str) -> None:
+    setattr(*POINTS[point])
 
 
 class Lab:
-    """Runs the lab's command line in a process of its own for each call."""
+    """Runs the lab's command line on a store of its own."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.database = folder / "mlflow.db"
-        self.uri = f"sqlite:///{self.database}"
-        self.errors = (folder / "stderr.txt").open("w+")
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, STEP],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            preexec_fn=default_signals(),
-        )
+        self.said = ""
 
-    def run(self, *flags: str, point: str = "-", kill_after: float | None = None) -> int:
+    def run(self, *flags: str, point: str = "", kill_after: float | None = None) -> int:
         """Return the exit code, negative for a signal; `kill_after` so many seconds the process is killed outright."""
-        assert self.server.stdin
-        assert self.server.stdout
-        self.server.stdin.write("\t".join([point, *flags, "--tracking-uri", self.uri]) + "\n")
-        self.server.stdin.flush()
-        child = int(self._answer("child"))
+        program = Program(
+            STEP,
+            *flags,
+            "--threads",
+            "1",
+            "--tracking-uri",
+            f"sqlite:///{self.database}",
+            cwd=self.folder,
+            first=partial(die_at, point) if point else None,
+        )
         if kill_after is not None:
             time.sleep(kill_after)
-            with suppress(ProcessLookupError):  # it has ended by itself
-                os.kill(child, signal.SIGKILL)
-        return int(self._answer("ended"))
-
-    def _answer(self, word: str) -> str:
-        assert self.server.stdout
-        for line in self.server.stdout:
-            if line.startswith(f"{word} "):
-                return line.split()[1]
-        raise AssertionError(Path(self.errors.name).read_text())
-
-    def close(self) -> None:
-        assert self.server.stdin
-        self.server.stdin.close()
-        self.server.wait()
-        self.errors.close()
+            program.kill()
+        code = program.wait()
+        self.said = program.stderr
+        return code
 
 
 @dataclass(frozen=True)
@@ -132,16 +88,13 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def make_lab(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    labs: list[Lab] = []
-
+def make_lab(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Lab]:
     def make() -> Lab:
-        labs.append(Lab(tmp_path_factory.mktemp("lab")))
-        return labs[-1]
+        lab = Lab(tmp_path_factory.mktemp("lab"))
+        shutil.copy(empty_store, lab.database)
+        return lab
 
-    yield make
-    for lab in labs:
-        lab.close()
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +131,9 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
         flags = ["--resume"] if unfinished else FLAGS
         code = lab.run(*flags, kill_after=moments.uniform(0.1, 0.7 * reference.seconds))
         kills += code == -signal.SIGKILL
-        assert code in (0, -signal.SIGKILL), Path(lab.errors.name).read_text()
+        assert code in (0, -signal.SIGKILL), lab.said
     while any((lab.database.parent / "checkpoints").glob("*.pt")):
-        assert lab.run("--resume") == 0, Path(lab.errors.name).read_text()
+        assert lab.run("--resume") == 0, lab.said
     if not (finished := [run for run in read_runs(lab.database) if run.status == "FINISHED"]):
         assert lab.run(*FLAGS) == 0
         finished = [run for run in read_runs(lab.database) if run.status == "FINISHED"]
@@ -205,7 +158,7 @@ def test_a_run_killed_in_the_midst_of_writing_ends_as_one_that_was_not(
         "before the model",
     ]:
         assert lab.run("--resume", point=point) == -signal.SIGKILL, point
-    assert lab.run("--resume") == 0, Path(lab.errors.name).read_text()
+    assert lab.run("--resume") == 0, lab.said
 
     (run,) = read_runs(lab.database)
     check_same(run, reference.run)
@@ -226,7 +179,7 @@ def test_resume_goes_on_with_the_run_that_is_named_and_no_other(make_lab: Callab
     assert [file.stem for file in (lab.database.parent / "checkpoints").iterdir()] == [second.run_id]
     assert lab.run("--resume", first.run_id) == 1
     said = f"error: resume: there is no checkpoint of a run '{first.run_id}' of step4_augment_steplr; there are: "
-    assert f"{said}{second.run_id} (" in Path(lab.errors.name).read_text()
+    assert f"{said}{second.run_id} (" in lab.said
 
 
 # ---- the files

@@ -26,7 +26,8 @@ import pytest
 import torch
 from mlflow.entities import LoggedModel
 
-from helpers import ROOT, TrackedRun, read_runs
+from forkserver import PATIENCE
+from helpers import ROOT, TrackedRun, read_runs, wait_until, within
 from mnist_lab import __main__ as jobs
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
@@ -68,13 +69,13 @@ class Server:
                 stdout=output,
                 stderr=output,
             )
-        deadline = time.monotonic() + 120
-        while True:
-            with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                return
-            assert self.process.poll() is None, (self.folder / "server.txt").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(self._is_there)
+
+    def _is_there(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "server.txt").read_text()
+        with urllib.request.urlopen(f"{self.uri}/health", timeout=10):
+            return True
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
@@ -233,7 +234,7 @@ class Forgetful(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
         connection.request(self.command, self.path, body, headers)
         answer = connection.getresponse()
@@ -316,7 +317,7 @@ def test_a_run_killed_while_its_server_is_away_can_be_resumed(server: Server, ex
     server_pid = server.process.pid
     process = fork.Process(target=die_without_a_server)
     process.start()
-    process.join(120)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     server.kill()
     server.start()
@@ -454,10 +455,8 @@ def another_server(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_a_server_of_something_else_is_refused_within_ten_seconds(another_server: str) -> None:
-    start = time.monotonic()
-    with pytest.raises(LabError, match=r"^tracking store 'http://127.* can't be used: "):
+    with within(10), pytest.raises(LabError, match=r"^tracking store 'http://127.* can't be used: "):
         open_store(another_server)
-    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("listens", [True, False])
@@ -466,26 +465,23 @@ def test_a_server_that_does_not_answer_is_refused_within_ten_seconds(listens: bo
         mute.bind(("127.0.0.1", 0))
         if listens:
             mute.listen()  # it takes connections and says nothing
-        start = time.monotonic()
-        with pytest.raises(LabError, match=r"^tracking store 'http://127.* can't be used: "):
+        with within(10), pytest.raises(LabError, match=r"^tracking store 'http://127.* can't be used: "):
             open_store(f"http://127.0.0.1:{mute.getsockname()[1]}")
-        assert time.monotonic() - start < 10
 
 
 def test_a_server_that_cannot_write_is_refused_before_the_training(server: Server) -> None:
     before = len(read_runs(server.database))
     # As on a read-only disk; root may write to a read-only file.
     execute(server.database, "CREATE TRIGGER ro BEFORE INSERT ON runs BEGIN SELECT RAISE(ABORT, 'read-only'); END")
-    start = time.monotonic()
     try:
         with (
+            within(10),
             pytest.raises(LabError, match=r"^tracking store 'http://127.* can't be written: "),
             track(open_store(server.uri), "a run", params={}, tags={}),
         ):
             raise AssertionError("the run began")
     finally:
         execute(server.database, "DROP TRIGGER ro")
-    assert time.monotonic() - start < 10
     assert len(read_runs(server.database)) == before
 
 

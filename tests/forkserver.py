@@ -1,0 +1,170 @@
+"""Start scripts and jobs as a user does, but each as a copy of a process that has done the slow imports already.
+
+What such a program is given and leaves is as from a shell: arguments, environment, current folder, signals, exit code,
+output, and a terminal; each leads a session of its own. `multiprocessing` keeps one process to copy from for each process of pytest.
+"""
+
+import atexit
+import fcntl
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import termios
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PATIENCE = 1800  # seconds until a program counts as hung, on a machine that is very busy too
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
+    [
+        "mnist_lab",  # first: it tells MLflow how to be imported
+        "mlflow.pytorch",
+        "torch.export._trace",
+        "mnist_lab.results.report",
+        "mnist_lab.running.run",
+        "mnist_lab.running.study",
+        "mnist_lab.tracking.delivery",
+        "mnist_lab.tracking.ui",
+        "mnist_lab.figures",
+        "pytest",
+    ]
+)
+
+
+def set_default_signals(ignored: tuple[signal.Signals, ...] = ()) -> None:
+    """Let this program's signals be as from a shell, however pytest itself was started."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a program is started with."""
+
+    command: tuple[str, ...]  # a script or "-m" and a module, and the arguments
+    cwd: str
+    environment: dict[str, str]
+    stdout: str  # a file, or the terminal
+    stderr: str
+    terminal: bool
+    ignored: tuple[signal.Signals, ...]
+    first: Callable[[], None] | None
+
+
+class Program:
+    """A program that is running or has ended; its methods are those of `subprocess.Popen`.
+
+    `ignored` are the signals that it ignores, as with `nohup`. `first` is called in the program before anything else, e.g. to let it die at some point. With `terminal`, the path
+    of a pseudo-terminal, the program leads a session on it.
+    """
+
+    def __init__(
+        self,
+        *command: str | Path,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        ignored: tuple[signal.Signals, ...] = (),
+        terminal: str | None = None,
+        first: Callable[[], None] | None = None,
+    ) -> None:
+        self.args = [str(word) for word in command]
+        self._output = [tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()]  # noqa: SIM115
+        stdout, stderr = (terminal or file.name for file in self._output)
+        environment = dict(os.environ if env is None else env)
+        start = _Start(tuple(self.args), str(cwd), environment, stdout, stderr, terminal is not None, ignored, first)
+        self._process = processes.Process(target=_run, args=(start,))
+        self._process.start()
+        atexit.register(self._process.kill)  # else multiprocessing would wait for it where pytest is interrupted
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return Path(self._output[0].name).read_text()
+
+    @property
+    def stderr(self) -> str:
+        return Path(self._output[1].name).read_text()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Return the exit code, negative for a signal; a program that hangs is killed."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout, self.stdout, self.stderr)
+        return self.returncode
+
+
+def run_program(
+    *command: str | Path, cwd: Path, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script, or "-m" and a module, with its arguments to its end, from the folder `cwd`."""
+    program = Program(*command, cwd=cwd, env=env)
+    code = program.wait()
+    return subprocess.CompletedProcess(program.args, code, program.stdout, program.stderr)
+
+
+def _run(start: _Start) -> None:
+    """Be that program, in the copied process."""
+    set_default_signals(start.ignored)
+    if signal.SIGINT not in start.ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python itself does when it begins
+    os.environ.clear()
+    os.environ.update(start.environment)
+    os.chdir(start.cwd)
+    os.setsid()
+    for number, path in ((1, start.stdout), (2, start.stderr)):
+        file = os.open(path, os.O_RDWR | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    if start.terminal:
+        os.dup2(1, 0)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that the program gets SIGHUP when the terminal is closed
+    sys.stdout.reconfigure(line_buffering=start.terminal)  # type: ignore[attr-defined]
+    if start.first is not None:
+        start.first()
+    is_module = start.command[0] == "-m"
+    sys.argv = list(start.command[is_module:])
+    try:
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit:
+        raise  # its code is the exit code of a process of multiprocessing too
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()
