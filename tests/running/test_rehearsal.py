@@ -22,15 +22,16 @@ from mnist_lab.running.job import Job
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training.loop import fit, initial_network, num_params
 
+FLATTEN = partial(torch.flatten, start_dim=1)
 CPU = torch.device("cpu")
 
 
 class Convolutions(nn.Module):
     """Two convolutions, dropout between them, and the flatten that is given; takes any number of images."""
 
-    def __init__(self, flatten: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, flatten: Callable[[Tensor], Tensor] = FLATTEN) -> None:
         super().__init__()
-        self.flatten = flatten or nn.Flatten()
+        self.flatten = flatten
         self.first = nn.Conv2d(1, 6, 5, stride=3)
         self.second = nn.Conv2d(6, 10, 3, stride=2)
         self.linear = nn.Linear(90, 10)
@@ -48,7 +49,7 @@ class Changing(Convolutions):
         self.by_view = by_view
 
     def forward(self, images: Tensor) -> Tensor:
-        self.flatten = view if self.by_view(self.training, len(images)) else nn.Flatten()
+        self.flatten = view if self.by_view(self.training, len(images)) else FLATTEN
         return super().forward(images)
 
 

@@ -612,13 +612,13 @@ class Around(Optimizer):
 @pytest.mark.parametrize(
     ("optimizer", "asks"),
     [
-        (LBFGS, True),
-        (OwnLBFGS, True),
-        (AnyArguments, True),
-        (partial(Around, base=LBFGS), True),
+        (partial(LBFGS, lr=0.1), True),
+        (partial(OwnLBFGS, lr=0.1), True),
+        (partial(AnyArguments, lr=0.1), True),
+        (partial(Around, base=partial(LBFGS, lr=0.1)), True),
         (partial(Around, base=SGD), False),
         (Adam, False),
-        (lambda parameters: [o := LBFGS(parameters), StepLR(o, 1)][0], True),
+        (lambda parameters: [o := LBFGS(parameters, lr=0.1), StepLR(o, 1)][0], True),
         (lambda parameters: [o := SGD(parameters), StepLR(o, 1)][0], False),
     ],
 )
