@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,11 +19,14 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.training import loop as training
+from mnist_lab.training.dropout import SparseDropout
+from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import (
     EVALUATION_BATCH_SIZE,
     EpochMetrics,
     build_scheduler,
     evaluation_part,
+    initial_network,
     normalize,
     num_params,
     predict,
@@ -30,49 +35,92 @@ from mnist_lab.training.loop import (
     training_images,
 )
 
+logger = logging.getLogger(__name__)
+
+SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
+MAX_NAMES = 5  # of parameters in a notice
 TRAINING = Path(training.__file__)
 MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
 MAX_LR = torch.finfo(torch.float32).max  # torch refuses to multiply a float32 parameter by more
 
 
-def rehearse(experiment: Experiment, mnist: Mnist) -> None:
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rehearsal found out; it depends on the declaration, the data and the device only.
+
+    memory_format: channels_last, or torch.contiguous_format where the network or its optimizer fails with that.
+    without_gradient: the names of trainable parameters that the loss gives no gradient to.
+    """
+
+    memory_format: torch.memory_format
+    without_gradient: list[str]
+
+    def notice(self) -> None:
+        """Warn of parameters that get no gradient: they are counted, as they are part of the network."""
+        if self.without_gradient:
+            more = (
+                f" and {len(self.without_gradient) - MAX_NAMES} more" if len(self.without_gradient) > MAX_NAMES else ""
+            )
+            logger.warning(
+                "no gradient reaches %s: counted among the parameters, but not trained; "
+                "of a copy that is not to be trained, say requires_grad_(False)",
+                ", ".join(self.without_gradient[:MAX_NAMES]) + more,
+            )
+
+
+def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
     """Try the declaration on real batches before any training, and walk the schedule to its end or very far.
 
-    The network, the random state and the data are left as they were.
+    All is tried as it will be trained, with the network in channels_last, which is faster. Where that fails, it is
+    tried with a contiguous one: `view` after a convolution works there, and so does LBFGS.
+    The random state and the data are left as they were.
 
     Raises:
         LabError: naming the field that is wrong and what torch, or the script's own code, said about it.
     """
+    with kept_generators(mnist.train_images.device):
+        with suppress(LabError):
+            return _rehearse(experiment, mnist, torch.channels_last)
+        return _rehearse(experiment, mnist, torch.contiguous_format)
+
+
+def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_format) -> Rehearsal:
     device, total = mnist.train_images.device, len(mnist.train_images)
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        with blame("net"):
-            net = experiment.net()
-            if not isinstance(net, nn.Module):
-                raise TypeError(f"gives a {type(net).__name__}, not a torch.nn.Module")
-            net.to(device)
-            for name, parameter in net.named_parameters():
-                if isinstance(parameter, nn.UninitializedParameter):
-                    raise TypeError(f"{name} has no shape before the first batch; give sizes in place of lazy layers")
-        if num_params(net) == 0:
-            raise LabError("net: has no parameters to train")
-        with blame("optimizer"):
-            optimizer = experiment.optimizer(net.parameters())
-            if not isinstance(optimizer, Optimizer):
-                raise TypeError(f"gives a {type(optimizer).__name__}, not a torch.optim.Optimizer")
-        # Both sizes that will come up: some networks fail on a last batch of one image only.
-        for size in sorted({min(experiment.batch_size, total), total % experiment.batch_size} - {0}, reverse=True):
-            _rehearse_batch(net, experiment, mnist, size)
-        with blame("net"):
-            _check_evaluation(net, evaluation_part(mnist)[1])
-        first = torch.arange(min(experiment.batch_size, total), device=device)
-        images = normalize(training_images(mnist, first, experiment))
-        with blame("optimizer"):
-            train_step(net, images, mnist.train_labels[first], experiment, optimizer)
-            if not predict(net, evaluation_part(mnist)[1][:2]).isfinite().all():
-                raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
-        with blame("scheduler"):
-            _walk_schedule(experiment, net, total)
+    with blame("net"):
+        net = initial_network(experiment, SEED, device, memory_format)
+    if num_params(net) == 0:
+        raise LabError("net: has no parameters to train")
+    with blame("optimizer"):
+        optimizer = experiment.optimizer(net.parameters())
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"gives a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    # Both sizes that will come up: some networks fail on a last batch of one image only.
+    full = min(experiment.batch_size, total)
+    last = total % experiment.batch_size or full
+    for size in sorted({full, last}, reverse=True):
+        _rehearse_batch(net, experiment, mnist, size)
+    without_gradient = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    evaluated = evaluation_part(mnist)[1]
+    with blame("net"):
+        _check_evaluation(net, evaluated)
+    with blame("optimizer"):
+        _rehearse_step(net, experiment, optimizer, mnist, full)
+        if not predict(net, evaluated[:2]).isfinite().all():
+            raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
+        _rehearse_step(net, experiment, optimizer, mnist, last)  # a second one finds what the first has left
+    with blame("net"):
+        few = evaluated[:EVALUATION_BATCH_SIZE]
+        _check_evaluated_again(net, few, predict(net, few))
+    with blame("scheduler"):
+        _walk_schedule(experiment, net, total)
+    return Rehearsal(memory_format, without_gradient)
+
+
+def _rehearse_step(net: nn.Module, experiment: Experiment, optimizer: Optimizer, mnist: Mnist, size: int) -> None:
+    batch = torch.arange(size, device=mnist.train_images.device)
+    net.train()
+    images = normalize(training_images(mnist, batch, experiment))
+    train_step(net, images, mnist.train_labels[batch], experiment, optimizer)
 
 
 def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: int) -> None:
@@ -89,7 +137,7 @@ def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: 
     images = normalize(images)
     labels = mnist.train_labels[batch]
     net.train()
-    with blame("net"):
+    with blame("net"), SparseDropout():
         _check_logits(logits := net(images), size)
     with blame("loss"):
         loss = experiment.loss(logits, labels)
@@ -106,7 +154,19 @@ def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: 
 def _check_evaluation(net: nn.Module, images: Tensor) -> None:
     """Try every number of images that is evaluated at once, and the two that the model is logged with."""
     for size in sorted({2, min(EVALUATION_BATCH_SIZE, len(images)), len(images) % EVALUATION_BATCH_SIZE} - {0}):
-        _check_logits(predict(net, images[:size]), size)
+        logits = predict(net, images[:size])
+        _check_logits(logits, size)
+        _check_evaluated_again(net, images[:size], logits)
+
+
+def _check_evaluated_again(net: nn.Module, images: Tensor, logits: Tensor) -> None:
+    """Refuse a network that gives these images other logits than before, but for what a GPU may round differently."""
+    again = predict(net, images)
+    if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            "gives other logits when it is evaluated on the same images again; turn off in evaluation mode what draws "
+            "or keeps numbers, e.g. F.dropout(x, training=self.training)"
+        )
 
 
 def _check_logits(logits: object, size: int) -> None:

@@ -26,7 +26,8 @@ from mnist_lab.running.threads import Load, crowded, set_threads
 from mnist_lab.tracking.delivery import sync
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import Store, close_abandoned, open_store
-from mnist_lab.training.loop import EpochMetrics, Training, evaluate, normalize, num_params, predict
+from mnist_lab.training.generators import kept_generators
+from mnist_lab.training.loop import EpochMetrics, Training, evaluate, initial_network, normalize, num_params, predict
 from mnist_lab.verdicts import targets
 from mnist_lab.verdicts.targets import Verdict
 
@@ -84,7 +85,9 @@ def run(
     sync(store.uri)
     close_abandoned(store)
     mnist = load_parts(job)
-    rehearse(job.experiment, mnist)
+    rehearsal = rehearse(job.experiment, mnist)
+    if parent_run_id is None:  # else the study has said it
+        rehearsal.notice()
     if resume is not None:
         _check_same(job.identity, resume)
     if job.device.type == "cpu":
@@ -96,7 +99,7 @@ def run(
                 threads,
             )
 
-    net = initial_network(job.experiment, seed, job.device)
+    net = initial_network(job.experiment, seed, job.device, rehearsal.memory_format)
     training = Training(net, job.experiment, mnist, seed=seed, on_batch=progress.on_batch)
     before = [] if resume is None else resume.epochs
     if resume is not None:
@@ -125,7 +128,18 @@ def run(
             )
             yield metrics
 
-    result = record(job, seed, train, net, mnist, store, progress, parent_run_id=parent_run_id, resume=resume)
+    result = record(
+        job,
+        seed,
+        train,
+        net,
+        mnist,
+        store,
+        progress,
+        memory_format=rehearsal.memory_format,
+        parent_run_id=parent_run_id,
+        resume=resume,
+    )
     checkpoint.remove_alike(store.uri, job.identity, seed)
     return result
 
@@ -148,12 +162,6 @@ def _check_same(identity: Mapping[str, str], resume: Checkpoint) -> None:
             raise LabError(f"resume: {name} is {now} now and was {then} in run {resume.run_id}; train it anew")
 
 
-def initial_network(experiment: Experiment, seed: int, device: torch.device) -> nn.Module:
-    """Seed weights, dropout and augmentation, and build the network; images are shuffled by generators of their own."""
-    torch.manual_seed(seed)
-    return experiment.net().to(device).to(memory_format=torch.channels_last)
-
-
 def record(
     job: Job,
     seed: int,
@@ -163,12 +171,14 @@ def record(
     store: Store,
     progress: Progress,
     *,
+    memory_format: torch.memory_format,
     parent_run_id: str | None,
     resume: Checkpoint | None = None,
 ) -> RunResult:
     """Track one run: its epochs as they come, and what the network is in the end.
 
     train: given the run's id in MLflow, trains `net` and returns the epochs that are left.
+    memory_format: of the network.
     The other arguments are those of `run`.
     """
     where = mnist.train_images.device
@@ -181,10 +191,12 @@ def record(
         "data_sha256": mnist.sha256,
         "hardware": environment["hardware"],
         "torch": environment["torch"],
+        "memory_format": "channels_last" if memory_format == torch.channels_last else "contiguous",
         **target_tags(experiment),
         **{f"reported_{name}": str(figure) for name, figure in experiment.reported.items()},
     }
-    summary = summarize(net)
+    with kept_generators(where):  # the layers may draw
+        summary = summarize(net)
     progress.on_start(run_name, where, net, summary, len(mnist.train_images))
     with track(
         store,
@@ -284,7 +296,9 @@ def epoch_metrics(metrics: EpochMetrics) -> dict[str, float]:
         f"{metrics.evaluated_on}_loss": metrics.eval_loss,
         f"{metrics.evaluated_on}_accuracy": metrics.eval_accuracy,
         "lr": metrics.lr,
+        **{f"lr_{group}": lr for group, lr in enumerate(metrics.other_lrs, 1)},
         "epoch_seconds": metrics.epoch_seconds,
+        **({} if metrics.objective is None else {"objective": metrics.objective}),
     }
 
 

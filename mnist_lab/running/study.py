@@ -89,10 +89,11 @@ def study(
     found = {} if again else finished_runs(store, job.params, job.tags)
     runs = {seed: found[seed] for seed in seeds if seed in found}
     missing = [seed for seed in seeds if seed not in found]
-    mnist = None
+    mnist = rehearsal = None
     if missing:  # else there is nothing to refuse
         mnist = load_parts(job)
-        rehearse(job.experiment, mnist)
+        rehearsal = rehearse(job.experiment, mnist)
+        rehearsal.notice()
     count = min(workers or available_cores(), len(missing)) if job.device.type == "cpu" else min(1, len(missing))
 
     name = run_name_of(job, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}")
@@ -115,8 +116,8 @@ def study(
         task = Task(job, tracked.run_id, again)
         if job.device.type == "cpu":
             messages = train_in_processes(task, missing, count, progress.on_time)
-        elif mnist is not None and job.device.type == "cuda" and can_stack(job.experiment, len(mnist.train_images)):
-            messages = train_stacked(task, missing, mnist, store)
+        elif mnist and rehearsal and job.device.type == "cuda" and can_stack(job.experiment, len(mnist.train_images)):
+            messages = train_stacked(task, missing, mnist, store, rehearsal.memory_format)
         else:
             messages = train_one_by_one(task, missing, progress.on_epoch)
         try:

@@ -32,9 +32,9 @@ from mnist_lab.running import checkpoint, declaration
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job
 from mnist_lab.running.output import lasting_output
-from mnist_lab.running.run import RunResult, check_eval_loss, initial_network, record, run
+from mnist_lab.running.run import RunResult, check_eval_loss, record, run
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
-from mnist_lab.training.loop import EpochMetrics
+from mnist_lab.training.loop import EpochMetrics, initial_network
 from mnist_lab.training.stacked import fit_stacked
 
 LOOK_SECONDS = 1.0  # how often the display is told that time passes
@@ -96,10 +96,16 @@ def train_one_by_one(
             yield _done(seed, result)
 
 
-def train_stacked(task: Task, seeds: Sequence[int], mnist: Mnist, store: Store) -> Generator[Message, None, None]:
+def train_stacked(
+    task: Task,
+    seeds: Sequence[int],
+    mnist: Mnist,
+    store: Store,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Generator[Message, None, None]:
     """Train all seeds at once on the device of `mnist`, then track each as a run of its own."""
     experiment = task.job.experiment
-    nets = [initial_network(experiment, seed, mnist.train_images.device) for seed in seeds]
+    nets = [initial_network(experiment, seed, mnist.train_images.device, memory_format) for seed in seeds]
     epochs: list[list[EpochMetrics]] = []
     try:
         for metrics_of_seeds in fit_stacked(nets, experiment, mnist, seeds):
@@ -127,6 +133,7 @@ def train_stacked(task: Task, seeds: Sequence[int], mnist: Mnist, store: Store) 
                 mnist,
                 store,
                 EpochListener(lambda metrics: None),
+                memory_format=memory_format,
                 parent_run_id=task.parent_run_id,
             )
         except Exception as error:

@@ -73,12 +73,19 @@ class _DropoutByGaps(torch.autograd.Function):
 
 
 def _scale_and_zero(images: Tensor, scale: float, zeros: Tensor) -> Tensor:
-    """Return the scaled tensor with zeros at these places, counted in the order in which channels_last stores them."""
-    if images.ndim == 4:
-        images = images.contiguous(memory_format=torch.channels_last)
-        scaled = torch.mul(images, scale)
-        scaled.permute(0, 2, 3, 1).view(-1).index_fill_(0, zeros, 0.0)
-    else:
+    """Return the scaled tensor with zeros at these places; contiguous images stay contiguous, others are channels_last.
+
+    The places of images (N, C, H, W) are counted in the order in which channels_last stores them, whatever their
+    layout is: one seed drops the same ones.
+    """
+    if images.ndim != 4:
         scaled = torch.mul(images.contiguous(), scale)
         scaled.view(-1).index_fill_(0, zeros, 0.0)
+    elif images.is_contiguous() and not images.is_contiguous(memory_format=torch.channels_last):
+        scaled = torch.mul(images, scale)
+        by_pixel = scaled.permute(0, 2, 3, 1)  # (N, H, W, C)
+        by_pixel[torch.unravel_index(zeros, by_pixel.shape)] = 0.0
+    else:
+        scaled = torch.mul(images.contiguous(memory_format=torch.channels_last), scale)
+        scaled.permute(0, 2, 3, 1).view(-1).index_fill_(0, zeros, 0.0)
     return scaled

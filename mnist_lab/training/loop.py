@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,16 +17,17 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Experiment
+from mnist_lab.experiment import Experiment, cross_entropy
 from mnist_lab.training.cudagraph import Captured
 from mnist_lab.training.dropout import SparseDropout
+from mnist_lab.training.generators import generator_states, seed_generators, set_generator_states
 
 # Mean and standard deviation of the training pixels scaled to [0, 1].
 MEAN, STD = 0.1307, 0.3081
 EVALUATION_BATCH_SIZE = 500
 
 # Called after each batch with the number of images seen in this epoch and the running sums, which stay on the device:
-# loss times images, and correct predictions. Reading them waits for the device, so do that rarely.
+# cross-entropy times images, and correct predictions. Reading them waits for the device, so do that rarely.
 OnBatch = Callable[[int, Tensor, Tensor], None]
 
 
@@ -34,10 +35,12 @@ OnBatch = Callable[[int, Tensor, Tensor], None]
 class EpochMetrics:
     """One finished epoch, counted from 1.
 
-    Training loss and correct are running sums over the epoch's batches, in training mode, as the network changed;
-    eval loss (mean cross-entropy) and correct are those of the network at the epoch's end, on the images that
-    `evaluated_on` names: the test images, or with a hold-out the validation images.
-    lr is the learning rate of the epoch's first batch. epoch_seconds covers training and evaluation.
+    Training loss (mean cross-entropy) and correct are running sums over the epoch's batches, in training mode, as the
+    network changed; eval loss (mean cross-entropy) and correct are those of the network at the epoch's end, on the
+    images that `evaluated_on` names: the test images, or with a hold-out the validation images.
+    lr is the learning rate of the epoch's first batch, and other_lrs are those of the optimizer's parameter groups
+    after the first. epoch_seconds covers training and evaluation.
+    objective is the mean over the epoch's batches of what is minimised; None where that is the cross-entropy.
     """
 
     epoch: int
@@ -50,6 +53,8 @@ class EpochMetrics:
     lr: float
     epoch_seconds: float
     evaluated_on: Literal["test", "validation"] = "test"
+    other_lrs: tuple[float, ...] = ()
+    objective: float | None = None
 
     @property
     def train_accuracy(self) -> float:
@@ -62,6 +67,29 @@ class EpochMetrics:
         return 100 * self.eval_correct / self.eval_images
 
 
+def initial_network(
+    experiment: Experiment,
+    seed: int,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> nn.Module:
+    """Seed all that draws, and build the network on the device; images are shuffled by generators of their own.
+
+    memory_format: of its four-dimensional parameters, which that of the images between its layers follows.
+
+    Raises:
+        TypeError: if what is declared gives no network, or one that lacks sizes.
+    """
+    seed_generators(seed)
+    net = experiment.net()
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"gives a {type(net).__name__}, not a torch.nn.Module")
+    for name, parameter in net.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise TypeError(f"{name} has no shape before the first batch; give sizes in place of lazy layers")
+    return net.to(device).to(memory_format=memory_format)
+
+
 def num_params(net: nn.Module) -> int:
     """Count the trainable parameters, each once, wherever in the network it is used."""
     return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
@@ -72,118 +100,181 @@ def normalize(images: Tensor) -> Tensor:
     return (images - MEAN) / STD
 
 
-class Training:
-    """A network in training, on the device of `mnist`; it can be stopped after an epoch and taken up again.
+class Loop:
+    """The epochs of one network, or of several seeds' networks at once. A subclass says what a training step is.
 
-    The order of the images depends on `seed` and the epoch alone and is the same on every device. Dropout and
-    augmentation draw from torch's default generator: seed it before the network is built.
+    shape: () for one network; (S,) for S networks, each with an order of the images of its own. Sums, losses and
+        batches have it as their first dimensions.
+    The order of the images depends on the seed and the epoch alone and is the same on every device.
     Nothing in an epoch's batches waits for the device, unless `on_batch` does. With a hold-out, each epoch is evaluated
     on the validation images, and the test images are not read.
     """
 
     def __init__(
-        self, net: nn.Module, experiment: Experiment, mnist: Mnist, *, seed: int, on_batch: OnBatch | None = None
+        self,
+        nets: Sequence[nn.Module],
+        parameters: Iterable[Tensor],
+        experiment: Experiment,
+        mnist: Mnist,
+        seeds: Sequence[int],
+        shape: tuple[int, ...],
+        on_batch: OnBatch | None = None,
     ) -> None:
-        self.net, self.experiment, self.mnist, self.on_batch = net, experiment, mnist, on_batch
-        self.optimizer = experiment.optimizer(net.parameters())
+        self.nets, self.experiment, self.mnist, self.shape, self.on_batch = nets, experiment, mnist, shape, on_batch
+        self.optimizer = experiment.optimizer(parameters)
         self.scheduler = build_scheduler(experiment, self.optimizer, len(mnist.train_images))
-        self.shuffling = torch.Generator().manual_seed(seed)
+        self.shuffling = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.epoch = 0
-        self.loss_sum = torch.zeros((), device=mnist.train_images.device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=mnist.train_images.device)
+        self.device = mnist.train_images.device
+        self.loss_sum = torch.zeros(shape, device=self.device)  # cross-entropy times images
+        self.correct = torch.zeros(shape, dtype=torch.int64, device=self.device)
         batches = math.ceil(len(mnist.train_images) / experiment.batch_size)
-        self.losses = torch.zeros(batches, device=mnist.train_images.device)  # of this epoch's batches
-        self.batch = torch.zeros(1, dtype=torch.int64, device=mnist.train_images.device)  # how many there were so far
+        self.losses = torch.zeros(batches, *shape, device=self.device)  # what is minimised, of this epoch's batches
+        self.batch = torch.zeros(1, dtype=torch.int64, device=self.device)  # how many there were so far
         self.captured = Captured(self._train_batch)
 
-    def epochs(self) -> Iterator[EpochMetrics]:
-        """Train the epochs that are left, and yield each when it is finished."""
+    def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Update the network once; return the loss (*shape) and logits (*shape, N, 10) that it had before."""
+        raise NotImplementedError
+
+    def update_nets(self) -> None:
+        """Bring `nets` up to date, where they are not what is trained."""
+
+    def epochs_of_seeds(self) -> Iterator[list[EpochMetrics]]:
+        """Train the epochs that are left, and yield each when it is finished, with one item a seed.
+
+        Raises:
+            LabError: if the loss is not finite; with several seeds, if none has a finite one.
+        """
         total = len(self.mnist.train_images)
         evaluated_on, images, labels = evaluation_part(self.mnist)
         while self.epoch < self.experiment.epochs:
             start = time.perf_counter()
-            lr = float(self.optimizer.param_groups[0]["lr"])
-            order = torch.randperm(total, generator=self.shuffling).to(self.mnist.train_images.device)
-            self._train_epoch(order)
-            train_loss = self.loss_sum.item() / total
-            if not math.isfinite(train_loss):
-                raise LabError(self._where_not_finite())
+            lr, *other_lrs = (float(group["lr"]) for group in self.optimizer.param_groups)
+            self._train_epoch()
+            train_losses = [loss / total for loss in self.loss_sum.view(-1).tolist()]
+            minimised = train_losses
+            if not minimises_cross_entropy(self.experiment):
+                minimised = self.losses.mean(dim=0).view(-1).tolist()
+            if not any(map(math.isfinite, minimised)):
+                raise LabError(self._divergence())
             if self.scheduler is not None and self.experiment.scheduler_interval == "epoch":
                 if isinstance(self.scheduler, ReduceLROnPlateau):
-                    self.scheduler.step(train_loss)  # the test images are no business of the schedule's
+                    self.scheduler.step(minimised[0])  # the test images are no business of the schedule's
                 else:
                     self.scheduler.step()
-            eval_loss, eval_correct = evaluate(predict(self.net, images), labels)
+            self.update_nets()
+            evaluated = [evaluate(predict(net, images), labels) for net in self.nets]
             self.epoch += 1
-            yield EpochMetrics(
-                epoch=self.epoch,
-                train_loss=train_loss,
-                train_correct=int(self.correct.item()),
-                train_images=total,
-                eval_loss=eval_loss,
-                eval_correct=eval_correct,
-                eval_images=len(images),
-                lr=lr,
-                epoch_seconds=time.perf_counter() - start,
-                evaluated_on=evaluated_on,
-            )
+            seconds = time.perf_counter() - start
+            yield [
+                EpochMetrics(
+                    epoch=self.epoch,
+                    train_loss=train_loss,
+                    train_correct=train_correct,
+                    train_images=total,
+                    eval_loss=eval_loss,
+                    eval_correct=eval_correct,
+                    eval_images=len(images),
+                    lr=lr,
+                    epoch_seconds=seconds,
+                    evaluated_on=evaluated_on,
+                    other_lrs=tuple(other_lrs),
+                    objective=None if minimised is train_losses else objective,
+                )
+                for train_loss, objective, train_correct, (eval_loss, eval_correct) in zip(
+                    train_losses, minimised, self.correct.view(-1).tolist(), evaluated, strict=True
+                )
+            ]
 
-    def _train_epoch(self, order: Tensor) -> None:
-        """Train on the images that `order` names, in that order, and sum up loss and correct predictions."""
+    def _train_epoch(self) -> None:
+        """Train on all images in a new order, and sum up loss and correct predictions."""
+        total = len(self.mnist.train_images)
+        orders = torch.stack([torch.randperm(total, generator=generator) for generator in self.shuffling])
         self.loss_sum.zero_()
         self.correct.zero_()
         self.batch.zero_()
-        self.net.train()
+        for net in self.nets:
+            net.train()
         seen = 0
-        for batch in torch.split(order, self.experiment.batch_size):
-            self.captured(batch, key=self.optimizer.param_groups[0]["lr"])
+        for batch in torch.split(orders.view(*self.shape, total).to(self.device), self.experiment.batch_size, dim=-1):
+            self.captured(batch, key=_hyperparameters(self.optimizer))
             if self.scheduler is not None and self.experiment.scheduler_interval == "batch":
                 self.scheduler.step()
-            seen += len(batch)
+            seen += batch.shape[-1]
             if self.on_batch is not None:
                 self.on_batch(seen, self.loss_sum, self.correct)
 
     def _train_batch(self, batch: Tensor) -> None:
-        images = normalize(training_images(self.mnist, batch, self.experiment))
+        """Train on the images that the indices `batch` (*shape, N) name."""
+        images = normalize(training_images(self.mnist, batch.flatten(), self.experiment))
         labels = self.mnist.train_labels[batch]
-        loss, logits = train_step(self.net, images, labels, self.experiment, self.optimizer)
-        self.losses.index_copy_(0, self.batch, loss.view(1).to(self.losses.dtype))
+        loss, logits = self.train_step(images.view(*batch.shape, *images.shape[1:]), labels)
+        self.losses.index_copy_(0, self.batch, loss.view(1, *self.shape).to(self.losses.dtype))
         self.batch += 1
-        self.loss_sum += loss * len(batch)
-        self.correct += (logits.argmax(dim=1) == labels).sum()
+        if not minimises_cross_entropy(self.experiment):
+            losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+            loss = losses.view(labels.shape).mean(dim=-1)
+        self.loss_sum += loss * batch.shape[-1]
+        self.correct += (logits.argmax(dim=-1) == labels).sum(dim=-1)
 
-    def _where_not_finite(self) -> str:
-        bad = (~self.losses.isfinite()).nonzero().flatten().tolist()
+    def _divergence(self) -> str:
+        """Say where the loss, the first seed's, was not finite."""
+        losses = self.losses.view(len(self.losses), -1)[:, 0]
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
         epoch = f"in epoch {self.epoch + 1} of {self.experiment.epochs}"
         if not bad:  # each is a number, but their sum is too large for one
             return f"loss: grew beyond all bounds {epoch}; the training has diverged, e.g. by too high a learning rate"
-        value, batch = self.losses[bad[0]].item(), f"batch {bad[0] + 1} of {len(self.losses)}"
+        value, batch = losses[bad[0]].item(), f"batch {bad[0] + 1} of {len(losses)}"
         return f"loss: is {value} {epoch}, {batch}; the training has diverged, e.g. by too high a learning rate"
+
+
+class Training(Loop):
+    """A network in training, on the device of `mnist`; it can be stopped after an epoch and taken up again.
+
+    Dropout, augmentation and whatever else draws, draws from Python's, numpy's and torch's generators: seed them before
+    the network is built, as `initial_network` does.
+    """
+
+    def __init__(
+        self, net: nn.Module, experiment: Experiment, mnist: Mnist, *, seed: int, on_batch: OnBatch | None = None
+    ) -> None:
+        super().__init__([net], net.parameters(), experiment, mnist, [seed], (), on_batch)
+        self.net = net
+
+    def epochs(self) -> Iterator[EpochMetrics]:
+        """Train the epochs that are left, and yield each when it is finished.
+
+        Raises:
+            LabError: if the loss is not finite.
+        """
+        for (metrics,) in self.epochs_of_seeds():
+            yield metrics
+
+    def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return train_step(self.net, images, labels, self.experiment, self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it."""
-        device = self.mnist.train_images.device
         return {
             "epoch": self.epoch,
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "shuffling": self.shuffling.get_state(),
-            "default_generator": torch.get_rng_state(),
-            "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "shuffling": [generator.get_state() for generator in self.shuffling],
+            "generators": generator_states(self.device),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where the training that gave `state` stood; torch's default generators are set too."""
+        """Continue where the training that gave `state` stood; the generators that it draws from are set too."""
         self.epoch = state["epoch"]
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.shuffling.set_state(state["shuffling"])
-        torch.set_rng_state(state["default_generator"])
-        if state["cuda_generator"] is not None:
-            torch.cuda.set_rng_state(state["cuda_generator"], self.mnist.train_images.device)
+        for generator, shuffling in zip(self.shuffling, state["shuffling"], strict=True):
+            generator.set_state(shuffling)
+        set_generator_states(state["generators"], self.device)
 
 
 def fit(
@@ -207,28 +298,62 @@ def training_images(mnist: Mnist, batch: Tensor, experiment: Experiment) -> Tens
 
 
 def train_step(
-    net: nn.Module, images: Tensor, labels: Tensor, experiment: Experiment, optimizer: Optimizer
+    net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, experiment: Experiment, optimizer: Optimizer
 ) -> tuple[Tensor, Tensor]:
     """Update the network once; return the batch's loss () and logits (N, 10), detached and still on the device.
 
     They are those of the network before the update, also where an optimizer such as LBFGS evaluates several times.
     """
-    result: tuple[Tensor, Tensor] | None = None
+    first: tuple[Tensor, Tensor] | None = None
 
     def closure() -> Tensor:
-        nonlocal result
+        nonlocal first
         optimizer.zero_grad()
         with SparseDropout():
             logits = net(images)
         loss = experiment.loss(logits, labels)
         loss.backward()  # type: ignore[no-untyped-call]
-        if result is None:
-            result = loss.detach(), logits.detach()
+        if first is None:
+            first = loss.detach(), logits.detach()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
-    assert result is not None
-    return result
+    if needs_closure(optimizer):
+        optimizer.step(closure)  # type: ignore[arg-type]
+    else:
+        closure()
+        optimizer.step()  # after the gradients, so that its hooks find them
+    assert first is not None
+    return first
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Say whether the optimizer evaluates the loss by itself, as LBFGS does, or extends or holds one that does."""
+    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+    if any(map(_requires_argument, steps)):
+        return True
+    held = [value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer]
+    return any(map(needs_closure, held))
+
+
+def _requires_argument(step: Callable[..., object]) -> bool:
+    _, *parameters = inspect.signature(step).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(p.default is p.empty and p.kind not in variadic for p in parameters)
+
+
+def minimises_cross_entropy(experiment: Experiment) -> bool:
+    """Say whether the declared loss is known to be the mean cross-entropy per image."""
+    return experiment.loss is cross_entropy or experiment.loss is F.cross_entropy
+
+
+def _hyperparameters(optimizer: Optimizer) -> Hashable:
+    """Return the learning rate and the like of each parameter group. Tensors are compared by identity, not by value."""
+    return tuple(
+        (name, id(value) if isinstance(value, Tensor) else value)
+        for group in optimizer.param_groups
+        for name, value in group.items()
+        if name != "params"
+    )
 
 
 @torch.inference_mode()

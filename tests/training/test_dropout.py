@@ -61,6 +61,18 @@ def test_output_and_gradient_are_those_of_a_mask(shape: tuple[int, ...], channel
     torch.testing.assert_close(images.grad, upstream * mask / 0.9)
 
 
+def test_the_layout_in_memory_stays_and_one_seed_drops_the_same_in_both() -> None:
+    images = torch.rand(16, 8, 12, 12).add_(1)
+    dropped = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(3)
+        with SparseDropout():
+            dropped.append(F.dropout(images.to(memory_format=memory_format), 0.1))
+        assert dropped[-1].is_contiguous(memory_format=memory_format)
+
+    assert torch.equal(*dropped)
+
+
 def test_modules_and_functions_are_covered_and_the_seed_decides() -> None:
     images = torch.ones(4, 8, 10, 10)
 

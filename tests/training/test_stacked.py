@@ -1,12 +1,13 @@
 """Seeds as a dimension: each is trained as it would be alone."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
@@ -83,6 +84,23 @@ def test_stacked_seeds_equal_separate_ones(without_draws: Experiment, few_images
             torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-9, msg=lambda text, n=name: n + text)
 
 
+def test_stacked_seeds_report_the_loss_that_separate_ones_do(without_draws: Experiment, few_images: Mnist) -> None:
+    summed = dataclasses.replace(
+        without_draws,
+        loss=partial(F.cross_entropy, reduction="sum"),
+        optimizer=partial(torch.optim.SGD, lr=0.001),
+        scheduler=None,
+        epochs=1,
+    )
+    (stacked,) = fit_stacked(initial_networks(summed, SEEDS), summed, few_images, SEEDS)
+
+    for metrics, net, seed in zip(stacked, initial_networks(summed, SEEDS), SEEDS, strict=True):
+        (alone,) = fit(net, summed, few_images, seed=seed)
+        assert metrics.train_loss == pytest.approx(alone.train_loss, rel=1e-5)
+        assert metrics.objective == pytest.approx(alone.objective, rel=1e-5)
+        assert metrics.objective != pytest.approx(metrics.train_loss, rel=0.5)
+
+
 def test_each_seed_has_draws_of_its_own(load_script: Load, few_images: Mnist) -> None:
     experiment = dataclasses.replace(load_script("step4_augment_steplr").EXPERIMENT, epochs=1)
     experiment, _ = experiment.override({"dropout": 0.2})
@@ -101,6 +119,13 @@ def test_what_would_mix_the_seeds_is_refused(without_draws: Experiment, few_imag
     assert not can_stack(mixing, 300)
     with pytest.raises(LabError, match=r"^optimizer: LBFGS can't train seeds together"):
         next(fit_stacked(initial_networks(mixing, SEEDS), mixing, few_images, SEEDS))
+
+    def hooked(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        optimizer.register_step_pre_hook(lambda *_: None)
+        return optimizer
+
+    assert not can_stack(dataclasses.replace(without_draws, optimizer=hooked, scheduler=None), 300)
     plateau = dataclasses.replace(without_draws, scheduler=ReduceLROnPlateau)
     with pytest.raises(LabError, match=r"^scheduler: ReduceLROnPlateau follows one run's loss"):
         next(fit_stacked(initial_networks(plateau, SEEDS), plateau, few_images, SEEDS))

@@ -4,13 +4,15 @@ import dataclasses
 import inspect
 import itertools
 import math
+import random
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,9 +34,22 @@ from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.data import Mnist, hold_out
 from mnist_lab.errors import LabError
+from mnist_lab.experiment import cross_entropy
 from mnist_lab.running.rehearsal import rehearse
+from mnist_lab.running.run import epoch_metrics
+from mnist_lab.training.cudagraph import Captured
 from mnist_lab.training.dropout import SparseDropout
-from mnist_lab.training.loop import EpochMetrics, Training, evaluate, fit, num_params, predict
+from mnist_lab.training.generators import seed_generators
+from mnist_lab.training.loop import (
+    EpochMetrics,
+    Training,
+    evaluate,
+    fit,
+    initial_network,
+    needs_closure,
+    num_params,
+    predict,
+)
 
 TEST_FILE = "test_training.py"
 
@@ -333,10 +348,49 @@ def test_the_declared_loss_is_minimised_and_the_test_loss_stays_cross_entropy(sm
     net, epochs = train(smoothed, small_mnist)
     _, plain = train(declare(), small_mnist)
 
-    assert epochs[-1].train_loss > plain[-1].train_loss + 0.1
+    assert epochs[-1].objective is not None
+    assert epochs[-1].objective > plain[-1].train_loss + 0.1
     expected = F.cross_entropy(predict(net, small_mnist.test_images), small_mnist.test_labels).item()
     assert epochs[-1].eval_loss == pytest.approx(expected, abs=1e-6)
     assert epochs[-1].eval_loss != plain[-1].eval_loss
+
+
+def test_train_loss_is_the_cross_entropy_per_image_whatever_is_minimised(small_mnist: Mnist) -> None:
+    """A sum over the batch with a rate divided by its size trains as the mean does, so it shows the same figures."""
+    summed = declare(
+        epochs=1,
+        batch_size=100,
+        loss=partial(F.cross_entropy, reduction="sum"),
+        optimizer=partial(SGD, lr=0.05 / 100),
+    )
+    _, (of_sum,) = train(summed, small_mnist)
+    _, (of_mean,) = train(declare(epochs=1, batch_size=100, optimizer=partial(SGD, lr=0.05)), small_mnist)
+
+    assert of_sum.train_loss == pytest.approx(of_mean.train_loss, rel=1e-5)
+    assert of_sum.objective == pytest.approx(100 * of_mean.train_loss, rel=1e-5)
+    assert of_mean.objective is None
+
+
+def test_the_objective_is_the_mean_over_the_batches(small_mnist: Mnist) -> None:
+    given: list[float] = []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        result = F.multi_margin_loss(logits, labels)
+        given.append(result.item())
+        return result
+
+    _, (epoch,) = train(declare(epochs=1, loss=loss), small_mnist)
+
+    assert epoch.objective == pytest.approx(statistics.fmean(given))
+    assert len(given) == 4  # 128, 128, 128 and 116 images
+
+
+def test_a_divergence_is_seen_in_what_is_minimised(small_mnist: Mnist) -> None:
+    def breaks(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels) + (math.inf if len(labels) == 116 else 0.0)
+
+    with pytest.raises(LabError, match=r"^loss: is inf in epoch 1 of 2, batch 4 of 4; the training has diverged"):
+        train(declare(loss=breaks), small_mnist)
 
 
 def test_log_probabilities_give_the_same_figures_as_logits(small_mnist: Mnist) -> None:
@@ -496,6 +550,124 @@ def test_an_optimizer_that_evaluates_often_reports_the_loss_before_its_step(smal
     assert after[0] < 0.9 * before[0]
 
 
+def weights(net: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+def test_the_hooks_of_an_optimizer_find_the_gradients(small_mnist: Mnist) -> None:
+    norms: list[tuple[float, float]] = []
+
+    def clipped(parameters: Iterator[nn.Parameter]) -> Optimizer:
+        optimizer = SGD(parameters, lr=1.0)
+
+        def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            group = optimizer.param_groups[0]["params"]
+            before = nn.utils.clip_grad_norm_(group, 1e-3)
+            norms.append((before.item(), nn.utils.get_total_norm([p.grad for p in group]).item()))
+
+        optimizer.register_step_pre_hook(clip)
+        return optimizer
+
+    torch.manual_seed(0)
+    start = weights(Linear())
+    net, _ = train(declare(epochs=1, optimizer=clipped), small_mnist)
+
+    assert len(norms) == 4
+    assert all(before > 1e-3 and after == pytest.approx(1e-3, rel=1e-2) for before, after in norms)
+    assert 0 < (weights(net) - start).norm() <= 4.1e-3
+
+
+def test_an_optimizer_that_can_do_without_a_closure_gets_none(small_mnist: Mnist) -> None:
+    given: list[object] = []
+
+    class Watching(SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            given.append(closure)
+            return super().step(closure)
+
+    train(declare(epochs=1, optimizer=partial(Watching, lr=0.05), scheduler=partial(StepLR, step_size=1)), small_mnist)
+
+    assert given == [None] * 4
+
+
+class OwnLBFGS(LBFGS):
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+class AnyArguments(LBFGS):
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().step(*args, **kwargs)
+
+
+class Around(Optimizer):
+    def __init__(self, parameters: Iterator[nn.Parameter], base: Callable[..., Optimizer]) -> None:
+        self.base = base(parameters)
+        super().__init__(self.base.param_groups, {})
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.base.step(closure)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "asks"),
+    [
+        (partial(LBFGS, lr=0.1), True),
+        (partial(OwnLBFGS, lr=0.1), True),
+        (partial(AnyArguments, lr=0.1), True),
+        (partial(Around, base=partial(LBFGS, lr=0.1)), True),
+        (partial(Around, base=SGD), False),
+        (Adam, False),
+        (lambda parameters: [o := LBFGS(parameters, lr=0.1), StepLR(o, 1)][0], True),
+        (lambda parameters: [o := SGD(parameters), StepLR(o, 1)][0], False),
+    ],
+)
+def test_a_closure_goes_to_optimizers_that_evaluate_by_themselves(
+    optimizer: Callable[..., Optimizer], asks: bool, small_mnist: Mnist
+) -> None:
+    assert needs_closure(optimizer(Linear().parameters())) == asks
+    rehearse(declare(optimizer=optimizer), small_mnist)
+    _, (first, second) = train(declare(optimizer=optimizer), small_mnist)
+    assert second.train_loss < first.train_loss
+
+
+def test_the_rate_of_each_parameter_group_is_reported(small_mnist: Mnist) -> None:
+    def three_groups(parameters: Iterator[nn.Parameter]) -> Optimizer:
+        weight, bias = parameters
+        more = nn.Parameter(torch.zeros(1))
+        groups = [{"params": [weight]}, {"params": [bias], "lr": 0.5}, {"params": [more], "lr": 0.0}]
+        return SGD(groups, lr=0.1)
+
+    _, epochs = train(declare(optimizer=three_groups, scheduler=partial(StepLR, step_size=1, gamma=0.5)), small_mnist)
+
+    assert [(epoch.lr, *epoch.other_lrs) for epoch in epochs] == [(0.1, 0.5, 0.0), (0.05, 0.25, 0.0)]
+    assert {name: rate for name, rate in epoch_metrics(epochs[1]).items() if name.startswith("lr")} == {
+        "lr": 0.05,
+        "lr_1": 0.25,
+        "lr_2": 0.0,
+    }
+
+
+def test_a_graph_is_recorded_anew_when_any_groups_hyperparameter_changes(
+    small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[Hashable] = []
+    monkeypatch.setattr(Captured, "__call__", lambda captured, batch, key: keys.append(key) or captured.work(batch))
+
+    def two_groups(parameters: Iterator[nn.Parameter]) -> Optimizer:
+        return SGD([{"params": [parameter]} for parameter in parameters], lr=0.1, momentum=0.5)
+
+    def second_only(optimizer: Optimizer) -> LambdaLR:
+        return LambdaLR(optimizer, [lambda step: 1.0, lambda step: 0.5**step])
+
+    train(declare(optimizer=two_groups, scheduler=second_only), small_mnist)
+    train(declare(optimizer=partial(SGD, lr=0.1, momentum=0.5), epochs=1), small_mnist)
+
+    assert len(keys) == 12
+    assert [len(set(keys[start : start + 4])) for start in (0, 4, 8)] == [1, 1, 1]
+    assert keys[0] != keys[4]
+
+
 def rates(experiment: Experiment, mnist: Mnist) -> tuple[list[float], list[float]]:
     """Return the learning rate as reported for each epoch, and as it stood for each batch."""
     optimizers: list[Optimizer] = []
@@ -643,6 +815,40 @@ def test_one_seed_gives_one_result(small_mnist: Mnist) -> None:
     assert epochs[0].train_loss != other_epochs[0].train_loss
 
 
+class DrawsElsewhere:
+    """An augmentation that draws from Python's and numpy's generators."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.roll(random.randint(-2, 2), dims=-1) * float(np.random.uniform(0.5, 1.0))  # noqa: NPY002
+
+
+def test_a_seed_decides_what_python_and_numpy_draw(small_mnist: Mnist) -> None:
+    experiment = declare(net=partial(Small, dropout=0.0), augmentation=DrawsElsewhere())
+
+    def trained(seed: int) -> list[EpochMetrics]:
+        net = initial_network(experiment, seed, torch.device("cpu"))
+        return without_time(list(fit(net, experiment, small_mnist, seed=0)))
+
+    first = trained(5)
+    random.seed(99)
+    np.random.seed(99)  # noqa: NPY002
+    assert trained(5) == first
+    assert trained(6) != first
+
+
+def test_the_generators_are_seeded_before_the_network_is_built() -> None:
+    class InitialisedByNumpy(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear.weight.data = torch.tensor(np.random.normal(size=(10, 49)) + random.random())  # noqa: NPY002
+
+    first, second, other = (
+        initial_network(declare(net=InitialisedByNumpy), seed, torch.device("cpu")) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.linear.weight, second.linear.weight)
+    assert not torch.equal(first.linear.weight, other.linear.weight)
+
+
 def test_dropout_and_augmentation_draw_from_torchs_seed(small_mnist: Mnist) -> None:
     """With the same weights and order, the default generator's seed alone makes the difference."""
     for experiment in (
@@ -713,16 +919,22 @@ def waits_in_epochs(experiment: Experiment, mnist: Mnist) -> tuple[int, int]:
     return waits.count, waits.operations
 
 
+@pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)])
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("interval", ["epoch", "batch"])
 def test_no_batch_waits_for_the_device(
-    foreach: bool, interval: str, small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch
+    loss: Callable[[Tensor, Tensor], Tensor],
+    foreach: bool,
+    interval: str,
+    small_mnist: Mnist,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mnist_lab.training.dropout.MAX_P", 0)  # as on a GPU, where dropout is torch's own
     experiment = declare(
         net=Small,
         epochs=1,
         batch_size=16,
+        loss=loss,
         optimizer=partial(SGD, lr=0.05, momentum=0.9, foreach=foreach),
         scheduler=partial(StepLR, step_size=2),
         scheduler_interval=interval,
@@ -743,6 +955,8 @@ def test_no_batch_waits_for_the_device(
     "changes",
     [
         {"scheduler": partial(StepLR, step_size=2)},
+        {"augmentation": DrawsElsewhere()},
+        {"loss": nn.CrossEntropyLoss(label_smoothing=0.1), "optimizer": partial(LBFGS, lr=0.1, max_iter=2)},
         {"scheduler": partial(OneCycleLR, max_lr=0.1), "scheduler_interval": "batch"},
         {"scheduler": partial(ReduceLROnPlateau, patience=0), "optimizer": partial(AdamW, lr=0.01)},
     ],
@@ -751,17 +965,18 @@ def test_a_training_that_is_taken_up_again_ends_as_one_that_never_stopped(
     changes: dict[str, Any], small_mnist: Mnist, tmp_path: Path
 ) -> None:
     mnist = first(small_mnist, 500)
-    experiment = declare(net=Small, epochs=4, augmentation=partial(random_rotation, degrees=7.0), **changes)
-    torch.manual_seed(3)
-    net = Small()
+    experiment = declare(
+        **{"net": Small, "epochs": 4, "augmentation": partial(random_rotation, degrees=7.0), **changes}
+    )
+    net = initial_network(experiment, 3, torch.device("cpu"), torch.contiguous_format)
     whole = list(fit(net, experiment, mnist, seed=3))
 
-    torch.manual_seed(3)
-    stopped = Training(Small(), experiment, mnist, seed=3)
+    first_net = initial_network(experiment, 3, torch.device("cpu"), torch.contiguous_format)
+    stopped = Training(first_net, experiment, mnist, seed=3)
     epochs = stopped.epochs()
     before = [next(epochs), next(epochs)]
     torch.save(stopped.state_dict(), tmp_path / "state.pt")
-    torch.manual_seed(99)
+    seed_generators(99)
     again = Training(Small(), experiment, mnist, seed=12)  # all that counts comes from the state
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     after = list(again.epochs())
@@ -827,16 +1042,17 @@ def test_a_rehearsal_changes_nothing(small_mnist: Mnist) -> None:
         net=Small,
         scheduler=partial(OneCycleLR, max_lr=0.1),
         scheduler_interval="batch",
-        augmentation=partial(random_rotation, degrees=7.0),
+        augmentation=DrawsElsewhere(),
     )
     copies = [tensor.clone() for tensor in (small_mnist.train_images, small_mnist.train_labels)]
     declared = experiment.hyperparameters()
-    torch.manual_seed(4)
-    random_state = torch.get_rng_state()
+    seed_generators(4)
+    expected = random.random(), np.random.random(), torch.rand(1)  # noqa: NPY002
+    seed_generators(4)
 
     rehearse(experiment, small_mnist)
 
-    assert torch.equal(torch.get_rng_state(), random_state)
+    assert (random.random(), np.random.random(), torch.rand(1)) == expected  # noqa: NPY002
     assert torch.equal(small_mnist.train_images, copies[0])
     assert torch.equal(small_mnist.train_labels, copies[1])
     assert experiment.hyperparameters() == declared

@@ -1,0 +1,233 @@
+"""The rehearsal tries what training does: the layout in memory, the steps, and evaluation."""
+
+import logging
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD
+
+from helpers import read_runs
+from mnist_lab import Experiment
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.running import run as runner
+from mnist_lab.running.job import Job
+from mnist_lab.running.rehearsal import rehearse
+from mnist_lab.training.loop import fit, initial_network, num_params
+
+FLATTEN = partial(torch.flatten, start_dim=1)
+CPU = torch.device("cpu")
+
+
+class Convolutions(nn.Module):
+    """Two convolutions, dropout between them, and the flatten that is given; takes any number of images."""
+
+    def __init__(self, flatten: Callable[[Tensor], Tensor] = FLATTEN) -> None:
+        super().__init__()
+        self.flatten = flatten
+        self.first = nn.Conv2d(1, 6, 5, stride=3)
+        self.second = nn.Conv2d(6, 10, 3, stride=2)
+        self.linear = nn.Linear(90, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.dropout(self.first(images).relu(), 0.1, training=self.training)
+        return self.linear(self.flatten(self.second(hidden)))
+
+
+class Changing(Convolutions):
+    """Flattens in a way of its own, according to the mode it is in and the number of images."""
+
+    def __init__(self, by_view: Callable[[bool, int], bool]) -> None:
+        super().__init__()
+        self.by_view = by_view
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.flatten = view if self.by_view(self.training, len(images)) else FLATTEN
+        return super().forward(images)
+
+
+def view(images: Tensor) -> Tensor:
+    return images.view(-1, 90)
+
+
+class StepsTwice(SGD):
+    """Fails in its second step with parameters in channels_last."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["steps"] = self.state[parameter].get("steps", 0) + 1
+                if self.state[parameter]["steps"] == 2:
+                    parameter.grad.view(-1)
+        return super().step(closure)
+
+
+def declare(**changes: Any) -> Experiment:
+    fields: dict[str, Any] = {"net": Convolutions, "epochs": 2, "batch_size": 128, "optimizer": partial(SGD, lr=0.05)}
+    return Experiment(**(fields | changes))
+
+
+CONTIGUOUS = {
+    "view": {"net": partial(Convolutions, flatten=view)},
+    "view of what dropout gives": {"net": lambda: DropsBeforeView()},
+    "LBFGS": {"optimizer": partial(LBFGS, lr=0.1, max_iter=2)},
+    "an optimizer that fails in its second step": {"optimizer": partial(StepsTwice, lr=0.05)},
+    "view of the last batch": {"net": partial(Changing, by_view=lambda training, n: training and n == 500 % 128)},
+    "view in evaluation": {"net": partial(Changing, by_view=lambda training, n: not training and n == 300)},
+    "a parameter of five dimensions": {"net": lambda: WithFive()},
+}
+
+
+class DropsBeforeView(Convolutions):
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.dropout(self.second(self.first(images).relu()), 0.1, training=self.training)
+        return self.linear(view(hidden))
+
+
+class WithFive(Convolutions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, 1, 1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * self.scale.view(1, 1)
+
+
+@pytest.mark.parametrize("changes", CONTIGUOUS.values(), ids=CONTIGUOUS)
+def test_what_fails_in_channels_last_only_trains_contiguous(changes: dict[str, Any], small_mnist: Mnist) -> None:
+    experiment = declare(**changes)
+
+    rehearsal = rehearse(experiment, small_mnist)
+    net = initial_network(experiment, 3, CPU, rehearsal.memory_format)
+    epochs = list(fit(net, experiment, small_mnist, seed=3))
+
+    assert rehearsal.memory_format == torch.contiguous_format
+    assert all(parameter.is_contiguous() for parameter in net.parameters())
+    assert epochs[1].train_loss < epochs[0].train_loss
+
+
+def test_what_works_in_channels_last_trains_in_it(small_mnist: Mnist) -> None:
+    assert rehearse(declare(), small_mnist).memory_format == torch.channels_last
+
+
+def test_what_fails_in_both_layouts_is_refused_for_what_fails_in_the_contiguous_one(small_mnist: Mnist) -> None:
+    too_few = partial(Convolutions, flatten=lambda images: images.view(-1, 45))
+    with pytest.raises(LabError, match="^net: .*mat1 and mat2 shapes cannot be multiplied"):
+        rehearse(declare(net=too_few), small_mnist)
+
+
+@pytest.fixture
+def job(small_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
+    script = tmp_path / "my_idea.py"
+    script.write_text("EXPERIMENT = Experiment(...)\n")
+    monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
+
+    def make(**changes: Any) -> Job:
+        experiment = declare(epochs=1, **changes)
+        return Job(script=script, experiment=experiment, tracking_uri=f"sqlite:///{database}", threads=1)
+
+    return make
+
+
+class Silent:
+    def on_start(self, *_: object) -> None: ...
+    def on_batch(self, *_: object) -> None: ...
+    def on_epoch(self, *_: object) -> None: ...
+
+
+def test_the_layout_is_tagged(job: Callable[..., Job], database: Path) -> None:
+    runner.run(job(), 0, Silent())
+    runner.run(job(net=partial(Convolutions, flatten=view)), 0, Silent())
+
+    assert sorted(run.tags["memory_format"] for run in read_runs(database)) == ["channels_last", "contiguous"]
+    assert all(run.status == "FINISHED" for run in read_runs(database))
+
+
+# ---- evaluation mode
+
+
+class DropsAlways(Convolutions):
+    def forward(self, images: Tensor) -> Tensor:
+        return F.dropout(super().forward(images), 0.1)
+
+
+class Counts(Convolutions):
+    """Its logits grow from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(images) * self.calls
+
+
+class LearnsItsNoise(Convolutions):
+    """Draws in evaluation too, but the noise has no effect before the first update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + self.scale * torch.randn(len(images), 10)
+
+
+@pytest.mark.parametrize("net", [DropsAlways, Counts, LearnsItsNoise])
+def test_a_network_that_evaluates_otherwise_each_time_is_refused(net: type[nn.Module], small_mnist: Mnist) -> None:
+    with pytest.raises(
+        LabError, match=r"^net: gives other logits .* again; .*F\.dropout\(x, training=self\.training\)"
+    ):
+        rehearse(declare(net=net), small_mnist)
+
+
+def test_what_draws_in_training_only_is_let_through(small_mnist: Mnist) -> None:
+    class Noisy(Convolutions):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images + torch.randn_like(images) * self.training)
+
+    rehearse(declare(net=Noisy), small_mnist)
+
+
+# ---- parameters without a gradient
+
+
+def test_parameters_that_get_no_gradient_are_named_and_counted(
+    small_mnist: Mnist, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Averaged(Convolutions):
+        def __init__(self, frozen: bool = False) -> None:
+            super().__init__()
+            self.average = deepcopy(self.linear).requires_grad_(not frozen)
+
+    rehearsal = rehearse(declare(net=Averaged), small_mnist)
+
+    assert rehearsal.without_gradient == ["average.weight", "average.bias"]
+    with caplog.at_level(logging.WARNING):
+        rehearsal.notice()
+    assert caplog.messages[0].startswith("no gradient reaches average.weight, average.bias: counted among the param")
+    assert num_params(Averaged()) == num_params(Convolutions()) + 910
+    frozen = declare(net=partial(Averaged, frozen=True))
+    assert rehearse(frozen, small_mnist).without_gradient == []
+    assert num_params(Averaged(frozen=True)) == num_params(Convolutions())
+
+
+def test_a_run_says_which_parameters_get_no_gradient(job: Callable[..., Job], caplog: pytest.LogCaptureFixture) -> None:
+    class Unused(Convolutions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(7)])
+
+    with caplog.at_level(logging.WARNING):
+        runner.run(job(net=Unused), 0, Silent())
+    said = [message for message in caplog.messages if "no gradient" in message]
+    assert len(said) == 1
+    assert "more.4 and 2 more: counted" in said[0]
