@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mnist_lab.cli import interrupt_on_signals, sentences
 from mnist_lab.errors import LabError
-from mnist_lab.tracking.sqlite import PROJECT_ROOT, sqlite_file, tracking_uri
+from mnist_lab.tracking.sqlite import PROJECT_ROOT, sqlite_file, tracking_uri, without_password
 
 
 def main() -> None:
@@ -83,10 +83,9 @@ def ui(arguments: argparse.Namespace) -> None:
     """Serve the MLflow UI on loopback."""
     from mnist_lab.tracking import ui as server
 
-    if sqlite_file(tracking_uri(arguments.tracking_uri)) is None:
-        raise LabError(
-            f"tracking store {tracking_uri(arguments.tracking_uri)!r} is a server already: open it in a browser"
-        )
+    uri = tracking_uri(arguments.tracking_uri)
+    if sqlite_file(uri) is None:
+        raise LabError(f"tracking store {without_password(uri)!r} is a server already: open it in a browser")
     server.check_port(arguments.port)
 
     from mnist_lab.tracking.store import open_store
@@ -107,7 +106,8 @@ def sync(arguments: argparse.Namespace) -> None:
     deliveries = delivery.sync(uri)
     for one in deliveries:
         left = f"; {one.waiting} wait still: {one.reason}" if one.waiting else ""
-        print(f"run {one.run_id} on {one.uri}: {one.sent} records sent{left}")
+        where = f" on {one.target}" if one.target else ""
+        print(f"run {one.run_id}{where}: {one.sent} records sent{left}")
     if not deliveries:
         print("Nothing waits for a tracking server.")
     if any(one.waiting for one in deliveries):
@@ -121,16 +121,20 @@ def resume(arguments: argparse.Namespace) -> None:
     uri = tracking_uri(arguments.tracking_uri)
     found = checkpoint.find(uri, run_id=arguments.run_id)
     script = Path(found.script).resolve()
+    # A checkpoint from elsewhere must not name a program to be run, nor one that came with it in a store's folder.
+    if script.parent != (PROJECT_ROOT / "experiments").resolve() or script.suffix != ".py":
+        raise LabError(
+            f"resume: {script} is no script of this project; start it yourself, if you trust it: "
+            f"python {script} --resume {found.run_id}"
+        )
     if not script.is_file():
         raise LabError(
             f"resume: the script of run {found.run_id}, {script}, is not there any more; "
             "start it with --resume where it is now"
         )
-    if not script.is_relative_to(PROJECT_ROOT):  # a checkpoint from elsewhere must not name a program to be run
-        raise LabError(f"resume: {script} is no script of this project; start it yourself: python {script} --resume")
     print(f"Going on with {found.step} seed {found.seed} after epoch {found.epochs[-1].epoch}.", flush=True)
-    flags = ["--resume", found.run_id, "--tracking-uri", uri]
-    os.execv(sys.executable, [sys.executable, str(script), *flags])  # noqa: S606 - a script of this project
+    os.environ["MLFLOW_TRACKING_URI"] = uri  # other users can read a command line, and there may be a password in it
+    os.execv(sys.executable, [sys.executable, str(script), "--resume", found.run_id])  # noqa: S606 - a script of this project
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,7 +33,8 @@ from mlflow.utils.rest_utils import http_request
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MAX_COUNT, SUMMARY_METRICS, shown
-from mnist_lab.tracking.sqlite import EXPERIMENT_NAME, check_readable, follow_move
+from mnist_lab.tracking.delivery import one_line
+from mnist_lab.tracking.sqlite import EXPERIMENT_NAME, check_readable, follow_move, without_password
 from mnist_lab.tracking.sqlite import tracking_uri as resolve_uri
 from mnist_lab.tracking.store import check_not_deleted
 
@@ -196,7 +197,7 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
         try:
             run = client.get_run(run_id)
         except MlflowException as error:
-            raise LabError(f"run_id: there is no run {run_id!r} in {uri}") from error
+            raise LabError(f"run_id: there is no run {run_id!r} in {without_password(uri)}") from error
         if run.info.status != "FINISHED":
             raise LabError(f"run {run_id} is {run.info.status}, not FINISHED: it has no predictions")
         if "predictions.npz" not in {artifact.path for artifact in client.list_artifacts(run_id)}:
@@ -290,21 +291,21 @@ def _find_runs(
     holdout: int,
 ) -> list[LabRun]:
     """Return the runs asked for, newest first."""
-    uri = loaded.uri
+    name = without_password(loaded.uri)
     if status is not None and status not in STATUSES:
         raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
     if not loaded.runs and not loaded.left_out:
-        raise LabError(f"no runs yet in {uri}; train first, e.g. `make step1`")
+        raise LabError(f"no runs yet in {name}; train first, e.g. `make step1`")
     protocols = sorted({run.holdout for run in loaded.runs})
     runs = [run for run in loaded.runs if run.holdout == holdout]
     if protocols and not runs:
         held = " or ".join(f"{number:,}" for number in protocols)
-        raise LabError(f"holdout: no run in {uri} holds out {holdout:,} training images; there are runs with {held}")
+        raise LabError(f"holdout: no run in {name} holds out {holdout:,} training images; there are runs with {held}")
     known = sorted({run.step for run in runs})
     wanted = {steps} if isinstance(steps, str) else None if steps is None else set(steps)
     for step in wanted or ():
         if step not in known:
-            raise LabError(f"steps: no run of {step!r} in {uri}; there are runs of {', '.join(known)}")
+            raise LabError(f"steps: no run of {step!r} in {name}; there are runs of {', '.join(known)}")
     numbers = {seeds} if isinstance(seeds, int) else None if seeds is None else set(seeds)
     chosen = [
         run
@@ -494,4 +495,4 @@ def _reading(uri: str) -> Iterator[None]:
     except LabError:
         raise
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        raise LabError(f"tracking store {uri!r} can't be read: {' '.join(str(error).split())[:300]}") from error
+        raise LabError(f"tracking store {without_password(uri)!r} can't be read: {one_line(error)}") from error

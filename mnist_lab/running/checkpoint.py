@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from mnist_lab.errors import LabError
+from mnist_lab.tracking.delivery import one_line
 from mnist_lab.tracking.sqlite import CHECKPOINTS, PROJECT_ROOT, own_folder, sync_to_disk
+from mnist_lab.tracking.store import is_deleted
 from mnist_lab.training.loop import EpochMetrics
 
 logger = logging.getLogger(__name__)
@@ -36,7 +40,7 @@ class Checkpoint:
     seed: int
     changes: Mapping[str, Any]
     limit: int | None
-    holdout: int
+    holdout: int | None
     identity: Mapping[str, str]
     threads: int
     epochs: list[EpochMetrics]
@@ -88,23 +92,69 @@ def load(file: Path) -> Checkpoint:
         LabError: if the file is not a whole checkpoint.
     """
     try:
+        with zipfile.ZipFile(file) as archive:
+            if (damaged := archive.testzip()) is not None:  # torch.load takes weights with a flipped bit as they are
+                raise ValueError(f"{damaged} in it is not what was written")
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved["run_id"] != file.stem:  # which the name of the file to write next, or remove, is made of
             raise ValueError(f"it is named after another run than its own, {saved['run_id']!r}")
-        script = str(PROJECT_ROOT / saved["script"])
-        return Checkpoint(**{**saved, "script": script, "epochs": [EpochMetrics(**epoch) for epoch in saved["epochs"]]})
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, TypeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise LabError(f"checkpoint {file} can't be read: {reason}") from error
+        epochs = [EpochMetrics(**epoch) for epoch in saved["epochs"]]
+        loaded = Checkpoint(**{**saved, "script": str(PROJECT_ROOT / saved["script"]), "epochs": epochs})
+        _check(loaded)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise LabError(f"checkpoint {file} can't be read: {one_line(error)[:150] or type(error).__name__}") from error
+    return loaded
+
+
+def _check(loaded: Checkpoint) -> None:
+    """Refuse what `save` would not have written; raises TypeError or ValueError."""
+    for part in (loaded, *loaded.epochs):
+        for name, hint in get_type_hints(type(part)).items():
+            number = isinstance(part, EpochMetrics) and hint is int  # a count, which may as well be a float
+            if not _is_of_type(value := getattr(part, name), float if number else hint):
+                raise TypeError(f"its {name} is {str(value)[:50]!r}")
+    if [epoch.epoch for epoch in loaded.epochs] != list(range(1, len(loaded.epochs) + 1)) or not loaded.epochs:
+        raise ValueError("its epochs are not 1, 2 and so on")
+    if min(loaded.seed, loaded.threads - 1, loaded.limit or 0, loaded.holdout or 0) < 0 or "\0" in loaded.script:
+        raise ValueError("its seed, threads, limit, hold-out or script can't be one")
+    if any(min(epoch.train_images, epoch.eval_images) < 1 for epoch in loaded.epochs):
+        raise ValueError("an epoch of it has no images")
+
+
+def _is_of_type(value: object, hint: Any) -> bool:
+    """Say whether a value has the type of a field: a class, a union, a Literal, or a container of such."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in arguments
+    if origin is UnionType:
+        return any(_is_of_type(value, argument) for argument in arguments)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(value, origin or hint) or isinstance(value, bool):
+        return False
+    if isinstance(value, Mapping):
+        return all(_is_of_type(one, arguments[0]) for one in value) and all(
+            _is_of_type(one, arguments[1]) for one in value.values()
+        )
+    return not isinstance(value, list) or all(_is_of_type(one, arguments[0]) for one in value)
 
 
 def newest_first(uri: str) -> Iterator[Checkpoint]:
     """Yield the readable checkpoints of a store, the newest first; of others, a notice says why they are left out."""
-    for file in sorted(folder(uri).glob("*.pt"), key=lambda file: file.stat().st_mtime, reverse=True):
+    for file in sorted(folder(uri).glob("*.pt"), key=_age):
         try:
             yield load(file)
         except LabError as error:
             logger.warning("not used: %s", error)
+
+
+def _age(file: Path) -> float:
+    try:
+        return -file.lstat().st_mtime
+    except OSError:  # removed since by the process that finished the run
+        return math.inf
 
 
 def find(
@@ -131,8 +181,11 @@ def find(
 
     kept = [one for one in newest_first(uri) if step in (None, one.step)]
     named = [one for one in kept if run_id in (None, "", one.run_id)]
-    if found := [one for one in named if has_all(one)]:
-        return found[0]
+    for one in filter(has_all, named):
+        if run_id or not is_deleted(uri, one.run_id):  # `track` says so of one that was asked for by its name
+            return one
+        logger.warning("not used: checkpoint of run %s, which was deleted in MLflow", one.run_id)
+        kept.remove(one)
     whose = f" of {step}" if step else ""
     if not kept:
         raise LabError(f"resume: there is no interrupted run{whose} with a finished epoch in {folder(uri)}")

@@ -3,43 +3,135 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
+import multiprocessing
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import torch
 
-DIFF = ("diff", "--no-ext-diff", "--no-color")  # one that `git apply` takes, however the user's git shows diffs
+DIFF = (  # one that `git apply` takes, however the user's git shows diffs
+    *("diff", "--no-ext-diff", "--no-color", "--no-renames", "--no-textconv"),
+    *("--submodule=short", "--src-prefix=a/", "--dst-prefix=b/"),
+)
 PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pandas", "matplotlib")
+MAX_DIFF = 1_000_000  # characters; what is beyond is named
+MAX_NAMED = 20  # files that are left out
+# Names of files that hold keys and passwords: their text must not get into a store, which others may read.
+SECRET_FILES = (
+    *(".env", ".env.*", "*.env", ".envrc", ".netrc", "_netrc", ".pgpass", ".pypirc", ".npmrc", ".htpasswd"),
+    *("*.pem", "*.key", "*.p12", "*.pfx", "*.ppk", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.asc"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "kaggle.json", "*.token", "token", "token.*", "*[_-]token*"),
+    *("*credential*", "*secret*", "*password*", "*passwd*", "*api[_-]key*", "*apikey*"),
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Commit:
     """The state of the repository that holds a script.
 
-    sha: the commit, or "none" outside a repository or before the first commit.
-    dirty: whether any file differs from that commit, new files included.
-    diff: `git diff` against it, new files included; empty if not dirty.
+    sha: the commit, "none" outside a repository or before the first commit, or "unknown" where git refuses to say.
+    dirty: whether any file differs from that commit, new files included; None where git refuses to say.
+    diff: `git diff` against it, with new files that belong to the script, after lines that name what is left out; empty
+        if not dirty.
     """
 
     sha: str
-    dirty: bool
+    dirty: bool | None
     diff: str
 
+    @property
+    def tags(self) -> dict[str, str]:
+        """The commit as tags of a run."""
+        return {"git_commit": self.sha, "git_dirty": "unknown" if self.dirty is None else str(self.dirty).lower()}
 
-def commit(script: Path) -> Commit:
-    """Return the state of the repository that `script` lies in."""
-    sha = _git(script.parent, "rev-parse", "--verify", "HEAD").strip() or "none"
-    changes = _git(script.parent, "status", "--porcelain", "-z", "--untracked-files=all")  # -z: names as they are
-    if not changes:
-        return Commit(sha, dirty=False, diff="")
-    diff = _git(script.parent, *DIFF, "HEAD") if sha != "none" else ""
-    tree = _git(script.parent, "rev-parse", "--show-toplevel").strip()
-    for new in (entry[3:] for entry in changes.split("\0") if entry.startswith("?? ")):
-        diff += _git(Path(tree), *DIFF, "--no-index", "--", os.devnull, new)
-    return Commit(sha, dirty=True, diff=diff)
+
+def commit(script: Path, imported: Iterable[Path] = (), written: Iterable[Path] = ()) -> Commit:
+    """Return the state of the repository that `script` lies in.
+
+    The diff has changed files and, of new ones, those beside the script and those `imported`. Files that may hold keys
+    or passwords are left out.
+    written: files and folders that the lab itself writes or fetches, such as a tracking store. They are no changes.
+    """
+    folder = script.resolve().parent
+    try:
+        root = Path(_git(folder, "rev-parse", "--show-toplevel").removesuffix("\n"))
+    except _Refusal as refusal:
+        return _without_git(folder, str(refusal))
+    try:
+        sha = _git(folder, "rev-parse", "--verify", "HEAD").strip()
+    except _Refusal:  # before the first commit
+        sha = "none"
+    own = [path for path in map(Path.resolve, written) if path.is_relative_to(root) and not folder.is_relative_to(path)]
+    others = ["--", ":/", *(f":(top,exclude,literal){path.relative_to(root)}" for path in own)]
+    try:
+        status = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all")  # -z: names as they are
+        changes = _git(folder, *status, *others)
+        if not changes:
+            return Commit(sha, dirty=False, diff="")
+        against = ("HEAD",) if sha != "none" else ("--cached",)
+        known = [f":(top,exclude,icase,glob)**/{pattern}" for pattern in SECRET_FILES]
+        diffs = _by_file(_git(folder, *DIFF, *against, *others, *known))
+        changed = _git(folder, "diff", "--name-only", "--no-renames", "-z", *against, *others).split("\0")
+        left_out = {name: "may hold keys or passwords" for name in changed if _is_secret(name)}
+        sources = {file.resolve() for file in imported}
+        for name in (entry[3:] for entry in changes.split("\0") if entry.startswith("?? ")):
+            file = root / name
+            if _is_secret(name):
+                left_out[name] = "may hold keys or passwords"
+            elif file.parent != folder and file.resolve() not in sources:
+                left_out[name] = "new, and not beside the script"
+            elif file.is_symlink() or not file.is_file():
+                left_out[name] = "no file"
+            elif file.stat().st_size > MAX_DIFF:
+                left_out[name] = "too large"
+            else:
+                diffs.append(_git(root, *DIFF, "--no-index", "--", os.devnull, name))
+    except _Refusal as refusal:
+        _say_once(f"git does not say what has changed in {root}: {refusal}")
+        return Commit(sha, dirty=None, diff="")
+    return Commit(sha, dirty=True, diff=_limited(diffs, left_out))
+
+
+def _without_git(folder: Path, refusal: str) -> Commit:
+    """Return what is known where git says nothing: whether there is a repository shows without it."""
+    if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
+        return Commit("none", dirty=False, diff="")
+    _say_once(f"commit and changes of {folder} are recorded as unknown: {refusal}")
+    return Commit("unknown", dirty=None, diff="")
+
+
+def _is_secret(name: str) -> bool:
+    return any(fnmatch(part.lower(), pattern) for part in Path(name).parts for pattern in SECRET_FILES)
+
+
+def _by_file(diff: str) -> list[str]:
+    """Cut a diff before each of its files."""
+    return [part for part in re.split(r"^(?=diff --git )", diff, flags=re.MULTILINE) if part]
+
+
+def _limited(diffs: list[str], left_out: Mapping[str, str]) -> str:
+    """Put the diffs of files together, up to MAX_DIFF characters, after lines that name the files that are left out."""
+    kept, room, reasons = [], MAX_DIFF, dict(left_out)
+    for diff in diffs:
+        if len(diff) <= room:
+            kept.append(diff)
+            room -= len(diff)
+        else:
+            reasons[diff.partition("\n")[0].removeprefix("diff --git ")] = "too large"
+    words = [f"Left out ({why}): {name!r}\n" for name, why in list(reasons.items())[:MAX_NAMED]]
+    if len(reasons) > MAX_NAMED:
+        words.append(f"Left out: {len(reasons) - MAX_NAMED:,} more files\n")
+    return "".join(words + kept)
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -73,10 +165,23 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
+class _Refusal(Exception):
+    """What git says where it does not do what it is asked for."""
+
+
 def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, errors="replace")
-    except FileNotFoundError:  # no git on this machine
-        return ""
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    except OSError as error:  # no git on this machine
+        raise _Refusal(f"git can't be started: {error.strerror}") from error
     # `git diff --no-index` exits with 1 where the files differ, which is the case it is asked for.
-    return done.stdout if done.returncode in (0, 1) else ""
+    if done.returncode not in (0, 1):
+        raise _Refusal(next(iter(done.stderr.splitlines()), f"git ended with code {done.returncode}"))
+    return done.stdout
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    if multiprocessing.parent_process() is None:  # else the study that began this process has said it
+        logger.warning(sentence)

@@ -25,6 +25,7 @@ from mnist_lab.running.summary import summarize
 from mnist_lab.running.threads import Load, crowded, set_threads
 from mnist_lab.tracking.delivery import sync
 from mnist_lab.tracking.run import track
+from mnist_lab.tracking.sqlite import PROJECT_ROOT, own_files
 from mnist_lab.tracking.store import Store, close_abandoned, open_store
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, Training, evaluate, initial_network, normalize, num_params, predict
@@ -103,7 +104,7 @@ def run(
     training = Training(net, job.experiment, mnist, seed=seed, on_batch=progress.on_batch)
     before = [] if resume is None else resume.epochs
     if resume is not None:
-        training.load_state_dict(resume.training)
+        _restore(training, resume)
 
     def train(run_id: str) -> Iterator[EpochMetrics]:
         epochs = list(before)
@@ -162,6 +163,17 @@ def _check_same(identity: Mapping[str, str], resume: Checkpoint) -> None:
             raise LabError(f"resume: {name} is {now} now and was {then} in run {resume.run_id}; train it anew")
 
 
+def _restore(training: Training, resume: Checkpoint) -> None:
+    """Let the training go on from the checkpoint; raises LabError if that holds something else than its state."""
+    try:
+        training.load_state_dict(resume.training)
+    except Exception as error:  # torch has many ways to refuse a state
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise LabError(
+            f"resume: the checkpoint of run {resume.run_id} does not fit: {reason}; train it anew"
+        ) from error
+
+
 def record(
     job: Job,
     seed: int,
@@ -183,11 +195,11 @@ def record(
     """
     where = mnist.train_images.device
     experiment, run_name = job.experiment, run_name_of(job, f"seed {seed}")
-    commit, environment = provenance.commit(job.script), provenance.environment(where)
+    commit = provenance.commit(job.script, job.sources.values(), written_by_lab(job))
+    environment = provenance.environment(where)
     tags = {
         **job.tags,
-        "git_commit": commit.sha,
-        "git_dirty": str(commit.dirty).lower(),
+        **commit.tags,
         "data_sha256": mnist.sha256,
         "hardware": environment["hardware"],
         "torch": environment["torch"],
@@ -213,7 +225,7 @@ def record(
             for name, file in job.sources.items():
                 tracked.log_file(file, "source" if name == SCRIPT else source_folder(name, file))
             tracked.log_json(environment, "environment.json")
-            if commit.dirty:
+            if commit.diff:
                 tracked.log_text(commit.diff, "source/uncommitted.diff")
         else:
             epochs = list(resume.epochs)
@@ -244,6 +256,11 @@ def record(
         if refusal is not None:
             tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
     return RunResult(tracked.run_id, epochs, measured, verdicts)
+
+
+def written_by_lab(job: Job) -> list[Path]:
+    """Return the files and folders that are no changes to the project, wherever the user has them."""
+    return [*own_files(job.tracking_uri), find_data_dir(job.data_dir), PROJECT_ROOT / "reports"]
 
 
 def source_folder(name: str, file: Path) -> str:

@@ -20,7 +20,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.running import provenance
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.rehearsal import rehearse
-from mnist_lab.running.run import load_parts, run_name_of, target_tags
+from mnist_lab.running.run import load_parts, run_name_of, target_tags, written_by_lab
 from mnist_lab.running.threads import available_cores
 from mnist_lab.running.workers import Done, Epoch, Task, train_in_processes, train_one_by_one, train_stacked
 from mnist_lab.tracking.delivery import sync
@@ -97,14 +97,13 @@ def study(
     count = min(workers or available_cores(), len(missing)) if job.device.type == "cpu" else min(1, len(missing))
 
     name = run_name_of(job, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}")
-    commit = provenance.commit(job.script)
+    commit = provenance.commit(job.script, written=written_by_lab(job))
     tags = {
         **{tag: text for tag, text in job.tags.items() if tag != "step"},
         "study": job.step,
         "seeds": " ".join(map(str, seeds)),
         "seeds_reused": " ".join(map(str, runs)),
-        "git_commit": commit.sha,
-        "git_dirty": str(commit.dirty).lower(),
+        **commit.tags,
         "hardware": provenance.hardware(job.device),
         **target_tags(job.experiment),
     }

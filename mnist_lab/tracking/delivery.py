@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
+import ssl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,19 +20,27 @@ from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.rest_utils import http_request
-from requests import RequestException
+from requests import RequestException, Timeout
 
+from mnist_lab.errors import LabError
 from mnist_lab.tracking.outbox import Outbox, Record, all_outboxes
-from mnist_lab.tracking.sqlite import sqlite_file
+from mnist_lab.tracking.sqlite import sqlite_file, without_password
 
 SERVER_TIMEOUT = 4  # seconds that a training waits for a server; MLflow's own two minutes would hold it up
+
+PAUSES = (0.05, 0.2, 0.5)  # seconds until what another run was writing at the same moment is written
+WRITTEN_BY_ANOTHER = ("unique constraint", "duplicate entry", "duplicate key")  # in the words of the databases
+STATUS = re.compile(r"failed with error code (\d{3})")  # in MLflow's words
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What came of sending one run's records: how many were sent, how many wait still, and why."""
+    """What came of sending one run's records: how many were sent, how many wait still, and why.
 
-    uri: str
+    target: the URI of the store that they are for, without its password; empty where the outbox does not say.
+    """
+
+    target: str
     run_id: str
     sent: int
     waiting: int
@@ -36,48 +48,63 @@ class Delivery:
 
 
 def sync(uri: str) -> list[Delivery]:
-    """Send what waits for tracking servers, each run's records in their order.
+    """Send what waits for a tracking store, each run's records in their order.
 
-    uri: of the store whose folder holds the outboxes; what waits there for other servers is sent too. Runs whose
-        process still has records of its own to send are left to it.
+    uri: of the store. What waits in its folder for another one is not sent, and neither is what can't be read: the
+        folder may come from elsewhere. Runs whose process still has records of its own to send are left to it.
     """
     deliveries = []
-    away: dict[str, str] = {}
+    away = ""  # why the server gives no answer
     for outbox in all_outboxes(uri):
         if not outbox.lock():
             continue
         try:
-            if not outbox.waiting():  # another process has sent it all since
+            before = len(outbox.waiting())
+            if not before:  # another process has sent it all since
                 continue
-            target, run_id = outbox.target
-            before, reason = len(outbox.waiting()), away.get(target, "")
-            if not reason:
-                try:
-                    ask(target)
-                    send_waiting(mlflow.MlflowClient(tracking_uri=target), run_id, outbox)
-                except Exception as error:  # what is wrong with one run's records concerns no other's
-                    reason = one_line(error)
-                    if is_away(target, error):
-                        away[target] = reason
+            target, reason = "", away
+            try:
+                target = outbox.target(uri)
+                if not away:
+                    ask(uri)
+                    send_waiting(mlflow.MlflowClient(tracking_uri=uri), outbox)
+            except Exception as error:  # what is wrong with one run's records concerns no other's
+                reason = one_line(error)
+                away = reason if is_away(uri, error) else away
             waiting = len(outbox.waiting())
-            deliveries.append(Delivery(target, run_id, before - waiting, waiting, reason))
+            deliveries.append(Delivery(target, outbox.run_id, before - waiting, waiting, reason))
         finally:
             outbox.unlock()
     return deliveries
 
 
-def send_waiting(client: mlflow.MlflowClient, run_id: str, outbox: Outbox) -> int:
+def send_waiting(client: mlflow.MlflowClient, outbox: Outbox) -> int:
     """Send the records in their order, each forgotten when it is sent, and return how many they were."""
     waiting = outbox.waiting()
     for entry in waiting:
         with briefly():
-            send(client, run_id, outbox.read(entry))
+            send(client, outbox.run_id, outbox.read(entry))
         outbox.remove(entry)
     return len(waiting)
 
 
 def send(client: mlflow.MlflowClient, run_id: str, record: Record) -> None:
-    """Write a record into its run. Doing it twice is as doing it once: an answer can be lost after the deed is done."""
+    """Write a record into its run. Doing it twice is as doing it once: an answer can be lost after the deed is done.
+
+    Two runs that are the first to write what MLflow keeps once, such as a data set, can both try; the second one's
+    attempt is refused by the database, and finds it there when it is made again.
+    """
+    for pause in PAUSES:
+        try:
+            return _send_once(client, run_id, record)
+        except MlflowException as error:
+            if not any(word in str(error).lower() for word in WRITTEN_BY_ANOTHER):
+                raise
+        time.sleep(pause)
+    return _send_once(client, run_id, record)
+
+
+def _send_once(client: mlflow.MlflowClient, run_id: str, record: Record) -> None:
     content = record.content
     match record.kind:
         case "metrics":  # MLflow drops a point that it has, with the same time and value
@@ -96,8 +123,8 @@ def send(client: mlflow.MlflowClient, run_id: str, record: Record) -> None:
             _send_model(client, run_id, content["name"], content["step"], record.path)
         case "end":
             client.set_terminated(run_id, content["status"], content["end_time"])
-        case _:
-            raise AssertionError(record.kind)
+        case _:  # from elsewhere, or of a newer version of the lab
+            raise LabError(f"a record is of an unknown kind, {record.kind!r}")
 
 
 def _send_model(client: mlflow.MlflowClient, run_id: str, name: str, step: int, folder: Path) -> None:
@@ -158,6 +185,48 @@ def ask(uri: str) -> None:
         answer.close()
 
 
+def why_refused(error: Exception) -> str:
+    """Say why a store can't be used, the cause first: what a server or the network says of it can be long."""
+    for cause in _causes(error):
+        match cause:
+            case ssl.SSLCertVerificationError():
+                return (
+                    f"the server's certificate is not trusted ({cause.verify_message}); if it should be, name the file "
+                    "of its authority in MLFLOW_TRACKING_SERVER_CERT_PATH"
+                )
+            case ssl.SSLError():
+                return f"the server and this machine can't agree on a secure connection ({cause.reason or cause})"
+            case socket.gaierror():
+                return f"its host's name can't be resolved ({cause.strerror})"
+            case ConnectionRefusedError():
+                return f"no server listens there ({cause.strerror})"
+            case Timeout() | TimeoutError():
+                return f"the server does not answer within {SERVER_TIMEOUT} seconds"
+    if isinstance(error, MlflowException) and (status := STATUS.search(str(error))):
+        match status[1]:
+            case "401" | "403":
+                return (
+                    f"the server refuses you (HTTP {status[1]}): give MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
+                )
+            case "404":
+                return "what answers there is no MLflow server (HTTP 404)"
+    return one_line(error)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it came of, as libraries of the network nest it."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        inner = [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
+        waiting += [cause for cause in inner if isinstance(cause, BaseException)]
+
+
 def is_away(uri: str, error: Exception) -> bool:
     """Say whether a server gave no answer, or said that the fault is its own. What it refuses stays an error."""
     if sqlite_file(uri) is not None:
@@ -186,4 +255,5 @@ def briefly() -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
+    """Return an error's text as one line, without the passwords of URIs in it."""
+    return without_password(" ".join(str(error).split()))[:500]

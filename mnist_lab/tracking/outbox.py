@@ -11,7 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mnist_lab.tracking.sqlite import own_folder, sync_to_disk
+from mnist_lab.errors import LabError
+from mnist_lab.tracking.sqlite import OUTBOX, own_folder, sync_to_disk, without_password
 
 RECORD = "record.json"
 TARGET = "target.json"
@@ -43,10 +44,22 @@ class Outbox:
         return cls(outboxes_folder(uri) / run_id)
 
     @property
-    def target(self) -> tuple[str, str]:
-        """The tracking URI and the run's id."""
-        target = json.loads((self.folder / TARGET).read_text())
-        return target["uri"], target["run_id"]
+    def run_id(self) -> str:
+        return self.folder.name
+
+    def target(self, uri: str) -> str:
+        """Return the URI, without its password, of the store that the records are for; `uri` is the store in use.
+
+        Raises:
+            LabError: if it is another store, or another run's than the folder's name says, or can't be read.
+        """
+        kept = _read(self.folder / TARGET)
+        target = without_password(str(kept.get("uri")))
+        if target.rstrip("/") != without_password(uri).rstrip("/"):
+            raise LabError(f"they are for another store, {target!r}: name that with --tracking-uri if they are yours")
+        if kept.get("run_id") != self.run_id:
+            raise LabError(f"{self.folder / TARGET} names another run than the folder, {kept.get('run_id')!r}")
+        return target
 
     def lock(self) -> bool:
         """Take the outbox for this process; False where another has it."""
@@ -66,7 +79,7 @@ class Outbox:
             Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 
-    def add(self, uri: str, run_id: str, record: Record) -> None:
+    def add(self, uri: str, record: Record) -> None:
         """Keep a record, its file or folder copied with it, so that it outlasts a power cut.
 
         Raises:
@@ -74,7 +87,7 @@ class Outbox:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / TARGET).exists():
-            _write(self.folder / TARGET, {"uri": uri, "run_id": run_id})
+            _write(self.folder / TARGET, {"uri": without_password(uri), "run_id": self.run_id})
             sync_to_disk(self.folder.parent)
         numbers = [int(entry.name) for entry in self._entries()]
         entry = self.folder / f"{max(numbers, default=0) + 1:06}"
@@ -96,9 +109,23 @@ class Outbox:
         return sorted(self._entries())
 
     def read(self, entry: Path) -> Record:
-        """Return the record of an entry."""
-        kept = json.loads((entry / RECORD).read_text())
-        return Record(kept["kind"], kept["content"], None if kept["path"] is None else entry / kept["path"])
+        """Return the record of an entry.
+
+        Raises:
+            LabError: if it is damaged, or its file or folder is not one that lies in the entry, with all that is in it.
+        """
+        kept = _read(entry / RECORD)
+        kind, content, name = (kept.get(key) for key in ("kind", "content", "path"))
+        if not (isinstance(kind, str) and isinstance(content, dict)):
+            raise LabError(f"record {entry} is damaged: it has no kind and content")
+        if name is None:
+            return Record(kind, content)
+        if not isinstance(name, str) or name in ("", ".", "..", RECORD) or Path(name).name != name or "\0" in name:
+            raise LabError(f"record {entry} names a file that is not its own, {name!r}")
+        path = entry / name
+        if foreign := [part for part in (entry, path, *path.rglob("*")) if not _is_own(part)]:
+            raise LabError(f"record {entry} holds what is no file or folder of its own: {foreign[0]}")
+        return Record(kind, content, path)
 
     def remove(self, entry: Path) -> None:
         """Forget a record that has been sent."""
@@ -113,7 +140,7 @@ class Outbox:
 
 def outboxes_folder(uri: str) -> Path:
     """Return where the outboxes of a tracking store's runs are."""
-    return own_folder(uri) / "outbox"
+    return own_folder(uri) / OUTBOX
 
 
 def all_outboxes(uri: str) -> list[Outbox]:
@@ -122,8 +149,25 @@ def all_outboxes(uri: str) -> list[Outbox]:
     return [Outbox(path.parent) for path in sorted(folder.glob(f"*/{TARGET}"))]
 
 
+def _is_own(path: Path) -> bool:
+    """Say whether a path is a file or a folder, and no link to one, nor a pipe, at which a reader would wait."""
+    return not path.is_symlink() and (path.is_file() or path.is_dir())
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        if not _is_own(file):
+            raise ValueError("it is no file")
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LabError(f"{file} can't be read: {error}") from error
+    if not isinstance(kept, dict):
+        raise LabError(f"{file} can't be read: it does not hold names and values")
+    return kept
+
+
 def _write(file: Path, content: Mapping[str, object]) -> None:
     new = file.with_suffix(".part")
-    new.write_text(json.dumps(content))
+    new.write_text(json.dumps(content), encoding="utf-8")
     sync_to_disk(new)
     new.rename(file)

@@ -19,6 +19,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import torch
+from filelock import FileLock
 from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -31,7 +32,16 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.delivery import briefly, is_away, one_line, send, send_waiting
 from mnist_lab.tracking.outbox import Outbox, Record
-from mnist_lab.tracking.store import Store, check_resumable, process_tag, quiet, uninterrupted
+from mnist_lab.tracking.sqlite import without_password
+from mnist_lab.tracking.store import (
+    Store,
+    check_resumable,
+    let_go,
+    process_tag,
+    quiet,
+    take_lock,
+    uninterrupted,
+)
 
 MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 ASK_AGAIN_SECONDS = 30  # after a server gave no answer
@@ -48,10 +58,11 @@ class TrackedRun:
     end_status: the status that the run gets when its block comes to its end.
     """
 
-    def __init__(self, store: Store, run_id: str, logged_once: frozenset[str] = frozenset()) -> None:
+    def __init__(self, store: Store, run_id: str, lock: FileLock, logged_once: frozenset[str] = frozenset()) -> None:
         self.run_id = run_id
         self.end_status = "FINISHED"
         self._store = store
+        self._lock = lock
         self._logged_once = logged_once
         self._client = mlflow.MlflowClient(tracking_uri=store.uri)
         self._outbox = Outbox.of_run(store.uri, run_id)
@@ -170,11 +181,11 @@ class TrackedRun:
     def _new_file(self, artifact_file: str) -> Iterator[tuple[Path, str | None]]:
         """Give a file to write, named as the artifact will be, and the artifact's folder."""
         folder, _, name = artifact_file.rpartition("/")
-        with _failures(self._store), tempfile.TemporaryDirectory() as temporary:
+        with store_failures(self._store), tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary) / name, folder or None
 
     def _write(self, record: Record) -> None:
-        with _failures(self._store), uninterrupted():
+        with store_failures(self._store), uninterrupted():
             self._write_now(record)
 
     def _write_now(self, record: Record) -> None:
@@ -193,17 +204,17 @@ class TrackedRun:
                     self._waiting = True
                     logger.warning(
                         "the tracking server %s is away: the run goes on, and what it logs waits in %s",
-                        self._store.uri,
+                        self._store.name,
                         self._outbox.folder,
                     )
-        self._outbox.add(self._store.uri, self.run_id, record)
+        self._outbox.add(self._store.uri, record)
 
     def _catch_up(self, *, now: bool = False) -> bool:
         """Send what waits, if it is time to ask again; say whether all of it is sent."""
         if not now and time.monotonic() < self._ask_again:
             return False
         try:
-            sent = send_waiting(self._client, self.run_id, self._outbox)
+            sent = send_waiting(self._client, self._outbox)
         except Exception as error:
             if not is_away(self._store.uri, error):
                 raise
@@ -211,10 +222,10 @@ class TrackedRun:
             return False
         self._waiting = False
         self._outbox.unlock()
-        logger.warning("the tracking server %s is back, and has what waited (%d records)", self._store.uri, sent)
+        logger.warning("the tracking server %s is back, and has what waited (%d records)", self._store.name, sent)
         return True
 
-    def _end(self, status: str) -> None:
+    def close(self, status: str) -> None:
         """Close the run, and send what waits for its server. Where that fails, what ended the block matters more."""
         try:
             self._write_now(Record("end", {"status": status, "end_time": _milliseconds()}))
@@ -222,7 +233,7 @@ class TrackedRun:
                 logger.warning(
                     "the tracking server %s is still away: what it lacks of run %s waits on disk; "
                     "`make sync` sends it, and so does the next run there",
-                    self._store.uri,
+                    self._store.name,
                     self.run_id,
                 )
         except (MlflowException, OSError) as error:
@@ -232,6 +243,7 @@ class TrackedRun:
             logger.warning(message)
         finally:
             self._outbox.unlock()
+            let_go(self._lock)
 
 
 @contextmanager
@@ -274,44 +286,56 @@ def track(
         raise
     except MlflowException as error:
         when = "failed during the run" if tracked else "can't be written"
-        raise LabError(f"tracking store {store.uri!r} {when}: {one_line(error)}") from error
+        raise LabError(f"tracking store {store.name!r} {when}: {one_line(error)}") from error
     except Exception as error:
         if tracked is not None and not isinstance(error, LabError):
             # Where even that fails, the error itself matters more.
             with suppress(LabError):
-                tracked.log_text("".join(traceback.format_exception(error)), "traceback.txt")
+                tracked.log_text(without_password("".join(traceback.format_exception(error))), "traceback.txt")
         raise
     finally:
         if tracked is not None:
             with uninterrupted(interrupted=status == "KILLED"):
-                tracked._end(status)
+                tracked.close(status)
 
 
 @contextmanager
-def _failures(store: Store) -> Iterator[None]:
+def store_failures(store: Store) -> Iterator[None]:
     """Make one sentence of what the store, or a disk that is full, does not take."""
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise LabError(f"tracking store {store.uri!r} failed during the run: {one_line(error)}") from error
+        raise LabError(f"tracking store {store.name!r} failed during the run: {one_line(error)}") from error
 
 
 def _begin(store: Store, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:
     client = mlflow.MlflowClient(tracking_uri=store.uri)
     all_tags = resolve_tags({**tags, "process": process_tag()})  # with MLflow's own: user, source
+    all_tags = {name: without_password(str(value)) for name, value in all_tags.items()}
     run_id = client.create_run(store.experiment_id, tags=all_tags, run_name=run_name).info.run_id
-    tracked = TrackedRun(store, run_id)
-    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
+    tracked = None
+    try:
+        tracked = TrackedRun(store, run_id, take_lock(store, run_id))
+        client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
+    except BaseException:
+        tracked.close("FAILED") if tracked else client.set_terminated(run_id, "FAILED")
+        raise
     return tracked
 
 
 def _begin_again(store: Store, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
-    _deliver(store, run_id)
-    check_resumable(store, run_id)
-    client = mlflow.MlflowClient(tracking_uri=store.uri)
-    client.update_run(run_id, status="RUNNING")
-    tracked = TrackedRun(store, run_id, frozenset(client.get_run(run_id).data.metrics))
-    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in {**tags, "process": process_tag()}.items()])
+    lock = take_lock(store, run_id)
+    try:
+        _deliver(store, run_id)
+        check_resumable(store, run_id)
+        client = mlflow.MlflowClient(tracking_uri=store.uri)
+        client.update_run(run_id, status="RUNNING")
+        tracked = TrackedRun(store, run_id, lock, frozenset(client.get_run(run_id).data.metrics))
+        all_tags = {**tags, "process": process_tag()}
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in all_tags.items()])
+    except BaseException:
+        let_go(lock)
+        raise
     return tracked
 
 
@@ -323,7 +347,8 @@ def _deliver(store: Store, run_id: str) -> None:
     if not outbox.lock():
         raise LabError(f"resume: what run {run_id} logged is being sent by another process; try again later")
     try:
-        send_waiting(mlflow.MlflowClient(tracking_uri=store.uri), run_id, outbox)
+        outbox.target(store.uri)
+        send_waiting(mlflow.MlflowClient(tracking_uri=store.uri), outbox)
     finally:
         outbox.unlock()
 

@@ -6,6 +6,7 @@ import errno
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -19,9 +20,17 @@ EXPERIMENT_NAME = "mnist"  # the one MLflow experiment that holds all runs
 UI_VIEW = "lab"  # the name of the columns that the MLflow UI shows
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 SQLITE = "sqlite:///"
-ARTIFACTS, CHECKPOINTS = "artifacts", "checkpoints"  # folders beside a SQLite database
+# Folders beside a SQLite database; all but the first are in the project's `mlruns` where a server has the runs.
+ARTIFACTS, CHECKPOINTS, OUTBOX, LOCKS = "artifacts", "checkpoints", "outbox", "locks"
 BUSY_TIMEOUT = 4  # seconds that a lock on the database is waited for
 ROOM = 4 * 2**20  # bytes that must be free before a run; one leaves about 1 MB, and the largest network's 5
+# What stands before the last @ of a URI: a user name and a password, as RFC 3986 has them written.
+USER_INFO = re.compile(r"[\w.~!$&()*+,;=:%-]*", re.ASCII)
+# A user name and a password in a URI, alone or in the midst of a text; and what else may be secret in one.
+CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]*://)([^\s'\"/?#:@]*)(:[^\s'\"]*)?@", re.IGNORECASE)
+SECRET_PARAMETER = re.compile(
+    r"([?&;][^\s'\"=&;]*(?:pass|pwd|secret|token|key|odbc_connect)[^\s'\"=&;]*=)[^\s'\"&;#]+", re.IGNORECASE
+)
 # Where MLflow records paths of artifacts.
 LOCATIONS = {
     "experiments": ["artifact_location"],
@@ -37,13 +46,21 @@ def tracking_uri(given: str | None = None) -> str:
     A SQLite path comes back absolute, so that it means the same file whatever the current folder is later.
 
     Raises:
-        LabError: if a SQLite URI names no file, or one that MLflow would read as another.
+        LabError: if a SQLite URI names no file, or one that MLflow would read as another; if a URI's user name or
+            password holds characters that a URI can't.
     """
     uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
     file = sqlite_file(uri)
     if file is None:
         if uri.startswith("sqlite:"):
             raise LabError(f"tracking store {uri!r} names no file; give {SQLITE}<path>/mlflow.db")
+        user_info = uri.partition("://")[2].rpartition("@")[0]
+        if not USER_INFO.fullmatch(user_info):
+            scheme = uri.partition(":")[0]
+            raise LabError(
+                f"tracking store {scheme}://...: write other characters than letters, digits and _.~!$&()*+,;=- in its "
+                "user name and password as %XX, e.g. %40 for @"
+            )
         return uri
     if "%" in str(file) or "?" in str(file):
         raise LabError(
@@ -56,6 +73,26 @@ def sqlite_file(uri: str) -> Path | None:
     """Return the absolute path of a SQLite store's database, or None for a store of another kind."""
     path = uri.removeprefix(SQLITE)
     return Path(path).absolute() if path and path != uri else None
+
+
+def without_password(text: str) -> str:
+    """Return a URI, or a text with URIs in it, with *** in place of each password and token."""
+
+    def hide(found: re.Match[str]) -> str:
+        scheme, user, password = found.groups()
+        if password is None:  # a token stands alone before a server; before a database, it is a user name
+            return f"{scheme}***@" if scheme.lower() in ("http://", "https://") else found[0]
+        return f"{scheme}{user}:***@"
+
+    return SECRET_PARAMETER.sub(r"\1***", CREDENTIALS.sub(hide, text))
+
+
+def own_files(uri: str) -> list[Path]:
+    """Return the files and folders, there or not, that MLflow and the lab write for a store."""
+    folders = [own_folder(uri) / name for name in (ARTIFACTS, CHECKPOINTS, OUTBOX, LOCKS)]
+    database = sqlite_file(uri)
+    endings = ("", "-wal", "-shm", "-journal", ".lock", ".new")
+    return folders + ([database.with_name(database.name + ending) for ending in endings] if database else [])
 
 
 def own_folder(uri: str) -> Path:
@@ -104,7 +141,7 @@ def check_readable(uri: str) -> None:
 def check_writable(uri: str) -> None:
     """Refuse a SQLite store that is not MLflow's, or that a run could not be written to; nothing is changed or left.
 
-    The database, made or not, its folder and those of artifacts and checkpoints are tried, with room for one run.
+    The database, made or not, its folder and those of artifacts, checkpoints and locks are tried, with room for a run.
 
     Raises:
         LabError: with what to do.
@@ -112,7 +149,7 @@ def check_writable(uri: str) -> None:
     file = sqlite_file(uri)
     if file is None:
         return
-    folders = [file.parent, file.parent / CHECKPOINTS]
+    folders = [file.parent, file.parent / CHECKPOINTS, file.parent / LOCKS]
     if _is_there(file):
         for path in (
             file,

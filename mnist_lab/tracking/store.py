@@ -10,8 +10,9 @@ import signal
 import socket
 import sqlite3
 import threading
+import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +20,27 @@ from types import FrameType
 
 import mlflow
 import psutil
-from filelock import FileLock
-from mlflow.entities import Run
+from filelock import FileLock, Timeout
+from mlflow.entities import LifecycleStage, Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from mnist_lab.errors import LabError
-from mnist_lab.tracking.delivery import ask, briefly, one_line
+from mnist_lab.tracking.delivery import ask, briefly, one_line, why_refused
 from mnist_lab.tracking.sqlite import (
     ARTIFACTS,
     EXPERIMENT_NAME,
+    LOCKS,
     SQLITE,
     UI_VIEW,
     check_readable,
     check_writable,
     follow_move,
+    own_folder,
     sqlite_file,
     tracking_uri,
+    without_password,
 )
 
 # MLflow shows each error of the database with its traceback, and raises it too; one sentence is made of that.
@@ -50,6 +54,10 @@ UI_COLUMNS = [
     "tags.`targets`",
 ]
 MAX_RUNS = 50_000  # the most that MLflow gives at once
+LOCK_TIMEOUT = 2  # seconds; who looks whether a run is abandoned has its lock for some milliseconds
+OLD_TAG, NEW_TAG = 3, 5  # words of the tag `process`, of earlier versions and now
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,11 @@ class Store:
 
     uri: str
     experiment_id: str
+
+    @property
+    def name(self) -> str:
+        """The URI without its password, for messages."""
+        return without_password(self.uri)
 
 
 def open_store(uri: str | None = None) -> Store:
@@ -85,8 +98,10 @@ def open_store(uri: str | None = None) -> Store:
             check_readable(uri)
             follow_move(uri)
             return Store(uri, _experiment_id(uri, artifacts=_artifacts(database)))
-    except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error) as error:
-        raise LabError(f"tracking store {uri!r} can't be used: {one_line(error)}") from error
+    except LabError:
+        raise
+    except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error, ValueError) as error:
+        raise LabError(f"tracking store {without_password(uri)!r} can't be used: {why_refused(error)}") from error
 
 
 def _create(database: Path) -> None:
@@ -115,7 +130,12 @@ def _experiment_id(uri: str, artifacts: Path | None) -> str:
         if experiment is None:
             location = artifacts.as_uri() if artifacts else None
             view = {f"mlflow.sharedViewState.{UI_VIEW}": json.dumps({"selectedColumns": UI_COLUMNS})}
-            return str(client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=view))
+            try:
+                return str(client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=view))
+            except MlflowException:  # another program that uses the server made it meanwhile
+                experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+                if experiment is None:
+                    raise
     check_not_deleted(uri, experiment)
     return str(experiment.experiment_id)
 
@@ -123,7 +143,8 @@ def _experiment_id(uri: str, artifacts: Path | None) -> str:
 def check_not_deleted(uri: str, experiment: mlflow.entities.Experiment) -> None:
     """Refuse a store whose experiment was deleted in the MLflow UI; raises LabError."""
     if experiment.lifecycle_stage == "deleted":
-        raise LabError(f"tracking store {uri!r}: the experiment {EXPERIMENT_NAME!r} is deleted; restore it in MLflow")
+        name = without_password(uri)
+        raise LabError(f"tracking store {name!r}: the experiment {EXPERIMENT_NAME!r} is deleted; restore it in MLflow")
 
 
 @contextmanager
@@ -189,7 +210,9 @@ def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
 
 
 def close_abandoned(store: Store) -> None:
-    """Mark the runs KILLED that stand as RUNNING though their process, on this machine, is gone: killed, or power lost.
+    """Mark the runs KILLED that stand as RUNNING though their process is gone: killed, or power lost.
+
+    The lock that it held tells whether it is gone. Where that says nothing, as on another machine, the run is left.
 
     Raises:
         LabError: if the store can't be read or written.
@@ -197,11 +220,12 @@ def close_abandoned(store: Store) -> None:
     client = mlflow.MlflowClient(tracking_uri=store.uri)
     try:
         for run in _search(store, "attributes.status = 'RUNNING'"):
-            if _is_gone(run.data.tags.get("process", "")):
-                with briefly():
+            with _abandoned(store, run) as abandoned, briefly():
+                # Asked again: it may have ended by itself since.
+                if abandoned and client.get_run(run.info.run_id).info.status == "RUNNING":
                     client.set_terminated(run.info.run_id, "KILLED")
-    except MlflowException as error:
-        raise LabError(f"tracking store {store.uri!r} can't be written: {one_line(error)}") from error
+    except (MlflowException, OSError) as error:
+        raise LabError(f"tracking store {store.name!r} can't be written: {one_line(error)}") from error
 
 
 def _search(store: Store, condition: str) -> list[Run]:
@@ -212,18 +236,102 @@ def _search(store: Store, condition: str) -> list[Run]:
         with briefly():
             return list(client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS, order_by=order))
     except (MlflowException, SQLAlchemyError) as error:
-        raise LabError(f"tracking store {store.uri!r} can't be read: {one_line(error)}") from error
+        raise LabError(f"tracking store {store.name!r} can't be read: {one_line(error)}") from error
 
 
 def process_tag() -> str:
-    """Name this process, so that another one can say later whether it has ended: host, number, start."""
+    """Name this process: host, number, start; then the start of the system, and the machine.
+
+    The process also holds the run's lock: that tells whether it has ended. Its number alone would not, as it means
+    something else in a container, and so does the host's name on another machine.
+    """
     process = psutil.Process()
-    return f"{socket.gethostname()} {process.pid} {process.create_time()}"
+    return f"{socket.gethostname()} {process.pid} {process.create_time()} {_boot()} {_machine()}"
 
 
-def _is_gone(tag: str) -> bool:
-    host, _, process = tag.partition(" ")
-    number, _, created = process.partition(" ")
+def lock_of(store: Store, run_id: str) -> FileLock:
+    """Return the lock that a process holds while it writes the run; the system takes it away when the process ends."""
+    return FileLock(_lock_file(store, run_id), timeout=0, thread_local=False)
+
+
+def _lock_file(store: Store, run_id: str) -> Path:
+    return own_folder(store.uri) / LOCKS / f"{run_id}.lock"
+
+
+def take_lock(store: Store, run_id: str) -> FileLock:
+    """Take the lock of a run that this process is going to write.
+
+    Raises:
+        LabError: if another process has it, or it can't be made.
+    """
+    lock = lock_of(store, run_id)
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOCK_TIMEOUT)
+    except Timeout:
+        raise LabError(f"resume: run {run_id} is still in training, in another process") from None
+    except OSError as error:
+        raise LabError(f"lock {lock.lock_file} of run {run_id} can't be made: {error.strerror}") from error
+    return lock
+
+
+def let_go(lock: FileLock) -> None:
+    """Remove a lock that this process has, and let go of it."""
+    Path(lock.lock_file).unlink(missing_ok=True)  # first: whoever waits for it takes none that is removed
+    lock.release()
+
+
+@contextmanager
+def _abandoned(store: Store, run: Run) -> Iterator[bool]:
+    """Say whether the process that wrote the run is gone, without doubt, and keep the run from others meanwhile."""
+    run_id, tag = run.info.run_id, run.data.tags.get("process", "").split()
+    if not run_id.isalnum() or not _lock_file(store, run_id).exists():
+        yield len(tag) == OLD_TAG and _is_gone(*tag)
+        return
+    lock = lock_of(store, run_id)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    gone = _may_judge(tag)
+    try:
+        yield gone
+    finally:
+        let_go(lock) if gone else lock.release()
+
+
+def _may_judge(tag: Sequence[str]) -> bool:
+    """Say whether a free lock means that the process that had it is gone.
+
+    It does under the same running system, in whatever container, and on the same machine after another start. Another
+    machine may reach the folder by a network that shows it no locks.
+    """
+    if len(tag) != NEW_TAG:
+        return False
+    host, _, _, boot, machine = tag
+    return boot == _boot() != "-" or (host, machine) == (socket.gethostname(), _machine())
+
+
+def _boot() -> str:
+    """Return what names the running system from its start on, the same in all containers; "-" where nothing does."""
+    return _first_line(Path("/proc/sys/kernel/random/boot_id")) or "-"
+
+
+def _machine() -> str:
+    """Return what names this machine, whenever it was started."""
+    return _first_line(Path("/etc/machine-id")) or f"{uuid.getnode():012x}"
+
+
+def _first_line(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _is_gone(host: str, number: str, created: str) -> bool:
+    """Say whether a process has ended by its number, as runs of earlier versions of the lab have it."""
     if host != socket.gethostname() or not number.isdecimal():  # another machine's, or another program's
         return False
     try:
@@ -231,27 +339,48 @@ def _is_gone(tag: str) -> bool:
         return abs(psutil.Process(int(number)).create_time() - float(created)) > 2
     except psutil.NoSuchProcess:
         return True
+    except (psutil.AccessDenied, ValueError, OverflowError):
+        return False
 
 
 def can_resume(store: Store, run_id: str) -> bool:
-    """Say whether `track` would go on with this run."""
+    """Say whether `track` would go on with this run; why not is shown."""
     try:
         check_resumable(store, run_id)
-    except LabError:
+    except LabError as error:
+        logger.warning("not used: checkpoint of run %s: %s", run_id, str(error).removeprefix("resume: "))
         return False
     return True
 
 
 def check_resumable(store: Store, run_id: str) -> None:
+    """Refuse to go on with a run that is not there, was deleted, has finished, or is in training; raises LabError."""
     try:
         with briefly():
-            status = mlflow.MlflowClient(tracking_uri=store.uri).get_run(run_id).info.status
+            info = mlflow.MlflowClient(tracking_uri=store.uri).get_run(run_id).info
     except MlflowException as error:
-        raise LabError(f"resume: run {run_id} can't be read from {store.uri!r}: {one_line(error)}") from error
-    if status == "FINISHED":
+        raise LabError(f"resume: run {run_id} can't be read from {store.name!r}: {one_line(error)}") from error
+    if info.lifecycle_stage == LifecycleStage.DELETED:
+        raise LabError(f"resume: run {run_id} was deleted in MLflow: restore it there, or train anew")
+    if info.status == "FINISHED":
         raise LabError(f"resume: run {run_id} has finished")
-    if status == "RUNNING":
-        raise LabError(f"resume: run {run_id} is still in training, in another process")
+    if info.status == "RUNNING":
+        raise LabError(
+            f"resume: run {run_id} is still in training, in another process, as far as can be told from here"
+        )
+
+
+def is_deleted(uri: str, run_id: str) -> bool:
+    """Say whether a run was deleted in MLflow, and can be restored there; False where that can't be found out."""
+    database = sqlite_file(uri)
+    if database is not None and not database.is_file():  # MLflow would make one
+        return False
+    try:
+        with quiet(), briefly():
+            info = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id).info
+    except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError):
+        return False
+    return bool(info.lifecycle_stage == LifecycleStage.DELETED)
 
 
 @contextmanager

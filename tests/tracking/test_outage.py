@@ -344,7 +344,7 @@ def test_what_a_server_refuses_is_an_error_and_not_an_outage(server: Server, out
 
 def a_record_waits(uri: str, run_id: str, record: Record) -> Outbox:
     outbox = Outbox.of_run(uri, run_id)
-    outbox.add(uri, run_id, record)
+    outbox.add(uri, record)
     return outbox
 
 
@@ -377,13 +377,13 @@ def test_a_record_that_is_damaged_keeps_no_other_run_from_being_sent(uri: str) -
 
     assert (found[run_id].sent, found[run_id].waiting) == (1, 0)
     assert (found["0" * 32].sent, found["0" * 32].waiting) == (0, 1)
-    assert "Expecting property name" in found["0" * 32].reason
+    assert "record.json can't be read: Expecting property name" in found["0" * 32].reason
 
 
 def test_a_run_that_goes_on_first_sends_what_waits_for_it(uri: str) -> None:
     run_id = an_interrupted_run(uri)
     outbox = a_record_waits(uri, run_id, ONE_POINT)
-    outbox.add(uri, run_id, Record("end", {"status": "KILLED", "end_time": 2_000}))
+    outbox.add(uri, Record("end", {"status": "KILLED", "end_time": 2_000}))
 
     with track(open_store(uri), "a run", params={}, tags={}, resume_run_id=run_id) as tracked:
         tracked.log_missing({1: {"test_accuracy": 98.0}, 2: {"test_accuracy": 98.5}})
@@ -500,9 +500,9 @@ def test_records_come_back_in_order_with_their_files(tmp_path: Path) -> None:
     (folder / "data" / "weights").write_bytes(b"\0\1")
     outbox = Outbox(tmp_path / "outbox" / "abc")
     for number in range(12):
-        outbox.add("http://x", "abc", Record("metrics", {"step": number, "loss": float("nan")}))
-    outbox.add("http://x", "abc", Record("artifact", {"folder": None}, note))
-    outbox.add("http://x", "abc", Record("model", {"name": "model"}, folder))
+        outbox.add("http://x", Record("metrics", {"step": number, "loss": float("nan")}))
+    outbox.add("http://x", Record("artifact", {"folder": None}, note))
+    outbox.add("http://x", Record("model", {"name": "model"}, folder))
     note.unlink()
     shutil.rmtree(folder)
 
@@ -513,7 +513,7 @@ def test_records_come_back_in_order_with_their_files(tmp_path: Path) -> None:
     assert records[12].path.read_text() == "hello"
     assert records[13].path is not None
     assert (records[13].path / "data" / "weights").read_bytes() == b"\0\1"
-    assert outbox.target == ("http://x", "abc")
+    assert (outbox.target("http://x"), outbox.run_id) == ("http://x", "abc")
 
 
 def test_a_process_killed_while_it_writes_leaves_whole_records_only(tmp_path: Path) -> None:
@@ -523,7 +523,7 @@ def test_a_process_killed_while_it_writes_leaves_whole_records_only(tmp_path: Pa
     def write() -> None:
         outbox = Outbox(tmp_path / "outbox" / "abc")
         while True:
-            outbox.add("http://x", "abc", Record("artifact", {"folder": "f"}, big))
+            outbox.add("http://x", Record("artifact", {"folder": "f"}, big))
 
     before = 0
     for _ in range(20):
@@ -542,7 +542,7 @@ def test_a_process_killed_while_it_writes_leaves_whole_records_only(tmp_path: Pa
 
 def test_one_process_at_a_time_sends_what_waits(tmp_path: Path) -> None:
     outbox, other = (Outbox(tmp_path / "outbox" / "abc") for _ in range(2))
-    outbox.add("http://x", "abc", Record("tags", {}))
+    outbox.add("http://x", Record("tags", {}))
     assert outbox.lock()
     assert not other.lock()
     outbox.unlock()

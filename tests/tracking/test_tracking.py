@@ -69,7 +69,8 @@ def test_a_new_store_holds_the_experiment_and_its_artifacts_beside_it(
     (run,) = client.search_runs([store.experiment_id])
     assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["hello.txt"]
     assert {path.name for path in folder.iterdir()} <= {f"mlflow.db{end}" for end in ("", "-wal", "-shm", ".lock")} | {
-        "artifacts"
+        "artifacts",
+        "locks",
     }
     assert list(tmp_path.iterdir()) == [tmp_path / "a folder"]
     assert capfd.readouterr() == ("", "")  # none of the library's remarks on tables and migrations
@@ -177,7 +178,7 @@ def test_a_deleted_experiment_is_not_written_to(uri: str) -> None:
         open_store(uri)
 
 
-@pytest.mark.parametrize("room", ["tracking", "results"])
+@pytest.mark.parametrize("room", ["tracking.store", "results"])
 def test_telemetry_is_off_before_mlflow_is_imported(room: str) -> None:
     program = f"""
 import importlib.abc, os, sys
