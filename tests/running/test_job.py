@@ -16,6 +16,7 @@ from mnist_lab.running import checkpoint, declaration
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.tracking.store import finished_runs, open_store
+from mnist_lab.training.loop import EpochMetrics
 
 SCRIPT = """
 from functools import partial
@@ -145,7 +146,8 @@ INTERRUPTED = {
 
 @pytest.fixture
 def interrupted(script: Path, uri: str) -> None:
-    same = {"script": str(script), "threads": 1, "identity": {}, "epochs": [], "training": {}}
+    first = EpochMetrics(1, 0.5, 90, 100, 0.4, 9_000, 10_000, lr=0.1, epoch_seconds=1.0)
+    same = {"script": str(script), "threads": 1, "identity": {}, "epochs": [first], "training": {}}
     for age, (name, fields) in enumerate(INTERRUPTED.items()):
         run_id = name.replace(" ", "_")
         named = {"changes": {}, "holdout": 0} | fields
