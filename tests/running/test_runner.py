@@ -29,8 +29,8 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.running import run as runner
-from mnist_lab.running.job import Job
-from mnist_lab.running.run import RunResult, choose_device, first_images, measure
+from mnist_lab.running.job import Job, choose_device
+from mnist_lab.running.run import RunResult, first_images, measure
 from mnist_lab.training.loop import EpochMetrics
 
 Load = Callable[[str], ModuleType]
