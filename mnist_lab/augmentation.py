@@ -1,8 +1,9 @@
-"""Batched random transforms: float images (N, 1, H, W) in [0, 1] in and out, with a draw of its own for each image."""
+"""Random transforms: float images (N, 1, H, W) in [0, 1] in and out, with a draw of its own for each image."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -56,3 +57,16 @@ def rotate(images: Tensor, angles: Tensor) -> Tensor:
     # Each output pixel looks up where it came from: the inverse rotation, with y pointing down.
     grid = torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1)  # (N, S, S, 2)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def image_by_image(images: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a transform to each image (1, H, W) alone, so that it draws for each: torchvision's draw once per call.
+
+    Far slower than the transforms above, which take a batch at once.
+
+    Raises:
+        RuntimeError: while a CUDA graph is recorded, which would repeat the first draws for all batches.
+    """
+    if images.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("image_by_image draws anew for each image, which a CUDA graph can't")
+    return torch.stack([transform(image) for image in images])

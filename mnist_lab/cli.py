@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import re
 import signal
 import sys
 import weakref
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
+from mnist_lab.arguments import whole_number
 from mnist_lab.console import Console, StudyConsole, print_result, print_study
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, shown
@@ -179,8 +179,8 @@ def parser(script: Path) -> argparse.ArgumentParser:
         epilog=_declaration(_source(script)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--epochs", type=int, help="epochs to train (an override)")
-    parser.add_argument("--batch-size", type=int, help="images per batch (an override)")
+    parser.add_argument("--epochs", type=_from(), help="epochs to train (an override)")
+    parser.add_argument("--batch-size", type=_from(), help="images per batch (an override)")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=_from(0), help="of weights, order, dropout, augmentation (default 0)")
     seeds.add_argument(
@@ -246,12 +246,17 @@ def _declaration(source: str) -> str:
     return ""
 
 
-def _from(least: int, most: int | None = None) -> Callable[[str], int]:
+def _from(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
     """Return what reads a whole number for argparse and refuses another one, before anything slow is imported."""
 
     def number(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]+", text) or (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        bound = "" if least is None else f" of at least {least}"
+        try:
+            value = whole_number(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{bound}") from None
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{bound}")
         if most is not None and value > most:
             raise argparse.ArgumentTypeError(f"{value} is more than {most:,}")
         return value

@@ -10,14 +10,15 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal
 
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mnist_lab.arguments import LAMBDA, finite_number, held, stable_text, whole_number
 from mnist_lab.errors import LabError
-
-if TYPE_CHECKING:  # torch takes over a second to import, and a refused command line needs none of it
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
 
 # What is measured once per run; `reported` figures go by the same names, so that the two can stand side by side.
 SUMMARY_METRICS = (
@@ -38,37 +39,11 @@ NAMES_OF_PARTS = ("optimizer", "scheduler", "scheduler_interval", "loss", "augme
 RUN_PARAMS = ("seed", "device", "holdout")
 MAX_COUNT = 1_000_000_000  # of epochs or images in a batch: torch counts no further than 64 bits go
 MAX_SHOWN = 1_000  # characters of a value in a sentence
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return torch's mean cross-entropy of logits (N, 10) and labels (N,)."""
-    from torch.nn import functional
-
-    return functional.cross_entropy(logits, labels)
-
-
-class _Declaration:
-    """A dataclass that refuses unknown and missing fields with a sentence, where Python gives a traceback."""
-
-    def __new__(cls, *args: object, **fields: object) -> Self:
-        declared = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if args:
-            raise LabError(f"{cls.__name__} takes its fields by keyword, e.g. {next(iter(declared))}=...")
-        for name in fields.keys() - declared.keys():
-            raise LabError(f"{cls.__name__} has no field {name!r}{_did_you_mean(name, declared)}")
-        for name, f in declared.items():
-            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-            if required and name not in fields:
-                raise LabError(f"{cls.__name__}: the field {name!r} is missing")
-        return super().__new__(cls)
-
-    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, object]]:
-        """Let `copy` and `pickle` give __new__ the fields that it asks for."""
-        return (), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+NAME_IT = "name the function (def ...), so that runs can say what they used"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Targets(_Declaration):
+class Targets:
     """What the experiment should reach; None where nothing was stated.
 
     accuracy: test accuracy of the last epoch in percent, at least this.
@@ -82,7 +57,7 @@ class Targets(_Declaration):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment(_Declaration):
+class Experiment:
     """One network and the way it is trained, in torch's own words.
 
     net: the network's class; called without arguments, or with those given by `partial`. It maps normalised images
@@ -107,7 +82,7 @@ class Experiment(_Declaration):
     scheduler: Callable[..., LRScheduler] | None = None
     scheduler_interval: Literal["epoch", "batch"] = "epoch"
     augmentation: Callable[[Tensor], Tensor] | None = None
-    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     targets: Targets = Targets()
     reported: Mapping[str, float] = field(default_factory=dict)
 
@@ -125,11 +100,16 @@ class Experiment(_Declaration):
                 continue
             if not callable(value):
                 raise LabError(f"{part}: {shown(value)} can't be called; give a class or function, or a partial of one")
-            if part == "net" and _is_module(value):
+            if part == "net" and isinstance(value, nn.Module):
                 name = type(value).__name__
                 raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
             if isinstance(value, functools.partial) and value.args:
                 raise LabError(f"{part}: give the arguments of partial({_name(value)}, ...) by keyword")
+            if part != "net" and _name(value) == LAMBDA:
+                raise LabError(f"{part}: is a lambda; {NAME_IT}")
+            for name, argument in _logged(part, value).items():
+                if not isinstance(argument, str) and LAMBDA in (text := stable_text(argument)):
+                    raise LabError(f"{part}: {name} {'is' if text == LAMBDA else 'holds'} a lambda; {NAME_IT}")
         interval: object = self.scheduler_interval
         if not (isinstance(interval, str) and interval in ("epoch", "batch")):
             raise LabError(f"scheduler_interval: {shown(interval)} is neither 'epoch' nor 'batch'")
@@ -153,14 +133,15 @@ class Experiment(_Declaration):
         """Return every declared hyperparameter, flat: `batch_size epochs optimizer lr momentum scheduler ...`.
 
         A name that two parts use is qualified in the second: `momentum` of the optimizer, `scheduler.momentum`.
-        So is a name that stands for something else in a run's params: `net.seed`.
+        So is a name that stands for something else in a run's params: `net.seed`. What a part holds that was not given
+        by `partial` is there too: the attributes of a transform, the outer variables of a local function.
         """
         flat: dict[str, object] = {"batch_size": self.batch_size, "epochs": self.epochs}
         for part in PARTS:
             value = getattr(self, part)
             if part != "net":
                 flat[part] = "none" if value is None else _name(value)
-            for name, argument in _arguments(part, value).items():
+            for name, argument in _logged(part, value).items():
                 taken = name in flat or name in NAMES_OF_PARTS or name in RUN_PARAMS
                 flat[f"{part}.{name}" if taken else name] = argument
             if part == "scheduler" and value is not None:
@@ -188,30 +169,39 @@ class Experiment(_Declaration):
                     f"declared are {', '.join(settable)}"
                 )
             value = _like(name, given, declared[name])
-            if value == declared[name]:
+            if stable_text(value) == stable_text(declared[name]):
                 continue
             different[name] = value
-            part, argument = self._where(name)
+            part, argument = self.where(name)
+            if part is not None and argument not in _arguments(part, getattr(self, part)):
+                raise LabError(
+                    f"{name}: {_name(getattr(self, part))} was made with it; copy the script and declare it there"
+                )
             if part is None:
                 fields[argument] = value
             else:
                 fields[part] = functools.partial(fields.get(part, getattr(self, part)), **{argument: value})
         return dataclasses.replace(self, **fields), different
 
-    def _where(self, name: str) -> tuple[str | None, str]:
+    def where(self, name: str) -> tuple[str | None, str]:
         """Return the part and the argument that a flat name stands for; part None for a field of its own."""
-        if name in ("batch_size", "epochs"):
+        if name in ("batch_size", "epochs", *NAMES_OF_PARTS):
             return None, name
         part, dot, argument = name.partition(".")
         if dot:
             return part, argument
-        return next(part for part in PARTS if name in _arguments(part, getattr(self, part))), name
+        return next(part for part in PARTS if name in _logged(part, getattr(self, part))), name
 
 
 def _name(part: Callable[..., object]) -> str:
     while isinstance(part, functools.partial):
         part = part.func
     return getattr(part, "__name__", type(part).__name__)
+
+
+def _logged(part: str, value: Callable[..., object] | None) -> dict[str, object]:
+    """Return the arguments that a part's declaration gives and what the part holds, by name."""
+    return {**held(value), **_arguments(part, value)}
 
 
 def _arguments(part: str, value: Callable[..., object] | None) -> dict[str, object]:
@@ -231,7 +221,7 @@ def _arguments(part: str, value: Callable[..., object] | None) -> dict[str, obje
 
 def _like(name: str, given: object, declared: object) -> object:
     """Return a given value in the declared value's type, or refuse it."""
-    value = _read(given) if isinstance(given, str) and not isinstance(declared, str) else given
+    value = _read(given, declared) if isinstance(given, str) and not isinstance(declared, str) else given
     if isinstance(declared, float):
         if _is_number(value):
             return float(value)  # type: ignore[arg-type]
@@ -242,17 +232,14 @@ def _like(name: str, given: object, declared: object) -> object:
     raise LabError(f"{name}: {shown(given)} is not {wanted} (the declared value is {shown(declared)})")
 
 
-def _read(text: str) -> object:
+def _read(text: str, declared: object) -> object:
+    """Return the value that a text from the command line stands for, or the text itself."""
     try:
+        if isinstance(declared, int | float) and not isinstance(declared, bool):
+            return whole_number(text) if isinstance(declared, int) else finite_number(text)
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
-
-
-def _is_module(value: object) -> bool:
-    from torch import nn
-
-    return isinstance(value, nn.Module)
 
 
 def _is_number(value: object) -> bool:

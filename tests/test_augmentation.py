@@ -1,16 +1,23 @@
 """Batched transforms of real images, beside torchvision's on each image alone."""
 
+import random
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
-from torchvision.transforms import InterpolationMode
+from torch import Tensor, nn
+from torch.optim import SGD
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as tv
 
-from mnist_lab.augmentation import random_center_crop, random_rotation, rotate
+from mnist_lab import Experiment
+from mnist_lab.augmentation import image_by_image, random_center_crop, random_rotation, rotate
 from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.running.draws import check_draws
+from mnist_lab.running.rehearsal import rehearse
 
 TOLERANCE = 1e-5  # of pixels in [0, 1]; measured: 4.1e-6 for rotation, 1.1e-6 for the crop
 
@@ -154,3 +161,70 @@ def test_a_crop_that_does_not_fit_is_refused(images: Tensor, size: int) -> None:
 def test_a_p_that_is_no_probability_is_refused(images: Tensor, p: float) -> None:
     with pytest.raises(ValueError, match=f"p={p}"):
         random_center_crop(images, 22, p)
+
+
+# ---- one draw for a batch
+
+
+def noisy_rotation(images: Tensor) -> Tensor:
+    return v2.RandomRotation(10)(images) + 0.02 * torch.rand_like(images)
+
+
+def some_flip(images: Tensor) -> Tensor:
+    return images.flip(-1) if random.random() < 0.5 else images
+
+
+def mixed(images: Tensor) -> Tensor:
+    share = random.random()
+    return share * images + (1 - share) * images.flip(0)
+
+
+SHARED = {
+    "v1 rotation": transforms.RandomRotation(30),
+    "v2 rotation": v2.RandomRotation(30),
+    "v1 compose": transforms.Compose([transforms.RandomAffine(7), transforms.RandomCrop(28, padding=2)]),
+    "v2 compose with noise": v2.Compose([v2.RandomRotation(10), v2.GaussianNoise(sigma=0.05)]),
+    "rarely applied": v2.RandomApply([v2.RandomRotation(30)], p=0.1),
+    "erasing": v2.RandomErasing(),
+    "a function with torchvision inside": noisy_rotation,
+    "Python's random": some_flip,
+}
+OWN = {
+    "random_rotation": partial(random_rotation, degrees=7.0),
+    "random_center_crop": partial(random_center_crop, size=22, p=0.1),
+    "rare": partial(random_center_crop, size=22, p=0.01),
+    "noise": torch.rand_like,
+    "mixes images": mixed,
+    "no draw": torch.clone,
+    **{name: partial(image_by_image, transform=transform) for name, transform in SHARED.items()},
+}
+
+
+@pytest.mark.parametrize("augmentation", SHARED.values(), ids=SHARED)
+def test_one_draw_for_a_whole_batch_is_found(augmentation: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    random.seed(0)
+    with pytest.raises(ValueError, match=r"draws once for a whole batch .*image_by_image.* \d+ s an epoch"):
+        check_draws(augmentation, images[0], 60_000)
+
+
+@pytest.mark.parametrize("augmentation", OWN.values(), ids=OWN)
+def test_a_draw_for_each_image_passes(augmentation: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    random.seed(0)
+    for image in images[:5]:
+        check_draws(augmentation, image, 60_000)
+
+
+def test_image_by_image_draws_for_each_image(images: Tensor) -> None:
+    six = images[:1].expand(6, 1, 28, 28)
+
+    for transform in (transforms.RandomRotation(30), v2.RandomRotation(30)):
+        assert len(image_by_image(six, transform).unique(dim=0)) >= 4  # close angles can give the same pixels
+        assert len(transform(six).unique(dim=0)) == 1
+
+
+def test_the_rehearsal_refuses_one_draw_for_a_whole_batch(small_mnist: Mnist) -> None:
+    declared = {"net": partial(nn.Sequential, nn.Flatten(), nn.Linear(784, 10)), "epochs": 1, "batch_size": 64}
+    experiment = Experiment(**declared, optimizer=SGD, augmentation=v2.RandomRotation(30))
+
+    with pytest.raises(LabError, match="^augmentation: draws once for a whole batch"):
+        rehearse(experiment, small_mnist)

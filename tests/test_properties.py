@@ -387,6 +387,26 @@ def raises(*arguments: object) -> Tensor:
     raise KeyError("of no use")
 
 
+def fewer(images: Tensor) -> Tensor:
+    return images[1:]
+
+
+def infinite(images: Tensor) -> Tensor:
+    return images * torch.inf
+
+
+def first_argument(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits
+
+
+def infinite_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.sum() * torch.inf
+
+
+def one(logits: Tensor, labels: Tensor) -> float:
+    return 1.0
+
+
 anything = st.one_of(
     whole,
     st.floats(),
@@ -428,13 +448,12 @@ ODD: dict[str, st.SearchStrategy[Any]] = {
     | st.builds(partial, st.just(ExponentialLR), gamma=numbers),
     "scheduler_interval": text,
     "augmentation": st.builds(partial, st.just(random_rotation), degrees=numbers)
-    | st.sampled_from([lambda x: x[1:], lambda x: x * torch.inf, lambda x: x.long(), lambda x: x.mean(), raises]),
-    "loss": st.sampled_from([lambda y, t: y, lambda y, t: y.sum() * torch.inf, lambda y, t: 1.0, raises]),
+    | st.sampled_from([fewer, infinite, torch.Tensor.long, torch.mean, raises, lambda x: x]),
+    "loss": st.sampled_from([first_argument, infinite_sum, one, raises, lambda y, t: y.sum()]),
     "targets": st.builds(Targets, accuracy=anything, params=anything, epochs=anything),
     "reported": st.dictionaries(
         st.sampled_from(["best_epoch", "best"]) | anything.filter(is_hashable), anything, max_size=2
     ),
-    "epoch": whole,  # of no such field
 }
 
 
@@ -443,12 +462,9 @@ def declarations(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
     """Return fields, and the names of those that may be wrong."""
     odd = set(draw(st.lists(st.sampled_from(list(ODD)), min_size=0, max_size=2)))
     fields = {
-        name: draw((anything if draw(st.integers(0, 3)) == 0 else ODD[name]) if name in odd else RIGHT.get(name, whole))
-        for name in {**RIGHT, **dict.fromkeys(sorted(odd))}
+        name: draw((anything if draw(st.integers(0, 3)) == 0 else ODD[name]) if name in odd else RIGHT[name])
+        for name in RIGHT
     }
-    for name in draw(st.just([]) | st.just([]) | st.lists(st.sampled_from(list(RIGHT)), max_size=1)):
-        odd.add(name)
-        fields.pop(name, None)
     return fields, odd
 
 
@@ -473,11 +489,11 @@ def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples:
         except LabError as refusal:
             sentence = str(refusal)
             assert sentence.isprintable()
-            field = re.match(r"(?:Experiment: the field '|Experiment has no field '|)(\w+)", sentence)
+            field = re.match(r"(\w+)", sentence)
             assert field
             # What a part gives is seen by the next one: odd images or logits may be too much for it.
             seen_by = {
-                "optimizer": {"net", "augmentation", "loss", "epoch"},
+                "optimizer": {"net", "augmentation", "loss"},
                 "loss": {"net"},
                 "scheduler": {"optimizer"},
             }

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mnist_lab.arguments import stable_text
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import declaration
@@ -65,10 +66,11 @@ class Job:
         return code_sha256(self.sources)
 
     @property
-    def params(self) -> dict[str, object]:
+    def params(self) -> dict[str, str]:
         """What is logged as params, but for the seed."""
-        held_out = {"holdout": self.holdout} if self.holdout else {}
-        return {**self.experiment.hyperparameters(), "device": self.device.type, **held_out}
+        held_out = {"holdout": str(self.holdout)} if self.holdout else {}
+        declared = {name: stable_text(value) for name, value in self.experiment.hyperparameters().items()}
+        return {**declared, "device": self.device.type, **held_out}
 
     @property
     def tags(self) -> dict[str, str]:
@@ -76,18 +78,18 @@ class Job:
         overrides = {**self.overrides, **({} if self.limit is None else {"limit": self.limit})}
         return {
             "step": self.step,
-            "overrides": " ".join(f"{name}={value}" for name, value in sorted(overrides.items())),
+            "overrides": " ".join(f"{name}={stable_text(value)}" for name, value in sorted(overrides.items())),
             "code_sha256": self.code_sha256,
         }
 
     @property
     def identity(self) -> dict[str, str]:
         """Params and tags together, as text."""
-        return {**_as_text(self.params), **self.tags}
+        return {**self.params, **self.tags}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the experiment behind: its network's class may live in the script, which the other process reads."""
-        return {**vars(self), "experiment": None, "code_sha256": self.code_sha256, "declared": _as_text(self.params)}
+        return {**vars(self), "experiment": None, "code_sha256": self.code_sha256, "declared": self.params}
 
     def read_experiment(self) -> None:
         """Read the experiment from the script, in a process that was sent this job.
@@ -98,15 +100,11 @@ class Job:
         if code_sha256(self.sources) != self.code_sha256:
             raise LabError(f"{self.script.name} or what it imports was changed while the study ran")
         vars(self)["experiment"], _ = declaration.read(self.script).override(self.overrides)
-        if _as_text(self.params) != vars(self)["declared"]:
+        if self.params != vars(self)["declared"]:
             raise LabError(
                 f"{self.script.name} does not declare the same experiment in a worker process; "
                 "a study needs a script that declares one experiment"
             )
-
-
-def _as_text(params: Mapping[str, object]) -> dict[str, str]:
-    return {name: str(value) for name, value in params.items()}
 
 
 def choose_device(name: str | None) -> torch.device:

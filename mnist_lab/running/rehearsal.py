@@ -13,24 +13,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
+from mnist_lab.running.draws import check_draws
+from mnist_lab.running.schedule import check_schedule
 from mnist_lab.training import loop as training
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import (
     EVALUATION_BATCH_SIZE,
     EpochMetrics,
-    build_scheduler,
+    build_optimizer,
     evaluation_part,
     initial_network,
     normalize,
     num_params,
     predict,
-    scheduler_steps_per_epoch,
     train_step,
     training_images,
 )
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
 MAX_NAMES = 5  # of parameters in a notice
 TRAINING = Path(training.__file__)
-MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
-MAX_LR = torch.finfo(torch.float32).max  # torch refuses to multiply a float32 parameter by more
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     if num_params(net) == 0:
         raise LabError("net: has no parameters to train")
     with blame("optimizer"):
-        optimizer = experiment.optimizer(net.parameters())
+        optimizer = build_optimizer(experiment, net.parameters())
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"gives a {type(optimizer).__name__}, not a torch.optim.Optimizer")
     # Both sizes that will come up: some networks fail on a last batch of one image only.
@@ -99,6 +97,9 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     last = total % experiment.batch_size or full
     for size in sorted({full, last}, reverse=True):
         _rehearse_batch(net, experiment, mnist, size)
+    if experiment.augmentation is not None:
+        with blame("augmentation"):
+            check_draws(experiment.augmentation, mnist.train_images[0].float() / 255, total)
     without_gradient = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
     evaluated = evaluation_part(mnist)[1]
     with blame("net"):
@@ -112,7 +113,7 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
         few = evaluated[:EVALUATION_BATCH_SIZE]
         _check_evaluated_again(net, few, predict(net, few))
     with blame("scheduler"):
-        _walk_schedule(experiment, net, total)
+        check_schedule(experiment, net, total)
     return Rehearsal(memory_format, without_gradient)
 
 
@@ -180,32 +181,6 @@ def _check_logits(logits: object, size: int) -> None:
         )
     if not logits.isfinite().all():
         raise ValueError("gives logits that are not finite on the first batch")
-
-
-def _walk_schedule(experiment: Experiment, net: nn.Module, total: int) -> None:
-    """Step a scheduler of its own through the whole run: OneCycleLR, for one, fails only past its last step."""
-    optimizer = experiment.optimizer(net.parameters())
-    scheduler = build_scheduler(experiment, optimizer, total)
-    if scheduler is None:
-        return
-    if not isinstance(scheduler, LRScheduler):
-        raise TypeError(f"gives a {type(scheduler).__name__}, not a torch.optim.lr_scheduler.LRScheduler")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        if experiment.scheduler_interval == "batch":
-            raise ValueError("ReduceLROnPlateau needs scheduler_interval='epoch': it follows the epoch's training loss")
-        return
-    optimizer.zero_grad()
-    _check_lr(optimizer)  # building a schedule sets the rate of the first step
-    optimizer.step(lambda: 0.0)  # a schedule warns where its optimizer has not taken a step before it
-    for _ in range(min(MAX_SCHEDULE_STEPS, experiment.epochs * scheduler_steps_per_epoch(experiment, total))):
-        scheduler.step()
-        _check_lr(optimizer)
-
-
-def _check_lr(optimizer: Optimizer) -> None:
-    for lr in (float(group["lr"]) for group in optimizer.param_groups):
-        if not abs(lr) <= MAX_LR:
-            raise ValueError(f"the learning rate becomes {lr}, which is no float32 number")
 
 
 @contextmanager

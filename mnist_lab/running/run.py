@@ -20,6 +20,7 @@ from mnist_lab.running import checkpoint, provenance
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.rehearsal import blame, blame_script, rehearse, without_exits
+from mnist_lab.running.schedule import report_without_effect, without_effect
 from mnist_lab.running.sources import SCRIPT
 from mnist_lab.running.summary import summarize
 from mnist_lab.running.threads import Load, crowded, set_threads
@@ -89,6 +90,7 @@ def run(
     rehearsal = rehearse(job.experiment, mnist)
     if parent_run_id is None:  # else the study has said it
         rehearsal.notice()
+        report_without_effect(job.experiment, job.overrides, len(mnist.train_images))
     if resume is not None:
         _check_same(job.identity, resume)
     if job.device.type == "cpu":
@@ -204,6 +206,7 @@ def record(
         "hardware": environment["hardware"],
         "torch": environment["torch"],
         "memory_format": "channels_last" if memory_format == torch.channels_last else "contiguous",
+        **no_effect_tag(experiment, mnist),
         **target_tags(experiment),
         **{f"reported_{name}": str(figure) for name, figure in experiment.reported.items()},
     }
@@ -298,6 +301,12 @@ def run_name_of(job: Job, seeds: str) -> str:
     """Name a run in MLflow, e.g. "step3_gap seed 0 [epochs=1 limit=1000]": what is overridden shows."""
     overrides = job.tags["overrides"]
     return f"{job.step} {seeds}" + (f" [{overrides}]" if overrides else "")
+
+
+def no_effect_tag(experiment: Experiment, mnist: Mnist) -> dict[str, str]:
+    """Return the names of hyperparameters that change nothing in this run as the tag `no_effect`."""
+    names = " ".join(without_effect(experiment, len(mnist.train_images)))
+    return {"no_effect": names} if names else {}
 
 
 def target_tags(experiment: Experiment) -> dict[str, str]:

@@ -21,6 +21,7 @@ from mnist_lab.running import provenance
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import load_parts, run_name_of, target_tags, written_by_lab
+from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.threads import available_cores
 from mnist_lab.running.workers import Done, Epoch, Task, train_in_processes, train_one_by_one, train_stacked
 from mnist_lab.tracking.delivery import sync
@@ -94,6 +95,7 @@ def study(
         mnist = load_parts(job)
         rehearsal = rehearse(job.experiment, mnist)
         rehearsal.notice()
+        report_without_effect(job.experiment, job.overrides, len(mnist.train_images))
     count = min(workers or available_cores(), len(missing)) if job.device.type == "cpu" else min(1, len(missing))
 
     name = run_name_of(job, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Experiment, cross_entropy
+from mnist_lab.experiment import Experiment
 from mnist_lab.training.cudagraph import Captured
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import generator_states, seed_generators, set_generator_states
@@ -121,7 +123,7 @@ class Loop:
         on_batch: OnBatch | None = None,
     ) -> None:
         self.nets, self.experiment, self.mnist, self.shape, self.on_batch = nets, experiment, mnist, shape, on_batch
-        self.optimizer = experiment.optimizer(parameters)
+        self.optimizer = build_optimizer(experiment, parameters)
         self.scheduler = build_scheduler(experiment, self.optimizer, len(mnist.train_images))
         self.shuffling = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.epoch = 0
@@ -259,8 +261,8 @@ class Training(Loop):
         return {
             "epoch": self.epoch,
             "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "optimizer": plain(self.optimizer.state_dict()),
+            "scheduler": None if self.scheduler is None else plain(self.scheduler.state_dict()),
             "shuffling": [generator.get_state() for generator in self.shuffling],
             "generators": generator_states(self.device),
         }
@@ -343,7 +345,7 @@ def _requires_argument(step: Callable[..., object]) -> bool:
 
 def minimises_cross_entropy(experiment: Experiment) -> bool:
     """Say whether the declared loss is known to be the mean cross-entropy per image."""
-    return experiment.loss is cross_entropy or experiment.loss is F.cross_entropy
+    return experiment.loss is F.cross_entropy
 
 
 def _hyperparameters(optimizer: Optimizer) -> Hashable:
@@ -376,6 +378,15 @@ def evaluate(logits: Tensor, labels: Tensor) -> tuple[float, int]:
     return F.cross_entropy(logits, labels).item(), int((logits.argmax(dim=1) == labels).sum().item())
 
 
+def build_optimizer(experiment: Experiment, parameters: Iterable[Tensor]) -> Optimizer:
+    """Build the declared optimizer with copies of the tensors among its arguments: a schedule changes `lr` in place."""
+    declared = experiment.optimizer
+    if not isinstance(declared, functools.partial):
+        return declared(parameters)
+    tensors = {name: value.clone() for name, value in declared.keywords.items() if isinstance(value, Tensor)}
+    return declared(parameters, **tensors)
+
+
 def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: int) -> LRScheduler | None:
     """Build the declared scheduler; fill in the run's `epochs` and `steps_per_epoch` where it leaves them open."""
     if experiment.scheduler is None:
@@ -394,6 +405,15 @@ def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: in
 
 
 _EMPTY = inspect.Parameter.empty
+
+
+def plain(state: Any) -> Any:
+    """Return a state with Python's numbers for numpy's, which a checkpoint is not read back with."""
+    if isinstance(state, np.generic):
+        return state.item()
+    if type(state) is dict:
+        return {name: plain(value) for name, value in state.items()}
+    return type(state)(map(plain, state)) if type(state) in (list, tuple) else state
 
 
 def scheduler_steps_per_epoch(experiment: Experiment, num_images: int) -> int:

@@ -22,7 +22,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.training.generators import seed_generators
-from mnist_lab.training.loop import EpochMetrics, Loop, build_scheduler
+from mnist_lab.training.loop import EpochMetrics, Loop, build_optimizer, build_scheduler
 
 # Their update of one weight depends on that weight alone, so stacked parameters are updated as separate ones are.
 ELEMENTWISE_OPTIMIZERS = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop)
@@ -71,7 +71,7 @@ class StackedTraining(Loop):
 
 def can_stack(experiment: Experiment, num_images: int) -> bool:
     """Say whether the experiment's seeds can be trained together."""
-    optimizer = experiment.optimizer(experiment.net().parameters())
+    optimizer = build_optimizer(experiment, experiment.net().parameters())
     return _mixes(optimizer, build_scheduler(experiment, optimizer, num_images)) is None
 
 

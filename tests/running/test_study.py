@@ -62,11 +62,11 @@ def wait_or_fail(images):
 
 
 declared = Experiment(
-    net=Net,
+    net=lambda: Net(),
     epochs=1,
     batch_size=64,
     optimizer=partial(torch.optim.SGD, lr=0.1),
-    augmentation=lambda images: wait_or_fail(images),
+    augmentation=wait_or_fail,
     targets=Targets(accuracy=50.0, params=10_000),
 )
 main(declared)

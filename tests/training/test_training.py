@@ -512,6 +512,10 @@ def test_training_is_in_training_mode_in_every_epoch(small_mnist: Mnist) -> None
 # ---- optimizers and schedules
 
 
+def a_group_for_each(parameters: Iterator[nn.Parameter]) -> Optimizer:
+    return SGD([{"params": [parameter]} for parameter in parameters], lr=0.05)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -523,7 +527,7 @@ def test_training_is_in_training_mode_in_every_epoch(small_mnist: Mnist) -> None
         partial(Adadelta, lr=1.0),
         partial(Rprop, lr=0.001),
         partial(LBFGS, lr=0.1, max_iter=4),
-        lambda parameters: SGD([{"params": [p]} for p in parameters], lr=0.05),
+        a_group_for_each,
     ],
 )
 def test_any_optimizer_of_torch_trains(optimizer: Callable[..., Optimizer], small_mnist: Mnist) -> None:
@@ -1140,6 +1144,34 @@ def share_of_errors(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) != labels).float().mean()
 
 
+def gives_its_argument(argument: object) -> object:
+    return argument
+
+
+def cuts_the_border(images: Tensor) -> Tensor:
+    return images[..., 2:-2, 2:-2]
+
+
+def drops_an_image(images: Tensor) -> Tensor:
+    return images[1:]
+
+
+def gives_ints(images: Tensor) -> Tensor:
+    return (images * 255).long()
+
+
+def gives_nothing(images: Tensor) -> None:
+    return None
+
+
+def gives_a_float(logits: Tensor, labels: Tensor) -> float:
+    return 0.5
+
+
+def gives_infinity(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels) / 0
+
+
 REFUSED = {
     "9 outputs": ("net", {"net": partial(Linear, outputs=9)}, r"shape \(128, 9\) .* not \(128, 10\)"),
     "11 outputs": ("net", {"net": partial(Linear, outputs=11)}, r"shape \(128, 11\) .* not \(128, 10\)"),
@@ -1159,9 +1191,9 @@ REFUSED = {
     "unknown optimizer argument": ("optimizer", {"optimizer": partial(SGD, lr=0.1, beta=1)}, "'beta'"),
     "refused optimizer argument": ("optimizer", {"optimizer": partial(SGD, lr=-0.1)}, "Invalid learning rate"),
     "optimizer of another type": ("optimizer", {"optimizer": partial(StepLR, step_size=1)}, "not an Optimizer"),
-    "no optimizer": ("optimizer", {"optimizer": lambda parameters: list(parameters)}, "gives a list"),
+    "no optimizer": ("optimizer", {"optimizer": list}, "gives a list"),
     "unknown scheduler argument": ("scheduler", {"scheduler": partial(StepLR, step=2)}, "'step'"),
-    "no scheduler": ("scheduler", {"scheduler": lambda optimizer: optimizer}, "gives a SGD"),
+    "no scheduler": ("scheduler", {"scheduler": gives_its_argument}, "gives a SGD"),
     "scheduler too short": (
         "scheduler",
         {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=7), "scheduler_interval": "batch"},
@@ -1174,15 +1206,15 @@ REFUSED = {
     ),
     "schedule without bounds": ("scheduler", {"scheduler": partial(ExponentialLR, gamma=1e200)}, r"becomes .*e\+198, "),
     "schedule from beyond float32": ("scheduler", {"scheduler": partial(OneCycleLR, max_lr=1e40)}, "no float32 number"),
-    "another shape": ("augmentation", {"augmentation": lambda images: images[..., 2:-2, 2:-2]}, r"\(128, 1, 24, 24\)"),
-    "fewer images": ("augmentation", {"augmentation": lambda images: images[1:]}, r"\(127, 1, 28, 28\)"),
+    "another shape": ("augmentation", {"augmentation": cuts_the_border}, r"\(128, 1, 24, 24\)"),
+    "fewer images": ("augmentation", {"augmentation": drops_an_image}, r"\(127, 1, 28, 28\)"),
     "NaN pixels": ("augmentation", {"augmentation": gives_nan}, "not finite"),
-    "ints": ("augmentation", {"augmentation": lambda images: (images * 255).long()}, "int64"),
-    "no images": ("augmentation", {"augmentation": lambda images: None}, "NoneType"),
+    "ints": ("augmentation", {"augmentation": gives_ints}, "int64"),
+    "no images": ("augmentation", {"augmentation": gives_nothing}, "NoneType"),
     "refused degrees": ("augmentation", {"augmentation": partial(random_rotation, degrees=-7.0)}, "degrees=-7.0"),
     "loss not scalar": ("loss", {"loss": partial(F.cross_entropy, reduction="none")}, "single number"),
-    "loss not a tensor": ("loss", {"loss": lambda logits, labels: 0.5}, "single number"),
-    "infinite loss": ("loss", {"loss": lambda logits, labels: F.cross_entropy(logits, labels) / 0}, "inf"),
+    "loss not a tensor": ("loss", {"loss": gives_a_float}, "single number"),
+    "infinite loss": ("loss", {"loss": gives_infinity}, "inf"),
     "loss without a gradient": ("loss", {"loss": share_of_errors}, "gradient"),
     "loss raises": ("loss", {"loss": partial(F.cross_entropy, smoothing=0.1)}, "'smoothing'"),
 }
@@ -1222,6 +1254,17 @@ def test_a_refusal_names_the_line_of_the_script(net: type[nn.Module], small_mnis
 def test_what_can_work_is_let_through(changes: dict[str, Any], small_mnist: Mnist) -> None:
     rehearse(declare(**changes), small_mnist)
     train(declare(**changes), small_mnist)
+
+
+def test_a_learning_rate_that_is_a_tensor_stays_as_it_is_declared(small_mnist: Mnist) -> None:
+    lr = torch.tensor(0.1)
+    experiment = declare(optimizer=partial(SGD, lr=lr), scheduler=partial(StepLR, step_size=1, gamma=0.5))
+
+    rehearse(experiment, small_mnist)
+    _, epochs = train(experiment, small_mnist)
+
+    assert lr.item() == pytest.approx(0.1)
+    assert epochs[0].lr == pytest.approx(0.1)
 
 
 def test_an_optimizer_that_minds_the_parameters_can_have_a_schedule(small_mnist: Mnist) -> None:

@@ -1,0 +1,191 @@
+"""The arguments that a script declares, as text that is the same in each process, and numbers read from text."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
+LAMBDA = "<lambda>"
+DIGEST_LENGTH = 12
+INTERNAL = frozenset(vars(nn.Module()))  # what every module has: its mode, parameters, hooks
+
+
+def stable_text(value: object) -> str:
+    """Return an argument as text that says what it is, and is the same in each process.
+
+    Text stays as it is. A function or class is its name; an object that would show its address is its class's name and
+    what it holds; a tensor or array is its shape, its type and a digest of its values.
+    """
+    return value if type(value) is str else _text(value, ())
+
+
+def _text(value: object, outer: tuple[int, ...]) -> str:
+    """Return the text of a value inside others, whose ids are `outer`."""
+    if id(value) in outer:
+        return "..."
+    text = functools.partial(_text, outer=(*outer, id(value)))
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    if isinstance(value, np.generic):
+        return repr(value.item())
+    if isinstance(value, Tensor):
+        return _digest(value.detach().resolve_conj().to_dense(), "Tensor") if not value.is_meta else _plain(value)
+    if isinstance(value, np.ndarray):
+        return text(value.tolist()) if value.dtype.hasobject else _digest(value, "ndarray")
+    if isinstance(value, functools.partial):
+        return _call(text(value.func), [*map(text, value.args), *_pairs(value.keywords, text)])
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    if callable(value) and isinstance(getattr(value, "__qualname__", None), str):
+        return _callable(value, text)
+    if isinstance(value, nn.Module) and type(value).__repr__ is nn.Module.__repr__:
+        return _module(value, text)
+    return _container(value, text) or _object(value, text)
+
+
+def _callable(value: Any, text: Callable[[object], str]) -> str:
+    """Return the name of a function, class or method, with what a local function has from outside."""
+    owner = getattr(value, "__self__", None)
+    if isinstance(owner, types.ModuleType | type) or owner is None:
+        name = value.__name__ if isinstance(value, types.BuiltinFunctionType) else value.__qualname__
+        return _call(name, _pairs(held(value), text)) if held(value) else str(name)
+    return f"{text(owner)}.{value.__name__}"
+
+
+def _module(value: nn.Module, text: Callable[[object], str]) -> str:
+    """Return a module's class, its own settings and its children, but not its weights: they are drawn anew."""
+    name, settings = type(value).__qualname__, _plain(value.extra_repr())
+    if type(value).extra_repr is nn.Module.extra_repr or ADDRESS.search(settings):
+        return _call(name, _pairs(held(value), text))
+    return _call(name, [*([settings] if settings else []), *_pairs(dict(value.named_children()), text)])
+
+
+def _container(value: object, text: Callable[[object], str]) -> str:
+    """Return a container with its elements in order, a set's sorted; nothing for what is no container."""
+    name = type(value).__qualname__
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return _call(name, _pairs(dict(zip(value._fields, value, strict=True)), text))
+    if type(value) is tuple:
+        return f"({', '.join(map(text, value))}{',' if len(value) == 1 else ''})"
+    if type(value) is list:
+        return f"[{', '.join(map(text, value))}]"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(text, value)))}}}" if value else f"{name}()"
+    if isinstance(value, Mapping):
+        shown = f"{{{', '.join(f'{text(key)}: {text(item)}' for key, item in value.items())}}}"
+        return shown if type(value) is dict else f"{name}({shown})"
+    return ""
+
+
+def _object(value: object, text: Callable[[object], str]) -> str:
+    """Return the text that an object has for itself, or where that has an address, its class and what it holds."""
+    if type(value) is str:
+        return repr(value)
+    name, shown = type(value).__qualname__, _plain(value)
+    dataclass = hasattr(type(value), "__dataclass_fields__")
+    if not dataclass and not ADDRESS.search(shown):
+        return shown
+    holds = _pairs(_state(value), text)
+    if not holds and isinstance(value, Collection):
+        holds = list(map(text, value))
+    return _call(name, holds)
+
+
+def _plain(value: object) -> str:
+    try:
+        return " ".join(str(value).split())
+    except Exception:  # the script's own __repr__ fails, or a number has too many digits
+        return type(value).__qualname__
+
+
+def _digest(value: Tensor | np.ndarray[Any, Any], name: str) -> str:
+    if value.ndim == 0:
+        return f"{name}({value.item()!r}, dtype={str(value.dtype).removeprefix('torch.')})"
+    data = value.cpu().contiguous().flatten().view(torch.uint8).numpy() if isinstance(value, Tensor) else value
+    sha256 = hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()[:DIGEST_LENGTH]
+    return f"{name}(shape={tuple(value.shape)}, dtype={str(value.dtype).removeprefix('torch.')}, sha256={sha256})"
+
+
+def _call(name: str, arguments: list[str]) -> str:
+    return f"{name}({', '.join(arguments)})"
+
+
+def _pairs(arguments: Mapping[str, object], text: Callable[[object], str]) -> list[str]:
+    return [f"{name}={text(argument)}" for name, argument in arguments.items()]
+
+
+def _state(value: object) -> dict[str, object]:
+    """Return an object's attributes, those in slots too."""
+    try:
+        state = object.__getstate__(value)  # type: ignore[attr-defined]
+    except TypeError:  # an object made in C
+        return {}
+    parts = state if isinstance(state, tuple) else (state,)
+    return {name: item for part in parts if isinstance(part, dict) for name, item in part.items()}
+
+
+def held(value: object) -> dict[str, object]:
+    """Return what a callable holds by name: a local function's outer variables, an object's attributes.
+
+    Attributes that begin with an underscore are left out, and those that are as the class's defaults have them.
+    """
+    while isinstance(value, functools.partial):
+        value = value.func
+    if isinstance(value, types.FunctionType):
+        inner = inspect.unwrap(value)
+        cells = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
+        return {name: cell.cell_contents for name, cell in cells if not _is_empty(cell)}
+    if isinstance(value, types.MethodType) and not isinstance(value.__self__, type):
+        return held(value.__self__)
+    if isinstance(value, type) or isinstance(getattr(value, "__qualname__", None), str):
+        return {}
+    try:
+        parameters = inspect.signature(type(value)).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # type: ignore[assignment]
+    defaults = {name: stable_text(p.default) for name, p in parameters.items()}
+    own = {name: item for name, item in _state(value).items() if not name.startswith("_") and name not in INTERNAL}
+    own |= dict(value.named_children()) if isinstance(value, nn.Module) else {}
+    return {name: item for name, item in own.items() if stable_text(item) != defaults.get(name)}
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number in the digits 0 to 9.
+
+    Raises:
+        ValueError: if the text is none.
+    """
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def finite_number(text: str) -> float:
+    """Read a number in the digits 0 to 9, such as 0.05 or 5e-2.
+
+    Raises:
+        ValueError: if the text is none, or one that is too large.
+    """
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) or math.isinf(float(text)):
+        raise ValueError(f"{text!r} is not a finite number")
+    return float(text)

@@ -1,0 +1,188 @@
+"""What a schedule overrides, what changes nothing in a run, and what a checkpoint can keep."""
+
+import io
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiplicativeLR,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+from torch.optim.swa_utils import SWALR
+
+from mnist_lab import Experiment
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.running.rehearsal import rehearse
+from mnist_lab.running.schedule import report_without_effect, without_effect
+from mnist_lab.training.loop import Training
+
+IMAGES = 1_000
+
+
+def Net() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
+def declare(
+    optimizer: Callable[..., Optimizer], scheduler: Any, epochs: int = 14, interval: Any = "epoch"
+) -> Experiment:
+    return Experiment(
+        net=Net, epochs=epochs, batch_size=128, optimizer=optimizer, scheduler=scheduler, scheduler_interval=interval
+    )
+
+
+def warm_up(epoch: int) -> float:
+    return min(1.0, (epoch + 1) / 3)
+
+
+def interpolated(epoch: int) -> Any:
+    return np.interp(epoch, [0, 3], [0.1, 1.0])
+
+
+class WarmUp:
+    def __init__(self) -> None:
+        self.epochs = 3
+
+    def __call__(self, epoch: int) -> float:
+        return min(1.0, (epoch + 1) / self.epochs)
+
+
+def in_sequence(optimizer: Optimizer) -> LRScheduler:
+    return SequentialLR(optimizer, [LambdaLR(optimizer, warm_up), StepLR(optimizer, 1)], milestones=[2])
+
+
+def chained(optimizer: Optimizer) -> LRScheduler:
+    return ChainedScheduler([ConstantLR(optimizer), ExponentialLR(optimizer, 0.9)])
+
+
+class LossUp(ReduceLROnPlateau):
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer, mode="max")
+
+
+def remembers_code(optimizer: Optimizer) -> LRScheduler:
+    scheduler = StepLR(optimizer, 1)
+    scheduler.code = warm_up  # type: ignore[attr-defined]
+    return scheduler
+
+
+sgd = partial(SGD, lr=0.1, momentum=0.9)
+
+NO_EFFECT = {
+    "one cycle": (partial(AdamW, lr=5.0), partial(OneCycleLR, max_lr=0.01), ["lr"], "OneCycleLR(max_lr=0.01) sets lr"),
+    "one cycle's momentum": (sgd, partial(OneCycleLR, max_lr=0.01), ["lr", "momentum"], ""),
+    "no cycle of momentum": (sgd, partial(OneCycleLR, max_lr=0.01, cycle_momentum=False), ["lr"], ""),
+    "one of two betas": (
+        partial(AdamW, betas=(0.9, 0.9)),
+        partial(OneCycleLR, max_lr=0.01),
+        ["betas[0]"],
+        "sets betas",
+    ),
+    "rate in a tensor": (partial(SGD, lr=torch.tensor(5.0)), partial(OneCycleLR, max_lr=0.1), ["lr"], "sets lr"),
+    "cyclic": (sgd, partial(CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=3), ["lr", "momentum"], ""),
+    "step beyond the run": (sgd, partial(StepLR, step_size=14, gamma=0.6), ["step_size", "gamma"], "14 epochs"),
+    "a milestone beyond the run": (sgd, partial(MultiStepLR, milestones=[5, 100]), ["milestones[1]"], ""),
+    "restarts beyond the run": (sgd, partial(CosineAnnealingWarmRestarts, T_0=20, T_mult=2), ["T_mult"], ""),
+    "step in the run": (sgd, partial(StepLR, step_size=13, gamma=0.6), [], ""),
+    "cosine": (sgd, partial(CosineAnnealingLR, T_max=14, eta_min=0.0), [], ""),
+    "lambda": (sgd, partial(LambdaLR, lr_lambda=warm_up), [], ""),
+    "in sequence": (sgd, in_sequence, [], ""),
+    "plateau": (sgd, partial(ReduceLROnPlateau, patience=3), [], ""),
+    "none": (sgd, None, [], ""),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "scheduler", "names", "said"), NO_EFFECT.values(), ids=NO_EFFECT)
+def test_what_has_no_effect_is_found(optimizer: Any, scheduler: Any, names: list[str], said: str) -> None:
+    found = without_effect(declare(optimizer, scheduler), IMAGES)
+
+    assert list(found) == names
+    assert all(said in sentence and sentence.startswith(name) for name, sentence in found.items())
+
+
+def test_what_has_no_effect_is_found_where_the_schedule_steps_after_each_batch() -> None:
+    assert list(without_effect(declare(sgd, partial(OneCycleLR, max_lr=1.0), 2, "batch"), IMAGES)) == ["lr", "momentum"]
+    assert list(without_effect(declare(sgd, partial(StepLR, step_size=14), 2, "batch"), IMAGES)) == []
+
+
+def test_what_has_no_effect_is_said_and_what_was_set_for_it_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    experiment = declare(partial(AdamW, lr=5.0), partial(OneCycleLR, max_lr=0.01))
+
+    with caplog.at_level(logging.WARNING):
+        report_without_effect(experiment, {}, IMAGES)
+    assert caplog.messages == ["lr: 5.0 has no effect: OneCycleLR(max_lr=0.01) sets lr"]
+    with pytest.raises(LabError, match=r"^lr: 4\.0 has no effect: OneCycleLR\(max_lr=0\.01\) sets lr$"):
+        report_without_effect(*experiment.override({"lr": "4"}), IMAGES)
+    report_without_effect(*experiment.override({"max_lr": "0.1", "epochs": "3"}), IMAGES)
+
+
+@pytest.mark.parametrize("scheduler", [partial(ReduceLROnPlateau, mode="max"), LossUp])
+def test_a_plateau_that_waits_for_a_rising_figure_is_refused(scheduler: Any, small_mnist: Mnist) -> None:
+    with pytest.raises(LabError, match="^scheduler: mode='max' .* the training loss"):
+        rehearse(declare(sgd, scheduler), small_mnist)
+
+
+SCHEDULERS = {
+    "LambdaLR": partial(LambdaLR, lr_lambda=warm_up),
+    "LambdaLR of a partial": partial(LambdaLR, lr_lambda=partial(warm_up)),
+    "LambdaLR of an object": partial(LambdaLR, lr_lambda=WarmUp()),
+    "LambdaLR with numpy": partial(LambdaLR, lr_lambda=interpolated),
+    "MultiplicativeLR": partial(MultiplicativeLR, lr_lambda=warm_up),
+    "SequentialLR": in_sequence,
+    "ChainedScheduler": chained,
+    "OneCycleLR": partial(OneCycleLR, max_lr=0.1),
+    "CyclicLR": partial(CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=2),
+    "MultiStepLR": partial(MultiStepLR, milestones=[1, 2]),
+    "LinearLR": LinearLR,
+    "PolynomialLR": PolynomialLR,
+    "CosineAnnealingLR": partial(CosineAnnealingLR, T_max=4),
+    "ReduceLROnPlateau": partial(ReduceLROnPlateau, patience=0),
+    "SWALR": partial(SWALR, swa_lr=0.05),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_every_scheduler_goes_on_from_a_checkpoint_read_without_code(scheduler: Any, small_mnist: Mnist) -> None:
+    experiment = declare(sgd, scheduler, epochs=4)
+    rehearse(experiment, small_mnist)
+    torch.manual_seed(0)
+    whole = Training(Net(), experiment, small_mnist, seed=0)
+    epochs = whole.epochs()
+    for _ in range(2):
+        next(epochs)
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    file.seek(0)
+    resumed = Training(Net(), experiment, small_mnist, seed=0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+
+    after = [(metrics.lr, metrics.train_loss) for metrics in resumed.epochs()]
+
+    assert after == [(metrics.lr, metrics.train_loss) for metrics in epochs]
+
+
+def test_a_scheduler_whose_state_a_checkpoint_cannot_keep_is_refused(small_mnist: Mnist) -> None:
+    with pytest.raises(LabError, match="^scheduler: the state of StepLR holds more than"):
+        rehearse(declare(sgd, remembers_code), small_mnist)

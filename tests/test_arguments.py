@@ -1,0 +1,190 @@
+"""Arguments as text, the same in each process, and numbers read from text."""
+
+import collections
+import enum
+import functools
+import math
+import operator
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from mnist_lab.arguments import finite_number, held, stable_text, whole_number
+
+
+class Schedule:
+    def __init__(self, warm_up: int = 2) -> None:
+        self.warm_up = warm_up
+
+    def at(self, epoch: int) -> float:
+        return min(1.0, epoch / self.warm_up)
+
+
+class InSlots:
+    __slots__ = ("activation",)
+
+    def __init__(self) -> None:
+        self.activation = F.relu
+
+
+class Rotation(nn.Module):
+    def __init__(self, degrees: float = 7.0) -> None:
+        super().__init__()
+        self.degrees = degrees
+        self.relu = nn.ReLU()
+
+
+class NoText:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+class Point(NamedTuple):
+    x: int
+    activation: Callable[..., object]
+
+
+@dataclass
+class Settings:
+    activation: Callable[..., object] = F.relu
+    layers: list[type] = field(default_factory=lambda: [nn.ReLU])
+
+
+class Mode(enum.Enum):
+    FAST = 1
+
+
+def warm_up(epochs: int) -> Callable[[int], float]:
+    def factor(epoch: int) -> float:
+        return min(1.0, epoch / epochs)
+
+    return factor
+
+
+def in_itself() -> list[object]:
+    inside: list[object] = [1]
+    inside.append(inside)
+    return inside
+
+
+TEXTS = [
+    (1, "1"),
+    (0.1, "0.1"),
+    (1e-08, "1e-08"),
+    (True, "True"),
+    (None, "None"),
+    ("relu", "relu"),
+    ((0.9, 0.999), "(0.9, 0.999)"),
+    ((1,), "(1,)"),
+    ([1, "a"], "[1, 'a']"),
+    ({"a": 1}, "{'a': 1}"),
+    ({"b", "a"}, "{'a', 'b'}"),
+    (range(3), "range(0, 3)"),
+    (np.float64(0.1), "0.1"),
+    (np.int64(3), "3"),
+    (torch.float32, "torch.float32"),
+    (torch.device("cpu"), "cpu"),
+    (torch.Size([1, 2]), "torch.Size([1, 2])"),
+    (Path("a/b"), "a/b"),
+    (F.relu, "relu"),
+    (torch.relu, "relu"),
+    (math.sin, "sin"),
+    (np.tanh, "tanh"),
+    (torch, "torch"),
+    (functools.lru_cache(warm_up), "warm_up"),
+    (nn.ReLU, "ReLU"),
+    (nn.ReLU(), "ReLU()"),
+    (nn.LeakyReLU(0.2), "LeakyReLU(negative_slope=0.2)"),
+    (nn.Sequential(nn.ReLU()), "Sequential(0=ReLU())"),
+    (nn.CrossEntropyLoss(label_smoothing=0.1), "CrossEntropyLoss(label_smoothing=0.1)"),
+    (Rotation(9.0), "Rotation(degrees=9.0, relu=ReLU())"),
+    (partial(F.leaky_relu, negative_slope=0.2), "leaky_relu(negative_slope=0.2)"),
+    ({"act": [F.relu, nn.ReLU]}, "{'act': [relu, ReLU]}"),
+    (warm_up(5), "warm_up.<locals>.factor(epochs=5)"),
+    (Schedule(3), "Schedule(warm_up=3)"),
+    (Schedule(3).at, "Schedule(warm_up=3).at"),
+    ({1: 0.5}.get, "{1: 0.5}.get"),
+    (InSlots(), "InSlots(activation=relu)"),
+    (Settings(), "Settings(activation=relu, layers=[ReLU])"),
+    (Point(1, F.relu), "Point(x=1, activation=relu)"),
+    (collections.deque([F.relu]), "deque(relu)"),
+    (operator.itemgetter(1), "operator.itemgetter(1)"),
+    (Mode.FAST, "Mode.FAST"),
+    (in_itself(), "[1, ...]"),
+    (object(), "object()"),
+    (torch.Generator(), "Generator()"),
+    (random.Random(3), "Random(gauss_next=None)"),
+    (NoText(), "NoText"),
+    (torch.tensor(2.5), "Tensor(2.5, dtype=float32)"),
+    (
+        transforms.RandomRotation(30),
+        "RandomRotation(degrees=[-30.0, 30.0], interpolation=nearest, expand=False, fill=0)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("value", "text"), TEXTS, ids=[text for _, text in TEXTS])
+def test_the_text_says_what_an_argument_is(value: object, text: str) -> None:
+    assert stable_text(value) == text
+
+
+@pytest.mark.parametrize("make", [torch.zeros, torch.ones, np.zeros, np.ones], ids=["zeros", "ones", "np0", "np1"])
+def test_a_tensor_is_its_shape_type_and_values(make: Callable[[int], object]) -> None:
+    values = make(3)
+
+    assert stable_text(values) == stable_text(make(3))
+    assert "shape=(3,), dtype=float" in stable_text(values)
+    values[1] = 7  # type: ignore[index]
+    assert stable_text(values) != stable_text(make(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.complex64, torch.uint8])
+def test_tensors_of_every_type_have_a_text(dtype: torch.dtype) -> None:
+    assert stable_text(torch.zeros(2, dtype=dtype)).startswith("Tensor(shape=(2,)")
+
+
+def test_what_a_part_holds_is_what_its_class_does_not_give_by_default() -> None:
+    assert held(nn.CrossEntropyLoss()) == {}
+    assert held(nn.CrossEntropyLoss(label_smoothing=0.1)) == {"label_smoothing": 0.1}
+    assert held(transforms.RandomRotation(30)) == {"degrees": [-30.0, 30.0]}
+    assert held(v2.RandomRotation(30)) == {"degrees": [-30.0, 30.0]}
+    assert held(warm_up(5)) == {"epochs": 5}
+    assert held(Schedule(3).at) == {"warm_up": 3}
+    assert held(partial(warm_up, epochs=5)) == {}
+    assert held(F.cross_entropy) == held(nn.ReLU) == held(None) == {}
+
+
+@pytest.mark.parametrize(("text", "number"), [("3", 3), ("+3", 3), ("-3", -3), ("003", 3)])
+def test_a_whole_number_is_read(text: str, number: int) -> None:
+    assert whole_number(text) == number
+
+
+ODD = ["", "٣", "３", "1_0", " 3", "3\n", "0x10", "two", "--3"]
+
+
+@pytest.mark.parametrize("text", [*ODD, "3.0", "1e3"])
+def test_what_is_no_whole_number_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a whole number"):
+        whole_number(text)
+
+
+@pytest.mark.parametrize(("text", "number"), [("3", 3.0), ("-.5", -0.5), ("5e-2", 0.05), ("2.", 2.0)])
+def test_a_finite_number_is_read(text: str, number: float) -> None:
+    assert finite_number(text) == number
+
+
+@pytest.mark.parametrize("text", [*ODD, "nan", "inf", "1e999", "1_0.5", "٣.٥", "."])
+def test_what_is_no_finite_number_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a finite number"):
+        finite_number(text)
