@@ -136,6 +136,51 @@ def test_resume_starts_no_program_that_is_not_the_projects(
     assert [arguments[1:4] for arguments in started] == [[str(step), "--resume", "def"]]
 
 
+@pytest.mark.parametrize("place", ["store in the project", "store in experiments", "link", "no Python file"])
+def test_resume_starts_nothing_but_the_experiments(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(jobs.os, "execv", lambda program, arguments: started.append(arguments))
+    project, outside = tmp_path / "project", tmp_path / "outside.py"
+    monkeypatch.setattr(jobs, "PROJECT_ROOT", project)
+    (project / "experiments").mkdir(parents=True)
+    outside.touch()
+    store, script = project / "mlruns", project / "experiments" / "idea.py"
+    match place:
+        case "store in the project":
+            script = store / "idea.py"
+        case "store in experiments":
+            store = project / "experiments" / "theirs"
+            script = store / "idea.py"
+        case "link":
+            script.symlink_to(outside)
+        case "no Python file":
+            script = script.with_suffix(".sh")
+    script.parent.mkdir(exist_ok=True)
+    script.touch()
+    uri = f"sqlite:///{store}/mlflow.db"
+    save(uri, "abc", str(script))
+
+    with pytest.raises(
+        LabError, match=r"^resume: .* is no script of this project; start it yourself, if you trust it: "
+    ):
+        jobs.resume(argparse.Namespace(tracking_uri=uri, run_id="abc"))
+
+    assert started == []
+
+
+def test_a_password_is_not_in_the_command_line_of_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(jobs.os, "execv", lambda program, arguments: started.append(arguments))
+    monkeypatch.setattr("mnist_lab.tracking.sqlite.PROJECT_ROOT", tmp_path)
+    uri = "http://bob:pass-word@127.0.0.1:9"
+    save(uri, "abc", str(ROOT / "experiments" / "step1_baseline.py"))
+
+    jobs.resume(argparse.Namespace(tracking_uri=uri, run_id="abc"))
+
+    assert "pass-word" not in " ".join(started[0])
+    assert os.environ["MLFLOW_TRACKING_URI"] == uri
+
+
 def test_a_checkpoint_that_names_another_file_is_left_out(uri: str, tmp_path: Path) -> None:
     save(uri, "abc", "/a.py")
     valuable = checkpoint.file_of(uri, "../valuable")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import ssl
 import time
@@ -21,16 +20,16 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.rest_utils import http_request
 from requests import RequestException, Timeout
+from urllib3.exceptions import ResponseError
 
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.outbox import Outbox, Record, all_outboxes
-from mnist_lab.tracking.sqlite import sqlite_file, without_password
+from mnist_lab.tracking.sqlite import EXPERIMENT_NAME, sqlite_file, without_password
 
 SERVER_TIMEOUT = 4  # seconds that a training waits for a server; MLflow's own two minutes would hold it up
 
 PAUSES = (0.05, 0.2, 0.5)  # seconds until what another run was writing at the same moment is written
 WRITTEN_BY_ANOTHER = ("unique constraint", "duplicate entry", "duplicate key")  # in the words of the databases
-STATUS = re.compile(r"failed with error code (\d{3})")  # in MLflow's words
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def sync(uri: str) -> list[Delivery]:
                     ask(uri)
                     send_waiting(mlflow.MlflowClient(tracking_uri=uri), outbox)
             except Exception as error:  # what is wrong with one run's records concerns no other's
-                reason = one_line(error)
+                reason = why_refused(error)
                 away = reason if is_away(uri, error) else away
             waiting = len(outbox.waiting())
             deliveries.append(Delivery(target, outbox.run_id, before - waiting, waiting, reason))
@@ -179,10 +178,33 @@ def _logged_model(client: mlflow.MlflowClient, run: Run, name: str) -> LoggedMod
 
 
 def ask(uri: str) -> None:
-    """Ask a server for any answer at all, once: MLflow itself would try again for longer than a user waits."""
-    if uri.startswith(("http://", "https://")):
-        answer = http_request(get_default_host_creds(uri), "/health", "GET", timeout=SERVER_TIMEOUT, max_retries=0)  # type: ignore[no-untyped-call]
-        answer.close()
+    """Ask a server for the experiment, once: MLflow itself would try again for longer than a user waits.
+
+    Raises:
+        ValueError: if what answers is no MLflow server, or refuses the user; in a sentence.
+        MlflowException, RequestException: if there is no answer.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return
+    answer = http_request(  # type: ignore[no-untyped-call]
+        get_default_host_creds(uri),  # type: ignore[no-untyped-call]
+        "/api/2.0/mlflow/experiments/get-by-name",
+        "GET",
+        params={"experiment_name": EXPERIMENT_NAME},
+        timeout=SERVER_TIMEOUT,
+        max_retries=0,
+    )
+    if answer.status_code in (401, 403):
+        raise ValueError(
+            f"the server refuses you (HTTP {answer.status_code}): give MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
+        )
+    try:
+        content = answer.json()
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not content.keys() & {"experiment", "error_code"}:
+        raise ValueError(f"what answers there is no MLflow server (HTTP {answer.status_code})")
 
 
 def why_refused(error: Exception) -> str:
@@ -202,15 +224,8 @@ def why_refused(error: Exception) -> str:
                 return f"no server listens there ({cause.strerror})"
             case Timeout() | TimeoutError():
                 return f"the server does not answer within {SERVER_TIMEOUT} seconds"
-    if isinstance(error, MlflowException) and (status := STATUS.search(str(error))):
-        match status[1]:
-            case "401" | "403":
-                return (
-                    f"the server refuses you (HTTP {status[1]}): give MLFLOW_TRACKING_USERNAME and "
-                    "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
-                )
-            case "404":
-                return "what answers there is no MLflow server (HTTP 404)"
+            case ResponseError():
+                return f"the server answers that it fails ({cause})"
     return one_line(error)
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -24,6 +26,9 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from mlflow.entities import LoggedModel
 
 from forkserver import PATIENCE
@@ -294,9 +299,11 @@ def test_what_waits_is_sent_by_the_next_run_and_by_the_sync_job(
     monkeypatch.setattr(sys, "argv", ["mnist_lab", "sync", "--tracking-uri", server.uri])
     first = train(experiment, server.uri, After(epoch_4=server.kill))
 
-    with pytest.raises(LabError, match=r"^not all could be sent; what waits stays on disk"):
+    with pytest.raises(SystemExit):
         jobs.main()
-    assert f"run {first} on {server.uri}: 0 records sent; " in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"run {first} on {server.uri}: 0 records sent; " in said.out
+    assert said.err.startswith("error: not all could be sent; what waits stays on disk")
     server.start()
     second = train(experiment, server.uri, seed=6)
     assert by_id(server, first).status == by_id(server, second).status == "FINISHED"
@@ -457,6 +464,80 @@ def another_server(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_a_server_of_something_else_is_refused_within_ten_seconds(another_server: str) -> None:
     with within(10), pytest.raises(LabError, match=r"^tracking store 'http://127.* can't be used: "):
         open_store(another_server)
+
+
+@pytest.fixture(scope="module")
+def untrusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the address of a server with a certificate that it has signed itself."""
+    folder = tmp_path_factory.mktemp("certificate")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    no_password = serialization.NoEncryption()
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, no_password)
+    (folder / "both.pem").write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "both.pem")
+    server = HTTPServer(("127.0.0.1", 0), _Answers)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"https://bob:pass-word@127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def check_refused_by(uri: str, cause: str) -> None:
+    """Check that the sentence begins with the cause, comes within ten seconds, and does not give the password away."""
+    start = time.monotonic()
+    with pytest.raises(LabError, match=rf"^tracking store 'https?://[^']+' can't be used: {cause}") as refusal:
+        open_store(uri)
+    assert time.monotonic() - start < 10
+    assert "pass-word" not in str(refusal.value)
+
+
+def test_a_certificate_that_is_not_trusted_is_named_first(untrusted: str) -> None:
+    check_refused_by(untrusted, r"the server's certificate is not trusted \(self-signed certificate\); ")
+
+
+@pytest.mark.parametrize(
+    ("host", "cause"),
+    [
+        ("bob:pass-word@127.0.0.1:9", r"no server listens there \(Connection refused\)"),
+        ("bob:pass-word@no-such-host.invalid", r"its host's name can't be resolved \("),
+    ],
+)
+def test_what_the_network_says_comes_first(host: str, cause: str) -> None:
+    check_refused_by(f"http://{host}", cause)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "cause"),
+    [
+        (401, b"who are you?", r"the server refuses you \(HTTP 401\): give MLFLOW_TRACKING_USERNAME"),
+        (403, b'{"detail": "no"}', r"the server refuses you \(HTTP 403\)"),
+        (404, b'{"detail": "Not Found"}', r"what answers there is no MLflow server \(HTTP 404\)"),
+        (200, b"<html>a router</html>", r"what answers there is no MLflow server \(HTTP 200\)"),
+        (200, b"[1, 2]", r"what answers there is no MLflow server \(HTTP 200\)"),
+        (503, b"", r"the server answers that it fails \(too many 503 error responses\)"),
+    ],
+)
+def test_what_a_server_answers_is_said_in_a_sentence(status: int, body: bytes, cause: str) -> None:
+    class Handler(_Answers):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        check_refused_by(f"http://bob:pass-word@127.0.0.1:{server.server_port}", cause)
+        server.shutdown()
 
 
 @pytest.mark.parametrize("listens", [True, False])

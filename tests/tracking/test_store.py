@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mnist_lab.errors import LabError
-from mnist_lab.tracking.sqlite import check_readable, sqlite_file, tracking_uri
+from mnist_lab.tracking.sqlite import check_readable, sqlite_file, tracking_uri, without_password
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEFAULT = f"sqlite:///{PROJECT}/mlruns/mlflow.db"
@@ -70,6 +70,44 @@ def test_a_path_that_mlflow_would_read_as_another_is_refused(path: str) -> None:
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "postgresql://host/runs", "sqlite://", "sqlite:///", "/x.db"])
 def test_only_sqlite_stores_have_a_file(uri: str) -> None:
     assert sqlite_file(uri) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://bob:se-cret@host/runs", "postgresql://bob:***@host/runs"),
+        (
+            "mysql+pymysql://bob:se-cret@host:3306/runs?charset=utf8",
+            "mysql+pymysql://bob:***@host:3306/runs?charset=utf8",
+        ),
+        ("postgresql://host/runs?user=bob&password=se-cret", "postgresql://host/runs?user=bob&password=***"),
+        ("mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3Dse-cret", "mssql+pyodbc:///?odbc_connect=***"),
+        ("http://bob:se-cret@127.0.0.1:5000", "http://bob:***@127.0.0.1:5000"),
+        ("https://se-cret@runs.example", "https://***@runs.example"),
+        ("HTTP://bob:se-cret@host", "HTTP://bob:***@host"),
+        ("postgresql://bob@host/runs", "postgresql://bob@host/runs"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("sqlite:////home/a@b:c/mlflow.db", "sqlite:////home/a@b:c/mlflow.db"),
+        (
+            "can't reach 'postgresql://bob:se-cret@a/b' nor http://c:se-cret@d",
+            "can't reach 'postgresql://bob:***@a/b' nor http://c:***@d",
+        ),
+    ],
+)
+def test_a_password_is_not_shown(text: str, shown: str) -> None:
+    assert without_password(text) == shown
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://bob:se@cret@h/x", "http://bob:se/cret@h", "mysql://bob:se cret@h/x", 'http://b:s"e@h']
+)
+def test_a_password_that_a_uri_cannot_hold_is_refused_and_not_shown(uri: str) -> None:
+    with pytest.raises(
+        LabError, match=r"^tracking store (postgresql|http|mysql)://\.\.\.: write .* as %XX, e.g. %40 for @"
+    ) as refusal:
+        tracking_uri(uri)
+
+    assert "cret" not in str(refusal.value)
 
 
 # ---- whether it can be read
