@@ -125,9 +125,13 @@ bench: $(INSTALLED)  ## measure speed, start-up and memory against other ways: A
 
 # ---- checks
 
+# A single file begins at once, in one process; with ARGS, the code is checked after the tests.
+ONE_FILE = $(filter 1,$(words $(filter tests/%,$(ARGS))))
+
 .PHONY: test
-test: lint $(INSTALLED)  ## lint, types, import directions and all tests
-	$(PYTHON) -m pytest $(ARGS)
+test: $(if $(ARGS),,lint) $(INSTALLED)  ## lint, types, import directions and all tests
+	$(PYTHON) -m pytest $(if $(ONE_FILE),--numprocesses=0) $(ARGS)
+	$(if $(ARGS),@$(MAKE) --no-print-directory lint)
 
 .PHONY: test-long
 test-long: $(INSTALLED)  ## the tests that take many minutes, one after another; they print their figures

@@ -1,7 +1,8 @@
 """Start scripts and jobs as a user does, but each as a copy of a process that has done the slow imports already.
 
 What such a program is given and leaves is as from a shell: arguments, environment, current folder, signals, exit code,
-output, and a terminal; each leads a session of its own. `multiprocessing` keeps one process to copy from for each process of pytest.
+output, and a terminal; each leads a session of its own. `multiprocessing` keeps one process to copy from for each
+process of pytest.
 """
 
 import atexit
@@ -62,8 +63,8 @@ class _Start:
 class Program:
     """A program that is running or has ended; its methods are those of `subprocess.Popen`.
 
-    `ignored` are the signals that it ignores, as with `nohup`. `first` is called in the program before anything else, e.g. to let it die at some point. With `terminal`, the path
-    of a pseudo-terminal, the program leads a session on it.
+    `ignored` are the signals that it ignores, as with `nohup`. `terminal` is the path of a pseudo-terminal. `first` is
+    called in the program before anything else, e.g. to let it die at some point.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from forkserver import run_program
 from mnist_lab import results
 from mnist_lab.errors import LabError
 from mnist_lab.results import runs as tracked
@@ -439,15 +440,16 @@ def test_the_effects_table_adjusts_for_its_own_rows(uri: str) -> None:
     assert sentence.startswith("single against a is not compared: single has one seed and a has 3")
 
 
-def test_compare_prints_the_tables_of_one_protocol(held_out: str) -> None:
+def test_compare_prints_the_tables_of_one_protocol(held_out: str, tmp_path: Path) -> None:
     store = open_store(held_out)
     for step, accuracies in (("step2_dropout", (99.0, 99.1)), ("gap_alone", (99.3, 99.1)), ("step3_gap", (99.2,))):
         for seed, accuracy in enumerate(accuracies):
             write_run(store, step, seed, [accuracy], start_time=T0 + seed)
 
     def compare(*flags: str) -> str:
-        command = [sys.executable, "-m", "mnist_lab", "compare", "--tracking-uri", held_out, *flags]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = run_program("-m", "mnist_lab", "compare", "--tracking-uri", held_out, *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     text = compare()
     assert re.search(r"^step2_dropout +2 .*99\.05 \+- 0\.071 +not shown +4 ", text, re.MULTILINE)

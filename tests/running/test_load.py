@@ -5,7 +5,6 @@ runs is SOAK_RUNS, 200 if not set.
 """
 
 import json
-import multiprocessing
 import os
 import sqlite3
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 from tabulate import tabulate
 
+from forkserver import processes
 from helpers import TrackedRun, read_runs, read_value
 from load_workers import log_points, train_one_after_another, value
 from mnist_lab.tracking.store import open_store
@@ -82,12 +82,6 @@ FILES = {
 }
 EVERY_EPOCH = {"train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"}
 ONCE = {"num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target"}
-
-# Processes begin as copies of one that has imported all this and done nothing else.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["mlflow.pytorch", "torch.export._trace", "mnist_lab.running.run", "mnist_lab.figures"]
-)
 
 
 def run_at_once(target: Callable[..., None], arguments: Iterable[tuple[Any, ...]], timeout: float) -> list[int | None]:
@@ -233,6 +227,7 @@ def test_a_few_runs_one_after_another_leave_no_file_open_and_nothing_in_memory(
 
 
 @pytest.mark.long
+@pytest.mark.load
 def test_runs_one_after_another_take_no_more_memory_files_or_time(
     script: Path, uri: str, database: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,10 +1,8 @@
 """Stores whose folder was renamed, moved or copied: what is in them is found where it is now."""
 
-import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Callable
 from contextlib import closing
@@ -17,7 +15,8 @@ from mlflow import MlflowClient
 from mlflow.tracking._tracking_service import utils
 from torch import nn
 
-from helpers import ROOT, default_signals, read_value
+from forkserver import PATIENCE, Program
+from helpers import ROOT, read_value, wait_until
 from mnist_lab import results
 from mnist_lab.errors import LabError
 from mnist_lab.running import checkpoint
@@ -86,19 +85,16 @@ def test_the_ui_shows_the_artifacts_of_a_copy(original: tuple[Path, str], tmp_pa
     shutil.copytree(project, tmp_path / "copy ü")
     (shown,) = (tmp_path / "copy ü").glob("mlruns/artifacts/*/artifacts/figures/hello.txt")
     shown.write_text("hello from the copy")
-    command = [sys.executable, "-m", "mnist_lab", "ui", "--tracking-uri", "sqlite:///copy ü/mlruns/mlflow.db"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=default_signals()
-    ) as process:
-        assert process.stdout is not None
-        try:
-            address = process.stdout.readline().removeprefix("The runs: ").partition("/#")[0]
-            path = f"{address}/get-artifact?run_uuid={run_id}&path=figures%2Fhello.txt"
-            with urllib.request.urlopen(path, timeout=30) as answer:
-                assert answer.read() == b"hello from the copy"
-        finally:
-            process.terminate()
+    process = Program("-m", "mnist_lab", "ui", "--tracking-uri", "sqlite:///copy ü/mlruns/mlflow.db", cwd=tmp_path)
+    try:
+        wait_until(lambda: "/#" in process.stdout or process.poll() is not None)
+        address = process.stdout.removeprefix("The runs: ").partition("/#")[0]
+        path = f"{address}/get-artifact?run_uuid={run_id}&path=figures%2Fhello.txt"
+        with urllib.request.urlopen(path, timeout=PATIENCE) as answer:
+            assert answer.read() == b"hello from the copy"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 # ---- what is changed, and what is not

@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers import ROOT, default_signals, read_runs, wait_until
+from forkserver import PATIENCE, run_program, set_default_signals
+from helpers import ROOT, read_runs, wait_until
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import ui
 from mnist_lab.tracking.run import track
@@ -44,7 +45,7 @@ def start(*flags: str, stderr: Path) -> subprocess.Popen[str]:
             stdout=subprocess.PIPE,
             stderr=file,
             text=True,
-            preexec_fn=default_signals(),
+            preexec_fn=set_default_signals,
         )
 
 
@@ -64,7 +65,7 @@ class Server:
         return self.first_line.removeprefix("The runs: ").partition("/#")[0]
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"{self.address}{path}", timeout=30) as answer:
+        with urllib.request.urlopen(f"{self.address}{path}", timeout=PATIENCE) as answer:
             return answer.read().decode()
 
 
@@ -82,7 +83,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             yield Server(port, process, first_line, folder / "stderr", folder / "store" / "mlflow.db")
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(PATIENCE)
 
 
 def test_a_taken_port_gives_the_next_and_says_so(server: Server) -> None:
@@ -134,7 +135,7 @@ def test_the_server_answers_nobody_who_is_led_to_it_by_another_page(
     )
     opener = urllib.request.build_opener()
     opener.process_response.clear()  # a refusal is an answer too
-    with opener.open(asked, timeout=30) as answer:
+    with opener.open(asked, timeout=PATIENCE) as answer:
         assert answer.status == status
 
 
@@ -151,12 +152,10 @@ def test_runs_can_be_tracked_through_the_server(server: Server) -> None:
 
 
 def test_a_server_that_is_running_needs_no_ui(server: Server, tmp_path: Path) -> None:
-    process = start("--tracking-uri", server.address, stderr=tmp_path / "stderr")
+    done = run_program("-m", "mnist_lab", "ui", "--tracking-uri", server.address, cwd=tmp_path)
 
-    assert process.wait(60) == 1
-    assert (tmp_path / "stderr").read_text() == (
-        f"error: tracking store '{server.address}' is a server already: open it in a browser\n"
-    )
+    assert done.returncode == 1
+    assert done.stderr == (f"error: tracking store '{server.address}' is a server already: open it in a browser\n")
 
 
 def test_sigterm_ends_the_server_with_its_children(server: Server) -> None:
@@ -166,8 +165,8 @@ def test_sigterm_ends_the_server_with_its_children(server: Server) -> None:
 
     server.process.terminate()
 
-    assert server.process.wait(30) == 0
-    wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"], 10)
+    assert server.process.wait(PATIENCE) == 0
+    wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"])
     assert server.process.stdout is not None
     assert server.process.stdout.read() == "Ctrl-C stops the server.\n"
     assert "Traceback" not in server.stderr.read_text()
@@ -184,8 +183,8 @@ def test_the_server_ends_with_its_program_though_nobody_reads_what_it_prints(uri
 
     process.terminate()
 
-    assert process.wait(30) == 0
-    wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"], 10)
+    assert process.wait(PATIENCE) == 0
+    wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"])
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -260,7 +259,7 @@ def test_the_last_port_of_all_is_the_last_one_tried() -> None:
     ids=["port", "store"],
 )
 def test_a_wrong_flag_is_refused_in_one_sentence(flags: list[str], sentence: str, tmp_path: Path) -> None:
-    process = start(*[flag.format(folder=tmp_path) for flag in flags], stderr=tmp_path / "stderr")
+    done = run_program("-m", "mnist_lab", "ui", *[flag.format(folder=tmp_path) for flag in flags], cwd=tmp_path)
 
-    assert process.wait(120) == 1
-    assert (tmp_path / "stderr").read_text() == f"{sentence.format(folder=tmp_path)}\n"
+    assert done.returncode == 1
+    assert done.stderr == f"{sentence.format(folder=tmp_path)}\n"
