@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mnist_lab.arguments import whole_number
 from mnist_lab.console import Console, StudyConsole, print_result, print_study
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Experiment, shown
+from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.running import declaration
 from mnist_lab.running.output import lasting_output
 from mnist_lab.tracking.sqlite import tracking_uri
@@ -291,7 +291,7 @@ def assignment(text: str) -> tuple[str, str]:
     """
     name, _, value = (part.strip() for part in text.partition("="))
     if not (name and value):
-        raise LabError(f"--set: {shown(text)} is not NAME=VALUE, e.g. lr=0.05")
+        raise LabError(f"--set: {quoted(text)} is not NAME=VALUE, e.g. lr=0.05")
     return name, value
 
 

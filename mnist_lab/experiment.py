@@ -99,7 +99,9 @@ class Experiment:
             if value is None and part in ("scheduler", "augmentation"):
                 continue
             if not callable(value):
-                raise LabError(f"{part}: {shown(value)} can't be called; give a class or function, or a partial of one")
+                raise LabError(
+                    f"{part}: {quoted(value)} can't be called; give a class or function, or a partial of one"
+                )
             if part == "net" and isinstance(value, nn.Module):
                 name = type(value).__name__
                 raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
@@ -112,22 +114,22 @@ class Experiment:
                     raise LabError(f"{part}: {name} {'is' if text == LAMBDA else 'holds'} a lambda; {NAME_IT}")
         interval: object = self.scheduler_interval
         if not (isinstance(interval, str) and interval in ("epoch", "batch")):
-            raise LabError(f"scheduler_interval: {shown(interval)} is neither 'epoch' nor 'batch'")
+            raise LabError(f"scheduler_interval: {quoted(interval)} is neither 'epoch' nor 'batch'")
         if not isinstance(self.targets, Targets):
-            raise LabError(f"targets: {shown(self.targets)} is not a Targets(accuracy=..., params=..., epochs=...)")
+            raise LabError(f"targets: {quoted(self.targets)} is not a Targets(accuracy=..., params=..., epochs=...)")
         accuracy = self.targets.accuracy
         if accuracy is not None and not (_is_number(accuracy) and 0 < accuracy <= 100):
-            raise LabError(f"targets.accuracy: {shown(accuracy)} is not a percentage above 0 and up to 100")
+            raise LabError(f"targets.accuracy: {quoted(accuracy)} is not a percentage above 0 and up to 100")
         for name in ("params", "epochs"):
             if (limit := getattr(self.targets, name)) is not None:
                 _check_count(f"targets.{name}", limit)
         if not isinstance(self.reported, Mapping):
-            raise LabError(f"reported: {shown(self.reported)} is not a dict of figures by name")
+            raise LabError(f"reported: {quoted(self.reported)} is not a dict of figures by name")
         for name, figure in self.reported.items():
             if name not in SUMMARY_METRICS:
-                raise LabError(f"reported: unknown figure {shown(name)}; allowed are {', '.join(SUMMARY_METRICS)}")
+                raise LabError(f"reported: unknown figure {quoted(name)}; allowed are {', '.join(SUMMARY_METRICS)}")
             if not _is_number(figure):
-                raise LabError(f"reported: {name}={shown(figure)} is not a number")
+                raise LabError(f"reported: {name}={quoted(figure)} is not a number")
 
     def hyperparameters(self) -> dict[str, object]:
         """Return every declared hyperparameter, flat: `batch_size epochs optimizer lr momentum scheduler ...`.
@@ -229,7 +231,7 @@ def _like(name: str, given: object, declared: object) -> object:
         return value
     kind = {"int": "a whole number", "float": "a finite number", "bool": "True or False", "tuple": "a tuple"}
     wanted = kind.get(type(declared).__name__, f"a {type(declared).__name__}")
-    raise LabError(f"{name}: {shown(given)} is not {wanted} (the declared value is {shown(declared)})")
+    raise LabError(f"{name}: {quoted(given)} is not {wanted} (the declared value is {quoted(declared)})")
 
 
 def _read(text: str, declared: object) -> object:
@@ -248,12 +250,12 @@ def _is_number(value: object) -> bool:
 
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise LabError(f"{name}: {shown(value)} is not a whole number of at least 1")
+        raise LabError(f"{name}: {quoted(value)} is not a whole number of at least 1")
     if value > MAX_COUNT:
-        raise LabError(f"{name}: {shown(value)} is more than {MAX_COUNT:,}")
+        raise LabError(f"{name}: {quoted(value)} is more than {MAX_COUNT:,}")
 
 
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """Return the value as a sentence shows it: its repr on one line, and of a long one the beginning."""
     try:
         text = " ".join(repr(value).split())
@@ -263,8 +265,8 @@ def shown(value: object) -> str:
 
 
 def _plain(name: str) -> str:
-    """Return a name as it is if it can be printed, else what `shown` makes of it."""
-    return name if name.isprintable() and 0 < len(name) <= MAX_SHOWN else shown(name)
+    """Return a name as it is if it can be printed, else what `quoted` makes of it."""
+    return name if name.isprintable() and 0 < len(name) <= MAX_SHOWN else quoted(name)
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -555,7 +555,7 @@ def trainings(mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def shown(trainings: Trainings) -> str:
+def quoted(trainings: Trainings) -> str:
     """Return what a terminal shows until the second epoch is through."""
     terminal = trainings.on_terminal.terminal
     wait_until(lambda: "\repoch      2/100000  " in terminal.text())

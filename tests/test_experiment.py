@@ -18,7 +18,7 @@ from torchvision.transforms import RandomRotation
 from mnist_lab import Experiment, Targets
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import shown
+from mnist_lab.experiment import quoted
 
 
 class Net(nn.Module):
@@ -106,7 +106,7 @@ def test_a_count_that_is_none_is_refused(field: str, value: object) -> None:
     ],
 )
 def test_a_part_that_cannot_be_called_is_refused(field: str, value: object) -> None:
-    with pytest.raises(LabError, match=f"^{field}: {re.escape(shown(value))} can't be called"):
+    with pytest.raises(LabError, match=f"^{field}: {re.escape(quoted(value))} can't be called"):
         declare(**{field: value}).check()
 
 

@@ -38,7 +38,7 @@ from mnist_lab.augmentation import random_rotation
 from mnist_lab.cli import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import shown
+from mnist_lab.experiment import quoted
 from mnist_lab.running import rehearsal, study
 from mnist_lab.running import run as runner
 from mnist_lab.training.loop import fit
@@ -313,7 +313,7 @@ def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
             assert any(argument.startswith(about) for argument in arguments), outcome
             if about == ("--set",) and not re.match("--set|net|optimizer|scheduler|augmentation|loss", outcome):
                 names = [argument.removeprefix("--set=").partition("=")[0].strip() for argument in arguments]
-                assert outcome.startswith(tuple(f"{way}: " for name in names for way in (name, shown(name)))), outcome[
+                assert outcome.startswith(tuple(f"{way}: " for name in names for way in (name, quoted(name)))), outcome[
                     :99
                 ]
         assert read_value(desk.database, "SELECT COUNT(*) FROM runs") == 0

@@ -18,7 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Targets, shown
+from mnist_lab.experiment import Targets, quoted
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import (
@@ -111,7 +111,7 @@ def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) 
     history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
     try:
         of_steps = {str(step): _run_rows(of_step) for step, of_step in runs.groupby("step")}
-        kept = {step: _kept(_read(folder / f"{step}.csv"), rows) for step, rows in of_steps.items()}
+        kept = {step: _rows_of_other_seeds(_read(folder / f"{step}.csv"), rows) for step, rows in of_steps.items()}
         exported = [
             Study(step, sorted(rows + kept[step], key=lambda row: int(row["seed"]))) for step, rows in of_steps.items()
         ]
@@ -143,7 +143,7 @@ def _exportable(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs whose step can name a file; it is free text to the store."""
     named = [bool(re.fullmatch(r"\w[\w.-]{0,99}", step)) and step not in OTHER_FILES for step in runs["step"]]
     sentences = [
-        f"step: {shown(step)} can't name a file of figures; up to 100 letters, digits and _ . - can"
+        f"step: {quoted(step)} can't name a file of figures; up to 100 letters, digits and _ . - can"
         for step in runs["step"][[not can for can in named]].unique()
     ]
     if sentences and not any(named):
@@ -153,7 +153,7 @@ def _exportable(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[named]
 
 
-def _kept(before: Iterable[Row], now: Sequence[Row]) -> list[Row]:
+def _rows_of_other_seeds(before: Iterable[Row], now: Sequence[Row]) -> list[Row]:
     """Return the rows of a CSV whose seeds are not among those exported now, if the same code computed them."""
     seeds, codes = {row["seed"] for row in now}, {row["code_sha256"] for row in now}
     return [row for row in before if row["seed"] not in seeds and row["code_sha256"] in codes]

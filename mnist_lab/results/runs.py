@@ -32,7 +32,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import MAX_COUNT, SUMMARY_METRICS, shown
+from mnist_lab.experiment import MAX_COUNT, SUMMARY_METRICS, quoted
 from mnist_lab.tracking.delivery import one_line
 from mnist_lab.tracking.sqlite import EXPERIMENT_NAME, check_readable, follow_move, without_password
 from mnist_lab.tracking.sqlite import tracking_uri as resolve_uri
@@ -381,7 +381,7 @@ def _count(name: str, value: str | float, least: int = 0, most: int = 2**63 - 1)
     else:
         number = int(value) if value.is_integer() else None
     if number is None or not least <= number <= most:
-        raise ValueError(f"its {name} is {shown(value)}, not a whole number from {least} to {most:,}")
+        raise ValueError(f"its {name} is {quoted(value)}, not a whole number from {least} to {most:,}")
     return number
 
 
@@ -392,7 +392,7 @@ def _number(name: str, text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"its {name} is {shown(text)}, not a number")
+        raise ValueError(f"its {name} is {quoted(text)}, not a number")
     return number
 
 
@@ -404,7 +404,7 @@ def _target(name: str, text: str | None) -> float | None:
 
 def _time(name: str, milliseconds: int | None) -> pd.Timestamp:
     if milliseconds is None or not 0 <= milliseconds <= LAST_TIME:
-        raise ValueError(f"its {name} is {shown(milliseconds)}, not a time before the year 3000")
+        raise ValueError(f"its {name} is {quoted(milliseconds)}, not a time before the year 3000")
     return pd.Timestamp(milliseconds, unit="ms", tz="UTC")
 
 

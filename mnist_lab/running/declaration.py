@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import runpy
 from pathlib import Path
-from typing import NoReturn
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
@@ -14,7 +13,7 @@ WORKER = "mnist_lab worker"  # the name of a study's worker processes
 _reading = False
 
 
-class _Declared(BaseException):
+class _MainCalled(BaseException):
     """Ends a script at its call of `main`. Not an Exception, so that no `except` of the script's own keeps it."""
 
     def __init__(self, experiment: Experiment) -> None:
@@ -31,7 +30,7 @@ def read(script: Path) -> Experiment:
     _reading = True
     try:
         runpy.run_path(str(script), run_name="__main__")
-    except _Declared as declared:
+    except _MainCalled as declared:
         return declared.experiment
     finally:
         _reading = False
@@ -45,9 +44,5 @@ def only_read(experiment: Experiment) -> bool:
     `if __name__ == "__main__"`.
     """
     if _reading:
-        _end(experiment)
+        raise _MainCalled(experiment)
     return multiprocessing.current_process().name.startswith(WORKER)
-
-
-def _end(experiment: Experiment) -> NoReturn:
-    raise _Declared(experiment)

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mnist_lab.arguments import stable_text
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Experiment, shown
+from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import build_optimizer, build_scheduler, plain, scheduler_steps_per_epoch
 
@@ -102,7 +102,7 @@ def without_effect(experiment: Experiment, num_images: int) -> dict[str, str]:
                 for label, changed in changes.items()
             }
             if reasons and all(reasons.values()):
-                found[name] = f"{name}: {shown(value)} has no effect: {next(iter(reasons.values()))}"
+                found[name] = f"{name}: {quoted(value)} has no effect: {next(iter(reasons.values()))}"
             else:
                 found |= {label: f"{label} has no effect: {reason}" for label, reason in reasons.items() if reason}
     return found

@@ -273,9 +273,9 @@ def track(
     try:
         with uninterrupted(), briefly():
             if resume_run_id is None:
-                tracked = _begin(store, run_name, params, {**tags, **parent})
+                tracked = _create_run(store, run_name, params, {**tags, **parent})
             else:
-                tracked = _begin_again(store, resume_run_id, parent)
+                tracked = _reopen_run(store, resume_run_id, parent)
         yield tracked
         status = tracked.end_status
     except KeyboardInterrupt:
@@ -308,7 +308,7 @@ def store_failures(store: Store) -> Iterator[None]:
         raise LabError(f"tracking store {store.name!r} failed during the run: {one_line(error)}") from error
 
 
-def _begin(store: Store, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:
+def _create_run(store: Store, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:
     client = mlflow.MlflowClient(tracking_uri=store.uri)
     all_tags = resolve_tags({**tags, "process": process_tag()})  # with MLflow's own: user, source
     all_tags = {name: without_password(str(value)) for name, value in all_tags.items()}
@@ -323,10 +323,10 @@ def _begin(store: Store, run_name: str, params: Mapping[str, object], tags: Mapp
     return tracked
 
 
-def _begin_again(store: Store, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
+def _reopen_run(store: Store, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
     lock = take_lock(store, run_id)
     try:
-        _deliver(store, run_id)
+        _send_waiting_records(store, run_id)
         check_resumable(store, run_id)
         client = mlflow.MlflowClient(tracking_uri=store.uri)
         client.update_run(run_id, status="RUNNING")
@@ -339,7 +339,7 @@ def _begin_again(store: Store, run_id: str, tags: Mapping[str, str]) -> TrackedR
     return tracked
 
 
-def _deliver(store: Store, run_id: str) -> None:
+def _send_waiting_records(store: Store, run_id: str) -> None:
     """Send what waits for a run that goes on: later it would be sent beside what the run logs anew."""
     outbox = Outbox.of_run(store.uri, run_id)
     if not outbox.waiting():
