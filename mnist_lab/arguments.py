@@ -129,7 +129,7 @@ def _pairs(arguments: Mapping[str, object], text: Callable[[object], str]) -> li
 def _state(value: object) -> dict[str, object]:
     """Return an object's attributes, those in slots too."""
     try:
-        state = object.__getstate__(value)  # type: ignore[attr-defined]
+        state = object.__getstate__(value)
     except TypeError:  # an object made in C
         return {}
     parts = state if isinstance(state, tuple) else (state,)

@@ -381,10 +381,9 @@ def evaluate(logits: Tensor, labels: Tensor) -> tuple[float, int]:
 def build_optimizer(experiment: Experiment, parameters: Iterable[Tensor]) -> Optimizer:
     """Build the declared optimizer with copies of the tensors among its arguments: a schedule changes `lr` in place."""
     declared = experiment.optimizer
-    if not isinstance(declared, functools.partial):
-        return declared(parameters)
-    tensors = {name: value.clone() for name, value in declared.keywords.items() if isinstance(value, Tensor)}
-    return declared(parameters, **tensors)
+    arguments = declared.keywords if isinstance(declared, functools.partial) else {}
+    tensors = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
+    return experiment.optimizer(parameters, **tensors)
 
 
 def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: int) -> LRScheduler | None:

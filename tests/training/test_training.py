@@ -34,7 +34,6 @@ from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.data import Mnist, hold_out
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import cross_entropy
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import epoch_metrics
 from mnist_lab.training.cudagraph import Captured
@@ -923,7 +922,7 @@ def waits_in_epochs(experiment: Experiment, mnist: Mnist) -> tuple[int, int]:
     return waits.count, waits.operations
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)])
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)])
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("interval", ["epoch", "batch"])
 def test_no_batch_waits_for_the_device(
