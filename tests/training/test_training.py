@@ -822,7 +822,10 @@ class DrawsElsewhere:
     """An augmentation that draws from Python's and numpy's generators."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images.roll(random.randint(-2, 2), dims=-1) * float(np.random.uniform(0.5, 1.0))  # noqa: NPY002
+        return torch.stack([self.change(image) for image in images])
+
+    def change(self, image: Tensor) -> Tensor:
+        return image.roll(random.randint(-2, 2), dims=-1) * float(np.random.uniform(0.5, 1.0))  # noqa: NPY002
 
 
 def test_a_seed_decides_what_python_and_numpy_draw(small_mnist: Mnist) -> None:
