@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -123,6 +124,78 @@ def test_a_job_is_sent_without_its_experiment_and_read_anew(script: Path, uri: s
     (script.parent / "nets" / "sizes.py").write_text("WIDTH = 8\n")
     with pytest.raises(LabError, match=r"^my_idea\.py or what it imports was changed while the study ran$"):
         pickle.loads(pickle.dumps(job)).read_experiment()  # noqa: S301
+
+
+WITH_CALLABLES = """
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from mnist_lab import Experiment, main
+
+
+class Net(nn.Module):
+    def __init__(self, act=F.relu, last=nn.LeakyReLU(0.2), kind=nn.GELU, scale=torch.tensor([1.0, 2.0])):
+        super().__init__()
+        self.act, self.linear = act, nn.Linear(784, 10)
+
+    def forward(self, images):
+        return self.act(self.linear(images.flatten(1)))
+
+
+def warm_up(epoch):
+    return min(1.0, (epoch + 1) / 3)
+
+
+EXPERIMENT = Experiment(
+    net=Net,
+    epochs=3,
+    batch_size=64,
+    optimizer=partial(torch.optim.SGD, lr=0.01),
+    scheduler=partial(LambdaLR, lr_lambda=warm_up),
+)
+main(EXPERIMENT)
+"""
+
+
+def test_functions_classes_modules_and_tensors_are_declared_alike_in_every_process(
+    command: Command, script: Path, uri: str, database: Path
+) -> None:
+    script.write_text(WITH_CALLABLES)
+    job = job_of(script, uri)
+    pickle.loads(pickle.dumps(job)).read_experiment()  # noqa: S301  as a worker does
+
+    assert command("--limit", "64", stop_after=2) == 130
+    assert command("--limit", "64", "--resume") == 0
+
+    (run,) = read_runs(database)
+    assert run.status == "FINISHED"
+    assert {name: run.params[name] for name in ("lr_lambda", "act", "last", "kind")} == {
+        "lr_lambda": "warm_up",
+        "act": "relu",
+        "last": "LeakyReLU(negative_slope=0.2)",
+        "kind": "GELU",
+    }
+    assert re.fullmatch(r"Tensor\(shape=\(2,\), dtype=float32, sha256=[0-9a-f]{12}\)", run.params["scale"])
+    tags = {**job_of(script, uri).tags, "overrides": "limit=64"}
+    assert set(finished_runs(open_store(uri), job.params, tags)) == {0}
+
+
+def test_a_value_without_effect_is_said_tagged_and_refused_as_an_override(
+    command: Command, script: Path, database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overridden = WITH_CALLABLES.replace("partial(LambdaLR, lr_lambda=warm_up)", "partial(OneCycleLR, max_lr=0.1)")
+    script.write_text(overridden.replace("import LambdaLR", "import OneCycleLR"))
+
+    assert command("--limit", "64", "--set", "lr=5") == 1
+    assert capsys.readouterr().err == "error: lr: 5.0 has no effect: OneCycleLR(max_lr=0.1) sets lr\n"
+    assert command("--limit", "64") == 0
+
+    (run,) = read_runs(database)
+    assert run.tags["no_effect"] == "lr"
 
 
 def test_a_job_names_no_hold_out_in_one_way(script: Path, uri: str) -> None:

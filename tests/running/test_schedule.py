@@ -2,7 +2,6 @@
 
 import io
 import logging
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -45,9 +44,7 @@ def Net() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 
 
-def declare(
-    optimizer: Callable[..., Optimizer], scheduler: Any, epochs: int = 14, interval: Any = "epoch"
-) -> Experiment:
+def declare(optimizer: Any, scheduler: Any, epochs: int = 14, interval: Any = "epoch") -> Experiment:
     return Experiment(
         net=Net, epochs=epochs, batch_size=128, optimizer=optimizer, scheduler=scheduler, scheduler_interval=interval
     )
