@@ -111,6 +111,7 @@ def test_the_tags_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) 
         "git_commit": full_run.commit,
         "data_sha256": mnist.sha256,
         "torch": torch.__version__.partition("+")[0],
+        "memory_format": "channels_last",
         "target_accuracy": "99.4",
         "target_params": "10000",
         "target_epochs": "15",
