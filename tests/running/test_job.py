@@ -165,7 +165,7 @@ def test_functions_classes_modules_and_tensors_are_declared_alike_in_every_proce
     command: Command, script: Path, uri: str, database: Path
 ) -> None:
     script.write_text(WITH_CALLABLES)
-    job = job_of(script, uri)
+    job = Job(script=script, experiment=declaration.read(script), tracking_uri=uri, limit=64)
     pickle.loads(pickle.dumps(job)).read_experiment()  # noqa: S301  as a worker does
 
     assert command("--limit", "64", stop_after=2) == 130
@@ -180,8 +180,8 @@ def test_functions_classes_modules_and_tensors_are_declared_alike_in_every_proce
         "kind": "GELU",
     }
     assert re.fullmatch(r"Tensor\(shape=\(2,\), dtype=float32, sha256=[0-9a-f]{12}\)", run.params["scale"])
-    tags = {**job_of(script, uri).tags, "overrides": "limit=64"}
-    assert set(finished_runs(open_store(uri), job.params, tags)) == {0}
+    again = Job(script=script, experiment=declaration.read(script), tracking_uri=uri, limit=64)
+    assert set(finished_runs(open_store(uri), again.params, again.tags)) == {0}
 
 
 def test_a_value_without_effect_is_said_tagged_and_refused_as_an_override(
