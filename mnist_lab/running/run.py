@@ -106,7 +106,7 @@ def run(
     training = Training(net, job.experiment, mnist, seed=seed, on_batch=progress.on_batch)
     before = [] if resume is None else resume.epochs
     if resume is not None:
-        _restore(training, resume)
+        restore(training, resume)
 
     def train(run_id: str) -> Iterator[EpochMetrics]:
         epochs = list(before)
@@ -165,7 +165,7 @@ def _check_same(identity: Mapping[str, str], resume: Checkpoint) -> None:
             raise LabError(f"resume: {name} is {now} now and was {then} in run {resume.run_id}; train it anew")
 
 
-def _restore(training: Training, resume: Checkpoint) -> None:
+def restore(training: Training, resume: Checkpoint) -> None:
     """Let the training go on from the checkpoint; raises LabError if that holds something else than its state."""
     try:
         training.load_state_dict(resume.training)

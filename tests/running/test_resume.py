@@ -15,13 +15,19 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
+from torch import nn
 
 from forkserver import Program
 from helpers import ROOT, TrackedRun, read_runs
+from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
+from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
+from mnist_lab.running.run import restore
 from mnist_lab.tracking import run as tracking
-from mnist_lab.training.loop import EpochMetrics
+from mnist_lab.tracking.store import open_store
+from mnist_lab.training.loop import EpochMetrics, Training
 
 STEP = ROOT / "experiments" / "step4_augment_steplr.py"
 FLAGS = ["--limit", "512", "--epochs", "5", "--seed", "5"]
@@ -224,6 +230,113 @@ def test_a_damaged_file_is_left_out_by_name(
     file.write_bytes(damage(file.read_bytes()))
     assert checkpoint.find(uri, "step9_idea").run_id == "good"
     assert f"not used: checkpoint {file} can't be read" in caplog.text
+
+
+def test_no_damage_passes_for_a_checkpoint_nor_for_a_bug(uri: str) -> None:
+    """Each bit that is read counts: torch by itself would take weights with a flipped bit as they are."""
+    checkpoint.save(example("bad"), uri)
+    file = checkpoint.file_of(uri, "bad")
+    whole, random_bytes = file.read_bytes(), random.Random(7)
+    damaged = [b"\x80\x02.", b"PK", b"\x80", b"PK\x05\x06" + bytes(18)]
+    damaged += [whole[: random_bytes.randrange(len(whole))] for _ in range(40)]
+    for _ in range(400):
+        flipped = bytearray(whole)
+        flipped[random_bytes.randrange(len(whole))] ^= 1 << random_bytes.randrange(8)
+        damaged.append(bytes(flipped))
+
+    refused = 0
+    for content in damaged:
+        file.write_bytes(content)
+        found = list(checkpoint.newest_first(uri))
+        refused += not found
+        for one in found:  # the bit is one that says nothing, such as the time in the archive
+            assert {**vars(one), "training": None} == {**vars(example("bad")), "training": None}
+            assert torch.equal(one.training["net"]["weight"], torch.ones(3))
+        checkpoint.remove_alike(uri, {}, 0)  # as at the end of a run
+    assert refused > 44
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"seed": "3"},
+        {"seed": -1},
+        {"seed": 0.5},
+        {"seed": True},
+        {"script": 3},
+        {"script": "a\0b"},
+        {"changes": [1]},
+        {"changes": {3: 1}},
+        {"limit": "all"},
+        {"holdout": 1.5},
+        {"identity": {"lr": 0.1}},
+        {"identity": None},
+        {"threads": 0},
+        {"training": []},
+        {"training": {3: 4}},
+        {"epochs": []},
+        {"epochs": [EpochMetrics(2, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5)]},
+        {"epochs": [EpochMetrics(1, "0.5", 90, 100, 0.4, 95, 100, 0.1, 1.5)]},  # type: ignore[arg-type]
+        {"epochs": [EpochMetrics(1, 0.5, 90, 0, 0.4, 95, 100, 0.1, 1.5)]},
+        {"epochs": [EpochMetrics(1, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5, "train")]},  # type: ignore[arg-type]
+    ],
+)
+def test_a_file_with_something_else_in_it_is_left_out_by_name(
+    nonsense: dict[str, object], uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.save(example("bad", **nonsense), uri) if "script" not in nonsense else _save_as_is("bad", nonsense, uri)
+
+    assert list(checkpoint.newest_first(uri)) == []
+    assert f"not used: checkpoint {checkpoint.file_of(uri, 'bad')} can't be read: " in caplog.text
+
+
+def _save_as_is(run_id: str, changes: dict[str, object], uri: str) -> None:
+    file = checkpoint.file_of(uri, run_id)
+    file.parent.mkdir()
+    one = example(run_id)
+    torch.save({**vars(one), "epochs": [vars(epoch) for epoch in one.epochs], **changes}, file)
+
+
+@pytest.mark.parametrize("content", [3, [1, 2], {}, {"run_id": "bad"}, {"run_id": "bad", "epochs": 3}])
+def test_a_file_of_another_kind_is_left_out_by_name(
+    content: object, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = checkpoint.file_of(uri, "bad")
+    file.parent.mkdir()
+    torch.save(content, file)
+    (file.parent / "folder.pt").mkdir()
+    (file.parent / "nowhere.pt").symlink_to(file.parent / "nothing")
+
+    assert list(checkpoint.newest_first(uri)) == []
+    assert caplog.text.count("not used: checkpoint ") == 3
+
+
+def test_a_state_that_does_not_fit_is_refused_by_the_runs_id(uri: str, small_mnist: Mnist) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    experiment = Experiment(net=lambda: net, optimizer=partial(torch.optim.SGD, lr=0.1), batch_size=100, epochs=1)
+    for state in ({}, {"epoch": 1, "net": 3}, {"epoch": 1, "net": {"weight": torch.ones(3)}}):
+        training = Training(net, experiment, small_mnist, seed=0)
+        with pytest.raises(LabError, match=r"^resume: the checkpoint of run abc does not fit: .*; train it anew$"):
+            restore(training, example(training=state))
+
+
+def test_an_interrupted_run_that_was_deleted_is_not_gone_on_with(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"sqlite:///{database}"
+    client, store = MlflowClient(uri), open_store(uri)
+    older, deleted = (client.create_run(store.experiment_id).info.run_id for _ in range(2))
+    for number, run_id in enumerate((older, deleted)):
+        checkpoint.save(example(run_id, seed=number), uri)
+        os.utime(checkpoint.file_of(uri, run_id), (number, number))
+    assert checkpoint.find(uri).run_id == deleted
+    client.delete_run(deleted)
+
+    assert checkpoint.find(uri).run_id == older
+    assert f"not used: checkpoint of run {deleted}, which was deleted in MLflow" in caplog.text
+    assert checkpoint.find(uri, run_id=deleted).run_id == deleted  # `track` refuses it, and says why
+    with pytest.raises(LabError, match=rf"^resume: there is no interrupted run with seed 1; there are: {older} "):
+        checkpoint.find(uri, seed=1)
 
 
 def test_a_file_that_would_run_code_is_refused(uri: str, tmp_path: Path) -> None:

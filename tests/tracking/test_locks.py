@@ -1,0 +1,218 @@
+"""Which runs are in training: told by a lock that their process holds, whatever container or machine looks."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from helpers import ROOT, read_runs
+from mnist_lab.errors import LabError
+from mnist_lab.tracking import store as stores
+from mnist_lab.tracking.run import track
+from mnist_lab.tracking.store import can_resume, close_abandoned, lock_of, open_store
+
+fork = multiprocessing.get_context("fork")
+# What another process makes of a run that it finds in the store: its status, and whether it would go on with it.
+LOOK = """
+import sys
+from mnist_lab.tracking.run import track
+from mnist_lab.tracking.store import close_abandoned, open_store
+store = open_store(sys.argv[1])
+close_abandoned(store)
+try:
+    with track(store, "resumed", params={}, tags={}, resume_run_id=sys.argv[2]):
+        print("resumed")
+except ValueError as error:
+    print(error)
+"""
+
+
+def train(uri: str, run_ids: object) -> None:
+    with track(open_store(uri), "a run", params={}, tags={}) as tracked:
+        run_ids.put(tracked.run_id)  # type: ignore[attr-defined]
+        signal.pause()
+
+
+@contextmanager
+def in_training(uri: str) -> Iterator[tuple[BaseProcess, str]]:
+    """Give a process that trains, and its run's id."""
+    run_ids = fork.Queue()
+    process = fork.Process(target=train, args=(uri, run_ids))
+    process.start()
+    try:
+        yield process, run_ids.get(timeout=60)
+    finally:
+        process.kill()
+        process.join()
+
+
+def status(database: Path) -> str:
+    return read_runs(database)[0].status
+
+
+def process_tag_of(uri: str, run_id: str) -> list[str]:
+    return MlflowClient(uri).get_run(run_id).data.tags["process"].split()
+
+
+def test_a_run_is_left_alone_while_its_process_lives_and_closed_when_it_is_killed(uri: str, database: Path) -> None:
+    with in_training(uri) as (process, run_id):
+        close_abandoned(open_store(uri))
+        assert status(database) == "RUNNING"
+
+        process.kill()
+        process.join()
+        close_abandoned(open_store(uri))
+
+    assert status(database) == "KILLED"
+    assert can_resume(open_store(uri), run_id)
+    assert list((database.parent / "locks").iterdir()) == []
+
+
+def test_a_run_is_in_training_whatever_its_tag_says_while_its_lock_is_held(uri: str, database: Path) -> None:
+    with in_training(uri) as (_, run_id):
+        for tag in ("", "other", f"{process_tag_of(uri, run_id)[0]} 1 1.0", " ".join(["x", "1", "1.0", "y", "z"])):
+            MlflowClient(uri).set_tag(run_id, "process", tag)
+            close_abandoned(open_store(uri))
+            assert status(database) == "RUNNING"
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="containers need Linux and root")
+def test_a_run_is_left_alone_from_another_container(uri: str, database: Path) -> None:
+    with in_training(uri) as (process, run_id):
+        inside = ["unshare", "--pid", "--uts", "--fork", "--mount-proc", sys.executable, "-c", LOOK, uri, run_id]
+        first = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        if first.returncode and "unshare" in first.stderr:
+            pytest.skip(f"no container can be made here: {first.stderr}")
+        assert first.stdout.startswith(f"resume: run {run_id} is still in training, in another process"), first
+        assert status(database) == "RUNNING"
+
+        process.kill()
+        process.join()
+        second = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+    assert second.stdout == "resumed\n", second
+    assert status(database) == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("boot", "machine", "host", "ends"),
+    [
+        (True, False, False, "KILLED"),  # another container under the same running system
+        (False, True, True, "KILLED"),  # this machine, started again after a power cut
+        (False, False, True, "RUNNING"),  # another machine of the same name, to which the lock may not show
+        (False, True, False, "RUNNING"),  # a copy of this machine
+        (False, False, False, "RUNNING"),
+    ],
+)
+def test_a_free_lock_counts_where_it_could_have_been_seen(
+    boot: bool, machine: bool, host: bool, ends: str, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with in_training(uri) as (process, run_id):
+        process.kill()
+        process.join()
+    for name, same in (("_boot", boot), ("_machine", machine)):
+        if not same:
+            monkeypatch.setattr(stores, name, lambda: "another")
+    if not host:
+        monkeypatch.setattr(stores.socket, "gethostname", lambda: "another.host")
+
+    close_abandoned(open_store(uri))
+
+    assert status(database) == ends
+    assert can_resume(open_store(uri), run_id) == (ends == "KILLED")
+
+
+def test_a_run_whose_lock_is_not_there_is_left_alone(uri: str, database: Path) -> None:
+    """As in a copy of the database alone."""
+    with in_training(uri) as (process, _):
+        process.kill()
+        process.join()
+    shutil.rmtree(database.parent / "locks")
+
+    close_abandoned(open_store(uri))
+
+    assert status(database) == "RUNNING"
+
+
+def test_a_run_that_ends_while_it_is_looked_at_keeps_its_status(
+    uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(uri)
+    with track(store, "a run", params={}, tags={}) as tracked:
+        found = stores._search(store, "attributes.status = 'RUNNING'")
+    monkeypatch.setattr(stores, "_search", lambda *_: found)
+    lock = lock_of(store, tracked.run_id)
+    with lock:  # left there, as by a process that is killed before it can remove it
+        pass
+
+    close_abandoned(store)
+
+    assert status(database) == "FINISHED"
+
+
+def test_two_processes_do_not_go_on_with_one_run(uri: str) -> None:
+    store = open_store(uri)
+    with in_training(uri) as (process, run_id):
+        process.kill()
+        process.join()
+    close_abandoned(store)
+
+    with (
+        track(store, "a run", params={}, tags={}, resume_run_id=run_id),
+        pytest.raises(LabError, match=f"^resume: run {run_id} is still in training, in another process"),
+        track(store, "a run", params={}, tags={}, resume_run_id=run_id),
+    ):
+        pytest.fail("it went on")
+
+
+def test_a_run_named_like_a_path_touches_no_file(uri: str, database: Path, tmp_path: Path) -> None:
+    """A database from elsewhere may hold any text as a run's id."""
+    victim = tmp_path / "victim.lock"
+    victim.write_text("mine")
+    store = open_store(uri)
+    (run,) = [MlflowClient(uri).create_run(store.experiment_id)]
+    run.info._run_id = "../../victim"
+
+    with stores._abandoned(store, run) as abandoned:
+        assert not abandoned
+
+    assert victim.read_text() == "mine"
+
+
+def test_a_lock_that_cannot_be_made_leaves_no_run_in_training(uri: str, database: Path) -> None:
+    store = open_store(uri)
+    (database.parent / "locks").write_text("a file")
+
+    with (
+        pytest.raises(LabError, match=r"^lock .* can't be made: "),
+        track(store, "a run", params={}, tags={}),
+    ):
+        pytest.fail("it began")
+
+    assert status(database) == "FAILED"
+
+
+def test_a_deleted_run_is_refused_by_name(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    with in_training(uri) as (process, run_id):
+        process.kill()
+        process.join()
+    MlflowClient(uri).delete_run(run_id)
+    store = open_store(uri)
+    close_abandoned(store)
+
+    assert not can_resume(store, run_id)
+    assert f"not used: checkpoint of run {run_id}: run {run_id} was deleted in MLflow" in caplog.text
+    with (
+        pytest.raises(LabError, match=f"^resume: run {run_id} was deleted in MLflow: restore it there, or train anew$"),
+        track(store, "a run", params={}, tags={}, resume_run_id=run_id),
+    ):
+        pytest.fail("it went on")
