@@ -12,11 +12,9 @@ import importlib.util
 import json
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -28,7 +26,7 @@ import pytest
 from filelock import FileLock
 
 from forkserver import set_default_signals
-from helpers import ROOT, TrackedRun, read_runs
+from helpers import ROOT, TrackedRun, copy_store, read_runs
 
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
     from mnist_lab.data import Mnist
@@ -120,13 +118,7 @@ def empty_store(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def database(empty_store: Path, tmp_path: Path) -> Path:
     """Return the database of a store of this test's own, without runs, in `tmp_path / "store"`."""
-    copy = tmp_path / "store" / "mlflow.db"
-    copy.parent.mkdir()
-    shutil.copy(empty_store, copy)
-    with closing(sqlite3.connect(copy)) as connection, connection:
-        location = (copy.parent / "artifacts").as_uri()
-        connection.execute("UPDATE experiments SET artifact_location = ? WHERE name = 'mnist'", (location,))
-    return copy
+    return copy_store(empty_store, tmp_path / "store" / "mlflow.db")
 
 
 @pytest.fixture
