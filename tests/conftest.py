@@ -98,12 +98,14 @@ def _no_test_touches_the_projects_runs(
 
 
 @pytest.fixture(scope="session")
-def empty_store(request: pytest.FixtureRequest) -> Path:
+def empty_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the database of a store without runs, to copy: making one takes seconds. It is kept for the next time."""
     code = hashlib.sha256(version("mlflow").encode())
     for file in sorted((ROOT / "mnist_lab" / "tracking").glob("*.py")):
         code.update(file.read_bytes())
-    folder = request.config.cache.mkdir("empty_store") / code.hexdigest()[:12]
+    cache: pytest.Cache | None = getattr(request.config, "cache", None)  # none with `-p no:cacheprovider`
+    kept = cache.mkdir("empty_store") if cache else tmp_path_factory.mktemp("empty_store")
+    folder = kept / code.hexdigest()[:12]
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             from mnist_lab.tracking.store import open_store
