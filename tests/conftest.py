@@ -12,11 +12,9 @@ import importlib.util
 import json
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -28,7 +26,7 @@ import pytest
 from filelock import FileLock
 
 from forkserver import set_default_signals
-from helpers import ROOT, TrackedRun, read_runs
+from helpers import ROOT, TrackedRun, copy_store, read_runs
 
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
     from mnist_lab.data import Mnist
@@ -100,12 +98,14 @@ def _no_test_touches_the_projects_runs(
 
 
 @pytest.fixture(scope="session")
-def empty_store(request: pytest.FixtureRequest) -> Path:
+def empty_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the database of a store without runs, to copy: making one takes seconds. It is kept for the next time."""
     code = hashlib.sha256(version("mlflow").encode())
     for file in sorted((ROOT / "mnist_lab" / "tracking").glob("*.py")):
         code.update(file.read_bytes())
-    folder = request.config.cache.mkdir("empty_store") / code.hexdigest()[:12]
+    cache: pytest.Cache | None = getattr(request.config, "cache", None)  # none with `-p no:cacheprovider`
+    kept = cache.mkdir("empty_store") if cache else tmp_path_factory.mktemp("empty_store")
+    folder = kept / code.hexdigest()[:12]
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             from mnist_lab.tracking.store import open_store
@@ -120,13 +120,7 @@ def empty_store(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def database(empty_store: Path, tmp_path: Path) -> Path:
     """Return the database of a store of this test's own, without runs, in `tmp_path / "store"`."""
-    copy = tmp_path / "store" / "mlflow.db"
-    copy.parent.mkdir()
-    shutil.copy(empty_store, copy)
-    with closing(sqlite3.connect(copy)) as connection, connection:
-        location = (copy.parent / "artifacts").as_uri()
-        connection.execute("UPDATE experiments SET artifact_location = ? WHERE name = 'mnist'", (location,))
-    return copy
+    return copy_store(empty_store, tmp_path / "store" / "mlflow.db")
 
 
 @pytest.fixture

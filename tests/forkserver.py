@@ -139,6 +139,7 @@ def _run(start: _Start) -> None:
     os.environ.clear()
     os.environ.update(start.environment)
     os.chdir(start.cwd)
+    multiprocessing.process.ORIGINAL_DIR = start.cwd  # where its own processes look for the script
     os.setsid()
     for number, path in ((1, start.stdout), (2, start.stderr)):
         file = os.open(path, os.O_RDWR | os.O_APPEND)
@@ -157,8 +158,9 @@ def _run(start: _Start) -> None:
         if is_module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
-            sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            script = Path(sys.argv[0]).absolute()
+            sys.path.insert(0, str(script.parent))
+            runpy.run_path(str(script), run_name="__main__")
     except SystemExit:
         raise  # its code is the exit code of a process of multiprocessing too
     except KeyboardInterrupt:

@@ -3,8 +3,8 @@
 import fcntl
 import os
 import pty
-import resource
 import select
+import shutil
 import sqlite3
 import struct
 import termios
@@ -55,6 +55,16 @@ class Terminal:
         self.reader.join()
 
 
+def copy_store(empty_store: Path, database: Path) -> Path:
+    """Copy the database of a store without runs, which keeps its artifacts beside it; return the copy."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(empty_store, database)
+    with closing(sqlite3.connect(database)) as connection, connection:
+        location = (database.parent / "artifacts").as_uri()
+        connection.execute("UPDATE experiments SET artifact_location = ? WHERE name = 'mnist'", (location,))
+    return database
+
+
 @dataclass(frozen=True)
 class TrackedRun:
     """A run as it stands in the database."""
@@ -101,29 +111,25 @@ def read_value(database: Path, query: str) -> Any:
     return value
 
 
-def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
-    """Wait until the condition holds; an error that it raises counts as "not yet"."""
-    deadline = time.monotonic() + timeout
+def wait_until(condition: Callable[[], object], program: Program | None = None) -> None:
+    """Wait until the condition holds; an error that it raises counts as "not yet".
+
+    There is nothing to wait for where the program that should bring it about has ended.
+    """
+    deadline = time.monotonic() + PATIENCE
     error: Exception | None = None
+    ended = False
     while time.monotonic() < deadline:
         try:
             if condition():
                 return
         except (OSError, sqlite3.Error) as raised:
             error = raised
+        if program is not None and ended:
+            raise AssertionError(f"it has ended with {program.returncode}: {program.stdout}{program.stderr}")
+        ended = program is not None and program.poll() is not None  # and once more, for what it did last
         time.sleep(0.05)
-    raise AssertionError(f"not so after {timeout} seconds") from error
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let no file grow beyond so many bytes: to a program it is as a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    raise AssertionError(f"not so after {PATIENCE} seconds") from error
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -23,10 +22,9 @@ import torch
 
 from conftest import FullRun
 from forkserver import SIGNALS, Program, run_program
-from helpers import ROOT, Terminal, TrackedRun, read_runs, wait_until
+from helpers import ROOT, Terminal, TrackedRun, copy_store, read_runs, wait_until
 from mnist_lab.cli import interrupt_on_signals, main
 from mnist_lab.console import StudyConsole, epoch_line, print_result
-from mnist_lab.data import Mnist
 from mnist_lab.experiment import SUMMARY_METRICS
 from mnist_lab.running.job import Job
 from mnist_lab.training.loop import EpochMetrics
@@ -496,17 +494,14 @@ def test_a_run_does_not_depend_on_who_reads_its_output(
 class Training:
     """A training of a user's own script that would go on for hours."""
 
-    def __init__(self, folder: Path, limit: int = 200, ignored: tuple[signal.Signals, ...] = ()) -> None:
-        folder.mkdir()
-        self.database = folder / "runs.db"
-        script = folder / "my_idea.py"
-        shutil.copy(STEP1, script)
-        self.command = [str(script), "--epochs", "100000", "--limit", str(limit)]
-        self.command += ["--tracking-uri", "sqlite:///runs.db"]
-        self.process = self.start(folder, ignored)
+    def __init__(self, database: Path, ignored: tuple[signal.Signals, ...] = (), limit: int = 200) -> None:
+        self.folder, self.database = database.parent, database
+        shutil.copy(STEP1, self.folder / "my_idea.py")
+        flags = ["--epochs", "100000", "--limit", str(limit), "--tracking-uri", f"sqlite:///{database.name}"]
+        self.process = self.start("my_idea.py", *flags, ignored=ignored)
 
-    def start(self, folder: Path, ignored: tuple[signal.Signals, ...]) -> Program:
-        return Program(*self.command, cwd=folder, ignored=ignored)
+    def start(self, *command: str, ignored: tuple[signal.Signals, ...]) -> Program:
+        return Program(*command, cwd=self.folder, ignored=ignored)
 
     def epochs(self) -> int:
         runs = read_runs(self.database)
@@ -522,48 +517,46 @@ class Training:
 class TrainingOnTerminal(Training):
     """The same, on a real terminal."""
 
-    def start(self, folder: Path, ignored: tuple[signal.Signals, ...]) -> Program:
-        self.terminal = Terminal(*self.command, cwd=folder)
+    def start(self, *command: str, ignored: tuple[signal.Signals, ...]) -> Program:
+        self.terminal = Terminal(*command, cwd=self.folder)
         return self.terminal.process
 
 
-@dataclass(frozen=True)
-class Trainings:
-    until_sigint: Training
-    until_second_sigint: Training
-    until_sighup: Training
-    with_nohup: Training
-    on_terminal: TrainingOnTerminal
+@pytest.fixture
+def train(database: Path) -> Iterator[Callable[..., Training]]:
+    """Return what starts a training in this test's own store and returns it after its first epoch."""
+    started: list[Training] = []
 
+    def start(ignored: tuple[signal.Signals, ...] = ()) -> Training:
+        started.append(Training(database, ignored))
+        wait_until(lambda: started[-1].epochs() >= 1, started[-1].process)
+        return started[-1]
 
-@pytest.fixture(scope="module")
-def trainings(mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
-    """Start them all at once: most of their time goes to imports."""
-    folder = tmp_path_factory.mktemp("trainings")
-    started = Trainings(
-        Training(folder / "sigint"),
-        Training(folder / "second"),
-        Training(folder / "sighup"),
-        Training(folder / "nohup", ignored=(signal.SIGHUP,)),
-        TrainingOnTerminal(folder / "terminal", limit=3000),
-    )
-    yield started
-    started.on_terminal.terminal.hang_up()
-    for training in vars(started).values():
+    yield start
+    for training in started:
         training.process.kill()
         training.process.wait()
 
 
 @pytest.fixture(scope="module")
-def quoted(trainings: Trainings) -> str:
+def on_terminal(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingOnTerminal]:
+    database = copy_store(empty_store, tmp_path_factory.mktemp("on_terminal") / "runs.db")
+    training = TrainingOnTerminal(database, limit=3000)
+    yield training
+    training.terminal.hang_up()
+    training.process.kill()
+    training.process.wait()
+
+
+@pytest.fixture(scope="module")
+def shown(on_terminal: TrainingOnTerminal) -> str:
     """Return what a terminal shows until the second epoch is through."""
-    terminal = trainings.on_terminal.terminal
-    wait_until(lambda: "\repoch      2/100000  " in terminal.text())
-    return terminal.text()
+    wait_until(lambda: "\repoch      2/100000  " in on_terminal.terminal.text(), on_terminal.process)
+    return on_terminal.terminal.text()
 
 
-def test_a_terminal_shows_the_summary_with_receptive_fields(shown: str, trainings: Trainings) -> None:
-    (run,) = read_runs(trainings.on_terminal.database)
+def test_a_terminal_shows_the_summary_with_receptive_fields(shown: str, on_terminal: TrainingOnTerminal) -> None:
+    (run,) = read_runs(on_terminal.database)
 
     assert "Layer (type)               Output Shape         Param #   Receptive field\r\n" in shown
     assert re.search(r"Conv2d-23 +\[-1, 10, 1, 1\] +4,900 +28x28\r\n", shown)
@@ -571,8 +564,8 @@ def test_a_terminal_shows_the_summary_with_receptive_fields(shown: str, training
     assert "my_idea seed 0 [epochs=100000 limit=3000]: 10,970 parameters, 3,000 training images, on " in shown
 
 
-def test_a_terminal_shows_a_bar_and_then_the_epochs_line(shown: str, trainings: Trainings) -> None:
-    (run,) = read_runs(trainings.on_terminal.database)
+def test_a_terminal_shows_a_bar_and_then_the_epochs_line(shown: str, on_terminal: TrainingOnTerminal) -> None:
+    (run,) = read_runs(on_terminal.database)
     first = shown[: shown.index("epoch 2/100000")]
 
     drawn = re.findall(
@@ -588,8 +581,8 @@ def test_a_terminal_shows_a_bar_and_then_the_epochs_line(shown: str, trainings: 
     assert line.start() > first.rindex("images/s")
 
 
-def test_a_copied_script_is_tracked_under_its_own_name(shown: str, trainings: Trainings) -> None:
-    (run,) = read_runs(trainings.on_terminal.database)
+def test_a_copied_script_is_tracked_under_its_own_name(shown: str, on_terminal: TrainingOnTerminal) -> None:
+    (run,) = read_runs(on_terminal.database)
 
     assert (run.name, run.tags["step"]) == ("my_idea seed 0 [epochs=100000 limit=3000]", "my_idea")
     assert (run.artifacts / "source" / "my_idea.py").read_bytes() == STEP1.read_bytes()
@@ -597,21 +590,20 @@ def test_a_copied_script_is_tracked_under_its_own_name(shown: str, trainings: Tr
     assert set(run.tags["overrides"].split()) == {"epochs=100000", "limit=3000"}
 
 
-def test_closing_the_terminal_ends_the_training_in_order(shown: str, trainings: Trainings) -> None:
-    trainings.on_terminal.terminal.hang_up()
+def test_closing_the_terminal_ends_the_training_in_order(shown: str, on_terminal: TrainingOnTerminal) -> None:
+    on_terminal.terminal.hang_up()
 
-    assert trainings.on_terminal.ended().status == "KILLED"
-    assert trainings.on_terminal.process.returncode != 0
+    assert on_terminal.ended().status == "KILLED"
+    assert on_terminal.process.returncode != 0
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
-def test_a_signal_ends_the_training_in_order(name: str, trainings: Trainings) -> None:
-    check_that_it_ends_in_order(getattr(trainings, f"until_{name.lower()}"), signal.Signals[name])
+def test_a_signal_ends_the_training_in_order(name: str, train: Callable[..., Training]) -> None:
+    check_that_it_ends_in_order(train(), signal.Signals[name])
 
 
-def test_a_second_ctrl_c_ends_the_program_at_once(trainings: Trainings) -> None:
-    training = trainings.until_second_sigint
-    wait_until(lambda: training.epochs() >= 1)
+def test_a_second_ctrl_c_ends_the_program_at_once(train: Callable[..., Training]) -> None:
+    training = train()
     with closing(sqlite3.connect(training.database, isolation_level=None)) as blocker:
         blocker.execute("BEGIN IMMEDIATE")  # so that the run can't be closed
         training.process.send_signal(signal.SIGINT)
@@ -625,20 +617,17 @@ def test_a_second_ctrl_c_ends_the_program_at_once(trainings: Trainings) -> None:
     assert training.ended().status == "RUNNING"  # the next run there marks it KILLED
 
 
-def test_nohup_lets_the_training_outlive_its_terminal(trainings: Trainings) -> None:
-    training = trainings.with_nohup
-    wait_until(lambda: training.epochs() >= 1)
+def test_nohup_lets_the_training_outlive_its_terminal(train: Callable[..., Training]) -> None:
+    training = train((signal.SIGHUP,))
 
     training.process.send_signal(signal.SIGHUP)
 
     epochs = training.epochs()
-    wait_until(lambda: training.epochs() >= epochs + 2)
+    wait_until(lambda: training.epochs() >= epochs + 2, training.process)
     check_that_it_ends_in_order(training, signal.SIGTERM)
 
 
 def check_that_it_ends_in_order(training: Training, number: signal.Signals) -> None:
-    wait_until(lambda: training.epochs() >= 1)
-
     training.process.send_signal(number)
 
     run = training.ended()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
+from helpers import copy_store
 from mnist_lab import __main__, figures, results
 from mnist_lab.errors import LabError
 from mnist_lab.results import evidence
@@ -245,8 +246,8 @@ FOREIGN = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    store = open_store(f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}")
+def shared_store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = open_store(f"sqlite:///{copy_store(empty_store, tmp_path_factory.mktemp('store') / 'mlflow.db')}")
     write_run(store, "step2", 0, [99.0], start_time=T0)
     return store
 

@@ -6,9 +6,6 @@ import re
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forkserver import run_program
+from forkserver import Program, run_program
+from helpers import copy_store, wait_until
 from mnist_lab import results
 from mnist_lab.errors import LabError
 from mnist_lab.results import runs as tracked
@@ -36,9 +34,9 @@ NO_SCHEDULE = {name: value for name, value in STEP4.items() if name not in ("ste
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Return a store with every kind of run that the tables must tell apart."""
-    store = open_store(f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}")
+    store = open_store(f"sqlite:///{copy_store(empty_store, tmp_path_factory.mktemp('store') / 'mlflow.db')}")
     write_run(store, "step4", 0, [99.0, 99.5, 99.4], start_time=T0)
     write_run(store, "step4", 1, [98.9, 99.3, 99.3], start_time=T0 + 1000)
     write_run(store, "step4", 0, [99.1, 99.6, 99.5], start_time=T0 + 2000)  # seed 0 again: this one counts
@@ -56,23 +54,17 @@ def server(store: Store) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(
-        [*command, "--backend-store-uri", store.uri],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    flags = ["--workers", "1", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store.uri]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = Program("-m", "mlflow", "server", *flags, cwd=Path.cwd(), env=environment)
     address = f"http://127.0.0.1:{port}"
+
+    def is_there() -> bool:
+        with urllib.request.urlopen(f"{address}/health", timeout=10):
+            return True
+
     try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=1)
-                break
-            except OSError:
-                assert process.poll() is None, "the server ended by itself"
-                time.sleep(0.2)
+        wait_until(is_there, process)
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -115,8 +107,8 @@ def test_run_table_filters(store: Store) -> None:
     assert len(ids(status=None)) == 7
 
 
-def test_overridden_runs_stand_in_where_a_step_has_no_run_as_declared(tmp_path: Path) -> None:
-    store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+def test_overridden_runs_stand_in_where_a_step_has_no_run_as_declared(uri: str) -> None:
+    store = open_store(uri)
     write_run(store, "step1", 0, [98.0], start_time=T0, tags={"overrides": "epochs=9"})
     write_run(store, "step1", 0, [98.1], start_time=T0 + 1000, tags={"overrides": "epochs=1"})
     write_run(store, "step1", 1, [98.2], start_time=T0 + 2000, tags={"overrides": "epochs=1"})
@@ -164,8 +156,8 @@ def test_the_history_of_many_runs_takes_few_requests(
     assert len(asked) == math.ceil(8 / 3) * len(tracked.EPOCH_METRICS)
 
 
-def test_a_point_logged_twice_counts_once_with_its_latest_value(tmp_path: Path) -> None:
-    store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+def test_a_point_logged_twice_counts_once_with_its_latest_value(uri: str) -> None:
+    store = open_store(uri)
     run = write_run(store, "step1", 0, [98.0, 99.0], start_time=T0)
     mlflow.MlflowClient(store.uri).log_metric(run.info.run_id, "test_accuracy", 98.5, timestamp=T0 + 500, step=1)
     history = results.epoch_history(tracking_uri=store.uri)
@@ -472,8 +464,8 @@ def test_a_finished_run_without_a_result_is_left_out_with_a_warning(uri: str, ca
     ]
 
 
-def test_an_empty_store_says_what_to_run(tmp_path: Path) -> None:
-    store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+def test_an_empty_store_says_what_to_run(uri: str) -> None:
+    store = open_store(uri)
     for read in (results.run_table, results.epoch_history, results.compare_table):
         with pytest.raises(LabError, match="no runs yet in .*make step1"):
             read(tracking_uri=store.uri)
@@ -522,8 +514,8 @@ def test_a_server_that_is_not_there_gives_a_sentence(monkeypatch: pytest.MonkeyP
         results.run_table(tracking_uri="http://127.0.0.1:9")
 
 
-def test_predictions_come_back_as_they_were_logged(tmp_path: Path) -> None:
-    store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+def test_predictions_come_back_as_they_were_logged(uri: str, tmp_path: Path) -> None:
+    store = open_store(uri)
     run = write_run(store, "step1", 0, [98.0], start_time=T0)
     logits = np.random.default_rng(0).normal(size=(50, 10)).astype(np.float32)
     truth = np.arange(50, dtype=np.uint8) % 10

@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from mlflow import MlflowClient
 from torch import nn
 
 from forkserver import Program
-from helpers import ROOT, TrackedRun, read_runs
+from helpers import ROOT, TrackedRun, copy_store, read_runs
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
@@ -97,7 +96,7 @@ class Reference:
 def make_lab(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Lab]:
     def make() -> Lab:
         lab = Lab(tmp_path_factory.mktemp("lab"))
-        shutil.copy(empty_store, lab.database)
+        copy_store(empty_store, lab.database)
         return lab
 
     return make

@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from conftest import FullRun
-from helpers import ROOT, TrackedRun, open_terminal, read_runs
+from helpers import ROOT, TrackedRun, copy_store, open_terminal, read_runs
 from mnist_lab.cli import Console
 from mnist_lab.cli import main as run_command_line
 from mnist_lab.data import Mnist
@@ -216,9 +216,9 @@ def stdout_on_a_terminal() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def runs(load_script: Load, mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(load_script: Load, mnist: Mnist, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     script = ROOT / "experiments" / "step4_augment_steplr.py"
-    database = tmp_path_factory.mktemp("runs") / "mlflow.db"
+    database = copy_store(empty_store, tmp_path_factory.mktemp("runs") / "mlflow.db")
     changes = {"lr": 0.05, "gamma": 0.5, "step_size": 1, "epochs": 2}
     experiment, overrides = load_script(script.stem).EXPERIMENT.override(changes)
 
@@ -330,8 +330,10 @@ def test_the_order_of_images_is_the_same_on_a_gpu(load_script: Load, uri: str, d
 
 
 @pytest.fixture(scope="module")
-def held_out(load_script: Load, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, TrackedRun]:
-    database = tmp_path_factory.mktemp("held_out") / "mlflow.db"
+def held_out(
+    load_script: Load, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunResult, TrackedRun]:
+    database = copy_store(empty_store, tmp_path_factory.mktemp("held_out") / "mlflow.db")
     script = ROOT / "experiments" / "step1_baseline.py"
     experiment = dataclasses.replace(load_script(script.stem).EXPERIMENT, epochs=2)
     uri = f"sqlite:///{database}"

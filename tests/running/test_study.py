@@ -134,21 +134,22 @@ def story(folder: Path) -> Iterator[Story]:
 
     try:
         study = start("--workers", "1")
-        wait_until(lambda: study.running() == 2 and len(study.runs()) == 3)  # the study, seed 0 finished, seed 1
+        # The study, seed 0 finished, seed 1.
+        wait_until(lambda: study.running() == 2 and len(study.runs()) == 3, study.process)
         os.killpg(study.process.pid, signal.SIGKILL)
         study.end()
         wait_until(lambda: not study.processes())
         killed = study.runs()
 
         study = start("--workers", "2")
-        wait_until(lambda: len(study.runs()) == 6 and study.running() == 3)
+        wait_until(lambda: len(study.runs()) == 6 and study.running() == 3, study.process)
         os.killpg(study.process.pid, signal.SIGINT)
         _, interrupted_stderr = study.end()
         interrupted, interrupted_code = study.runs(), study.process.returncode
         assert not study.processes()
 
         study = start("--workers", "2")
-        wait_until(lambda: len(study.runs()) == 9 and study.running() == 3)
+        wait_until(lambda: len(study.runs()) == 9 and study.running() == 3, study.process)
         study.process.kill()  # it alone, as when memory runs out
         wait_until(lambda: not study.processes())
         study.end()

@@ -87,7 +87,7 @@ def test_the_ui_shows_the_artifacts_of_a_copy(original: tuple[Path, str], tmp_pa
     shown.write_text("hello from the copy")
     process = Program("-m", "mnist_lab", "ui", "--tracking-uri", "sqlite:///copy ü/mlruns/mlflow.db", cwd=tmp_path)
     try:
-        wait_until(lambda: "/#" in process.stdout or process.poll() is not None)
+        wait_until(lambda: "/#" in process.stdout, process)
         address = process.stdout.removeprefix("The runs: ").partition("/#")[0]
         path = f"{address}/get-artifact?run_uuid={run_id}&path=figures%2Fhello.txt"
         with urllib.request.urlopen(path, timeout=PATIENCE) as answer:

@@ -9,7 +9,6 @@ import signal
 import socket
 import sqlite3
 import ssl
-import subprocess
 import sys
 import threading
 import time
@@ -31,7 +30,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from mlflow.entities import LoggedModel
 
-from forkserver import PATIENCE
+from forkserver import PATIENCE, Program
 from helpers import ROOT, TrackedRun, read_runs, wait_until, within
 from mnist_lab import __main__ as jobs
 from mnist_lab.errors import LabError
@@ -61,24 +60,17 @@ class Server:
         self.uri = f"http://127.0.0.1:{self.port}"
         self.folder = folder
         self.database = folder / "mlflow.db"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Program | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.database}"]
-        with (self.folder / "server.txt").open("a") as output:
-            self.process = subprocess.Popen(
-                [*command, "--artifacts-destination", str(self.folder / "artifacts")],
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                start_new_session=True,
-                stdout=output,
-                stderr=output,
-            )
-        wait_until(self._is_there)
+        flags = ["--workers", "1", "--host", "127.0.0.1", "--port", str(self.port)]
+        flags += ["--backend-store-uri", f"sqlite:///{self.database}"]
+        flags += ["--artifacts-destination", str(self.folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self.process = Program("-m", "mlflow", "server", *flags, cwd=self.folder, env=environment)
+        wait_until(self._is_there, self.process)
 
     def _is_there(self) -> bool:
-        assert self.process is not None
-        assert self.process.poll() is None, (self.folder / "server.txt").read_text()
         with urllib.request.urlopen(f"{self.uri}/health", timeout=10):
             return True
 
@@ -494,10 +486,9 @@ def untrusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def check_refused_by(uri: str, cause: str) -> None:
     """Check that the sentence begins with the cause, comes within ten seconds, and does not give the password away."""
-    start = time.monotonic()
-    with pytest.raises(LabError, match=rf"^tracking store 'https?://[^']+' can't be used: {cause}") as refusal:
+    refused = pytest.raises(LabError, match=rf"^tracking store 'https?://[^']+' can't be used: {cause}")
+    with within(10), refused as refusal:
         open_store(uri)
-    assert time.monotonic() - start < 10
     assert "pass-word" not in str(refusal.value)
 
 

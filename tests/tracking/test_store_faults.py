@@ -173,7 +173,7 @@ def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(
     step = ROOT / "experiments" / "step1_baseline.py"
     target = ["--tracking-uri", f"sqlite:///{database}"]
     process = Program(step, *target, "--epochs", "3", "--limit", "256", cwd=tmp_path)
-    wait_until(lambda: list(disk.glob("mlruns/checkpoints/*.pt")))
+    wait_until(lambda: list(disk.glob("mlruns/checkpoints/*.pt")), process)
     filler = fill(disk)
 
     process.wait()
