@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from mnist_lab.cli import interrupt_on_signals, sentences
+from mnist_lab.cli import interrupt_on_signals, number_from, sentences
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.sqlite import PROJECT_ROOT, sqlite_file, tracking_uri, without_password
 
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(compare, "compare", "print one row per experiment from the tracked runs")
     command.add_argument("--include-overrides", action="store_true", help="also runs with overridden hyperparameters")
     command.add_argument(
-        "--holdout", type=int, default=0, metavar="N", help="runs that hold out N training images (default 0)"
+        "--holdout", type=number_from(), default=0, metavar="N", help="runs that hold out N training images (default 0)"
     )
     _add_tracking_uri(command)
     command = add(export, "export", "write the tracked runs' figures to docs/results and README")
@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")
     _add_tracking_uri(command)
     command = add(ui, "ui", "serve the MLflow UI on loopback")
-    command.add_argument("--port", type=int, default=5000, help="port to try first (default 5000)")
+    command.add_argument("--port", type=number_from(), default=5000, help="port to try first (default 5000)")
     _add_tracking_uri(command)
     return parser
 

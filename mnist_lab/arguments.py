@@ -9,16 +9,19 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
+ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
 LAMBDA = "<lambda>"
 DIGEST_LENGTH = 12
+MAX_TEXT = 6_000  # characters, the most that MLflow keeps of a param
+MAX_BITS = 10_000  # of a whole number; Python writes none of many more digits
+MAX_BEGINNING = 1_000  # of a longer text
 INTERNAL = frozenset(vars(nn.Module()))  # what every module has: its mode, parameters, hooks
 
 
@@ -26,9 +29,14 @@ def stable_text(value: object) -> str:
     """Return an argument as text that says what it is, and is the same in each process.
 
     Text stays as it is. A function or class is its name; an object that would show its address is its class's name and
-    what it holds; a tensor or array is its shape, its type and a digest of its values.
+    what it holds; a tensor or array is its shape, its type and a digest of its values. Of a text that MLflow would not
+    keep whole, a digest stands for the end.
     """
-    return value if type(value) is str else _text(value, ())
+    text = value if type(value) is str else _text(value, ())
+    if len(text) <= MAX_TEXT:
+        return text
+    sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGEST_LENGTH]
+    return f"{text[:MAX_BEGINNING]}... sha256={sha256}"
 
 
 def _text(value: object, outer: tuple[int, ...]) -> str:
@@ -38,6 +46,8 @@ def _text(value: object, outer: tuple[int, ...]) -> str:
     text = functools.partial(_text, outer=(*outer, id(value)))
     if isinstance(value, enum.Enum):
         return f"{type(value).__qualname__}.{value.name}"
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        return hex(value)
     if isinstance(value, np.generic):
         return repr(value.item())
     if isinstance(value, Tensor):
@@ -90,14 +100,17 @@ def _container(value: object, text: Callable[[object], str]) -> str:
 
 
 def _object(value: object, text: Callable[[object], str]) -> str:
-    """Return the text that an object has for itself, or where that has an address, its class and what it holds."""
+    """Return the text that an object has for itself; where that has an address, its class and what it holds.
+
+    So also where it holds functions, as an object does not say which.
+    """
     if type(value) is str:
         return repr(value)
     name, shown = type(value).__qualname__, _plain(value)
     dataclass = hasattr(type(value), "__dataclass_fields__")
-    if not dataclass and not ADDRESS.search(shown):
+    if not (dataclass or ADDRESS.search(shown) or str(id(value)) in shown or _has_functions(value)):
         return shown
-    holds = _pairs(_state(value), text)
+    holds = _pairs(_own(value), text)
     if not holds and isinstance(value, Collection):
         holds = list(map(text, value))
     return _call(name, holds)
@@ -106,7 +119,7 @@ def _object(value: object, text: Callable[[object], str]) -> str:
 def _plain(value: object) -> str:
     try:
         return " ".join(str(value).split())
-    except Exception:  # the script's own __repr__ fails, or a number has too many digits
+    except Exception:  # the script's own __repr__ fails
         return type(value).__qualname__
 
 
@@ -136,8 +149,27 @@ def _state(value: object) -> dict[str, object]:
     return {name: item for part in parts if isinstance(part, dict) for name, item in part.items()}
 
 
+def _own(value: object) -> dict[str, object]:
+    """Return an object's attributes without what every module has, and a module's children and buffers."""
+    own = {name: item for name, item in _state(value).items() if name not in INTERNAL}
+    if isinstance(value, nn.Module):
+        own |= {name: item for name, item in {**value._modules, **value._buffers}.items() if item is not None}
+    return own
+
+
+def _has_functions(value: object, outer: tuple[int, ...] = ()) -> bool:
+    """Say whether there are functions among what a value holds, or among what that holds in turn."""
+    if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+        return True
+    if id(value) in outer or isinstance(value, type | types.ModuleType | Tensor | np.ndarray):
+        return False
+    items: Iterable[object] = value if isinstance(value, list | tuple | set | frozenset) else _own(value).values()
+    items = value.values() if isinstance(value, Mapping) else items
+    return any(_has_functions(item, (*outer, id(value))) for item in items)
+
+
 def held(value: object) -> dict[str, object]:
-    """Return what a callable holds by name: a local function's outer variables, an object's attributes.
+    """Return what a callable holds by name: a local function's outer variables and defaults, an object's attributes.
 
     Attributes that begin with an underscore are left out, and those that are as the class's defaults have them.
     """
@@ -146,7 +178,10 @@ def held(value: object) -> dict[str, object]:
     if isinstance(value, types.FunctionType):
         inner = inspect.unwrap(value)
         cells = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
-        return {name: cell.cell_contents for name, cell in cells if not _is_empty(cell)}
+        outer = {name: cell.cell_contents for name, cell in cells if not _is_empty(cell)}
+        local = "<locals>" in inner.__qualname__
+        defaults = {p.name: p.default for p in inspect.signature(inner).parameters.values() if p.default is not p.empty}
+        return {**outer, **(defaults if local else {})}
     if isinstance(value, types.MethodType) and not isinstance(value.__self__, type):
         return held(value.__self__)
     if isinstance(value, type) or isinstance(getattr(value, "__qualname__", None), str):
@@ -155,10 +190,9 @@ def held(value: object) -> dict[str, object]:
         parameters = inspect.signature(type(value)).parameters
     except (TypeError, ValueError):
         parameters = {}  # type: ignore[assignment]
-    defaults = {name: stable_text(p.default) for name, p in parameters.items()}
-    own = {name: item for name, item in _state(value).items() if not name.startswith("_") and name not in INTERNAL}
-    own |= dict(value.named_children()) if isinstance(value, nn.Module) else {}
-    return {name: item for name, item in own.items() if stable_text(item) != defaults.get(name)}
+    usual = {name: stable_text(p.default) for name, p in parameters.items()}
+    own = {name: item for name, item in _own(value).items() if not name.startswith("_")}
+    return {name: item for name, item in own.items() if stable_text(item) != usual.get(name)}
 
 
 def _is_empty(cell: types.CellType) -> bool:

@@ -179,10 +179,10 @@ def parser(script: Path) -> argparse.ArgumentParser:
         epilog=_declaration(_source(script)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--epochs", type=_from(), help="epochs to train (an override)")
-    parser.add_argument("--batch-size", type=_from(), help="images per batch (an override)")
+    parser.add_argument("--epochs", type=number_from(), help="epochs to train (an override)")
+    parser.add_argument("--batch-size", type=number_from(), help="images per batch (an override)")
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=_from(0), help="of weights, order, dropout, augmentation (default 0)")
+    seeds.add_argument("--seed", type=number_from(0), help="of weights, order, dropout, augmentation (default 0)")
     seeds.add_argument(
         "--seeds",
         type=_seeds,
@@ -190,7 +190,7 @@ def parser(script: Path) -> argparse.ArgumentParser:
         help="a study: so many seeds, from 0 on, or these seeds (3,7,9); finished ones are not trained again",
     )
     parser.add_argument(
-        "--workers", type=_from(1), metavar="N", help="processes of a study on a CPU (default: one per core)"
+        "--workers", type=number_from(1), metavar="N", help="processes of a study on a CPU (default: one per core)"
     )
     parser.add_argument(
         "--resume",
@@ -203,16 +203,18 @@ def parser(script: Path) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     parser.add_argument(
         "--threads",
-        type=_from(1, MAX_THREADS),
+        type=number_from(1, MAX_THREADS),
         metavar="N",
         help="of torch on a CPU (default: one per core; give 1 beside other work)",
     )
     parser.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
-    parser.add_argument("--limit", type=_from(1), metavar="N", help="train on the first N images, for a quick look")
+    parser.add_argument(
+        "--limit", type=number_from(1), metavar="N", help="train on the first N images, for a quick look"
+    )
     parser.add_argument(
         "--holdout",
-        type=_from(1),
+        type=number_from(1),
         metavar="N",
         help="hold out N training images for validation; the test images are read once, at the end",
     )
@@ -246,7 +248,7 @@ def _declaration(source: str) -> str:
     return ""
 
 
-def _from(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+def number_from(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
     """Return what reads a whole number for argparse and refuses another one, before anything slow is imported."""
 
     def number(text: str) -> int:
@@ -267,7 +269,7 @@ def _from(least: int | None = None, most: int | None = None) -> Callable[[str], 
 def _seeds(text: str) -> Sequence[int]:
     """Read "10" as the seeds 0 to 9, and "3,7,9" as these."""
     if "," not in text:
-        count = _from(1)(text)
+        count = number_from(1)(text)
         if count > MAX_SEEDS:
             raise argparse.ArgumentTypeError(f"{count:,} seeds are more than {MAX_SEEDS:,}")
         return range(count)
@@ -276,7 +278,7 @@ def _seeds(text: str) -> Sequence[int]:
         raise argparse.ArgumentTypeError(f"{len(parts):,} seeds are more than {MAX_SEEDS:,}")
     seeds: dict[int, None] = {}
     for part in parts:
-        seed = _from(0)(part.strip())
+        seed = number_from(0)(part.strip())
         if seed in seeds:
             raise argparse.ArgumentTypeError(f"the seed {seed} is there twice in {text!r}")
         seeds[seed] = None

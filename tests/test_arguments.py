@@ -20,7 +20,7 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from mnist_lab.arguments import finite_number, held, stable_text, whole_number
+from mnist_lab.arguments import MAX_TEXT, finite_number, held, stable_text, whole_number
 
 
 class Schedule:
@@ -152,6 +152,60 @@ def test_a_tensor_is_its_shape_type_and_values(make: Callable[[int], object]) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.complex64, torch.uint8])
 def test_tensors_of_every_type_have_a_text(dtype: torch.dtype) -> None:
     assert stable_text(torch.zeros(2, dtype=dtype)).startswith("Tensor(shape=(2,)")
+
+
+def scale_by(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def scale(images: torch.Tensor) -> torch.Tensor:
+        return images * factor
+
+    return scale
+
+
+def scales(*factors: float) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    made = []
+    for factor in factors:
+
+        def scale(images: torch.Tensor, factor: float = factor) -> torch.Tensor:
+            return images * factor
+
+        made.append(scale)
+    return made
+
+
+class ShowsItsNumber:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __repr__(self) -> str:
+        return f"Scale number {id(self)} <{id(self):#x}>"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda number: transforms.Lambda(scale_by(number)),
+        lambda number: transforms.Compose([transforms.Lambda(scale_by(number))]),
+        lambda number: scales(0.5, number),
+        lambda number: nn.CrossEntropyLoss(weight=torch.full((10,), float(number))),
+        lambda number: 10**5000 + number,
+        lambda number: [*range(9000), number],
+        lambda number: ShowsItsNumber(number),
+    ],
+    ids=[
+        "a function in a transform",
+        "in two",
+        "a default",
+        "a buffer",
+        "digits",
+        "a long list",
+        "a number of its own",
+    ],
+)
+def test_a_text_is_that_of_what_an_argument_holds_and_no_other(make: Callable[[int], object]) -> None:
+    first, same, other = (stable_text(make(number)) for number in (1, 1, 2))
+
+    assert first == same != other
+    assert len(first) <= MAX_TEXT
 
 
 def test_what_a_part_holds_is_what_its_class_does_not_give_by_default() -> None:

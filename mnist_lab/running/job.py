@@ -32,6 +32,7 @@ class Job:
     limit: train on the first so many images only, which counts as an override too; None for all.
     holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
         test images are then read once, at the end. 0 for none.
+    params: what is logged as params, but for the seed; read once, as objects among the arguments may change in use.
 
     Raises:
         LabError: if the script is not a file, or the declaration can't be right on its face.
@@ -46,11 +47,13 @@ class Job:
     tracking_uri: str
     limit: int | None = None
     holdout: int = 0
+    params: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.script.is_file():
             raise LabError(f"script: {str(self.script)!r} is not a file; a run is named after its script")
         self.experiment.check()
+        object.__setattr__(self, "params", self._read_params())
 
     @property
     def step(self) -> str:
@@ -65,9 +68,7 @@ class Job:
     def code_sha256(self) -> str:
         return code_sha256(self.sources)
 
-    @property
-    def params(self) -> dict[str, str]:
-        """What is logged as params, but for the seed."""
+    def _read_params(self) -> dict[str, str]:
         held_out = {"holdout": str(self.holdout)} if self.holdout else {}
         declared = {name: stable_text(value) for name, value in self.experiment.hyperparameters().items()}
         return {**declared, "device": self.device.type, **held_out}
@@ -89,7 +90,7 @@ class Job:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the experiment behind: its network's class may live in the script, which the other process reads."""
-        return {**vars(self), "experiment": None, "code_sha256": self.code_sha256, "declared": self.params}
+        return {**vars(self), "experiment": None, "code_sha256": self.code_sha256}
 
     def read_experiment(self) -> None:
         """Read the experiment from the script, in a process that was sent this job.
@@ -100,7 +101,7 @@ class Job:
         if code_sha256(self.sources) != self.code_sha256:
             raise LabError(f"{self.script.name} or what it imports was changed while the study ran")
         vars(self)["experiment"], _ = declaration.read(self.script).override(self.overrides)
-        if self.params != vars(self)["declared"]:
+        if self._read_params() != self.params:
             raise LabError(
                 f"{self.script.name} does not declare the same experiment in a worker process; "
                 "a study needs a script that declares one experiment"

@@ -12,6 +12,9 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from mnist_lab.arguments import stable_text
+from mnist_lab.training.generators import generator_states
+
 logger = logging.getLogger(__name__)
 
 WARM_UP_BATCHES = 3  # torch's advice: libraries choose their algorithms and optimizers make their state before
@@ -61,13 +64,20 @@ class Captured:
 
     def _capture(self, batch: Tensor) -> None:
         static_batch = batch.clone()
-        graph = torch.cuda.CUDAGraph()
+        graph, drawn = torch.cuda.CUDAGraph(), _drawn_on_the_cpu()
         try:
             with torch.cuda.graph(graph):  # records, and runs nothing
                 self.work(static_batch)
+            if _drawn_on_the_cpu() != drawn:
+                raise ValueError("numbers are drawn on the CPU, and a graph would use the same ones for every batch")
         except Exception as error:  # a network, loss or optimizer that looks at values, each in its own words
             self.refused, self.graphs = True, {}
             logger.warning("no CUDA graph, so slower: %s", " ".join(str(error).split())[:200])
             torch.cuda.synchronize(batch.device)
             return
         self.graphs[batch.shape] = graph, static_batch
+
+
+def _drawn_on_the_cpu() -> str:
+    """Return a text that changes with each number that Python's, numpy's or torch's generator on the CPU gives."""
+    return stable_text(generator_states(torch.device("cpu")))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import read_runs
 from mnist_lab.cli import make_job, parser
@@ -281,3 +282,41 @@ def test_flags_that_no_interrupted_run_has_are_refused_by_name(
     said = str(refusal.value)
     assert said.startswith(f"resume: there is no interrupted run of my_idea with {asked}; there are: ")
     assert "seed 12 epochs=3 limit=128" in said
+
+
+COUNTS = """
+from functools import partial
+
+import torch
+from nets.wide import Net
+
+from mnist_lab import Experiment, main
+
+
+class Counts:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, images):
+        self.calls += 1
+        return images
+
+
+main(Experiment(
+    net=Net, epochs=1, batch_size=64, optimizer=partial(torch.optim.SGD, lr=0.01), augmentation=Counts()
+))
+"""
+
+
+def test_params_are_those_declared_though_an_object_changes_in_use(script: Path, uri: str) -> None:
+    script.write_text(COUNTS)
+    job = Job(script=script, experiment=declaration.read(script), tracking_uri=uri)
+    before = dict(job.params)
+
+    assert job.experiment.augmentation is not None
+    job.experiment.augmentation(torch.zeros(1, 1, 28, 28))
+
+    assert job.params == before
+    received = pickle.loads(pickle.dumps(job))  # noqa: S301
+    received.read_experiment()
+    assert received.params == before

@@ -2,10 +2,12 @@
 
 import dataclasses
 import logging
+import random
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.optim.lr_scheduler import StepLR
 from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.experiment import Experiment
 from mnist_lab.running.run import initial_network
-from mnist_lab.training.cudagraph import WARM_UP_BATCHES, Captured
+from mnist_lab.training.cudagraph import WARM_UP_BATCHES, Captured, _drawn_on_the_cpu
 from mnist_lab.training.loop import EpochMetrics, fit
 from mnist_lab.training.stacked import fit_stacked
 
@@ -96,6 +98,29 @@ def test_work_that_reads_a_value_goes_on_without_a_graph(on_cuda: Mnist, caplog:
             captured(torch.ones(2, device="cuda"), key=0.1)
     assert total.item() == 2 * (WARM_UP_BATCHES + 4)
     assert [record.message[:14] for record in caplog.records] == ["no CUDA graph,"]
+
+
+@needs_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random, np.random.rand])
+def test_work_that_draws_on_the_cpu_goes_on_without_a_graph(draw: Callable[[], float]) -> None:
+    results: list[Tensor] = []
+    captured = Captured(lambda batch: results.append(batch * draw()))
+    for _ in range(WARM_UP_BATCHES + 4):
+        captured(torch.ones(1, device="cuda"), key=0.1)
+
+    assert captured.refused
+    assert len({result.item() for result in results[-3:]}) == 3
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random, np.random.rand])
+def test_a_number_that_is_drawn_on_the_cpu_is_noticed(draw: Callable[[], object]) -> None:
+    before = _drawn_on_the_cpu()
+    assert _drawn_on_the_cpu() == before
+
+    draw()
+
+    assert _drawn_on_the_cpu() != before
 
 
 @needs_cuda
