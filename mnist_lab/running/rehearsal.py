@@ -57,7 +57,7 @@ class Rehearsal:
     seed_decides: bool
 
     def notice(self) -> None:
-        """Warn of parameters that get no gradient, which are counted all the same, and of draws that no seed decides."""
+        """Warn of parameters that get no gradient, and of draws that the seed does not decide."""
         if not self.seed_decides:
             logger.warning(
                 "the run's seed does not decide what augmentation draws: it has a generator or numbers of its own, "
