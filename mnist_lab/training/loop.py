@@ -365,7 +365,8 @@ def evaluates_again(experiment: Experiment, net: nn.Module) -> bool:
             return True
         return False
 
-    if type(build_optimizer(experiment, net.parameters())).__module__.startswith("torch."):
+    kinds = type(build_optimizer(experiment, net.parameters())).__mro__
+    if any(kind.__module__.startswith("torch.") for kind in kinds[: kinds.index(Optimizer)]):
         return False  # no optimizer of torch does
     with kept_generators(next(net.parameters()).device):
         return step_fails(with_closure=False) and not step_fails(with_closure=True)
