@@ -21,11 +21,12 @@ from mnist_lab.running.draws import check_draws
 from mnist_lab.running.schedule import check_schedule
 from mnist_lab.training import loop as training
 from mnist_lab.training.dropout import SparseDropout
-from mnist_lab.training.generators import kept_generators
+from mnist_lab.training.generators import kept_generators, seed_generators
 from mnist_lab.training.loop import (
     EVALUATION_BATCH_SIZE,
     EpochMetrics,
     build_optimizer,
+    evaluates_again,
     evaluation_part,
     initial_network,
     normalize,
@@ -47,14 +48,21 @@ class Rehearsal:
     """What a rehearsal found out; it depends on the declaration, the data and the device only.
 
     memory_format: channels_last, or torch.contiguous_format where the network or its optimizer fails with that.
+    seed_decides: whether one seed always gives the same augmented images.
     without_gradient: the names of trainable parameters that the loss gives no gradient to.
     """
 
     memory_format: torch.memory_format
     without_gradient: list[str]
+    seed_decides: bool
 
     def notice(self) -> None:
-        """Warn of parameters that get no gradient: they are counted, as they are part of the network."""
+        """Warn of parameters that get no gradient, and of draws that the seed does not decide."""
+        if not self.seed_decides:
+            logger.warning(
+                "the run's seed does not decide what augmentation draws: it has a generator or numbers of its own, "
+                "which a resumed run does not go on with either; draw from torch, random or np.random themselves"
+            )
         if self.without_gradient:
             more = (
                 f" and {len(self.without_gradient) - MAX_NAMES} more" if len(self.without_gradient) > MAX_NAMES else ""
@@ -92,6 +100,9 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
         optimizer = build_optimizer(experiment, net.parameters())
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"gives a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+        if any("lr" not in group for group in optimizer.param_groups):
+            raise ValueError(f"{type(optimizer).__name__} has a parameter group without lr, which each epoch reports")
+        again = evaluates_again(experiment, net)
     # Both sizes that will come up: some networks fail on a last batch of one image only.
     full = min(experiment.batch_size, total)
     last = total % experiment.batch_size or full
@@ -100,28 +111,44 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     if experiment.augmentation is not None:
         with blame("augmentation"):
             check_draws(experiment.augmentation, mnist.train_images[0].float() / 255, total)
+            seed_decides = _seed_decides(experiment, mnist, full)
+    else:
+        seed_decides = True
     without_gradient = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
     evaluated = evaluation_part(mnist)[1]
     with blame("net"):
-        _check_evaluation(net, evaluated)
+        _check_evaluation(net, evaluated, {len(evaluated), len(mnist.test_images)})
     with blame("optimizer"):
-        _rehearse_step(net, experiment, optimizer, mnist, full)
+        _rehearse_step(net, experiment, optimizer, again, mnist, full)
         if not predict(net, evaluated[:2]).isfinite().all():
             raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
-        _rehearse_step(net, experiment, optimizer, mnist, last)  # a second one finds what the first has left
+        _rehearse_step(net, experiment, optimizer, again, mnist, last)  # a second one finds what the first has left
     with blame("net"):
         few = evaluated[:EVALUATION_BATCH_SIZE]
         _check_evaluated_again(net, few, predict(net, few))
     with blame("scheduler"):
         check_schedule(experiment, net, total)
-    return Rehearsal(memory_format, without_gradient)
+    return Rehearsal(memory_format, without_gradient, seed_decides)
 
 
-def _rehearse_step(net: nn.Module, experiment: Experiment, optimizer: Optimizer, mnist: Mnist, size: int) -> None:
+def _seed_decides(experiment: Experiment, mnist: Mnist, size: int) -> bool:
+    """Say whether the augmentation gives the same images again from the same seed."""
+    batch = torch.arange(size, device=mnist.train_images.device)
+
+    def drawn() -> Tensor:
+        seed_generators(SEED)
+        return training_images(mnist, batch, experiment)
+
+    return torch.allclose(drawn(), drawn(), atol=1e-5)
+
+
+def _rehearse_step(
+    net: nn.Module, experiment: Experiment, optimizer: Optimizer, again: bool, mnist: Mnist, size: int
+) -> None:
     batch = torch.arange(size, device=mnist.train_images.device)
     net.train()
     images = normalize(training_images(mnist, batch, experiment))
-    train_step(net, images, mnist.train_labels[batch], experiment, optimizer)
+    train_step(net, images, mnist.train_labels[batch], experiment, optimizer, again)
 
 
 def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: int) -> None:
@@ -152,12 +179,19 @@ def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: 
         loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _check_evaluation(net: nn.Module, images: Tensor) -> None:
-    """Try every number of images that is evaluated at once, and the two that the model is logged with."""
-    for size in sorted({2, min(EVALUATION_BATCH_SIZE, len(images)), len(images) % EVALUATION_BATCH_SIZE} - {0}):
-        logits = predict(net, images[:size])
+def _check_evaluation(net: nn.Module, images: Tensor, totals: set[int]) -> None:
+    """Try every number of images that is evaluated at once, and the two that the model is logged with.
+
+    totals: of images in the parts that are evaluated, which may be more than there are in `images`.
+    """
+    sizes = {2} | {
+        size for total in totals for size in (min(EVALUATION_BATCH_SIZE, total), total % EVALUATION_BATCH_SIZE)
+    }
+    for size in sorted(sizes - {0}):
+        few = images[torch.arange(size, device=images.device) % len(images)]
+        logits = predict(net, few)
         _check_logits(logits, size)
-        _check_evaluated_again(net, images[:size], logits)
+        _check_evaluated_again(net, few, logits)
 
 
 def _check_evaluated_again(net: nn.Module, images: Tensor, logits: Tensor) -> None:

@@ -117,7 +117,13 @@ def study(
         task = Task(job, tracked.run_id, again)
         if job.device.type == "cpu":
             messages = train_in_processes(task, missing, count, progress.on_time)
-        elif mnist and rehearsal and job.device.type == "cuda" and can_stack(job.experiment, len(mnist.train_images)):
+        elif (
+            mnist
+            and rehearsal
+            and not rehearsal.without_gradient  # stacked, these would have zeros for gradients, and so decay
+            and job.device.type == "cuda"
+            and can_stack(job.experiment, len(mnist.train_images))
+        ):
             messages = train_stacked(task, missing, mnist, store, rehearsal.memory_format)
         else:
             messages = train_one_by_one(task, missing, progress.on_epoch)

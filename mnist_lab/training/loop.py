@@ -22,7 +22,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.training.cudagraph import Captured
 from mnist_lab.training.dropout import SparseDropout
-from mnist_lab.training.generators import generator_states, seed_generators, set_generator_states
+from mnist_lab.training.generators import generator_states, kept_generators, seed_generators, set_generator_states
 
 # Mean and standard deviation of the training pixels scaled to [0, 1].
 MEAN, STD = 0.1307, 0.3081
@@ -243,6 +243,7 @@ class Training(Loop):
     ) -> None:
         super().__init__([net], net.parameters(), experiment, mnist, [seed], (), on_batch)
         self.net = net
+        self.evaluates_again = evaluates_again(experiment, net)
 
     def epochs(self) -> Iterator[EpochMetrics]:
         """Train the epochs that are left, and yield each when it is finished.
@@ -254,7 +255,7 @@ class Training(Loop):
             yield metrics
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return train_step(self.net, images, labels, self.experiment, self.optimizer)
+        return train_step(self.net, images, labels, self.experiment, self.optimizer, self.evaluates_again)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it."""
@@ -300,10 +301,16 @@ def training_images(mnist: Mnist, batch: Tensor, experiment: Experiment) -> Tens
 
 
 def train_step(
-    net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, experiment: Experiment, optimizer: Optimizer
+    net: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    experiment: Experiment,
+    optimizer: Optimizer,
+    again: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Update the network once; return the batch's loss () and logits (N, 10), detached and still on the device.
 
+    again: what `evaluates_again` says of the optimizer.
     They are those of the network before the update, also where an optimizer such as LBFGS evaluates several times.
     """
     first: tuple[Tensor, Tensor] | None = None
@@ -322,8 +329,8 @@ def train_step(
     if needs_closure(optimizer):
         optimizer.step(closure)  # type: ignore[arg-type]
     else:
-        closure()
-        optimizer.step()  # after the gradients, so that its hooks find them
+        closure()  # the gradients come first, so that the hooks of a step find them
+        optimizer.step(*[closure] * again)  # type: ignore[arg-type]
     assert first is not None
     return first
 
@@ -335,6 +342,34 @@ def needs_closure(optimizer: Optimizer) -> bool:
         return True
     held = [value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer]
     return any(map(needs_closure, held))
+
+
+def evaluates_again(experiment: Experiment, net: nn.Module) -> bool:
+    """Say whether the optimizer wants a closure beside the gradients, as SAM does, though its `step` can't show it.
+
+    That is found out by trial, on copies of the parameters with gradients of zero: without a closure it fails.
+    """
+
+    def step_fails(with_closure: bool) -> bool:
+        copies = [parameter.detach().clone().requires_grad_(parameter.requires_grad) for parameter in net.parameters()]
+
+        def closure() -> Tensor:
+            for parameter in copies:
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            return torch.zeros(())
+
+        closure()
+        try:
+            build_optimizer(experiment, copies).step(*[closure] * with_closure)  # type: ignore[arg-type]
+        except Exception:  # each has its own way to refuse
+            return True
+        return False
+
+    kinds = type(build_optimizer(experiment, net.parameters())).__mro__
+    if any(kind.__module__.startswith("torch.") for kind in kinds[: kinds.index(Optimizer)]):
+        return False  # no optimizer of torch does
+    with kept_generators(next(net.parameters()).device):
+        return step_fails(with_closure=False) and not step_fails(with_closure=True)
 
 
 def _requires_argument(step: Callable[..., object]) -> bool:

@@ -10,13 +10,13 @@ that is trained alone, from the same distribution.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
@@ -38,7 +38,7 @@ def fit_stacked(
     and does not disturb the others.
 
     Raises:
-        LabError: if the optimizer or the scheduler would mix the seeds, or if no seed has a finite loss.
+        LabError: if the seeds would not be trained as each is alone, or if no seed has a finite loss.
     """
     return StackedTraining(nets, experiment, mnist, seeds).epochs_of_seeds()
 
@@ -48,16 +48,18 @@ class StackedTraining(Loop):
 
     def __init__(self, nets: Sequence[nn.Module], experiment: Experiment, mnist: Mnist, seeds: Sequence[int]) -> None:
         self.params, self.buffers = stack_module_state(list(nets))
-        super().__init__(nets, list(self.params.values()), experiment, mnist, seeds, (len(seeds),))
-        if refusal := _mixes(self.optimizer, self.scheduler):
+        parameters = list(self.params.values())
+        if refusal := _why_not(experiment, nets[0], parameters, len(mnist.train_images)):
             raise LabError(refusal)
+        super().__init__(nets, parameters, experiment, mnist, seeds, (len(seeds),))
+        self.trained = [name for name, parameter in nets[0].named_parameters() if parameter.requires_grad]
         self.gradients = _stacked_gradients(nets[0], experiment)
         seed_generators(seeds[0])  # dropout and augmentation of all seeds; each image is augmented by a draw of its own
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         gradients, losses, logits = self.gradients(self.params, self.buffers, images, labels)
-        for name, parameter in self.params.items():
-            parameter.grad = gradients[name]
+        for name in self.trained:
+            self.params[name].grad = gradients[name]
         self.optimizer.step()
         return losses, logits
 
@@ -71,20 +73,43 @@ class StackedTraining(Loop):
 
 def can_stack(experiment: Experiment, num_images: int) -> bool:
     """Say whether the experiment's seeds can be trained together."""
-    optimizer = build_optimizer(experiment, experiment.net().parameters())
-    return _mixes(optimizer, build_scheduler(experiment, optimizer, num_images)) is None
+    net = experiment.net()
+    parameters, _ = stack_module_state([net, net])
+    return _why_not(experiment, net, list(parameters.values()), num_images) is None
 
 
-def _mixes(optimizer: Optimizer, scheduler: LRScheduler | None) -> str | None:
-    """Return the sentence that says why stacked seeds would influence one another, or None."""
+def _why_not(experiment: Experiment, net: nn.Module, stacked: Sequence[Tensor], num_images: int) -> str | None:
+    """Return the sentence that says why stacked seeds would not be trained as each is alone, or None.
+
+    net, stacked: one seed's network, and the stacked parameters in the order of its own.
+    """
+    alone, optimizer = build_optimizer(experiment, net.parameters()), build_optimizer(experiment, stacked)
     if type(optimizer) not in ELEMENTWISE_OPTIMIZERS:  # a subclass may do as it likes
         allowed = ", ".join(kind.__name__ for kind in ELEMENTWISE_OPTIMIZERS)
         return f"optimizer: {type(optimizer).__name__} can't train seeds together; {allowed} can"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "optimizer: a hook on its step would see all seeds at once, so it can't train seeds together"
-    if isinstance(scheduler, ReduceLROnPlateau):
+    if _groups(optimizer, stacked) != _groups(alone, net.parameters()):
+        return "optimizer: its groups depend on the parameters' shapes, so it can't train seeds together"
+    if isinstance(build_scheduler(experiment, optimizer, num_images), ReduceLROnPlateau):
         return "scheduler: ReduceLROnPlateau follows one run's loss, so it can't train seeds together"
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in net.parameters()):
+        return "net: a hook on a parameter's gradient is not called when seeds are trained together"
+    if any(module._backward_hooks or module._backward_pre_hooks for module in net.modules()):
+        return "net: a backward hook is not called when seeds are trained together"
     return None
+
+
+def _groups(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[dict[str, object]]:
+    """Return what each parameter group holds, with the parameters by their place in `parameters`."""
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    return [
+        {
+            **{name: value.tolist() if isinstance(value, Tensor) else value for name, value in group.items()},
+            "params": [places[id(parameter)] for parameter in group["params"]],
+        }
+        for group in optimizer.param_groups
+    ]
 
 
 def _stacked_gradients(net: nn.Module, experiment: Experiment):  # type: ignore[no-untyped-def]

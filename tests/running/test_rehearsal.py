@@ -1,17 +1,19 @@
 """The rehearsal tries what training does: the layout in memory, the steps, and evaluation."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD
+from torch.optim import LBFGS, SGD, Optimizer
 
 from helpers import read_runs
 from mnist_lab import Experiment
@@ -231,3 +233,81 @@ def test_a_run_says_which_parameters_get_no_gradient(job: Callable[..., Job], ca
     said = [message for message in caplog.messages if "no gradient" in message]
     assert len(said) == 1
     assert "more.4 and 2 more: counted" in said[0]
+
+
+# ---- the numbers that are drawn
+
+
+OWN = np.random.default_rng(0)
+
+
+def from_its_own(images: Tensor) -> Tensor:
+    return images * torch.from_numpy(OWN.random((len(images), 1, 1, 1), dtype=np.float32))
+
+
+def from_the_seeded(images: Tensor) -> Tensor:
+    factors = np.random.random((len(images), 1, 1, 1))  # noqa: NPY002  the one that is seeded
+    return images * torch.from_numpy(factors.astype(np.float32))
+
+
+def test_an_augmentation_with_a_generator_of_its_own_is_named(
+    small_mnist: Mnist, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        rehearse(declare(augmentation=from_the_seeded), small_mnist).notice()
+        assert not caplog.messages
+        rehearse(declare(augmentation=from_its_own), small_mnist).notice()
+    assert "seed does not decide what augmentation draws" in caplog.text
+
+
+# ---- optimizers
+
+
+class SAM(Optimizer):
+    """Sharpness-aware minimization as it is usually written: gradients first, then `step` with a closure."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, rho: float = 0.05) -> None:
+        super().__init__(parameters, {"lr": lr, "rho": rho})
+        self.base = SGD(self.param_groups, lr=lr)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        assert closure is not None, "SAM requires a closure"
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        kept = [p.clone() for p in parameters]
+        for p in parameters:
+            p.add_(p.grad, alpha=self.param_groups[0]["rho"] / (norm.item() + 1e-12))
+        torch.enable_grad()(closure)()
+        for p, before in zip(parameters, kept, strict=True):
+            p.copy_(before)
+        self.base.step()
+
+
+def test_an_optimizer_that_evaluates_a_second_time_trains(small_mnist: Mnist) -> None:
+    experiment = declare(optimizer=partial(SAM, lr=0.05))
+
+    rehearsal = rehearse(experiment, small_mnist)
+    first, second = fit(initial_network(experiment, 0, CPU, rehearsal.memory_format), experiment, small_mnist, seed=0)
+
+    assert second.train_loss < first.train_loss
+
+
+def test_an_optimizer_without_a_learning_rate_is_refused(small_mnist: Mnist) -> None:
+    class WithoutRate(Optimizer):
+        def __init__(self, parameters: Iterable[Tensor]) -> None:
+            super().__init__(parameters, {})
+
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return None
+
+    with pytest.raises(LabError, match="^optimizer: WithoutRate has a parameter group without lr"):
+        rehearse(declare(optimizer=WithoutRate), small_mnist)
+
+
+def test_every_size_that_is_evaluated_is_tried_with_a_hold_out_too(small_mnist: Mnist) -> None:
+    held = replace(
+        small_mnist, validation_images=small_mnist.train_images[:70], validation_labels=small_mnist.train_labels[:70]
+    )
+    by_view = partial(Changing, by_view=lambda training, n: not training and n == len(held.test_images))
+    assert rehearse(declare(net=by_view), held).memory_format == torch.contiguous_format

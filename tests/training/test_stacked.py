@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +130,90 @@ def test_what_would_mix_the_seeds_is_refused(without_draws: Experiment, few_imag
     plateau = dataclasses.replace(without_draws, scheduler=ReduceLROnPlateau)
     with pytest.raises(LabError, match=r"^scheduler: ReduceLROnPlateau follows one run's loss"):
         next(fit_stacked(initial_networks(plateau, SEEDS), plateau, few_images, SEEDS))
+
+
+class Layers(nn.Module):
+    """Two layers, of which the second can be frozen."""
+
+    def __init__(self, frozen: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(784, 12), nn.Linear(12, 10)
+        self.second.requires_grad_(not frozen)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(self.first(images.flatten(1)).relu())
+
+
+def declare(net: Callable[[], nn.Module], **changes: Any) -> Experiment:
+    fields = {"net": net, "epochs": 1, "batch_size": 100, "optimizer": partial(torch.optim.SGD, lr=0.1)}
+    return Experiment(**fields | changes)
+
+
+def test_frozen_parameters_stay_as_they_are(few_images: Mnist) -> None:
+    experiment = declare(
+        partial(Layers, frozen=True), optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
+    )
+    stacked, alone = initial_networks(experiment, SEEDS), initial_networks(experiment, SEEDS)
+    assert can_stack(experiment, 300)
+
+    list(fit_stacked(stacked, experiment, few_images, SEEDS))
+
+    for seed, net, other in zip(SEEDS, stacked, alone, strict=True):
+        before = other.second.weight.clone()
+        list(fit(other, experiment, few_images, seed=seed))
+        assert torch.equal(net.second.weight, before)
+        torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def clipped_parameter() -> nn.Module:
+    net = Layers()
+    net.first.weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    return net
+
+
+def stepped_in_backward() -> nn.Module:
+    net = Layers()
+    net.first.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    return net
+
+
+def hooked_module() -> nn.Module:
+    net = Layers()
+    net.first.register_full_backward_hook(lambda *_: None)
+    return net
+
+
+def no_decay_of_biases(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    parameters = list(parameters)
+    weights, biases = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]
+    groups = [{"params": group, "weight_decay": 0.1 * (group is weights)} for group in (weights, biases) if group]
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+def rate_by_width(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [p], "lr": 1 / p.shape[-1] + p.ndim} for p in parameters])
+
+
+@pytest.mark.parametrize(
+    ("experiment", "said"),
+    [
+        (declare(clipped_parameter), "net: a hook on a parameter's gradient"),
+        (declare(stepped_in_backward), "net: a hook on a parameter's gradient"),
+        (declare(hooked_module), "net: a backward hook"),
+        (declare(Layers, optimizer=no_decay_of_biases), "optimizer: its groups depend on the parameters' shapes"),
+        (declare(Layers, optimizer=rate_by_width), "optimizer: its groups depend on the parameters' shapes"),
+    ],
+)
+def test_what_stacking_would_leave_out_is_refused(experiment: Experiment, said: str, few_images: Mnist) -> None:
+    assert not can_stack(experiment, 300)
+    with pytest.raises(LabError, match=f"^{said}"):
+        next(fit_stacked(initial_networks(experiment, SEEDS), experiment, few_images, SEEDS))
+
+
+def test_groups_by_place_and_a_schedule_can_be_stacked(few_images: Mnist) -> None:
+    def first_slower(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        first, *others = parameters
+        return torch.optim.SGD([{"params": [first], "lr": 0.01}, {"params": others}], lr=0.1)
+
+    schedule = partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.5)
+    assert can_stack(declare(Layers, optimizer=first_slower, scheduler=schedule), 300)
