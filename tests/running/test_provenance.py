@@ -96,6 +96,7 @@ def test_a_new_file_alone_is_a_change(repository: Path) -> None:
         "[diff]\n\texternal = echo",
         "[diff]\n\tnoprefix = true",
         "[diff]\n\tmnemonicPrefix = true",
+        "[diff]\n\trelative = true",
     ],
 )
 def test_the_diff_is_one_however_the_user_likes_to_see_diffs(setting: str, repository: Path, tmp_path: Path) -> None:
