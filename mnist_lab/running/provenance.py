@@ -75,14 +75,14 @@ def commit(script: Path, imported: Iterable[Path] = (), written: Iterable[Path] 
     others = ["--", ":/", *(f":(top,exclude,literal){path.relative_to(root)}" for path in own)]
     try:
         status = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all")  # -z: names as they are
-        changes = _git(folder, *status, *others)
+        changes = _git(root, *status, *others)
         if not changes:
             return Commit(sha, dirty=False, diff="")
         against = ("HEAD",) if sha != "none" else ("--cached",)
-        known = [f":(top,exclude,icase,glob)**/{pattern}" for pattern in SECRET_FILES]
-        diffs = _by_file(_git(folder, *DIFF, *against, *others, *known))
-        changed = _git(folder, "diff", "--name-only", "--no-renames", "-z", *against, *others).split("\0")
+        changed = _git(root, "diff", "--name-only", "--no-renames", "-z", *against, *others).split("\0")
         left_out = {name: "may hold keys or passwords" for name in changed if _is_secret(name)}
+        secret = [f":(top,exclude,literal){name}" for name in left_out]
+        diffs = _by_file(_git(root, *DIFF, *against, *others, *secret))
         sources = {file.resolve() for file in imported}
         for name in (entry[3:] for entry in changes.split("\0") if entry.startswith("?? ")):
             file = root / name

@@ -96,6 +96,7 @@ def test_a_new_file_alone_is_a_change(repository: Path) -> None:
         "[diff]\n\texternal = echo",
         "[diff]\n\tnoprefix = true",
         "[diff]\n\tmnemonicPrefix = true",
+        "[diff]\n\trelative = true",
     ],
 )
 def test_the_diff_is_one_however_the_user_likes_to_see_diffs(setting: str, repository: Path, tmp_path: Path) -> None:
@@ -235,6 +236,20 @@ def test_keys_and_passwords_are_left_out_by_name(tracked: bool, name: str, repos
     assert "hunter2" not in state.diff
     assert "+other" in state.diff
     assert state.diff.startswith(f"Left out (may hold keys or passwords): 'experiments/{name}'\n")
+
+
+@pytest.mark.parametrize("folder", ["secrets", ".env.d", "Passwords", "my-credentials/deep"])
+def test_what_lies_in_a_folder_of_keys_and_passwords_is_left_out_by_name(folder: str, repository: Path) -> None:
+    file = repository / folder / "server.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text("old\n")
+    git(repository, "add", "--all")
+    git(repository, "commit", "--quiet", "--message", "By mistake")
+    file.write_text("hunter2\n")
+
+    diff = commit(repository / "experiments" / "idea.py").diff
+
+    assert diff == f"Left out (may hold keys or passwords): '{folder}/server.txt'\n"
 
 
 def test_a_link_is_not_followed(repository: Path, tmp_path: Path) -> None:
