@@ -39,7 +39,7 @@ from mnist_lab.cli import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import quoted
-from mnist_lab.running import rehearsal, study
+from mnist_lab.running import rehearsal, schedule, study
 from mnist_lab.running import run as runner
 from mnist_lab.training.loop import fit
 
@@ -69,7 +69,7 @@ def tiny_mnist(mnist: Mnist) -> Mnist:
 
 @pytest.fixture(autouse=True)
 def _short_schedules_and_settings_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(rehearsal, "MAX_SCHEDULE_STEPS", 100)
+    monkeypatch.setattr(schedule, "MAX_SCHEDULE_STEPS", 100)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     threads = torch.get_num_threads()
     yield
