@@ -345,17 +345,17 @@ def run_with(more: str, database: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("more", "sentence"),
+    ("more", "said"),
     [
-        ("print(WIDHT)", r"error: script: NameError: name 'WIDHT' is not defined \(my_idea\.py, line \d+\)\n"),
-        ("sys.exit('not today')", "not today\n"),
+        ("print(WIDHT)", "NameError: name 'WIDHT' is not defined. Did you mean: 'WIDTH'?"),
+        ("sys.exit('not today')", "not today"),
     ],
 )
-def test_a_script_that_fails_before_it_declares_says_so_in_one_line(more: str, sentence: str, database: Path) -> None:
+def test_a_script_that_fails_before_it_declares_ends_as_any_program(more: str, said: str, database: Path) -> None:
     done = run_with(more, database)
 
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(sentence, done.stderr)
+    assert done.stderr.splitlines()[-1] == said
     assert read_runs(database) == []
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from test_evidence import PAGE, T0
 
 from helpers import ROOT
 from mnist_lab import __main__ as jobs
@@ -21,6 +20,7 @@ from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics
+from pages import PAGE, T0
 from run_writer import write_run
 
 UNSAFE = {"eval", "exec", "read_pickle", "unsafe_load"}

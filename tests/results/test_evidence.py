@@ -10,25 +10,10 @@ from helpers import ROOT, largest_file
 from mnist_lab.errors import LabError
 from mnist_lab.results import evidence
 from mnist_lab.tracking.store import Store, open_store
+from pages import PAGE, T0
 from run_writer import TARGETS, write_run
 
 RESULTS = ROOT / "docs" / "results"
-T0 = 1_700_000_000_000
-PAGE = """# Page
-
-Before.
-
-<!-- results -->
-old
-<!-- /results -->
-
-Between.
-
-<!-- effects -->
-<!-- /effects -->
-
-After.
-"""
 STEPS = {"step1_baseline": (99.0, 99.1, 98.9), "step2_dropout": (99.2, 99.28, 99.12), "step10_new": (99.5,)}
 
 
