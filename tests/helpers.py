@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import resource
 import select
 import shutil
 import sqlite3
@@ -130,6 +131,17 @@ def wait_until(condition: Callable[[], object], program: Program | None = None) 
         ended = program is not None and program.poll() is not None  # and once more, for what it did last
         time.sleep(0.05)
     raise AssertionError(f"not so after {PATIENCE} seconds") from error
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes: to a program it is as a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager

@@ -9,15 +9,24 @@ import pytest
 from helpers import ROOT, largest_file
 from mnist_lab.errors import LabError
 from mnist_lab.results import evidence
+from mnist_lab.running.sources import code_sha256, find_sources
 from mnist_lab.tracking.store import Store, open_store
 from pages import PAGE, T0
 from run_writer import TARGETS, write_run
 
 RESULTS = ROOT / "docs" / "results"
+SCRIPTS = sorted((ROOT / "experiments").glob("*.py"))
 STEPS = {"step1_baseline": (99.0, 99.1, 98.9), "step2_dropout": (99.2, 99.28, 99.12), "step10_new": (99.5,)}
 
 
 # ---- what is committed
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_the_committed_runs_are_those_of_the_script_as_it_is(script: Path) -> None:
+    digests = {row["code_sha256"] for row in rows_of(RESULTS / f"{script.stem}.csv")}
+
+    assert digests == {code_sha256(find_sources(script))[:12]}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"], ids=["README", "docs/results"])
