@@ -74,6 +74,8 @@ def small_mnist(mnist: "Mnist") -> "Mnist":
 def load_script() -> Callable[[str], ModuleType]:
     """Return a function that imports experiments/<stem>.py as a module, by its path."""
 
+    sys.path.append(str(EXPERIMENTS))  # where an ablation finds its step, as when it is started
+
     @cache
     def load(stem: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"experiments.{stem}", EXPERIMENTS / f"{stem}.py")
