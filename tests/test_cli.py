@@ -31,7 +31,7 @@ from mnist_lab.training.loop import EpochMetrics
 
 Load = Callable[[str], ModuleType]
 STEP1 = ROOT / "experiments" / "step1_baseline.py"
-BESIDE_THE_DATABASE = ("mlflow.db.lock", "mlflow.db-wal", "mlflow.db-shm")
+BESIDE_THE_DATABASE = ("locks", "mlflow.db.lock", "mlflow.db-wal", "mlflow.db-shm")
 STEP4 = ROOT / "experiments" / "step4_augment_steplr.py"
 
 
@@ -243,8 +243,8 @@ def test_a_wrong_value_is_refused_by_its_name(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--epochs", "x"], "argument --epochs: invalid int value: 'x'"),
-        (["--batch-size", "1.5"], "argument --batch-size: invalid int value: '1.5'"),
+        (["--epochs", "x"], "argument --epochs: 'x' is not a whole number"),
+        (["--batch-size", "1.5"], "argument --batch-size: '1.5' is not a whole number"),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number of at least 0"),
         (["--seed", "one"], "argument --seed: 'one' is not a whole number of at least 0"),
         (["--limit", "0"], "argument --limit: '0' is not a whole number of at least 1"),

@@ -226,9 +226,14 @@ class TrackedRun:
         return True
 
     def close(self, status: str) -> None:
-        """Close the run, and send what waits for its server. Where that fails, what ended the block matters more."""
+        """Close the run, and send what waits for its server. Where that fails, what ended the block matters more.
+
+        A run that can't be marked so keeps its lock's file, free: by that the next run here sees that it has ended.
+        """
+        marked = False
         try:
             self._write_now(Record("end", {"status": status, "end_time": _milliseconds()}))
+            marked = True
             if self._waiting and not self._catch_up(now=True):
                 logger.warning(
                     "the tracking server %s is still away: what it lacks of run %s waits on disk; "
@@ -243,7 +248,7 @@ class TrackedRun:
             logger.warning(message)
         finally:
             self._outbox.unlock()
-            let_go(self._lock)
+            let_go(self._lock) if marked else self._lock.release()
 
 
 @contextmanager
@@ -324,17 +329,18 @@ def _create_run(store: Store, run_name: str, params: Mapping[str, object], tags:
 
 
 def _reopen_run(store: Store, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
-    lock = take_lock(store, run_id)
+    lock, reopened = take_lock(store, run_id), False
     try:
         _send_waiting_records(store, run_id)
         check_resumable(store, run_id)
         client = mlflow.MlflowClient(tracking_uri=store.uri)
         client.update_run(run_id, status="RUNNING")
+        reopened = True
         tracked = TrackedRun(store, run_id, lock, frozenset(client.get_run(run_id).data.metrics))
         all_tags = {**tags, "process": process_tag()}
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in all_tags.items()])
     except BaseException:
-        let_go(lock)
+        lock.release() if reopened else let_go(lock)
         raise
     return tracked
 

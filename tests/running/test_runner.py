@@ -92,7 +92,7 @@ def test_the_run_is_finished_and_named_after_the_step_and_seed(full_run: FullRun
     run = full_run.tracked
     (read_by_mlflow,) = MlflowClient(f"sqlite:///{full_run.database}").search_runs(["1"])
 
-    assert (run.name, run.status) == ("step1_baseline seed 3", "FINISHED")
+    assert (run.name, run.status) == ("step1_baseline seed 3 [epochs=1]", "FINISHED")
     assert (read_by_mlflow.info.run_id, read_by_mlflow.info.run_name) == (run.run_id, run.name)
     assert read_by_mlflow.data.metrics["test_accuracy"] == run.metrics["test_accuracy"][0][1]
 
@@ -259,7 +259,7 @@ def test_another_seed_is_another_run(runs: Runs) -> None:
 
     assert one.train_loss != other.train_loss
     assert one.eval_loss != other.eval_loss
-    assert runs.tracked(runs.other_seed).name == "step4_augment_steplr seed 2"
+    assert runs.tracked(runs.other_seed).name.startswith("step4_augment_steplr seed 2 [epochs=2 ")
 
 
 def test_overrides_are_applied_and_tagged(runs: Runs) -> None:
@@ -279,7 +279,7 @@ def test_overrides_are_applied_and_tagged(runs: Runs) -> None:
 
 def test_a_limited_run_trains_on_so_many_images_and_tests_on_all(runs: Runs) -> None:
     assert [(epoch.train_images, epoch.eval_images) for epoch in runs.silent.epochs] == [(2000, 10_000)] * 2
-    assert runs.silent.overrides["limit"] == 2000
+    assert "limit=2000" in runs.tracked(runs.silent).tags["overrides"]
 
 
 def test_the_result_is_what_was_tracked(runs: Runs) -> None:
@@ -288,10 +288,10 @@ def test_the_result_is_what_was_tracked(runs: Runs) -> None:
     assert [value for _, value in tracked.metrics["test_loss"]] == [epoch.eval_loss for epoch in result.epochs]
     assert tracked.metrics["final_test_accuracy"] == [(0, result.measured["final_test_accuracy"])]
     assert tracked.tags["targets"] == "missed"
-    assert {verdict.name: verdict.met for verdict in result.verdicts} == {
-        "accuracy": False,
-        "params": True,
-        "epochs": True,
+    assert {verdict.name: verdict.word for verdict in result.verdicts} == {
+        "accuracy": "missed",
+        "params": "met",
+        "epochs": "met",
     }
 
 
@@ -427,12 +427,14 @@ def test_a_seed_out_of_range_is_refused(seed: int, load_script: Load, uri: str, 
 
 
 def test_a_run_that_no_script_declares_is_refused(
-    load_script: Load, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
+    load_script: Load, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["-c"])  # as in `python -c`
 
-    with pytest.raises(LabError, match="^script: .* is not a file; a run is named after the script"):
+    with pytest.raises(SystemExit, match="1"):
         run_command_line(load_script("step1_baseline").EXPERIMENT, ["--tracking-uri", uri])
+
+    assert re.fullmatch("error: script: .* is not a file; a run is named after its script\n", capsys.readouterr().err)
 
     assert read_runs(database) == []
 

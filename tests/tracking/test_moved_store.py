@@ -207,8 +207,8 @@ def test_an_interrupted_run_finds_the_script_of_the_project_that_it_is_in_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri, step = f"sqlite:///{tmp_path}/mlruns/mlflow.db", Path("experiments", "step1_baseline.py")
-    epoch = EpochMetrics(1, 1, 0.5, 1, 1, 0.5, 1, "test", 0.1, 1.0)
-    kept = Checkpoint("abc", str(ROOT / step), 0, {}, None, None, {}, 1, [epoch], {})
+    epoch = EpochMetrics(1, 0.5, 1, 1, 0.5, 1, 1, lr=0.1, epoch_seconds=1.0)
+    kept = Checkpoint("abc", str(ROOT / step), 0, {}, None, 0, {}, 1, [epoch], {})
     checkpoint.save(kept, uri)
     assert checkpoint.find(uri).script == str(ROOT / step)
 
