@@ -60,7 +60,7 @@ def wait_or_fail(images):
 
 
 declared = Experiment(
-    net=lambda: Net(),
+    net=lambda dropout=0.1: Net(dropout),
     epochs=1,
     batch_size=64,
     optimizer=partial(torch.optim.SGD, lr=0.1),
