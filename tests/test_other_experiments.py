@@ -347,7 +347,7 @@ def run_with(more: str, database: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ("print(WIDHT)", "NameError: name 'WIDHT' is not defined. Did you mean: 'WIDTH'?"),
+        ("print(WIDHT)", "NameError: name 'WIDHT' is not defined"),
         ("sys.exit('not today')", "not today"),
     ],
 )
@@ -355,7 +355,7 @@ def test_a_script_that_fails_before_it_declares_ends_as_any_program(more: str, s
     done = run_with(more, database)
 
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1] == said
+    assert done.stderr.splitlines()[-1].startswith(said)
     assert read_runs(database) == []
 
 
