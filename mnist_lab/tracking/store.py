@@ -383,14 +383,28 @@ def is_deleted(uri: str, run_id: str) -> bool:
     return bool(info.lifecycle_stage == LifecycleStage.DELETED)
 
 
+class _Silence:
+    """How many blocks of `quiet` are open, in whatever threads: the last to end lets the loggers speak again."""
+
+    lock = threading.Lock()
+    open = 0
+    before = logging.NOTSET
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    with _Silence.lock:
+        if _Silence.open == 0:
+            _Silence.before = logging.root.manager.disable
+            logging.disable(logging.WARNING)
+        _Silence.open += 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(disabled)
+        with _Silence.lock:
+            _Silence.open -= 1
+            if _Silence.open == 0:
+                logging.disable(_Silence.before)

@@ -1,5 +1,6 @@
 """Which store is meant, and whether it is one that can be read."""
 
+import logging
 import shutil
 import sqlite3
 from contextlib import closing
@@ -9,6 +10,7 @@ import pytest
 
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.sqlite import check_readable, sqlite_file, tracking_uri, without_password
+from mnist_lab.tracking.store import quiet
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEFAULT = f"sqlite:///{PROJECT}/mlruns/mlflow.db"
@@ -165,3 +167,14 @@ def test_a_file_that_is_not_mlflows_is_refused_and_left_alone(content: str, data
         check_readable(f"sqlite:///{database}")
 
     assert database.read_bytes() == before
+
+
+def test_loggers_speak_again_though_two_threads_keep_quiet_by_turns() -> None:
+    first, second = quiet(), quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logging.root.manager.disable == logging.WARNING
+    second.__exit__(None, None, None)
+
+    assert logging.root.manager.disable == logging.NOTSET
