@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.data import load_mnist
-from mnist_lab.training.loop import training_images
+from mnist_lab.training.loop import training_batch
 
 BATCH_SIZE, DEGREES = 128, 7.0
 LAB, ALONE = "lab", "lab: random_rotation alone"
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def lab() -> float:
         laps = Laps()
         for batch in torch.split(order, BATCH_SIZE):
-            training_images(mnist, batch, experiment)
+            training_batch(mnist, batch, experiment)
             laps.lap()
         return images_per_second(batches, laps)
 

@@ -12,7 +12,7 @@ from mnist_lab.verdicts.measures import MEASURES
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
     from tqdm import tqdm
 
     from mnist_lab.running.job import Job
@@ -44,13 +44,11 @@ class Console:
         self.shown_at = 0.0
         self.on_terminal = sys.stdout.isatty()
 
-    def on_start(self, run_name: str, device: torch.device, net: nn.Module, summary: str, num_images: int) -> None:
-        from mnist_lab.training.loop import num_params
-
+    def on_start(self, run_name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None:
         self.num_images = num_images
         if self.on_terminal:
             print(summary)
-        print(f"{run_name}: {num_params(net):,} parameters, {num_images:,} training images, on {device.type}")
+        print(f"{run_name}: {num_params:,} parameters, {num_images:,} training images, on {device.type}")
 
     def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
         if not self.on_terminal:

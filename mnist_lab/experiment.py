@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.arguments import LAMBDA, finite_number, held, stable_text, whole_number
 from mnist_lab.errors import LabError
@@ -30,13 +31,16 @@ SUMMARY_METRICS = (
     "final_test_loss",
 )
 
-# The declared parts that take arguments. Only for the last two do default values count as declared:
+# The declared parts that take arguments. Only for these do default values count as declared:
 # their signatures are the script's or the lab's own, while a torch optimiser has a dozen defaults that nobody chose.
-PARTS = ("optimizer", "scheduler", "loss", "net", "augmentation")
-PARTS_WITH_DEFAULTS = ("net", "augmentation")
-NAMES_OF_PARTS = ("optimizer", "scheduler", "scheduler_interval", "loss", "augmentation")
+PARTS = ("optimizer", "scheduler", "loss", "net", "augmentation", "objective", "average")
+PARTS_WITH_DEFAULTS = ("net", "augmentation", "objective")
+NAMES_OF_PARTS = ("optimizer", "scheduler", "scheduler_interval", "loss", "augmentation", "objective", "average")
+OPTIONAL_PARTS = ("scheduler", "loss", "augmentation", "objective", "average")
+LISTED_WHERE_DECLARED = ("loss", "objective", "average")  # so runs of before they could be declared are still the same
 # Logged beside the hyperparameters: an argument so named is qualified by its part.
 RUN_PARAMS = ("seed", "device", "holdout")
+MNIST_PIXELS = (0.1307, 0.3081)  # mean and standard deviation of the training pixels, scaled to [0, 1]
 MAX_COUNT = 1_000_000_000  # of epochs or images in a batch: torch counts no further than 64 bits go
 MAX_SHOWN = 1_000  # characters of a value in a sentence
 NAME_IT = "name the function (def ...), so that runs can say what they used"
@@ -67,10 +71,22 @@ class Experiment:
     scheduler: called with the optimizer, e.g. `partial(StepLR, step_size=2, gamma=0.6)`. Where it has arguments named
         `epochs` or `steps_per_epoch` (OneCycleLR) that are not given, the run's own are filled in.
     scheduler_interval: whether the scheduler steps after each "epoch" (one step per epoch) or each "batch".
-    augmentation: maps a batch of training images, float in [0, 1] of shape (N, 1, 28, 28), to another such batch.
-        It runs on the images' device, before they are normalised.
-    loss: maps logits (N, 10) and labels (N,) to a scalar that training minimises. The reported test loss is always
-        the cross-entropy.
+    augmentation: maps a batch of training images, float in [0, 1] of shape (N, 1, 28, 28), to another such batch, with
+        a draw for each image. It runs on the images' device, before they are normalised. A transform of torchvision's
+        is applied image by image. One that needs the labels, such as torchvision's MixUp, or a function with an
+        argument named `labels`, maps images and labels (N,) to images and labels: (N,) again, or probabilities (N, 10).
+    loss: maps logits (N, 10) and labels to a scalar that training minimises; the cross-entropy if not given. The
+        reported losses are the cross-entropy whatever is minimised.
+    objective: in place of `loss`, for what needs the network or the images: maps the network, normalised images
+        (N, 1, 28, 28) and labels to the scalar that training minimises and the batch's logits (N, 10). It runs in
+        training only. An argument of it named `teacher` that is text names a trained network: `runs:/<id>/model`,
+        `models:/<name>/<version>`, or a script, whose newest finished run it is; the objective is given the network.
+        See mnist_lab.objectives.
+    average: maps the network to an average of its weights over the batches, e.g.
+        `partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)`. It is updated after each
+        batch, and is evaluated, judged and logged in place of the network.
+    normalize: mean and standard deviation; the network's input is (images - mean) / deviation. The default is that of
+        the training images, scaled to [0, 1].
     targets: what the verdict is about.
     reported: figures of an earlier write-up, keyed by SUMMARY_METRICS; shown beside the measured ones.
     """
@@ -81,8 +97,11 @@ class Experiment:
     optimizer: Callable[..., Optimizer]
     scheduler: Callable[..., LRScheduler] | None = None
     scheduler_interval: Literal["epoch", "batch"] = "epoch"
-    augmentation: Callable[[Tensor], Tensor] | None = None
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    augmentation: Callable[..., Any] | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    objective: Callable[..., tuple[Tensor, Tensor]] | None = None
+    average: Callable[[nn.Module], AveragedModel] | None = None
+    normalize: tuple[float, float] = MNIST_PIXELS
     targets: Targets = Targets()
     reported: Mapping[str, float] = field(default_factory=dict)
 
@@ -96,7 +115,7 @@ class Experiment:
         _check_count("batch_size", self.batch_size)
         for part in PARTS:
             value = getattr(self, part)
-            if value is None and part in ("scheduler", "augmentation"):
+            if value is None and part in OPTIONAL_PARTS:
                 continue
             if not callable(value):
                 raise LabError(
@@ -112,6 +131,12 @@ class Experiment:
             for name, argument in _logged(part, value).items():
                 if not isinstance(argument, str) and LAMBDA in (text := stable_text(argument)):
                     raise LabError(f"{part}: {name} {'is' if text == LAMBDA else 'holds'} a lambda; {NAME_IT}")
+        if self.loss is not None and self.objective is not None:
+            raise LabError(
+                f"objective: {_name(self.objective)} and the loss {_name(self.loss)} are both declared; "
+                "give one of them, as the objective returns the loss itself"
+            )
+        _check_normalize(self.normalize)
         interval: object = self.scheduler_interval
         if not (isinstance(interval, str) and interval in ("epoch", "batch")):
             raise LabError(f"scheduler_interval: {quoted(interval)} is neither 'epoch' nor 'batch'")
@@ -139,8 +164,14 @@ class Experiment:
         by `partial` is there too: the attributes of a transform, the outer variables of a local function.
         """
         flat: dict[str, object] = {"batch_size": self.batch_size, "epochs": self.epochs}
+        if self.normalize != MNIST_PIXELS:
+            flat["normalize"] = self.normalize
         for part in PARTS:
             value = getattr(self, part)
+            if part == "loss" and self.objective is None:
+                value = value or F.cross_entropy
+            if value is None and part in LISTED_WHERE_DECLARED:
+                continue
             if part != "net":
                 flat[part] = "none" if value is None else _name(value)
             for name, argument in _logged(part, value).items():
@@ -158,7 +189,7 @@ class Experiment:
         Raises:
             LabError: if nothing of that name is declared, or the value is of another type than the declared one.
         """
-        declared = self.hyperparameters()
+        declared = {**self.hyperparameters(), "normalize": self.normalize}
         fields: dict[str, Any] = {}
         different: dict[str, object] = {}
         for name, given in changes.items():
@@ -187,7 +218,7 @@ class Experiment:
 
     def where(self, name: str) -> tuple[str | None, str]:
         """Return the part and the argument that a flat name stands for; part None for a field of its own."""
-        if name in ("batch_size", "epochs", *NAMES_OF_PARTS):
+        if name in ("batch_size", "epochs", "normalize", *NAMES_OF_PARTS):
             return None, name
         part, dot, argument = name.partition(".")
         if dot:
@@ -253,6 +284,12 @@ def _check_count(name: str, value: object) -> None:
         raise LabError(f"{name}: {quoted(value)} is not a whole number of at least 1")
     if value > MAX_COUNT:
         raise LabError(f"{name}: {quoted(value)} is more than {MAX_COUNT:,}")
+
+
+def _check_normalize(value: object) -> None:
+    pair = isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
+    if not (isinstance(value, tuple) and pair and value[1] > 0):
+        raise LabError(f"normalize: {quoted(value)} is not a pair (mean, standard deviation), the latter above 0")
 
 
 def quoted(value: object) -> str:

@@ -15,6 +15,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import declaration
 from mnist_lab.running.sources import code_sha256, find_sources
+from mnist_lab.tracking.teacher import Teacher
 
 MAX_SEED = 2**32 - 1
 
@@ -32,6 +33,7 @@ class Job:
     limit: train on the first so many images only, which counts as an override too; None for all.
     holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
         test images are then read once, at the end. 0 for none.
+    teacher: the network in MLflow that the objective learns from, once `teaching.find` has found it.
     params: what is logged as params, but for the seed; read once, as objects among the arguments may change in use.
 
     Raises:
@@ -47,6 +49,7 @@ class Job:
     tracking_uri: str
     limit: int | None = None
     holdout: int = 0
+    teacher: Teacher | None = None
     params: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +84,7 @@ class Job:
             "step": self.step,
             "overrides": " ".join(f"{name}={stable_text(value)}" for name, value in sorted(overrides.items())),
             "code_sha256": self.code_sha256,
+            **({} if self.teacher is None else self.teacher.tags),
         }
 
     @property

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
+import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
@@ -25,21 +29,30 @@ from mnist_lab.training.generators import kept_generators, seed_generators
 from mnist_lab.training.loop import (
     EVALUATION_BATCH_SIZE,
     EpochMetrics,
+    build_average,
     build_optimizer,
     evaluates_again,
     evaluation_part,
     initial_network,
+    loss_and_logits,
     normalize,
     num_params,
     predict,
     train_step,
-    training_images,
+    training_batch,
 )
+from mnist_lab.training.transforms import augment, is_mixing, is_torchvision, parts
 
 logger = logging.getLogger(__name__)
 
 SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
 MAX_NAMES = 5  # of parameters in a notice
+OUTSIDE = 0.01  # by which an augmented pixel may lie outside [0, 1]: an interpolation may overshoot
+# Transforms of torchvision that code for other programs has, and what to do here.
+DONE_BY_THE_LAB = {
+    "Normalize": "is the lab's own business: declare normalize=(mean, deviation) in its place",
+    **dict.fromkeys(("ToTensor", "PILToTensor"), "is for other images: leave it out, they are tensors in [0, 1] here"),
+}
 TRAINING = Path(training.__file__)
 
 
@@ -49,28 +62,35 @@ class Rehearsal:
 
     memory_format: channels_last, or torch.contiguous_format where the network or its optimizer fails with that.
     seed_decides: whether one seed always gives the same augmented images.
-    without_gradient: the names of trainable parameters that the loss gives no gradient to.
+    untrained: the names of parameters that no gradient has reached, in the rehearsal or where `watch` was asked to.
+    notices: sentences about what the user may not expect.
     """
 
     memory_format: torch.memory_format
-    without_gradient: list[str]
-    seed_decides: bool
+    untrained: set[str]
+    notices: list[str]
+
+    def watch(self, net: nn.Module) -> None:
+        """Take a parameter of this network from `untrained` when a gradient reaches it after all.
+
+        A layer that is skipped at random may have been skipped in each batch of the rehearsal.
+        """
+        parameters = dict(net.named_parameters())
+        for name in self.untrained:
+            parameters[name].register_post_accumulate_grad_hook(partial(self._reached, name))  # type: ignore[no-untyped-call]
+
+    def _reached(self, name: str, parameter: Tensor) -> None:
+        self.untrained.discard(name)
 
     def notice(self) -> None:
-        """Warn of parameters that get no gradient, and of draws that the seed does not decide."""
-        if not self.seed_decides:
+        """Warn of what the user may not expect, such as parameters that get no gradient."""
+        for notice in self.notices:
+            logger.warning("%s", notice)
+        if self.untrained:
+            more = f" and {len(self.untrained) - MAX_NAMES} more" if len(self.untrained) > MAX_NAMES else ""
             logger.warning(
-                "the run's seed does not decide what augmentation draws: it has a generator or numbers of its own, "
-                "which a resumed run does not go on with either; draw from torch, random or np.random themselves"
-            )
-        if self.without_gradient:
-            more = (
-                f" and {len(self.without_gradient) - MAX_NAMES} more" if len(self.without_gradient) > MAX_NAMES else ""
-            )
-            logger.warning(
-                "no gradient reaches %s: counted among the parameters, but not trained; "
-                "of a copy that is not to be trained, say requires_grad_(False)",
-                ", ".join(self.without_gradient[:MAX_NAMES]) + more,
+                "no gradient reaches %s: not trained, and not counted among the parameters",
+                ", ".join(sorted(self.untrained)[:MAX_NAMES]) + more,
             )
 
 
@@ -108,38 +128,103 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     last = total % experiment.batch_size or full
     for size in sorted({full, last}, reverse=True):
         _rehearse_batch(net, experiment, mnist, size)
+    notices = []
     if experiment.augmentation is not None:
         with blame("augmentation"):
-            check_draws(experiment.augmentation, mnist.train_images[0].float() / 255, total)
-            seed_decides = _seed_decides(experiment, mnist, full)
-    else:
-        seed_decides = True
-    without_gradient = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+            notices = _rehearse_augmentation(experiment, experiment.augmentation, mnist, full)
+    if experiment.average is not None:
+        with blame("average"):
+            notices += _rehearse_average(experiment, net, evaluation_part(mnist)[1][:2])
+    untrained = {name for name, p in net.named_parameters() if p.requires_grad and p.grad is None}
     evaluated = evaluation_part(mnist)[1]
     with blame("net"):
-        _check_evaluation(net, evaluated, {len(evaluated), len(mnist.test_images)})
+        _check_evaluation(net, evaluated, {len(evaluated), len(mnist.test_images)}, experiment)
     with blame("optimizer"):
         _rehearse_step(net, experiment, optimizer, again, mnist, full)
-        if not predict(net, evaluated[:2]).isfinite().all():
+        if not predict(net, evaluated[:2], experiment.normalize).isfinite().all():
             raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
         _rehearse_step(net, experiment, optimizer, again, mnist, last)  # a second one finds what the first has left
     with blame("net"):
         few = evaluated[:EVALUATION_BATCH_SIZE]
-        _check_evaluated_again(net, few, predict(net, few))
+        _check_evaluated_again(net, few, predict(net, few, experiment.normalize), experiment)
     with blame("scheduler"):
         check_schedule(experiment, net, total)
-    return Rehearsal(memory_format, without_gradient, seed_decides)
+    return Rehearsal(memory_format, untrained, notices)
 
 
-def _seed_decides(experiment: Experiment, mnist: Mnist, size: int) -> bool:
-    """Say whether the augmentation gives the same images again from the same seed."""
+def _rehearse_augmentation(
+    experiment: Experiment, augmentation: Callable[..., object], mnist: Mnist, size: int
+) -> list[str]:
+    """Refuse an augmentation whose draws are wrong; return notices of what else it does.
+
+    Raises:
+        ValueError: if it draws once for a whole batch, or does what the lab does itself.
+    """
+    notices = []
+    transforms = list(parts(augmentation))
+    for name in (type(transform).__name__ for transform in transforms if is_torchvision(transform)):
+        if name in DONE_BY_THE_LAB:
+            raise ValueError(f"{name} {DONE_BY_THE_LAB[name]}")
+    label = mnist.train_labels[:1]
+    check_draws(
+        lambda images: augment(augmentation, images, label.expand(len(images)))[0],
+        mnist.train_images[0].float() / 255,
+        len(mnist.train_images),
+    )
     batch = torch.arange(size, device=mnist.train_images.device)
 
     def drawn() -> Tensor:
         seed_generators(SEED)
-        return training_images(mnist, batch, experiment)
+        return training_batch(mnist, batch, experiment)[0]
 
-    return torch.allclose(drawn(), drawn(), atol=1e-5)
+    first = drawn()
+    start = time.perf_counter()
+    again = drawn()
+    seconds = math.ceil((time.perf_counter() - start) * len(mnist.train_images) / size)
+    if not torch.allclose(first, again, atol=1e-5):
+        notices.append(
+            "the run's seed does not decide what augmentation draws: it has a generator or numbers of its own, "
+            "which a resumed run does not go on with either; draw from torch, random or np.random themselves"
+        )
+    low, high = first.min().item(), first.max().item()
+    if low < -OUTSIDE or high > 1 + OUTSIDE:
+        notices.append(
+            f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
+        )
+    if alone := [type(one).__name__ for one in transforms if is_torchvision(one) and not is_mixing(one)]:
+        notices.append(
+            f"augmentation: {', '.join(alone)} of torchvision draws once per call, so it is applied image by "
+            f"image, which takes some {seconds} s of an epoch; those of mnist_lab.augmentation take a batch at once"
+        )
+    if mixing := [type(one).__name__ for one in transforms if is_mixing(one)]:
+        notices.append(
+            f"augmentation: {', '.join(mixing)} of torchvision draws one share for all images of a batch; "
+            "mnist_lab.objectives.mixup draws one for each"
+        )
+    return notices
+
+
+def _rehearse_average(experiment: Experiment, net: nn.Module, images: Tensor) -> list[str]:
+    """Refuse an average that is not of this network; return notices.
+
+    Raises:
+        TypeError, ValueError: if it is none, or of another network.
+    """
+    average = build_average(experiment, net)
+    if not isinstance(average, AveragedModel):
+        raise TypeError(f"gives a {type(average).__name__}, not a torch.optim.swa_utils.AveragedModel")
+    own, averaged = net.state_dict(), average.module.state_dict()
+    if own.keys() != averaged.keys() or not all(torch.equal(own[name], averaged[name]) for name in own):
+        raise ValueError("is of another network than the one that it is given")
+    average.update_parameters(net)
+    average.update_parameters(net)  # the first call copies
+    _check_logits(predict(average.module, images, experiment.normalize), len(images))
+    if not average.use_buffers and any(True for _ in net.buffers()):
+        return [
+            "average: takes the network's buffers, such as the statistics of batch norm, as they are after the last "
+            "batch; AveragedModel(..., use_buffers=True) averages them too"
+        ]
+    return []
 
 
 def _rehearse_step(
@@ -147,14 +232,14 @@ def _rehearse_step(
 ) -> None:
     batch = torch.arange(size, device=mnist.train_images.device)
     net.train()
-    images = normalize(training_images(mnist, batch, experiment))
-    train_step(net, images, mnist.train_labels[batch], experiment, optimizer, again)
+    images, labels = training_batch(mnist, batch, experiment)
+    train_step(net, normalize(images, experiment.normalize), labels, experiment, optimizer, again)
 
 
 def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: int) -> None:
     batch = torch.arange(size, device=mnist.train_images.device)
     with blame("augmentation"):
-        images = training_images(mnist, batch, experiment)
+        images, labels = training_batch(mnist, batch, experiment)
         if not isinstance(images, Tensor):
             raise TypeError(f"gives a {type(images).__name__}, not a tensor of images")
         if images.shape != (size, 1, 28, 28) or images.dtype != torch.float32:
@@ -162,24 +247,44 @@ def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: 
             raise ValueError(f"gives {given}, not torch.float32 of shape ({size}, 1, 28, 28)")
         if not images.isfinite().all():
             raise ValueError("gives pixels that are not finite")
-    images = normalize(images)
-    labels = mnist.train_labels[batch]
+        if not isinstance(labels, Tensor) or not _are_labels(labels, size):
+            given = f"{labels.dtype} labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else labels
+            raise ValueError(f"gives {given}, not digits of shape ({size},) or probabilities of shape ({size}, 10)")
+    images = normalize(images, experiment.normalize)
     net.train()
     with blame("net"), SparseDropout():
-        _check_logits(logits := net(images), size)
-    with blame("loss"):
-        loss = experiment.loss(logits, labels)
+        _check_logits(net(images), size)
+    minimised = "loss" if experiment.objective is None else "objective"
+    with blame(minimised):
+        returned: object = loss_and_logits(net, images, labels, experiment)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise TypeError(f"gives {_kind(returned)}, not a loss and the batch's logits: return loss, logits")
+        loss, logits = returned
         if not isinstance(loss, Tensor) or loss.shape != ():
-            raise ValueError("does not give a single number")
+            raise ValueError(f"gives {_kind(loss)} for the loss, not a single number")
+        _check_logits(logits, size)
         if not loss.isfinite():
             raise ValueError(f"is {loss.item()} on the first batch")
         if not loss.requires_grad:
             raise ValueError("has no gradient in the network's parameters, so it can't train them")
     with blame("net"):
         loss.backward()  # type: ignore[no-untyped-call]
+    if all(parameter.grad is None for parameter in net.parameters()):
+        raise LabError(f"{minimised}: has no gradient in the network's parameters, so it can't train them")
 
 
-def _check_evaluation(net: nn.Module, images: Tensor, totals: set[int]) -> None:
+def _are_labels(labels: Tensor, size: int) -> bool:
+    """Say whether these are digits (size,), or probabilities (size, 10)."""
+    if labels.ndim == 1:
+        return labels.shape == (size,) and labels.dtype == torch.int64
+    return labels.shape == (size, 10) and labels.is_floating_point()
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _check_evaluation(net: nn.Module, images: Tensor, totals: set[int], experiment: Experiment) -> None:
     """Try every number of images that is evaluated at once, and the two that the model is logged with.
 
     totals: of images in the parts that are evaluated, which may be more than there are in `images`.
@@ -189,14 +294,14 @@ def _check_evaluation(net: nn.Module, images: Tensor, totals: set[int]) -> None:
     }
     for size in sorted(sizes - {0}):
         few = images[torch.arange(size, device=images.device) % len(images)]
-        logits = predict(net, few)
+        logits = predict(net, few, experiment.normalize)
         _check_logits(logits, size)
-        _check_evaluated_again(net, few, logits)
+        _check_evaluated_again(net, few, logits, experiment)
 
 
-def _check_evaluated_again(net: nn.Module, images: Tensor, logits: Tensor) -> None:
+def _check_evaluated_again(net: nn.Module, images: Tensor, logits: Tensor, experiment: Experiment) -> None:
     """Refuse a network that gives these images other logits than before, but for what a GPU may round differently."""
-    again = predict(net, images)
+    again = predict(net, images, experiment.normalize)
     if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-4, atol=1e-5, equal_nan=True):
         raise ValueError(
             "gives other logits when it is evaluated on the same images again; turn off in evaluation mode what draws "

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from mnist_lab.data import Mnist, find_data_dir, hold_out, load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
-from mnist_lab.running import checkpoint, provenance
+from mnist_lab.running import checkpoint, provenance, teaching
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job, check_seed
-from mnist_lab.running.rehearsal import blame, blame_script, rehearse, without_exits
+from mnist_lab.running.rehearsal import Rehearsal, blame, blame_script, rehearse, without_exits
 from mnist_lab.running.schedule import report_without_effect, without_effect
 from mnist_lab.running.sources import SCRIPT
 from mnist_lab.running.summary import summarize
@@ -30,6 +30,7 @@ from mnist_lab.tracking.sqlite import PROJECT_ROOT, own_files
 from mnist_lab.tracking.store import Store, close_abandoned, open_store
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, Training, evaluate, initial_network, normalize, num_params, predict
+from mnist_lab.training.transforms import augment
 from mnist_lab.verdicts import targets
 from mnist_lab.verdicts.targets import Verdict
 
@@ -53,7 +54,7 @@ LOGGED_ONCE_WITH_HOLD_OUT = (
 class Progress(Protocol):
     """Who listens to a run: the console, or nobody. See `training.OnBatch` for what `on_batch` is given."""
 
-    def on_start(self, run_name: str, device: torch.device, net: nn.Module, summary: str, num_images: int) -> None: ...
+    def on_start(self, run_name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None: ...
     def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...
     def on_epoch(self, metrics: EpochMetrics) -> None: ...
 
@@ -86,8 +87,10 @@ def run(
     store = open_store(job.tracking_uri)
     sync(store.uri)
     close_abandoned(store)
+    job = teaching.find(job, store, None if resume is None else resume.identity)
+    experiment = teaching.load(job, store)
     mnist = load_parts(job)
-    rehearsal = rehearse(job.experiment, mnist)
+    rehearsal = rehearse(experiment, mnist)
     if parent_run_id is None:  # else the study has said it
         rehearsal.notice()
         report_without_effect(job.experiment, job.overrides, len(mnist.train_images))
@@ -102,8 +105,9 @@ def run(
                 threads,
             )
 
-    net = initial_network(job.experiment, seed, job.device, rehearsal.memory_format)
-    training = Training(net, job.experiment, mnist, seed=seed, on_batch=progress.on_batch)
+    net = initial_network(experiment, seed, job.device, rehearsal.memory_format)
+    rehearsal.watch(net)
+    training = Training(net, experiment, mnist, seed=seed, on_batch=progress.on_batch)
     before = [] if resume is None else resume.epochs
     if resume is not None:
         restore(training, resume)
@@ -135,11 +139,11 @@ def run(
         job,
         seed,
         train,
-        net,
+        training.result,
         mnist,
         store,
         progress,
-        memory_format=rehearsal.memory_format,
+        rehearsal=rehearsal,
         parent_run_id=parent_run_id,
         resume=resume,
     )
@@ -185,14 +189,14 @@ def record(
     store: Store,
     progress: Progress,
     *,
-    memory_format: torch.memory_format,
+    rehearsal: Rehearsal,
     parent_run_id: str | None,
     resume: Checkpoint | None = None,
 ) -> RunResult:
     """Track one run: its epochs as they come, and what the network is in the end.
 
     train: given the run's id in MLflow, trains `net` and returns the epochs that are left.
-    memory_format: of the network.
+    rehearsal: what it found out about the network.
     The other arguments are those of `run`.
     """
     where = mnist.train_images.device
@@ -205,14 +209,14 @@ def record(
         "data_sha256": mnist.sha256,
         "hardware": environment["hardware"],
         "torch": environment["torch"],
-        "memory_format": "channels_last" if memory_format == torch.channels_last else "contiguous",
+        "memory_format": "channels_last" if rehearsal.memory_format == torch.channels_last else "contiguous",
         **no_effect_tag(experiment, mnist),
         **target_tags(experiment),
         **{f"reported_{name}": str(figure) for name, figure in experiment.reported.items()},
     }
     with kept_generators(where):  # the layers may draw
-        summary = summarize(net)
-    progress.on_start(run_name, where, net, summary, len(mnist.train_images))
+        summary = summarize(net, rehearsal.untrained)
+    progress.on_start(run_name, where, num_params(net, rehearsal.untrained), summary, len(mnist.train_images))
     with track(
         store,
         run_name,
@@ -237,8 +241,8 @@ def record(
             epochs.append(metrics)
             tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
             progress.on_epoch(metrics)
-        logits = final_logits(net, mnist)
-        measured = measure(net, epochs, experiment)
+        logits = final_logits(net, mnist, experiment)
+        measured = measure(num_params(net, rehearsal.untrained), epochs, experiment)
         logged_once: tuple[str, ...] = LOGGED_ONCE
         if job.holdout:
             loss, correct = evaluate(logits, mnist.test_labels)
@@ -255,7 +259,8 @@ def record(
         tracked.set_tags({"targets": targets.overall(verdicts), **words})
         tracked.log_predictions(mnist.test_labels, logits)
         tracked.log_figures(draw(experiment, mnist, epochs, logits, step=job.step, seed=seed, run_id=tracked.run_id))
-        refusal = tracked.log_model(net, normalize(mnist.test_images[:2].float() / 255))
+        example = normalize(mnist.test_images[:2].float() / 255, experiment.normalize)
+        refusal = tracked.log_model(net, example, experiment.normalize)
         if refusal is not None:
             tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
     return RunResult(tracked.run_id, epochs, measured, verdicts)
@@ -272,14 +277,14 @@ def source_folder(name: str, file: Path) -> str:
     return "/".join(["source", *packages])
 
 
-def final_logits(net: nn.Module, mnist: Mnist) -> Tensor:
+def final_logits(net: nn.Module, mnist: Mnist, experiment: Experiment) -> Tensor:
     """Return the trained network's logits (10000, 10) of the test images.
 
     Raises:
         LabError: if it fails there or gives values that are not finite.
     """
     with blame("net"):
-        logits = predict(net, mnist.test_images)
+        logits = predict(net, mnist.test_images, experiment.normalize)
         if not logits.isfinite().all():
             raise ValueError("gives logits of the test images that are not finite, after the last epoch")
     return logits
@@ -325,10 +330,11 @@ def epoch_metrics(metrics: EpochMetrics) -> dict[str, float]:
         **{f"lr_{group}": lr for group, lr in enumerate(metrics.other_lrs, 1)},
         "epoch_seconds": metrics.epoch_seconds,
         **({} if metrics.objective is None else {"objective": metrics.objective}),
+        **({} if metrics.raw_accuracy is None else {f"raw_{metrics.evaluated_on}_accuracy": metrics.raw_accuracy}),
     }
 
 
-def measure(net: nn.Module, epochs: list[EpochMetrics], experiment: Experiment) -> dict[str, float]:
+def measure(num_params: int, epochs: list[EpochMetrics], experiment: Experiment) -> dict[str, float]:
     """Return what the epochs say once per run. The best epoch is the first with the highest accuracy.
 
     Accuracies after training are named by what the epochs were evaluated on: `final_test_accuracy` and so on, or with a
@@ -337,7 +343,7 @@ def measure(net: nn.Module, epochs: list[EpochMetrics], experiment: Experiment) 
     last, best = epochs[-1], max(epochs, key=lambda epoch: epoch.eval_correct)
     part = last.evaluated_on
     measured = {
-        "num_params": num_params(net),
+        "num_params": num_params,
         "epochs": last.epoch,
         "final_train_accuracy": last.train_accuracy,
         "best_train_accuracy": max(epoch.train_accuracy for epoch in epochs),
@@ -359,8 +365,8 @@ def draw(
 
     augmented = None
     if experiment.augmentation is not None:
-        images = mnist.train_images[:10].float() / 255
-        draws = torch.stack([experiment.augmentation(images) for _ in range(3)])
+        images, labels = mnist.train_images[:10].float() / 255, mnist.train_labels[:10]
+        draws = torch.stack([augment(experiment.augmentation, images, labels)[0] for _ in range(3)])
         augmented = images.squeeze(1).cpu().numpy(), draws.squeeze(2).cpu().numpy()
     return run_figures(
         [{**identity, "epoch": metrics.epoch, **epoch_metrics(metrics)} for metrics in epochs],

@@ -17,7 +17,7 @@ import torch
 from tabulate import tabulate
 
 from mnist_lab.errors import LabError
-from mnist_lab.running import provenance
+from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import load_parts, run_name_of, target_tags, written_by_lab
@@ -87,13 +87,14 @@ def study(
     store = open_store(job.tracking_uri)
     sync(store.uri)
     close_abandoned(store)
+    job = teaching.find(job, store)
     found = {} if again else finished_runs(store, job.params, job.tags)
     runs = {seed: found[seed] for seed in seeds if seed in found}
     missing = [seed for seed in seeds if seed not in found]
     mnist = rehearsal = None
     if missing:  # else there is nothing to refuse
         mnist = load_parts(job)
-        rehearsal = rehearse(job.experiment, mnist)
+        rehearsal = rehearse(teaching.load(job, store), mnist)
         rehearsal.notice()
         report_without_effect(job.experiment, job.overrides, len(mnist.train_images))
     count = min(workers or available_cores(), len(missing)) if job.device.type == "cpu" else min(1, len(missing))
@@ -120,11 +121,11 @@ def study(
         elif (
             mnist
             and rehearsal
-            and not rehearsal.without_gradient  # stacked, these would have zeros for gradients, and so decay
+            and not rehearsal.untrained  # stacked, these would have zeros for gradients, and so decay
             and job.device.type == "cuda"
             and can_stack(job.experiment, len(mnist.train_images))
         ):
-            messages = train_stacked(task, missing, mnist, store, rehearsal.memory_format)
+            messages = train_stacked(task, missing, mnist, store, rehearsal)
         else:
             messages = train_one_by_one(task, missing, progress.on_epoch)
         try:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 import torchsummary
@@ -20,15 +20,20 @@ MAX_NAMES = 6  # of parameters that a sentence lists
 Hook = Callable[[nn.Module, object, object], None]
 
 
-def summarize(net: nn.Module) -> str:
+def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
     """Return torchsummary's text for a (1, 28, 28) input, with each layer's receptive field in pixels.
 
     The totals are those of the network's parameters, each counted once. torchsummary counts weights and biases layer by
     layer, call by call; where that gives another total, a line says so and why. A network that torchsummary can't draw
     (layers that return tuples, no layer with weights) gets a table of its layers without receptive fields, and one that
     can't be run a line that says so. The network and the random state are left as they were.
+
+    untrained: names of parameters that no gradient reaches; they do not count as trainable.
     """
     try:
+        net = copy.deepcopy(net)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name not in untrained)
         return _draw(net)
     except Exception as error:
         said = " ".join(str(error).split())

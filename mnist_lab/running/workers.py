@@ -24,7 +24,7 @@ from types import FrameType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
@@ -32,6 +32,7 @@ from mnist_lab.running import checkpoint, declaration
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job
 from mnist_lab.running.output import lasting_output
+from mnist_lab.running.rehearsal import Rehearsal
 from mnist_lab.running.run import RunResult, check_eval_loss, record, run
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
 from mnist_lab.training.loop import EpochMetrics, initial_network
@@ -79,7 +80,7 @@ class EpochListener:
     def __init__(self, on_epoch: Callable[[EpochMetrics], None]) -> None:
         self.on_epoch = on_epoch
 
-    def on_start(self, run_name: str, device: torch.device, net: nn.Module, summary: str, num_images: int) -> None: ...
+    def on_start(self, run_name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None: ...
     def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...
 
 
@@ -101,11 +102,11 @@ def train_stacked(
     seeds: Sequence[int],
     mnist: Mnist,
     store: Store,
-    memory_format: torch.memory_format = torch.channels_last,
+    rehearsal: Rehearsal,
 ) -> Generator[Message, None, None]:
     """Train all seeds at once on the device of `mnist`, then track each as a run of its own."""
     experiment = task.job.experiment
-    nets = [initial_network(experiment, seed, mnist.train_images.device, memory_format) for seed in seeds]
+    nets = [initial_network(experiment, seed, mnist.train_images.device, rehearsal.memory_format) for seed in seeds]
     epochs: list[list[EpochMetrics]] = []
     try:
         for metrics_of_seeds in fit_stacked(nets, experiment, mnist, seeds):
@@ -133,7 +134,7 @@ def train_stacked(
                 mnist,
                 store,
                 EpochListener(lambda metrics: None),
-                memory_format=memory_format,
+                rehearsal=rehearsal,
                 parent_run_id=task.parent_run_id,
             )
         except Exception as error:

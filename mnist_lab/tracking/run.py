@@ -140,10 +140,11 @@ class TrackedRun:
             )
             self.log_file(file, folder)
 
-    def log_model(self, net: nn.Module, images: Tensor) -> str | None:
+    def log_model(self, net: nn.Module, images: Tensor, normalize: tuple[float, float]) -> str | None:
         """Log the trained network so that `mlflow.pytorch.load_model` gives it back, for any batch size.
 
         images: a few of the network's inputs (N, 1, 28, 28), at least two, as the input example.
+        normalize: the mean and standard deviation by which they were normalised, which the model's metadata keep.
         The format is torch.export's, which holds no pickle. Where it can't express the network, the weights are
         logged as `state_dict.pt`, and the reason is returned.
         """
@@ -163,6 +164,7 @@ class TrackedRun:
                         signature=signature,
                         input_example=example.numpy(),
                         pip_requirements=packages,
+                        metadata={"normalize": list(normalize)},
                         serialization_format="pt2",
                     )
             except MlflowException:

@@ -194,7 +194,7 @@ def finished_runs(store: Store, params: Mapping[str, object], tags: Mapping[str,
     """
     wanted = {name: str(value) for name, value in params.items()}
     found: dict[int, FinishedRun] = {}
-    for run in _search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
+    for run in search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
         seed = run.data.params.get("seed", "")
         alike = {**run.data.params, "seed": seed} == {**wanted, "seed": seed}
         tagged = all(run.data.tags.get(name) == value for name, value in tags.items())
@@ -219,7 +219,7 @@ def close_abandoned(store: Store) -> None:
     """
     client = mlflow.MlflowClient(tracking_uri=store.uri)
     try:
-        for run in _search(store, "attributes.status = 'RUNNING'"):
+        for run in search(store, "attributes.status = 'RUNNING'"):
             with _abandoned(store, run) as abandoned, briefly():
                 # Asked again: it may have ended by itself since.
                 if abandoned and client.get_run(run.info.run_id).info.status == "RUNNING":
@@ -228,7 +228,7 @@ def close_abandoned(store: Store) -> None:
         raise LabError(f"tracking store {store.name!r} can't be written: {one_line(error)}") from error
 
 
-def _search(store: Store, condition: str) -> list[Run]:
+def search(store: Store, condition: str) -> list[Run]:
     """Return the runs that meet the condition, newest first."""
     try:
         client = mlflow.MlflowClient(tracking_uri=store.uri)

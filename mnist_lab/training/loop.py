@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Experiment
+from mnist_lab.experiment import MNIST_PIXELS, Experiment
 from mnist_lab.training.cudagraph import Captured
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import generator_states, kept_generators, seed_generators, set_generator_states
+from mnist_lab.training.transforms import augment
 
-# Mean and standard deviation of the training pixels scaled to [0, 1].
-MEAN, STD = 0.1307, 0.3081
 EVALUATION_BATCH_SIZE = 500
 
 # Called after each batch with the number of images seen in this epoch and the running sums, which stay on the device:
@@ -43,6 +43,7 @@ class EpochMetrics:
     lr is the learning rate of the epoch's first batch, and other_lrs are those of the optimizer's parameter groups
     after the first. epoch_seconds covers training and evaluation.
     objective is the mean over the epoch's batches of what is minimised; None where that is the cross-entropy.
+    Where the weights are averaged, the average is evaluated, and raw_correct is of the network itself.
     """
 
     epoch: int
@@ -57,6 +58,7 @@ class EpochMetrics:
     evaluated_on: Literal["test", "validation"] = "test"
     other_lrs: tuple[float, ...] = ()
     objective: float | None = None
+    raw_correct: int | None = None
 
     @property
     def train_accuracy(self) -> float:
@@ -67,6 +69,11 @@ class EpochMetrics:
     def eval_accuracy(self) -> float:
         """In percent."""
         return 100 * self.eval_correct / self.eval_images
+
+    @property
+    def raw_accuracy(self) -> float | None:
+        """In percent."""
+        return None if self.raw_correct is None else 100 * self.raw_correct / self.eval_images
 
 
 def initial_network(
@@ -92,14 +99,18 @@ def initial_network(
     return net.to(device).to(memory_format=memory_format)
 
 
-def num_params(net: nn.Module) -> int:
-    """Count the trainable parameters, each once, wherever in the network it is used."""
-    return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+def num_params(net: nn.Module, untrained: Collection[str] = ()) -> int:
+    """Count the trainable parameters, each once, wherever in the network it is used.
+
+    untrained: names of parameters that no gradient reaches, such as those of a copy; they do not count.
+    """
+    return sum(p.numel() for name, p in net.named_parameters() if p.requires_grad and name not in untrained)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Turn float images in [0, 1] into the network's input: mean 0, standard deviation 1 over the training pixels."""
-    return (images - MEAN) / STD
+def normalize(images: Tensor, by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
+    """Turn float images in [0, 1] into a network's input, by its mean and standard deviation."""
+    mean, deviation = by
+    return (images - mean) / deviation
 
 
 class Loop:
@@ -134,6 +145,7 @@ class Loop:
         self.losses = torch.zeros(batches, *shape, device=self.device)  # what is minimised, of this epoch's batches
         self.batch = torch.zeros(1, dtype=torch.int64, device=self.device)  # how many there were so far
         self.captured = Captured(self._train_batch)
+        self.average: AveragedModel | None = None
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Update the network once; return the loss (*shape) and logits (*shape, N, 10) that it had before."""
@@ -166,7 +178,11 @@ class Loop:
                 else:
                     self.scheduler.step()
             self.update_nets()
-            evaluated = [evaluate(predict(net, images), labels) for net in self.nets]
+            evaluated = [evaluate(predict(net, images, self.experiment.normalize), labels) for net in self.nets]
+            raw_correct = None
+            if self.average is not None:
+                raw_correct = evaluated[0][1]
+                evaluated = [evaluate(predict(self.average.module, images, self.experiment.normalize), labels)]
             self.epoch += 1
             seconds = time.perf_counter() - start
             yield [
@@ -183,6 +199,7 @@ class Loop:
                     evaluated_on=evaluated_on,
                     other_lrs=tuple(other_lrs),
                     objective=None if minimised is train_losses else objective,
+                    raw_correct=raw_correct,
                 )
                 for train_loss, objective, train_correct, (eval_loss, eval_correct) in zip(
                     train_losses, minimised, self.correct.view(-1).tolist(), evaluated, strict=True
@@ -201,6 +218,8 @@ class Loop:
         seen = 0
         for batch in torch.split(orders.view(*self.shape, total).to(self.device), self.experiment.batch_size, dim=-1):
             self.captured(batch, key=_hyperparameters(self.optimizer))
+            if self.average is not None:
+                self.average.update_parameters(self.nets[0])
             if self.scheduler is not None and self.experiment.scheduler_interval == "batch":
                 self.scheduler.step()
             seen += batch.shape[-1]
@@ -209,14 +228,16 @@ class Loop:
 
     def _train_batch(self, batch: Tensor) -> None:
         """Train on the images that the indices `batch` (*shape, N) name."""
-        images = normalize(training_images(self.mnist, batch.flatten(), self.experiment))
-        labels = self.mnist.train_labels[batch]
+        images, labels = training_batch(self.mnist, batch.flatten(), self.experiment)
+        images, labels = normalize(images, self.experiment.normalize), labels.view(*batch.shape, *labels.shape[1:])
         loss, logits = self.train_step(images.view(*batch.shape, *images.shape[1:]), labels)
         self.losses.index_copy_(0, self.batch, loss.view(1, *self.shape).to(self.losses.dtype))
         self.batch += 1
         if not minimises_cross_entropy(self.experiment):
-            losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
-            loss = losses.view(labels.shape).mean(dim=-1)
+            losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(0, batch.ndim - 1), reduction="none")
+            loss = losses.view(batch.shape).mean(dim=-1)
+        if labels.ndim > batch.ndim:  # probabilities: the digit that an image shows most of
+            labels = labels.argmax(dim=-1)
         self.loss_sum += loss * batch.shape[-1]
         self.correct += (logits.argmax(dim=-1) == labels).sum(dim=-1)
 
@@ -243,7 +264,13 @@ class Training(Loop):
     ) -> None:
         super().__init__([net], net.parameters(), experiment, mnist, [seed], (), on_batch)
         self.net = net
+        self.average = build_average(experiment, net)
         self.evaluates_again = evaluates_again(experiment, net)
+
+    @property
+    def result(self) -> nn.Module:
+        """What the training is about: the average of the network's weights where one is declared, else the network."""
+        return self.net if self.average is None else self.average.module
 
     def epochs(self) -> Iterator[EpochMetrics]:
         """Train the epochs that are left, and yield each when it is finished.
@@ -262,6 +289,7 @@ class Training(Loop):
         return {
             "epoch": self.epoch,
             "net": self.net.state_dict(),
+            **({} if self.average is None else {"average": self.average.state_dict()}),
             "optimizer": plain(self.optimizer.state_dict()),
             "scheduler": None if self.scheduler is None else plain(self.scheduler.state_dict()),
             "shuffling": [generator.get_state() for generator in self.shuffling],
@@ -272,6 +300,8 @@ class Training(Loop):
         """Continue where the training that gave `state` stood; the generators that it draws from are set too."""
         self.epoch = state["epoch"]
         self.net.load_state_dict(state["net"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -294,10 +324,13 @@ def evaluation_part(mnist: Mnist) -> tuple[Literal["test", "validation"], Tensor
     return "validation", mnist.validation_images, mnist.validation_labels
 
 
-def training_images(mnist: Mnist, batch: Tensor, experiment: Experiment) -> Tensor:
-    """Return the images (N, 1, 28, 28) that the indices `batch` (N,) name, augmented, in [0, 1]."""
-    images = mnist.train_images[batch].float() / 255
-    return images if experiment.augmentation is None else experiment.augmentation(images)
+def training_batch(mnist: Mnist, batch: Tensor, experiment: Experiment) -> tuple[Tensor, Tensor]:
+    """Return the images (N, 1, 28, 28), augmented, in [0, 1], that the indices `batch` (N,) name, and their labels.
+
+    Labels are (N,), or probabilities (N, 10) where the augmentation makes them such.
+    """
+    images, labels = mnist.train_images[batch].float() / 255, mnist.train_labels[batch]
+    return (images, labels) if experiment.augmentation is None else augment(experiment.augmentation, images, labels)
 
 
 def train_step(
@@ -318,9 +351,7 @@ def train_step(
     def closure() -> Tensor:
         nonlocal first
         optimizer.zero_grad()
-        with SparseDropout():
-            logits = net(images)
-        loss = experiment.loss(logits, labels)
+        loss, logits = loss_and_logits(net, images, labels, experiment)
         loss.backward()  # type: ignore[no-untyped-call]
         if first is None:
             first = loss.detach(), logits.detach()
@@ -333,6 +364,17 @@ def train_step(
         optimizer.step(*[closure] * again)  # type: ignore[arg-type]
     assert first is not None
     return first
+
+
+def loss_and_logits(
+    net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, experiment: Experiment
+) -> tuple[Tensor, Tensor]:
+    """Return what is minimised, a scalar, and the logits (N, 10) of a batch, by the declared objective or loss."""
+    with SparseDropout():
+        if experiment.objective is not None:
+            return experiment.objective(net, images, labels)
+        logits = net(images)
+    return (experiment.loss or F.cross_entropy)(logits, labels), logits
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
@@ -379,8 +421,8 @@ def _requires_argument(step: Callable[..., object]) -> bool:
 
 
 def minimises_cross_entropy(experiment: Experiment) -> bool:
-    """Say whether the declared loss is known to be the mean cross-entropy per image."""
-    return experiment.loss is F.cross_entropy
+    """Say whether what is minimised is known to be the mean cross-entropy per image."""
+    return experiment.objective is None and experiment.loss in (None, F.cross_entropy)
 
 
 def _hyperparameters(optimizer: Optimizer) -> Hashable:
@@ -394,7 +436,7 @@ def _hyperparameters(optimizer: Optimizer) -> Hashable:
 
 
 @torch.inference_mode()
-def predict(net: nn.Module, images: Tensor) -> Tensor:
+def predict(net: nn.Module, images: Tensor, normalize_by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
     """Return the network's output (N, 10) in evaluation mode for uint8 images (N, 1, 28, 28).
 
     Each part of the network is left in the mode it was in.
@@ -402,7 +444,8 @@ def predict(net: nn.Module, images: Tensor) -> Tensor:
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
-        return torch.cat([net(normalize(batch.float() / 255)) for batch in torch.split(images, EVALUATION_BATCH_SIZE)])
+        batches = torch.split(images, EVALUATION_BATCH_SIZE)
+        return torch.cat([net(normalize(batch.float() / 255, normalize_by)) for batch in batches])
     finally:
         for module, training in modes:
             module.training = training
@@ -419,6 +462,16 @@ def build_optimizer(experiment: Experiment, parameters: Iterable[Tensor]) -> Opt
     keywords = declared.keywords if isinstance(declared, functools.partial) else {}
     tensors = {name: value.clone() for name, value in keywords.items() if isinstance(value, Tensor)}
     return experiment.optimizer(parameters, **tensors)
+
+
+def build_average(experiment: Experiment, net: nn.Module) -> AveragedModel | None:
+    """Build the declared average of the network's weights, with its count of batches where no GPU is waited for."""
+    if experiment.average is None:
+        return None
+    average = experiment.average(net)
+    if isinstance(average, AveragedModel):
+        average.n_averaged = average.n_averaged.cpu()  # it is read for each batch
+    return average
 
 
 def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: int) -> LRScheduler | None:

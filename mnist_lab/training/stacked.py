@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
@@ -23,6 +24,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.training.generators import seed_generators
 from mnist_lab.training.loop import EpochMetrics, Loop, build_optimizer, build_scheduler
+from mnist_lab.training.transforms import takes_labels
 
 # Their update of one weight depends on that weight alone, so stacked parameters are updated as separate ones are.
 ELEMENTWISE_OPTIMIZERS = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop)
@@ -83,6 +85,12 @@ def _why_not(experiment: Experiment, net: nn.Module, stacked: Sequence[Tensor], 
 
     net, stacked: one seed's network, and the stacked parameters in the order of its own.
     """
+    if experiment.objective is not None:
+        return "objective: it is given one network, so it can't train seeds together"
+    if experiment.average is not None:
+        return "average: it is of one network's weights, so it can't train seeds together"
+    if experiment.augmentation is not None and takes_labels(experiment.augmentation):
+        return "augmentation: it mixes images of different seeds, so it can't train seeds together"
     alone, optimizer = build_optimizer(experiment, net.parameters()), build_optimizer(experiment, stacked)
     if type(optimizer) not in ELEMENTWISE_OPTIMIZERS:  # a subclass may do as it likes
         allowed = ", ".join(kind.__name__ for kind in ELEMENTWISE_OPTIMIZERS)
@@ -115,12 +123,13 @@ def _groups(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[dict[str
 def _stacked_gradients(net: nn.Module, experiment: Experiment):  # type: ignore[no-untyped-def]
     """Return what maps stacked parameters, buffers and batches to gradients, losses (S,) and logits (S, B, 10)."""
     skeleton = copy.deepcopy(net).to("meta").train()
+    loss = experiment.loss or F.cross_entropy
 
     def loss_of_one(
         params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         logits = functional_call(skeleton, (params, buffers), (images,))  # batch norm updates its buffers in place
-        return experiment.loss(logits, labels), logits
+        return loss(logits, labels), logits
 
     gradient_of_one = grad_and_value(loss_of_one, has_aux=True)
 

@@ -61,6 +61,7 @@ MEASURES = {
         # of each epoch
         *(_loss(f"{part}_loss") for part in _PARTS),
         *(_accuracy(f"{part}_accuracy") for part in _PARTS),
+        *(Measure(f"raw_{part}_accuracy", f"{part} accuracy without averaging", "%", "higher") for part in _PARTS[1:]),
         Measure("lr", "learning rate", "rate", None),
         Measure("epoch_seconds", "time of an epoch", "s", "lower"),
         # of a run
