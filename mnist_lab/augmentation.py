@@ -22,6 +22,24 @@ def random_rotation(images: Tensor, degrees: float) -> Tensor:
     return rotate(images, angles)
 
 
+def random_affine(images: Tensor, degrees: float, shift: float, scale: float) -> Tensor:
+    """Rotate, scale and shift each image about its centre, each by draws of its own.
+
+    Angles are drawn uniformly from [-degrees, degrees], factors from [1 - scale, 1 + scale], and shifts, in pixels and
+    along each axis, from [-shift, shift].
+
+    Raises:
+        ValueError: if degrees or shift is negative or not finite, or scale not in [0, 1).
+    """
+    for name, value in (("degrees", degrees), ("shift", shift)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value!r} is not a finite number of 0 or more")
+    if not 0 <= scale < 1:
+        raise ValueError(f"scale={scale!r} is not at least 0 and below 1")
+    draws = torch.empty(4, len(images), device=images.device).uniform_(-1, 1)
+    return affine(images, draws[0] * degrees, 1 + draws[1] * scale, draws[2:] * shift)
+
+
 def random_center_crop(images: Tensor, size: int, p: float) -> Tensor:
     """With probability p, drawn for each image, cut out the central (size, size) and scale it up to the whole.
 
@@ -42,19 +60,38 @@ def random_center_crop(images: Tensor, size: int, p: float) -> Tensor:
     return torch.where(chosen, scaled, images)
 
 
+def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
+    """Rotate square images (N, C, S, S) counter-clockwise, scale them, and shift them right and down.
+
+    The same as torchvision's `functional.affine(image, -angle, shift, scale, shear=0, InterpolationMode.BILINEAR)`.
+
+    angles, scales: (N,), in degrees, and as factors.
+    shifts: (2, N), in pixels: to the right, and down.
+    """
+    size = images.shape[-1]
+    across, down = (shifts * (2 / size)).view(2, -1, 1, 1)
+    factors = scales.view(-1, 1, 1)
+    return _sample(images, angles, lambda x, y: ((x - across) / factors, (y - down) / factors))
+
+
 def rotate(images: Tensor, angles: Tensor) -> Tensor:
     """Rotate square images (N, C, S, S) counter-clockwise by angles (N,) in degrees: bilinear, filled with 0.
 
     The same as torchvision's `functional.rotate(image, angle, InterpolationMode.BILINEAR)` on each image.
     """
+    return _sample(images, angles, lambda x, y: (x, y))
+
+
+def _sample(images: Tensor, angles: Tensor, move: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """Look up where each output pixel came from: `move` its place (1, 1, S), (1, S, 1), then rotate it by the angle."""
     size = images.shape[-1]
     assert images.shape[-2] == size, "rotation by a shared grid needs square images"
     # Pixel centres in grid_sample's coordinates (align_corners=False): -1 and 1 are the image's outer edges.
     centres = torch.linspace(1 / size - 1, 1 - 1 / size, size, device=images.device)
-    x, y = centres.view(1, 1, size), centres.view(1, size, 1)
+    x, y = move(centres.view(1, 1, size), centres.view(1, size, 1))
     radians = (angles * (math.pi / 180)).view(-1, 1, 1)
     cos, sin = radians.cos(), radians.sin()
-    # Each output pixel looks up where it came from: the inverse rotation, with y pointing down.
+    # The inverse rotation, with y pointing down.
     grid = torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1)  # (N, S, S, 2)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

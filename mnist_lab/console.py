@@ -90,12 +90,13 @@ class Console:
 
 def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
     """Return the line that stands for a finished epoch."""
+    raw = "" if metrics.raw_accuracy is None else f" (raw weights {metrics.raw_accuracy:.2f}%)"
     return (
         f"epoch {metrics.epoch:>{len(str(epochs))}}/{epochs}  "
         f"train loss {metrics.train_loss:.4f}, "
         f"accuracy {_share(metrics.train_correct, metrics.train_images)}  "
         f"{metrics.evaluated_on} loss {metrics.eval_loss:.4f}, "
-        f"accuracy {_share(metrics.eval_correct, metrics.eval_images)}  "
+        f"accuracy {_share(metrics.eval_correct, metrics.eval_images)}{raw}  "
         f"lr {metrics.lr:.3g}  {metrics.epoch_seconds:.1f} s"
     )
 

@@ -1,5 +1,6 @@
 """Batched transforms of real images, beside torchvision's on each image alone."""
 
+import math
 import random
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as tv
 
 from mnist_lab import Experiment
-from mnist_lab.augmentation import image_by_image, random_center_crop, random_rotation, rotate
+from mnist_lab.augmentation import affine, image_by_image, random_affine, random_center_crop, random_rotation, rotate
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running.draws import check_draws
@@ -214,6 +215,30 @@ def test_a_draw_for_each_image_passes(augmentation: Callable[[Tensor], Tensor], 
         check_draws(augmentation, image, 60_000)
 
 
+def test_affine_is_torchvisions(images: Tensor) -> None:
+    few = images[:4]
+    angles, scales = torch.tensor([0.0, 7.0, -12.5, 3.0]), torch.tensor([1.0, 0.9, 1.2, 1.0])
+    shifts = torch.tensor([[1.0, 0.0, -2.0, 0.0], [0.0, 3.0, 1.0, 0.0]])
+
+    expected = [
+        tv.affine(image, -angle, (int(across), int(down)), scale, [0.0, 0.0], InterpolationMode.BILINEAR)
+        for image, angle, scale, (across, down) in zip(few, angles.tolist(), scales.tolist(), shifts.T, strict=True)
+    ]
+
+    torch.testing.assert_close(affine(few, angles, scales, shifts), torch.stack(expected), atol=1e-4, rtol=0)
+
+
+def test_random_affine_draws_each_part_for_each_image(images: Tensor) -> None:
+    alike = images[:1].expand(200, 1, 28, 28)
+    for part in ({"degrees": 20.0}, {"shift": 2.0}, {"scale": 0.2}):
+        drawn = random_affine(alike, **({"degrees": 0.0, "shift": 0.0, "scale": 0.0} | part))
+        assert len(drawn.unique(dim=0)) == 200
+    torch.testing.assert_close(random_affine(alike, 0.0, 0.0, 0.0), alike)
+    for wrong in ({"degrees": -1.0}, {"shift": math.inf}, {"scale": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            random_affine(alike, **({"degrees": 0.0, "shift": 0.0, "scale": 0.0} | wrong))
+
+
 def test_image_by_image_draws_for_each_image(images: Tensor) -> None:
     six = images[:1].expand(6, 1, 28, 28)
 
@@ -224,7 +249,7 @@ def test_image_by_image_draws_for_each_image(images: Tensor) -> None:
 
 def test_the_rehearsal_refuses_one_draw_for_a_whole_batch(small_mnist: Mnist) -> None:
     declared = {"net": partial(nn.Sequential, nn.Flatten(), nn.Linear(784, 10)), "epochs": 1, "batch_size": 64}
-    experiment = Experiment(**declared, optimizer=SGD, augmentation=v2.RandomRotation(30))
+    experiment = Experiment(**declared, optimizer=SGD, augmentation=noisy_rotation)
 
     with pytest.raises(LabError, match="^augmentation: draws once for a whole batch"):
         rehearse(experiment, small_mnist)

@@ -101,7 +101,6 @@ def test_a_count_that_is_none_is_refused(field: str, value: object) -> None:
         ("optimizer", SGD([nn.Parameter(torch.zeros(1))], lr=0.1)),
         ("scheduler", "StepLR"),
         ("augmentation", 7),
-        ("loss", None),
         ("loss", "cross_entropy"),
     ],
 )

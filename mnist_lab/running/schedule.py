@@ -109,13 +109,13 @@ def without_effect(experiment: Experiment, num_images: int) -> dict[str, str]:
 
 
 def report_without_effect(experiment: Experiment, overrides: Mapping[str, object], num_images: int) -> None:
-    """Say in a notice what has no effect in this run; refuse what was set for it and is overridden by the schedule.
+    """Say in a notice what has no effect in this run; refuse what was set for it.
 
     Raises:
-        LabError: naming the hyperparameter and what overrides it.
+        LabError: naming the hyperparameter, and what sets it in its place.
     """
     for name, sentence in without_effect(experiment, num_images).items():
-        if name in overrides and experiment.where(name)[0] == "optimizer":
+        if name in overrides:
             raise LabError(sentence)
         logger.warning("%s", sentence)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
 import torch
-from mlflow.entities import Run
+from mlflow.entities import LifecycleStage, LoggedModel, Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from torch import Tensor, nn
@@ -19,9 +18,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.tracking.delivery import briefly, one_line
 from mnist_lab.tracking.store import Store, quiet, search
 
-logger = logging.getLogger(__name__)
-
-RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/.+")
+RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
 STEP = re.compile(r"\w[\w.-]*")
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]+)|@(?P<alias>.+))?")
 EXPORTED = "data/model.pt2"  # by torch.export, in an MLflow model's folder
@@ -29,9 +26,9 @@ EXPORTED = "data/model.pt2"  # by torch.export, in an MLflow model's folder
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model in MLflow. uri: where it is; run_id: the run that logged it; sha256: of its file."""
+    """A logged model in MLflow: its id, the run that it comes from, and the SHA-256 of its file."""
 
-    uri: str
+    model_id: str
     run_id: str
     sha256: str
 
@@ -51,32 +48,21 @@ def find_teacher(store: Store, declared: str, holdout: int) -> Teacher:
     client = mlflow.MlflowClient(tracking_uri=store.uri)
     try:
         with quiet(), briefly():
-            if match := RUN_URI.fullmatch(declared):
-                uri, run = declared, client.get_run(match["run_id"])
-            elif match := MODEL_URI.fullmatch(declared):
-                uri, run = declared, client.get_run(_source_run(client, match))
-            elif STEP.fullmatch(declared):
-                run = _newest_run(store, declared, holdout)
-                uri = f"runs:/{run.info.run_id}/model"
-            else:
-                raise LabError(
-                    f"objective: teacher {declared!r} is neither runs:/<id>/model nor models:/<name>/<version> nor the "
-                    "name of a script"
-                )
-            if run.info.status != "FINISHED" or run.info.lifecycle_stage != "active":
-                is_now = run.info.status if run.info.lifecycle_stage == "active" else "deleted"
-                raise LabError(f"objective: teacher {declared!r}: run {run.info.run_id} is {is_now}, not FINISHED")
-            _check_holdout(run, declared, holdout)
-            file = _folder(store, uri) / EXPORTED
+            model = _find_model(client, store, declared, holdout)
+            run = client.get_run(str(model.source_run_id))
+            sha256 = _sha256(_file(store, model))
     except (MlflowException, OSError) as error:
         raise LabError(f"objective: teacher {declared!r} is not in {store.name!r}: {one_line(error)}") from error
-    if not file.is_file():
+    status = "deleted" if run.info.lifecycle_stage == LifecycleStage.DELETED else run.info.status
+    if status != "FINISHED":
+        raise LabError(f"objective: teacher {declared!r}: run {run.info.run_id} is {status}, not FINISHED")
+    seen = run.data.params.get("holdout", "0")
+    if holdout and seen != str(holdout):
         raise LabError(
-            f"objective: teacher {declared!r}: the model is not a torch.export archive, the format that runs no code "
-            "of a file's; log it with serialization_format='pt2'"
+            f"objective: teacher {declared!r}: run {run.info.run_id} held out {seen} images, and so has seen some of "
+            f"the {holdout} that are held out here; train it with --holdout {holdout}"
         )
-    with file.open("rb") as stream:
-        return Teacher(uri, run.info.run_id, hashlib.file_digest(stream, "sha256").hexdigest())
+    return Teacher(model.model_id, run.info.run_id, sha256)
 
 
 def load_teacher(store: Store, teacher: Teacher, device: torch.device, normalize: tuple[float, float]) -> nn.Module:
@@ -91,19 +77,24 @@ def load_teacher(store: Store, teacher: Teacher, device: torch.device, normalize
 
     try:
         with quiet(), briefly():
-            folder = _folder(store, teacher.uri)
-            with (folder / EXPORTED).open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != teacher.sha256:
-                    raise ValueError("the file is another one than when the run began")
-            net = move_to_device_pass(torch.export.load(folder / EXPORTED), device).module()
-            own = (Model.load(str(folder)).metadata or {}).get("normalize", normalize)
+            model = mlflow.MlflowClient(tracking_uri=store.uri).get_logged_model(teacher.model_id)
+            file = _file(store, model)
+            if _sha256(file) != teacher.sha256:
+                raise ValueError("its file is another one than when the run began")
+            net = move_to_device_pass(torch.export.load(file), device).module()
+            own = (Model.load(str(file.parents[1])).metadata or {}).get("normalize", normalize)
             net.requires_grad_(False)
             with torch.inference_mode():
                 shape = tuple(net(torch.zeros(2, 1, 28, 28, device=device)).shape)
     except Exception as error:  # torch has many ways to refuse a file
-        raise LabError(f"objective: teacher {teacher.uri} can't be loaded: {one_line(error)}") from error
+        raise LabError(
+            f"objective: teacher {teacher.model_id} of run {teacher.run_id} can't be loaded: {one_line(error)}"
+        ) from error
     if shape != (2, 10):
-        raise LabError(f"objective: teacher {teacher.uri} gives an output of shape {shape} for 2 images, not (2, 10)")
+        raise LabError(
+            f"objective: teacher {teacher.model_id} of run {teacher.run_id} gives an output of shape {shape} for 2 "
+            "images, not (2, 10): one logit per digit"
+        )
     return net if tuple(own) == normalize else _Renormalized(net, normalize, own)
 
 
@@ -119,25 +110,43 @@ class _Renormalized(nn.Module):
         return self.net((images * deviation + mean - own_mean) / own_deviation)  # type: ignore[no-any-return]
 
 
-def _source_run(client: mlflow.MlflowClient, match: re.Match[str]) -> str:
-    """Return the run that a registered or logged model comes from."""
-    name, version, alias = match["name"], match["version"], match["alias"]
-    if version:
-        run_id = client.get_model_version(name, version).run_id
-    elif alias:
-        run_id = client.get_model_version_by_alias(name, alias).run_id
-    else:
-        run_id = client.get_logged_model(name).source_run_id
-    if not run_id:
-        raise LabError(f"objective: teacher {match.group()!r} comes from no run, so what it was trained on is unknown")
-    return str(run_id)
+def _find_model(client: mlflow.MlflowClient, store: Store, declared: str, holdout: int) -> LoggedModel:
+    if match := RUN_URI.fullmatch(declared):
+        return _model_of(client, client.get_run(match["run_id"]), match["name"])
+    if STEP.fullmatch(declared):
+        return _model_of(client, _newest_run(store, declared, holdout), "model")
+    match = MODEL_URI.fullmatch(declared)
+    if match is None:
+        raise LabError(
+            f"objective: teacher {declared!r} is neither runs:/<id>/model nor models:/<name>/<version> nor the name "
+            "of a script"
+        )
+    name, model_id = match["name"], match["name"]
+    if match["version"]:
+        model_id = client.get_model_version(name, match["version"]).model_id
+    elif match["alias"]:
+        model_id = client.get_model_version_by_alias(name, match["alias"]).model_id
+    model = client.get_logged_model(model_id) if model_id else None
+    if model is None or not model.source_run_id:
+        raise LabError(f"objective: teacher {declared!r} comes from no run, so what it was trained on is not known")
+    return model
+
+
+def _model_of(client: mlflow.MlflowClient, run: Run, name: str) -> LoggedModel:
+    """Return the model of that name that a run has logged."""
+    outputs = [] if run.outputs is None else run.outputs.model_outputs
+    models = [client.get_logged_model(output.model_id) for output in outputs]
+    found = next((model for model in models if model.name == name), None)
+    if found is None:
+        raise LabError(f"objective: teacher: run {run.info.run_id} ({run.info.status}) has no model {name!r}")
+    return found
 
 
 def _newest_run(store: Store, step: str, holdout: int) -> Run:
     """Return the newest finished run of a script, as it is declared, with this hold-out."""
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.step = '{step}'"):
         as_declared = not run.data.tags.get("overrides") and run.data.params.get("holdout", "0") == str(holdout)
-        if as_declared and "model" not in run.data.tags:
+        if as_declared and "model" not in run.data.tags:  # that tag says why it has none
             return run
     with_holdout = f" with --holdout {holdout}" if holdout else ""
     raise LabError(
@@ -146,14 +155,22 @@ def _newest_run(store: Store, step: str, holdout: int) -> Run:
     )
 
 
-def _check_holdout(run: Run, declared: str, holdout: int) -> None:
-    seen = run.data.params.get("holdout", "0")
-    if holdout and seen != str(holdout):
+def _file(store: Store, model: LoggedModel) -> Path:
+    """Return the model's file on this machine.
+
+    Raises:
+        LabError: if the model is in another format than torch.export's.
+    """
+    folder = mlflow.artifacts.download_artifacts(artifact_uri=model.artifact_location, tracking_uri=store.uri)
+    file = Path(folder) / EXPORTED
+    if not file.is_file():
         raise LabError(
-            f"objective: teacher {declared!r}: run {run.info.run_id} was trained with a hold-out of {seen} images, and "
-            f"so has seen some of the {holdout} that are held out here; train it with --holdout {holdout}"
+            f"objective: teacher {model.model_id}: it is not kept by torch.export, so loading it might run code in its "
+            "file; log it with serialization_format='pt2'"
         )
+    return file
 
 
-def _folder(store: Store, uri: str) -> Path:
-    return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=store.uri))
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

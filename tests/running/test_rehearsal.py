@@ -202,7 +202,7 @@ def test_what_draws_in_training_only_is_let_through(small_mnist: Mnist) -> None:
 # ---- parameters without a gradient
 
 
-def test_parameters_that_get_no_gradient_are_named_and_counted(
+def test_parameters_that_get_no_gradient_are_named_and_not_counted(
     small_mnist: Mnist, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Averaged(Convolutions):
@@ -212,13 +212,15 @@ def test_parameters_that_get_no_gradient_are_named_and_counted(
 
     rehearsal = rehearse(declare(net=Averaged), small_mnist)
 
-    assert rehearsal.without_gradient == ["average.weight", "average.bias"]
+    assert rehearsal.untrained == {"average.weight", "average.bias"}
     with caplog.at_level(logging.WARNING):
         rehearsal.notice()
-    assert caplog.messages[0].startswith("no gradient reaches average.weight, average.bias: counted among the param")
-    assert num_params(Averaged()) == num_params(Convolutions()) + 910
+    assert caplog.messages[0].startswith(
+        "no gradient reaches average.bias, average.weight: not trained, and not counted"
+    )
+    assert num_params(Averaged(), rehearsal.untrained) == num_params(Convolutions())
     frozen = declare(net=partial(Averaged, frozen=True))
-    assert rehearse(frozen, small_mnist).without_gradient == []
+    assert rehearse(frozen, small_mnist).untrained == set()
     assert num_params(Averaged(frozen=True)) == num_params(Convolutions())
 
 
@@ -232,7 +234,32 @@ def test_a_run_says_which_parameters_get_no_gradient(job: Callable[..., Job], ca
         runner.run(job(net=Unused), 0, Silent())
     said = [message for message in caplog.messages if "no gradient" in message]
     assert len(said) == 1
-    assert "more.4 and 2 more: counted" in said[0]
+    assert "more.4 and 2 more: not trained, and not counted" in said[0]
+
+
+def test_a_copy_does_not_count_and_a_layer_that_is_trained_later_does(job: Callable[..., Job], database: Path) -> None:
+    class Late(Convolutions):
+        """Has a layer that is trained in some batches only, none of them in the rehearsal, and a copy that never is."""
+
+        late_is_used = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.late, self.copy = nn.Linear(10, 10), deepcopy(self.linear)
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            return self.late(logits) if Late.late_is_used else logits
+
+    class UseLate(Silent):
+        def on_start(self, *_: object) -> None:
+            Late.late_is_used = True
+
+    own = num_params(Convolutions())
+    assert runner.run(job(net=Late), 0, Silent()).measured["num_params"] == own
+    assert runner.run(job(net=Late), 1, UseLate()).measured["num_params"] == own + 110
+    summary = (read_runs(database)[0].artifacts / "model_summary.txt").read_text()
+    assert f"Trainable params: {own:,}" in summary
 
 
 # ---- the numbers that are drawn

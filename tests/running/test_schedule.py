@@ -133,6 +133,11 @@ def test_what_has_no_effect_is_said_and_what_was_set_for_it_is_refused(caplog: p
     with pytest.raises(LabError, match=r"^lr: 4\.0 has no effect: OneCycleLR\(max_lr=0\.01\) sets lr$"):
         report_without_effect(*experiment.override({"lr": "4"}), IMAGES)
     report_without_effect(*experiment.override({"max_lr": "0.1", "epochs": "3"}), IMAGES)
+    stepped = declare(sgd, partial(StepLR, step_size=1, gamma=0.5))
+    with pytest.raises(
+        LabError, match=r"^step_size: 99 has no effect: the schedule of this run's \d+ epochs is the same"
+    ):
+        report_without_effect(*stepped.override({"step_size": "99"}), IMAGES)
 
 
 @pytest.mark.parametrize("scheduler", [partial(ReduceLROnPlateau, mode="max"), LossUp])

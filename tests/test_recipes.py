@@ -1,0 +1,86 @@
+"""Every block of docs/recipes.md is a script that trains as it is written."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from forkserver import run_program
+from helpers import ROOT, read_runs
+from mnist_lab.data import Mnist
+from mnist_lab.running import declaration
+from mnist_lab.running import run as runner
+from mnist_lab.running.job import Job
+
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
+RECIPES = {
+    section.partition("\n")[0]: code.group(1)
+    for section in PAGE.split("\n## ")[1:]
+    if (code := re.search(r"```python\n(.*?)```", section, re.DOTALL))
+}
+
+
+class Silent:
+    def on_start(self, *_: object) -> None: ...
+    def on_batch(self, *_: object) -> None: ...
+    def on_epoch(self, *_: object) -> None: ...
+
+
+Train = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def train(small_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Return a function that trains a script's text for one epoch, and gives its run."""
+    monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+
+    def train(text: str, name: str = "recipe") -> SimpleNamespace:
+        script = tmp_path / f"{name}.py"
+        script.write_text(text)
+        experiment, _ = declaration.read(script).override({"epochs": 1})
+        job = Job(script=script, experiment=experiment, tracking_uri=f"sqlite:///{database}", threads=1)
+        runner.run(job, 0, Silent())
+        return read_runs(database)[-1]
+
+    return train
+
+
+def test_the_page_has_a_recipe_for_each_of_these() -> None:
+    code = "\n".join(RECIPES.values())
+    wanted = (
+        "AveragedModel label_smoothing distillation mixup clip_grad_norm_ weight_decay LambdaLR SequentialLR v2. CutMix"
+    )
+    assert [word for word in (*wanted.split(), "normalize=", "OneCycleLR") if word not in code] == []
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "Distillation"])
+def test_a_recipe_trains_as_written(name: str, train: Train) -> None:
+    run = train(RECIPES[name])
+
+    assert run.status == "FINISHED"
+    assert 0 < run.metrics["train_loss"][0][1] < 10
+
+
+def test_the_recipe_for_distillation_finds_its_teacher(train: Train) -> None:
+    teacher = train((ROOT / "experiments" / "step1_baseline.py").read_text(), "step1_baseline")
+
+    student = train(RECIPES["Distillation"])
+
+    assert student.tags["teacher_run_id"] == teacher.run_id
+    assert student.params["teacher"] == "step1_baseline"
+
+
+def test_a_recipe_is_a_script_that_make_would_start(tmp_path: Path, database: Path) -> None:
+    script = tmp_path / "averaged.py"
+    script.write_text(RECIPES["Weights averaged over the batches"])
+    (tmp_path / "step4_augment_steplr.py").write_text((ROOT / "experiments" / "step4_augment_steplr.py").read_text())
+
+    done = run_program(
+        script, "--epochs", "1", "--limit", "256", "--tracking-uri", f"sqlite:///{database}", cwd=tmp_path
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "raw" in done.stdout
