@@ -124,6 +124,8 @@ class Experiment:
             if part == "net" and isinstance(value, nn.Module):
                 name = type(value).__name__
                 raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
+            if part == "augmentation" and isinstance(_function(value), type):
+                raise LabError(f"augmentation: {_name(value)} is a class; give an object of it, {_name(value)}(...)")
             if isinstance(value, functools.partial) and value.args:
                 raise LabError(f"{part}: give the arguments of partial({_name(value)}, ...) by keyword")
             if part != "net" and _name(value) == LAMBDA:
@@ -226,10 +228,13 @@ class Experiment:
         return next(part for part in PARTS if name in _logged(part, getattr(self, part))), name
 
 
+def _function(part: Callable[..., object]) -> Callable[..., object]:
+    """Return what a partial is of, or the part itself."""
+    return _function(part.func) if isinstance(part, functools.partial) else part
+
+
 def _name(part: Callable[..., object]) -> str:
-    while isinstance(part, functools.partial):
-        part = part.func
-    return getattr(part, "__name__", type(part).__name__)
+    return getattr(_function(part), "__name__", type(part).__name__)
 
 
 def _logged(part: str, value: Callable[..., object] | None) -> dict[str, object]:

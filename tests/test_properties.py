@@ -4,6 +4,7 @@ Hypothesis makes the inputs, from a fixed seed. It takes some of the constants i
 """
 
 import contextlib
+import copy
 import dataclasses
 import gzip
 import hashlib
@@ -30,6 +31,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
+from torch.optim.swa_utils import AveragedModel
+from torchvision.transforms import v2
 
 from forkserver import SIGNALS
 from helpers import read_runs, read_value
@@ -39,6 +42,7 @@ from mnist_lab.cli import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import quoted
+from mnist_lab.objectives import mixup
 from mnist_lab.running import rehearsal, schedule, study
 from mnist_lab.running import run as runner
 from mnist_lab.training.loop import fit
@@ -407,6 +411,32 @@ def one(logits: Tensor, labels: Tensor) -> float:
     return 1.0
 
 
+def loss_only(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(net(images), labels)
+
+
+def logits_only(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return net(images)
+
+
+def logits_of_fewer(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = net(images)
+    return logits.sum(), logits[1:]
+
+
+def loss_of_each(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = net(images)
+    return nn.functional.cross_entropy(logits, labels, reduction="none"), logits
+
+
+def not_of_the_network(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros((), requires_grad=True) * 1, net(images)
+
+
+def average_of_another(net: nn.Module) -> AveragedModel:
+    return AveragedModel(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)))
+
+
 anything = st.one_of(
     whole,
     st.floats(),
@@ -427,8 +457,13 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "optimizer": st.sampled_from([partial(SGD, lr=0.01), Adam, partial(SGD, lr=0.01, momentum=0.9)]),
     "scheduler": st.sampled_from([None, partial(StepLR, step_size=2), partial(ExponentialLR, gamma=0.9)]),
     "scheduler_interval": st.sampled_from(["epoch", "batch"]),
-    "augmentation": st.sampled_from([None, partial(random_rotation, degrees=7.0)]),
-    "loss": st.sampled_from([nn.functional.cross_entropy, nn.CrossEntropyLoss()]),
+    "augmentation": st.sampled_from(
+        [None, partial(random_rotation, degrees=7.0), v2.RandomRotation(7), v2.MixUp(num_classes=10)]
+    ),
+    "loss": st.sampled_from([None, nn.functional.cross_entropy, nn.CrossEntropyLoss()]),
+    "objective": st.none(),
+    "average": st.sampled_from([None, AveragedModel, partial(AveragedModel, use_buffers=True)]),
+    "normalize": st.sampled_from([(0.1307, 0.3081), (0.5, 0.5), (0, 1)]),
     "targets": st.just(Targets(accuracy=99.4)),
     "reported": st.just({"best_epoch": 3}),
 }
@@ -450,6 +485,10 @@ ODD: dict[str, st.SearchStrategy[Any]] = {
     "augmentation": st.builds(partial, st.just(random_rotation), degrees=numbers)
     | st.sampled_from([fewer, infinite, torch.Tensor.long, torch.mean, raises, lambda x: x]),
     "loss": st.sampled_from([first_argument, infinite_sum, one, raises, lambda y, t: y.sum()]),
+    "objective": st.builds(partial, st.just(mixup), alpha=numbers)
+    | st.sampled_from([loss_only, logits_only, logits_of_fewer, loss_of_each, not_of_the_network, raises, mixup]),
+    "average": st.sampled_from([nn.Module, str, raises, average_of_another, copy.deepcopy]),
+    "normalize": st.tuples(numbers, numbers) | st.tuples(st.floats(-2, 2), st.floats(0.1, 2)),
     "targets": st.builds(Targets, accuracy=anything, params=anything, epochs=anything),
     "reported": st.dictionaries(
         st.sampled_from(["best_epoch", "best"]) | anything.filter(is_hashable), anything, max_size=2
@@ -465,6 +504,9 @@ def declarations(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
         name: draw((anything if draw(st.integers(0, 3)) == 0 else ODD[name]) if name in odd else RIGHT[name])
         for name in RIGHT
     }
+    if fields["objective"] is not None:
+        fields["loss"] = None
+        odd -= {"loss"}
     return fields, odd
 
 
@@ -493,8 +535,11 @@ def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples:
             assert field
             # What a part gives is seen by the next one: odd images or logits may be too much for it.
             seen_by = {
-                "optimizer": {"net", "augmentation", "loss"},
+                "optimizer": {"net", "augmentation", "loss", "objective", "normalize"},
                 "loss": {"net"},
+                "objective": {"net"},
+                "average": {"net", "normalize"},
+                "net": {"normalize"},
                 "scheduler": {"optimizer"},
             }
             assert odd & ({field[1]} | seen_by.get(field[1], set())), sentence

@@ -41,7 +41,7 @@ from mnist_lab.training.loop import (
     train_step,
     training_batch,
 )
-from mnist_lab.training.transforms import augment, is_mixing, is_torchvision, parts
+from mnist_lab.training.transforms import is_mixing, is_torchvision, parts, takes_labels
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,9 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
         if any("lr" not in group for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} has a parameter group without lr, which each epoch reports")
         again = evaluates_again(experiment, net)
+    if experiment.augmentation is not None:
+        with blame("augmentation"):
+            _check_transforms(experiment.augmentation)
     # Both sizes that will come up: some networks fail on a last batch of one image only.
     full = min(experiment.batch_size, total)
     last = total % experiment.batch_size or full
@@ -152,25 +155,33 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     return Rehearsal(memory_format, untrained, notices)
 
 
+def _check_transforms(augmentation: Callable[..., object]) -> None:
+    """Refuse transforms of torchvision that do what the lab does itself; raises ValueError."""
+    for name in (type(transform).__name__ for transform in parts(augmentation) if is_torchvision(transform)):
+        if name in DONE_BY_THE_LAB:
+            raise ValueError(f"{name} {DONE_BY_THE_LAB[name]}")
+
+
 def _rehearse_augmentation(
     experiment: Experiment, augmentation: Callable[..., object], mnist: Mnist, size: int
 ) -> list[str]:
-    """Refuse an augmentation whose draws are wrong; return notices of what else it does.
+    """Refuse an augmentation that draws once for a whole batch; return notices of what else it does.
 
     Raises:
-        ValueError: if it draws once for a whole batch, or does what the lab does itself.
+        ValueError: if it draws so.
     """
     notices = []
     transforms = list(parts(augmentation))
-    for name in (type(transform).__name__ for transform in transforms if is_torchvision(transform)):
-        if name in DONE_BY_THE_LAB:
-            raise ValueError(f"{name} {DONE_BY_THE_LAB[name]}")
-    label = mnist.train_labels[:1]
-    check_draws(
-        lambda images: augment(augmentation, images, label.expand(len(images)))[0],
-        mnist.train_images[0].float() / 255,
-        len(mnist.train_images),
-    )
+    for transform in transforms:
+        if is_torchvision(transform):
+            continue
+        if takes_labels(transform):
+            notices.append(
+                "augmentation: takes the labels, so it may mix images, and it can't be tried out whether it draws for "
+                "each image; see that it does"
+            )
+        else:
+            check_draws(transform, mnist.train_images[0].float() / 255, len(mnist.train_images))
     batch = torch.arange(size, device=mnist.train_images.device)
 
     def drawn() -> Tensor:

@@ -21,6 +21,7 @@ from mnist_lab.tracking.store import Store, quiet, search
 RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
 STEP = re.compile(r"\w[\w.-]*")
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]+)|@(?P<alias>.+))?")
+LOGGED_MODEL = re.compile("m-[0-9a-f]+")
 EXPORTED = "data/model.pt2"  # by torch.export, in an MLflow model's folder
 
 
@@ -121,12 +122,16 @@ def _find_model(client: mlflow.MlflowClient, store: Store, declared: str, holdou
             f"objective: teacher {declared!r} is neither runs:/<id>/model nor models:/<name>/<version> nor the name "
             "of a script"
         )
-    name, model_id = match["name"], match["name"]
-    if match["version"]:
-        model_id = client.get_model_version(name, match["version"]).model_id
-    elif match["alias"]:
-        model_id = client.get_model_version_by_alias(name, match["alias"]).model_id
-    model = client.get_logged_model(model_id) if model_id else None
+    name, version, alias = match["name"], match["version"], match["alias"]
+    model: LoggedModel | None
+    if not version and not alias:
+        model = client.get_logged_model(name)
+    else:
+        registered = (
+            client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, alias)
+        )
+        source = registered.model_id or str(registered.source).removeprefix("models:/")
+        model = client.get_logged_model(source) if LOGGED_MODEL.fullmatch(source) else None
     if model is None or not model.source_run_id:
         raise LabError(f"objective: teacher {declared!r} comes from no run, so what it was trained on is not known")
     return model

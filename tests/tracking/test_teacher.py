@@ -1,0 +1,207 @@
+"""A teacher is found in the store and loaded as it was trained; one that can't teach is refused before any training."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from helpers import TrackedRun, read_runs
+from mnist_lab import Experiment
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.objectives import distillation
+from mnist_lab.running import run as runner
+from mnist_lab.running import teaching
+from mnist_lab.running.job import Job
+from mnist_lab.tracking.store import open_store
+from mnist_lab.tracking.teacher import Teacher, find_teacher, load_teacher
+
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.flatten(1))
+
+
+class Silent:
+    def on_start(self, *_: object) -> None: ...
+    def on_batch(self, *_: object) -> None: ...
+    def on_epoch(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrackedRun]:
+    """Return a function that trains a network of one layer for an epoch, and gives its run."""
+    monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
+    monkeypatch.setattr(runner, "hold_out", lambda mnist, count: mnist)
+
+    def train(name: str, seed: int = 0, holdout: int = 0, **changes: Any) -> TrackedRun:
+        script = tmp_path / f"{name}.py"
+        script.touch()
+        fields: dict[str, Any] = {"net": Net, "epochs": 1, "batch_size": 100, "optimizer": partial(SGD, lr=0.05)}
+        experiment = Experiment(**(fields | changes))
+        runner.run(Job(script=script, experiment=experiment, tracking_uri=uri, threads=1), seed, Silent())
+        run = read_runs(Path(uri.removeprefix("sqlite:///")))[-1]
+        if holdout:
+            client = mlflow.MlflowClient(tracking_uri=uri)
+            client.log_param(run.run_id, "holdout", holdout)
+        return run
+
+    return train
+
+
+def student(teacher: str) -> Any:
+    return partial(distillation, teacher=teacher, temperature=2.0, weight=0.5)
+
+
+def test_a_teacher_is_found_by_its_run_its_registered_model_its_id_or_its_script(
+    train: Callable[..., TrackedRun], uri: str
+) -> None:
+    store = open_store(uri)
+    older, run = train("large"), train("large", seed=1)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    model_id = client.get_run(run.run_id).outputs.model_outputs[0].model_id
+    mlflow.set_tracking_uri(uri)  # MLflow looks for the model there, whatever the client's own store is
+    try:
+        mlflow.register_model(f"runs:/{run.run_id}/model", "teacher")
+    finally:
+        mlflow.set_tracking_uri(None)
+    client.set_registered_model_alias("teacher", "best", "1")
+
+    declared = [
+        f"runs:/{run.run_id}/model",
+        "models:/teacher/1",
+        "models:/teacher@best",
+        f"models:/{model_id}",
+        "large",
+    ]
+    found = [find_teacher(store, one, holdout=0) for one in declared]
+
+    assert {one.run_id for one in found} == {run.run_id}
+    assert len(set(found)) == 1
+    assert find_teacher(store, f"runs:/{older.run_id}/model", holdout=0).sha256 != found[0].sha256
+
+
+def test_a_teacher_is_loaded_frozen_and_given_images_as_it_was_trained_on(
+    train: Callable[..., TrackedRun], uri: str, small_mnist: Mnist
+) -> None:
+    run = train("large", normalize=(0.5, 0.5))
+    store = open_store(uri)
+    teacher = find_teacher(store, "large", holdout=0)
+
+    own = load_teacher(store, teacher, CPU, (0.5, 0.5))
+    other = load_teacher(store, teacher, CPU, (0.1307, 0.3081))
+
+    images = small_mnist.test_images[:50].float() / 255
+    given = own((images - 0.5) / 0.5)
+    torch.testing.assert_close(other((images - 0.1307) / 0.3081), given, atol=1e-4, rtol=1e-4)
+    assert not any(parameter.requires_grad for parameter in own.parameters())
+    correct = (own((small_mnist.test_images.float() / 255 - 0.5) / 0.5).argmax(1) == small_mnist.test_labels).sum()
+    assert 100 * correct.item() / 300 == pytest.approx(run.metrics["final_test_accuracy"][0][1])
+
+
+def test_a_student_is_trained_by_its_teacher_and_says_which_it_was(train: Callable[..., TrackedRun]) -> None:
+    teacher = train("large")
+    run = train("small", objective=student("large"))
+
+    assert run.tags["teacher_run_id"] == teacher.run_id
+    assert len(run.tags["teacher_sha256"]) == 64
+    assert run.params["teacher"] == "large"
+    assert run.metrics["num_params"] == [(0, 7850)]  # the teacher's do not count
+
+
+def test_an_interrupted_student_keeps_the_teacher_that_it_began_with(
+    train: Callable[..., TrackedRun], uri: str, tmp_path: Path
+) -> None:
+    first = train("large")
+    store = open_store(uri)
+    script = tmp_path / "small.py"
+    script.touch()
+    optimizer = partial(SGD, lr=0.1)
+    experiment = Experiment(net=Net, epochs=1, batch_size=64, optimizer=optimizer, objective=student("large"))
+    job = Job(script=script, experiment=experiment, tracking_uri=uri)
+    begun = teaching.find(job, store)
+    train("large", seed=1)
+
+    assert teaching.find(job, store, begun.identity).teacher == begun.teacher
+    assert begun.teacher is not None
+    assert begun.teacher.run_id == first.run_id
+    assert teaching.find(job, store).teacher != begun.teacher
+
+
+class NineClasses(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 9)
+
+
+def test_a_teacher_that_is_not_there_or_not_finished_is_refused(train: Callable[..., TrackedRun], uri: str) -> None:
+    store, client = open_store(uri), mlflow.MlflowClient(tracking_uri=uri)
+    run = train("large")
+    refused = {
+        "runs:/0123456789abcdef0123456789abcdef/model": "is not in .*: Run with id=0123456789abcdef.* not found",
+        f"runs:/{run.run_id}/other": f"run {run.run_id} \\(FINISHED\\) has no model 'other'",
+        "models:/nobody/3": "is not in .*Registered Model with name=nobody not found|is not in .*nobody",
+        "s3://bucket/model": "is neither runs:/<id>/model nor models:/<name>/<version> nor the name of a script",
+        "unheard_of": "has no finished run of that script as declared; train it first",
+    }
+    for declared, sentence in refused.items():
+        with pytest.raises(LabError, match=f"^objective: teacher.* ?({sentence})"):
+            find_teacher(store, declared, holdout=0)
+    client.set_terminated(run.run_id, "FAILED")
+    with pytest.raises(LabError, match=f"run {run.run_id} is FAILED, not FINISHED"):
+        find_teacher(store, f"runs:/{run.run_id}/model", holdout=0)
+    with pytest.raises(LabError, match="no finished run of that script"):
+        find_teacher(store, "large", holdout=0)
+    client.delete_run(run.run_id)
+    with pytest.raises(LabError, match=f"run {run.run_id} is deleted, not FINISHED"):
+        find_teacher(store, f"runs:/{run.run_id}/model", holdout=0)
+
+
+def test_a_teacher_that_has_seen_the_images_held_out_is_refused(train: Callable[..., TrackedRun], uri: str) -> None:
+    store = open_store(uri)
+    run = train("large")
+
+    with pytest.raises(LabError, match=f"run {run.run_id} held out 0 images, and so has seen some of the 5000"):
+        find_teacher(store, f"runs:/{run.run_id}/model", holdout=5000)
+    with pytest.raises(LabError, match="as declared with --holdout 5000; train it first"):
+        find_teacher(store, "large", holdout=5000)
+    held_out = train("large", seed=1, holdout=5000)
+    assert find_teacher(store, "large", holdout=5000).run_id == held_out.run_id
+    assert find_teacher(store, "large", holdout=0).run_id == run.run_id
+
+
+def test_a_model_that_is_pickled_or_changed_or_of_other_classes_is_refused(
+    train: Callable[..., TrackedRun], uri: str
+) -> None:
+    store, run = open_store(uri), train("large")
+    mlflow.set_tracking_uri(uri)
+    try:
+        with mlflow.start_run(run_id=run.run_id):
+            example = torch.zeros(2, 1, 28, 28)
+            mlflow.pytorch.log_model(Net(), name="pickled", serialization_format="pickle")
+            mlflow.pytorch.log_model(
+                NineClasses().eval(), name="nine", serialization_format="pt2", input_example=example.numpy()
+            )
+    finally:
+        mlflow.set_tracking_uri(None)
+
+    with pytest.raises(LabError, match="it is not kept by torch.export, so loading it might run code"):
+        find_teacher(store, f"runs:/{run.run_id}/pickled", holdout=0)
+    nine = find_teacher(store, f"runs:/{run.run_id}/nine", holdout=0)
+    with pytest.raises(LabError, match=r"gives an output of shape \(2, 9\) for 2 images, not \(2, 10\)"):
+        load_teacher(store, nine, CPU, (0.1307, 0.3081))
+    changed = Teacher(nine.model_id, nine.run_id, "0" * 64)
+    with pytest.raises(LabError, match="its file is another one than when the run began"):
+        load_teacher(store, changed, CPU, (0.1307, 0.3081))

@@ -1,0 +1,179 @@
+"""Averaged weights are what is evaluated, judged, kept and logged; the network itself is trained on as it is."""
+
+import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from helpers import read_runs
+from mnist_lab import Experiment
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.objectives import mixup
+from mnist_lab.running import run as runner
+from mnist_lab.running.job import Job
+from mnist_lab.running.rehearsal import rehearse
+from mnist_lab.training.loop import Training, evaluate, fit, initial_network, predict
+
+CPU = torch.device("cpu")
+EMA = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 4, 5, stride=3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Flatten(),
+            nn.Linear(256, 10),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def declare(**changes: Any) -> Experiment:
+    fields: dict[str, Any] = {"net": Net, "epochs": 3, "batch_size": 128, "optimizer": partial(SGD, lr=0.05)}
+    return Experiment(**(fields | {"average": EMA} | changes))
+
+
+def start(experiment: Experiment, mnist: Mnist) -> Training:
+    return Training(initial_network(experiment, 0, CPU), experiment, mnist, seed=0)
+
+
+def test_the_average_is_torchs_over_the_batches(small_mnist: Mnist) -> None:
+    weights: list[Tensor] = []
+    experiment = declare(epochs=1)
+    net = initial_network(experiment, 0, CPU)
+
+    training = Training(
+        net,
+        experiment,
+        small_mnist,
+        seed=0,
+        on_batch=lambda *_: weights.append(net.layers[5].weight.detach().clone()),  # type: ignore[union-attr]
+    )
+    list(training.epochs())
+
+    expected = weights[0]
+    for later in weights[1:]:
+        expected = 0.7 * expected + 0.3 * later
+    torch.testing.assert_close(training.result.layers[5].weight, expected)  # type: ignore[union-attr]
+
+
+def test_averaging_leaves_the_training_as_it_is_and_both_accuracies_are_reported(small_mnist: Mnist) -> None:
+    experiment = declare()
+    plain = list(fit(initial_network(experiment, 0, CPU), declare(average=None), small_mnist, seed=0))
+
+    averaged = start(experiment, small_mnist)
+    for metrics, raw in zip(averaged.epochs(), plain, strict=True):
+        assert (metrics.train_loss, metrics.raw_correct) == (raw.train_loss, raw.eval_correct)
+        assert raw.raw_correct is None
+        loss, correct = evaluate(predict(averaged.result, small_mnist.test_images), small_mnist.test_labels)
+        assert (metrics.eval_loss, metrics.eval_correct) == (loss, correct)
+    assert metrics.eval_loss != raw.eval_loss
+
+
+@pytest.mark.parametrize("changes", [{}, {"objective": partial(mixup, alpha=0.3)}, {"average": AveragedModel}])
+def test_a_training_that_is_taken_up_again_ends_with_the_same_average(changes: Any, small_mnist: Mnist) -> None:
+    experiment = declare(**changes)
+    whole = start(experiment, small_mnist)
+    epochs = list(whole.epochs())
+
+    first = start(experiment, small_mnist)
+    next(first.epochs())
+    kept = io.BytesIO()
+    torch.save(first.state_dict(), kept)
+    kept.seek(0)
+    second = start(experiment, small_mnist)
+    second.load_state_dict(torch.load(kept, weights_only=True))
+    rest = list(second.epochs())
+
+    assert [(one.train_loss, one.eval_loss, one.raw_correct) for one in rest] == [
+        (one.train_loss, one.eval_loss, one.raw_correct) for one in epochs[1:]
+    ]
+    for name, value in whole.result.state_dict().items():
+        assert torch.equal(value, second.result.state_dict()[name])
+
+
+class Silent:
+    def on_start(self, *_: object) -> None: ...
+    def on_batch(self, *_: object) -> None: ...
+    def on_epoch(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def job(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
+    monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
+    script = tmp_path / "averaged.py"
+    script.touch()
+
+    def make(**changes: Any) -> Job:
+        return Job(script=script, experiment=declare(**changes), tracking_uri=uri, threads=1)
+
+    return make
+
+
+def test_a_run_logs_the_average_as_its_model_with_both_numbers_of_the_normalisation(
+    job: Callable[..., Job], uri: str, database: Path, small_mnist: Mnist
+) -> None:
+    result = runner.run(job(normalize=(0.5, 0.5)), 0, Silent())
+
+    (run,) = read_runs(database)
+    mlflow.set_tracking_uri(uri)
+    try:
+        model = mlflow.pytorch.load_model(f"runs:/{run.run_id}/model")
+        metadata = mlflow.models.get_model_info(f"runs:/{run.run_id}/model").metadata
+    finally:
+        mlflow.set_tracking_uri(None)
+    mean, deviation = metadata["normalize"]
+    logits = model((small_mnist.test_images.float() / 255 - mean) / deviation)
+    correct = (logits.argmax(1) == small_mnist.test_labels).sum().item()
+    assert correct == result.epochs[-1].eval_correct
+    raw = [(epoch.epoch, epoch.raw_accuracy) for epoch in result.epochs]
+    assert run.metrics["raw_test_accuracy"] == raw
+    assert run.metrics["num_params"][0][1] == sum(p.numel() for p in Net().parameters())
+    assert run.params["average"] == "AveragedModel"
+    assert "decay=0.7" in run.params["multi_avg_fn"]
+
+
+def of_another(net: nn.Module) -> AveragedModel:
+    return AveragedModel(nn.Linear(784, 10))
+
+
+def of_the_same_class(net: nn.Module) -> AveragedModel:
+    return AveragedModel(Net())
+
+
+def no_average(net: nn.Module) -> nn.Module:
+    return net
+
+
+@pytest.mark.parametrize(
+    ("average", "sentence"),
+    [
+        (of_another, "average: is of another network than the one that it is given"),
+        (of_the_same_class, "average: is of another network than the one that it is given"),
+        (no_average, r"average: gives a Net, not a torch\.optim\.swa_utils\.AveragedModel"),
+    ],
+)
+def test_an_average_that_is_none_of_this_network_is_refused(average: Any, sentence: str, small_mnist: Mnist) -> None:
+    with pytest.raises(LabError, match=f"^{sentence}"):
+        rehearse(declare(average=average), small_mnist)
+
+
+def test_it_is_said_where_the_statistics_of_batch_norm_are_not_averaged(small_mnist: Mnist) -> None:
+    (said,) = rehearse(declare(average=AveragedModel), small_mnist).notices
+    assert "use_buffers=True" in said
+    assert rehearse(declare(), small_mnist).notices == []
