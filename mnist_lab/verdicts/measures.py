@@ -46,12 +46,8 @@ class Measure:
                 return f"{value:.1f} {self.unit}"
 
 
-def _accuracy(name: str) -> Measure:
-    return Measure(name, name.replace("_", " "), "%", "higher")
-
-
-def _loss(name: str) -> Measure:
-    return Measure(name, name.replace("_", " "), "cross-entropy", "lower")
+def _measure(name: str, unit: Unit, better: Literal["higher", "lower"]) -> Measure:
+    return Measure(name, name.replace("_", " "), unit, better)
 
 
 _PARTS = ("train", "validation", "test")
@@ -59,15 +55,15 @@ MEASURES = {
     measure.name: measure
     for measure in (
         # of each epoch
-        *(_loss(f"{part}_loss") for part in _PARTS),
-        *(_accuracy(f"{part}_accuracy") for part in _PARTS),
+        *(_measure(f"{part}_loss", "cross-entropy", "lower") for part in _PARTS),
+        *(_measure(f"{part}_accuracy", "%", "higher") for part in _PARTS),
         *(Measure(f"raw_{part}_accuracy", f"{part} accuracy without averaging", "%", "higher") for part in _PARTS[1:]),
         Measure("lr", "learning rate", "rate", None),
         Measure("epoch_seconds", "time of an epoch", "s", "lower"),
         # of a run
-        *(_accuracy(f"{which}_{part}_accuracy") for which in ("final", "best") for part in _PARTS),
+        *(_measure(f"{which}_{part}_accuracy", "%", "higher") for which in ("final", "best") for part in _PARTS),
         Measure("best_epoch", "best epoch", "", None),
-        *(_loss(f"final_{part}_loss") for part in _PARTS[1:]),
+        *(_measure(f"final_{part}_loss", "cross-entropy", "lower") for part in _PARTS[1:]),
         Measure("num_params", "parameters", "", "lower"),
         Measure("epochs", "epochs", "", "lower"),
         Measure("epochs_at_target", "epochs at target", "", "higher"),

@@ -5,6 +5,7 @@ The tests are those of scipy.stats and statsmodels. Values are one figure per se
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ ALPHA_TARGET = 0.01  # one-sided: the field's standard for records is a mean ove
 ALPHA_DIFFERENCE = 0.05  # two-sided
 POWER = 0.8  # the chance to see a difference that is there
 MOST_SEEDS = 1_000_000  # beyond this, "it can't be said"
+MCNEMAR = "McNemar's exact test"
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,6 @@ class StudyVerdict:
     """
 
     word: Literal["met", "missed", "not shown"]
-    n: int
-    mean: float
-    target: float
     p: float
     seeds_needed: int | None
 
@@ -81,22 +80,6 @@ class Difference:
         return self.p < ALPHA_DIFFERENCE
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """Two networks on the same n images: how many only one of them reads rightly, and the exact two-sided p.
-
-    effect is the difference b - a of the shares read rightly (0 to 1), low to high its 95 % interval.
-    """
-
-    n: int
-    only_a: int
-    only_b: int
-    effect: float
-    low: float
-    high: float
-    p: float
-
-
 def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate:
     """Describe one figure, in percent, over seeds."""
     x = _numbers(values)
@@ -114,38 +97,22 @@ def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate
     )
 
 
-def judge_mean(values: Sequence[float], target: float, *, alpha: float = ALPHA_TARGET) -> StudyVerdict:
-    """Judge the mean over seeds by a one-sided one-sample t-test: "met" needs mean > target at p < alpha.
+def judge_mean(values: Sequence[float], target: float) -> StudyVerdict:
+    """Judge the mean over seeds by a one-sided one-sample t-test: "met" needs mean > target at p < ALPHA_TARGET.
 
-    Where all values are the same there is no spread to measure by; then the sign test is made, by which 7 seeds on
-    one side of the target show it.
+    Values without any spread are judged by the sign test, by which 7 seeds on one side of the target show it.
     """
-    from scipy import stats
-
     x = _numbers(values)
-    mean, over = float(x.mean()), x - target
     if len(x) == 1:
-        return StudyVerdict("not shown", 1, mean, target, math.nan, None)
-    needed: int | None
-    if _same(x):
-        side = 0 if _same(np.append(x, target)) else float(np.sign(over.mean()))
-        p = 0.5 ** len(x) if side else 0.5  # the sign test: all n on one side
-        needed = math.ceil(math.log(alpha) / math.log(0.5)) if side else None
-    else:
-        side = float(np.sign(over.mean()))
-        p = float(stats.ttest_1samp(x, target, alternative="greater" if side >= 0 else "less").pvalue)
-        needed = seeds_needed(over.mean() / x.std(ddof=1), arms=1, tail=alpha)
-    if side and p < alpha:
-        return StudyVerdict("met" if side > 0 else "missed", len(x), mean, target, p, None)
-    return StudyVerdict("not shown", len(x), mean, target, p, needed)
+        return StudyVerdict("not shown", math.nan, None)
+    over = x - target
+    p, needed = _one_sample(over, float(np.abs(x).max()), ALPHA_TARGET)
+    shown = p < ALPHA_TARGET
+    return StudyVerdict("not shown" if not shown else "met" if over.mean() > 0 else "missed", p, needed)
 
 
 def compare_means(
-    a: Sequence[float],
-    b: Sequence[float],
-    paired_by: tuple[Sequence[int], Sequence[int]] | None = None,
-    *,
-    alpha: float = ALPHA_DIFFERENCE,
+    a: Sequence[float], b: Sequence[float], paired_by: tuple[Sequence[int], Sequence[int]] | None = None
 ) -> Difference:
     """Compare two means over seeds: by the paired t-test over the seeds that both have, else by Welch's t-test.
 
@@ -160,36 +127,30 @@ def compare_means(
     x, y = _numbers(a), _numbers(b)
     if min(len(x), len(y)) < 2:
         raise LabError(f"a comparison of means needs at least two seeds on each side; there are {len(x)} and {len(y)}")
+    tail = ALPHA_DIFFERENCE / 2
     if paired_by is not None:
-        seeds_a, seeds_b = paired_by
-        of_a, of_b = dict(zip(seeds_a, x, strict=True)), dict(zip(seeds_b, y, strict=True))
+        of_a, of_b = (dict(zip(seeds, values, strict=True)) for seeds, values in zip(paired_by, (x, y), strict=True))
         shared = [seed for seed in of_a if seed in of_b]
         if len(shared) > 1:
             d = np.array([of_b[seed] - of_a[seed] for seed in shared])
             scale = float(np.abs(x).max())
-            if _same(np.append(d, 0.0), scale):
-                return Difference(0.0, 0.0, 0.0, 1.0, "paired t-test", (len(d),), None)
-            if _same(d, scale):
-                p = float(stats.binomtest(len(d), len(d)).pvalue)
-                needed = math.ceil(math.log(alpha / 2) / math.log(0.5)) if p >= alpha else None
-                return Difference(float(d.mean()), math.nan, math.nan, p, "sign test", (len(d),), needed)
-            p = float(stats.ttest_1samp(d, 0.0).pvalue)
-            needed = seeds_needed(d.mean() / d.std(ddof=1), arms=1, tail=alpha / 2) if p >= alpha else None
-            return Difference(float(d.mean()), *_interval(d), p, "paired t-test", (len(d),), needed)
+            p, needed = _one_sample(d, scale, tail)
+            by_sign = _same(d, scale) and p < 0.5
+            test, interval = ("sign test", (math.nan, math.nan)) if by_sign else ("paired t-test", _interval(d))
+            return Difference(float(d.mean()), *interval, 2 * p, test, (len(d),), needed)
     effect, sizes = float(y.mean() - x.mean()), (len(x), len(y))
-    sd = math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
     if _same(x) and _same(y):  # neither side has a spread: there is nothing to test by
         same = _same(np.concatenate([x, y]))
         return Difference(effect, math.nan, math.nan, 1.0 if same else math.nan, "Welch's t-test", sizes, None)
     welch = stats.ttest_ind(y, x, equal_var=False)
-    interval = welch.confidence_interval(0.95)
-    p = float(welch.pvalue)
-    needed = seeds_needed(effect / sd, arms=2, tail=alpha / 2) if p >= alpha else None
+    interval, p = welch.confidence_interval(0.95), float(welch.pvalue)
+    sd = math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
+    needed = seeds_needed(effect / sd, arms=2, tail=tail) if p >= ALPHA_DIFFERENCE else None
     return Difference(effect, float(interval.low), float(interval.high), p, "Welch's t-test", sizes, needed)
 
 
-def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float, power: float = POWER) -> int | None:
-    """Return the fewest seeds (an arm) by which a t-test shows an effect with that power; None where it can't be said.
+def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int | None:
+    """Return the fewest seeds (an arm) by which a t-test shows an effect with POWER; None where it can't be said.
 
     effect_size: the difference in standard deviations: of the values, or with two arms, of either arm.
     tail: the alpha of one tail; half of alpha for a two-sided test. The far tail of a two-sided test is left out: at
@@ -199,43 +160,37 @@ def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float, power:
     """
     from statsmodels.stats.power import TTestIndPower, TTestPower
 
-    effect_size = abs(effect_size)
     test = TTestPower() if arms == 1 else TTestIndPower()
 
     def enough(n: int) -> bool:
-        return float(test.power(effect_size, n, tail, alternative="larger")) >= power
+        return float(test.power(abs(effect_size), n, tail, alternative="larger")) >= POWER
 
     high = 2
     while not enough(high):
         high *= 2
         if high > MOST_SEEDS:
             return None
-    low = max(2, high // 2)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return high
+    return bisect.bisect_left(range(high), True, lo=max(2, high // 2), key=enough)
 
 
-def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> McNemar:
-    """Compare two networks on the same images by McNemar's exact test, which is binomial on the discordant images.
+def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> Difference:
+    """Compare the shares (0 to 1) that two networks read rightly of the same images.
 
     a_correct, b_correct: (N,) booleans, in the same order of images.
 
-    The interval of the difference is Wald's for matched pairs (Agresti, Categorical Data Analysis, 2002, 10.1.2).
+    McNemar's exact test is binomial on the images that only one of them reads rightly. The interval of the difference
+    is Wald's for matched pairs (Agresti, Categorical Data Analysis, 2002, 10.1.2).
     """
     from scipy import stats
     from statsmodels.stats.contingency_tables import mcnemar
 
     a, b = np.asarray(a_correct, dtype=bool), np.asarray(b_correct, dtype=bool)
-    assert a.shape == b.shape, f"{a.shape} and {b.shape} are not the same images"
-    assert a.size, "there are no images"
     n, only_a, only_b = a.size, int((a & ~b).sum()), int((~a & b).sum())
-    table = [[int((a & b).sum()), only_a], [only_b, int((~a & ~b).sum())]]
     effect = (only_b - only_a) / n
     half = float(stats.norm.ppf(0.975)) * math.sqrt((only_a + only_b) - (only_b - only_a) ** 2 / n) / n
-    p = min(1.0, float(mcnemar(table, exact=True).pvalue))
-    return McNemar(n, only_a, only_b, effect, effect - half, effect + half, p)
+    # The images that both or neither read rightly, on the table's diagonal, don't count.
+    p = min(1.0, float(mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue))
+    return Difference(effect, effect - half, effect + half, p, MCNEMAR, (n,), None)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -248,6 +203,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
     if tested.any():
         adjusted[tested] = multipletests(p[tested], method="holm")[1]
     return [float(value) for value in adjusted]
+
+
+def _one_sample(d: NDArray[np.float64], scale: float, tail: float) -> tuple[float, int | None]:
+    """Return the one-sided p of the mean of d, on the side where it lies, and how many seeds would bring p below tail.
+
+    By Student's test; by the sign test where d has no spread, as measured by the scale of the figures it comes from.
+    The number is None where p is below tail, or where it can't be said.
+    """
+    from scipy import stats
+
+    if _same(np.append(d, 0.0), scale):
+        return 0.5, None
+    if _same(d, scale):
+        p, needed = 0.5 ** len(d), math.ceil(math.log(tail) / math.log(0.5))
+        return p, needed if p >= tail else None
+    p = float(stats.ttest_1samp(d, 0.0, alternative="greater" if d.mean() > 0 else "less").pvalue)
+    return p, seeds_needed(d.mean() / d.std(ddof=1), arms=1, tail=tail) if p >= tail else None
 
 
 def _numbers(values: Sequence[float]) -> NDArray[np.float64]:

@@ -62,4 +62,4 @@ def _judge_accuracy(accuracies: Sequence[float], target: float) -> Verdict:
     if len(accuracies) == 1:
         return Verdict("accuracy", wanted, mean, "met" if mean >= target else "missed", target=target)
     shown = judge_mean(accuracies, target)
-    return Verdict("accuracy", f"mean {wanted}", mean, shown.word, shown.p, shown.seeds_needed, shown.n, target)
+    return Verdict("accuracy", f"mean {wanted}", mean, shown.word, shown.p, shown.seeds_needed, len(accuracies), target)
