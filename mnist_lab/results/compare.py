@@ -9,7 +9,7 @@ import pandas as pd
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
-from mnist_lab.results.runs import COLUMNS, LoadedRuns, load_runs, predictions, run_table
+from mnist_lab.results.runs import LoadedRuns, load_runs, predictions, run_table
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import (
     PAIRS,
@@ -63,9 +63,13 @@ def compare_table(
         LabError: if the store is missing or foreign, or no run has this protocol.
     """
     table = run_table(include_overrides=include_overrides, holdout=holdout, tracking_uri=tracking_uri, loaded=loaded)
-    runs = newest_runs(table)
-    facts = [name for name in COLUMNS if name.startswith(("target_", "reported_"))]
-    best = "best_validation_accuracy" if holdout else "best_test_accuracy"
+    return summarise(newest_runs(table))
+
+
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `compare_table` for these runs, the newest of each seed."""
+    facts = [str(name) for name in runs if str(name).startswith(("target_", "reported_"))]
+    best = "best_validation_accuracy" if "best_validation_accuracy" in runs else "best_test_accuracy"
     rows = []
     for (step, overrides), group in runs.groupby(["step", "overrides"]):
         newest, accuracies = group.iloc[0], group["final_test_accuracy"].tolist()
@@ -76,6 +80,7 @@ def compare_table(
             num_params=newest["num_params"],
             epochs=newest["epochs"],
         )
+        of_accuracy = next((verdict for verdict in verdicts if verdict.name == "accuracy"), None)
         row = {
             "step": step,
             "overrides": overrides,
@@ -87,18 +92,19 @@ def compare_table(
             "last_sd": last.sd,
             "low": last.low,
             "high": last.high,
-            "best": group[best].mean(),
+            "best": sum(group[best]) / last.n,
             "train": group["final_train_accuracy"].mean(),
             **{name: newest[name] for name in facts},
             **{f"verdict_{name}": "-" for name in TARGETS},
             **{f"verdict_{verdict.name}": verdict.word for verdict in verdicts},
+            "p": of_accuracy and of_accuracy.p,
+            "seeds_needed": of_accuracy and of_accuracy.seeds_needed,
         }
-        of_accuracy = {v.name: {"p": v.p, "seeds_needed": v.seeds_needed} for v in verdicts}.get("accuracy", {})
-        rows.append(row | of_accuracy)
+        rows.append(row)
     rows.sort(key=lambda row: (step_order(row["step"]), row["overrides"]))
-    judged = [*(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
     counts = ["seeds", "left_out", "num_params", "epochs"]
-    names = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "best", "train", *facts, *judged]
+    names = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "best", "train", *facts]
+    names += [*(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
     table = pd.DataFrame(rows, columns=names)
     return table.astype({"num_params": "Int64", "epochs": "Int64", "p": "float64", "seeds_needed": "Int64"})
 
@@ -212,10 +218,10 @@ def _compare(pair: Pair, runs: pd.DataFrame, holdout: int, loaded: LoadedRuns) -
 
 def _why_no_runs(step: str, holdout: int, loaded: LoadedRuns) -> str:
     """Say why a step has no run to compare: none at all, or none of this protocol, or none that counts."""
-    runs = [run for run in loaded.runs if run.step == step and run.status == "FINISHED"]
-    if not runs:
+    runs = loaded.runs[(loaded.runs["step"] == step) & (loaded.runs["status"] == "FINISHED")]
+    if runs.empty:
         return f"steps: no finished run of {step!r} in {loaded.uri}"
-    protocols = sorted({run.holdout for run in runs})
+    protocols = sorted(runs["holdout"].unique())
     if holdout not in protocols:
         held = " or ".join(f"{number:,}" for number in protocols)
         return (

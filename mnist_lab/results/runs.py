@@ -13,12 +13,12 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # MLflow's bars in a notebook; they are off
 
@@ -30,6 +30,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from scipy import special
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MAX_COUNT, SUMMARY_METRICS, quoted
@@ -51,13 +52,16 @@ LAST_TIME = 32_503_680_000_000  # milliseconds from 1970 to the year 3000
 HISTORIES = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
 
-# The columns of the run table and their types. The hyperparameters, which differ from run to run, follow `seed`.
+# The columns of the run table and their types. The hyperparameters, which differ from run to run, follow `holdout`.
 COLUMNS = {
     "step": "str",
     "seed": "Int64",
     "holdout": "Int64",
     "num_params": "Int64",
     "final_train_accuracy": "float64",
+    "final_validation_accuracy": "float64",
+    "best_validation_accuracy": "float64",
+    "final_validation_loss": "float64",
     "final_test_accuracy": "float64",
     "best_test_accuracy": "float64",
     "best_epoch": "Int64",
@@ -79,60 +83,52 @@ COLUMNS = {
     "minutes": "float64",
     "run_id": "str",
 }
-# Of runs that hold images out, the epochs are validated on those, and the test images are read once, at the end.
-VALIDATION_COLUMNS = {
-    "final_validation_accuracy": "float64",
-    "best_validation_accuracy": "float64",
-    "final_validation_loss": "float64",
-}
-
-
-@dataclass(frozen=True)
-class LabRun:
-    """A run of the lab as it stands in the store, where every value is of its kind and within its bounds.
-
-    hyperparameters: the other params, as text. facts: what the other columns of the run table hold, by name.
-    """
-
-    run_id: str
-    step: str
-    seed: int
-    holdout: int
-    overrides: str
-    status: str
-    epochs: int
-    hyperparameters: Mapping[str, str]
-    facts: Mapping[str, object]
+# With a hold-out each epoch is validated on the held-out images, and the test images are read once, at the end.
+TESTED_COLUMNS = ("best_test_accuracy", "epochs_at_target")
+VALIDATION_COLUMNS = ("final_validation_accuracy", "best_validation_accuracy", "final_validation_loss")
+USUAL_HYPERPARAMETERS = ("batch_size", "epochs", "optimizer", "lr")  # of a table without runs
 
 
 @dataclass(frozen=True)
 class LoadedRuns:
-    """The lab's runs in one store, newest first, as they were when the store was read; and how many were left out."""
+    """The lab's runs in one store, newest first, as they were when the store was read; and how many were left out.
+
+    runs: COLUMNS and all hyperparameters, one row per run; values are checked, and columns not typed yet.
+    """
 
     uri: str
-    runs: list[LabRun]
+    runs: pd.DataFrame
     left_out: int = 0
+
+
+class Which(TypedDict, total=False):
+    """Which runs are in a table, beside their steps and seeds.
+
+    include_overrides: also runs whose declaration was overridden on the command line; they are not that step any more.
+        "if_none" takes them only for a step that has no run as declared: the newest, and those overridden alike.
+    status: "FINISHED" (the default), "RUNNING", "FAILED" or "KILLED", or None for all.
+    holdout: only the runs that hold out so many training images; 0, the default, is the write-ups' protocol, which
+        tests after each epoch. The two are never in one table.
+    """
+
+    include_overrides: bool | Literal["if_none"]
+    status: str | None
+    holdout: int
 
 
 def run_table(
     steps: Iterable[str] | str | None = None,
     seeds: Iterable[int] | int | None = None,
     *,
-    include_overrides: bool | Literal["if_none"] = False,
-    status: str | None = "FINISHED",
-    holdout: int = 0,
     tracking_uri: str | None = None,
     loaded: LoadedRuns | None = None,
+    **which: Unpack[Which],
 ) -> pd.DataFrame:
     """Return one row per run, newest first, with typed columns.
 
     steps, seeds: only these. A step is named by its script, e.g. "step3_gap".
-    include_overrides: also runs whose declaration was overridden on the command line; they are not that step any more.
-        "if_none" takes them only for a step that has no run as declared: the newest, and those overridden alike.
-    status: "FINISHED", "RUNNING", "FAILED" or "KILLED", or None for all.
-    holdout: only the runs that hold out so many training images; 0 is the write-ups' protocol, which tests after each
-        epoch. The two are never in one table.
     loaded: what `load_runs` gave, so that the store is not asked again.
+    include_overrides, status, holdout: as in `Which`.
 
     A run whose values can't be right (another program's, in the same MLflow experiment) is left out, and a warning of
     the logger names it.
@@ -145,19 +141,23 @@ def run_table(
     Raises:
         LabError: if the store is missing or foreign, a step is unknown to it, or an argument is out of range.
     """
-    loaded = loaded or load_runs(tracking_uri)
-    return _table(_find_runs(loaded, steps, seeds, include_overrides, status, holdout), holdout)
+    found = _find_runs(loaded or load_runs(tracking_uri), steps, seeds, **which)
+    other_protocol = TESTED_COLUMNS if which.get("holdout") else VALIDATION_COLUMNS
+    kinds = {name: kind for name, kind in COLUMNS.items() if name not in other_protocol}
+    shown = found if found.empty else found.dropna(axis="columns", how="all")
+    hyperparameters = [str(name) for name in shown if name not in COLUMNS]
+    first, rest = list(kinds)[:3], list(kinds)[3:]
+    table = found[[*first, *hyperparameters, *rest]].astype(kinds)
+    return table.assign(**{name: _typed(found[name]) for name in hyperparameters}).reset_index(drop=True)
 
 
 def epoch_history(
     steps: Iterable[str] | str | None = None,
     seeds: Iterable[int] | int | None = None,
     *,
-    include_overrides: bool | Literal["if_none"] = False,
-    status: str | None = "FINISHED",
-    holdout: int = 0,
     tracking_uri: str | None = None,
     loaded: LoadedRuns | None = None,
+    **which: Unpack[Which],
 ) -> pd.DataFrame:
     """Return one row per run and epoch, for the runs that `run_table` gives for the same arguments.
 
@@ -168,17 +168,15 @@ def epoch_history(
         LabError: as `run_table`.
     """
     loaded = loaded or load_runs(tracking_uri)
-    found = _find_runs(loaded, steps, seeds, include_overrides, status, holdout)
-    runs = pd.DataFrame(
-        [(run.run_id, run.step, run.overrides, run.seed) for run in found],
-        columns=["run_id", "step", "overrides", "seed"],
-    ).astype({"run_id": "str", "step": "str", "overrides": "str", "seed": "Int64"})
-    metrics = HELD_OUT_METRICS if holdout else EPOCH_METRICS
-    points = _points(loaded.uri, {run.run_id: run.epochs for run in found}, metrics)
+    found = _find_runs(loaded, steps, seeds, **which)
+    identity = ["run_id", "step", "overrides", "seed"]
+    metrics = HELD_OUT_METRICS if which.get("holdout") else EPOCH_METRICS
+    points = _points(loaded.uri, dict(zip(found["run_id"], found["epochs"], strict=True)), metrics)
     # Should a point have been logged twice, its latest value counts.
     wide = points.pivot_table(index=["run_id", "epoch"], columns="metric", values="value", aggfunc="last")
+    runs = found[identity].astype({name: COLUMNS[name] for name in identity})
     history = runs.merge(wide.reindex(columns=metrics).reset_index(), on="run_id")
-    return history.astype({"epoch": "Int64"})[["run_id", "step", "overrides", "seed", "epoch", *metrics]]
+    return history.astype({"epoch": "Int64"})[[*identity, "epoch", *metrics]]
 
 
 def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -209,8 +207,7 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
             reason = " ".join(str(error).split()) or type(error).__name__
             raise LabError(f"run {run_id}: its predictions.npz can't be read: {reason}") from error
     table = pd.DataFrame({"truth": truth, "prediction": prediction}).astype("int64")
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    table["confidence"] = odds.max(axis=1) / odds.sum(axis=1)
+    table["confidence"] = special.softmax(logits, axis=1).max(axis=1)
     return table.join(pd.DataFrame(logits, columns=[f"logit_{digit}" for digit in range(10)]))
 
 
@@ -245,12 +242,13 @@ def load_runs(tracking_uri: str | None = None) -> LoadedRuns:
     """
     uri = resolve_uri(tracking_uri)
     check_readable(uri)
-    found, runs = _search(uri), []
+    found, rows = _search(uri), []
     for run in found:
         try:
-            runs.append(_lab_run(run))
+            rows.append(_row(run))
         except ValueError as error:
             _say_left_out(run.info.run_id, str(error))
+    runs = pd.DataFrame(rows, columns=None if rows else [*COLUMNS, *USUAL_HYPERPARAMETERS], dtype=object)
     return LoadedRuns(uri, runs, left_out=len(found) - len(runs))
 
 
@@ -267,18 +265,18 @@ def _search(uri: str) -> list[Run]:
         if experiment is None:
             return []
         check_not_deleted(uri, experiment)
-        runs: list[Run] = []
-        token: str | None = ""
-        while token is not None:
-            page = client.search_runs(
-                [experiment.experiment_id],
-                OF_THE_LAB,
-                order_by=["attributes.start_time DESC"],
-                max_results=RUNS_PER_PAGE,
-                page_token=token or None,
-            )
+        search = partial(
+            client.search_runs,
+            [experiment.experiment_id],
+            OF_THE_LAB,
+            order_by=["attributes.start_time DESC"],
+            max_results=RUNS_PER_PAGE,
+        )
+        page = search()
+        runs = list(page)
+        while page.token:
+            page = search(page_token=page.token)
             runs += page
-            token = page.token
     return runs
 
 
@@ -286,45 +284,45 @@ def _find_runs(
     loaded: LoadedRuns,
     steps: Iterable[str] | str | None,
     seeds: Iterable[int] | int | None,
-    include_overrides: bool | Literal["if_none"],
-    status: str | None,
-    holdout: int,
-) -> list[LabRun]:
-    """Return the runs asked for, newest first."""
+    *,
+    include_overrides: bool | Literal["if_none"] = False,
+    status: str | None = "FINISHED",
+    holdout: int = 0,
+) -> pd.DataFrame:
+    """Return the rows of the runs asked for, newest first."""
     name = without_password(loaded.uri)
     if status is not None and status not in STATUSES:
         raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
-    if not loaded.runs and not loaded.left_out:
+    if loaded.runs.empty and not loaded.left_out:
         raise LabError(f"no runs yet in {name}; train first, e.g. `make step1`")
-    protocols = sorted({run.holdout for run in loaded.runs})
-    runs = [run for run in loaded.runs if run.holdout == holdout]
-    if protocols and not runs:
-        held = " or ".join(f"{number:,}" for number in protocols)
+    runs = loaded.runs[loaded.runs["holdout"] == holdout]
+    if runs.empty and not loaded.runs.empty:
+        held = " or ".join(f"{number:,}" for number in sorted(loaded.runs["holdout"].unique()))
         raise LabError(f"holdout: no run in {name} holds out {holdout:,} training images; there are runs with {held}")
-    known = sorted({run.step for run in runs})
-    wanted = {steps} if isinstance(steps, str) else None if steps is None else set(steps)
-    for step in wanted or ():
+    known = sorted(runs["step"].unique())
+    wanted = known if steps is None else [steps] if isinstance(steps, str) else list(steps)
+    for step in wanted:
         if step not in known:
             raise LabError(f"steps: no run of {step!r} in {name}; there are runs of {', '.join(known)}")
-    numbers = {seeds} if isinstance(seeds, int) else None if seeds is None else set(seeds)
-    chosen = [
-        run
-        for run in runs
-        if (wanted is None or run.step in wanted)
-        and (numbers is None or run.seed in numbers)
-        and status in (None, run.status)
-    ]
+    runs = runs[runs["step"].isin(wanted)]
+    if seeds is not None:
+        runs = runs[runs["seed"].isin([seeds] if isinstance(seeds, int) else list(seeds))]
+    if status is not None:
+        runs = runs[runs["status"] == status]
     if include_overrides is True:
-        return chosen
-    counted: dict[str, str] = {}  # by step, what its runs have overridden
-    if include_overrides == "if_none":
-        counted = {run.step: run.overrides for run in reversed(chosen)}
-    counted |= {run.step: "" for run in chosen if not run.overrides}
-    return [run for run in chosen if run.overrides == counted.get(run.step, "")]
+        return runs
+    if not include_overrides:
+        return runs[runs["overrides"] == ""]
+    by_step = runs.groupby("step")["overrides"]
+    return runs[runs["overrides"] == by_step.transform(lambda of_step: "" if "" in set(of_step) else of_step.iloc[0])]
 
 
-def _lab_run(run: Run) -> LabRun:
-    """Return a run with its values read and checked; raises ValueError, which names the first that can't be right."""
+def _row(run: Run) -> dict[str, object]:
+    """Return a run's row of the table with its values read and checked.
+
+    Raises:
+        ValueError: if a value can't be right; it names the first one.
+    """
     tags, params, metrics, info = run.data.tags, run.data.params, run.data.metrics, run.info
     holdout = _count("holdout", params.get("holdout", "0"))
     if not tags["step"].strip():
@@ -337,41 +335,39 @@ def _lab_run(run: Run) -> LabRun:
             if name not in metrics:
                 raise ValueError(f"it is FINISHED but has no result: {name} is missing")
     started = _time("start_time", info.start_time)
-    facts: dict[str, object] = {
-        **{name: tags.get(name) for name, kind in COLUMNS.items() if kind == "str"},
+    row: dict[str, Any] = {
+        **{name: tags.get(name) if kind == "str" else None for name, kind in COLUMNS.items()},
         **{f"target_{name}": _target(name, tags.get(f"target_{name}")) for name in ("accuracy", "params", "epochs")},
         **{name: _number(name, tags[name]) for name in COLUMNS if name.startswith("reported_") and name in tags},
-        **{name: metrics[name] for name in VALIDATION_COLUMNS if name in metrics},
         "final_train_accuracy": metrics.get("train_accuracy"),  # MLflow gives the latest value
-        "final_test_accuracy": metrics.get("final_test_accuracy"),
-        "best_test_accuracy": metrics.get("best_test_accuracy"),
+        **{name: metrics.get(name) for name in ("final_test_accuracy", "best_test_accuracy")},
+        **{name: metrics.get(name) for name in ("final_validation_accuracy", "best_validation_accuracy")},
         "final_test_loss": metrics.get("final_test_loss", metrics.get("test_loss")),  # the former with a hold-out
-        "final_validation_loss": metrics.get("validation_loss"),
+        "final_validation_loss": metrics.get("final_validation_loss", metrics.get("validation_loss")),
         **{
             name: _count(name, metrics[name], least)
             for name, least in (("num_params", 1), ("best_epoch", 1), ("epochs_at_target", 0))
             if name in metrics
         },
-        "device": params["device"],
         "git_dirty": {"true": True, "false": False}.get(tags.get("git_dirty", "")),
         "start_time": started,
         "minutes": None if info.end_time is None else (_time("end_time", info.end_time) - started).total_seconds() / 60,
     }
-    for name, value in facts.items():
+    for name, value in row.items():
         if name.endswith("_accuracy") and isinstance(value, float) and not 0 <= value <= 100:
             raise ValueError(f"its {name} is {value:g}, not a percentage")
-    return LabRun(
-        run_id=info.run_id,
-        step=tags["step"],
-        seed=_count("seed", params["seed"]),
-        holdout=holdout,
+    return {
+        **row,
+        **{name: text for name, text in params.items() if name not in COLUMNS},
+        "epochs": _count("epochs", params["epochs"], 1, MAX_COUNT),
+        "seed": _count("seed", params["seed"]),
+        "holdout": holdout,
         # Without the hold-out: that is a protocol, with a column of its own.
-        overrides=re.sub(r"(^| )holdout=\d+(?= |$)", "", tags.get("overrides", "")).strip(),
-        status=info.status,
-        epochs=_count("epochs", params["epochs"], 1, MAX_COUNT),
-        hyperparameters={name: text for name, text in params.items() if name not in {*COLUMNS, *VALIDATION_COLUMNS}},
-        facts=facts,
-    )
+        "overrides": re.sub(r"(^| )holdout=\d+(?= |$)", "", tags.get("overrides", "")).strip(),
+        "device": params["device"],
+        "status": info.status,
+        "run_id": info.run_id,
+    }
 
 
 def _count(name: str, value: str | float, least: int = 0, most: int = 2**63 - 1) -> int:
@@ -408,37 +404,15 @@ def _time(name: str, milliseconds: int | None) -> pd.Timestamp:
     return pd.Timestamp(milliseconds, unit="ms", tz="UTC")
 
 
-def _table(runs: list[LabRun], holdout: int) -> pd.DataFrame:
-    """Return the run table of these runs."""
-    columns = _columns(holdout)
-    own = ("run_id", "step", "seed", "holdout", "overrides", "status", "epochs")
-    rows = [{**run.facts, **run.hyperparameters, **{name: getattr(run, name) for name in own}} for run in runs]
-    hyperparameters = list(dict.fromkeys(name for run in runs for name in run.hyperparameters))
-    if not runs:  # an empty table has the columns that every run has
-        hyperparameters = ["batch_size", "epochs", "optimizer", "lr"]
-    table = pd.DataFrame(rows, columns=["step", "seed", "holdout", *hyperparameters, *list(columns)[3:]])
-    typed = {name: _typed(table[name]) for name in hyperparameters}
-    return table.astype(columns).assign(**typed)
-
-
-def _columns(holdout: int) -> dict[str, str]:
-    """Return the columns of the run table and their types; with images held out, the best epoch is of validation."""
-    if not holdout:
-        return COLUMNS
-    kept = {name: kind for name, kind in COLUMNS.items() if name not in ("best_test_accuracy", "epochs_at_target")}
-    first = list(kept).index("final_test_accuracy")
-    return dict([*list(kept.items())[:first], *VALIDATION_COLUMNS.items(), *list(kept.items())[first:]])
-
-
 def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
     """Return a column of hyperparameters as integers or numbers where every value is one, else as text."""
-    given = column.dropna().astype("str")
-    if given.str.fullmatch(r"[+-]?[0-9]{1,18}").all():
-        return column.astype("Int64")
+    text = column.astype("str")
+    if text.dropna().str.fullmatch(r"[+-]?[0-9]{1,18}").all():
+        return text.astype("Int64")
     try:
-        return pd.to_numeric(column).astype("float64")
+        return pd.to_numeric(text).astype("float64")
     except (ValueError, OverflowError):
-        return column.astype("str")
+        return text
 
 
 def _points(uri: str, epochs: dict[str, int], metrics: list[str]) -> pd.DataFrame:
