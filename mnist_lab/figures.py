@@ -1,8 +1,8 @@
 """Figures for write-ups, drawn from DataFrames and arrays; each function returns a `matplotlib.figure.Figure`.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and line styles differ too, for print in
-grey. Accuracies are in percent. Bad input raises `LabError`. A notebook shows the figures inline after
-`%matplotlib inline`, which has to be said, since pyplot is not used here.
+grey. Accuracies are in percent. Bad input raises `LabError`. A notebook needs `%matplotlib inline`, since pyplot is not
+used here.
 """
 
 import math
@@ -82,10 +82,10 @@ def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> F
 def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
     """Draw loss (left) and accuracy (right) of one step over its epochs, in training and on the test images.
 
-    history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_`, or
-    `validation_` where the epochs of a hold-out run have no `test_` figures; of several runs of one seed the first in
-    the table counts. Several seeds give a line for their mean and a band from the smallest to the largest. The loss
-    axis is logarithmic, and the accuracy axis stretched towards 100 %, where the differences are.
+    history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_` or,
+    with a hold-out, `validation_`; of several runs of one seed the first in the table counts. Several seeds give a line
+    for their mean and a band from the smallest to the largest. The loss axis is logarithmic, and the accuracy axis
+    stretched towards 100 %, where the differences are.
     """
     part = "validation" if "validation_loss" in history and "test_loss" not in history else "test"
     metrics = ["train_loss", f"{part}_loss", "train_accuracy", f"{part}_accuracy"]
@@ -254,7 +254,7 @@ def plot_mistakes(
     """Draw the first `limit` misclassified images, the most confident mistakes first (ties keep their order).
 
     images (N, 28, 28), truth (N,), prediction (N,), confidence (N,): the probability of the prediction, 0 to 1. Images
-    that were read rightly may be among them and are left out.
+    that were classified correctly may be among them and are left out.
     """
     pictures = _images(images, "images")
     true_digits = _digits(truth, "truth", len(pictures))
@@ -328,10 +328,9 @@ def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:
 
 
 def _first_runs(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the first run of each step and seed, which is the newest where the newest stand first; sort by step.
+    """Keep the first run of each step and seed, and sort by `step_order`.
 
-    The steps are ordered by name, `step1_...` and on before the rest. Where there is a column `overrides`, a run that
-    has some is named with them: `step1_baseline [epochs=1]` is not step 1.
+    Where there is a column `overrides`, a run that has some is named with them: `step1_baseline [epochs=1]`.
     """
     if "overrides" in frame:
         overridden = " [" + frame["overrides"] + "]"
@@ -342,7 +341,7 @@ def _first_runs(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _name(name: object) -> str:
-    """Return a step's name on one line that fits into a figure; in the middle of a longer one stands "…"."""
+    """Return a step's name on one line that fits into a figure; a longer one has "…" in its middle."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
     if len(text) > MAX_NAME:
         text = f"{text[: MAX_NAME // 2]}…{text[-MAX_NAME // 2 :]}"
@@ -350,7 +349,7 @@ def _name(name: object) -> str:
 
 
 def _plain(figure: Figure) -> Figure:
-    """Have all text drawn as it is: between two dollar signs matplotlib would read mathematics."""
+    """Have all text drawn as it is: matplotlib reads mathematics between two dollar signs."""
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)

@@ -220,7 +220,7 @@ def runs_table(rows: Sequence[Row]) -> str:
     for step in dict.fromkeys(row["step"] for row in rows):
         mine = _of(step, rows)
         commits = dict.fromkeys(
-            _plain(row["git_commit"][:10]) + (" + changes" if row["git_dirty"] == "True" else "") for row in mine
+            markdown_cell(row["git_commit"][:10]) + (" + changes" if row["git_dirty"] == "True" else "") for row in mine
         )
         dates = sorted({row["date"][:10] for row in mine})
         minutes = [float(row["minutes"]) for row in mine if row["minutes"]]
@@ -232,7 +232,7 @@ def runs_table(rows: Sequence[Row]) -> str:
                 _ranges(int(row["seed"]) for row in mine),
                 ", ".join(commits),
                 *(
-                    _plain(", ".join(different[name])) or "not recorded"
+                    markdown_cell(", ".join(different[name])) or "not recorded"
                     for name in ("code_sha256", "hardware", "torch")
                 ),
                 f"{median(minutes):.0f}" if minutes else "not recorded",
@@ -283,7 +283,7 @@ def _ranges(seeds: Iterable[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _plain(text: str) -> str:
+def markdown_cell(text: str) -> str:
     """Return text that a store holds as Markdown that shows it: without HTML, in one cell of a table."""
     return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -52,6 +52,8 @@ LAST_TIME = 32_503_680_000_000  # milliseconds from 1970 to the year 3000
 HISTORIES = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
 
+REPORTED = [f"reported_{name}" for name in SUMMARY_METRICS]
+COUNTS = {"num_params": 1, "best_epoch": 1, "epochs_at_target": 0}  # metrics that are whole numbers from these on
 # The columns of the run table and their types. The hyperparameters, which differ from run to run, follow `holdout`.
 COLUMNS = {
     "step": "str",
@@ -70,7 +72,7 @@ COLUMNS = {
     "targets": "str",
     **{f"verdict_{name}": "str" for name in ("accuracy", "params", "epochs")},
     **{f"target_{name}": "float64" for name in ("accuracy", "params", "epochs")},
-    **{f"reported_{name}": "float64" for name in SUMMARY_METRICS},
+    **dict.fromkeys(REPORTED, "float64"),
     "device": "str",
     "hardware": "str",
     "torch": "str",
@@ -109,39 +111,33 @@ class Which(TypedDict, total=False):
     status: "FINISHED" (the default), "RUNNING", "FAILED" or "KILLED", or None for all.
     holdout: only the runs that hold out so many training images; 0, the default, is the write-ups' protocol, which
         tests after each epoch. The two are never in one table.
+    tracking_uri: the store; the usual one if not given.
+    loaded: what `load_runs` gave, so that the store is not asked again.
     """
 
     include_overrides: bool | Literal["if_none"]
     status: str | None
     holdout: int
+    tracking_uri: str | None
+    loaded: LoadedRuns | None
 
 
 def run_table(
-    steps: Iterable[str] | str | None = None,
-    seeds: Iterable[int] | int | None = None,
-    *,
-    tracking_uri: str | None = None,
-    loaded: LoadedRuns | None = None,
-    **which: Unpack[Which],
+    steps: Iterable[str] | str | None = None, seeds: Iterable[int] | int | None = None, **which: Unpack[Which]
 ) -> pd.DataFrame:
     """Return one row per run, newest first, with typed columns.
 
     steps, seeds: only these. A step is named by its script, e.g. "step3_gap".
-    loaded: what `load_runs` gave, so that the store is not asked again.
-    include_overrides, status, holdout: as in `Which`.
-
-    A run whose values can't be right (another program's, in the same MLflow experiment) is left out, and a warning of
-    the logger names it.
+    include_overrides, status, holdout, tracking_uri, loaded: as in `runs.Which`.
 
     Columns: step, seed, holdout, every hyperparameter (missing where a run has none of that name), num_params,
     accuracies in percent, verdicts, targets, reported figures, device, versions, commit, times, run_id. `final_` is the
-    last epoch, `best_` was picked on the test images; where images are held out there is `best_validation_accuracy`
-    instead.
+    last epoch; `best_` was picked on the test images, or on the validation images where there are any.
 
     Raises:
         LabError: if the store is missing or foreign, a step is unknown to it, or an argument is out of range.
     """
-    found = _find_runs(loaded or load_runs(tracking_uri), steps, seeds, **which)
+    found = _find_runs(steps, seeds, **which).runs
     other_protocol = TESTED_COLUMNS if which.get("holdout") else VALIDATION_COLUMNS
     kinds = {name: kind for name, kind in COLUMNS.items() if name not in other_protocol}
     shown = found if found.empty else found.dropna(axis="columns", how="all")
@@ -152,12 +148,7 @@ def run_table(
 
 
 def epoch_history(
-    steps: Iterable[str] | str | None = None,
-    seeds: Iterable[int] | int | None = None,
-    *,
-    tracking_uri: str | None = None,
-    loaded: LoadedRuns | None = None,
-    **which: Unpack[Which],
+    steps: Iterable[str] | str | None = None, seeds: Iterable[int] | int | None = None, **which: Unpack[Which]
 ) -> pd.DataFrame:
     """Return one row per run and epoch, for the runs that `run_table` gives for the same arguments.
 
@@ -167,15 +158,13 @@ def epoch_history(
     Raises:
         LabError: as `run_table`.
     """
-    loaded = loaded or load_runs(tracking_uri)
-    found = _find_runs(loaded, steps, seeds, **which)
-    identity = ["run_id", "step", "overrides", "seed"]
+    found = _find_runs(steps, seeds, **which)
     metrics = HELD_OUT_METRICS if which.get("holdout") else EPOCH_METRICS
-    points = _points(loaded.uri, dict(zip(found["run_id"], found["epochs"], strict=True)), metrics)
+    points = _points(found.uri, dict(zip(found.runs["run_id"], found.runs["epochs"], strict=True)), metrics)
     # Should a point have been logged twice, its latest value counts.
     wide = points.pivot_table(index=["run_id", "epoch"], columns="metric", values="value", aggfunc="last")
-    runs = found[identity].astype({name: COLUMNS[name] for name in identity})
-    history = runs.merge(wide.reindex(columns=metrics).reset_index(), on="run_id")
+    identity = {name: COLUMNS[name] for name in ("run_id", "step", "overrides", "seed")}
+    history = found.runs[[*identity]].astype(identity).merge(wide.reindex(columns=metrics).reset_index(), on="run_id")
     return history.astype({"epoch": "Int64"})[[*identity, "epoch", *metrics]]
 
 
@@ -212,7 +201,7 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
 
 
 def _read_predictions(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return truth (N,), prediction (N,) and logits (N, 10); raises whatever a file that is not such a one causes."""
+    """Return truth (N,), prediction (N,) and logits (N, 10); a damaged file raises errors of many kinds."""
     loaded = np.load(file, allow_pickle=False)
     if isinstance(loaded, np.ndarray):
         raise ValueError("it is one array, not an archive of several")
@@ -233,9 +222,9 @@ def _read_predictions(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def load_runs(tracking_uri: str | None = None) -> LoadedRuns:
-    """Read every run of the lab in the store. Runs of other programs beside them are not asked for.
+    """Read every run of the lab in the store, and no other program's runs beside them.
 
-    A run whose values can't be right is left out, and named by a warning of the logger.
+    A run whose values can't be right is left out, and a warning of the logger names it.
 
     Raises:
         LabError: if the store is missing, foreign or can't be read, or its experiment is deleted.
@@ -281,15 +270,17 @@ def _search(uri: str) -> list[Run]:
 
 
 def _find_runs(
-    loaded: LoadedRuns,
     steps: Iterable[str] | str | None,
     seeds: Iterable[int] | int | None,
     *,
     include_overrides: bool | Literal["if_none"] = False,
     status: str | None = "FINISHED",
     holdout: int = 0,
-) -> pd.DataFrame:
-    """Return the rows of the runs asked for, newest first."""
+    tracking_uri: str | None = None,
+    loaded: LoadedRuns | None = None,
+) -> LoadedRuns:
+    """Return the runs asked for, newest first."""
+    loaded = loaded or load_runs(tracking_uri)
     name = without_password(loaded.uri)
     if status is not None and status not in STATUSES:
         raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
@@ -309,12 +300,11 @@ def _find_runs(
         runs = runs[runs["seed"].isin([seeds] if isinstance(seeds, int) else list(seeds))]
     if status is not None:
         runs = runs[runs["status"] == status]
-    if include_overrides is True:
-        return runs
-    if not include_overrides:
-        return runs[runs["overrides"] == ""]
-    by_step = runs.groupby("step")["overrides"]
-    return runs[runs["overrides"] == by_step.transform(lambda of_step: "" if "" in set(of_step) else of_step.iloc[0])]
+    counted: str | pd.Series[str] = ""
+    if include_overrides == "if_none":
+        by_step = runs.groupby("step")["overrides"]
+        counted = by_step.transform(lambda of_step: "" if "" in set(of_step) else of_step.iloc[0])
+    return replace(loaded, runs=runs if include_overrides is True else runs[runs["overrides"] == counted])
 
 
 def _row(run: Run) -> dict[str, object]:
@@ -337,18 +327,14 @@ def _row(run: Run) -> dict[str, object]:
     started = _time("start_time", info.start_time)
     row: dict[str, Any] = {
         **{name: tags.get(name) if kind == "str" else None for name, kind in COLUMNS.items()},
-        **{f"target_{name}": _target(name, tags.get(f"target_{name}")) for name in ("accuracy", "params", "epochs")},
-        **{name: _number(name, tags[name]) for name in COLUMNS if name.startswith("reported_") and name in tags},
+        **{name: _number(name, tags[name]) for name in ("target_accuracy", *REPORTED) if name in tags},
+        **{name: _count(name, tags[name], 1, MAX_COUNT) for name in ("target_params", "target_epochs") if name in tags},
+        **{name: metrics[name] for name in (*TESTED_COLUMNS, *VALIDATION_COLUMNS) if name in metrics},
+        "final_test_accuracy": metrics.get("final_test_accuracy"),
         "final_train_accuracy": metrics.get("train_accuracy"),  # MLflow gives the latest value
-        **{name: metrics.get(name) for name in ("final_test_accuracy", "best_test_accuracy")},
-        **{name: metrics.get(name) for name in ("final_validation_accuracy", "best_validation_accuracy")},
         "final_test_loss": metrics.get("final_test_loss", metrics.get("test_loss")),  # the former with a hold-out
-        "final_validation_loss": metrics.get("final_validation_loss", metrics.get("validation_loss")),
-        **{
-            name: _count(name, metrics[name], least)
-            for name, least in (("num_params", 1), ("best_epoch", 1), ("epochs_at_target", 0))
-            if name in metrics
-        },
+        "final_validation_loss": metrics.get("validation_loss"),
+        **{name: _count(name, metrics[name], least) for name, least in COUNTS.items() if name in metrics},
         "git_dirty": {"true": True, "false": False}.get(tags.get("git_dirty", "")),
         "start_time": started,
         "minutes": None if info.end_time is None else (_time("end_time", info.end_time) - started).total_seconds() / 60,
@@ -358,7 +344,7 @@ def _row(run: Run) -> dict[str, object]:
             raise ValueError(f"its {name} is {value:g}, not a percentage")
     return {
         **row,
-        **{name: text for name, text in params.items() if name not in COLUMNS},
+        **{name: text for name, text in params.items() if name not in COLUMNS},  # the hyperparameters
         "epochs": _count("epochs", params["epochs"], 1, MAX_COUNT),
         "seed": _count("seed", params["seed"]),
         "holdout": holdout,
@@ -392,12 +378,6 @@ def _number(name: str, text: str) -> float:
     return number
 
 
-def _target(name: str, text: str | None) -> float | None:
-    if text is None:
-        return None
-    return _number("target_accuracy", text) if name == "accuracy" else _count(f"target_{name}", text, 1, MAX_COUNT)
-
-
 def _time(name: str, milliseconds: int | None) -> pd.Timestamp:
     if milliseconds is None or not 0 <= milliseconds <= LAST_TIME:
         raise ValueError(f"its {name} is {quoted(milliseconds)}, not a time before the year 3000")
@@ -416,9 +396,9 @@ def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
 
 
 def _points(uri: str, epochs: dict[str, int], metrics: list[str]) -> pd.DataFrame:
-    """Return every point of these metrics of these runs: run_id, metric, epoch, value, in the order of logging.
+    """Return every point of these metrics as run_id, metric, epoch, value, in the order of logging.
 
-    epochs: the number of epochs by run id, which bounds what a server is asked for at a time.
+    epochs: the runs' numbers of epochs by run id; they bound what a server is asked for at a time.
     """
     with _reading(uri):
         read = _points_over_http if uri.startswith(("http://", "https://")) else _points_by_sql

@@ -97,7 +97,7 @@ def compare_seeds(pair: Pair, a: Mapping[int, float], b: Mapping[int, float]) ->
 
 
 def compare_predictions(pair: Pair, a_correct: ArrayLike, b_correct: ArrayLike) -> Comparison:
-    """Compare one trained network of each by what they read rightly: (N,) booleans, in one order of images."""
+    """Compare one trained network of each by which images they classify correctly: (N,) booleans, in one order."""
     found = statistics.mcnemar_exact(a_correct, b_correct)
     points = {name: 100 * getattr(found, name) for name in ("effect", "low", "high")}
     return Comparison(**vars(pair), **vars(found) | points, p_holm=found.p)

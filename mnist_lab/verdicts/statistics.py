@@ -174,11 +174,11 @@ def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int
 
 
 def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> Difference:
-    """Compare the shares (0 to 1) that two networks read rightly of the same images.
+    """Compare the shares (0 to 1) of the same images that two networks classify correctly.
 
     a_correct, b_correct: (N,) booleans, in the same order of images.
 
-    McNemar's exact test is binomial on the images that only one of them reads rightly. The interval of the difference
+    McNemar's exact test is binomial on the images that only one of them gets right. The interval of the difference
     is Wald's for matched pairs (Agresti, Categorical Data Analysis, 2002, 10.1.2).
     """
     from scipy import stats
@@ -188,7 +188,7 @@ def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> Difference:
     n, only_a, only_b = a.size, int((a & ~b).sum()), int((~a & b).sum())
     effect = (only_b - only_a) / n
     half = float(stats.norm.ppf(0.975)) * math.sqrt((only_a + only_b) - (only_b - only_a) ** 2 / n) / n
-    # The images that both or neither read rightly, on the table's diagonal, don't count.
+    # The images that both or neither get right, on the table's diagonal, don't count.
     p = min(1.0, float(mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue))
     return Difference(effect, effect - half, effect + half, p, MCNEMAR, (n,), None)
 
