@@ -9,14 +9,16 @@ import csv
 import html
 import io
 import logging
-import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import quoted
@@ -24,12 +26,14 @@ from mnist_lab.results.compare import TARGETS, newest_runs, summarise
 from mnist_lab.results.runs import epoch_history, load_runs, run_table
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.verdicts.comparison import PAIRS, Comparison, adjust, compare_seeds, interval_text, p_text, step_order
+from mnist_lab.verdicts.measures import MEASURES
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, str]  # one line of a CSV, with the step that it is of; an empty cell is a figure that is not known
 
-# The columns of <step>.csv: where in the run table each one is, and how it is written.
+# The columns of the CSVs: the name of each in the tables that they are made of, and how it is written.
+# <step>.csv
 COLUMNS = {
     "seed": ("seed", ""),
     "last": ("final_test_accuracy", ".2f"),
@@ -52,8 +56,21 @@ COLUMNS = {
     "reported_best": ("reported_best_test_accuracy", "g"),
 }
 TEXTS = ("hardware", "torch", "git_commit", "git_dirty", "code_sha256", "date")
+# epochs.csv and effects.csv
 EPOCH_COLUMNS = {name: (name, "") for name in ("step", "seed", "epoch")} | {"test_accuracy": ("test_accuracy", ".2f")}
-EFFECT_COLUMNS = ("change", "from", "to", "points", "low", "high", "p", "p_holm", "test", "seeds", "seeds_needed")
+EFFECT_COLUMNS = {
+    "change": ("change", ""),
+    "from": ("a", ""),
+    "to": ("b", ""),
+    "points": ("effect", ".3f"),
+    "low": ("low", ".3f"),
+    "high": ("high", ".3f"),
+    "p": ("p", ".4g"),
+    "p_holm": ("p_holm", ".4g"),
+    "test": ("test", ""),
+    "seeds": ("seeds", ""),
+    "seeds_needed": ("seeds_needed", ""),
+}
 OTHER_FILES = ("effects", "epochs")  # CSVs in the folder that are no step's
 
 
@@ -71,7 +88,7 @@ def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) 
     runs = _exportable(newest_runs(run_table(loaded=loaded)))
     history = epoch_history(loaded=loaded)
     history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
-    exported = _cells(runs, {"step": ("step", ""), **COLUMNS})
+    exported = _cells(runs.to_dict("records"), {"step": ("step", ""), **COLUMNS})
     steps, seed_of, code_of = set(runs["step"]), itemgetter("step", "seed"), itemgetter("step", "code_sha256")
     seeds, codes = set(map(seed_of, exported)), set(map(code_of, exported))
     try:
@@ -84,7 +101,10 @@ def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) 
         kept_epochs = [
             row for row in _read(folder / "epochs.csv") if row["step"] not in steps or seed_of(row) in kept_seeds
         ]
-        rows, epochs = _in_order(exported + kept), _in_order(_cells(history, EPOCH_COLUMNS) + kept_epochs)
+        rows, epochs = (
+            _in_order(exported + kept),
+            _in_order(_cells(history.to_dict("records"), EPOCH_COLUMNS) + kept_epochs),
+        )
         made = tables(rows)
         written = {
             **{folder / f"{step}.csv": _csv(COLUMNS, _of(step, rows)) for step in steps},
@@ -130,116 +150,24 @@ def compare_rows(rows: Iterable[Row]) -> list[Comparison]:
 
 
 def effect_rows(comparisons: Iterable[Comparison]) -> list[Row]:
-    """Return the rows of effects.csv; points with three decimals, p with four that count."""
-
-    def number(value: float, form: str) -> str:
-        return "" if math.isnan(value) else format(value, form)
-
-    return [
-        {
-            "change": c.change,
-            "from": c.a,
-            "to": c.b,
-            "points": f"{c.effect:.3f}",
-            "low": number(c.low, ".3f"),
-            "high": number(c.high, ".3f"),
-            "p": number(c.p, ".4g"),
-            "p_holm": number(c.p_holm, ".4g"),
-            "test": c.test,
-            "seeds": c.seeds,
-            "seeds_needed": "" if c.seeds_needed is None else str(c.seeds_needed),
-        }
-        for c in comparisons
-    ]
+    """Return the rows of effects.csv."""
+    return _cells([{**vars(comparison), "seeds": comparison.seeds} for comparison in comparisons], EFFECT_COLUMNS)
 
 
 # ---- the tables, in Markdown
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
-    """Return each table that is made of the rows of the CSVs, by the name of its markers."""
-    return {
-        "results": results_table(rows),
-        "effects": effects_table(compare_rows(rows)),
-        "runs": runs_table(rows),
+    """Return each table that is made of the rows of the CSVs, by the name of its template and its markers."""
+    table = pd.DataFrame(rows, columns=["step", *COLUMNS], dtype="str").replace("", None)
+    table = table.astype({name: "float64" for name in COLUMNS if name not in TEXTS}).assign(overrides="", left_out=0)
+    runs = table.rename(columns={name: column for name, (column, _) in COLUMNS.items()})
+    told = {
+        "experiments": summarise(runs).to_dict("records"),
+        "comparisons": compare_rows(rows),
+        "studies": {step: _of(step, rows) for step in dict.fromkeys(row["step"] for row in rows)},
     }
-
-
-def results_table(rows: Sequence[Row]) -> str:
-    """Return one row per experiment: its last epoch over the seeds, and what that shows."""
-    headers = ["experiment", "seeds", "last epoch", "95 % interval", "best epoch*", "training", "parameters", "epochs"]
-    headers += ["verdict", "reported best"]
-    runs = (
-        pd.DataFrame(rows, columns=["step", *COLUMNS], dtype="str").replace("", None).assign(overrides="", left_out=0)
-    )
-    runs = runs.astype({name: "float64" for name in COLUMNS if name not in TEXTS})
-    compared = summarise(runs.rename(columns={name: column for name, (column, _) in COLUMNS.items()}))
-    cells = [
-        [
-            f"`{row['step']}`",
-            str(row["seeds"]),
-            f"**{row['last']:.2f}**" + ("" if math.isnan(row["last_sd"]) else f" ± {row['last_sd']:.3f}"),
-            interval_text(row["low"], row["high"]),
-            _percent(row["best"]),
-            _percent(row["train"]),
-            f"{row['num_params']:,}",
-            f"{row['epochs']:,}",
-            _verdict(row),
-            _percent(row["reported_best_test_accuracy"]),
-        ]
-        for row in compared.to_dict("records")
-    ]
-    return _markdown(headers, cells, right=range(1, 8))
-
-
-def effects_table(comparisons: Sequence[Comparison]) -> str:
-    """Return one row per change: what it is worth in points, and whether that is shown."""
-    if not comparisons:
-        return "No change has runs of several seeds on both sides yet."
-    headers = ["change", "from → to", "points", "95 % interval", "p", "p (Holm)", "seeds", "what is shown"]
-    rows = [
-        [
-            c.change,
-            f"`{c.a}` → `{c.b}`",
-            f"{c.effect:+.2f}",
-            interval_text(c.low, c.high, signed=True),
-            p_text(c.p),
-            p_text(c.p_holm),
-            c.seeds,
-            c.verdict,
-        ]
-        for c in comparisons
-    ]
-    return _markdown(headers, rows, right=range(2, 7))
-
-
-def runs_table(rows: Sequence[Row]) -> str:
-    """Return how the runs of each experiment were made."""
-    headers = ["experiment", "command", "seeds", "commit", "code", "hardware", "torch", "minutes (median)", "date"]
-    cells = []
-    for step in dict.fromkeys(row["step"] for row in rows):
-        mine = _of(step, rows)
-        commits = dict.fromkeys(
-            markdown_cell(row["git_commit"][:10]) + (" + changes" if row["git_dirty"] == "True" else "") for row in mine
-        )
-        dates = sorted({row["date"][:10] for row in mine})
-        minutes = [float(row["minutes"]) for row in mine if row["minutes"]]
-        different = {name: dict.fromkeys(row[name] for row in mine if row[name]) for name in TEXTS}
-        cells.append(
-            [
-                f"`{step}`",
-                f"`python experiments/{step}.py --seed N`",
-                _ranges(int(row["seed"]) for row in mine),
-                ", ".join(commits),
-                *(
-                    markdown_cell(", ".join(different[name])) or "not recorded"
-                    for name in ("code_sha256", "hardware", "torch")
-                ),
-                f"{median(minutes):.0f}" if minutes else "not recorded",
-                " to ".join(dict.fromkeys([dates[0], dates[-1]])),
-            ]
-        )
-    return _markdown(headers, cells, right=[7])
+    return {name: TEMPLATES.get_template(f"{name}.md").render(told).strip() for name in ("results", "effects", "runs")}
 
 
 def with_tables(page: str, made: Mapping[str, str]) -> str:
@@ -268,8 +196,8 @@ def _verdict(row: Mapping[Any, Any]) -> str:
     return ", ".join(words.values()) or "no target stated"
 
 
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.2f}"
+def _commit(row: Row) -> str:
+    return markdown_cell(row["git_commit"][:10]) + (" + changes" if row["git_dirty"] == "True" else "")
 
 
 def _ranges(seeds: Iterable[int]) -> str:
@@ -288,10 +216,31 @@ def markdown_cell(text: str) -> str:
     return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
-def _markdown(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int]) -> str:
-    aligned = set(right)
-    line = ["---:" if column in aligned else "---" for column in range(len(headers))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [headers, line, *rows])
+# The templates of these tables and of the report.
+TEMPLATES = Environment(
+    loader=PackageLoader("mnist_lab.results"),
+    autoescape=select_autoescape(),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+TEMPLATES.globals["interval"] = interval_text
+TEMPLATES.filters |= {
+    "percent": lambda value: "–" if value != value else f"{value:.2f}",
+    "cell": markdown_cell,
+    "md": lambda text: html.escape(text, quote=False),  # Markdown may hold HTML
+    "paragraphs": lambda text: re.split(r"\n\s*\n", text),
+    "laid_out": lambda text: re.search(r"^( |[-*|] )", text, re.MULTILINE) is not None,
+    "recorded": lambda value: value if isinstance(value, str) else "not recorded",
+    "minutes": MEASURES["minutes"].text,
+    "quote": quote,
+    "commit": _commit,
+    "median": median,
+    "p_text": p_text,
+    "ranges": _ranges,
+    "verdict": _verdict,
+}
 
 
 # ---- CSV
@@ -306,11 +255,11 @@ def _in_order(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (step_order(row["step"]), int(row["seed"]), int(row.get("epoch", 0))))
 
 
-def _cells(table: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> list[Row]:
-    """Return these columns of a run table or an epoch history as the text that a CSV holds."""
+def _cells(records: Iterable[Mapping[Any, Any]], columns: Mapping[str, tuple[str, str]]) -> list[Row]:
+    """Return these columns of a run table, an epoch history or a comparison as the text that a CSV holds."""
     return [
         {name: format(row[column], form) if pd.notna(row[column]) else "" for name, (column, form) in columns.items()}
-        for row in table.to_dict("records")
+        for row in records
     ]
 
 

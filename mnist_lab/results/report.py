@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import base64
 import hashlib
-import html
 import importlib.metadata
 import io
 import platform
@@ -16,25 +15,21 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
-from mnist_lab.results.evidence import markdown_cell
+from mnist_lab.results.evidence import TEMPLATES
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.sqlite import PROJECT_ROOT
 from mnist_lab.verdicts.comparison import step_order
-from mnist_lab.verdicts.measures import MEASURES
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
 HEADINGS = ("Target", "Change", "Result", "Analysis")
 PICTURES = "steps_files"  # the folder beside steps.md
@@ -217,25 +212,7 @@ def _picture(figure: Figure, name: str, alt: str, caption: str, *, vector: bool 
 
 
 def _write(folder: Path, **told: Any) -> tuple[Path, Path]:
-    templates = Environment(
-        loader=PackageLoader("mnist_lab.results"),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters |= {
-        "percent": lambda value: "–" if value != value else f"{value:.2f}",
-        "paragraphs": lambda text: re.split(r"\n\s*\n", text),
-        "laid_out": lambda text: re.search(r"^( |[-*|] )", text, re.MULTILINE) is not None,
-        "md": lambda text: html.escape(text, quote=False),  # Markdown may hold HTML
-        "cell": markdown_cell,
-        "recorded": lambda value: value if isinstance(value, str) else "not recorded",
-        "minutes": MEASURES["minutes"].text,
-        "quote": quote,
-    }
-    pages = {name: templates.get_template(name).render(told).encode() for name in ("steps.html", "steps.md")}
+    pages = {name: TEMPLATES.get_template(name).render(told).encode() for name in ("steps.html", "steps.md")}
     pictures = [told["overview"], *(picture for result in told["results"] for picture in result.pictures)]
     files = {picture.path: picture.png for picture in pictures} | pages
     try:
