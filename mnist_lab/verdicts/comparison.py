@@ -92,7 +92,7 @@ def compare_seeds(pair: Pair, a: Mapping[int, float], b: Mapping[int, float]) ->
     Raises:
         LabError: if either has fewer than two seeds.
     """
-    found = statistics.compare_means(list(a.values()), list(b.values()), paired_by=(list(a), list(b)))
+    found = statistics.compare_means(a, b)
     return Comparison(**vars(pair), **vars(found), p_holm=found.p)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,10 +75,6 @@ class Difference:
     n: tuple[int, ...]
     seeds_needed: int | None
 
-    @property
-    def shown(self) -> bool:
-        return self.p < ALPHA_DIFFERENCE
-
 
 def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate:
     """Describe one figure, in percent, over seeds."""
@@ -111,42 +107,36 @@ def judge_mean(values: Sequence[float], target: float) -> StudyVerdict:
     return StudyVerdict("not shown" if not shown else "met" if over.mean() > 0 else "missed", p, needed)
 
 
-def compare_means(
-    a: Sequence[float], b: Sequence[float], paired_by: tuple[Sequence[int], Sequence[int]] | None = None
-) -> Difference:
-    """Compare two means over seeds: by the paired t-test over the seeds that both have, else by Welch's t-test.
+def compare_means(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
+    """Compare two means of figures by seed: by the paired t-test over the seeds that both have, else by Welch's t-test.
 
-    paired_by: the seeds of a and of b, in their order. Where fewer than two are shared, or None is given, the values
-        are taken as independent.
+    They are paired where at least two seeds are shared. Without any spread the paired test is the sign test.
 
     Raises:
         LabError: if a or b has fewer than two values, and so no spread to measure a difference by.
     """
     from scipy import stats
 
-    x, y = _numbers(a), _numbers(b)
+    x, y = _numbers(list(a.values())), _numbers(list(b.values()))
     if min(len(x), len(y)) < 2:
         raise LabError(f"a comparison of means needs at least two seeds on each side; there are {len(x)} and {len(y)}")
-    tail = ALPHA_DIFFERENCE / 2
-    if paired_by is not None:
-        of_a, of_b = (dict(zip(seeds, values, strict=True)) for seeds, values in zip(paired_by, (x, y), strict=True))
-        shared = [seed for seed in of_a if seed in of_b]
-        if len(shared) > 1:
-            d = np.array([of_b[seed] - of_a[seed] for seed in shared])
-            scale = float(np.abs(x).max())
-            p, needed = _one_sample(d, scale, tail)
-            by_sign = _same(d, scale) and p < 0.5
-            test, interval = ("sign test", (math.nan, math.nan)) if by_sign else ("paired t-test", _interval(d))
-            return Difference(float(d.mean()), *interval, 2 * p, test, (len(d),), needed)
+    tail, shared = ALPHA_DIFFERENCE / 2, [seed for seed in a if seed in b]
+    if len(shared) > 1:
+        d = np.array([b[seed] - a[seed] for seed in shared])
+        scale = float(np.abs(x).max())
+        p, needed = _one_sample(d, scale, tail)
+        by_sign = _same(d, scale) and p < 0.5
+        test, interval = ("sign test", (math.nan, math.nan)) if by_sign else ("paired t-test", _interval(d))
+        return Difference(float(d.mean()), *interval, 2 * p, test, (len(d),), needed)
     effect, sizes = float(y.mean() - x.mean()), (len(x), len(y))
     if _same(x) and _same(y):  # neither side has a spread: there is nothing to test by
         same = _same(np.concatenate([x, y]))
         return Difference(effect, math.nan, math.nan, 1.0 if same else math.nan, "Welch's t-test", sizes, None)
     welch = stats.ttest_ind(y, x, equal_var=False)
-    interval, p = welch.confidence_interval(0.95), float(welch.pvalue)
+    bounds, p = welch.confidence_interval(0.95), float(welch.pvalue)
     sd = math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
     needed = seeds_needed(effect / sd, arms=2, tail=tail) if p >= ALPHA_DIFFERENCE else None
-    return Difference(effect, float(interval.low), float(interval.high), p, "Welch's t-test", sizes, needed)
+    return Difference(effect, float(bounds.low), float(bounds.high), p, "Welch's t-test", sizes, needed)
 
 
 def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int | None:
