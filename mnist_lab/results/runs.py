@@ -32,6 +32,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from scipy import special
 
+from mnist_lab.arguments import finite_number
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MAX_COUNT, SUMMARY_METRICS, quoted
 from mnist_lab.tracking.delivery import one_line
@@ -370,12 +371,9 @@ def _count(name: str, value: str | float, least: int = 0, most: int = 2**63 - 1)
 def _number(name: str, text: str) -> float:
     """Return a tag's text as a number; raises ValueError if it is none, or not finite."""
     try:
-        number = float(text) if text.isascii() and "_" not in text else math.nan
+        return finite_number(text)
     except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"its {name} is {quoted(text)}, not a number")
-    return number
+        raise ValueError(f"its {name} is {quoted(text)}, not a number") from None
 
 
 def _time(name: str, milliseconds: int | None) -> pd.Timestamp:
