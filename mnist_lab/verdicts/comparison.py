@@ -1,4 +1,4 @@
-"""What one experiment is beyond another: differences over seeds, in words that claim no more than was shown."""
+"""How two experiments differ: differences over seeds, in words that claim no more than was shown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, MCNEMAR, Difference
 
 @dataclass(frozen=True)
 class Pair:
-    """Two experiments that differ by one change: `b` has it and `a` has not."""
+    """Two experiments that differ by one change: `b` has it, `a` does not."""
 
     a: str
     b: str

@@ -20,16 +20,16 @@ from mnist_lab.errors import LabError
 
 ALPHA_TARGET = 0.01  # one-sided: the field's standard for records is a mean over runs with p < 0.01
 ALPHA_DIFFERENCE = 0.05  # two-sided
-POWER = 0.8  # the chance to see a difference that is there
+POWER = 0.8  # the chance of seeing a difference that exists
 MOST_SEEDS = 1_000_000  # beyond this, "it can't be said"
 MCNEMAR = "McNemar's exact test"
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One figure in percent over n seeds. sd has n - 1; nan for one seed.
+    """One figure in percent over n seeds: the sd (with n - 1) and the 95 % t-interval of the mean are nan for one seed.
 
-    low to high is the 95 % t-interval of the mean, cut off at 0 and 100 %; nan for one seed.
+    low, high: the interval, cut off at 0 and 100 %.
     """
 
     n: int
@@ -63,8 +63,8 @@ class Difference:
 
     test: "paired t-test", "Welch's t-test", "sign test" or "McNemar's exact test".
     n: what the test counts: pairs of seeds; or the seeds of a and of b; or images.
-    seeds_needed: about how many seeds an arm would show a difference of this size; None where it shows already or
-        can't be said.
+    seeds_needed: about how many seeds per arm would show a difference of this size; None where it is shown already
+        or can't be said.
     """
 
     effect: float
@@ -140,7 +140,7 @@ def compare_means(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
 
 
 def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int | None:
-    """Return the fewest seeds (an arm) by which a t-test shows an effect with POWER; None where it can't be said.
+    """Return the fewest seeds (per arm) with which a t-test shows an effect with POWER; None where it can't be said.
 
     effect_size: the difference in standard deviations: of the values, or with two arms, of either arm.
     tail: the alpha of one tail; half of alpha for a two-sided test. The far tail of a two-sided test is left out: at
