@@ -153,8 +153,9 @@ def effects_table(pairs: Iterable[Pair] = PAIRS, *, holdout: int = 0, tracking_u
         LabError: if the store is missing or foreign, or no run has this protocol.
     """
     comparisons, _ = compare_pairs(pairs, holdout=holdout, tracking_uri=tracking_uri)
-    rows = [{**vars(c), "seeds": c.seeds, "shown": c.shown, "verdict": c.verdict} for c in comparisons]
-    return pd.DataFrame(rows, columns=[*Comparison.__dataclass_fields__, "seeds", "shown", "verdict"])
+    columns = ["a", "b", "change", "effect", "low", "high", "p", "p_holm", "test", "n", "seeds_needed"]
+    columns += ["seeds", "shown", "verdict"]
+    return pd.DataFrame([[getattr(c, name) for name in columns] for c in comparisons], columns=columns)
 
 
 def compare_pairs(
@@ -204,7 +205,7 @@ def _why_no_runs(step: str, holdout: int, loaded: LoadedRuns) -> str:
     """Say why a step has no run to compare: none at all, or none of this protocol, or none that counts."""
     runs = loaded.runs[(loaded.runs["step"] == step) & (loaded.runs["status"] == "FINISHED")]
     if runs.empty:
-        return f"steps: no finished run of {step!r} in {loaded.uri}"
+        return f"steps: no finished run of {step!r} in {loaded.name}"
     protocols = sorted(runs["holdout"].unique())
     if holdout not in protocols:
         held = " or ".join(f"{number:,}" for number in protocols)
@@ -212,4 +213,4 @@ def _why_no_runs(step: str, holdout: int, loaded: LoadedRuns) -> str:
             f"holdout: the runs of {step!r} hold out {held} training images, not {holdout:,}; runs of different "
             "protocols are not compared"
         )
-    return f"steps: the runs of {step!r} in {loaded.uri} are overridden on the command line: they are not that step"
+    return f"steps: the runs of {step!r} in {loaded.name} are overridden on the command line: they are not that step"
