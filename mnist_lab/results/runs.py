@@ -287,21 +287,20 @@ def _find_runs(
 ) -> LoadedRuns:
     """Return the runs asked for, newest first."""
     loaded = loaded or load_runs(tracking_uri)
+    name = loaded.name
     if status is not None and status not in STATUSES:
         raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
     if loaded.runs.empty and not loaded.left_out:
-        raise LabError(f"no runs yet in {loaded.name}; train first, e.g. `make step1`")
+        raise LabError(f"no runs yet in {name}; train first, e.g. `make step1`")
     runs = loaded.runs[loaded.runs["holdout"] == holdout]
     if runs.empty and not loaded.runs.empty:
         held = " or ".join(f"{number:,}" for number in sorted(loaded.runs["holdout"].unique()))
-        raise LabError(
-            f"holdout: no run in {loaded.name} holds out {holdout:,} training images; there are runs with {held}"
-        )
+        raise LabError(f"holdout: no run in {name} holds out {holdout:,} training images; there are runs with {held}")
     known = sorted(runs["step"].unique())
     wanted = known if steps is None else [steps] if isinstance(steps, str) else list(steps)
     for step in wanted:
         if step not in known:
-            raise LabError(f"steps: no run of {step!r} in {loaded.name}; there are runs of {', '.join(known)}")
+            raise LabError(f"steps: no run of {step!r} in {name}; there are runs of {', '.join(known)}")
     runs = runs[runs["step"].isin(wanted)]
     if seeds is not None:
         runs = runs[runs["seed"].isin([seeds] if isinstance(seeds, int) else list(seeds))]
