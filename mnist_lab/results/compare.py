@@ -9,7 +9,7 @@ import pandas as pd
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
-from mnist_lab.results.runs import COLUMNS, LoadedRuns, load_runs, predictions, run_table
+from mnist_lab.results.runs import LoadedRuns, load_runs, predictions, run_table
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import (
     PAIRS,
@@ -20,24 +20,22 @@ from mnist_lab.verdicts.comparison import (
     compare_seeds,
     step_order,
 )
-from mnist_lab.verdicts.measures import MEASURES
 from mnist_lab.verdicts.targets import judge
 
 TARGETS = ("accuracy", "params", "epochs")
 
 
 def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return of a run table the newest run of each step and seed, and only what the newest run's code computed.
+    """Return the newest run of each step and seed in a run table, without those that other code computed.
 
-    A mean over runs whose script or training code was edited in between is the mean of nothing. So of each step the
-    runs with another `code_sha256` or number of parameters than its newest run are left out; column `left_out` says how
-    many of them there are.
+    Other code: another `code_sha256` or number of parameters than the step's newest run. The column `left_out` says how
+    many such runs the step has.
     """
-    by_step = ["step", "overrides"]
+    experiment = [runs["step"], runs["overrides"]]
     code = runs["code_sha256"].fillna("") + " " + runs["num_params"].astype("str")
-    same = code == code.groupby([runs[name] for name in by_step]).transform("first")  # the newest stand first
-    left_out = (~same).groupby([runs[name] for name in by_step]).transform("sum")
-    return runs.assign(left_out=left_out.astype("int64"))[same].drop_duplicates([*by_step, "seed"])
+    same = code == code.groupby(experiment).transform("first")  # the newest stand first
+    left_out = (~same).groupby(experiment).transform("sum").astype("int64")
+    return runs.assign(left_out=left_out)[same].drop_duplicates(["step", "overrides", "seed"])
 
 
 def compare_table(
@@ -47,67 +45,61 @@ def compare_table(
     tracking_uri: str | None = None,
     loaded: LoadedRuns | None = None,
 ) -> pd.DataFrame:
-    """Return one row per experiment: the newest finished run of each seed, and the mean where there are several seeds.
+    """Return one row per experiment: the mean over its seeds, of the finished runs that `newest_runs` leaves.
 
-    holdout, loaded: as for `run_table`. The runs that count are those of `newest_runs`.
+    include_overrides, holdout, tracking_uri, loaded: as for `run_table`.
 
     Columns: step, overrides, seeds (their number), left_out (runs of other code), num_params, epochs, last, last_sd,
-    low and high (95 % interval of the mean; missing for one seed, as last_sd is), best, train, verdict_accuracy,
-    verdict_params, verdict_epochs ("-" where no target was stated), p and seeds_needed (of the accuracy's verdict,
-    `targets.judge`), the targets and the reported figures. Accuracies are in percent; last and train are of the
-    last epoch, best was picked on the test images, or where images are held out on those.
+    low and high (95 % interval of the mean; missing for one seed, as last_sd is), best, train, the targets, the
+    reported figures, verdict_accuracy, verdict_params, verdict_epochs, and p and seeds_needed of the accuracy's
+    verdict. Accuracies are in percent; last and train are of the last epoch, best as in `run_table`.
 
-    verdict_accuracy: "met" or "missed" for one seed; of several, what their mean shows: "met", "missed", "not shown".
+    A verdict is "met" or "missed", "-" where no target was stated; of several seeds' accuracy, also "not shown".
 
     Raises:
         LabError: if the store is missing or foreign, or no run has this protocol.
     """
     table = run_table(include_overrides=include_overrides, holdout=holdout, tracking_uri=tracking_uri, loaded=loaded)
-    runs = newest_runs(table)
-    facts = [name for name in COLUMNS if name.startswith(("target_", "reported_"))]
-    best = "best_validation_accuracy" if holdout else "best_test_accuracy"
+    return summarise(newest_runs(table))
+
+
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `compare_table` for these runs, the newest of each seed."""
+    facts = [str(name) for name in runs if str(name).startswith(("target_", "reported_"))]
+    best = "best_validation_accuracy" if "best_validation_accuracy" in runs else "best_test_accuracy"
+    counts = ["seeds", "left_out", "num_params", "epochs"]
+    columns = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "best", "train", *facts]
+    columns += [*(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
     rows = []
-    for (step, overrides), group in runs.groupby(["step", "overrides"]):
+    for _, group in runs.groupby(["step", "overrides"]):
         newest, accuracies = group.iloc[0], group["final_test_accuracy"].tolist()
         last = statistics.aggregate(accuracies)
+        stated = {name: newest[f"target_{name}"] for name in TARGETS if pd.notna(newest[f"target_{name}"])}
         verdicts = judge(
-            Targets(**{name: newest[f"target_{name}"] for name in TARGETS if pd.notna(newest[f"target_{name}"])}),
-            accuracies=accuracies,
-            num_params=newest["num_params"],
-            epochs=newest["epochs"],
+            Targets(**stated), accuracies=accuracies, num_params=newest["num_params"], epochs=newest["epochs"]
         )
         row = {
-            "step": step,
-            "overrides": overrides,
-            "seeds": last.n,
-            "left_out": newest["left_out"],
-            "num_params": newest["num_params"],
-            "epochs": newest["epochs"],
-            "last": last.mean,
-            "last_sd": last.sd,
-            "low": last.low,
-            "high": last.high,
-            "best": group[best].mean(),
+            **newest[["step", "overrides", "left_out", "num_params", "epochs", *facts]],
+            **{"seeds": last.n, "last": last.mean, "last_sd": last.sd, "low": last.low, "high": last.high},
+            "best": sum(group[best]) / last.n,
             "train": group["final_train_accuracy"].mean(),
-            **{name: newest[name] for name in facts},
             **{f"verdict_{name}": "-" for name in TARGETS},
-            **{f"verdict_{verdict.name}": verdict.word for verdict in verdicts},
         }
-        of_accuracy = {v.name: {"p": v.p, "seeds_needed": v.seeds_needed} for v in verdicts}.get("accuracy", {})
-        rows.append(row | of_accuracy)
+        for verdict in verdicts:
+            row[f"verdict_{verdict.name}"] = verdict.word
+            if verdict.name == "accuracy":
+                row |= {"p": verdict.p, "seeds_needed": verdict.seeds_needed}
+        rows.append(row)
     rows.sort(key=lambda row: (step_order(row["step"]), row["overrides"]))
-    judged = [*(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
-    counts = ["seeds", "left_out", "num_params", "epochs"]
-    names = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "best", "train", *facts, *judged]
-    table = pd.DataFrame(rows, columns=names)
+    table = pd.DataFrame(rows, columns=columns)
     return table.astype({"num_params": "Int64", "epochs": "Int64", "p": "float64", "seeds_needed": "Int64"})
 
 
 def compare_text(table: pd.DataFrame, *, holdout: int = 0) -> tuple[list[list[str]], list[str]]:
-    """Return the rows and headers of `compare_table` as text to print, but for reported figures that no row has."""
+    """Return the rows and headers of `compare_table` as text to print, without reported figures that no row has."""
 
     def percent(value: float) -> str:
-        return MEASURES["final_test_accuracy"].text(value).removesuffix(" %")
+        return "-" if pd.isna(value) else f"{value:.2f}"
 
     columns = {
         "experiment": [
@@ -142,23 +134,28 @@ def compare(a: str, b: str, *, holdout: int = 0, tracking_uri: str | None = None
     Raises:
         LabError: if a step has no such run, their protocols differ, or one has a single seed and the other several.
     """
-    declared = next((pair.change for pair in PAIRS if (pair.a, pair.b) == (a, b)), "")
     loaded = load_runs(tracking_uri)
-    return _compare(Pair(a, b, declared), newest_runs(run_table(holdout=holdout, loaded=loaded)), holdout, loaded)
+    runs = newest_runs(run_table(holdout=holdout, loaded=loaded))
+    for step in (a, b):
+        if step not in set(runs["step"]):
+            raise LabError(_why_no_runs(step, holdout, loaded))
+    pair = next((pair for pair in PAIRS if (pair.a, pair.b) == (a, b)), Pair(a, b, change=""))
+    return _compare(pair, runs, loaded.uri)
 
 
 def effects_table(pairs: Iterable[Pair] = PAIRS, *, holdout: int = 0, tracking_uri: str | None = None) -> pd.DataFrame:
     """Return what each single change is worth: one row per pair of experiments that both have runs.
 
-    Columns: those of `Comparison`, whose p_holm is adjusted for the rows of this table, with `seeds`, `shown` and
-    `verdict`. A pair that can't be compared is left out; `compare_pairs` says why.
+    Columns: those of `Comparison`, with `seeds`, `shown` and `verdict`; p_holm is adjusted for the rows of the table.
+    A pair that can't be compared is left out; `compare_pairs` says why.
 
     Raises:
         LabError: if the store is missing or foreign, or no run has this protocol.
     """
     comparisons, _ = compare_pairs(pairs, holdout=holdout, tracking_uri=tracking_uri)
-    rows = [{**vars(c), "seeds": c.seeds, "shown": c.shown, "verdict": c.verdict} for c in comparisons]
-    return pd.DataFrame(rows, columns=[*Comparison.__dataclass_fields__, "seeds", "shown", "verdict"])
+    columns = ["a", "b", "change", "effect", "low", "high", "p", "p_holm", "test", "n", "seeds_needed"]
+    columns += ["seeds", "shown", "verdict"]
+    return pd.DataFrame([[getattr(c, name) for name in columns] for c in comparisons], columns=columns)
 
 
 def compare_pairs(
@@ -181,45 +178,39 @@ def compare_pairs(
     for pair in pairs:
         if {pair.a, pair.b} <= set(runs["step"]):
             try:
-                found.append(_compare(pair, runs, holdout, loaded))
+                found.append(_compare(pair, runs, loaded.uri))
             except LabError as error:
                 refused.append(f"{pair.b} against {pair.a} is not compared: {error}")
     return adjust(found), refused
 
 
-def _compare(pair: Pair, runs: pd.DataFrame, holdout: int, loaded: LoadedRuns) -> Comparison:
+def _compare(pair: Pair, runs: pd.DataFrame, uri: str) -> Comparison:
     of_a, of_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
-    for step, of_step in ((pair.a, of_a), (pair.b, of_b)):
-        if of_step.empty:
-            raise LabError(_why_no_runs(step, holdout, loaded))
     if len(of_a) == len(of_b) == 1:
-        ids = [of["run_id"].iloc[0] for of in (of_a, of_b)]
-        said_a, said_b = (predictions(run_id, tracking_uri=loaded.uri) for run_id in ids)
+        ids = [of_a["run_id"].iloc[0], of_b["run_id"].iloc[0]]
+        said_a, said_b = (predictions(run_id, tracking_uri=uri) for run_id in ids)
         if not said_a["truth"].equals(said_b["truth"]):
             raise LabError(f"the predictions of the runs {ids[0]} and {ids[1]} are not of the same images")
-        return compare_predictions(
-            pair, said_a["truth"] == said_a["prediction"], said_b["truth"] == said_b["prediction"]
-        )
+        return compare_predictions(pair, *(said["truth"] == said["prediction"] for said in (said_a, said_b)))
     if min(len(of_a), len(of_b)) == 1:
         single, several = (pair.a, pair.b) if len(of_a) == 1 else (pair.b, pair.a)
         raise LabError(
             f"{single} has one seed and {several} has {max(len(of_a), len(of_b))}: a test needs at least two of each, "
             f'e.g. `make {single} ARGS="--seed 1"`'
         )
-    accuracies = [dict(zip(of["seed"], of["final_test_accuracy"], strict=True)) for of in (of_a, of_b)]
-    return compare_seeds(pair, *accuracies)
+    return compare_seeds(pair, *(dict(zip(of["seed"], of["final_test_accuracy"], strict=True)) for of in (of_a, of_b)))
 
 
 def _why_no_runs(step: str, holdout: int, loaded: LoadedRuns) -> str:
     """Say why a step has no run to compare: none at all, or none of this protocol, or none that counts."""
-    runs = [run for run in loaded.runs if run.step == step and run.status == "FINISHED"]
-    if not runs:
-        return f"steps: no finished run of {step!r} in {loaded.uri}"
-    protocols = sorted({run.holdout for run in runs})
+    runs = loaded.runs[(loaded.runs["step"] == step) & (loaded.runs["status"] == "FINISHED")]
+    if runs.empty:
+        return f"steps: no finished run of {step!r} in {loaded.name}"
+    protocols = sorted(runs["holdout"].unique())
     if holdout not in protocols:
         held = " or ".join(f"{number:,}" for number in protocols)
         return (
             f"holdout: the runs of {step!r} hold out {held} training images, not {holdout:,}; runs of different "
             "protocols are not compared"
         )
-    return f"steps: the runs of {step!r} in {loaded.uri} are overridden on the command line: they are not that step"
+    return f"steps: the runs of {step!r} in {loaded.name} are overridden on the command line: they are not that step"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import base64
 import hashlib
-import html
 import importlib.metadata
 import io
 import platform
@@ -16,24 +15,21 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
+from mnist_lab.results.evidence import TEMPLATES
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.sqlite import PROJECT_ROOT
 from mnist_lab.verdicts.comparison import step_order
-from mnist_lab.verdicts.measures import MEASURES
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
 HEADINGS = ("Target", "Change", "Result", "Analysis")
 PICTURES = "steps_files"  # the folder beside steps.md
@@ -44,7 +40,7 @@ PLAIN = " =:/;,.()-+*!?@_~"  # what may stand unquoted in the data URI of an SVG
 
 @dataclass(frozen=True)
 class Story:
-    """A script's docstring: its title, what stands before the headings, and the headings with their texts."""
+    """A script's docstring: its title, the text before the headings, and the headings with their texts."""
 
     title: str
     opening: str
@@ -88,8 +84,7 @@ def write_report(
 ) -> tuple[Path, Path]:
     """Write steps.html and steps.md into the folder and return their paths. Nothing is written before all is drawn.
 
-    Of each experiment and seed the newest finished run counts, among those that the newest one's code computed;
-    overridden ones only where there is none as declared.
+    The runs that count are those of `newest_runs`, overridden ones only where an experiment has none as declared.
 
     Raises:
         LabError: if the store is missing or foreign or has no finished run, a script can't be read, or the folder
@@ -109,7 +104,7 @@ def write_report(
     drawn: dict[str, Result] = {}
     for row in compared.to_dict("records"):
         mine = runs[runs["step"] == row["step"]]
-        drawn[row["step"]] = draw(row, mine, history[history["run_id"].isin(mine["run_id"])], images, tracking_uri)
+        drawn[row["step"]] = draw(row, mine, history[history["run_id"].isin(mine["run_id"])], images, loaded.uri)
     steps = sorted({*stories, *drawn}, key=step_order)
     return _write(
         folder,
@@ -123,10 +118,10 @@ def write_report(
 
 
 def read_story(script: Path) -> Story:
-    """Read the story in a script's docstring, without importing the script. Headings may be missing in it.
+    """Read the story in a script's docstring, without importing the script. Headings may be missing.
 
     Raises:
-        LabError: if the script can't be read or is no Python.
+        LabError: if the script can't be read or is not Python.
     """
     try:
         docstring = ast.get_docstring(ast.parse(script.read_bytes(), script.name)) or ""
@@ -138,59 +133,53 @@ def read_story(script: Path) -> Story:
     return Story(" ".join(title.split()).removesuffix("."), opening, list(zip(parts[::2], texts, strict=True)))
 
 
-def draw(
-    row: dict[Any, Any],
-    runs: pd.DataFrame,
-    epochs: pd.DataFrame,
-    images: NDArray[np.uint8],
-    tracking_uri: str | None,
-) -> Result:
+def draw(row: dict[Any, Any], runs: pd.DataFrame, epochs: pd.DataFrame, images: NDArray[np.uint8], uri: str) -> Result:
     """Draw one experiment: training curves over its seeds, confusion matrix and mistakes of the newest run."""
     name = f"{row['step']} [{row['overrides']}]" if row["overrides"] else row["step"]
-    pictures, notes = [], []
+    result = Result(name, row, pictures=[], notes=[])
     try:
-        pictures.append(_draw_training(row, runs, epochs))
+        result.pictures.append(_draw_training(row, runs, epochs))
     except LabError as error:
-        notes.append(f"No training curves: {error}.")
+        result.notes.append(f"No training curves: {error}.")
     try:
-        pictures += _draw_predictions(row, runs, images, tracking_uri)
+        result.pictures.extend(_draw_predictions(row, runs.iloc[0], images, uri))
     except LabError as error:
-        notes.append(f"No confusion matrix and no mistakes: {error}.")
-    return Result(name, row, pictures, notes)
+        result.notes.append(f"No confusion matrix and no mistakes: {error}.")
+    return result
 
 
 def _draw_training(row: dict[Any, Any], runs: pd.DataFrame, epochs: pd.DataFrame) -> Picture:
     target = row["target_accuracy"] if row["target_accuracy"] > 0 else None  # it is NaN where none was stated
     figure = figures.plot_training(epochs, target)
     mean = epochs.groupby("epoch")[["test_accuracy", "train_accuracy"]].mean()
+    test, train = mean["test_accuracy"].iloc, mean["train_accuracy"].iloc
     seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
     alt = (
-        f"Two charts, loss and accuracy over {len(mean)} epochs, {seeds}. Test accuracy is "
-        f"{mean['test_accuracy'].iloc[0]:.2f} % after the first epoch and {mean['test_accuracy'].iloc[-1]:.2f} % after "
-        f"the last; training accuracy ends at {mean['train_accuracy'].iloc[-1]:.2f} %."
+        f"Two charts, loss and accuracy over {len(mean)} epochs, {seeds}. Test accuracy is {test[0]:.2f} % after the "
+        f"first epoch and {test[-1]:.2f} % after the last; training accuracy ends at {train[-1]:.2f} %."
     )
     return _picture(figure, f"{row['step']}-training", alt, f"Loss and accuracy, {seeds}.")
 
 
 def _draw_predictions(
-    row: dict[Any, Any], runs: pd.DataFrame, images: NDArray[np.uint8], tracking_uri: str | None
-) -> list[Picture]:
-    said = results.predictions(runs["run_id"].iloc[0], tracking_uri=tracking_uri)
+    row: dict[Any, Any], run: pd.Series[Any], images: NDArray[np.uint8], uri: str
+) -> tuple[Picture, Picture]:
+    said = results.predictions(run["run_id"], tracking_uri=uri)
     if len(said) != len(images):
-        raise LabError(f"run {runs['run_id'].iloc[0]} has predictions of {len(said):,} images, not of {len(images):,}")
-    run = f"seed {runs['seed'].iloc[0]}, the newest run"
+        raise LabError(f"run {run['run_id']} has predictions of {len(said):,} images, not of {len(images):,}")
+    which = f"seed {run['seed']}, the newest run"
     wrong = said[said["truth"] != said["prediction"]].sort_values("confidence", ascending=False)
     alt = f"Confusion matrix: {len(said) - len(wrong):,} of {len(said):,} test images are read rightly."
     for (truth, read_as), count in Counter(zip(wrong["truth"], wrong["prediction"], strict=True)).most_common(1):
         alt += f" The most frequent mistake is {truth} read as {read_as}, {count} times."
     matrix = figures.plot_confusion(said["truth"], said["prediction"])
-    confusion = _picture(matrix, f"{row['step']}-confusion", alt, f"Mistakes by digit, {run}.")
+    confusion = _picture(matrix, f"{row['step']}-confusion", alt, f"Mistakes by digit, {which}.")
     alt = f"The most confident of {len(wrong)} mistakes, as images with truth, prediction and confidence."
     for truth, read_as, confidence in wrong[["truth", "prediction", "confidence"]].head(1).to_numpy():
         alt += f" The first is a {truth:.0f} read as {read_as:.0f} with {100 * confidence:.1f} %."
     gallery = figures.plot_mistakes(images, said["truth"], said["prediction"], said["confidence"])
-    mistakes = _picture(gallery, f"{row['step']}-mistakes", alt, f"The most confident mistakes, {run}.", vector=False)
-    return [confusion, mistakes]
+    caption = f"The most confident mistakes, {which}."
+    return confusion, _picture(gallery, f"{row['step']}-mistakes", alt, caption, vector=False)
 
 
 def draw_overview(runs: pd.DataFrame) -> Picture:
@@ -199,8 +188,7 @@ def draw_overview(runs: pd.DataFrame) -> Picture:
     params = runs.groupby("step")["num_params"].first()
     ends = [f"{step}, {means[step]:.2f} % with {params[step]:,} parameters" for step in means.index]
     alt = f"Test accuracy of the last epoch against parameters, {len(ends)} experiments. Highest: {ends[-1]}."
-    if len(ends) > 1:
-        alt += f" Lowest: {ends[0]}."
+    alt += f" Lowest: {ends[0]}." if len(ends) > 1 else ""
     caption = (
         "Test accuracy of the last epoch against parameters (above) and one by one (below). Grey marks are figures "
         "that others published; they were not measured here."
@@ -224,28 +212,11 @@ def _picture(figure: Figure, name: str, alt: str, caption: str, *, vector: bool 
 
 
 def _write(folder: Path, **told: Any) -> tuple[Path, Path]:
-    templates = Environment(
-        loader=PackageLoader("mnist_lab.results"),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters |= {
-        "percent": lambda value: "–" if value != value else f"{value:.2f}",
-        "paragraphs": lambda text: re.split(r"\n\s*\n", text),
-        "laid_out": lambda text: re.search(r"^( |[-*|] )", text, re.MULTILINE) is not None,
-        "md": lambda text: html.escape(text, quote=False),  # Markdown may hold HTML
-        "cell": lambda text: " ".join(html.escape(text, quote=False).replace("|", "\\|").split()),
-        "recorded": lambda value: value if isinstance(value, str) else "not recorded",
-        "minutes": MEASURES["minutes"].text,
-        "quote": quote,
-    }
-    pages = {name: templates.get_template(name).render(told).encode() for name in ("steps.html", "steps.md")}
+    pages = {name: TEMPLATES.get_template(name).render(told).encode() for name in ("steps.html", "steps.md")}
     pictures = [told["overview"], *(picture for result in told["results"] for picture in result.pictures)]
+    files = {picture.path: picture.png for picture in pictures} | pages
     try:
-        replace_files({folder / path: content for path, content in ({p.path: p.png for p in pictures} | pages).items()})
+        replace_files({folder / path: content for path, content in files.items()})
     except OSError as error:
         raise LabError(f"the report can't be written to {folder}: {error.strerror}: {error.filename}") from error
     return folder / "steps.html", folder / "steps.md"

@@ -13,12 +13,12 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # MLflow's bars in a notebook; they are off
 
@@ -30,7 +30,9 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from scipy import special
 
+from mnist_lab.arguments import finite_number
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MAX_COUNT, SUMMARY_METRICS, quoted
 from mnist_lab.tracking.delivery import one_line
@@ -51,13 +53,18 @@ LAST_TIME = 32_503_680_000_000  # milliseconds from 1970 to the year 3000
 HISTORIES = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
 
-# The columns of the run table and their types. The hyperparameters, which differ from run to run, follow `seed`.
+REPORTED = [f"reported_{name}" for name in SUMMARY_METRICS]
+COUNTS = {"num_params": 1, "best_epoch": 1, "epochs_at_target": 0}  # metrics that are whole numbers from these on
+# The columns of the run table and their types. The hyperparameters, which differ from run to run, follow `holdout`.
 COLUMNS = {
     "step": "str",
     "seed": "Int64",
     "holdout": "Int64",
     "num_params": "Int64",
     "final_train_accuracy": "float64",
+    "final_validation_accuracy": "float64",
+    "best_validation_accuracy": "float64",
+    "final_validation_loss": "float64",
     "final_test_accuracy": "float64",
     "best_test_accuracy": "float64",
     "best_epoch": "Int64",
@@ -66,7 +73,7 @@ COLUMNS = {
     "targets": "str",
     **{f"verdict_{name}": "str" for name in ("accuracy", "params", "epochs")},
     **{f"target_{name}": "float64" for name in ("accuracy", "params", "epochs")},
-    **{f"reported_{name}": "float64" for name in SUMMARY_METRICS},
+    **dict.fromkeys(REPORTED, "float64"),
     "device": "str",
     "hardware": "str",
     "torch": "str",
@@ -79,85 +86,75 @@ COLUMNS = {
     "minutes": "float64",
     "run_id": "str",
 }
-# Of runs that hold images out, the epochs are validated on those, and the test images are read once, at the end.
-VALIDATION_COLUMNS = {
-    "final_validation_accuracy": "float64",
-    "best_validation_accuracy": "float64",
-    "final_validation_loss": "float64",
-}
-
-
-@dataclass(frozen=True)
-class LabRun:
-    """A run of the lab as it stands in the store, where every value is of its kind and within its bounds.
-
-    hyperparameters: the other params, as text. facts: what the other columns of the run table hold, by name.
-    """
-
-    run_id: str
-    step: str
-    seed: int
-    holdout: int
-    overrides: str
-    status: str
-    epochs: int
-    hyperparameters: Mapping[str, str]
-    facts: Mapping[str, object]
+# With a hold-out each epoch is validated on the held-out images, and the test images are read once, at the end.
+TESTED_COLUMNS = ("best_test_accuracy", "epochs_at_target")
+VALIDATION_COLUMNS = ("final_validation_accuracy", "best_validation_accuracy", "final_validation_loss")
+USUAL_HYPERPARAMETERS = ("batch_size", "epochs", "optimizer", "lr")  # of a table without runs
 
 
 @dataclass(frozen=True)
 class LoadedRuns:
-    """The lab's runs in one store, newest first, as they were when the store was read; and how many were left out."""
+    """The lab's runs in one store, newest first, as they were when the store was read; and how many were left out.
+
+    runs: COLUMNS and all hyperparameters, one row per run; values are checked, and columns not typed yet.
+    """
 
     uri: str
-    runs: list[LabRun]
+    runs: pd.DataFrame
     left_out: int = 0
+
+    @property
+    def name(self) -> str:
+        """The URI without its password, for messages."""
+        return without_password(self.uri)
+
+
+class Which(TypedDict, total=False):
+    """Which runs are in a table, beside their steps and seeds.
+
+    include_overrides: also runs whose declaration was overridden on the command line; they are not that step any more.
+        "if_none" takes them only for a step that has no run as declared: the newest, and those overridden alike.
+    status: "FINISHED" (the default), "RUNNING", "FAILED" or "KILLED", or None for all.
+    holdout: only the runs that hold out so many training images; 0, the default, is the write-ups' protocol, which
+        tests after each epoch. The two are never in one table.
+    tracking_uri: the store; the usual one if not given.
+    loaded: what `load_runs` gave, so that the store is not asked again.
+    """
+
+    include_overrides: bool | Literal["if_none"]
+    status: str | None
+    holdout: int
+    tracking_uri: str | None
+    loaded: LoadedRuns | None
 
 
 def run_table(
-    steps: Iterable[str] | str | None = None,
-    seeds: Iterable[int] | int | None = None,
-    *,
-    include_overrides: bool | Literal["if_none"] = False,
-    status: str | None = "FINISHED",
-    holdout: int = 0,
-    tracking_uri: str | None = None,
-    loaded: LoadedRuns | None = None,
+    steps: Iterable[str] | str | None = None, seeds: Iterable[int] | int | None = None, **which: Unpack[Which]
 ) -> pd.DataFrame:
     """Return one row per run, newest first, with typed columns.
 
     steps, seeds: only these. A step is named by its script, e.g. "step3_gap".
-    include_overrides: also runs whose declaration was overridden on the command line; they are not that step any more.
-        "if_none" takes them only for a step that has no run as declared: the newest, and those overridden alike.
-    status: "FINISHED", "RUNNING", "FAILED" or "KILLED", or None for all.
-    holdout: only the runs that hold out so many training images; 0 is the write-ups' protocol, which tests after each
-        epoch. The two are never in one table.
-    loaded: what `load_runs` gave, so that the store is not asked again.
-
-    A run whose values can't be right (another program's, in the same MLflow experiment) is left out, and a warning of
-    the logger names it.
+    include_overrides, status, holdout, tracking_uri, loaded: as in `runs.Which`.
 
     Columns: step, seed, holdout, every hyperparameter (missing where a run has none of that name), num_params,
     accuracies in percent, verdicts, targets, reported figures, device, versions, commit, times, run_id. `final_` is the
-    last epoch, `best_` was picked on the test images; where images are held out there is `best_validation_accuracy`
-    instead.
+    last epoch; `best_` was picked on the test images, or on the validation images where there are any.
 
     Raises:
         LabError: if the store is missing or foreign, a step is unknown to it, or an argument is out of range.
     """
-    loaded = loaded or load_runs(tracking_uri)
-    return _table(_find_runs(loaded, steps, seeds, include_overrides, status, holdout), holdout)
+    found = _find_runs(steps, seeds, **which).runs
+    other_protocol = TESTED_COLUMNS if which.get("holdout") else VALIDATION_COLUMNS
+    kinds = {name: kind for name, kind in COLUMNS.items() if name not in other_protocol}
+    shown = found if found.empty else found.dropna(axis="columns", how="all")
+    hyperparameters = [str(name) for name in shown if name not in COLUMNS]
+    first, rest = list(kinds)[:3], list(kinds)[3:]
+    table = found[[*first, *hyperparameters, *rest]].astype(kinds)
+    return table.assign(**{name: _typed(found[name]) for name in hyperparameters}).reset_index(drop=True)
 
 
 def epoch_history(
-    steps: Iterable[str] | str | None = None,
-    seeds: Iterable[int] | int | None = None,
-    *,
-    include_overrides: bool | Literal["if_none"] = False,
-    status: str | None = "FINISHED",
-    holdout: int = 0,
-    tracking_uri: str | None = None,
-    loaded: LoadedRuns | None = None,
+    steps: Iterable[str] | str | None = None, seeds: Iterable[int] | int | None = None, **which: Unpack[Which]
 ) -> pd.DataFrame:
     """Return one row per run and epoch, for the runs that `run_table` gives for the same arguments.
 
@@ -167,18 +164,14 @@ def epoch_history(
     Raises:
         LabError: as `run_table`.
     """
-    loaded = loaded or load_runs(tracking_uri)
-    found = _find_runs(loaded, steps, seeds, include_overrides, status, holdout)
-    runs = pd.DataFrame(
-        [(run.run_id, run.step, run.overrides, run.seed) for run in found],
-        columns=["run_id", "step", "overrides", "seed"],
-    ).astype({"run_id": "str", "step": "str", "overrides": "str", "seed": "Int64"})
-    metrics = HELD_OUT_METRICS if holdout else EPOCH_METRICS
-    points = _points(loaded.uri, {run.run_id: run.epochs for run in found}, metrics)
+    found = _find_runs(steps, seeds, **which)
+    metrics = HELD_OUT_METRICS if which.get("holdout") else EPOCH_METRICS
+    points = _points(found.uri, dict(zip(found.runs["run_id"], found.runs["epochs"], strict=True)), metrics)
     # Should a point have been logged twice, its latest value counts.
     wide = points.pivot_table(index=["run_id", "epoch"], columns="metric", values="value", aggfunc="last")
-    history = runs.merge(wide.reindex(columns=metrics).reset_index(), on="run_id")
-    return history.astype({"epoch": "Int64"})[["run_id", "step", "overrides", "seed", "epoch", *metrics]]
+    identity = {name: COLUMNS[name] for name in ("run_id", "step", "overrides", "seed")}
+    history = found.runs[[*identity]].astype(identity).merge(wide.reindex(columns=metrics).reset_index(), on="run_id")
+    return history.astype({"epoch": "Int64"})[[*identity, "epoch", *metrics]]
 
 
 def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -209,13 +202,12 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
             reason = " ".join(str(error).split()) or type(error).__name__
             raise LabError(f"run {run_id}: its predictions.npz can't be read: {reason}") from error
     table = pd.DataFrame({"truth": truth, "prediction": prediction}).astype("int64")
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    table["confidence"] = odds.max(axis=1) / odds.sum(axis=1)
+    table["confidence"] = special.softmax(logits, axis=1).max(axis=1)
     return table.join(pd.DataFrame(logits, columns=[f"logit_{digit}" for digit in range(10)]))
 
 
 def _read_predictions(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return truth (N,), prediction (N,) and logits (N, 10); raises whatever a file that is not such a one causes."""
+    """Return truth (N,), prediction (N,) and logits (N, 10); a damaged file raises errors of many kinds."""
     loaded = np.load(file, allow_pickle=False)
     if isinstance(loaded, np.ndarray):
         raise ValueError("it is one array, not an archive of several")
@@ -236,21 +228,22 @@ def _read_predictions(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def load_runs(tracking_uri: str | None = None) -> LoadedRuns:
-    """Read every run of the lab in the store. Runs of other programs beside them are not asked for.
+    """Read every run of the lab in the store, and no other program's runs beside them.
 
-    A run whose values can't be right is left out, and named by a warning of the logger.
+    A run whose values can't be right is left out, and a warning of the logger names it.
 
     Raises:
         LabError: if the store is missing, foreign or can't be read, or its experiment is deleted.
     """
     uri = resolve_uri(tracking_uri)
     check_readable(uri)
-    found, runs = _search(uri), []
+    found, rows = _search(uri), []
     for run in found:
         try:
-            runs.append(_lab_run(run))
+            rows.append(_row(run))
         except ValueError as error:
             _say_left_out(run.info.run_id, str(error))
+    runs = pd.DataFrame(rows, columns=None if rows else [*COLUMNS, *USUAL_HYPERPARAMETERS], dtype=object)
     return LoadedRuns(uri, runs, left_out=len(found) - len(runs))
 
 
@@ -267,64 +260,65 @@ def _search(uri: str) -> list[Run]:
         if experiment is None:
             return []
         check_not_deleted(uri, experiment)
-        runs: list[Run] = []
-        token: str | None = ""
-        while token is not None:
-            page = client.search_runs(
-                [experiment.experiment_id],
-                OF_THE_LAB,
-                order_by=["attributes.start_time DESC"],
-                max_results=RUNS_PER_PAGE,
-                page_token=token or None,
-            )
+        search = partial(
+            client.search_runs,
+            [experiment.experiment_id],
+            OF_THE_LAB,
+            order_by=["attributes.start_time DESC"],
+            max_results=RUNS_PER_PAGE,
+        )
+        page = search()
+        runs = list(page)
+        while page.token:
+            page = search(page_token=page.token)
             runs += page
-            token = page.token
     return runs
 
 
 def _find_runs(
-    loaded: LoadedRuns,
     steps: Iterable[str] | str | None,
     seeds: Iterable[int] | int | None,
-    include_overrides: bool | Literal["if_none"],
-    status: str | None,
-    holdout: int,
-) -> list[LabRun]:
+    *,
+    include_overrides: bool | Literal["if_none"] = False,
+    status: str | None = "FINISHED",
+    holdout: int = 0,
+    tracking_uri: str | None = None,
+    loaded: LoadedRuns | None = None,
+) -> LoadedRuns:
     """Return the runs asked for, newest first."""
-    name = without_password(loaded.uri)
+    loaded = loaded or load_runs(tracking_uri)
+    name = loaded.name
     if status is not None and status not in STATUSES:
         raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
-    if not loaded.runs and not loaded.left_out:
+    if loaded.runs.empty and not loaded.left_out:
         raise LabError(f"no runs yet in {name}; train first, e.g. `make step1`")
-    protocols = sorted({run.holdout for run in loaded.runs})
-    runs = [run for run in loaded.runs if run.holdout == holdout]
-    if protocols and not runs:
-        held = " or ".join(f"{number:,}" for number in protocols)
+    runs = loaded.runs[loaded.runs["holdout"] == holdout]
+    if runs.empty and not loaded.runs.empty:
+        held = " or ".join(f"{number:,}" for number in sorted(loaded.runs["holdout"].unique()))
         raise LabError(f"holdout: no run in {name} holds out {holdout:,} training images; there are runs with {held}")
-    known = sorted({run.step for run in runs})
-    wanted = {steps} if isinstance(steps, str) else None if steps is None else set(steps)
-    for step in wanted or ():
+    known = sorted(runs["step"].unique())
+    wanted = known if steps is None else [steps] if isinstance(steps, str) else list(steps)
+    for step in wanted:
         if step not in known:
             raise LabError(f"steps: no run of {step!r} in {name}; there are runs of {', '.join(known)}")
-    numbers = {seeds} if isinstance(seeds, int) else None if seeds is None else set(seeds)
-    chosen = [
-        run
-        for run in runs
-        if (wanted is None or run.step in wanted)
-        and (numbers is None or run.seed in numbers)
-        and status in (None, run.status)
-    ]
-    if include_overrides is True:
-        return chosen
-    counted: dict[str, str] = {}  # by step, what its runs have overridden
+    runs = runs[runs["step"].isin(wanted)]
+    if seeds is not None:
+        runs = runs[runs["seed"].isin([seeds] if isinstance(seeds, int) else list(seeds))]
+    if status is not None:
+        runs = runs[runs["status"] == status]
+    counted: str | pd.Series[str] = ""
     if include_overrides == "if_none":
-        counted = {run.step: run.overrides for run in reversed(chosen)}
-    counted |= {run.step: "" for run in chosen if not run.overrides}
-    return [run for run in chosen if run.overrides == counted.get(run.step, "")]
+        by_step = runs.groupby("step")["overrides"]
+        counted = by_step.transform(lambda of_step: "" if "" in set(of_step) else of_step.iloc[0])
+    return replace(loaded, runs=runs if include_overrides is True else runs[runs["overrides"] == counted])
 
 
-def _lab_run(run: Run) -> LabRun:
-    """Return a run with its values read and checked; raises ValueError, which names the first that can't be right."""
+def _row(run: Run) -> dict[str, object]:
+    """Return a run's row of the table with its values read and checked.
+
+    Raises:
+        ValueError: if a value can't be right; it names the first one.
+    """
     tags, params, metrics, info = run.data.tags, run.data.params, run.data.metrics, run.info
     holdout = _count("holdout", params.get("holdout", "0"))
     if not tags["step"].strip():
@@ -337,41 +331,35 @@ def _lab_run(run: Run) -> LabRun:
             if name not in metrics:
                 raise ValueError(f"it is FINISHED but has no result: {name} is missing")
     started = _time("start_time", info.start_time)
-    facts: dict[str, object] = {
-        **{name: tags.get(name) for name, kind in COLUMNS.items() if kind == "str"},
-        **{f"target_{name}": _target(name, tags.get(f"target_{name}")) for name in ("accuracy", "params", "epochs")},
-        **{name: _number(name, tags[name]) for name in COLUMNS if name.startswith("reported_") and name in tags},
-        **{name: metrics[name] for name in VALIDATION_COLUMNS if name in metrics},
-        "final_train_accuracy": metrics.get("train_accuracy"),  # MLflow gives the latest value
+    row: dict[str, Any] = {
+        **{name: tags.get(name) if kind == "str" else None for name, kind in COLUMNS.items()},
+        **{name: _number(name, tags[name]) for name in ("target_accuracy", *REPORTED) if name in tags},
+        **{name: _count(name, tags[name], 1, MAX_COUNT) for name in ("target_params", "target_epochs") if name in tags},
+        **{name: metrics[name] for name in (*TESTED_COLUMNS, *VALIDATION_COLUMNS) if name in metrics},
         "final_test_accuracy": metrics.get("final_test_accuracy"),
-        "best_test_accuracy": metrics.get("best_test_accuracy"),
+        "final_train_accuracy": metrics.get("train_accuracy"),  # MLflow gives the latest value
         "final_test_loss": metrics.get("final_test_loss", metrics.get("test_loss")),  # the former with a hold-out
         "final_validation_loss": metrics.get("validation_loss"),
-        **{
-            name: _count(name, metrics[name], least)
-            for name, least in (("num_params", 1), ("best_epoch", 1), ("epochs_at_target", 0))
-            if name in metrics
-        },
-        "device": params["device"],
+        **{name: _count(name, metrics[name], least) for name, least in COUNTS.items() if name in metrics},
         "git_dirty": {"true": True, "false": False}.get(tags.get("git_dirty", "")),
         "start_time": started,
         "minutes": None if info.end_time is None else (_time("end_time", info.end_time) - started).total_seconds() / 60,
     }
-    for name, value in facts.items():
+    for name, value in row.items():
         if name.endswith("_accuracy") and isinstance(value, float) and not 0 <= value <= 100:
             raise ValueError(f"its {name} is {value:g}, not a percentage")
-    return LabRun(
-        run_id=info.run_id,
-        step=tags["step"],
-        seed=_count("seed", params["seed"]),
-        holdout=holdout,
+    return {
+        **row,
+        **{name: text for name, text in params.items() if name not in COLUMNS},  # the hyperparameters
+        "epochs": _count("epochs", params["epochs"], 1, MAX_COUNT),
+        "seed": _count("seed", params["seed"]),
+        "holdout": holdout,
         # Without the hold-out: that is a protocol, with a column of its own.
-        overrides=re.sub(r"(^| )holdout=\d+(?= |$)", "", tags.get("overrides", "")).strip(),
-        status=info.status,
-        epochs=_count("epochs", params["epochs"], 1, MAX_COUNT),
-        hyperparameters={name: text for name, text in params.items() if name not in {*COLUMNS, *VALIDATION_COLUMNS}},
-        facts=facts,
-    )
+        "overrides": re.sub(r"(^| )holdout=\d+(?= |$)", "", tags.get("overrides", "")).strip(),
+        "device": params["device"],
+        "status": info.status,
+        "run_id": info.run_id,
+    }
 
 
 def _count(name: str, value: str | float, least: int = 0, most: int = 2**63 - 1) -> int:
@@ -388,18 +376,9 @@ def _count(name: str, value: str | float, least: int = 0, most: int = 2**63 - 1)
 def _number(name: str, text: str) -> float:
     """Return a tag's text as a number; raises ValueError if it is none, or not finite."""
     try:
-        number = float(text) if text.isascii() and "_" not in text else math.nan
+        return finite_number(text)
     except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"its {name} is {quoted(text)}, not a number")
-    return number
-
-
-def _target(name: str, text: str | None) -> float | None:
-    if text is None:
-        return None
-    return _number("target_accuracy", text) if name == "accuracy" else _count(f"target_{name}", text, 1, MAX_COUNT)
+        raise ValueError(f"its {name} is {quoted(text)}, not a number") from None
 
 
 def _time(name: str, milliseconds: int | None) -> pd.Timestamp:
@@ -408,43 +387,21 @@ def _time(name: str, milliseconds: int | None) -> pd.Timestamp:
     return pd.Timestamp(milliseconds, unit="ms", tz="UTC")
 
 
-def _table(runs: list[LabRun], holdout: int) -> pd.DataFrame:
-    """Return the run table of these runs."""
-    columns = _columns(holdout)
-    own = ("run_id", "step", "seed", "holdout", "overrides", "status", "epochs")
-    rows = [{**run.facts, **run.hyperparameters, **{name: getattr(run, name) for name in own}} for run in runs]
-    hyperparameters = list(dict.fromkeys(name for run in runs for name in run.hyperparameters))
-    if not runs:  # an empty table has the columns that every run has
-        hyperparameters = ["batch_size", "epochs", "optimizer", "lr"]
-    table = pd.DataFrame(rows, columns=["step", "seed", "holdout", *hyperparameters, *list(columns)[3:]])
-    typed = {name: _typed(table[name]) for name in hyperparameters}
-    return table.astype(columns).assign(**typed)
-
-
-def _columns(holdout: int) -> dict[str, str]:
-    """Return the columns of the run table and their types; with images held out, the best epoch is of validation."""
-    if not holdout:
-        return COLUMNS
-    kept = {name: kind for name, kind in COLUMNS.items() if name not in ("best_test_accuracy", "epochs_at_target")}
-    first = list(kept).index("final_test_accuracy")
-    return dict([*list(kept.items())[:first], *VALIDATION_COLUMNS.items(), *list(kept.items())[first:]])
-
-
 def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
     """Return a column of hyperparameters as integers or numbers where every value is one, else as text."""
-    given = column.dropna().astype("str")
-    if given.str.fullmatch(r"[+-]?[0-9]{1,18}").all():
-        return column.astype("Int64")
+    text = column.astype("str")
+    if text.dropna().str.fullmatch(r"[+-]?[0-9]{1,18}").all():
+        return text.astype("Int64")
     try:
-        return pd.to_numeric(column).astype("float64")
+        return pd.to_numeric(text).astype("float64")
     except (ValueError, OverflowError):
-        return column.astype("str")
+        return text
 
 
 def _points(uri: str, epochs: dict[str, int], metrics: list[str]) -> pd.DataFrame:
-    """Return every point of these metrics of these runs: run_id, metric, epoch, value, in the order of logging.
+    """Return every point of these metrics as run_id, metric, epoch, value, in the order of logging.
 
-    epochs: the number of epochs by run id, which bounds what a server is asked for at a time.
+    epochs: the runs' numbers of epochs by run id; they bound what a server is asked for at a time.
     """
     with _reading(uri):
         read = _points_over_http if uri.startswith(("http://", "https://")) else _points_by_sql

@@ -1,4 +1,4 @@
-"""What one experiment is beyond another: differences over seeds, in words that claim no more than was shown."""
+"""How two experiments differ: differences over seeds, in words that claim no more than was shown."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from numpy.typing import ArrayLike
 
 from mnist_lab.verdicts import statistics
-from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, Difference
-
-MCNEMAR = "McNemar's exact test"
+from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, MCNEMAR, Difference
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two experiments that differ by one change: `b` has it and `a` has not."""
+    """Two experiments that differ by one change: `b` has it, `a` does not."""
 
     a: str
     b: str
@@ -37,27 +35,14 @@ PAIRS = (
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Difference, Pair):
     """How experiment `b` differs from `a` in test accuracy, in points (percentage points), b - a.
 
-    low, high: the 95 % interval of the difference; nan where there is no spread to measure it by.
-    p: two-sided. p_holm: adjusted for the other comparisons of the same table; the same as p for one by itself.
+    p_holm: p adjusted for the other comparisons of the same table; the same as p for one by itself.
     n: pairs of seeds; or seeds of a and of b; or test images, where one run of each was compared.
-    seeds_needed: about how many seeds of each would show a difference of this size; None where it shows, or where it
-        can't be said.
     """
 
-    a: str
-    b: str
-    change: str
-    effect: float
-    low: float
-    high: float
-    p: float
     p_holm: float
-    test: str
-    n: tuple[int, ...]
-    seeds_needed: int | None
 
     @property
     def shown(self) -> bool:
@@ -107,15 +92,15 @@ def compare_seeds(pair: Pair, a: Mapping[int, float], b: Mapping[int, float]) ->
     Raises:
         LabError: if either has fewer than two seeds.
     """
-    found = statistics.compare_means(list(a.values()), list(b.values()), paired_by=(list(a), list(b)))
-    return _comparison(pair, found)
+    found = statistics.compare_means(a, b)
+    return Comparison(**vars(pair), **vars(found), p_holm=found.p)
 
 
 def compare_predictions(pair: Pair, a_correct: ArrayLike, b_correct: ArrayLike) -> Comparison:
-    """Compare one trained network of each by what they read rightly: (N,) booleans, in one order of images."""
+    """Compare one trained network of each by which images they classify correctly: (N,) booleans, in one order."""
     found = statistics.mcnemar_exact(a_correct, b_correct)
-    effect, low, high = (100 * share for share in (found.effect, found.low, found.high))
-    return _comparison(pair, Difference(effect, low, high, found.p, MCNEMAR, (found.n,), seeds_needed=None))
+    points = {name: 100 * getattr(found, name) for name in ("effect", "low", "high")}
+    return Comparison(**vars(pair), **vars(found) | points, p_holm=found.p)
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -159,19 +144,3 @@ def step_order(step: str) -> tuple[bool, list[str | float]]:
     """Return the key by which experiments are sorted: `step1_...` and on before the rest, step 10 after step 9."""
     parts = re.split(r"(\d+)", step)
     return not step.startswith("step"), [float(part) if part.isdecimal() else part for part in parts]
-
-
-def _comparison(pair: Pair, found: Difference) -> Comparison:
-    return Comparison(
-        pair.a,
-        pair.b,
-        pair.change,
-        found.effect,
-        found.low,
-        found.high,
-        found.p,
-        found.p,
-        found.test,
-        found.n,
-        found.seeds_needed,
-    )

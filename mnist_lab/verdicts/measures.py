@@ -1,4 +1,4 @@
-"""What is measured: the names in MLflow, how each is called and written, and which way is better."""
+"""What is measured: how each figure is called and written, by its name in MLflow, in tables and among `reported`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ Unit = Literal["%", "cross-entropy", "", "s", "min", "rate"]
 class Measure:
     """One figure of a run or an epoch.
 
-    name: in MLflow, in tables, and among an experiment's `reported` figures.
     label: in words, for a table or an axis.
     unit: "%", "cross-entropy" (mean per image, in nats), "" for a count, "s", "min", or "rate" for a learning rate.
-    better: whether "higher" or "lower" is better, or None where neither is.
     """
 
-    name: str
     label: str
     unit: Unit
-    better: Literal["higher", "lower"] | None
 
     @property
     def axis(self) -> str:
@@ -46,31 +42,25 @@ class Measure:
                 return f"{value:.1f} {self.unit}"
 
 
-def _accuracy(name: str) -> Measure:
-    return Measure(name, name.replace("_", " "), "%", "higher")
-
-
-def _loss(name: str) -> Measure:
-    return Measure(name, name.replace("_", " "), "cross-entropy", "lower")
-
-
 _PARTS = ("train", "validation", "test")
-MEASURES = {
-    measure.name: measure
-    for measure in (
-        # of each epoch
-        *(_loss(f"{part}_loss") for part in _PARTS),
-        *(_accuracy(f"{part}_accuracy") for part in _PARTS),
-        *(Measure(f"raw_{part}_accuracy", f"{part} accuracy without averaging", "%", "higher") for part in _PARTS[1:]),
-        Measure("lr", "learning rate", "rate", None),
-        Measure("epoch_seconds", "time of an epoch", "s", "lower"),
-        # of a run
-        *(_accuracy(f"{which}_{part}_accuracy") for which in ("final", "best") for part in _PARTS),
-        Measure("best_epoch", "best epoch", "", None),
-        *(_loss(f"final_{part}_loss") for part in _PARTS[1:]),
-        Measure("num_params", "parameters", "", "lower"),
-        Measure("epochs", "epochs", "", "lower"),
-        Measure("epochs_at_target", "epochs at target", "", "higher"),
-        Measure("minutes", "training time", "min", "lower"),
-    )
+_UNITS: dict[str, Unit] = {
+    # of each epoch
+    **{f"{part}_loss": "cross-entropy" for part in _PARTS},
+    **{f"{part}_accuracy": "%" for part in _PARTS},
+    **{f"raw_{part}_accuracy": "%" for part in ("validation", "test")},
+    "lr": "rate",
+    "epoch_seconds": "s",
+    # of a run
+    **{f"{which}_{part}_accuracy": "%" for which in ("final", "best") for part in _PARTS},
+    **{f"final_{part}_loss": "cross-entropy" for part in ("validation", "test")},
+    **dict.fromkeys(("best_epoch", "num_params", "epochs", "epochs_at_target"), ""),
+    "minutes": "min",
 }
+_LABELS = {
+    **{f"raw_{part}_accuracy": f"{part} accuracy without averaging" for part in ("validation", "test")},
+    "lr": "learning rate",
+    "epoch_seconds": "time of an epoch",
+    "num_params": "parameters",
+    "minutes": "training time",
+}
+MEASURES = {name: Measure(_LABELS.get(name, name.replace("_", " ")), unit) for name, unit in _UNITS.items()}

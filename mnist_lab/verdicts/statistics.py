@@ -5,8 +5,9 @@ The tests are those of scipy.stats and statsmodels. Values are one figure per se
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,15 +20,16 @@ from mnist_lab.errors import LabError
 
 ALPHA_TARGET = 0.01  # one-sided: the field's standard for records is a mean over runs with p < 0.01
 ALPHA_DIFFERENCE = 0.05  # two-sided
-POWER = 0.8  # the chance to see a difference that is there
+POWER = 0.8  # the chance of seeing a difference that exists
 MOST_SEEDS = 1_000_000  # beyond this, "it can't be said"
+MCNEMAR = "McNemar's exact test"
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One figure in percent over n seeds. sd has n - 1; nan for one seed.
+    """One figure in percent over n seeds: the sd (with n - 1) and the 95 % t-interval of the mean are nan for one seed.
 
-    low to high is the 95 % t-interval of the mean, cut off at 0 and 100 %; nan for one seed.
+    low, high: the interval, cut off at 0 and 100 %.
     """
 
     n: int
@@ -51,9 +53,6 @@ class StudyVerdict:
     """
 
     word: Literal["met", "missed", "not shown"]
-    n: int
-    mean: float
-    target: float
     p: float
     seeds_needed: int | None
 
@@ -64,8 +63,8 @@ class Difference:
 
     test: "paired t-test", "Welch's t-test", "sign test" or "McNemar's exact test".
     n: what the test counts: pairs of seeds; or the seeds of a and of b; or images.
-    seeds_needed: about how many seeds an arm would show a difference of this size; None where it shows already or
-        can't be said.
+    seeds_needed: about how many seeds per arm would show a difference of this size; None where it is shown already
+        or can't be said.
     """
 
     effect: float
@@ -75,26 +74,6 @@ class Difference:
     test: str
     n: tuple[int, ...]
     seeds_needed: int | None
-
-    @property
-    def shown(self) -> bool:
-        return self.p < ALPHA_DIFFERENCE
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Two networks on the same n images: how many only one of them reads rightly, and the exact two-sided p.
-
-    effect is the difference b - a of the shares read rightly (0 to 1), low to high its 95 % interval.
-    """
-
-    n: int
-    only_a: int
-    only_b: int
-    effect: float
-    low: float
-    high: float
-    p: float
 
 
 def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate:
@@ -114,82 +93,54 @@ def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate
     )
 
 
-def judge_mean(values: Sequence[float], target: float, *, alpha: float = ALPHA_TARGET) -> StudyVerdict:
-    """Judge the mean over seeds by a one-sided one-sample t-test: "met" needs mean > target at p < alpha.
+def judge_mean(values: Sequence[float], target: float) -> StudyVerdict:
+    """Judge the mean over seeds by a one-sided one-sample t-test: "met" needs mean > target at p < ALPHA_TARGET.
 
-    Where all values are the same there is no spread to measure by; then the sign test is made, by which 7 seeds on
-    one side of the target show it.
+    Values without any spread are judged by the sign test, by which 7 seeds on one side of the target show it.
     """
-    from scipy import stats
-
     x = _numbers(values)
-    mean, over = float(x.mean()), x - target
     if len(x) == 1:
-        return StudyVerdict("not shown", 1, mean, target, math.nan, None)
-    needed: int | None
-    if _same(x):
-        side = 0 if _same(np.append(x, target)) else float(np.sign(over.mean()))
-        p = 0.5 ** len(x) if side else 0.5  # the sign test: all n on one side
-        needed = math.ceil(math.log(alpha) / math.log(0.5)) if side else None
-    else:
-        side = float(np.sign(over.mean()))
-        p = float(stats.ttest_1samp(x, target, alternative="greater" if side >= 0 else "less").pvalue)
-        needed = seeds_needed(over.mean() / x.std(ddof=1), arms=1, tail=alpha)
-    if side and p < alpha:
-        return StudyVerdict("met" if side > 0 else "missed", len(x), mean, target, p, None)
-    return StudyVerdict("not shown", len(x), mean, target, p, needed)
+        return StudyVerdict("not shown", math.nan, None)
+    over = x - target
+    p, needed = _one_sample(over, float(np.abs(x).max()), ALPHA_TARGET)
+    shown = p < ALPHA_TARGET
+    return StudyVerdict("not shown" if not shown else "met" if over.mean() > 0 else "missed", p, needed)
 
 
-def compare_means(
-    a: Sequence[float],
-    b: Sequence[float],
-    paired_by: tuple[Sequence[int], Sequence[int]] | None = None,
-    *,
-    alpha: float = ALPHA_DIFFERENCE,
-) -> Difference:
-    """Compare two means over seeds: by the paired t-test over the seeds that both have, else by Welch's t-test.
+def compare_means(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
+    """Compare two means of figures by seed: by the paired t-test over the seeds that both have, else by Welch's t-test.
 
-    paired_by: the seeds of a and of b, in their order. Where fewer than two are shared, or None is given, the values
-        are taken as independent.
+    They are paired where at least two seeds are shared. Without any spread the paired test is the sign test.
 
     Raises:
         LabError: if a or b has fewer than two values, and so no spread to measure a difference by.
     """
     from scipy import stats
 
-    x, y = _numbers(a), _numbers(b)
+    x, y = _numbers(list(a.values())), _numbers(list(b.values()))
     if min(len(x), len(y)) < 2:
         raise LabError(f"a comparison of means needs at least two seeds on each side; there are {len(x)} and {len(y)}")
-    if paired_by is not None:
-        seeds_a, seeds_b = paired_by
-        of_a, of_b = dict(zip(seeds_a, x, strict=True)), dict(zip(seeds_b, y, strict=True))
-        shared = [seed for seed in of_a if seed in of_b]
-        if len(shared) > 1:
-            d = np.array([of_b[seed] - of_a[seed] for seed in shared])
-            scale = float(np.abs(x).max())
-            if _same(np.append(d, 0.0), scale):
-                return Difference(0.0, 0.0, 0.0, 1.0, "paired t-test", (len(d),), None)
-            if _same(d, scale):
-                p = float(stats.binomtest(len(d), len(d)).pvalue)
-                needed = math.ceil(math.log(alpha / 2) / math.log(0.5)) if p >= alpha else None
-                return Difference(float(d.mean()), math.nan, math.nan, p, "sign test", (len(d),), needed)
-            p = float(stats.ttest_1samp(d, 0.0).pvalue)
-            needed = seeds_needed(d.mean() / d.std(ddof=1), arms=1, tail=alpha / 2) if p >= alpha else None
-            return Difference(float(d.mean()), *_interval(d), p, "paired t-test", (len(d),), needed)
+    tail, shared = ALPHA_DIFFERENCE / 2, [seed for seed in a if seed in b]
+    if len(shared) > 1:
+        d = np.array([b[seed] - a[seed] for seed in shared])
+        scale = float(np.abs(x).max())
+        p, needed = _one_sample(d, scale, tail)
+        by_sign = _same(d, scale) and p < 0.5
+        test, interval = ("sign test", (math.nan, math.nan)) if by_sign else ("paired t-test", _interval(d))
+        return Difference(float(d.mean()), *interval, 2 * p, test, (len(d),), needed)
     effect, sizes = float(y.mean() - x.mean()), (len(x), len(y))
-    sd = math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
     if _same(x) and _same(y):  # neither side has a spread: there is nothing to test by
         same = _same(np.concatenate([x, y]))
         return Difference(effect, math.nan, math.nan, 1.0 if same else math.nan, "Welch's t-test", sizes, None)
     welch = stats.ttest_ind(y, x, equal_var=False)
-    interval = welch.confidence_interval(0.95)
-    p = float(welch.pvalue)
-    needed = seeds_needed(effect / sd, arms=2, tail=alpha / 2) if p >= alpha else None
-    return Difference(effect, float(interval.low), float(interval.high), p, "Welch's t-test", sizes, needed)
+    bounds, p = welch.confidence_interval(0.95), float(welch.pvalue)
+    sd = math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
+    needed = seeds_needed(effect / sd, arms=2, tail=tail) if p >= ALPHA_DIFFERENCE else None
+    return Difference(effect, float(bounds.low), float(bounds.high), p, "Welch's t-test", sizes, needed)
 
 
-def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float, power: float = POWER) -> int | None:
-    """Return the fewest seeds (an arm) by which a t-test shows an effect with that power; None where it can't be said.
+def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int | None:
+    """Return the fewest seeds (per arm) with which a t-test shows an effect with POWER; None where it can't be said.
 
     effect_size: the difference in standard deviations: of the values, or with two arms, of either arm.
     tail: the alpha of one tail; half of alpha for a two-sided test. The far tail of a two-sided test is left out: at
@@ -199,43 +150,37 @@ def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float, power:
     """
     from statsmodels.stats.power import TTestIndPower, TTestPower
 
-    effect_size = abs(effect_size)
     test = TTestPower() if arms == 1 else TTestIndPower()
 
     def enough(n: int) -> bool:
-        return float(test.power(effect_size, n, tail, alternative="larger")) >= power
+        return float(test.power(abs(effect_size), n, tail, alternative="larger")) >= POWER
 
     high = 2
     while not enough(high):
         high *= 2
         if high > MOST_SEEDS:
             return None
-    low = max(2, high // 2)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return high
+    return bisect.bisect_left(range(high), True, lo=max(2, high // 2), key=enough)
 
 
-def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> McNemar:
-    """Compare two networks on the same images by McNemar's exact test, which is binomial on the discordant images.
+def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> Difference:
+    """Compare the shares (0 to 1) of the same images that two networks classify correctly.
 
     a_correct, b_correct: (N,) booleans, in the same order of images.
 
-    The interval of the difference is Wald's for matched pairs (Agresti, Categorical Data Analysis, 2002, 10.1.2).
+    McNemar's exact test is binomial on the images that only one of them gets right. The interval of the difference
+    is Wald's for matched pairs (Agresti, Categorical Data Analysis, 2002, 10.1.2).
     """
     from scipy import stats
     from statsmodels.stats.contingency_tables import mcnemar
 
     a, b = np.asarray(a_correct, dtype=bool), np.asarray(b_correct, dtype=bool)
-    assert a.shape == b.shape, f"{a.shape} and {b.shape} are not the same images"
-    assert a.size, "there are no images"
     n, only_a, only_b = a.size, int((a & ~b).sum()), int((~a & b).sum())
-    table = [[int((a & b).sum()), only_a], [only_b, int((~a & ~b).sum())]]
     effect = (only_b - only_a) / n
     half = float(stats.norm.ppf(0.975)) * math.sqrt((only_a + only_b) - (only_b - only_a) ** 2 / n) / n
-    p = min(1.0, float(mcnemar(table, exact=True).pvalue))
-    return McNemar(n, only_a, only_b, effect, effect - half, effect + half, p)
+    # The images that both or neither get right, on the table's diagonal, don't count.
+    p = min(1.0, float(mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue))
+    return Difference(effect, effect - half, effect + half, p, MCNEMAR, (n,), None)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -248,6 +193,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
     if tested.any():
         adjusted[tested] = multipletests(p[tested], method="holm")[1]
     return [float(value) for value in adjusted]
+
+
+def _one_sample(d: NDArray[np.float64], scale: float, tail: float) -> tuple[float, int | None]:
+    """Return the one-sided p of the mean of d, on the side where it lies, and how many seeds would bring p below tail.
+
+    By Student's test; by the sign test where d has no spread, as measured by the scale of the figures it comes from.
+    The number is None where p is below tail, or where it can't be said.
+    """
+    from scipy import stats
+
+    if _same(np.append(d, 0.0), scale):
+        return 0.5, None
+    if _same(d, scale):
+        p, needed = 0.5 ** len(d), math.ceil(math.log(tail) / math.log(0.5))
+        return p, needed if p >= tail else None
+    p = float(stats.ttest_1samp(d, 0.0, alternative="greater" if d.mean() > 0 else "less").pvalue)
+    return p, seeds_needed(d.mean() / d.std(ddof=1), arms=1, tail=tail) if p >= tail else None
 
 
 def _numbers(values: Sequence[float]) -> NDArray[np.float64]:

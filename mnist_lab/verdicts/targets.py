@@ -18,8 +18,8 @@ Word = Literal["met", "missed", "not shown"]
 class Verdict:
     """One target beside what was measured, e.g. accuracy, "at least 99.4 %", 99.47, met.
 
-    measured: of several seeds, their mean. n: how many seeds it is of. target: the number in `wanted`.
-    word: of one figure "met" or "missed". Of a mean over seeds, what it shows: "met", "missed" or "not shown".
+    measured: the mean, where there are several seeds. n: the number of seeds. target: the number in `wanted`.
+    word: "met" or "missed"; a mean over seeds may also be "not shown" to be either.
     p, seeds_needed: of the test behind that, as in `statistics.StudyVerdict`; nan and None where none was made.
     """
 
@@ -36,8 +36,8 @@ class Verdict:
 def judge(targets: Targets, *, accuracies: Sequence[float], num_params: int, epochs: int) -> list[Verdict]:
     """Return a verdict for each stated target.
 
-    accuracies: the last epoch's test accuracy in percent, one figure per seed. One by itself is met or missed; of
-        several, `statistics.judge_mean` judges the mean.
+    accuracies: the last epoch's test accuracy in percent, one figure per seed. A single one is met or missed; the
+        mean of several is judged by `statistics.judge_mean`.
     """
     verdicts = []
     if targets.accuracy is not None:
@@ -62,4 +62,4 @@ def _judge_accuracy(accuracies: Sequence[float], target: float) -> Verdict:
     if len(accuracies) == 1:
         return Verdict("accuracy", wanted, mean, "met" if mean >= target else "missed", target=target)
     shown = judge_mean(accuracies, target)
-    return Verdict("accuracy", f"mean {wanted}", mean, shown.word, shown.p, shown.seeds_needed, shown.n, target)
+    return Verdict("accuracy", f"mean {wanted}", mean, shown.word, shown.p, shown.seeds_needed, len(accuracies), target)

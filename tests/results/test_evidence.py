@@ -32,29 +32,28 @@ def test_the_committed_runs_are_those_of_the_script_as_it_is(script: Path) -> No
 @pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"], ids=["README", "docs/results"])
 def test_the_committed_tables_are_made_of_the_committed_csvs(page: Path) -> None:
     text = page.read_text()
-    assert evidence.with_tables(text, evidence.tables(RESULTS)) == text, "make export"
+    assert evidence.with_tables(text, evidence.tables(evidence.read_rows(RESULTS))) == text, "make export"
 
 
 def test_the_committed_effects_are_those_of_the_committed_seeds() -> None:
-    made = evidence.effect_rows(evidence.compare_studies(evidence.read_studies(RESULTS)))
+    made = evidence.effect_rows(evidence.compare_rows(evidence.read_rows(RESULTS)))
     assert rows_of(RESULTS / "effects.csv") == made
 
 
 def test_the_committed_epochs_end_at_the_committed_figures() -> None:
     epochs = rows_of(RESULTS / "epochs.csv")
     assert epochs
-    for study in evidence.read_studies(RESULTS):
-        for run in study.rows:
-            mine = [row for row in epochs if (row["step"], row["seed"]) == (study.step, run["seed"])]
-            if mine:  # the first runs' epochs were not kept
-                accuracies = [row["test_accuracy"] for row in mine]
-                assert len(accuracies) == int(run["epochs"])
-                assert accuracies[-1] == run["last"]
-                assert max(accuracies, key=float) == run["best"] == accuracies[int(run["best_epoch"]) - 1]
+    for run in evidence.read_rows(RESULTS):
+        mine = [row for row in epochs if (row["step"], row["seed"]) == (run["step"], run["seed"])]
+        if mine:  # the first runs' epochs were not kept
+            accuracies = [row["test_accuracy"] for row in mine]
+            assert len(accuracies) == int(run["epochs"])
+            assert accuracies[-1] == run["last"]
+            assert max(accuracies, key=float) == run["best"] == accuracies[int(run["best_epoch"]) - 1]
 
 
 def test_every_committed_csv_is_of_a_script() -> None:
-    assert {s.step for s in evidence.read_studies(RESULTS)} <= {
+    assert {row["step"] for row in evidence.read_rows(RESULTS)} <= {
         file.stem for file in (ROOT / "experiments").glob("*.py")
     }
 

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,15 @@ FOREIGN = st.fixed_dictionaries(
 )
 
 
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Keep the warnings of many examples out of the output."""
+    logger = logging.getLogger(tracked.__name__)
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(logging.NOTSET)
+
+
 @pytest.fixture(scope="module")
 def shared_store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = open_store(f"sqlite:///{copy_store(empty_store, tmp_path_factory.mktemp('store') / 'mlflow.db')}")
@@ -252,11 +261,11 @@ def shared_store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return store
 
 
+@pytest.mark.usefixtures("quiet")
 @given(run=FOREIGN)
 @example(run={"tags": TAGS | {"step": "step2"}, "start_time": T0 + 5})
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_run_keeps_the_others_from_the_tables(shared_store: Store, run: dict[str, Any]) -> None:
-    logging.getLogger(tracked.__name__).setLevel(logging.ERROR)
     try:
         run_id = write_foreign_run(shared_store, **run)
     except (MlflowException, OverflowError):

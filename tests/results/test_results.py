@@ -352,7 +352,7 @@ def test_compare_pairs_the_seeds_of_the_newest_runs(uri: str) -> None:
         write_run(store, "b", seed, [b], start_time=T0 + 20 - start)  # in another order of time
     write_run(store, "b", 9, [50.0], start_time=T0 + 30, tags={"overrides": "lr=9"})
     found = results.compare("a", "b", tracking_uri=uri)
-    expected = compare_means([99.0, 99.1, 98.9], [99.2, 99.25, 99.12], paired_by=([0, 1, 2], [0, 1, 2]))
+    expected = compare_means(dict(enumerate([99.0, 99.1, 98.9])), dict(enumerate([99.2, 99.25, 99.12])))
     assert (found.a, found.b, found.test, found.n, found.seeds) == ("a", "b", "paired t-test", (3,), "3")
     assert (found.effect, found.low, found.high, found.p) == pytest.approx(
         (expected.effect, expected.low, expected.high, expected.p)
