@@ -322,8 +322,7 @@ def test_loss_is_the_cross_entropy(stem: str, load_script: Load, small_mnist: Mn
     images = small_mnist.train_images[:64].float() / 255
     labels = small_mnist.train_labels[:64]
 
-    output = net(training.normalize(images))
-    loss = script.EXPERIMENT.loss(output, labels)
+    loss, output = training.loss_and_logits(net, training.normalize(images), labels, script.EXPERIMENT)
 
     torch.testing.assert_close(loss, nn.NLLLoss()(output.log_softmax(1), labels))
     is_log_softmax = torch.allclose(output.exp().sum(1), torch.ones(64), atol=1e-5)

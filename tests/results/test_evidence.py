@@ -24,9 +24,12 @@ STEPS = {"step1_baseline": (99.0, 99.1, 98.9), "step2_dropout": (99.2, 99.28, 99
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_the_committed_runs_are_those_of_the_script_as_it_is(script: Path) -> None:
-    digests = {row["code_sha256"] for row in rows_of(RESULTS / f"{script.stem}.csv")}
-
-    assert digests == {code_sha256(find_sources(script))[:12]}
+    file = RESULTS / f"{script.stem}.csv"
+    says_so = "Result: not trained yet" in script.read_text()
+    assert file.exists() != says_so
+    if file.exists():
+        digests = {row["code_sha256"] for row in rows_of(file)}
+        assert digests == {code_sha256(find_sources(script))[:12]}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"], ids=["README", "docs/results"])
