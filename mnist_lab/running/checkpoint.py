@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.delivery import one_line
-from mnist_lab.tracking.sqlite import CHECKPOINTS, PROJECT_ROOT, own_folder, sync_to_disk
+from mnist_lab.tracking.disk import replace_files
+from mnist_lab.tracking.sqlite import CHECKPOINTS, PROJECT_ROOT, own_folder
 from mnist_lab.tracking.store import is_deleted
 from mnist_lab.training.loop import EpochMetrics
 
@@ -68,21 +69,15 @@ def save(checkpoint: Checkpoint, uri: str) -> None:
         LabError: if it can't be written; the last one is as it was.
     """
     file = file_of(uri, checkpoint.run_id)
-    new = file.with_suffix(".new")
+    script = Path(checkpoint.script)
+    script = script.relative_to(PROJECT_ROOT) if script.is_relative_to(PROJECT_ROOT) else script
+    content = io.BytesIO()
+    epochs = [asdict(epoch) for epoch in checkpoint.epochs]
+    torch.save({**vars(checkpoint), "script": str(script), "epochs": epochs}, content)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        script = Path(checkpoint.script)
-        script = script.relative_to(PROJECT_ROOT) if script.is_relative_to(PROJECT_ROOT) else script
-        epochs = [asdict(epoch) for epoch in checkpoint.epochs]
-        with new.open("wb") as stream:
-            torch.save({**vars(checkpoint), "script": str(script), "epochs": epochs}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        new.replace(file)
-        sync_to_disk(file.parent)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a disk is full
-        new.unlink(missing_ok=True)
-        raise LabError(f"checkpoint {file} can't be written: {' '.join(str(error).split())}") from error
+        replace_files({file: content.getvalue()})
+    except OSError as error:
+        raise LabError(f"checkpoint {file} can't be written: {error.strerror}") from error
 
 
 def load(file: Path) -> Checkpoint:
@@ -110,35 +105,17 @@ def _check(loaded: Checkpoint) -> None:
     """Refuse what `save` would not have written; raises TypeError or ValueError."""
     for part in (loaded, *loaded.epochs):
         for name, hint in get_type_hints(type(part)).items():
-            number = isinstance(part, EpochMetrics) and hint is int  # a count, which may as well be a float
-            if not _is_of_type(value := getattr(part, name), float if number else hint):
-                raise TypeError(f"its {name} is {str(value)[:50]!r}")
+            value = getattr(part, name)
+            try:
+                TypeAdapter(hint).validate_python(value, strict=True)
+            except ValidationError:
+                raise TypeError(f"its {name} is {str(value)[:50]!r}") from None
     if [epoch.epoch for epoch in loaded.epochs] != list(range(1, len(loaded.epochs) + 1)) or not loaded.epochs:
         raise ValueError("its epochs are not 1, 2 and so on")
     if min(loaded.seed, loaded.threads - 1, loaded.limit or 0, loaded.holdout or 0) < 0 or "\0" in loaded.script:
         raise ValueError("its seed, threads, limit, hold-out or script can't be one")
     if any(min(epoch.train_images, epoch.eval_images) < 1 for epoch in loaded.epochs):
         raise ValueError("an epoch of it has no images")
-
-
-def _is_of_type(value: object, hint: Any) -> bool:
-    """Say whether a value has the type of a field: a class, a union, a Literal, or a container of such."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is Literal:
-        return value in arguments
-    if origin is UnionType:
-        return any(_is_of_type(value, argument) for argument in arguments)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if not isinstance(value, origin or hint) or isinstance(value, bool):
-        return False
-    if isinstance(value, Mapping):
-        return all(_is_of_type(one, arguments[0]) for one in value) and all(
-            _is_of_type(one, arguments[1]) for one in value.values()
-        )
-    return not isinstance(value, list) or all(_is_of_type(one, arguments[0]) for one in value)
 
 
 def newest_first(uri: str) -> Iterator[Checkpoint]:
@@ -210,4 +187,6 @@ def alike(uri: str, identity: Mapping[str, str], seed: int) -> Iterator[Checkpoi
 def remove_alike(uri: str, identity: Mapping[str, str], seed: int) -> None:
     """Remove the checkpoint of a run that has finished, and those of interrupted runs that it makes up for."""
     for checkpoint in alike(uri, identity, seed):
-        file_of(uri, checkpoint.run_id).unlink(missing_ok=True)
+        for file in folder(uri).iterdir():
+            if file.name.startswith(f"{checkpoint.run_id}."):  # one half written when its process was killed too
+                file.unlink(missing_ok=True)

@@ -101,15 +101,6 @@ def own_folder(uri: str) -> Path:
     return database.parent if database else PROJECT_ROOT / "mlruns"
 
 
-def sync_to_disk(path: Path) -> None:
-    """Make what was written to a file, or renamed in a folder, last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_readable(uri: str) -> None:
     """Refuse a SQLite store that is not there or not MLflow's; MLflow itself would make one of it.
 
