@@ -28,11 +28,10 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """A run after one of its epochs.
 
-    script: the script's path. In the file it is relative to the project, where it lies in it: that may be moved.
+    script: in the file, a path inside the project is relative to it, as the project may be moved.
     changes: what the command line had changed, by name, `limit` not included.
     identity: the params and tags that runs share if they differ in nothing but the seed, as text.
     threads: of torch; another number would round sums in another order.
-    epochs: every epoch so far.
     training: `Training.state_dict()`.
     """
 
@@ -51,6 +50,11 @@ class Checkpoint:
     def step(self) -> str:
         return Path(self.script).stem
 
+    @property
+    def description(self) -> str:
+        changes = {**self.changes, "limit": self.limit, "holdout": self.holdout}
+        return f"{self.step} seed {self.seed}" + "".join(f" {name}={value}" for name, value in changes.items() if value)
+
 
 def folder(uri: str) -> Path:
     """Return where the checkpoints of a tracking store's runs are."""
@@ -63,11 +67,7 @@ def file_of(uri: str, run_id: str) -> Path:
 
 
 def save(checkpoint: Checkpoint, uri: str) -> None:
-    """Put the checkpoint in the place of the run's last one; a crash at any moment leaves one of the two whole.
-
-    Raises:
-        LabError: if it can't be written; the last one is as it was.
-    """
+    """Replace the run's last checkpoint; a crash, or a LabError if it can't be written, leaves one of the two whole."""
     file = file_of(uri, checkpoint.run_id)
     script = Path(checkpoint.script)
     script = script.relative_to(PROJECT_ROOT) if script.is_relative_to(PROJECT_ROOT) else script
@@ -81,11 +81,7 @@ def save(checkpoint: Checkpoint, uri: str) -> None:
 
 
 def load(file: Path) -> Checkpoint:
-    """Read a checkpoint. Tensors and plain values are all that is read, so a file from elsewhere can run no code.
-
-    Raises:
-        LabError: if the file is not a whole checkpoint.
-    """
+    """Read a checkpoint: tensors and plain values only, so a file from elsewhere can run no code; raises LabError."""
     try:
         with zipfile.ZipFile(file) as archive:
             if (damaged := archive.testzip()) is not None:  # torch.load takes weights with a flipped bit as they are
@@ -119,7 +115,7 @@ def _check(loaded: Checkpoint) -> None:
 
 
 def newest_first(uri: str) -> Iterator[Checkpoint]:
-    """Yield the readable checkpoints of a store, the newest first; of others, a notice says why they are left out."""
+    """Yield the readable checkpoints of a store, the newest first; a notice says why others are left out."""
     for file in sorted(folder(uri).glob("*.pt"), key=_age):
         try:
             yield load(file)
@@ -142,23 +138,19 @@ def find(
     changes: Mapping[str, object] | None = None,
     **wanted: int | None,
 ) -> Checkpoint:
-    """Return the checkpoint of a run, or the newest one of a step, or the newest of all.
+    """Return the checkpoint of a run, or the newest one of a step, or the newest of all; raises LabError.
 
     changes: only one whose hyperparameters were changed so, by flat name; None for one that stands as declared.
     wanted: only one with this seed, limit, holdout or threads, where they are not None.
-
-    Raises:
-        LabError: if there is none.
     """
+    changes = changes or {}
     wanted = {name: value for name, value in wanted.items() if value is not None}
-
-    def has_all(one: Checkpoint) -> bool:
-        changed = all(one.changes.get(name) == value for name, value in (changes or {}).items())
-        return changed and all(getattr(one, name) == value for name, value in wanted.items())
-
     kept = [one for one in newest_first(uri) if step in (None, one.step)]
     named = [one for one in kept if run_id in (None, "", one.run_id)]
-    for one in filter(has_all, named):
+    for one in named:
+        changed = {name: one.changes.get(name) for name in changes}
+        if changed != changes or any(getattr(one, name) != value for name, value in wanted.items()):
+            continue
         if run_id or not is_deleted(uri, one.run_id):  # `track` says so of one that was asked for by its name
             return one
         logger.warning("not used: checkpoint of run %s, which was deleted in MLflow", one.run_id)
@@ -166,17 +158,12 @@ def find(
     whose = f" of {step}" if step else ""
     if not kept:
         raise LabError(f"resume: there is no interrupted run{whose} with a finished epoch in {folder(uri)}")
-    there = ", ".join(f"{one.run_id} ({one.step} seed {one.seed}{_changes_text(one)})" for one in kept)
+    there = ", ".join(f"{one.run_id} ({one.description})" for one in kept)
     if not named:
         raise LabError(f"resume: there is no checkpoint of a run {run_id!r}{whose}; there are: {there}")
-    declared = {name: "as declared" if value is None else value for name, value in (changes or {}).items()}
+    declared = {name: "as declared" if value is None else value for name, value in changes.items()}
     asked = ", ".join(f"{name} {value}" for name, value in {**wanted, **declared}.items())
     raise LabError(f"resume: there is no interrupted run{whose} with {asked}; there are: {there}")
-
-
-def _changes_text(one: Checkpoint) -> str:
-    changes = {**one.changes, "limit": one.limit, "holdout": one.holdout}
-    return "".join(f" {name}={value}" for name, value in changes.items() if value)
 
 
 def alike(uri: str, identity: Mapping[str, str], seed: int) -> Iterator[Checkpoint]:
@@ -185,7 +172,7 @@ def alike(uri: str, identity: Mapping[str, str], seed: int) -> Iterator[Checkpoi
 
 
 def remove_alike(uri: str, identity: Mapping[str, str], seed: int) -> None:
-    """Remove the checkpoint of a run that has finished, and those of interrupted runs that it makes up for."""
+    """Remove the checkpoint of a run that has finished, and those of interrupted runs that it replaces."""
     for checkpoint in alike(uri, identity, seed):
         for file in folder(uri).iterdir():
             if file.name.startswith(f"{checkpoint.run_id}."):  # one half written when its process was killed too

@@ -1,4 +1,4 @@
-"""Files that are replaced whole: a reader or a power cut finds the old one or the new one, never a half."""
+"""Files that are replaced whole: a reader or a power cut finds the old one or the new one whole."""
 
 from __future__ import annotations
 

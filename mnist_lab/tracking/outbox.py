@@ -49,11 +49,7 @@ class Outbox:
         return self.folder.name
 
     def target(self, uri: str) -> str:
-        """Return the URI, without its password, of the store that the records are for; `uri` is the store in use.
-
-        Raises:
-            LabError: if it is another store, or another run's than the folder's name says, or can't be read.
-        """
+        """Return the URI, without its password, of the records' store; raises LabError unless it is `uri`."""
         kept = _read(self.folder / TARGET)
         target = without_password(str(kept.get("uri")))
         if target.rstrip("/") != without_password(uri).rstrip("/"):
@@ -81,11 +77,7 @@ class Outbox:
         self._lock.release()
 
     def add(self, uri: str, record: Record) -> None:
-        """Keep a record, its file or folder copied with it, so that it outlasts a power cut.
-
-        Raises:
-            OSError: if it can't be written; what was kept before is as it was.
-        """
+        """Keep a record, with a copy of its file or folder, so that it outlasts a power cut; raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / TARGET).exists():
             target = {"uri": without_password(uri), "run_id": self.run_id}
@@ -114,11 +106,7 @@ class Outbox:
         return sorted(entry for entry in self.folder.iterdir() if entry.name.isdecimal())
 
     def read(self, entry: Path) -> Record:
-        """Return the record of an entry.
-
-        Raises:
-            LabError: if it is damaged, or its file or folder is not one that lies in the entry, with all that is in it.
-        """
+        """Return the record of an entry; raises LabError if it is damaged, or has a file from outside the entry."""
         kept = _read(entry / RECORD)
         kind, content, name = (kept.get(key) for key in ("kind", "content", "path"))
         if not (isinstance(kind, str) and isinstance(content, dict)):
