@@ -607,7 +607,7 @@ def test_a_network_that_cannot_be_exported_is_kept_as_weights(
     net = DependsOnTheData().train()
     with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
         capfd.readouterr()
-        reason = tracked.log_model(net, torch.rand(2, 1, 28, 28))
+        reason = tracked.log_model(net, torch.rand(2, 1, 28, 28), (0, 1))
 
     assert capfd.readouterr() == ("", "")  # torch's own account of it is pages long
     assert reason is not None
