@@ -28,15 +28,13 @@ INTERNAL = frozenset(vars(nn.Module()))  # what every module has: its mode, para
 def stable_text(value: object) -> str:
     """Return an argument as text that says what it is, and is the same in each process.
 
-    Text stays as it is. A function or class is its name; an object that would show its address is its class's name and
-    what it holds; a tensor or array is its shape, its type and a digest of its values. Of a text that MLflow would not
-    keep whole, a digest stands for the end.
+    A function or class is its name; an object that would show its address is its class's name and what it holds; a
+    tensor or array is its shape, its type and a digest of its values. A digest replaces the end of a long text.
     """
     text = value if type(value) is str else _text(value, ())
     if len(text) <= MAX_TEXT:
         return text
-    sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGEST_LENGTH]
-    return f"{text[:MAX_BEGINNING]}... sha256={sha256}"
+    return f"{text[:MAX_BEGINNING]}... sha256={_sha256(text.encode('utf-8', 'surrogatepass'))}"
 
 
 def _text(value: object, outer: tuple[int, ...]) -> str:
@@ -100,10 +98,7 @@ def _container(value: object, text: Callable[[object], str]) -> str:
 
 
 def _object(value: object, text: Callable[[object], str]) -> str:
-    """Return the text that an object has for itself; where that has an address, its class and what it holds.
-
-    So also where it holds functions, as an object does not say which.
-    """
+    """Return an object's own text, or where that has an address or hides functions, its class and what it holds."""
     if type(value) is str:
         return repr(value)
     name, shown = type(value).__qualname__, _plain(value)
@@ -124,11 +119,15 @@ def _plain(value: object) -> str:
 
 
 def _digest(value: Tensor | np.ndarray[Any, Any], name: str) -> str:
+    dtype = str(value.dtype).removeprefix("torch.")
     if value.ndim == 0:
-        return f"{name}({value.item()!r}, dtype={str(value.dtype).removeprefix('torch.')})"
+        return f"{name}({value.item()!r}, dtype={dtype})"
     data = value.cpu().contiguous().flatten().view(torch.uint8).numpy() if isinstance(value, Tensor) else value
-    sha256 = hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()[:DIGEST_LENGTH]
-    return f"{name}(shape={tuple(value.shape)}, dtype={str(value.dtype).removeprefix('torch.')}, sha256={sha256})"
+    return f"{name}(shape={tuple(value.shape)}, dtype={dtype}, sha256={_sha256(data.tobytes())})"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:DIGEST_LENGTH]
 
 
 def _call(name: str, arguments: list[str]) -> str:
@@ -179,9 +178,10 @@ def held(value: object) -> dict[str, object]:
         inner = inspect.unwrap(value)
         cells = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
         outer = {name: cell.cell_contents for name, cell in cells if not _is_empty(cell)}
-        local = "<locals>" in inner.__qualname__
+        if "<locals>" not in inner.__qualname__:
+            return outer
         defaults = {p.name: p.default for p in inspect.signature(inner).parameters.values() if p.default is not p.empty}
-        return {**outer, **(defaults if local else {})}
+        return {**outer, **defaults}
     if isinstance(value, types.MethodType) and not isinstance(value.__self__, type):
         return held(value.__self__)
     if isinstance(value, type) or isinstance(getattr(value, "__qualname__", None), str):
@@ -204,22 +204,14 @@ def _is_empty(cell: types.CellType) -> bool:
 
 
 def whole_number(text: str) -> int:
-    """Read a whole number in the digits 0 to 9.
-
-    Raises:
-        ValueError: if the text is none.
-    """
+    """Read a whole number in the digits 0 to 9; raises ValueError."""
     if not re.fullmatch(r"[+-]?[0-9]+", text):
         raise ValueError(f"{text!r} is not a whole number")
     return int(text)
 
 
 def finite_number(text: str) -> float:
-    """Read a number in the digits 0 to 9, such as 0.05 or 5e-2.
-
-    Raises:
-        ValueError: if the text is none, or one that is too large.
-    """
+    """Read a number in the digits 0 to 9, such as 0.05 or 5e-2; raises ValueError, also if it is too large."""
     if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) or math.isinf(float(text)):
         raise ValueError(f"{text!r} is not a finite number")
     return float(text)

@@ -7,11 +7,12 @@ import ast
 import signal
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from mnist_lab.arguments import whole_number
 from mnist_lab.console import Console, StudyConsole, print_result, print_study
@@ -25,7 +26,6 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--he
     from mnist_lab.running.checkpoint import Checkpoint
     from mnist_lab.running.job import Job
 
-INTERRUPTED = "Interrupted."
 MAX_SEEDS = 10_000  # of one study
 MAX_THREADS = 1_024  # starting very many ends the process
 
@@ -51,30 +51,20 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
 
 
 def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace) -> tuple[Job, Checkpoint | None]:
-    """Return the job that the command line asks for, and with `--resume` the checkpoint from which it goes on.
-
-    Raises:
-        LabError: if a value can't be right, or there is no interrupted run such as is asked for.
-    """
+    """Return the job that is asked for, and with `--resume` the checkpoint to go on from; raises LabError."""
     from mnist_lab.running import checkpoint
     from mnist_lab.running.job import Job, choose_device
 
     experiment.check()
     changes: dict[str, object] = dict(assignment(text) for text in arguments.set)
-    changes |= {
-        name: getattr(arguments, name) for name in ("epochs", "batch_size") if getattr(arguments, name) is not None
-    }
+    given = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
+    changes |= {name: value for name, value in given.items() if value is not None}
     changed, overrides = experiment.override(changes)
     resume, uri = None, tracking_uri(arguments.tracking_uri)
     if arguments.resume is not None:
-        wanted = {name: overrides.get(name) for name in changes}  # None: as declared
-        resume = checkpoint.find(
-            uri,
-            script.stem,
-            arguments.resume,
-            changes=wanted,
-            **{name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")},
-        )
+        wanted = {name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")}
+        wanted_changes = {name: overrides.get(name) for name in changes}  # None: as declared
+        resume = checkpoint.find(uri, script.stem, arguments.resume, changes=wanted_changes, **wanted)
         changed, overrides = experiment.override(resume.changes)
         arguments.seed, arguments.limit, arguments.holdout = resume.seed, resume.limit, resume.holdout
     job = Job(
@@ -101,9 +91,10 @@ def _parse(script: Path, argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.resume is not None and arguments.seeds is not None:
         flags.error("argument --seeds: not allowed with --resume: a study goes on by itself where it was interrupted")
     for name, value in vars(arguments).items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str | Path) and not _can_be_written(str(text)):
-                flags.error(f"argument --{name.replace('_', '-')}: {str(text)!r} is not text in UTF-8")
+        for text in map(str, value if isinstance(value, list) else [value]):
+            # Bytes that are no UTF-8 come as lone surrogates, which neither a file name nor a database can hold.
+            if "\0" in text or text != text.encode("utf-8", "ignore").decode("utf-8"):
+                flags.error(f"argument --{name.replace('_', '-')}: {text!r} is not text in UTF-8")
     return arguments
 
 
@@ -126,48 +117,37 @@ _have_called_main: weakref.WeakSet[ModuleType] = weakref.WeakSet()
 def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
     from mnist_lab.running.run import run
 
-    try:
-        with closing(Console(job.experiment.epochs)) as console:
-            result = run(job, seed, console, resume=resume)
-    except KeyboardInterrupt:
-        _exit_interrupted(
-            "A run that had begun is marked KILLED; its finished epochs are in MLflow. "
-            "The same command with --resume goes on after the last of them."
-        )
+    consequence = (
+        "A run that had begun is marked KILLED; its finished epochs are in MLflow. "
+        "The same command with --resume goes on after the last of them."
+    )
+    with sentences(consequence), closing(Console(job.experiment.epochs)) as console:
+        result = run(job, seed, console, resume=resume)
     print_result(result, job)
 
 
 def _study(job: Job, arguments: argparse.Namespace) -> None:
     from mnist_lab.running.study import study
 
-    try:
-        with closing(StudyConsole(job.experiment.epochs)) as console:
-            result = study(job, arguments.seeds, console, workers=arguments.workers, again=arguments.again)
-    except KeyboardInterrupt:
-        _exit_interrupted(
-            "Runs that had begun are marked KILLED; the same command trains only the seeds that are missing."
-        )
+    consequence = "Runs that had begun are marked KILLED; the same command trains only the seeds that are missing."
+    with sentences(consequence), closing(StudyConsole(job.experiment.epochs)) as console:
+        result = study(job, arguments.seeds, console, workers=arguments.workers, again=arguments.again)
     print_study(result, job)
     if result.failed:
         print(f"Failed: seed {', '.join(map(str, result.failed))}; the same command tries again.", file=sys.stderr)
         sys.exit(1)
 
 
-def _exit_interrupted(consequence: str) -> NoReturn:
-    print(f"\n{INTERRUPTED} {consequence}", file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
-
-
 @contextmanager
-def sentences() -> Iterator[None]:
-    """Show a LabError as its sentence, and Ctrl-C as a word; every other error is a bug and keeps its traceback."""
+def sentences(consequence: str = "") -> Iterator[None]:
+    """Show a LabError as its sentence, and Ctrl-C as a word with what follows from it; a bug keeps its traceback."""
     try:
         yield
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"\n{INTERRUPTED}", file=sys.stderr)
+        print(f"\nInterrupted. {consequence}".rstrip(), file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
@@ -176,70 +156,39 @@ def parser(script: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=script.name,
         description=f"Train {script.stem} on MNIST and track the run in MLflow.",
-        epilog=_declaration(_source(script)),
+        epilog=_declaration(script),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--epochs", type=number_from(), help="epochs to train (an override)")
-    parser.add_argument("--batch-size", type=number_from(), help="images per batch (an override)")
+    add = parser.add_argument
+    add("--epochs", type=number_from(), help="epochs to train (an override)")
+    add("--batch-size", type=number_from(), help="images per batch (an override)")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=number_from(0), help="of weights, order, dropout, augmentation (default 0)")
-    seeds.add_argument(
-        "--seeds",
-        type=_seeds,
-        metavar="N",
-        help="a study: so many seeds, from 0 on, or these seeds (3,7,9); finished ones are not trained again",
-    )
-    parser.add_argument(
-        "--workers", type=number_from(1), metavar="N", help="processes of a study on a CPU (default: one per core)"
-    )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="RUN_ID",
-        help="continue the newest interrupted run of this script that has the other flags, or this one",
-    )
-    parser.add_argument("--again", action="store_true", help="train all seeds of a study, finished or not")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    parser.add_argument(
-        "--threads",
-        type=number_from(1, MAX_THREADS),
-        metavar="N",
-        help="of torch on a CPU (default: one per core; give 1 beside other work)",
-    )
-    parser.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
-    parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
-    parser.add_argument(
-        "--limit", type=number_from(1), metavar="N", help="train on the first N images, for a quick look"
-    )
-    parser.add_argument(
-        "--holdout",
-        type=number_from(1),
-        metavar="N",
-        help="hold out N training images for validation; the test images are read once, at the end",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="override a declared hyperparameter, e.g. --set lr=0.05; may be repeated",
-    )
+    several = "a study: so many seeds, from 0 on, or these seeds (3,7,9); finished ones are not trained again"
+    seeds.add_argument("--seeds", type=_seeds, metavar="N", help=several)
+    add("--workers", type=number_from(1), metavar="N", help="processes of a study on a CPU (default: one per core)")
+    which = "continue the newest interrupted run of this script that has the other flags, or this one"
+    add("--resume", nargs="?", const="", metavar="RUN_ID", help=which)
+    add("--again", action="store_true", help="train all seeds of a study, finished or not")
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    threads = "of torch on a CPU (default: one per core; give 1 beside other work)"
+    add("--threads", type=number_from(1, MAX_THREADS), metavar="N", help=threads)
+    add("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
+    add("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
+    add("--limit", type=number_from(1), metavar="N", help="train on the first N images, for a quick look")
+    held_out = "hold out N training images for validation; the test images are read once, at the end"
+    add("--holdout", type=number_from(1), metavar="N", help=held_out)
+    override = "override a declared hyperparameter, e.g. --set lr=0.05; may be repeated"
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help=override)
     return parser
 
 
-def _source(script: Path) -> str:
-    try:
-        return script.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _declaration(source: str) -> str:
+def _declaration(script: Path) -> str:
     """Return the lines of a script that say `... = Experiment(...)`."""
     try:
+        source = script.read_text(encoding="utf-8")
         statements = ast.parse(source).body
-    except (SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError):  # a program without a file, or one in another encoding
         return ""
     for statement in statements:
         call = statement.value if isinstance(statement, ast.Assign) else None
@@ -252,13 +201,13 @@ def number_from(least: int | None = None, most: int | None = None) -> Callable[[
     """Return what reads a whole number for argparse and refuses another one, before anything slow is imported."""
 
     def number(text: str) -> int:
-        bound = "" if least is None else f" of at least {least}"
         try:
             value = whole_number(text)
+            if least is not None and value < least:
+                raise ValueError
         except ValueError:
+            bound = "" if least is None else f" of at least {least}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{bound}") from None
-        if least is not None and value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{bound}")
         if most is not None and value > most:
             raise argparse.ArgumentTypeError(f"{value} is more than {most:,}")
         return value
@@ -268,38 +217,24 @@ def number_from(least: int | None = None, most: int | None = None) -> Callable[[
 
 def _seeds(text: str) -> Sequence[int]:
     """Read "10" as the seeds 0 to 9, and "3,7,9" as these."""
-    if "," not in text:
-        count = number_from(1)(text)
-        if count > MAX_SEEDS:
-            raise argparse.ArgumentTypeError(f"{count:,} seeds are more than {MAX_SEEDS:,}")
-        return range(count)
     parts = text.split(",")
-    if len(parts) > MAX_SEEDS:
-        raise argparse.ArgumentTypeError(f"{len(parts):,} seeds are more than {MAX_SEEDS:,}")
-    seeds: dict[int, None] = {}
-    for part in parts:
-        seed = number_from(0)(part.strip())
-        if seed in seeds:
-            raise argparse.ArgumentTypeError(f"the seed {seed} is there twice in {text!r}")
-        seeds[seed] = None
-    return list(seeds)
+    count = len(parts) if len(parts) > 1 else number_from(1)(text)
+    if count > MAX_SEEDS:
+        raise argparse.ArgumentTypeError(f"{count:,} seeds are more than {MAX_SEEDS:,}")
+    if len(parts) == 1:
+        return range(count)
+    seeds = [number_from(0)(part.strip()) for part in parts]
+    if twice := [seed for seed, times in Counter(seeds).items() if times > 1]:
+        raise argparse.ArgumentTypeError(f"the seed {twice[0]} is there twice in {text!r}")
+    return seeds
 
 
 def assignment(text: str) -> tuple[str, str]:
-    """Split "lr=0.05" into its name and value.
-
-    Raises:
-        LabError: if it is no such pair.
-    """
+    """Split "lr=0.05" into its name and value; raises LabError if it is no such pair."""
     name, _, value = (part.strip() for part in text.partition("="))
     if not (name and value):
         raise LabError(f"--set: {quoted(text)} is not NAME=VALUE, e.g. lr=0.05")
     return name, value
-
-
-def _can_be_written(text: str) -> bool:
-    """Say whether text can stand in a file name and a database: bytes that are no UTF-8 come as lone surrogates."""
-    return "\0" not in text and text == text.encode("utf-8", "ignore").decode("utf-8")
 
 
 def interrupt_on_signals(*signals: signal.Signals) -> None:
@@ -308,9 +243,6 @@ def interrupt_on_signals(*signals: signal.Signals) -> None:
     A signal that is ignored stays so: `nohup` starts programs that way, to let them outlive the terminal.
     """
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
     for number in signals:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
+            signal.signal(number, signal.default_int_handler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mnist_lab.experiment import SUMMARY_METRICS
 from mnist_lab.verdicts.measures import MEASURES
@@ -33,14 +33,33 @@ SUMMARY_METRICS_WITH_HOLD_OUT = (
 REFRESH_SECONDS = 0.5  # reading the running figures waits for the device, so the bar does it this often only
 
 
-class Console:
+class _WithBar:
+    """Has a bar on a terminal while something goes on."""
+
+    bar: tqdm[NoReturn] | None = None
+
+    def close(self) -> None:
+        """Take the bar away, so that what is printed next starts on a line of its own."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _bar(total: int, text: str, bar_format: str, **settings: Any) -> tqdm[NoReturn]:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total, desc=text, bar_format=bar_format, file=sys.stdout, leave=False, dynamic_ncols=True, **settings
+    )
+
+
+class Console(_WithBar):
     """Shows a run as it goes: a bar on a terminal, and a line per epoch everywhere."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
         self.epoch = 1
         self.num_images = 0
-        self.bar: tqdm[NoReturn] | None = None
         self.shown_at = 0.0
         self.on_terminal = sys.stdout.isatty()
 
@@ -54,7 +73,8 @@ class Console:
         if not self.on_terminal:
             return
         if self.bar is None:
-            self.bar = self._new_bar()
+            form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
+            self.bar = _bar(self.num_images, f"epoch {self.epoch}/{self.epochs}", form, unit=" images")
         now = time.monotonic()
         if now - self.shown_at >= REFRESH_SECONDS:
             self.shown_at = now
@@ -67,25 +87,6 @@ class Console:
         self.close()
         self.epoch = metrics.epoch + 1
         print(epoch_line(metrics, self.epochs), flush=True)
-
-    def close(self) -> None:
-        """Take the bar away, so that what is printed next starts on a line of its own."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-    def _new_bar(self) -> tqdm[NoReturn]:
-        from tqdm import tqdm
-
-        return tqdm(
-            total=self.num_images,
-            desc=f"epoch {self.epoch}/{self.epochs}",
-            file=sys.stdout,
-            unit=" images",
-            leave=False,
-            dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]",
-        )
 
 
 def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
@@ -101,14 +102,13 @@ def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
     )
 
 
-class StudyConsole:
+class StudyConsole(_WithBar):
     """Shows a study as it goes: one bar for all seeds on a terminal, else a line per epoch; and a line per seed."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
         self.trained: dict[int, int] = {}  # epochs by seed
         self.done = self.wanted = self.width = 0
-        self.bar: tqdm[NoReturn] | None = None
 
     def on_start(
         self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
@@ -122,17 +122,9 @@ class StudyConsole:
         how = f"{workers} at a time" if device.type == "cpu" else "one after another"
         print(f"{name}: training {', '.join(map(str, missing))}, {how}, on {device.type}", flush=True)
         if sys.stdout.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                total=len(missing) * self.epochs,
-                desc=self._seeds_done(),
-                file=sys.stdout,
-                leave=False,
-                dynamic_ncols=True,
-                smoothing=0,  # the seeds' epochs end in bursts: only the mean speed says when all is done
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left]",
-            )
+            form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left]"
+            # The seeds' epochs end in bursts: only the mean speed, smoothing=0, says when all is done.
+            self.bar = _bar(len(missing) * self.epochs, self._seeds_done(), form, smoothing=0)
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
         self.trained[seed] = metrics.epoch
@@ -160,12 +152,6 @@ class StudyConsole:
         if self.bar is not None:
             self.bar.refresh()
 
-    def close(self) -> None:
-        """Take the bar away, so that what is printed next starts on a line of its own."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
     def _seeds_done(self) -> str:
         return f"{self.done}/{self.wanted} seeds"
 
@@ -184,16 +170,13 @@ def print_study(result: StudyResult, job: Job) -> None:
     from mnist_lab.running.study import tables
 
     for rows, headers in tables(result):
-        print()
-        print(tabulate(rows, headers=headers, disable_numparse=True))
+        print("\n" + tabulate(rows, headers=headers, disable_numparse=True))
     if result.verdicts:
-        print()
-        print(_verdict_table(result.verdicts))
+        print("\n" + _verdict_table(result.verdicts))
     for verdict in result.verdicts:
         if verdict.name == "accuracy":
             print(f"\n{how_sure(verdict)}")
-    if overrides := job.tags["overrides"]:
-        print(f"Overridden ({overrides}): tagged so, and left out of the tables of results.")
+    _print_overrides(job)
     print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the seeds below it.")
 
 
@@ -217,8 +200,7 @@ def print_result(result: RunResult, job: Job) -> None:
     measured = result.measured
     print()
     if result.verdicts:
-        print(_verdict_table(result.verdicts))
-        print()
+        print(_verdict_table(result.verdicts) + "\n")
     held_out = "final_validation_accuracy" in measured
     names = SUMMARY_METRICS_WITH_HOLD_OUT if held_out else SUMMARY_METRICS
     reported = job.experiment.reported
@@ -231,9 +213,13 @@ def print_result(result: RunResult, job: Job) -> None:
         print("\nThe accuracy that counts is the final test accuracy: the test images were read once, at the end.")
     else:
         print("\nThe accuracy that counts is the last epoch's. The best epoch was picked on the test images.")
+    _print_overrides(job)
+    print(f"MLflow run {result.run_id}; `make ui` shows it, `make compare` sets it beside the others.")
+
+
+def _print_overrides(job: Job) -> None:
     if overrides := job.tags["overrides"]:
         print(f"Overridden ({overrides}): tagged so, and left out of the tables of results.")
-    print(f"MLflow run {result.run_id}; `make ui` shows it, `make compare` sets it beside the others.")
 
 
 def _verdict_table(verdicts: Sequence[Verdict]) -> str:

@@ -112,7 +112,7 @@ def test_predictions_that_would_run_code_are_refused(uri: str, tmp_path: Path) -
 
 
 def save(uri: str, run_id: str, script: str) -> None:
-    epoch = EpochMetrics(1, 1, 0.5, 1, 1, 0.5, 1, 0.1, 1.0)
+    epoch = EpochMetrics(1, 0.5, 1, 1, 0.5, 1, 1, 0.1, 1.0)
     checkpoint.save(Checkpoint(run_id, script, 0, {}, None, None, {}, 1, [epoch], {}), uri)
 
 

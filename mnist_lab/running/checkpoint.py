@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.delivery import one_line
-from mnist_lab.tracking.sqlite import CHECKPOINTS, PROJECT_ROOT, own_folder, sync_to_disk
+from mnist_lab.tracking.disk import replace_files
+from mnist_lab.tracking.sqlite import CHECKPOINTS, PROJECT_ROOT, own_folder
 from mnist_lab.tracking.store import is_deleted
 from mnist_lab.training.loop import EpochMetrics
 
@@ -27,11 +28,10 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """A run after one of its epochs.
 
-    script: the script's path. In the file it is relative to the project, where it lies in it: that may be moved.
+    script: in the file, a path inside the project is relative to it, as the project may be moved.
     changes: what the command line had changed, by name, `limit` not included.
     identity: the params and tags that runs share if they differ in nothing but the seed, as text.
     threads: of torch; another number would round sums in another order.
-    epochs: every epoch so far.
     training: `Training.state_dict()`.
     """
 
@@ -50,6 +50,11 @@ class Checkpoint:
     def step(self) -> str:
         return Path(self.script).stem
 
+    @property
+    def description(self) -> str:
+        changes = {**self.changes, "limit": self.limit, "holdout": self.holdout}
+        return f"{self.step} seed {self.seed}" + "".join(f" {name}={value}" for name, value in changes.items() if value)
+
 
 def folder(uri: str) -> Path:
     """Return where the checkpoints of a tracking store's runs are."""
@@ -62,35 +67,21 @@ def file_of(uri: str, run_id: str) -> Path:
 
 
 def save(checkpoint: Checkpoint, uri: str) -> None:
-    """Put the checkpoint in the place of the run's last one; a crash at any moment leaves one of the two whole.
-
-    Raises:
-        LabError: if it can't be written; the last one is as it was.
-    """
+    """Replace the run's last checkpoint; a crash, or a LabError if it can't be written, leaves one of the two whole."""
     file = file_of(uri, checkpoint.run_id)
-    new = file.with_suffix(".new")
+    script = Path(checkpoint.script)
+    script = script.relative_to(PROJECT_ROOT) if script.is_relative_to(PROJECT_ROOT) else script
+    content = io.BytesIO()
+    epochs = [asdict(epoch) for epoch in checkpoint.epochs]
+    torch.save({**vars(checkpoint), "script": str(script), "epochs": epochs}, content)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        script = Path(checkpoint.script)
-        script = script.relative_to(PROJECT_ROOT) if script.is_relative_to(PROJECT_ROOT) else script
-        epochs = [asdict(epoch) for epoch in checkpoint.epochs]
-        with new.open("wb") as stream:
-            torch.save({**vars(checkpoint), "script": str(script), "epochs": epochs}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        new.replace(file)
-        sync_to_disk(file.parent)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a disk is full
-        new.unlink(missing_ok=True)
-        raise LabError(f"checkpoint {file} can't be written: {' '.join(str(error).split())}") from error
+        replace_files({file: content.getvalue()})
+    except OSError as error:
+        raise LabError(f"checkpoint {file} can't be written: {error.strerror}") from error
 
 
 def load(file: Path) -> Checkpoint:
-    """Read a checkpoint. Tensors and plain values are all that is read, so a file from elsewhere can run no code.
-
-    Raises:
-        LabError: if the file is not a whole checkpoint.
-    """
+    """Read a checkpoint: tensors and plain values only, so a file from elsewhere can run no code; raises LabError."""
     try:
         with zipfile.ZipFile(file) as archive:
             if (damaged := archive.testzip()) is not None:  # torch.load takes weights with a flipped bit as they are
@@ -110,9 +101,11 @@ def _check(loaded: Checkpoint) -> None:
     """Refuse what `save` would not have written; raises TypeError or ValueError."""
     for part in (loaded, *loaded.epochs):
         for name, hint in get_type_hints(type(part)).items():
-            number = isinstance(part, EpochMetrics) and hint is int  # a count, which may as well be a float
-            if not _is_of_type(value := getattr(part, name), float if number else hint):
-                raise TypeError(f"its {name} is {str(value)[:50]!r}")
+            value = getattr(part, name)
+            try:
+                TypeAdapter(hint).validate_python(value, strict=True)
+            except ValidationError:
+                raise TypeError(f"its {name} is {str(value)[:50]!r}") from None
     if [epoch.epoch for epoch in loaded.epochs] != list(range(1, len(loaded.epochs) + 1)) or not loaded.epochs:
         raise ValueError("its epochs are not 1, 2 and so on")
     if min(loaded.seed, loaded.threads - 1, loaded.limit or 0, loaded.holdout or 0) < 0 or "\0" in loaded.script:
@@ -121,28 +114,8 @@ def _check(loaded: Checkpoint) -> None:
         raise ValueError("an epoch of it has no images")
 
 
-def _is_of_type(value: object, hint: Any) -> bool:
-    """Say whether a value has the type of a field: a class, a union, a Literal, or a container of such."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is Literal:
-        return value in arguments
-    if origin is UnionType:
-        return any(_is_of_type(value, argument) for argument in arguments)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if not isinstance(value, origin or hint) or isinstance(value, bool):
-        return False
-    if isinstance(value, Mapping):
-        return all(_is_of_type(one, arguments[0]) for one in value) and all(
-            _is_of_type(one, arguments[1]) for one in value.values()
-        )
-    return not isinstance(value, list) or all(_is_of_type(one, arguments[0]) for one in value)
-
-
 def newest_first(uri: str) -> Iterator[Checkpoint]:
-    """Yield the readable checkpoints of a store, the newest first; of others, a notice says why they are left out."""
+    """Yield the readable checkpoints of a store, the newest first; a notice says why others are left out."""
     for file in sorted(folder(uri).glob("*.pt"), key=_age):
         try:
             yield load(file)
@@ -165,23 +138,19 @@ def find(
     changes: Mapping[str, object] | None = None,
     **wanted: int | None,
 ) -> Checkpoint:
-    """Return the checkpoint of a run, or the newest one of a step, or the newest of all.
+    """Return the checkpoint of a run, or the newest one of a step, or the newest of all; raises LabError.
 
     changes: only one whose hyperparameters were changed so, by flat name; None for one that stands as declared.
     wanted: only one with this seed, limit, holdout or threads, where they are not None.
-
-    Raises:
-        LabError: if there is none.
     """
+    changes = changes or {}
     wanted = {name: value for name, value in wanted.items() if value is not None}
-
-    def has_all(one: Checkpoint) -> bool:
-        changed = all(one.changes.get(name) == value for name, value in (changes or {}).items())
-        return changed and all(getattr(one, name) == value for name, value in wanted.items())
-
     kept = [one for one in newest_first(uri) if step in (None, one.step)]
     named = [one for one in kept if run_id in (None, "", one.run_id)]
-    for one in filter(has_all, named):
+    for one in named:
+        changed = {name: one.changes.get(name) for name in changes}
+        if changed != changes or any(getattr(one, name) != value for name, value in wanted.items()):
+            continue
         if run_id or not is_deleted(uri, one.run_id):  # `track` says so of one that was asked for by its name
             return one
         logger.warning("not used: checkpoint of run %s, which was deleted in MLflow", one.run_id)
@@ -189,17 +158,12 @@ def find(
     whose = f" of {step}" if step else ""
     if not kept:
         raise LabError(f"resume: there is no interrupted run{whose} with a finished epoch in {folder(uri)}")
-    there = ", ".join(f"{one.run_id} ({one.step} seed {one.seed}{_changes_text(one)})" for one in kept)
+    there = ", ".join(f"{one.run_id} ({one.description})" for one in kept)
     if not named:
         raise LabError(f"resume: there is no checkpoint of a run {run_id!r}{whose}; there are: {there}")
-    declared = {name: "as declared" if value is None else value for name, value in (changes or {}).items()}
+    declared = {name: "as declared" if value is None else value for name, value in changes.items()}
     asked = ", ".join(f"{name} {value}" for name, value in {**wanted, **declared}.items())
     raise LabError(f"resume: there is no interrupted run{whose} with {asked}; there are: {there}")
-
-
-def _changes_text(one: Checkpoint) -> str:
-    changes = {**one.changes, "limit": one.limit, "holdout": one.holdout}
-    return "".join(f" {name}={value}" for name, value in changes.items() if value)
 
 
 def alike(uri: str, identity: Mapping[str, str], seed: int) -> Iterator[Checkpoint]:
@@ -208,6 +172,8 @@ def alike(uri: str, identity: Mapping[str, str], seed: int) -> Iterator[Checkpoi
 
 
 def remove_alike(uri: str, identity: Mapping[str, str], seed: int) -> None:
-    """Remove the checkpoint of a run that has finished, and those of interrupted runs that it makes up for."""
+    """Remove the checkpoint of a run that has finished, and those of interrupted runs that it replaces."""
     for checkpoint in alike(uri, identity, seed):
-        file_of(uri, checkpoint.run_id).unlink(missing_ok=True)
+        for file in folder(uri).iterdir():
+            if file.name.startswith(f"{checkpoint.run_id}."):  # one half written when its process was killed too
+                file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a program prints, though nobody reads it any more or the disk that it goes to is full."""
+"""Keeps a program going when its output can't be written: nobody reads it any more, or the disk is full."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class LastingStream:
-    """A text stream that, when what it is written to is gone or full, is written to nowhere from then on."""
+    """A text stream that discards what it is given once its reader is gone or its disk is full."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -43,7 +43,7 @@ class LastingStream:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Let neither a reader of this program's output that ends (`| head`) nor a full disk end the program."""
+    """Keep a reader that ends (`| head`) and a full disk from ending this program."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = LastingStream(before[0]), LastingStream(before[1])
     try:

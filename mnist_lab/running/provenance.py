@@ -41,8 +41,7 @@ class Commit:
 
     sha: the commit, "none" outside a repository or before the first commit, or "unknown" where git refuses to say.
     dirty: whether any file differs from that commit, new files included; None where git refuses to say.
-    diff: `git diff` against it, with new files that belong to the script, after lines that name what is left out; empty
-        if not dirty.
+    diff: lines that name what is left out, then `git diff` against the commit, with the script's new files.
     """
 
     sha: str
@@ -66,7 +65,10 @@ def commit(script: Path, imported: Iterable[Path] = (), written: Iterable[Path] 
     try:
         root = Path(_git(folder, "rev-parse", "--show-toplevel").removesuffix("\n"))
     except _Refusal as refusal:
-        return _without_git(folder, str(refusal))
+        if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
+            return Commit("none", dirty=False, diff="")
+        _say_once(f"commit and changes of {folder} are recorded as unknown: {refusal}")
+        return Commit("unknown", dirty=None, diff="")
     try:
         sha = _git(folder, "rev-parse", "--verify", "HEAD").strip()
     except _Refusal:  # before the first commit
@@ -82,7 +84,8 @@ def commit(script: Path, imported: Iterable[Path] = (), written: Iterable[Path] 
         changed = _git(root, "diff", "--name-only", "--no-renames", "-z", *against, *others).split("\0")
         left_out = {name: "may hold keys or passwords" for name in changed if _is_secret(name)}
         secret = [f":(top,exclude,literal){name}" for name in left_out]
-        diffs = _by_file(_git(root, *DIFF, *against, *others, *secret))
+        diff = _git(root, *DIFF, *against, *others, *secret)
+        diffs = [part for part in re.split(r"^(?=diff --git )", diff, flags=re.MULTILINE) if part]
         sources = {file.resolve() for file in imported}
         for name in (entry[3:] for entry in changes.split("\0") if entry.startswith("?? ")):
             file = root / name
@@ -102,36 +105,22 @@ def commit(script: Path, imported: Iterable[Path] = (), written: Iterable[Path] 
     return Commit(sha, dirty=True, diff=_limited(diffs, left_out))
 
 
-def _without_git(folder: Path, refusal: str) -> Commit:
-    """Return what is known where git says nothing: whether there is a repository shows without it."""
-    if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
-        return Commit("none", dirty=False, diff="")
-    _say_once(f"commit and changes of {folder} are recorded as unknown: {refusal}")
-    return Commit("unknown", dirty=None, diff="")
-
-
 def _is_secret(name: str) -> bool:
     return any(fnmatch(part.lower(), pattern) for part in Path(name).parts for pattern in SECRET_FILES)
 
 
-def _by_file(diff: str) -> list[str]:
-    """Cut a diff before each of its files."""
-    return [part for part in re.split(r"^(?=diff --git )", diff, flags=re.MULTILINE) if part]
-
-
 def _limited(diffs: list[str], left_out: Mapping[str, str]) -> str:
     """Put the diffs of files together, up to MAX_DIFF characters, after lines that name the files that are left out."""
-    kept, room, reasons = [], MAX_DIFF, dict(left_out)
+    kept, reasons = "", dict(left_out)
     for diff in diffs:
-        if len(diff) <= room:
-            kept.append(diff)
-            room -= len(diff)
+        if len(kept) + len(diff) <= MAX_DIFF:
+            kept += diff
         else:
             reasons[diff.partition("\n")[0].removeprefix("diff --git ")] = "too large"
     words = [f"Left out ({why}): {name!r}\n" for name, why in list(reasons.items())[:MAX_NAMED]]
     if len(reasons) > MAX_NAMED:
         words.append(f"Left out: {len(reasons) - MAX_NAMED:,} more files\n")
-    return "".join(words + kept)
+    return "".join([*words, kept])
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -166,7 +155,7 @@ def _processor() -> str:
 
 
 class _Refusal(Exception):
-    """What git says where it does not do what it is asked for."""
+    """Why git gives no answer."""
 
 
 def _git(folder: Path, *arguments: str) -> str:

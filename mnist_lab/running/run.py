@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,10 +21,9 @@ from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.rehearsal import Rehearsal, blame, blame_script, rehearse, without_exits
 from mnist_lab.running.schedule import report_without_effect, without_effect
-from mnist_lab.running.sources import SCRIPT
 from mnist_lab.running.summary import summarize
 from mnist_lab.running.threads import Load, crowded, set_threads
-from mnist_lab.tracking.delivery import sync
+from mnist_lab.tracking.delivery import one_line, sync
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.sqlite import PROJECT_ROOT, own_files
 from mnist_lab.tracking.store import Store, close_abandoned, open_store
@@ -99,21 +98,17 @@ def run(
     if job.device.type == "cpu":
         threads = set_threads(job.threads if resume is None else resume.threads)
         if crowded(threads, others := load.others()):
-            logger.warning(
-                "other processes use %.1f cores: beside them one thread is faster than %d (--threads 1)",
-                others,
-                threads,
-            )
+            said = "other processes use %.1f cores: beside them one thread is faster than %d (--threads 1)"
+            logger.warning(said, others, threads)
 
     net = initial_network(experiment, seed, job.device, rehearsal.memory_format)
     rehearsal.watch(net)
     training = Training(net, experiment, mnist, seed=seed, on_batch=progress.on_batch)
-    before = [] if resume is None else resume.epochs
     if resume is not None:
         restore(training, resume)
 
     def train(run_id: str) -> Iterator[EpochMetrics]:
-        epochs = list(before)
+        epochs = [] if resume is None else list(resume.epochs)
         for metrics in without_exits(training.epochs()):
             check_eval_loss(metrics)
             epochs.append(metrics)
@@ -161,12 +156,12 @@ def _check_same(identity: Mapping[str, str], resume: Checkpoint) -> None:
     """Refuse to go on with a run whose declaration or code is another one now."""
     for name in sorted({*identity, *resume.identity}):
         now, then = identity.get(name, "none"), resume.identity.get(name, "none")
-        if now != then and name == "code_sha256":
-            raise LabError(
-                f"resume: the script or the lab's code has changed since run {resume.run_id} began; train it anew"
-            )
-        if now != then:
-            raise LabError(f"resume: {name} is {now} now and was {then} in run {resume.run_id}; train it anew")
+        if now == then:
+            continue
+        changed = f"{name} is {now} now and was {then} in run {resume.run_id}"
+        if name == "code_sha256":
+            changed = f"the script or the lab's code has changed since run {resume.run_id} began"
+        raise LabError(f"resume: {changed}; train it anew")
 
 
 def restore(training: Training, resume: Checkpoint) -> None:
@@ -174,10 +169,9 @@ def restore(training: Training, resume: Checkpoint) -> None:
     try:
         training.load_state_dict(resume.training)
     except Exception as error:  # torch has many ways to refuse a state
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        raise LabError(
-            f"resume: the checkpoint of run {resume.run_id} does not fit: {reason}; train it anew"
-        ) from error
+        reason = f"{type(error).__name__}: {one_line(error)[:150]}"
+        message = f"resume: the checkpoint of run {resume.run_id} does not fit: {reason}; train it anew"
+        raise LabError(message) from error
 
 
 def record(
@@ -193,7 +187,7 @@ def record(
     parent_run_id: str | None,
     resume: Checkpoint | None = None,
 ) -> RunResult:
-    """Track one run: its epochs as they come, and what the network is in the end.
+    """Track one run: its epochs as they come, and the network at the end.
 
     train: given the run's id in MLflow, trains `net` and returns the epochs that are left.
     rehearsal: what it found out about the network.
@@ -203,14 +197,14 @@ def record(
     experiment, run_name = job.experiment, run_name_of(job, f"seed {seed}")
     commit = provenance.commit(job.script, job.sources.values(), written_by_lab(job))
     environment = provenance.environment(where)
+    no_effect = " ".join(without_effect(experiment, len(mnist.train_images)))
     tags = {
         **job.tags,
         **commit.tags,
         "data_sha256": mnist.sha256,
-        "hardware": environment["hardware"],
-        "torch": environment["torch"],
+        **{name: environment[name] for name in ("hardware", "torch", "threads")},
         "memory_format": "channels_last" if rehearsal.memory_format == torch.channels_last else "contiguous",
-        **no_effect_tag(experiment, mnist),
+        **({"no_effect": no_effect} if no_effect else {}),
         **target_tags(experiment),
         **{f"reported_{name}": str(figure) for name, figure in experiment.reported.items()},
     }
@@ -225,38 +219,39 @@ def record(
         parent_run_id=parent_run_id,
         resume_run_id=None if resume is None else resume.run_id,
     ) as tracked:
-        epochs = []
+        epochs = [] if resume is None else list(resume.epochs)
         if resume is None:
             tracked.log_data(mnist, find_data_dir(job.data_dir))
             tracked.log_text(summary + "\n", "model_summary.txt")
-            for name, file in job.sources.items():
-                tracked.log_file(file, "source" if name == SCRIPT else source_folder(name, file))
+            for name, file in job.sources.items():  # `nets.blocks` goes to `source/nets`
+                packages = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+                tracked.log_file(file, "/".join(["source", *packages]))
             tracked.log_json(environment, "environment.json")
             if commit.diff:
                 tracked.log_text(commit.diff, "source/uncommitted.diff")
         else:
-            epochs = list(resume.epochs)
             tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in epochs})
         for metrics in train(tracked.run_id):
             epochs.append(metrics)
             tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
             progress.on_epoch(metrics)
-        logits = final_logits(net, mnist, experiment)
+        with blame("net"):
+            logits = predict(net, mnist.test_images, experiment.normalize)  # (10000, 10)
+            if not logits.isfinite().all():
+                raise ValueError("gives logits of the test images that are not finite, after the last epoch")
         measured = measure(num_params(net, rehearsal.untrained), epochs, experiment)
-        logged_once: tuple[str, ...] = LOGGED_ONCE
         if job.holdout:
             loss, correct = evaluate(logits, mnist.test_labels)
             measured |= {"final_test_loss": loss, "final_test_accuracy": 100 * correct / len(logits)}
-            logged_once = LOGGED_ONCE_WITH_HOLD_OUT
         verdicts = targets.judge(
             experiment.targets,
             accuracies=[measured["final_test_accuracy"]],
             num_params=int(measured["num_params"]),
             epochs=len(epochs),
         )
+        logged_once = LOGGED_ONCE_WITH_HOLD_OUT if job.holdout else LOGGED_ONCE
         tracked.log_once({name: measured[name] for name in logged_once if name in measured})
-        words = {f"verdict_{verdict.name}": verdict.word for verdict in verdicts}
-        tracked.set_tags({"targets": targets.overall(verdicts), **words})
+        tracked.set_tags(verdict_tags(verdicts))
         tracked.log_predictions(mnist.test_labels, logits)
         tracked.log_figures(draw(experiment, mnist, epochs, logits, step=job.step, seed=seed, run_id=tracked.run_id))
         example = normalize(mnist.test_images[:2].float() / 255, experiment.normalize)
@@ -267,35 +262,12 @@ def record(
 
 
 def written_by_lab(job: Job) -> list[Path]:
-    """Return the files and folders that are no changes to the project, wherever the user has them."""
+    """Return the files and folders that do not count as changes to the project."""
     return [*own_files(job.tracking_uri), find_data_dir(job.data_dir), PROJECT_ROOT / "reports"]
 
 
-def source_folder(name: str, file: Path) -> str:
-    """Return where a module that the script imports is kept among the artifacts: `source/nets` for `nets.blocks`."""
-    packages = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
-    return "/".join(["source", *packages])
-
-
-def final_logits(net: nn.Module, mnist: Mnist, experiment: Experiment) -> Tensor:
-    """Return the trained network's logits (10000, 10) of the test images.
-
-    Raises:
-        LabError: if it fails there or gives values that are not finite.
-    """
-    with blame("net"):
-        logits = predict(net, mnist.test_images, experiment.normalize)
-        if not logits.isfinite().all():
-            raise ValueError("gives logits of the test images that are not finite, after the last epoch")
-    return logits
-
-
 def load_parts(job: Job) -> Mnist:
-    """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` of the others.
-
-    Raises:
-        LabError: if there are not that many, or the data can't be had.
-    """
+    """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` of the others."""
     mnist = load_mnist(job.data_dir, job.device)
     if job.holdout:
         mnist = hold_out(mnist, job.holdout)
@@ -308,15 +280,14 @@ def run_name_of(job: Job, seeds: str) -> str:
     return f"{job.step} {seeds}" + (f" [{overrides}]" if overrides else "")
 
 
-def no_effect_tag(experiment: Experiment, mnist: Mnist) -> dict[str, str]:
-    """Return the names of hyperparameters that change nothing in this run as the tag `no_effect`."""
-    names = " ".join(without_effect(experiment, len(mnist.train_images)))
-    return {"no_effect": names} if names else {}
-
-
 def target_tags(experiment: Experiment) -> dict[str, str]:
     """Return the stated targets as tags: `target_accuracy` and so on."""
     return {f"target_{name}": str(value) for name, value in dataclasses.asdict(experiment.targets).items() if value}
+
+
+def verdict_tags(verdicts: Sequence[Verdict]) -> dict[str, str]:
+    """Return the verdicts as tags: `targets`, and `verdict_accuracy` and so on."""
+    return {"targets": targets.overall(verdicts), **{f"verdict_{verdict.name}": verdict.word for verdict in verdicts}}
 
 
 def epoch_metrics(metrics: EpochMetrics) -> dict[str, float]:
@@ -337,8 +308,7 @@ def epoch_metrics(metrics: EpochMetrics) -> dict[str, float]:
 def measure(num_params: int, epochs: list[EpochMetrics], experiment: Experiment) -> dict[str, float]:
     """Return what the epochs say once per run. The best epoch is the first with the highest accuracy.
 
-    Accuracies after training are named by what the epochs were evaluated on: `final_test_accuracy` and so on, or with a
-    hold-out `final_validation_accuracy`.
+    Names say what the epochs were evaluated on: `final_test_accuracy`, or with a hold-out `final_validation_accuracy`.
     """
     last, best = epochs[-1], max(epochs, key=lambda epoch: epoch.eval_correct)
     part = last.evaluated_on
@@ -379,11 +349,7 @@ def draw(
 
 
 def first_images(mnist: Mnist, limit: int) -> Mnist:
-    """Return the data with only the first `limit` training images.
-
-    Raises:
-        LabError: if there are not that many.
-    """
+    """Return the data with only the first `limit` training images; raises LabError if there are not that many."""
     total = len(mnist.train_images)
     if not 1 <= limit <= total:
         raise LabError(f"limit: {limit} is not between 1 and {total:,}, the number of training images")

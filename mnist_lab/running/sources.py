@@ -7,9 +7,10 @@ import hashlib
 import site
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import resolve_name
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -82,27 +83,27 @@ def _imported_names(file: Path, package: str) -> Iterator[str]:
                     continue
             names = [module, *(f"{module}.{alias.name}" for alias in node.names)]  # each may be a module of its own
         for name in names:
-            parts = name.split(".")
-            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+            yield from _with_parents(name)
 
 
 def _find_spec(name: str, path: list[str]) -> ModuleSpec | None:
     """Find a module by its dotted name without importing it or its parents."""
     spec: ModuleSpec | None = None
-    search: list[str] | None = path
-    full = ""
-    for part in name.split("."):
-        if search is None:
-            return None
-        full = f"{full}.{part}" if full else part
+    search: Iterable[str] | None = path
+    for full in _with_parents(name):
         try:
-            spec = PathFinder.find_spec(full, search)
+            spec = None if search is None else PathFinder.find_spec(full, list(search))
         except (ImportError, ValueError):
             return None
         if spec is None:
             return None
-        search = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+        search = spec.submodule_search_locations
     return spec
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    """Yield "a", "a.b" and "a.b.c" for "a.b.c"."""
+    return accumulate(name.split("."), "{}.{}".format)
 
 
 def _loaded_modules(script: Path, found: Mapping[str, Path]) -> dict[str, Path]:
@@ -129,9 +130,8 @@ def _is_own(origin: str | None) -> bool:
 
 def _library_folders() -> set[Path]:
     names = ("stdlib", "platstdlib", "purelib", "platlib")
-    folders = {*map(sysconfig.get_path, names), *site.getsitepackages(), site.getusersitepackages()}
-    # Of an environment, the standard library is that of the Python it was made with.
-    folders |= {str(Path(ast.__file__).parent)}
+    standard = Path(ast.__file__).parent  # of an environment, that of the Python it was made with
+    folders = {*map(sysconfig.get_path, names), *site.getsitepackages(), site.getusersitepackages(), str(standard)}
     return {Path(folder).resolve() for folder in folders}
 
 

@@ -20,7 +20,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.rehearsal import rehearse
-from mnist_lab.running.run import load_parts, run_name_of, target_tags, written_by_lab
+from mnist_lab.running.run import load_parts, run_name_of, target_tags, verdict_tags, written_by_lab
 from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.threads import available_cores
 from mnist_lab.running.workers import Done, Epoch, Task, train_in_processes, train_one_by_one, train_stacked
@@ -30,7 +30,7 @@ from mnist_lab.tracking.store import FinishedRun, adopt, close_abandoned, finish
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.training.stacked import can_stack
 from mnist_lab.verdicts.statistics import Aggregate, aggregate
-from mnist_lab.verdicts.targets import Verdict, judge, overall
+from mnist_lab.verdicts.targets import Verdict, judge
 
 # What is aggregated over the seeds: the last epoch first, then the best.
 FIGURES = ("final_test_accuracy", "best_test_accuracy")
@@ -38,7 +38,7 @@ FIGURES_WITH_HOLD_OUT = ("final_test_accuracy", "final_validation_accuracy", "be
 
 
 class Progress(Protocol):
-    """Who listens to a study: the console, or nobody."""
+    """Who listens to a study."""
 
     def on_start(
         self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
@@ -51,12 +51,11 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A study that came to its end.
+    """A study that came to its end. If no seed has finished, there are no aggregates and no verdicts.
 
     runs: the finished run of each seed, in the order of the seeds that were asked for.
     failed: why the other seeds have none.
-    aggregates: by the name of the figure, the last epoch's accuracy first; empty if no seed has finished.
-    verdicts: on each stated target; empty if no seed has finished.
+    aggregates: by the name of the figure, the last epoch's accuracy first.
     """
 
     run_id: str
@@ -72,18 +71,14 @@ def study(
 ) -> StudyResult:
     """Train and track the job with each of these seeds, and judge them together.
 
-    A seed with a finished run of the same declaration, code and kind of device is not trained again: its run becomes a
-    child of this study. `again` trains all. A seed that fails does not keep the others from being trained.
-
-    workers: how many processes train at once on a CPU; as many as this process may use cores if not given, and never
-        more than there are seeds to train.
+    A seed with a finished run of the same declaration, code and kind of device is not trained again, unless `again`:
+    its run becomes a child of this study. When a seed fails, the others are still trained.
+    workers: how many processes train at once on a CPU; by default one per core, and never more than seeds to train.
 
     Raises:
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
     """
-    _check(seeds, workers)
-    if workers is not None and job.device.type != "cpu":
-        raise LabError(f"workers: {workers} is for a CPU; on {job.device.type} the seeds train in one process")
+    _check(seeds, workers, job.device)
     store = open_store(job.tracking_uri)
     sync(store.uri)
     close_abandoned(store)
@@ -91,13 +86,13 @@ def study(
     found = {} if again else finished_runs(store, job.params, job.tags)
     runs = {seed: found[seed] for seed in seeds if seed in found}
     missing = [seed for seed in seeds if seed not in found]
-    mnist = rehearsal = None
     if missing:  # else there is nothing to refuse
         mnist = load_parts(job)
         rehearsal = rehearse(teaching.load(job, store), mnist)
         rehearsal.notice()
         report_without_effect(job.experiment, job.overrides, len(mnist.train_images))
-    count = min(workers or available_cores(), len(missing)) if job.device.type == "cpu" else min(1, len(missing))
+    on_cpu = job.device.type == "cpu"
+    count = min((workers or available_cores()) if on_cpu else 1, len(missing))
 
     name = run_name_of(job, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}")
     commit = provenance.commit(job.script, written=written_by_lab(job))
@@ -116,11 +111,10 @@ def study(
             adopt(store, tracked.run_id, run.run_id)
         progress.on_start(name, seeds, missing, count, job.device)
         task = Task(job, tracked.run_id, again)
-        if job.device.type == "cpu":
+        if on_cpu:
             messages = train_in_processes(task, missing, count, progress.on_time)
         elif (
-            mnist
-            and rehearsal
+            missing
             and not rehearsal.untrained  # stacked, these would have zeros for gradients, and so decay
             and job.device.type == "cuda"
             and can_stack(job.experiment, len(mnist.train_images))
@@ -142,20 +136,15 @@ def study(
             messages.close()  # ends the workers, before the study's run is closed
             with suppress(LabError):  # a server that is away: the next run there closes them
                 close_abandoned(store)  # the runs of workers that died
-        result = _judge(
-            job,
-            tracked.run_id,
-            [runs[seed] for seed in seeds if seed in runs],
-            [seed for seed in seeds if seed not in missing],
-            failed,
-        )
+        finished = [runs[seed] for seed in seeds if seed in runs]
+        result = _judge(job, tracked.run_id, finished, [seed for seed in seeds if seed in found], failed)
         _log(tracked, result)
         if failed:
             tracked.end_status = "FAILED"
     return result
 
 
-def _check(seeds: Sequence[int], workers: int | None) -> None:
+def _check(seeds: Sequence[int], workers: int | None, device: torch.device) -> None:
     if not seeds:
         raise LabError("seeds: there is none; give at least one")
     for seed in seeds:
@@ -164,9 +153,8 @@ def _check(seeds: Sequence[int], workers: int | None) -> None:
         raise LabError(f"seeds: {twice[0]} is there twice")
     if workers is not None and workers < 1:
         raise LabError(f"workers: {workers} is not a whole number of at least 1")
-
-
-# ---- what the seeds show together
+    if workers is not None and device.type != "cpu":
+        raise LabError(f"workers: {workers} is for a CPU; on {device.type} the seeds train in one process")
 
 
 def _judge(job: Job, run_id: str, runs: list[FinishedRun], reused: list[int], failed: dict[int, str]) -> StudyResult:
@@ -193,8 +181,7 @@ def _log(study: TrackedRun, result: StudyResult) -> None:
         if verdict.name == "accuracy":
             metrics["p"] = verdict.p
     study.log_once({name: value for name, value in metrics.items() if math.isfinite(value)})
-    words = {f"verdict_{verdict.name}": verdict.word for verdict in result.verdicts}
-    tags = {"targets": overall(result.verdicts), **words}
+    tags = verdict_tags(result.verdicts)
     if result.failed:
         tags["seeds_failed"] = " ".join(map(str, result.failed))
     text = "\n\n".join(tabulate(*table, tablefmt="github", disable_numparse=True) for table in tables(result))
@@ -208,18 +195,18 @@ def tables(result: StudyResult) -> list[tuple[list[tuple[str, ...]], tuple[str, 
     over_seeds: list[tuple[str, ...]] = [
         (
             _label(name),
-            _percent(a.mean),
+            f"{a.mean:.2f}",
             f"{a.sd:.3f}" if math.isfinite(a.sd) else "-",
             f"{a.low:.2f} to {a.high:.2f}" if math.isfinite(a.low) else "-",
-            _percent(a.minimum),
-            _percent(a.median),
+            f"{a.minimum:.2f}",
+            f"{a.median:.2f}",
             f"{round(a.share_at_target * a.n)} of {a.n}" if math.isfinite(a.share_at_target) else "-",
         )
         for name, a in result.aggregates.items()
     ]
     headers = ("accuracy in percent", "mean", "sd", "95 % interval", "minimum", "median", "at target")
     per_seed: list[tuple[str, ...]] = [
-        (str(run.seed), *(_percent(run.metrics[name]) for name in result.aggregates), run.run_id) for run in result.runs
+        (str(run.seed), *(f"{run.metrics[name]:.2f}" for name in result.aggregates), run.run_id) for run in result.runs
     ]
     return [(over_seeds, headers), (per_seed, ("seed", *map(_label, result.aggregates), "run"))]
 
@@ -228,7 +215,3 @@ def _label(name: str) -> str:
     """Say "last epoch, test" for `final_test_accuracy`."""
     epoch, part, _ = name.split("_")
     return f"{'last' if epoch == 'final' else epoch} epoch, {part}"
-
-
-def _percent(accuracy: float) -> str:
-    return f"{accuracy:.2f}"

@@ -23,10 +23,10 @@ Hook = Callable[[nn.Module, object, object], None]
 def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
     """Return torchsummary's text for a (1, 28, 28) input, with each layer's receptive field in pixels.
 
-    The totals are those of the network's parameters, each counted once. torchsummary counts weights and biases layer by
-    layer, call by call; where that gives another total, a line says so and why. A network that torchsummary can't draw
-    (layers that return tuples, no layer with weights) gets a table of its layers without receptive fields, and one that
-    can't be run a line that says so. The network and the random state are left as they were.
+    The totals count each parameter once. torchsummary counts weights and biases layer by layer, call by call; where
+    that gives another total, a line says so and why. A network that torchsummary can't draw (layers that return tuples,
+    no layer with weights) gets a table of its layers without receptive fields; one that can't be run gets a line that
+    says so. The network and the random state are left as they were.
 
     untrained: names of parameters that no gradient reaches; they do not count as trainable.
     """
@@ -49,22 +49,16 @@ def _draw(net: nn.Module) -> str:
     text = io.StringIO()
     with torch.random.fork_rng(devices=[]), torch.inference_mode(), contextlib.redirect_stdout(text):
         torchsummary.summary(net, (1, IMAGE_SIZE, IMAGE_SIZE), device="cpu")
-    fields = iter(receptive_fields(net))
-    lines = []
-    rulers = 0
-    for line in text.getvalue().splitlines():
-        if line.startswith(("---", "===")):
-            rulers += 1
-            lines.append(line + line[0] * 16)
-        elif rulers == 1:
-            lines.append(f"{line} {'Receptive field':>17}")
-        elif rulers == 2:
-            size = next(fields, None)
-            if size is None:  # reading a parametrized weight calls a layer
-                raise ValueError("it lists more layers than the network calls")
-            lines.append(f"{line} {f'{size}x{size}':>17}")
-        else:
-            lines.append(line)
+    sizes = [f"{size}x{size}" for size in receptive_fields(net)]
+    lines = text.getvalue().splitlines()
+    rulers = [number for number, line in enumerate(lines) if line.startswith(("---", "==="))]
+    for number in rulers:
+        lines[number] += lines[number][0] * 16
+    first, end = rulers[1] + 1, rulers[2]
+    if end - first > len(sizes):  # reading a parametrized weight calls a layer
+        raise ValueError("it lists more layers than the network calls")
+    for number, text_beside in [(1, "Receptive field"), *zip(range(first, end), sizes, strict=False)]:
+        lines[number] += f" {text_beside:>17}"
     return "\n".join(_with_true_totals(lines, net))
 
 

@@ -7,7 +7,6 @@ spinning, so beside another busy process two are slower than one: docs/performan
 from __future__ import annotations
 
 import os
-import time
 
 import psutil
 import torch
@@ -32,18 +31,11 @@ class Load:
 
     def __init__(self) -> None:
         self.process = psutil.Process()
-        self.machine, self.own, self.at = self._now()
+        self.others()
 
     def others(self) -> float:
-        machine, own, at = self._now()
-        elapsed = at - self.at
-        return max(0.0, (machine - self.machine) - (own - self.own)) / elapsed if elapsed > 0 else 0.0
-
-    def _now(self) -> tuple[float, float, float]:
-        total = psutil.cpu_times()
-        idle = total.idle + getattr(total, "iowait", 0.0)
-        mine = self.process.cpu_times()
-        return sum(total) - idle - getattr(total, "guest", 0.0), mine.user + mine.system, time.monotonic()
+        in_use = psutil.cpu_percent() * (psutil.cpu_count() or 1)
+        return max(0.0, in_use - self.process.cpu_percent()) / 100
 
 
 def crowded(threads: int, others: float) -> bool:

@@ -1,7 +1,7 @@
 """Who trains the seeds of a study: processes of one thread each on a CPU, this process on a GPU.
 
-The processes are started by `multiprocessing` with "spawn" (torch's threads don't survive a fork). They are no `Pool`:
-a pool is broken as a whole when one of its processes dies, while here only that seed fails.
+The processes are started by `multiprocessing` with "spawn": torch's threads don't survive a fork. They are no `Pool`:
+that breaks as a whole when one of its processes dies, while here only that seed fails.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -29,11 +27,11 @@ from torch import Tensor
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running import checkpoint, declaration
-from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job
 from mnist_lab.running.output import lasting_output
 from mnist_lab.running.rehearsal import Rehearsal
 from mnist_lab.running.run import RunResult, check_eval_loss, record, run
+from mnist_lab.tracking.delivery import environment_variables
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
 from mnist_lab.training.loop import EpochMetrics, initial_network
 from mnist_lab.training.stacked import fit_stacked
@@ -42,8 +40,7 @@ LOOK_SECONDS = 1.0  # how often the display is told that time passes
 END_SECONDS = 20.0  # that a worker gets to close its run when the study is stopped
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """What all seeds of a study have in common: the job, the study's run, and whether to begin anew."""
 
     job: Job
@@ -89,12 +86,7 @@ def train_one_by_one(
 ) -> Generator[Message, None, None]:
     """Train the seeds one after another in this process; their epochs go to `on_epoch` as they come."""
     for seed in seeds:
-        try:
-            result = _train(task, seed, partial(on_epoch, seed))
-        except Exception as error:
-            yield Failed(seed, _reason(error))
-        else:
-            yield _done(seed, result)
+        yield _outcome(seed, lambda seed: _train(task, seed, partial(on_epoch, seed)))
 
 
 def train_stacked(
@@ -117,59 +109,52 @@ def train_stacked(
         for seed in seeds:
             yield Failed(seed, _reason(error))
         return
-    for index, seed in enumerate(seeds):
-        own = [of_seeds[index] for of_seeds in epochs]
-        diverged = next((metrics.epoch for metrics in own if not math.isfinite(metrics.train_loss)), None)
-        if diverged is not None:
-            yield Failed(seed, f"loss: is not finite in epoch {diverged} of {len(own)}; the training has diverged")
-            continue
-        try:
-            for metrics in own:
-                check_eval_loss(metrics)
-            result = record(
-                task.job,
-                seed,
-                partial(_already_trained, own),
-                nets[index],
-                mnist,
-                store,
-                EpochListener(lambda metrics: None),
-                rehearsal=rehearsal,
-                parent_run_id=task.parent_run_id,
-            )
-        except Exception as error:
-            yield Failed(seed, _reason(error))
-        else:
-            yield _done(seed, result)
 
+    def track_trained(seed: int) -> RunResult:
+        own = [of_seeds[seeds.index(seed)] for of_seeds in epochs]
+        diverged = [metrics.epoch for metrics in own if not math.isfinite(metrics.train_loss)]
+        if diverged:
+            raise LabError(f"loss: is not finite in epoch {diverged[0]} of {len(own)}; the training has diverged")
+        for metrics in own:
+            check_eval_loss(metrics)
+        return record(
+            task.job,
+            seed,
+            lambda run_id: own,
+            nets[seeds.index(seed)],
+            mnist,
+            store,
+            EpochListener(lambda metrics: None),
+            rehearsal=rehearsal,
+            parent_run_id=task.parent_run_id,
+        )
 
-def _already_trained(epochs: list[EpochMetrics], run_id: str) -> list[EpochMetrics]:
-    return epochs
+    for seed in seeds:
+        yield _outcome(seed, track_trained)
 
 
 def _train(task: Task, seed: int, on_epoch: Callable[[EpochMetrics], None]) -> RunResult:
     """Train and track one seed, and go on with an interrupted run of it where there is one."""
-    resume = None if task.again else _interrupted(task.job, seed)
+    resume = None
+    if not task.again:
+        store = open_store(task.job.tracking_uri)
+        found = checkpoint.alike(store.uri, task.job.identity, seed)
+        resume = next((one for one in found if can_resume(store, one.run_id)), None)
     return run(task.job, seed, EpochListener(on_epoch), parent_run_id=task.parent_run_id, resume=resume)
 
 
-def _interrupted(job: Job, seed: int) -> Checkpoint | None:
-    """Return the checkpoint of an earlier run of this seed that can go on, if there is one."""
-    store = open_store(job.tracking_uri)
-    found = checkpoint.alike(store.uri, job.identity, seed)
-    return next((one for one in found if can_resume(store, one.run_id)), None)
-
-
-def _done(seed: int, result: RunResult) -> Done:
+def _outcome(seed: int, train: Callable[[int], RunResult]) -> Done | Failed:
+    """Return what comes of training a seed; an error fails this seed alone."""
+    try:
+        result = train(seed)
+    except Exception as error:
+        return Failed(seed, _reason(error))
     return Done(FinishedRun(result.run_id, seed, result.measured))
 
 
 def _reason(error: Exception) -> str:
     """Return the sentence of a LabError; of a bug, the traceback."""
     return str(error) if isinstance(error, LabError) else "".join(traceback.format_exception(error)).rstrip()
-
-
-# ---- processes
 
 
 class _Worker:
@@ -182,8 +167,14 @@ class _Worker:
             target=_work, args=(theirs, task), name=f"{declaration.WORKER} {number}", daemon=True
         )
         self.seed: int | None = None
-        with _one_thread(), _signals_held_back():
-            self.process.start()
+        resource_tracker.ensure_running()  # starting it would let the signals through again
+        # Ctrl-C and a closed terminal reach all processes at once. This one sees them, and ends its workers by SIGTERM.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+        try:
+            with environment_variables({"OMP_NUM_THREADS": "1"}):
+                self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that this end hears of it when the process ends
 
     def give(self, seed: int | None) -> None:
@@ -220,8 +211,15 @@ def train_in_processes(
                     worker.give(waiting.popleft() if waiting else None)
                 yield message
             on_time()
-    finally:
-        _end_processes(workers)
+    finally:  # the workers close their runs and end; those that do not are killed
+        for worker in workers:
+            worker.process.terminate()
+        deadline = time.monotonic() + END_SECONDS
+        for worker in workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            worker.process.kill()
+            worker.process.join()
+            worker.connection.close()
 
 
 def _ending(exitcode: int | None) -> str:
@@ -233,54 +231,15 @@ def _ending(exitcode: int | None) -> str:
         return f"signal {-exitcode}"
 
 
-def _end_processes(workers: Sequence[_Worker]) -> None:
-    """Let the workers close their runs and end; kill those that do not."""
-    for worker in workers:
-        worker.process.terminate()
-    deadline = time.monotonic() + END_SECONDS
-    for worker in workers:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-        worker.process.kill()
-        worker.process.join()
-        worker.connection.close()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let processes that are started meanwhile compute with one thread each."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Keep Ctrl-C and a closed terminal, which reach all processes at once, from those that are started meanwhile.
-
-    This process sees them, and then ends its workers by SIGTERM.
-    """
-    resource_tracker.ensure_running()  # starting it would let the signals through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# ---- in a worker process
-
-
 def _work(connection: Connection, task: Task) -> None:
     """Train the seeds that come over the connection, and send back what comes of them."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+    def train(seed: int) -> RunResult:
+        task.job.read_experiment()
+        return _train(task, seed, partial(send, seed))
 
     def send(seed: int, metrics: EpochMetrics) -> None:
         try:
@@ -291,18 +250,9 @@ def _work(connection: Connection, task: Task) -> None:
     try:
         with lasting_output():
             while (seed := connection.recv()) is not None:
-                try:
-                    task.job.read_experiment()
-                    message: Message = _done(seed, _train(task, seed, partial(send, seed)))
-                except Exception as error:
-                    message = Failed(seed, _reason(error))
-                connection.send(message)
+                connection.send(_outcome(seed, train))
     except (KeyboardInterrupt, EOFError, OSError):  # stopped, or the study's process is gone
         os._exit(1)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _end_with_parent() -> None:

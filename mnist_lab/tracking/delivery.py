@@ -6,8 +6,8 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +34,9 @@ WRITTEN_BY_ANOTHER = ("unique constraint", "duplicate entry", "duplicate key")  
 
 @dataclass(frozen=True)
 class Delivery:
-    """What came of sending one run's records: how many were sent, how many wait still, and why.
+    """What came of sending one run's records: how many were sent, how many still wait, and why.
 
-    target: the URI of the store that they are for, without its password; empty where the outbox does not say.
+    target: the URI of their store, without its password; empty where the outbox does not say.
     """
 
     target: str
@@ -88,10 +88,10 @@ def send_waiting(client: mlflow.MlflowClient, outbox: Outbox) -> int:
 
 
 def send(client: mlflow.MlflowClient, run_id: str, record: Record) -> None:
-    """Write a record into its run. Doing it twice is as doing it once: an answer can be lost after the deed is done.
+    """Write a record into its run. Sent twice, it is there once: an answer can be lost after a record was written.
 
-    Two runs that are the first to write what MLflow keeps once, such as a data set, can both try; the second one's
-    attempt is refused by the database, and finds it there when it is made again.
+    Two runs can both be the first to write what MLflow keeps once, such as a data set; the database then refuses one of
+    them, which finds it there when it tries again.
     """
     for pause in PAUSES:
         try:
@@ -137,14 +137,9 @@ def _send_model(client: mlflow.MlflowClient, run_id: str, name: str, step: int, 
         if outputs is None or logged.model_id not in {output.model_id for output in outputs.model_outputs}:
             raise
     points = [point for key in run.data.metrics for point in client.get_metric_history(run_id, key)]
-    client.log_batch(
-        run_id,
-        metrics=[
-            Metric(point.key, point.value, point.timestamp, step, logged.model_id, run_id=run_id)
-            for point in points
-            if point.step == step
-        ],
-    )
+    at_step = [point for point in points if point.step == step]
+    metrics = [Metric(p.key, p.value, p.timestamp, step, logged.model_id, run_id=run_id) for p in at_step]
+    client.log_batch(run_id, metrics=metrics)
     model = Model.load(str(folder))
     model.run_id, model.model_id, model.model_uuid = run_id, logged.model_id, logged.model_id
     model.artifact_path = logged.artifact_location
@@ -166,11 +161,9 @@ def _logged_model(client: mlflow.MlflowClient, run: Run, name: str) -> LoggedMod
         models = client.search_logged_models([run.info.experiment_id], of_run)
         return sorted((model for model in models if model.name == name), key=lambda model: model.creation_timestamp)
 
-    models = there()
-    if not models:
-        client.create_logged_model(
-            run.info.experiment_id, name, run.info.run_id, tags=resolve_tags(), params=run.data.params
-        )
+    info = run.info
+    if not (models := there()):
+        client.create_logged_model(info.experiment_id, name, info.run_id, tags=resolve_tags(), params=run.data.params)
         models = there()
     for surplus in models[1:]:
         client.delete_logged_model(surplus.model_id)
@@ -251,17 +244,22 @@ def is_away(uri: str, error: Exception) -> bool:
     return isinstance(error, RequestException) and (error.response is None or error.response.status_code >= 500)
 
 
-@contextmanager
-def briefly() -> Iterator[None]:
+def briefly() -> AbstractContextManager[None]:
     """Let MLflow ask a server once, and wait for it no longer than a training should, or as long as the user has said.
 
-    What MLflow sends again by itself, because the answer was lost, can be there twice: `send` looks first.
+    MLflow's own repetitions could write a thing twice; `send` looks first.
     """
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     if "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ:
         limits["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(SERVER_TIMEOUT)
-    before = {name: os.environ.get(name) for name in limits}
-    os.environ.update(limits)
+    return environment_variables(limits)
+
+
+@contextmanager
+def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set these variables of the environment within this context."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:

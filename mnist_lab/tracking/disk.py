@@ -1,4 +1,4 @@
-"""Files that are replaced whole: a reader or a power cut finds the old one or the new one, never a half."""
+"""Files that are replaced whole: a reader or a power cut finds the old one or the new one whole."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from mnist_lab.tracking.sqlite import sync_to_disk
-
 
 def replace_files(contents: Mapping[Path, str | bytes]) -> None:
     """Write these files; folders that are missing are made. Text is written as UTF-8 whatever the locale is.
 
-    Each file is written beside its place first, and none is replaced before all are on the disk. A link to a file stays
-    one.
+    None is replaced before all are on the disk. A link to a file stays one.
 
     Raises:
         OSError: if they can't be written; then the old files are as they were.
@@ -52,3 +49,12 @@ def _encodable(file: Path) -> Path:
         reason = f"its name can't be written in this locale's {error.encoding}"
         raise OSError(errno.EILSEQ, reason, ascii(str(file))) from error
     return file
+
+
+def sync_to_disk(path: Path) -> None:
+    """Make what was written to a file, or renamed in a folder, last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mnist_lab.errors import LabError
-from mnist_lab.tracking.sqlite import OUTBOX, own_folder, sync_to_disk, without_password
+from mnist_lab.tracking.disk import replace_files, sync_to_disk
+from mnist_lab.tracking.sqlite import OUTBOX, own_folder, without_password
 
 RECORD = "record.json"
 TARGET = "target.json"
@@ -30,8 +31,8 @@ class Record:
 class Outbox:
     """The records of one run that wait for its tracking server, in the order in which they were written.
 
-    Each is a folder that is made under another name and renamed when it is whole, so a crash at any moment leaves whole
-    records only. A lock keeps two processes from sending the same run's; it is let go when its process ends, however.
+    Each is a folder that is renamed into place when it is whole, so a crash leaves whole records only. A lock keeps two
+    processes from sending the same run's; the system frees it when its process ends.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,18 +42,14 @@ class Outbox:
     @classmethod
     def of_run(cls, uri: str, run_id: str) -> Outbox:
         """Return the outbox of a run; nothing is made on disk before the first record."""
-        return cls(outboxes_folder(uri) / run_id)
+        return cls(own_folder(uri) / OUTBOX / run_id)
 
     @property
     def run_id(self) -> str:
         return self.folder.name
 
     def target(self, uri: str) -> str:
-        """Return the URI, without its password, of the store that the records are for; `uri` is the store in use.
-
-        Raises:
-            LabError: if it is another store, or another run's than the folder's name says, or can't be read.
-        """
+        """Return the URI, without its password, of the records' store; raises LabError unless it is `uri`."""
         kept = _read(self.folder / TARGET)
         target = without_password(str(kept.get("uri")))
         if target.rstrip("/") != without_password(uri).rstrip("/"):
@@ -80,17 +77,14 @@ class Outbox:
         self._lock.release()
 
     def add(self, uri: str, record: Record) -> None:
-        """Keep a record, its file or folder copied with it, so that it outlasts a power cut.
-
-        Raises:
-            OSError: if it can't be written; what was kept before is as it was.
-        """
+        """Keep a record, with a copy of its file or folder, so that it outlasts a power cut; raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / TARGET).exists():
-            _write(self.folder / TARGET, {"uri": without_password(uri), "run_id": self.run_id})
+            target = {"uri": without_password(uri), "run_id": self.run_id}
+            replace_files({self.folder / TARGET: json.dumps(target)})
             sync_to_disk(self.folder.parent)
-        numbers = [int(entry.name) for entry in self._entries()]
-        entry = self.folder / f"{max(numbers, default=0) + 1:06}"
+        last = max((int(entry.name) for entry in self.waiting()), default=0)
+        entry = self.folder / f"{last + 1:06}"
         new = entry.with_suffix(".new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
@@ -98,7 +92,8 @@ class Outbox:
             copy = shutil.copytree if record.path.is_dir() else shutil.copy
             copy(record.path, new / record.path.name)
         name = None if record.path is None else record.path.name
-        _write(new / RECORD, {"kind": record.kind, "content": dict(record.content), "path": name})
+        content = {"kind": record.kind, "content": dict(record.content), "path": name}
+        (new / RECORD).write_text(json.dumps(content), encoding="utf-8")
         for path in [*new.rglob("*"), new]:
             sync_to_disk(path)
         new.rename(entry)
@@ -106,14 +101,12 @@ class Outbox:
 
     def waiting(self) -> list[Path]:
         """Return the entries of the records that wait, the oldest first."""
-        return sorted(self._entries())
+        if not self.folder.is_dir():
+            return []
+        return sorted(entry for entry in self.folder.iterdir() if entry.name.isdecimal())
 
     def read(self, entry: Path) -> Record:
-        """Return the record of an entry.
-
-        Raises:
-            LabError: if it is damaged, or its file or folder is not one that lies in the entry, with all that is in it.
-        """
+        """Return the record of an entry; raises LabError if it is damaged, or has a file from outside the entry."""
         kept = _read(entry / RECORD)
         kind, content, name = (kept.get(key) for key in ("kind", "content", "path"))
         if not (isinstance(kind, str) and isinstance(content, dict)):
@@ -133,19 +126,10 @@ class Outbox:
         entry.rename(gone)  # first, so that no half of it is ever sent again
         shutil.rmtree(gone, ignore_errors=True)
 
-    def _entries(self) -> Iterator[Path]:
-        if self.folder.is_dir():
-            yield from (entry for entry in self.folder.iterdir() if entry.name.isdecimal())
-
-
-def outboxes_folder(uri: str) -> Path:
-    """Return where the outboxes of a tracking store's runs are."""
-    return own_folder(uri) / OUTBOX
-
 
 def all_outboxes(uri: str) -> list[Outbox]:
     """Return the outboxes with something in them, of whatever server."""
-    folder = outboxes_folder(uri)
+    folder = own_folder(uri) / OUTBOX
     return [Outbox(path.parent) for path in sorted(folder.glob(f"*/{TARGET}"))]
 
 
@@ -164,10 +148,3 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(kept, dict):
         raise LabError(f"{file} can't be read: it does not hold names and values")
     return kept
-
-
-def _write(file: Path, content: Mapping[str, object]) -> None:
-    new = file.with_suffix(".part")
-    new.write_text(json.dumps(content), encoding="utf-8")
-    sync_to_disk(new)
-    new.rename(file)

@@ -39,6 +39,7 @@ from mnist_lab.tracking.store import (
     let_go,
     process_tag,
     quiet,
+    store_failures,
     take_lock,
     uninterrupted,
 )
@@ -52,9 +53,8 @@ logger = logging.getLogger(__name__)
 class TrackedRun:
     """One run being written. Made by `track`. Signals that end the program wait until what is being logged is.
 
-    What a tracking server does not take, because it is away, waits on disk (`outbox`) and is sent when it is back: the
-    run need not wait for it. A SQLite store has no such excuse: there an error ends the run.
-
+    What a tracking server that is away does not take waits on disk (`outbox`) and is sent when it is back. With a
+    SQLite store an error ends the run.
     end_status: the status that the run gets when its block comes to its end.
     """
 
@@ -64,7 +64,7 @@ class TrackedRun:
         self._store = store
         self._lock = lock
         self._logged_once = logged_once
-        self._client = mlflow.MlflowClient(tracking_uri=store.uri)
+        self._client = store.client
         self._outbox = Outbox.of_run(store.uri, run_id)
         self._waiting = False  # whether the outbox has records: then what comes next waits behind them
         self._ask_again = 0.0  # when, by the monotonic clock
@@ -96,9 +96,8 @@ class TrackedRun:
         self._write(Record("artifact", {"folder": folder}, file))
 
     def log_text(self, text: str, artifact_file: str) -> None:
-        with self._new_file(artifact_file) as (file, folder):
+        with self._artifact(artifact_file) as file:
             file.write_text(text, encoding="utf-8")
-            self.log_file(file, folder)
 
     def log_json(self, value: Mapping[str, object], artifact_file: str) -> None:
         self.log_text(json.dumps(value, indent=2) + "\n", artifact_file)
@@ -106,9 +105,8 @@ class TrackedRun:
     def log_figures(self, figures: Mapping[str, Any]) -> None:
         """Log matplotlib figures as `figures/<name>.png`."""
         for name, figure in figures.items():
-            with self._new_file(f"figures/{name}.png") as (file, folder):
+            with self._artifact(f"figures/{name}.png") as file:
                 figure.savefig(file, dpi=120)
-                self.log_file(file, folder)
 
     def log_data(self, mnist: Mnist, source: Path) -> None:
         """Log the parts of MNIST as MLflow inputs, with the SHA-256 of the files as digest (its first 36 digits)."""
@@ -120,25 +118,20 @@ class TrackedRun:
             if images is None or labels is None:
                 continue
             with quiet():
-                dataset = from_numpy(
-                    images.cpu().numpy(),
-                    source=str(source),
-                    targets=labels.cpu().numpy(),
-                    name=f"MNIST {context}",
-                    digest=mnist.sha256[:MAX_DIGEST],
-                )
+                pixels, targets = images.cpu().numpy(), labels.cpu().numpy()
+                digest, name = mnist.sha256[:MAX_DIGEST], f"MNIST {context}"
+                dataset = from_numpy(pixels, source=str(source), targets=targets, name=name, digest=digest)
                 self._write(Record("dataset", {"context": context, "dataset": dataset.to_dict()}))
 
     def log_predictions(self, truth: Tensor, logits: Tensor) -> None:
         """Log truth (N,), prediction (N,) and logits (N, 10) of the test images as `predictions.npz`, pickle-free."""
-        with self._new_file("predictions.npz") as (file, folder):
+        with self._artifact("predictions.npz") as file:
             np.savez_compressed(
                 file,
                 truth=truth.cpu().numpy().astype(np.uint8),
                 prediction=logits.argmax(dim=1).cpu().numpy().astype(np.uint8),
                 logits=logits.float().cpu().numpy(),
             )
-            self.log_file(file, folder)
 
     def log_model(self, net: nn.Module, images: Tensor, normalize: tuple[float, float]) -> str | None:
         """Log the trained network so that `mlflow.pytorch.load_model` gives it back, for any batch size.
@@ -154,7 +147,8 @@ class TrackedRun:
             output = net(example)
         signature = infer_signature(example.numpy(), output.numpy())
         packages = [f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")]
-        with self._new_file("model") as (model, _):
+        with store_failures(self._store, "failed during the run"), tempfile.TemporaryDirectory() as temporary:
+            model = Path(temporary) / "model"
             try:
                 # torch.export prints the graph that it can't express, and takes long enough for a Ctrl-C to come in it.
                 with uninterrupted(), quiet(), redirect_stderr(io.StringIO()):
@@ -170,9 +164,8 @@ class TrackedRun:
             except MlflowException:
                 raise
             except Exception as error:  # torch.export has many ways to say no
-                with self._new_file("state_dict.pt") as (file, folder):
+                with self._artifact("state_dict.pt") as file:
                     torch.save(net.state_dict(), file)
-                    self.log_file(file, folder)
                 return one_line(error)
             finally:
                 _forget_exports()
@@ -180,14 +173,15 @@ class TrackedRun:
         return None
 
     @contextmanager
-    def _new_file(self, artifact_file: str) -> Iterator[tuple[Path, str | None]]:
-        """Give a file to write, named as the artifact will be, and the artifact's folder."""
+    def _artifact(self, artifact_file: str) -> Iterator[Path]:
+        """Give a file to write, then log it under this name."""
         folder, _, name = artifact_file.rpartition("/")
-        with store_failures(self._store), tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary) / name, folder or None
+        with store_failures(self._store, "failed during the run"), tempfile.TemporaryDirectory() as temporary:
+            yield (file := Path(temporary) / name)
+            self.log_file(file, folder or None)
 
     def _write(self, record: Record) -> None:
-        with store_failures(self._store), uninterrupted():
+        with store_failures(self._store, "failed during the run"), uninterrupted():
             self._write_now(record)
 
     def _write_now(self, record: Record) -> None:
@@ -204,11 +198,8 @@ class TrackedRun:
                 if not self._waiting:
                     self._outbox.lock()
                     self._waiting = True
-                    logger.warning(
-                        "the tracking server %s is away: the run goes on, and what it logs waits in %s",
-                        self._store.name,
-                        self._outbox.folder,
-                    )
+                    said = "the tracking server %s is away: the run goes on, and what it logs waits in %s"
+                    logger.warning(said, self._store.name, self._outbox.folder)
         self._outbox.add(self._store.uri, record)
 
     def _catch_up(self, *, now: bool = False) -> bool:
@@ -234,15 +225,14 @@ class TrackedRun:
         """
         marked = False
         try:
-            self._write_now(Record("end", {"status": status, "end_time": _milliseconds()}))
+            self._write_now(Record("end", {"status": status, "end_time": int(1000 * time.time())}))
             marked = True
             if self._waiting and not self._catch_up(now=True):
-                logger.warning(
+                said = (
                     "the tracking server %s is still away: what it lacks of run %s waits on disk; "
-                    "`make sync` sends it, and so does the next run there",
-                    self._store.name,
-                    self.run_id,
+                    "`make sync` sends it, and so does the next run there"
                 )
+                logger.warning(said, self._store.name, self.run_id)
         except (MlflowException, OSError) as error:
             message = f"tracking store: the run {self.run_id} could not be marked {status}: {one_line(error)}"
             if status == "FINISHED":
@@ -271,9 +261,8 @@ def track(
     resume_run_id: go on with this run, with its name, params and tags.
 
     Raises:
-        LabError: if the run can't be opened, if the store fails on the way, e.g. because its disk is full, or if the
-            run to resume is not there, has finished, or is in training elsewhere. A tracking server that goes away
-            once the run is open is no error.
+        LabError: if the run can't be opened or resumed, or the store fails on the way, e.g. because its disk is full. A
+            tracking server that goes away once the run is open is no error.
     """
     parent = {} if parent_run_id is None else {MLFLOW_PARENT_RUN_ID: parent_run_id}
     tracked, status = None, "FAILED"
@@ -306,17 +295,8 @@ def track(
                 tracked.close(status)
 
 
-@contextmanager
-def store_failures(store: Store) -> Iterator[None]:
-    """Make one sentence of what the store, or a disk that is full, does not take."""
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        raise LabError(f"tracking store {store.name!r} failed during the run: {one_line(error)}") from error
-
-
 def _create_run(store: Store, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:
-    client = mlflow.MlflowClient(tracking_uri=store.uri)
+    client = store.client
     all_tags = resolve_tags({**tags, "process": process_tag()})  # with MLflow's own: user, source
     all_tags = {name: without_password(str(value)) for name, value in all_tags.items()}
     run_id = client.create_run(store.experiment_id, tags=all_tags, run_name=run_name).info.run_id
@@ -335,7 +315,7 @@ def _reopen_run(store: Store, run_id: str, tags: Mapping[str, str]) -> TrackedRu
     try:
         _send_waiting_records(store, run_id)
         check_resumable(store, run_id)
-        client = mlflow.MlflowClient(tracking_uri=store.uri)
+        client = store.client
         client.update_run(run_id, status="RUNNING")
         reopened = True
         tracked = TrackedRun(store, run_id, lock, frozenset(client.get_run(run_id).data.metrics))
@@ -356,16 +336,16 @@ def _send_waiting_records(store: Store, run_id: str) -> None:
         raise LabError(f"resume: what run {run_id} logged is being sent by another process; try again later")
     try:
         outbox.target(store.uri)
-        send_waiting(mlflow.MlflowClient(tracking_uri=store.uri), outbox)
+        send_waiting(store.client, outbox)
     finally:
         outbox.unlock()
 
 
 def _forget_exports() -> None:
-    """Let go of what torch.export keeps of each network for as long as the process lives: 0.4 MB of step 4's.
+    """Free what torch.export keeps of each network for as long as the process lives: 0.4 MB of step 4's.
 
-    The caches of ShapeEnv's methods have no limit and are shared by all of its instances. The tensors that an instance
-    tracks hold it in turn, from C++, where Python can't see that nobody else does.
+    The caches of ShapeEnv's methods have no limit. The tensors that an instance tracks hold it in turn, from C++, so
+    Python never collects it.
     """
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # slow to import, but for an export it was
 
@@ -378,8 +358,4 @@ def _forget_exports() -> None:
 
 
 def _metrics(metrics: Mapping[str, float], step: int) -> Record:
-    return Record("metrics", {"step": step, "timestamp": _milliseconds(), "values": dict(metrics)})
-
-
-def _milliseconds() -> int:
-    return time.time_ns() // 1_000_000
+    return Record("metrics", {"step": step, "timestamp": int(1000 * time.time()), "values": dict(metrics)})

@@ -43,11 +43,11 @@ LOCATIONS = {
 def tracking_uri(given: str | None = None) -> str:
     """Return the URI given, else MLFLOW_TRACKING_URI, else the project's own `mlruns/mlflow.db`.
 
-    A SQLite path comes back absolute, so that it means the same file whatever the current folder is later.
+    A SQLite path comes back absolute: it means the same file whatever the current folder is later.
 
     Raises:
-        LabError: if a SQLite URI names no file, or one that MLflow would read as another; if a URI's user name or
-            password holds characters that a URI can't.
+        LabError: if a SQLite URI names no file, or one that MLflow would read as another; if a user name or password
+            holds characters that a URI can't.
     """
     uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
     file = sqlite_file(uri)
@@ -63,9 +63,8 @@ def tracking_uri(given: str | None = None) -> str:
             )
         return uri
     if "%" in str(file) or "?" in str(file):
-        raise LabError(
-            f"tracking store {str(file)!r}: % and ? have a meaning of their own in a URI; choose another path"
-        )
+        said = "% and ? have a meaning of their own in a URI; choose another path"
+        raise LabError(f"tracking store {str(file)!r}: {said}")
     return f"{SQLITE}{file}"
 
 
@@ -76,7 +75,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def without_password(text: str) -> str:
-    """Return a URI, or a text with URIs in it, with *** in place of each password and token."""
+    """Return a URI, or a text with URIs, with *** in place of each password and token."""
 
     def hide(found: re.Match[str]) -> str:
         scheme, user, password = found.groups()
@@ -96,26 +95,13 @@ def own_files(uri: str) -> list[Path]:
 
 
 def own_folder(uri: str) -> Path:
-    """Return where the lab keeps what is its own of a store: beside the database, or in this project's `mlruns`."""
+    """Return the lab's own folder for a store: that of the database, or this project's `mlruns`."""
     database = sqlite_file(uri)
     return database.parent if database else PROJECT_ROOT / "mlruns"
 
 
-def sync_to_disk(path: Path) -> None:
-    """Make what was written to a file, or renamed in a folder, last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_readable(uri: str) -> None:
-    """Refuse a SQLite store that is not there or not MLflow's; MLflow itself would make one of it.
-
-    Raises:
-        LabError: with what to do.
-    """
+    """Refuse a SQLite store that is not there or not MLflow's, which MLflow itself would make into one."""
     file = sqlite_file(uri)
     if file is None:
         return
@@ -141,32 +127,26 @@ def check_readable(uri: str) -> None:
 def check_writable(uri: str) -> None:
     """Refuse a SQLite store that is not MLflow's, or that a run could not be written to; nothing is changed or left.
 
-    The database, made or not, its folder and those of artifacts, checkpoints and locks are tried, with room for a run.
-
-    Raises:
-        LabError: with what to do.
+    The database and the folders of artifacts, checkpoints and locks are tried, with room for a run. Raises LabError.
     """
     file = sqlite_file(uri)
     if file is None:
         return
     folders = [file.parent, file.parent / CHECKPOINTS, file.parent / LOCKS]
     if _is_there(file):
-        for path in (
-            file,
-            file.parent,
-        ):  # first: SQLite would leave a log beside the file that is as read-only as it is
+        for path in (file, file.parent):  # before SQLite is asked, which would leave a log as read-only as the file
             if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-                refusal = PermissionError(errno.EACCES, f"{path} is read-only for you")
-                raise LabError(f"tracking store {file} can't be written: {refusal.strerror}{_advice(refusal)}")
+                said = f"{path} is read-only for you{_advice(OSError(errno.EACCES, ''))}"
+                raise LabError(f"tracking store {file} can't be written: {said}")
         check_readable(uri)
         with _connection(file, "rw", "written") as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("CREATE TABLE probe (x)")  # a read-only file lets one begin, where it has a log
             connection.execute("ROLLBACK")
-            folders += [folder for folder in [_recorded(connection)] if folder]
+            artifacts = _recorded(connection)
     else:
-        folders.append(file.parent / ARTIFACTS)
-    for folder in dict.fromkeys(_existing(folder) for folder in folders):
+        artifacts = file.parent / ARTIFACTS
+    for folder in dict.fromkeys(_existing(folder) for folder in [*folders, artifacts] if folder):
         try:
             with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:  # without a name, where Linux can
                 if probe.write(os.urandom(ROOM)) < ROOM:
@@ -178,14 +158,10 @@ def check_writable(uri: str) -> None:
 
 
 def follow_move(uri: str) -> None:
-    """Let a SQLite store that was moved or copied with its `artifacts/` find them where they are now, beside it.
+    """Correct the paths of artifacts in a SQLite store that was moved or copied with its `artifacts/`.
 
-    MLflow records absolute paths, so a store in a folder that was renamed lists its runs without their artifacts.
-    Changes nothing where the artifacts are where they are said to be, on a server, or in a folder that the lab would
-    not have chosen; nor where the database was moved without them.
-
-    Raises:
-        LabError: if the paths have to be changed and the database can't be read or written.
+    MLflow records absolute paths. Nothing changes where the artifacts are where they are said to be, on a server, or in
+    a folder that the lab would not have chosen; nor where the database was moved without them. Raises LabError.
     """
     file = sqlite_file(uri)
     if file is None:

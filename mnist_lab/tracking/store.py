@@ -1,4 +1,4 @@
-"""The tracking store: made ready for runs, asked for runs, and rid of those whose process is gone."""
+"""The tracking store: opens it, finds runs in it, and closes those whose process is gone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,15 +72,25 @@ class Store:
         """The URI without its password, for messages."""
         return without_password(self.uri)
 
+    @property
+    def client(self) -> mlflow.MlflowClient:
+        return mlflow.MlflowClient(tracking_uri=self.uri)
+
+
+@contextmanager
+def store_failures(store: Store, what: str) -> Iterator[None]:
+    """Turn an error of the store, its server or a full disk into a LabError; what: e.g. "can't be read"."""
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise LabError(f"tracking store {store.name!r} {what}: {one_line(error)}") from error
+
 
 def open_store(uri: str | None = None) -> Store:
-    """Make the store ready for runs, creating it on first use; several processes may do so at once.
+    """Make the store ready for runs, or raise LabError; several processes may do so at once.
 
-    A SQLite database gets its artifacts in `artifacts/` beside it, and write-ahead logging, so that reading does not
-    block writing. Elsewhere the tracking server decides.
-
-    Raises:
-        LabError: if the store can't be opened or made.
+    A SQLite database is made on first use. It gets its artifacts in `artifacts/` beside it, and write-ahead logging, so
+    that reading does not block writing.
     """
     uri = tracking_uri(uri)
     database = sqlite_file(uri)
@@ -88,7 +98,7 @@ def open_store(uri: str | None = None) -> Store:
         if database is None:
             ask(uri)
             with briefly():
-                return Store(uri, _experiment_id(uri, artifacts=None))
+                return Store(uri, _experiment_id(uri))
         check_writable(uri)  # before a lock file is left beside what is not ours
         database.parent.mkdir(parents=True, exist_ok=True)
         # Two processes that make the same new database at once would break it.
@@ -97,7 +107,7 @@ def open_store(uri: str | None = None) -> Store:
                 _create(database)
             check_readable(uri)
             follow_move(uri)
-            return Store(uri, _experiment_id(uri, artifacts=_artifacts(database)))
+            return Store(uri, _experiment_id(uri, database.parent / ARTIFACTS))
     except LabError:
         raise
     except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error, ValueError) as error:
@@ -111,7 +121,7 @@ def _create(database: Path) -> None:
     folder.mkdir()
     new = folder / f"{secrets.token_hex(4)}.db"  # MLflow takes a path that it has seen for one that it has made
     try:
-        _experiment_id(f"{SQLITE}{new}", artifacts=_artifacts(database))
+        _experiment_id(f"{SQLITE}{new}", database.parent / ARTIFACTS)
         with closing(sqlite3.connect(new)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # it stays so
         new.replace(database)
@@ -119,11 +129,7 @@ def _create(database: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _artifacts(database: Path) -> Path:
-    return database.parent / ARTIFACTS
-
-
-def _experiment_id(uri: str, artifacts: Path | None) -> str:
+def _experiment_id(uri: str, artifacts: Path | None = None) -> str:
     with quiet():
         client = mlflow.MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
@@ -151,8 +157,7 @@ def check_not_deleted(uri: str, experiment: mlflow.entities.Experiment) -> None:
 def uninterrupted(*, interrupted: bool = False) -> Iterator[None]:
     """Hold back the signals that end a program until the block is through; a second Ctrl-C ends it at once.
 
-    An interrupt in the midst of MLflow's work can leave the database locked by a transaction that nobody ends,
-    and then the run can't be closed: it would stay RUNNING.
+    An interrupt within MLflow can leave the database locked by an open transaction, so that the run can't be closed.
     interrupted: whether the program is being ended already, so that the next Ctrl-C is a second one.
     """
     if threading.current_thread() is not threading.main_thread():  # signals interrupt no other thread
@@ -186,19 +191,13 @@ class FinishedRun:
     metrics: Mapping[str, float]
 
 
-def finished_runs(store: Store, params: Mapping[str, object], tags: Mapping[str, str]) -> dict[int, FinishedRun]:
-    """Return the newest finished run of each seed that has these tags and, but for the seed, exactly these params.
-
-    Raises:
-        LabError: if the store can't be read.
-    """
-    wanted = {name: str(value) for name, value in params.items()}
+def finished_runs(store: Store, params: Mapping[str, str], tags: Mapping[str, str]) -> dict[int, FinishedRun]:
+    """Return the newest finished run of each seed that has these tags and, but for the seed, exactly these params."""
     found: dict[int, FinishedRun] = {}
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
         seed = run.data.params.get("seed", "")
-        alike = {**run.data.params, "seed": seed} == {**wanted, "seed": seed}
-        tagged = all(run.data.tags.get(name) == value for name, value in tags.items())
-        if alike and tagged and seed.isdecimal() and "final_test_accuracy" in run.data.metrics:
+        alike = run.data.params == {**params, "seed": seed} and tags.items() <= run.data.tags.items()
+        if alike and seed.isdecimal() and "final_test_accuracy" in run.data.metrics:
             found.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
     return found
 
@@ -206,64 +205,47 @@ def finished_runs(store: Store, params: Mapping[str, object], tags: Mapping[str,
 def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
     """Make a run the child of a study's run, whatever study it belonged to before."""
     with uninterrupted(), briefly():
-        mlflow.MlflowClient(tracking_uri=store.uri).set_tag(run_id, MLFLOW_PARENT_RUN_ID, parent_run_id)
+        store.client.set_tag(run_id, MLFLOW_PARENT_RUN_ID, parent_run_id)
 
 
 def close_abandoned(store: Store) -> None:
-    """Mark the runs KILLED that stand as RUNNING though their process is gone: killed, or power lost.
+    """Mark the runs KILLED that stand as RUNNING though their process is gone; raises LabError.
 
     The lock that it held tells whether it is gone. Where that says nothing, as on another machine, the run is left.
-
-    Raises:
-        LabError: if the store can't be read or written.
     """
-    client = mlflow.MlflowClient(tracking_uri=store.uri)
-    try:
+    client = store.client
+    with store_failures(store, "can't be written"):
         for run in search(store, "attributes.status = 'RUNNING'"):
             with _abandoned(store, run) as abandoned, briefly():
                 # Asked again: it may have ended by itself since.
                 if abandoned and client.get_run(run.info.run_id).info.status == "RUNNING":
                     client.set_terminated(run.info.run_id, "KILLED")
-    except (MlflowException, OSError) as error:
-        raise LabError(f"tracking store {store.name!r} can't be written: {one_line(error)}") from error
 
 
 def search(store: Store, condition: str) -> list[Run]:
     """Return the runs that meet the condition, newest first."""
-    try:
-        client = mlflow.MlflowClient(tracking_uri=store.uri)
-        order = ["attributes.start_time DESC"]
-        with briefly():
-            return list(client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS, order_by=order))
-    except (MlflowException, SQLAlchemyError) as error:
-        raise LabError(f"tracking store {store.name!r} can't be read: {one_line(error)}") from error
+    order = ["attributes.start_time DESC"]
+    with store_failures(store, "can't be read"), briefly():
+        return list(store.client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS, order_by=order))
 
 
 def process_tag() -> str:
     """Name this process: host, number, start; then the start of the system, and the machine.
 
-    The process also holds the run's lock: that tells whether it has ended. Its number alone would not, as it means
-    something else in a container, and so does the host's name on another machine.
+    The run's lock tells whether the process has ended. Its number alone would not: containers number anew, and two
+    machines can have one name.
     """
     process = psutil.Process()
     return f"{socket.gethostname()} {process.pid} {process.create_time()} {_boot()} {_machine()}"
 
 
 def lock_of(store: Store, run_id: str) -> FileLock:
-    """Return the lock that a process holds while it writes the run; the system takes it away when the process ends."""
-    return FileLock(_lock_file(store, run_id), timeout=0, thread_local=False)
-
-
-def _lock_file(store: Store, run_id: str) -> Path:
-    return own_folder(store.uri) / LOCKS / f"{run_id}.lock"
+    """Return the lock that a process holds while it writes the run; the system frees it when the process ends."""
+    return FileLock(own_folder(store.uri) / LOCKS / f"{run_id}.lock", timeout=0, thread_local=False)
 
 
 def take_lock(store: Store, run_id: str) -> FileLock:
-    """Take the lock of a run that this process is going to write.
-
-    Raises:
-        LabError: if another process has it, or it can't be made.
-    """
+    """Take the lock of a run that this process is going to write; raises LabError if another process has it."""
     lock = lock_of(store, run_id)
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
@@ -285,47 +267,40 @@ def let_go(lock: FileLock) -> None:
 def _abandoned(store: Store, run: Run) -> Iterator[bool]:
     """Say whether the process that wrote the run is gone, without doubt, and keep the run from others meanwhile."""
     run_id, tag = run.info.run_id, run.data.tags.get("process", "").split()
-    if not run_id.isalnum() or not _lock_file(store, run_id).exists():
+    lock = lock_of(store, run_id)
+    if not run_id.isalnum() or not Path(lock.lock_file).exists():
         yield len(tag) == OLD_TAG and _is_gone(*tag)
         return
-    lock = lock_of(store, run_id)
     try:
         lock.acquire()
     except Timeout:
         yield False
         return
-    gone = _may_judge(tag)
+    # A free lock counts under the same running system, in whatever container, and on the same machine after another
+    # start. Another machine may reach the folder by a network that shows it no locks.
+    gone = False
+    if len(tag) == NEW_TAG:
+        host, _, _, boot, machine = tag
+        gone = boot == _boot() != "-" or (host, machine) == (socket.gethostname(), _machine())
     try:
         yield gone
     finally:
         let_go(lock) if gone else lock.release()
 
 
-def _may_judge(tag: Sequence[str]) -> bool:
-    """Say whether a free lock means that the process that had it is gone.
-
-    It does under the same running system, in whatever container, and on the same machine after another start. Another
-    machine may reach the folder by a network that shows it no locks.
-    """
-    if len(tag) != NEW_TAG:
-        return False
-    host, _, _, boot, machine = tag
-    return boot == _boot() != "-" or (host, machine) == (socket.gethostname(), _machine())
-
-
 def _boot() -> str:
     """Return what names the running system from its start on, the same in all containers; "-" where nothing does."""
-    return _first_line(Path("/proc/sys/kernel/random/boot_id")) or "-"
+    return _content("/proc/sys/kernel/random/boot_id") or "-"
 
 
 def _machine() -> str:
     """Return what names this machine, whenever it was started."""
-    return _first_line(Path("/etc/machine-id")) or f"{uuid.getnode():012x}"
+    return _content("/etc/machine-id") or f"{uuid.getnode():012x}"
 
 
-def _first_line(file: Path) -> str:
+def _content(file: str) -> str:
     try:
-        return file.read_text().strip()
+        return Path(file).read_text().strip()
     except OSError:
         return ""
 
@@ -357,7 +332,7 @@ def check_resumable(store: Store, run_id: str) -> None:
     """Refuse to go on with a run that is not there, was deleted, has finished, or is in training; raises LabError."""
     try:
         with briefly():
-            info = mlflow.MlflowClient(tracking_uri=store.uri).get_run(run_id).info
+            info = store.client.get_run(run_id).info
     except MlflowException as error:
         raise LabError(f"resume: run {run_id} can't be read from {store.name!r}: {one_line(error)}") from error
     if info.lifecycle_stage == LifecycleStage.DELETED:
@@ -383,28 +358,20 @@ def is_deleted(uri: str, run_id: str) -> bool:
     return bool(info.lifecycle_stage == LifecycleStage.DELETED)
 
 
-class _Silence:
-    """How many blocks of `quiet` are open, in whatever threads: the last to end lets the loggers speak again."""
-
-    lock = threading.Lock()
-    open = 0
-    before = logging.NOTSET
+_levels: list[int] = []  # that logging had before each block of `quiet` that is open; the first is the user's
+_levels_lock = threading.Lock()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show."""
-    with _Silence.lock:
-        if _Silence.open == 0:
-            _Silence.before = logging.root.manager.disable
-            logging.disable(logging.WARNING)
-        _Silence.open += 1
+    with _levels_lock:
+        _levels.append(logging.root.manager.disable)
+        logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        with _Silence.lock:
-            _Silence.open -= 1
-            if _Silence.open == 0:
-                logging.disable(_Silence.before)
+        with _levels_lock:
+            logging.disable(_levels.pop())  # the last block to end, in whatever thread, finds the user's

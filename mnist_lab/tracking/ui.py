@@ -22,21 +22,13 @@ MARK = "Mnist-Lab"  # a header of the server's answers: another server may have 
 
 
 def check_port(port: int) -> None:
-    """Refuse a port that a user's server can't have.
-
-    Raises:
-        LabError: if it is out of range.
-    """
+    """Refuse a port that a user's server can't have; raises LabError."""
     if not 1024 <= port <= 65535:
         raise LabError(f"port: {port} is not between 1024 and 65535")
 
 
 def free_port(first: int) -> int:
-    """Return `first`, or the next port after it that nothing listens on.
-
-    Raises:
-        LabError: if the port is out of range, or the next ones are all taken too.
-    """
+    """Return `first`, or the next port after it that nothing listens on; raises LabError if there is none."""
     check_port(first)
     last = min(first + PORTS_TRIED - 1, 65535)
     for port in range(first, last + 1):
@@ -53,8 +45,7 @@ def free_port(first: int) -> int:
 def serve(uri: str, experiment_id: str, port: int) -> None:
     """Serve the runs in the store `uri` until interrupted; print the address of the runs table when it is there.
 
-    Raises:
-        LabError: if the server ends by itself or is not there after START_TIMEOUT seconds.
+    Raises LabError if the server ends by itself or is not there after START_TIMEOUT seconds.
     """
     address = f"http://{HOST}:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", HOST, "--port", str(port)]

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running.run import restore
 from mnist_lab.tracking import run as tracking
+from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics, Training
 
@@ -39,15 +39,21 @@ def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half_saved(state: object, stream: BinaryIO) -> None:
-    stream.write(b"half of a checkpoint")
+def half_written(file: Path, content: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(content[: len(content) // 2])
+    die()
+
+
+def written_and_dead(contents: dict[Path, bytes]) -> None:
+    replace_files(contents)
     die()
 
 
 POINTS = {
-    "in the midst of saving": (checkpoint.torch, "save", half_saved),
+    "in the midst of saving": (Path, "write_bytes", half_written),
     "before the rename": (Path, "replace", die),
-    "after the rename": (checkpoint, "sync_to_disk", die),
+    "after the rename": (checkpoint, "replace_files", written_and_dead),
     "before logging the epoch": (tracking.TrackedRun, "log_epoch", die),
     "before the last figures": (tracking.TrackedRun, "log_once", die),
     "before the model": (tracking.TrackedRun, "log_model", die),
@@ -379,7 +385,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(uri: str, monke
     checkpoint.save(example(), uri)
     before = checkpoint.file_of(uri, "abc").read_bytes()
     folder = checkpoint.folder(uri)
-    monkeypatch.setattr(checkpoint.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(LabError, match=r"abc\.pt can't be written: .*No space left on device"):
         checkpoint.save(example(seed=4), uri)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {"abc.pt": before}

@@ -105,6 +105,7 @@ def test_the_tags_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) 
     assert re.fullmatch("[0-9a-f]{64}", own.pop("code_sha256"))
     assert own.pop("process").startswith(f"{socket.gethostname()} ")
     assert f", {os.cpu_count()} cores, " in own.pop("hardware") or torch.cuda.is_available()
+    assert own.pop("threads") == json.loads((full_run.tracked.artifacts / "environment.json").read_text())["threads"]
     assert own == {
         "step": "step1_baseline",
         "overrides": "epochs=1",

@@ -20,6 +20,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.running import declaration, workers
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
+from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import RunResult
 from mnist_lab.running.study import study as run_study
 from mnist_lab.running.workers import Done, EpochListener, Failed, Task, train_one_by_one, train_stacked
@@ -389,7 +390,8 @@ def test_seeds_trained_as_one_program_are_tracked_as_runs_of_their_own(uri: str)
     job, store = job_of(script, uri, {"epochs": 2}), open_store(uri)
     with track(store, "a study", params={}, tags={}) as parent:
         task = Task(job, parent.run_id, again=False)
-        messages = list(train_stacked(task, [4, 2], runner.load_parts(job), store))
+        parts = runner.load_parts(job)
+        messages = list(train_stacked(task, [4, 2], parts, store, rehearse(job.experiment, parts)))
 
     *epochs, done4, done2 = messages
     assert [(type(message).__name__, message.seed) for message in epochs] == [("Epoch", 4), ("Epoch", 2)] * 2
@@ -422,7 +424,8 @@ def test_a_seed_that_gives_no_number_among_seeds_trained_as_one_program_fails_al
     store = open_store(uri)
     with track(store, "a study", params={}, tags={}) as parent:
         task = Task(job, parent.run_id, again=False)
-        *_, failed, done = train_stacked(task, [4, 2], runner.load_parts(job), store)
+        parts = runner.load_parts(job)
+        *_, failed, done = train_stacked(task, [4, 2], parts, store, rehearse(job.experiment, parts))
 
     assert (failed.seed, failed.reason) == (4, reason)
     assert isinstance(done, Done)

@@ -40,7 +40,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with track(store, "step9 seed 0", params={"seed": 0}, tags={"step": "step9"}) as run:
         run.log_text("hello", "figures/hello.txt")
         run.log_predictions(torch.arange(10), torch.eye(10))
-        assert run.log_model(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), torch.zeros(2, 1, 28, 28)) is None
+        assert run.log_model(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), torch.zeros(2, 1, 28, 28), (0, 1)) is None
         return project, run.run_id
 
 

@@ -419,7 +419,7 @@ def test_a_model_that_a_slow_server_made_twice_is_there_once(uri: str, monkeypat
 
     monkeypatch.setattr(mlflow.MlflowClient, "create_logged_model", twice)
     with track(open_store(uri), "a run", params={}, tags={}) as tracked:
-        assert tracked.log_model(torch.nn.Flatten(), torch.zeros(2, 1, 28, 28)) is None
+        assert tracked.log_model(torch.nn.Flatten(), torch.zeros(2, 1, 28, 28), (0, 1)) is None
 
     assert only_model(mlflow.MlflowClient(uri), tracked.run_id).status == "READY"
 

@@ -443,7 +443,7 @@ def test_a_child_run_may_be_open_inside_its_study_and_the_study_goes_on(uri: str
 def test_only_finished_runs_of_the_same_declaration_and_code_are_found(uri: str) -> None:
     store = open_store(uri)
     tags = {"step": "a", "overrides": "", "code_sha256": "c0de"}
-    params = {"lr": 0.1, "device": "cpu"}
+    params = {"lr": "0.1", "device": "cpu"}
 
     def write(seed: int, finished: bool = True, **changes: object) -> str:
         given = {name: changes.get(name, value) for name, value in (params | tags).items()}
@@ -607,7 +607,7 @@ def test_a_network_that_cannot_be_exported_is_kept_as_weights(
     net = DependsOnTheData().train()
     with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
         capfd.readouterr()
-        reason = tracked.log_model(net, torch.rand(2, 1, 28, 28))
+        reason = tracked.log_model(net, torch.rand(2, 1, 28, 28), (0, 1))
 
     assert capfd.readouterr() == ("", "")  # torch's own account of it is pages long
     assert reason is not None
