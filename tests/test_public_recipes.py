@@ -1,0 +1,342 @@
+"""Recipes that others published for this task: each is declared as it stands, has as many parameters as a count by hand
+gives, and trains. docs/public_recipes.md names the sources."""
+
+import dataclasses
+import math
+import re
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adadelta, Adam
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from helpers import ROOT
+from mnist_lab import Experiment
+from mnist_lab.data import Mnist
+from mnist_lab.running.rehearsal import rehearse
+from mnist_lab.training.loop import fit, initial_network, num_params
+
+CPU = torch.device("cpu")
+UNIT = (0.0, 1.0)  # pixels in [0, 1]
+BYTES = (0.0, 1 / 255)  # pixels in [0, 255]
+TURNED = transforms.RandomRotation((-7.0, 7.0), fill=(1,))  # the corners become white
+
+
+class View(nn.Module):
+    """Flatten by `view`, which after most convolutions works in a contiguous layout only."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.view(-1, self.features)
+
+
+def pytorch_examples() -> nn.Module:
+    features = [nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
+    hidden = [nn.Flatten(), nn.Linear(64 * 12 * 12, 128), nn.ReLU(), nn.Dropout(0.5)]
+    return nn.Sequential(*features, *hidden, nn.Linear(128, 10), nn.LogSoftmax(dim=1))
+
+
+def ignite() -> nn.Module:
+    first = [nn.Conv2d(1, 10, 5), nn.MaxPool2d(2), nn.ReLU()]
+    second = [nn.Conv2d(10, 20, 5), nn.Dropout2d(), nn.MaxPool2d(2), nn.ReLU()]
+    hidden = [View(320), nn.Linear(320, 50), nn.ReLU(), nn.Dropout()]
+    return nn.Sequential(*first, *second, *hidden, nn.Linear(50, 10), nn.LogSoftmax(dim=1))
+
+
+def tinygrad() -> nn.Module:
+    def block(before: int, after: int, kernel: int) -> list[nn.Module]:
+        convolutions = [nn.Conv2d(before, after, kernel), nn.ReLU(), nn.Conv2d(after, after, kernel), nn.ReLU()]
+        return [*convolutions, nn.BatchNorm2d(after), nn.MaxPool2d(2)]
+
+    return nn.Sequential(*block(1, 32, 5), *block(32, 64, 3), nn.Flatten(), nn.Linear(64 * 3 * 3, 10))
+
+
+def keras() -> nn.Module:
+    first = [nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * 5 * 5, 10))
+
+
+class LeNet5(nn.Module):
+    """Adds up two branches between the first and the third convolution; takes images of 32 × 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2))
+        self.left, self.right = (nn.Sequential(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)) for _ in range(2))
+        self.third = nn.Sequential(nn.Conv2d(16, 120, 5), nn.ReLU())
+        self.head = nn.Sequential(nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10), nn.LogSoftmax(dim=-1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.first(images)
+        both = self.right(hidden)
+        both += self.left(hidden)
+        return self.head(self.third(both).view(len(images), -1))
+
+
+def lenet5() -> nn.Module:
+    return nn.Sequential(v2.Resize((32, 32)), LeNet5())
+
+
+class SimpleCNN(nn.Module):
+    """Scales its input to [-1, 1]; convolutions without pooling, and a classifier on the channels-last order."""
+
+    def __init__(self, kernel: int, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.features = nn.Sequential()
+        for before, after in pairwise((1, *channels)):
+            self.features.append(nn.Conv2d(before, after, kernel, bias=False))
+            self.features.extend([nn.BatchNorm2d(after), nn.ReLU()])
+        size = 28 - len(channels) * (kernel - 1)
+        self.classifier = nn.Linear(size * size * channels[-1], 10, bias=False)
+        self.norm = nn.BatchNorm1d(10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.features((images - 0.5) * 2)
+        return F.log_softmax(self.norm(self.classifier(hidden.permute(0, 2, 3, 1).flatten(1))), dim=1)
+
+
+class Course(nn.Sequential):
+    """Under 10,000 parameters but for the norms; batch, group or layer norm in each block, after the activation."""
+
+    def __init__(self, norm: str) -> None:
+        def block(before: int, after: int, size: int, kernel: int = 3) -> list[nn.Module]:
+            norms = {
+                "batch": nn.BatchNorm2d(after),
+                "group": nn.GroupNorm(2, after),
+                "layer": nn.LayerNorm([after, size, size]),
+            }
+            return [nn.Conv2d(before, after, kernel), nn.ReLU(), norms[norm], nn.Dropout(0.1)]
+
+        same = [layer for size in (24, 22, 20, 18) for layer in block(12, 12, size)]
+        later = [*block(12, 16, 7), *block(16, 16, 5), *block(16, 10, 5, kernel=1)]
+        head = [nn.AvgPool2d(5), View(10), nn.LogSoftmax(dim=-1)]
+        super().__init__(*block(1, 12, 26), *same, nn.MaxPool2d(2), *later, *head)
+
+
+def course_stepwise() -> nn.Module:
+    def block(before: int, after: int) -> list[nn.Module]:
+        return [nn.Conv2d(before, after, 3, bias=False), nn.ReLU(), nn.BatchNorm2d(after), nn.Dropout(0.1)]
+
+    first = [nn.Conv2d(1, 8, 3, bias=False), nn.ReLU(), *block(8, 16)]
+    transition = [nn.Conv2d(16, 8, 1, bias=False), nn.MaxPool2d(2)]
+    second = [*block(8, 16), *block(16, 8), *block(8, 16), *block(16, 16)]
+    head = [nn.AvgPool2d(4), nn.Conv2d(16, 10, 1, bias=False), View(10), nn.LogSoftmax(dim=-1)]
+    return nn.Sequential(*first, *transition, *second, *head)
+
+
+def depthwise_separable() -> nn.Module:
+    def block(before: int, after: int) -> list[nn.Module]:
+        depthwise = nn.Conv2d(before, before, 3, padding=1, groups=before, bias=False)
+        return [depthwise, nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+
+    stem = [nn.Conv2d(1, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True)]
+    first = [*block(12, 20), *block(20, 20), nn.MaxPool2d(2), nn.Dropout(0.05)]
+    second = [*block(20, 28), *block(28, 28), nn.MaxPool2d(2), nn.Dropout(0.05)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 10, 1, bias=False), View(10), nn.LogSoftmax(dim=1)]
+    return nn.Sequential(*stem, *first, *second, *block(28, 32), *head)
+
+
+def composer() -> nn.Module:
+    features = [nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU()]
+    hidden = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32 * 16, 32), nn.ReLU()]
+    return nn.Sequential(*features, *hidden, nn.Linear(32, 10))
+
+
+def nll_with_l1(net: nn.Module, images: Tensor, labels: Tensor, *, strength: float) -> tuple[Tensor, Tensor]:
+    """Add the sum of all weights' sizes to the loss."""
+    log_probabilities = net(images)
+    sizes = sum(parameter.abs().sum() for parameter in net.parameters())
+    return F.nll_loss(log_probabilities, labels) + strength * sizes, log_probabilities
+
+
+def smoothed(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the divergence from labels that give 2 % to the nine other classes."""
+    wanted = F.one_hot(labels, 10) * (0.98 - 0.02 / 9) + 0.02 / 9
+    return F.kl_div(log_probabilities, wanted, reduction="batchmean")
+
+
+def ema_with_warm_up(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+    """Average by 0.999, and by less in the first batches."""
+    decay = min(0.999, (1 + int(num_averaged)) / (10 + int(num_averaged)))
+    for average, weights in zip(averaged, current, strict=True):
+        average.lerp_(weights, 1 - decay)
+
+
+simple_cnn = partial(
+    Experiment,
+    epochs=150,
+    batch_size=120,
+    optimizer=partial(Adam, lr=0.001),
+    scheduler=partial(ExponentialLR, gamma=0.98),
+    loss=F.nll_loss,
+    normalize=UNIT,
+    average=partial(AveragedModel, multi_avg_fn=ema_with_warm_up),
+    augmentation=transforms.Compose(
+        [transforms.RandomRotation(20), transforms.RandomAffine(0, translate=(0.2, 0.2))],
+    ),
+)
+course = partial(
+    Experiment, epochs=20, batch_size=64, optimizer=partial(SGD, lr=0.01, momentum=0.9), augmentation=TURNED
+)
+
+M3 = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176)
+M5 = (32, 64, 96, 128, 160)
+M7 = (48, 96, 144, 192)
+COURSE = (9 * 12 + 12) + 4 * (12 * 12 * 9 + 12) + (12 * 16 * 9 + 16) + (16 * 16 * 9 + 16) + (16 * 10 + 10)  # no norms
+
+# By name: the declaration, and its parameters counted by hand, layer by layer.
+RECIPES = {
+    "pytorch/examples": (
+        Experiment(
+            net=pytorch_examples,
+            epochs=14,
+            batch_size=64,
+            optimizer=partial(Adadelta, lr=1.0),
+            scheduler=partial(StepLR, step_size=1, gamma=0.7),
+            loss=F.nll_loss,
+        ),
+        (1 * 32 * 9 + 32) + (32 * 64 * 9 + 64) + (9216 * 128 + 128) + (128 * 10 + 10),
+    ),
+    "pytorch/ignite": (
+        Experiment(
+            net=ignite, epochs=10, batch_size=64, optimizer=partial(SGD, lr=0.01, momentum=0.5), loss=F.nll_loss
+        ),
+        (1 * 10 * 25 + 10) + (10 * 20 * 25 + 20) + (320 * 50 + 50) + (50 * 10 + 10),
+    ),
+    "beautiful_mnist": (
+        Experiment(net=tinygrad, epochs=1, batch_size=512, optimizer=partial(Adam, lr=0.001), normalize=BYTES),
+        (1 * 32 * 25 + 32)
+        + (32 * 32 * 25 + 32)
+        + 2 * 32
+        + (32 * 64 * 9 + 64)
+        + (64 * 64 * 9 + 64)
+        + 2 * 64
+        + (576 * 10 + 10),
+    ),
+    "mnist_convnet": (
+        Experiment(net=keras, epochs=15, batch_size=128, optimizer=partial(Adam, lr=0.001, eps=1e-7), normalize=UNIT),
+        (1 * 32 * 9 + 32) + (32 * 64 * 9 + 64) + (1600 * 10 + 10),
+    ),
+    "LeNet-5": (
+        Experiment(net=lenet5, epochs=15, batch_size=256, optimizer=partial(Adam, lr=0.002), normalize=UNIT),
+        (1 * 6 * 25 + 6) + 2 * (6 * 16 * 25 + 16) + (16 * 120 * 25 + 120) + (120 * 84 + 84) + (84 * 10 + 10),
+    ),
+    "MnistSimpleCNN M3": (
+        simple_cnn(net=partial(SimpleCNN, kernel=3, channels=M3)),
+        9 * (1 * 32 + 32 * 48 + 48 * 64 + 64 * 80 + 80 * 96 + 96 * 112 + 112 * 128 + 128 * 144 + 144 * 160 + 160 * 176)
+        + 2 * (32 + 48 + 64 + 80 + 96 + 112 + 128 + 144 + 160 + 176)
+        + 8 * 8 * 176 * 10
+        + 2 * 10,
+    ),
+    "MnistSimpleCNN M5": (
+        simple_cnn(net=partial(SimpleCNN, kernel=5, channels=M5)),
+        25 * (1 * 32 + 32 * 64 + 64 * 96 + 96 * 128 + 128 * 160)
+        + 2 * (32 + 64 + 96 + 128 + 160)
+        + 8 * 8 * 160 * 10
+        + 2 * 10,
+    ),
+    "MnistSimpleCNN M7": (
+        simple_cnn(net=partial(SimpleCNN, kernel=7, channels=M7)),
+        49 * (1 * 48 + 48 * 96 + 96 * 144 + 144 * 192) + 2 * (48 + 96 + 144 + 192) + 4 * 4 * 192 * 10 + 2 * 10,
+    ),
+    "course, batch norm": (
+        course(net=partial(Course, norm="batch"), objective=partial(nll_with_l1, strength=0.001)),
+        COURSE + 2 * (5 * 12 + 2 * 16 + 10),
+    ),
+    "course, group norm": (
+        course(net=partial(Course, norm="group"), loss=F.nll_loss),
+        COURSE + 2 * (5 * 12 + 2 * 16 + 10),
+    ),
+    "course, layer norm": (
+        course(net=partial(Course, norm="layer"), loss=F.nll_loss),
+        COURSE + 2 * (12 * (26**2 + 24**2 + 22**2 + 20**2 + 18**2) + 16 * (7**2 + 5**2) + 10 * 5**2),
+    ),
+    "course, stepwise": (
+        Experiment(
+            net=course_stepwise,
+            epochs=5,
+            batch_size=512,
+            optimizer=partial(SGD, lr=0.01, momentum=0.9),
+            scheduler=partial(StepLR, step_size=6, gamma=0.1),
+            loss=F.nll_loss,
+            augmentation=TURNED,
+        ),
+        9 * (1 * 8 + 8 * 16) + 16 * 8 + 9 * (8 * 16 + 16 * 8 + 8 * 16 + 16 * 16) + 16 * 10 + 2 * (4 * 16 + 8),
+    ),
+    "depthwise separable": (
+        Experiment(
+            net=depthwise_separable,
+            epochs=15,
+            batch_size=128,
+            optimizer=partial(SGD, lr=0.025, momentum=0.9, nesterov=True, weight_decay=5e-5),
+            scheduler=partial(OneCycleLR, max_lr=0.025),
+            scheduler_interval="batch",
+            loss=smoothed,
+            average=partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.995)),
+            augmentation=v2.Compose([v2.RandomRotation((-7.0, 7.0), fill=1)]),
+        ),
+        (9 * 12 + 2 * 12)
+        + (9 * 12 + 12 * 20 + 2 * 20)
+        + (9 * 20 + 20 * 20 + 2 * 20)
+        + (9 * 20 + 20 * 28 + 2 * 28)
+        + (9 * 28 + 28 * 28 + 2 * 28)
+        + (9 * 28 + 28 * 32 + 2 * 32)
+        + 32 * 10,
+    ),
+    "composer": (
+        Experiment(
+            net=composer,
+            epochs=2,
+            batch_size=128,
+            optimizer=partial(SGD, lr=0.1),
+            loss=nn.CrossEntropyLoss(label_smoothing=0.1),
+            augmentation=v2.CutMix(alpha=1.0, num_classes=10),
+            normalize=UNIT,
+        ),
+        (1 * 16 * 9 + 16) + (16 * 32 * 9 + 32) + 2 * 32 + (512 * 32 + 32) + (32 * 10 + 10),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_public_recipe_has_the_parameters_counted_by_hand_and_trains(name: str, small_mnist: Mnist) -> None:
+    recipe, params = RECIPES[name]
+    recipe.check()
+    few = dataclasses.replace(
+        small_mnist,
+        train_images=small_mnist.train_images[:20],
+        train_labels=small_mnist.train_labels[:20],
+        test_images=small_mnist.test_images[:10],
+        test_labels=small_mnist.test_labels[:10],
+    )
+    short = dataclasses.replace(recipe, epochs=1, batch_size=8)
+
+    rehearsal = rehearse(short, few)
+    net = initial_network(short, 0, CPU, rehearsal.memory_format)
+    (epoch,) = fit(net, short, few, seed=0)
+
+    assert num_params(net) == params
+    assert not rehearsal.untrained
+    assert math.isfinite(epoch.train_loss)
+    assert math.isfinite(epoch.eval_loss)
+    assert epoch.objective is None or math.isfinite(epoch.objective)
+
+
+def test_the_page_gives_the_same_counts() -> None:
+    page = (ROOT / "docs" / "public_recipes.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| .* \| ([\d+]+)=([\d,]+) \|", page, flags=re.MULTILINE)
+
+    counts = {name: int(total.replace(",", "")) for name, _, total in rows}
+    assert counts == {name: params for name, (_, params) in RECIPES.items()}
+    assert counts == {name: sum(map(int, layers.split("+"))) for name, layers, _ in rows}
