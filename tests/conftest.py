@@ -10,10 +10,8 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import logging
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 
-from forkserver import set_default_signals
+from forkserver import run_program
 from helpers import ROOT, TrackedRun, copy_store, read_runs
 
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
@@ -87,15 +85,6 @@ def load_script() -> Callable[[str], ModuleType]:
         return module
 
     return load
-
-
-@pytest.fixture(autouse=True)
-def _notices_reach_each_test() -> None:
-    """Let loggers speak again that an earlier test, or a library that it used, has left silent."""
-    logging.disable(logging.NOTSET)
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.startswith("mnist_lab") and isinstance(logger, logging.Logger):
-            logger.disabled = False
 
 
 # ---- tracking stores
@@ -175,14 +164,8 @@ def full_run(mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory, worker_id
         if not said.exists():
             commit = provenance.commit(script).sha
             folder.mkdir()
-            command = [sys.executable, script, "--epochs", "1", "--seed", "3"]
-            process = subprocess.run(
-                [*command, "--tracking-uri", f"sqlite:///{database}"],
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                preexec_fn=set_default_signals,
-            )
+            flags = ["--epochs", "1", "--seed", "3", "--tracking-uri", f"sqlite:///{database}"]
+            process = run_program(script, *flags, cwd=folder)
             assert process.returncode == 0, process.stderr
             said.write_text(json.dumps([commit, process.stdout, process.stderr]))
     commit, stdout, stderr = json.loads(said.read_text())

@@ -34,6 +34,10 @@ processes.set_forkserver_preload(
     [
         "mnist_lab",  # first: it tells MLflow how to be imported
         "mlflow.pytorch",
+        "mlflow.pyfunc",
+        "mlflow.store.tracking.sqlalchemy_store",
+        "alembic.command",
+        "git",
         "torch.export._trace",
         "mnist_lab.results.report",
         "mnist_lab.running.run",
