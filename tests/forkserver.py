@@ -19,6 +19,7 @@ import sys
 import tempfile
 import termios
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -243,6 +244,8 @@ def _become(words: list[str], environment: Mapping[str, str] | None, kept: Seque
         if environment is not None:
             os.environ.clear()
             os.environ.update(environment)
+        for option in filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")):
+            warnings._setoption(option)  # type: ignore[attr-defined]
         while words[0] not in ("-c", "-m") and words[0].startswith("-"):
             del words[0]  # a flag of Python's own
         _carry_out(words)

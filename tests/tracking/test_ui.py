@@ -34,8 +34,13 @@ def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
-def start(*flags: str, cwd: Path, first: Callable[[], None] | None = None) -> Program:
-    return Program("-m", "mnist_lab", "ui", *flags, cwd=cwd, first=first)
+def begin(first: Callable[[], None]) -> None:
+    ui.START_TIMEOUT = PATIENCE
+    first()
+
+
+def start(*flags: str, cwd: Path, first: Callable[[], None] = bool) -> Program:
+    return Program("-m", "mnist_lab", "ui", *flags, cwd=cwd, first=partial(begin, first))
 
 
 # ---- a server
