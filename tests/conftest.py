@@ -33,15 +33,6 @@ if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of i
 EXPERIMENTS = ROOT / "experiments"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that share a fixture of their module in one process; each other goes to the one that is free."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
-        if any(definitions[-1].scope == "module" for definitions in fixtures.values()):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _signals_reach_the_processes_under_test() -> None:
     """Undo what `nohup` and a shell's `&` do: signals that are ignored here would be ignored in every process begun."""

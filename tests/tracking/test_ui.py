@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -171,6 +172,7 @@ def print_into(pipe: Path) -> None:
     file = os.open(pipe, os.O_WRONLY)
     os.dup2(file, 1)
     os.close(file)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
 
 
 def test_the_server_ends_with_its_program_though_nobody_reads_what_it_prints(uri: str, tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_the_server_ends_with_its_program_though_nobody_reads_what_it_prints(uri
     os.mkfifo(pipe)
     process = start("--tracking-uri", uri, cwd=tmp_path, first=partial(print_into, pipe))
     with pipe.open() as printed:
-        assert printed.readline().startswith("The runs: ")
+        assert printed.readline().startswith("The runs: "), process.stderr
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 2
 
