@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -76,6 +77,15 @@ def load_script() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def _notices_reach_each_test() -> None:
+    """Let loggers speak again that an earlier test, or a library that it used, has left silent."""
+    logging.disable(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("mnist_lab") and isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 # ---- tracking stores
