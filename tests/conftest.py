@@ -13,7 +13,6 @@ import json
 import logging
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,22 +25,13 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 
-from forkserver import set_default_signals
+from forkserver import run_program
 from helpers import ROOT, TrackedRun, copy_store, read_runs
 
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
     from mnist_lab.data import Mnist
 
 EXPERIMENTS = ROOT / "experiments"
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that share a fixture of their module in one process; each other goes to the one that is free."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
-        if any(definitions[-1].scope == "module" for definitions in fixtures.values()):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -175,14 +165,8 @@ def full_run(mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory, worker_id
         if not said.exists():
             commit = provenance.commit(script).sha
             folder.mkdir()
-            command = [sys.executable, script, "--epochs", "1", "--seed", "3"]
-            process = subprocess.run(
-                [*command, "--tracking-uri", f"sqlite:///{database}"],
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                preexec_fn=set_default_signals,
-            )
+            flags = ["--epochs", "1", "--seed", "3", "--tracking-uri", f"sqlite:///{database}"]
+            process = run_program(script, *flags, cwd=folder)
             assert process.returncode == 0, process.stderr
             said.write_text(json.dumps([commit, process.stdout, process.stderr]))
     commit, stdout, stderr = json.loads(said.read_text())

@@ -2,12 +2,15 @@
 
 What such a program is given and leaves is as from a shell: arguments, environment, current folder, signals, exit code,
 output, and a terminal; each leads a session of its own. `multiprocessing` keeps one process to copy from for each
-process of pytest.
+process of pytest. What such a program starts with this Python in turn, by `subprocess` or by "spawn" of
+`multiprocessing`, is a copy of the program.
 """
 
 import atexit
 import fcntl
+import gc
 import multiprocessing
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -16,9 +19,13 @@ import sys
 import tempfile
 import termios
 import traceback
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 1800  # seconds until a program counts as hung, on a machine that is very busy too
@@ -28,6 +35,10 @@ processes.set_forkserver_preload(
     [
         "mnist_lab",  # first: it tells MLflow how to be imported
         "mlflow.pytorch",
+        "mlflow.pyfunc",
+        "mlflow.store.tracking.sqlalchemy_store",
+        "alembic.command",
+        "git",
         "torch.export._trace",
         "mnist_lab.results.report",
         "mnist_lab.running.run",
@@ -131,6 +142,9 @@ def run_program(
     return subprocess.CompletedProcess(program.args, code, program.stdout, program.stderr)
 
 
+_path = list(sys.path)
+
+
 def _run(start: _Start) -> None:
     """Be that program, in the copied process."""
     set_default_signals(start.ignored)
@@ -139,6 +153,7 @@ def _run(start: _Start) -> None:
     os.environ.clear()
     os.environ.update(start.environment)
     os.chdir(start.cwd)
+    _path[:] = sys.path
     multiprocessing.process.ORIGINAL_DIR = start.cwd  # where its own processes look for the script
     os.setsid()
     for number, path in ((1, start.stdout), (2, start.stderr)):
@@ -152,11 +167,23 @@ def _run(start: _Start) -> None:
     sys.stdout.reconfigure(line_buffering=start.terminal)  # type: ignore[attr-defined]
     if start.first is not None:
         start.first()
-    is_module = start.command[0] == "-m"
-    sys.argv = list(start.command[is_module:])
+    subprocess.Popen = _Popen  # type: ignore[misc]
+    multiprocessing.util.spawnv_passfds = _spawn
+    _carry_out(start.command)
+
+
+def _carry_out(command: Sequence[str]) -> None:
+    """Run a script, or what stands after "-m" or "-c", as the main program."""
+    kind = command[0] if command[0] in ("-m", "-c") else "script"
+    sys.argv = list(command[kind == "-m" :])
     try:
-        if is_module:
+        if kind == "-m":
+            sys.path.insert(0, os.getcwd())  # noqa: PTH109
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            del sys.argv[1]
+            sys.path.insert(0, "")
+            exec(command[1], sys.modules["__main__"].__dict__)  # noqa: S102
         else:
             script = Path(sys.argv[0]).absolute()
             sys.path.insert(0, str(script.parent))
@@ -171,3 +198,81 @@ def _run(start: _Start) -> None:
         sys.exit(1)
     finally:
         atexit._run_exitfuncs()
+
+
+# ---- what a program starts with this Python
+
+
+class _Popen(subprocess.Popen):  # type: ignore[type-arg]
+    """Starts programs; one of this Python is a copy of the process that starts it."""
+
+    def __init__(self, args: Any, *more: Any, **named: Any) -> None:
+        if not isinstance(args, str) and args[0] == sys.executable and _can_be_copied():
+            words = [str(word) for word in args[1:]]
+            named["preexec_fn"] = partial(_become, words, named.get("env"), named.get("pass_fds", ()))
+        super().__init__(args, *more, **named)
+
+
+_spawn_anew = multiprocessing.util.spawnv_passfds
+
+
+def _spawn(path: bytes, args: Sequence[bytes | str], kept: Sequence[int]) -> int:
+    """Start a process of multiprocessing's "spawn"."""
+    if not _can_be_copied():
+        return _spawn_anew(path, args, kept)
+    pid = os.fork()
+    if pid == 0:
+        _become([os.fsdecode(word) for word in args[1:]], None, kept)
+    return pid
+
+
+def _can_be_copied() -> bool:
+    """Leave nothing that two processes would print; say whether no database is open, which SQLite forbids to copy."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "sqlalchemy.engine" in sys.modules:
+        for engine in [found for found in gc.get_objects() if type(found) is sys.modules["sqlalchemy.engine"].Engine]:
+            engine.dispose()
+    return not any(os.path.realpath(file).endswith("-wal") for file in Path("/dev/fd").iterdir())
+
+
+def _become(words: list[str], environment: Mapping[str, str] | None, kept: Sequence[int]) -> NoReturn:
+    """Be that program, in a copy of the one that starts it, and end."""
+    code = 1
+    try:
+        _forget_the_parent(kept)
+        if environment is not None:
+            os.environ.clear()
+            os.environ.update(environment)
+        for option in filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")):
+            warnings._setoption(option)  # type: ignore[attr-defined]
+        while words[0] not in ("-c", "-m") and words[0].startswith("-"):
+            del words[0]  # a flag of Python's own
+        _carry_out(words)
+        code = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _forget_the_parent(kept: Sequence[int]) -> None:
+    """Give up the files, locks, signals and modules of the program that this one is a copy of."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for file in [int(path.name) for path in Path("/dev/fd").iterdir()]:
+        if file > 2 and file not in (null, *kept):
+            os.dup2(null, file)  # what still holds its number must not meet another file there
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    atexit._clear()
+    sys.stdin, sys.stdout, sys.stderr = (open(file, mode, closefd=False) for file, mode in enumerate("rww"))  # noqa: SIM115
+    sys.stderr.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+    sys.path[:] = _path
+    sys.modules["__main__"] = ModuleType("__main__")
+    for name in [name for name in sys.modules if name.startswith("mlflow.server")]:
+        del sys.modules[name]  # it is another one in a server than in the program that starts it

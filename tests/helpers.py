@@ -20,6 +20,7 @@ from typing import Any
 from forkserver import PATIENCE, Program
 
 ROOT = Path(__file__).parent.parent
+TINY = Path(__file__).parent / "tiny.py"  # a script of an experiment that trains in a moment
 
 
 def open_terminal() -> tuple[int, int]:

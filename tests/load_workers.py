@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import nn
 
+from forkserver import PATIENCE
 from mnist_lab.running import declaration
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
@@ -77,7 +78,7 @@ def _yardstick() -> float:
 
 def log_points(store: Store, writer: int, epochs: int, names: list[str], together: Barrier) -> None:
     """Log one run of `epochs` points of each metric, beginning when all writers are there."""
-    together.wait(900)
+    together.wait(PATIENCE)
     with track(store, f"writer {writer}", params={"writer": writer}, tags={}) as run:
         for epoch in range(1, epochs + 1):
             values: Mapping[str, float] = {name: value(writer, epoch, number) for number, name in enumerate(names)}

@@ -1,6 +1,6 @@
 """The benchmarks in their smallest setting: that they run, what they write down, and that the other ways really train.
 
-No test asserts a time.
+No test asserts a time, so the processes that a benchmark starts need not import anything anew here.
 """
 
 import contextlib
@@ -10,8 +10,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from forkserver import run_program
 from mnist_lab.data import Mnist
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -47,7 +47,7 @@ def check(sample: dict[str, Any], rounds: int) -> None:
 # ---- each benchmark, as `make bench ARGS=--quick` runs it
 
 STEP4_RATIOS = {"write-ups / lab", "pytorch/examples / lab", "lab / lab's floor", "lab / plain floor"}
-CASES = {  # flags and ratios; those that take longest come first
+CASES = {  # flags and ratios
     "study": (["--seeds", "1"], {"write-ups / lab, 1 seeds", "write-ups / lab, 10 seeds, estimated"}),
     "tracking": ([], {"tracking / training"}),
     "memory": ([], {"peak / the goal of 1.5 GB"}),
@@ -58,26 +58,14 @@ CASES = {  # flags and ratios; those that take longest come first
 }
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, mnist: Mnist) -> Iterator[Callable[[str], tuple[str, Any]]]:
-    """Start the benchmarks, two at a time; return what gives the output and the JSON of each when it is through."""
-    out = tmp_path_factory.mktemp("benchmarks")
-
-    def run(name: str) -> tuple[str, Any]:
-        command = [sys.executable, f"benchmarks/{name}.py", "--quick", *CASES[name][0], "--out", str(out)]
-        done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, json.loads((out / f"{name}.json").read_text())
-
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        futures = {name: pool.submit(run, name) for name in CASES}
-        yield lambda name: futures[name].result()
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_a_benchmark_writes_its_figures_and_ratios(name: str, measured: Callable[[str], tuple[str, Any]]) -> None:
-    printed, content = measured(name)
+def test_a_benchmark_writes_its_figures_and_ratios(name: str, tmp_path: Path, mnist: Mnist) -> None:
+    flags, wanted = CASES[name]
+
+    done = run_program(BENCHMARKS / f"{name}.py", "--quick", *flags, "--out", tmp_path, cwd=BENCHMARKS.parent)
+
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / f"{name}.json").read_text())
     assert content["benchmark"] == name
     assert content["environment"]["torch"] == torch.__version__.partition("+")[0]
     assert content["environment"]["hardware"]
@@ -85,12 +73,12 @@ def test_a_benchmark_writes_its_figures_and_ratios(name: str, measured: Callable
     assert rounds == (3 if name == "run_tables" else 1)
     ratios: dict[str, Any] = {}
     for title, section in content["sections"].items():
-        assert title in printed
+        assert title in done.stdout
         for label, sample in {**section["figures"], **section["ratios"]}.items():
-            assert label in printed
+            assert label in done.stdout
             check(sample, rounds)
         ratios |= section["ratios"]
-    assert CASES[name][1] <= set(ratios)
+    assert wanted <= set(ratios)
 
 
 def test_the_gpu_benchmark_says_that_there_is_no_device(

@@ -3,10 +3,7 @@
 import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +11,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from forkserver import Program
+from helpers import ROOT, wait_until
 from mnist_lab import results
 from mnist_lab.data import Mnist
 from mnist_lab.results.report import write_report
@@ -28,7 +27,6 @@ pytestmark = [
 
 WIDTHS, SCHEMES = (390, 1280), ("light", "dark")
 PATIENCE = 30_000  # milliseconds
-STOPPING = 30  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -136,18 +134,15 @@ def runs_address(store: Store) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mnist_lab", "ui", "--port", str(port), "--tracking-uri", store.uri]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-    )
+    process = Program("-m", "mnist_lab", "ui", "--port", str(port), "--tracking-uri", store.uri, cwd=ROOT)
     try:
-        assert process.stdout is not None
-        printed = process.stdout.readline()
+        wait_until(lambda: "\n" in process.stdout, process)
+        printed = process.stdout.splitlines()[0]
         assert printed.startswith("The runs: http"), printed
-        yield printed.removeprefix("The runs: ").strip()
+        yield printed.removeprefix("The runs: ")
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(STOPPING)
+        process.terminate()
+        process.wait()
 
 
 @pytest.fixture

@@ -58,3 +58,53 @@ def test_a_job_begins_as_from_a_shell(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mnist_lab", "compare", "--holdout", "x"]
     real = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (copied.returncode, copied.stdout, copied.stderr) == (2, real.stdout, real.stderr)
+
+
+STARTS = """
+import multiprocessing, os, signal, subprocess, sys
+
+sys.stdout.reconfigure(line_buffering=True)
+COMMANDS = {
+    "script": [os.path.abspath("child.py"), "--flag", "a b"],
+    "-c": ["-c", "import sys; print(__name__, sys.argv); sys.exit('no more')", "word"],
+    "-m": ["-m", "child"],
+    "Ctrl-C": ["-c", "raise KeyboardInterrupt"],
+}
+
+def report(connection):
+    print("in a process", __name__, flush=True)
+    connection.send([sys.argv[0], multiprocessing.parent_process().pid == os.getppid()])
+
+print("begins as", __name__)  # no guard: a process of multiprocessing reads this script too
+if __name__ == "__main__":
+    held = open("held.txt", "w")
+    for name, command in COMMANDS.items():
+        print(name)
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, env={**os.environ, "WORD": name}
+        )
+        print(name, done.returncode, done.stdout, done.stderr.splitlines()[-1:] if done.returncode >= 0 else None)
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=report, args=(theirs,))
+    process.start()
+    print(mine.recv())
+    process.join()
+    print(process.exitcode)
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    print(os.getsid(sleeper.pid) == sleeper.pid)
+    os.killpg(sleeper.pid, signal.SIGTERM)
+    print(sleeper.wait())
+"""
+
+
+def test_what_a_program_starts_begins_and_ends_as_usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORD", "")
+    (tmp_path / "child.py").write_text(LOOKS)
+    script = tmp_path / "program.py"
+    script.write_text(STARTS)
+
+    copied = run_program(script, cwd=tmp_path)
+
+    real = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert (copied.returncode, copied.stdout.splitlines()) == (0, real.stdout.splitlines())

@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from conftest import FullRun
+from forkserver import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -17,7 +18,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def execute(notebook: Path, folder: Path, tracking_uri: str) -> nbformat.NotebookNode:
     """Execute a notebook in a kernel of its own, in `folder`, against the store at `tracking_uri`."""
     node = nbformat.read(notebook, as_version=4)
-    client = NotebookClient(node, timeout=300, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(node, timeout=PATIENCE, resources={"metadata": {"path": str(folder)}})
     client.execute(env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri})
     return node
 

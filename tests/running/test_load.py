@@ -19,7 +19,7 @@ import pytest
 from tabulate import tabulate
 
 from forkserver import processes
-from helpers import TrackedRun, read_runs, read_value
+from helpers import TINY, TrackedRun, read_runs, read_value
 from load_workers import log_points, train_one_after_another, value
 from mnist_lab.tracking.store import open_store
 
@@ -35,44 +35,10 @@ OBJECTS_PER_RUN = 500
 MEGABYTES, MEGABYTES_PER_RUN = 20, 0.1
 SLOWER = 1.10
 
-SCRIPT = """
-from functools import partial
-
-import torch
-from torch import nn
-
-from mnist_lab import Experiment, Targets, main
-from mnist_lab.augmentation import random_rotation
-
-
-class Net(nn.Module):
-    def __init__(self, dropout=0.1):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout),
-            nn.Conv2d(4, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
-        )
-
-    def forward(self, images):
-        return self.layers(images)
-
-
-EXPERIMENT = Experiment(
-    net=Net,
-    epochs=2,
-    batch_size=64,
-    optimizer=partial(torch.optim.SGD, lr=0.1),
-    augmentation=partial(random_rotation, degrees=7.0),
-    targets=Targets(accuracy=50.0, params=10_000),
-)
-
-if __name__ == "__main__":
-    main(EXPERIMENT)
-"""
 FILES = {
     "model_summary.txt",
     "environment.json",
-    "source/soak.py",
+    "source/tiny.py",
     "predictions.npz",
     "figures/augmentation.png",
     "figures/confusion.png",
@@ -140,11 +106,11 @@ def test_eight_processes_that_log_at_once_lose_no_point(
 # ---- many runs
 
 
-def soak(script: Path, uri: str, folder: Path, seeds: list[range], timeout: float) -> list[list[dict[str, float]]]:
+def soak(uri: str, folder: Path, seeds: list[range], timeout: float) -> list[list[dict[str, float]]]:
     """Train the seeds of each range in a process of its own, all at once; return the figures of each process's runs."""
     open_store(uri)
     reports = [folder / f"report {number}.jsonl" for number in range(len(seeds))]
-    arguments = [(script, uri, each, report) for each, report in zip(seeds, reports, strict=True)]
+    arguments = [(TINY, uri, each, report) for each, report in zip(seeds, reports, strict=True)]
     assert run_at_once(train_one_after_another, arguments, timeout) == [0] * len(seeds)
     return [[json.loads(line) for line in report.read_text().splitlines()] for report in reports]
 
@@ -210,17 +176,10 @@ def table(runs: list[dict[str, float]]) -> str:
     return tabulate(rows, ("median", f"first {count}", f"last {count}", "change"), disable_numparse=True)
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    file = tmp_path / "soak.py"
-    file.write_text(SCRIPT)
-    return file
-
-
 def test_a_few_runs_one_after_another_leave_no_file_open_and_nothing_in_memory(
-    script: Path, uri: str, database: Path, tmp_path: Path
+    uri: str, database: Path, tmp_path: Path
 ) -> None:
-    (runs,) = soak(script, uri, tmp_path, [range(WARM_UP + 3)], timeout=1800)
+    (runs,) = soak(uri, tmp_path, [range(WARM_UP + 3)], timeout=1800)
 
     assert_complete(database, WARM_UP + 3)
     assert_nothing_grows(runs)
@@ -229,10 +188,10 @@ def test_a_few_runs_one_after_another_leave_no_file_open_and_nothing_in_memory(
 @pytest.mark.long
 @pytest.mark.load
 def test_runs_one_after_another_take_no_more_memory_files_or_time(
-    script: Path, uri: str, database: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    uri: str, database: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Time is judged in yardsticks (see `load_workers`): processor time, freed of how busy the machine is."""
-    (runs,) = soak(script, uri, tmp_path, [range(SOAK_RUNS)], timeout=60 * SOAK_RUNS)
+    (runs,) = soak(uri, tmp_path, [range(SOAK_RUNS)], timeout=60 * SOAK_RUNS)
 
     with capfd.disabled():
         print(f"\n{SOAK_RUNS} runs one after another\n{table(runs)}")
@@ -244,13 +203,13 @@ def test_runs_one_after_another_take_no_more_memory_files_or_time(
 
 @pytest.mark.long
 def test_runs_eight_at_a_time_are_all_complete_and_nothing_grows(
-    script: Path, uri: str, database: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    uri: str, database: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bounds = [SOAK_RUNS * number // AT_A_TIME for number in range(AT_A_TIME + 1)]
     seeds = [range(first, end) for first, end in pairwise(bounds)]
     before = time.monotonic()
 
-    reports = soak(script, uri, tmp_path, seeds, timeout=60 * SOAK_RUNS)
+    reports = soak(uri, tmp_path, seeds, timeout=60 * SOAK_RUNS)
 
     seconds = time.monotonic() - before
     with capfd.disabled():

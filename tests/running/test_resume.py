@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from mlflow import MlflowClient
 from torch import nn
 
 from forkserver import Program
-from helpers import ROOT, TrackedRun, copy_store, read_runs
+from helpers import TINY, TrackedRun, copy_store, read_runs
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
@@ -28,7 +29,6 @@ from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics, Training
 
-STEP = ROOT / "experiments" / "step4_augment_steplr.py"
 FLAGS = ["--limit", "512", "--epochs", "5", "--seed", "5"]
 
 
@@ -70,12 +70,13 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.database = folder / "mlflow.db"
+        self.script = shutil.copy(TINY, folder)  # beside it lies no module that would count as its own
         self.said = ""
 
     def run(self, *flags: str, point: str = "", kill_after: float | None = None) -> int:
         """Return the exit code, negative for a signal; `kill_after` so many seconds the process is killed outright."""
         program = Program(
-            STEP,
+            self.script,
             *flags,
             "--threads",
             "1",
@@ -112,10 +113,9 @@ def make_lab(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 def reference(make_lab: Callable[[], Lab]) -> Reference:
     """Return a run that nothing interrupted, and how long it took."""
     lab = make_lab()
-    assert lab.run(*FLAGS) == 0
     start = time.monotonic()
     assert lab.run(*FLAGS) == 0
-    (run, _) = read_runs(lab.database)
+    (run,) = read_runs(lab.database)
     return Reference(run, time.monotonic() - start)
 
 
@@ -189,7 +189,7 @@ def test_resume_goes_on_with_the_run_that_is_named_and_no_other(make_lab: Callab
     assert second.status == "KILLED"
     assert [file.stem for file in (lab.database.parent / "checkpoints").iterdir()] == [second.run_id]
     assert lab.run("--resume", first.run_id) == 1
-    said = f"error: resume: there is no checkpoint of a run '{first.run_id}' of step4_augment_steplr; there are: "
+    said = f"error: resume: there is no checkpoint of a run '{first.run_id}' of tiny; there are: "
     assert f"{said}{second.run_id} (" in lab.said
 
 

@@ -211,7 +211,7 @@ def stdout_on_a_terminal() -> Iterator[list[str]]:
     finally:
         sys.stdout.close()
         sys.stdout = before
-        thread.join(30)
+        thread.join()
         os.close(master)
         written.append(b"".join(parts).decode())
 

@@ -84,9 +84,6 @@ class Study:
     def runs(self) -> list[TrackedRun]:
         return read_runs(self.database)
 
-    def running(self) -> int:
-        return [run.status for run in self.runs()].count("RUNNING")
-
     def processes(self) -> list[psutil.Process]:
         return [process for process in psutil.process_iter() if _group(process.pid) == self.process.pid]
 
@@ -135,22 +132,23 @@ def story(folder: Path) -> Iterator[Story]:
 
     try:
         study = start("--workers", "1")
-        # The study, seed 0 finished, seed 1.
-        wait_until(lambda: study.running() == 2 and len(study.runs()) == 3, study.process)
+        begun = [("study", "RUNNING"), ("0", "FINISHED"), ("1", "RUNNING")]
+        wait_until(lambda: states(study.runs()) == begun, study.process)
         os.killpg(study.process.pid, signal.SIGKILL)
         study.end()
         wait_until(lambda: not study.processes())
         killed = study.runs()
 
         study = start("--workers", "2")
-        wait_until(lambda: len(study.runs()) == 6 and study.running() == 3, study.process)
+        again = [("1", "RUNNING"), ("2", "RUNNING"), ("study", "RUNNING")]
+        wait_until(lambda: sorted(states(study.runs()[3:])) == again, study.process)
         os.killpg(study.process.pid, signal.SIGINT)
         _, interrupted_stderr = study.end()
         interrupted, interrupted_code = study.runs(), study.process.returncode
         assert not study.processes()
 
         study = start("--workers", "2")
-        wait_until(lambda: len(study.runs()) == 9 and study.running() == 3, study.process)
+        wait_until(lambda: sorted(states(study.runs()[6:])) == again, study.process)
         study.process.kill()  # it alone, as when memory runs out
         wait_until(lambda: not study.processes())
         study.end()

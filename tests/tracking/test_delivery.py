@@ -11,6 +11,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from forkserver import PATIENCE
 from helpers import read_runs
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import delivery
@@ -40,7 +41,7 @@ def test_runs_that_are_the_first_to_log_a_data_set_both_do(uri: str, database: P
     together = threading.Barrier(2)
 
     def log(run_id: str, number: int) -> None:
-        together.wait(60)
+        together.wait(PATIENCE)
         try:
             content = {"context": "training", "dataset": {**DATASET, "name": f"data set {number}"}}
             delivery.send(client, run_id, Record("dataset", content))

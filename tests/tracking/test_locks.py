@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from forkserver import PATIENCE
 from helpers import ROOT, read_runs
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import store as stores
@@ -49,7 +50,7 @@ def in_training(uri: str) -> Iterator[tuple[BaseProcess, str]]:
     process = fork.Process(target=train, args=(uri, run_ids))
     process.start()
     try:
-        yield process, run_ids.get(timeout=60)
+        yield process, run_ids.get(timeout=PATIENCE)
     finally:
         process.kill()
         process.join()
@@ -89,7 +90,7 @@ def test_a_run_is_in_training_whatever_its_tag_says_while_its_lock_is_held(uri: 
 def test_a_run_is_left_alone_from_another_container(uri: str, database: Path) -> None:
     with in_training(uri) as (process, run_id):
         inside = ["unshare", "--pid", "--uts", "--fork", "--mount-proc", sys.executable, "-c", LOOK, uri, run_id]
-        first = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        first = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT)
         if first.returncode and "unshare" in first.stderr:
             pytest.skip(f"no container can be made here: {first.stderr}")
         assert first.stdout.startswith(f"resume: run {run_id} is still in training, in another process"), first
@@ -97,7 +98,7 @@ def test_a_run_is_left_alone_from_another_container(uri: str, database: Path) ->
 
         process.kill()
         process.join()
-        second = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        second = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT)
 
     assert second.stdout == "resumed\n", second
     assert status(database) == "FINISHED"

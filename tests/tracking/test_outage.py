@@ -1,7 +1,6 @@
 """Tracking servers that are killed, frozen or gone in the middle of a run: the run goes on, and nothing is lost."""
 
 import http.client
-import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -30,22 +29,22 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from mlflow.entities import LoggedModel
 
-from forkserver import PATIENCE, Program
-from helpers import ROOT, TrackedRun, read_runs, wait_until, within
+import tiny
+from forkserver import PATIENCE, Program, processes
+from helpers import TINY, TrackedRun, read_runs, wait_until, within
 from mnist_lab import __main__ as jobs
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
-from mnist_lab.tracking import delivery
+from mnist_lab.tracking import delivery, sqlite
 from mnist_lab.tracking import run as tracking
 from mnist_lab.tracking.outbox import Outbox, Record, all_outboxes
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics
 
-SCRIPT = ROOT / "experiments" / "step1_baseline.py"
 EPOCHS = 4
 fork = multiprocessing.get_context("fork")
 
@@ -132,12 +131,7 @@ class After:
 
 @pytest.fixture(scope="module")
 def experiment() -> Experiment:
-    spec = importlib.util.spec_from_file_location("step1", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.EXPERIMENT.override({"epochs": EPOCHS})[0]  # type: ignore[no-any-return]
+    return tiny.EXPERIMENT.override({"epochs": EPOCHS})[0]  # type: ignore[no-any-return]
 
 
 def train(experiment: Experiment, uri: str, listener: After | None = None, seed: int = 5) -> str:
@@ -146,7 +140,7 @@ def train(experiment: Experiment, uri: str, listener: After | None = None, seed:
 
 def job_of(experiment: Experiment, uri: str) -> Job:
     changes = {"epochs": EPOCHS}
-    return Job(script=SCRIPT, experiment=experiment, overrides=changes, threads=1, tracking_uri=uri, limit=256)
+    return Job(script=TINY, experiment=experiment, overrides=changes, threads=1, tracking_uri=uri, limit=256)
 
 
 def check_same(run: TrackedRun, whole: TrackedRun, server: Server) -> None:
@@ -160,8 +154,8 @@ def check_same(run: TrackedRun, whole: TrackedRun, server: Server) -> None:
     mine, theirs = server.artifacts(run), server.artifacts(whole)
     names = sorted(str(file.relative_to(mine)) for file in mine.rglob("*") if file.is_file())
     assert names == sorted(str(file.relative_to(theirs)) for file in theirs.rglob("*") if file.is_file())
-    assert {"predictions.npz", "model_summary.txt", "figures/training.png", "source/step1_baseline.py"} <= set(names)
-    assert (mine / "source" / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
+    assert {"predictions.npz", "model_summary.txt", "figures/training.png", f"source/{TINY.name}"} <= set(names)
+    assert (mine / "source" / TINY.name).read_bytes() == TINY.read_bytes()
     with np.load(mine / "predictions.npz") as a, np.load(theirs / "predictions.npz") as b:
         assert np.array_equal(a["logits"], b["logits"])
     client = mlflow.MlflowClient(server.uri)
@@ -191,11 +185,17 @@ def by_id(server: Server, run_id: str) -> TrackedRun:
     return next(run for run in read_runs(server.database) if run.run_id == run_id)
 
 
-def test_runs_whose_server_is_killed_or_frozen_and_comes_back_lack_nothing_and_have_each_point_once(
-    server: Server, experiment: Experiment, outboxes: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    whole = by_id(server, train(experiment, server.uri))
+@pytest.fixture(scope="module")
+def whole(one_server: Server, experiment: Experiment) -> TrackedRun:
+    """Return a run that nothing disturbed."""
+    if one_server.process is None:
+        one_server.start()
+    return by_id(one_server, train(experiment, one_server.uri))
 
+
+def test_runs_whose_server_is_killed_or_frozen_and_comes_back_lack_nothing_and_have_each_point_once(
+    whole: TrackedRun, server: Server, experiment: Experiment, outboxes: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     killed = train(experiment, server.uri, After(epoch_1=server.kill, epoch_3=server.start))
     assert "is away" in caplog.text
     assert "is back, and has what waited" in caplog.text
@@ -267,10 +267,8 @@ def forgetful(server: Server) -> Iterator[str]:
 
 
 def test_what_is_sent_again_because_the_answer_was_lost_is_there_once(
-    server: Server, forgetful: str, experiment: Experiment, outboxes: Path
+    whole: TrackedRun, server: Server, forgetful: str, experiment: Experiment, outboxes: Path
 ) -> None:
-    whole = by_id(server, train(experiment, server.uri))
-
     run_id = train(experiment, forgetful)
     for _ in range(10):
         delivery.sync(forgetful)
@@ -303,18 +301,22 @@ def test_what_waits_is_sent_by_the_next_run_and_by_the_sync_job(
     assert capsys.readouterr().out.endswith("Nothing waits for a tracking server.\n")
 
 
-def test_a_run_killed_while_its_server_is_away_can_be_resumed(server: Server, experiment: Experiment) -> None:
-    whole = by_id(server, train(experiment, server.uri))
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def die_without_a_server() -> None:
-        def die() -> None:
-            os.kill(os.getpid(), signal.SIGKILL)
 
-        train(experiment, server.uri, After(epoch_1=lambda: os.kill(server_pid, signal.SIGKILL), epoch_3=die))
+def die_without_a_server(experiment: Experiment, uri: str, server_pid: int, project: Path) -> None:
+    sqlite.PROJECT_ROOT = project
+    tracking.ASK_AGAIN_SECONDS = 0
+    train(experiment, uri, After(epoch_1=lambda: os.kill(server_pid, signal.SIGKILL), epoch_3=die))
 
+
+def test_a_run_killed_while_its_server_is_away_can_be_resumed(
+    whole: TrackedRun, server: Server, experiment: Experiment, tmp_path: Path
+) -> None:
     assert server.process is not None
-    server_pid = server.process.pid
-    process = fork.Process(target=die_without_a_server)
+    started = (experiment, server.uri, server.process.pid, tmp_path / "project")
+    process = processes.Process(target=die_without_a_server, args=started)
     process.start()
     process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL

@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from conftest import FullRun
+from forkserver import PATIENCE
 from helpers import read_runs, read_value
 from mnist_lab.cli import interrupt_on_signals
 from mnist_lab.data import Mnist
@@ -90,12 +91,12 @@ def test_processes_that_use_a_new_store_at_once_all_succeed(tmp_path: Path) -> N
     together = fork.Barrier(4)
 
     def use(number: int) -> None:
-        together.wait(60)
+        together.wait(PATIENCE)
         log_a_run(f"sqlite:///{database}", f"run {number}")
 
     processes = [begin(use, number) for number in range(4)]
     for process in processes:
-        process.join(120)
+        process.join(PATIENCE)
 
     assert [process.exitcode for process in processes] == [0, 0, 0, 0]
     runs = read_runs(database)
@@ -108,7 +109,7 @@ def test_processes_that_use_a_new_store_at_once_all_succeed(tmp_path: Path) -> N
 def test_a_process_killed_while_it_makes_the_store_blocks_nobody(tmp_path: Path) -> None:
     start = time.monotonic()
     process = begin(log_a_run, f"sqlite:///{tmp_path}/whole/mlflow.db", "whole")
-    process.join(120)
+    process.join(PATIENCE)
     whole = time.monotonic() - start
     half_made = 0
 
@@ -117,10 +118,10 @@ def test_a_process_killed_while_it_makes_the_store_blocks_nobody(tmp_path: Path)
         killed = begin(open_store, f"sqlite:///{database}")
         time.sleep(share * whole)
         killed.kill()
-        killed.join(60)
+        killed.join()
         half_made += database.with_name("mlflow.db.new").exists()
         process = begin(log_a_run, f"sqlite:///{database}", "next")
-        process.join(120)
+        process.join(PATIENCE)
 
         assert process.exitcode == 0
         assert [(run.name, run.status) for run in read_runs(database)] == [("next", "FINISHED")]
@@ -370,7 +371,7 @@ def test_two_runs_may_be_open_at_once(uri: str, database: Path) -> None:
 def test_a_run_may_be_tracked_in_any_thread(uri: str, database: Path) -> None:
     thread = threading.Thread(target=log_a_run, args=(uri, "in a thread"))
     thread.start()
-    thread.join(60)
+    thread.join(PATIENCE)
 
     assert [(run.name, run.status) for run in read_runs(database)] == [("in a thread", "FINISHED")]
 
@@ -401,7 +402,7 @@ def leave_running(uri: str) -> None:
 
 def test_runs_whose_process_is_gone_are_closed_and_no_others(uri: str, database: Path) -> None:
     process = begin(leave_running, uri)
-    process.join(60)
+    process.join(PATIENCE)
     store = open_store(uri)
     client = MlflowClient(uri)
     elsewhere = client.create_run(store.experiment_id, run_name="elsewhere", tags={"process": "other.host 1 1.0"})

@@ -6,19 +6,19 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from forkserver import PATIENCE, run_program, set_default_signals
-from helpers import ROOT, read_runs, wait_until
+from forkserver import PATIENCE, Program, run_program
+from helpers import read_runs, wait_until
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import ui
 from mnist_lab.tracking.run import track
@@ -35,18 +35,13 @@ def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
-def start(*flags: str, stderr: Path) -> subprocess.Popen[str]:
-    """Start the UI from another folder than the project's."""
-    with stderr.open("w") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "mnist_lab", "ui", *flags],
-            cwd=stderr.parent,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-            preexec_fn=set_default_signals,
-        )
+def begin(first: Callable[[], None]) -> None:
+    ui.START_TIMEOUT = PATIENCE
+    first()
+
+
+def start(*flags: str, cwd: Path, first: Callable[[], None] = bool) -> Program:
+    return Program("-m", "mnist_lab", "ui", *flags, cwd=cwd, first=partial(begin, first))
 
 
 # ---- a server
@@ -55,10 +50,12 @@ def start(*flags: str, stderr: Path) -> subprocess.Popen[str]:
 @dataclass(frozen=True)
 class Server:
     taken_port: int
-    process: subprocess.Popen[str]
-    first_line: str
-    stderr: Path
+    process: Program
     database: Path
+
+    @property
+    def first_line(self) -> str:
+        return self.process.stdout.partition("\n")[0]
 
     @property
     def address(self) -> str:
@@ -75,22 +72,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("ui")
     with listening() as port:
         flags = ["--port", str(port), "--tracking-uri", "sqlite:///store/mlflow.db"]
-        process = start(*flags, stderr=folder / "stderr")
-        assert process.stdout is not None
+        process = start(*flags, cwd=folder)
         try:
-            first_line = process.stdout.readline()
-            assert first_line, (folder / "stderr").read_text()
-            yield Server(port, process, first_line, folder / "stderr", folder / "store" / "mlflow.db")
+            wait_until(lambda: "\n" in process.stdout, process)
+            yield Server(port, process, folder / "store" / "mlflow.db")
         finally:
             process.terminate()
-            process.wait(PATIENCE)
+            process.wait()
 
 
 def test_a_taken_port_gives_the_next_and_says_so(server: Server) -> None:
     port = int(server.address.rpartition(":")[2])
 
     assert server.taken_port < port < server.taken_port + ui.PORTS_TRIED
-    first, *servers = server.stderr.read_text().splitlines()
+    first, *servers = server.process.stderr.splitlines()
     assert first == f"Port {server.taken_port} is taken; using {port}."
     assert [line for line in servers if "Warning" in line] == []
 
@@ -165,25 +160,33 @@ def test_sigterm_ends_the_server_with_its_children(server: Server) -> None:
 
     server.process.terminate()
 
-    assert server.process.wait(PATIENCE) == 0
+    assert server.process.wait() == 0
     wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"])
-    assert server.process.stdout is not None
-    assert server.process.stdout.read() == "Ctrl-C stops the server.\n"
-    assert "Traceback" not in server.stderr.read_text()
+    assert server.process.stdout == f"{server.first_line}\nCtrl-C stops the server.\n"
+    assert "Traceback" not in server.process.stderr
     with pytest.raises(OSError, match="refused"):
         server.get("/health")
 
 
+def print_into(pipe: Path) -> None:
+    file = os.open(pipe, os.O_WRONLY)
+    os.dup2(file, 1)
+    os.close(file)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+
+
 def test_the_server_ends_with_its_program_though_nobody_reads_what_it_prints(uri: str, tmp_path: Path) -> None:
-    process = start("--tracking-uri", uri, stderr=tmp_path / "stderr.txt")
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("The runs: ")
+    pipe = tmp_path / "printed"
+    os.mkfifo(pipe)
+    process = start("--tracking-uri", uri, cwd=tmp_path, first=partial(print_into, pipe))
+    with pipe.open() as printed:
+        assert printed.readline().startswith("The runs: "), process.stderr
     family = psutil.Process(process.pid).children(recursive=True)
-    process.stdout.close()
+    assert len(family) >= 2
 
     process.terminate()
 
-    assert process.wait(PATIENCE) == 0
+    assert process.wait() == 0
     wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"])
 
 
@@ -197,21 +200,25 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None: ...
 
 
-def test_anothers_server_on_the_port_is_not_taken_for_ours(uri: str, capfd: pytest.CaptureFixture[str]) -> None:
+def find_any_port_free() -> None:
+    ui.free_port = lambda port: port
+
+
+def test_anothers_server_on_the_port_is_not_taken_for_ours(uri: str, tmp_path: Path) -> None:
     """Two that start at once may find the same port free; the later one must not show the other's runs."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as other:
         threading.Thread(target=other.serve_forever).start()
         try:
-            with pytest.raises(
-                LabError, match="^the MLflow server did not start: exit code \\d, its messages are above$"
-            ):
-                ui.serve(uri, "1", other.server_port)
+            flags = ["--port", str(other.server_port), "--tracking-uri", uri]
+            process = start(*flags, cwd=tmp_path, first=find_any_port_free)
+            assert process.wait() == 1
         finally:
             other.shutdown()
 
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert "address already in use" in captured.err
+    assert process.stdout == ""
+    assert "address already in use" in process.stderr
+    said = r"error: the MLflow server did not start: exit code \d, its messages are above"
+    assert re.fullmatch(said, process.stderr.splitlines()[-1])
 
 
 # ---- ports
