@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -41,7 +42,7 @@ from mnist_lab.training.loop import (
     train_step,
     training_batch,
 )
-from mnist_lab.training.transforms import is_mixing, is_torchvision, parts, takes_labels
+from mnist_lab.training.transforms import is_mixing, is_torchvision, parts
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +132,10 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     last = total % experiment.batch_size or full
     for size in sorted({full, last}, reverse=True):
         _rehearse_batch(net, experiment, mnist, size)
-    notices = []
+    notices: list[str] = []
     if experiment.augmentation is not None:
         with blame("augmentation"):
-            notices = _rehearse_augmentation(experiment, experiment.augmentation, mnist, full)
+            notices += _rehearse_augmentation(experiment, experiment.augmentation, mnist, full)
     if experiment.average is not None:
         with blame("average"):
             notices += _rehearse_average(experiment, net, evaluation_part(mnist)[1][:2])
@@ -142,6 +143,8 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     evaluated = evaluation_part(mnist)[1]
     with blame("net"):
         _check_evaluation(net, evaluated, {len(evaluated), len(mnist.test_images)}, experiment)
+        notices += _notice_log_probabilities(experiment, predict(net, evaluated[:2], experiment.normalize))
+        notices += _notice_batches(net, evaluated[:EVALUATION_BATCH_SIZE], experiment)
     with blame("optimizer"):
         _rehearse_step(net, experiment, optimizer, again, mnist, full)
         if not predict(net, evaluated[:2], experiment.normalize).isfinite().all():
@@ -157,7 +160,7 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
 
 def _check_transforms(augmentation: Callable[..., object]) -> None:
     """Refuse transforms of torchvision that do what the lab does itself; raises ValueError."""
-    for name in (type(transform).__name__ for transform in parts(augmentation) if is_torchvision(transform)):
+    for name in (type(transform).__name__ for _, transform in parts(augmentation) if is_torchvision(transform)):
         if name in DONE_BY_THE_LAB:
             raise ValueError(f"{name} {DONE_BY_THE_LAB[name]}")
 
@@ -171,17 +174,18 @@ def _rehearse_augmentation(
         ValueError: if it draws so.
     """
     notices = []
-    transforms = list(parts(augmentation))
-    for transform in transforms:
-        if is_torchvision(transform):
-            continue
-        if takes_labels(transform):
+    for given, transform in parts(augmentation):
+        name = type(transform).__name__
+        if given == "batch":
+            check_draws(transform, mnist.train_images[0].float() / 255, len(mnist.train_images))
+        elif given == "labels" and is_mixing(transform):
+            own = "; mnist_lab.objectives.mixup draws one for each image" if name == "MixUp" else ""
+            notices.append(f"augmentation: torchvision's {name} draws once for all images of a batch{own}")
+        elif given == "labels":
             notices.append(
                 "augmentation: takes the labels, so it may mix images, and it can't be tried out whether it draws for "
                 "each image; see that it does"
             )
-        else:
-            check_draws(transform, mnist.train_images[0].float() / 255, len(mnist.train_images))
     batch = torch.arange(size, device=mnist.train_images.device)
 
     def drawn() -> Tensor:
@@ -192,6 +196,11 @@ def _rehearse_augmentation(
     start = time.perf_counter()
     again = drawn()
     seconds = math.ceil((time.perf_counter() - start) * len(mnist.train_images) / size)
+    if any(given == "image" for given, _ in parts(augmentation)):
+        notices.append(
+            f"augmentation: torchvision's transforms draw once per call, so they are applied image by image, some "
+            f"{seconds} s of an epoch; those of mnist_lab.augmentation take a batch at once"
+        )
     if not torch.allclose(first, again, atol=1e-5):
         notices.append(
             "the run's seed does not decide what augmentation draws: it has a generator or numbers of its own, "
@@ -201,16 +210,6 @@ def _rehearse_augmentation(
     if low < -OUTSIDE or high > 1 + OUTSIDE:
         notices.append(
             f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
-        )
-    if alone := [type(one).__name__ for one in transforms if is_torchvision(one) and not is_mixing(one)]:
-        notices.append(
-            f"augmentation: {', '.join(alone)} of torchvision draws once per call, so it is applied image by "
-            f"image, which takes some {seconds} s of an epoch; those of mnist_lab.augmentation take a batch at once"
-        )
-    if mixing := [type(one).__name__ for one in transforms if is_mixing(one)]:
-        notices.append(
-            f"augmentation: {', '.join(mixing)} of torchvision draws one share for all images of a batch; "
-            "mnist_lab.objectives.mixup draws one for each"
         )
     return notices
 
@@ -318,6 +317,30 @@ def _check_evaluated_again(net: nn.Module, images: Tensor, logits: Tensor, exper
             "gives other logits when it is evaluated on the same images again; turn off in evaluation mode what draws "
             "or keeps numbers, e.g. F.dropout(x, training=self.training)"
         )
+
+
+def _notice_batches(net: nn.Module, images: Tensor, experiment: Experiment) -> list[str]:
+    """Return a notice if the logits of an image depend on what other images are evaluated with it."""
+    few = max(1, len(images) // 3)
+    alone = predict(net, images[:few], experiment.normalize)
+    if torch.allclose(predict(net, images, experiment.normalize)[:few], alone, rtol=1e-2, atol=1e-2):
+        return []
+    return [
+        f"net: gives an image other logits beside other images, so its accuracy depends on the batches of "
+        f"{EVALUATION_BATCH_SIZE} that it is evaluated in; see for dim=0 where dim=1 is meant"
+    ]
+
+
+def _notice_log_probabilities(experiment: Experiment, logits: Tensor) -> list[str]:
+    """Return a notice if a loss that takes log-probabilities is given other numbers."""
+    loss = experiment.loss.func if isinstance(experiment.loss, partial) else experiment.loss
+    takes = loss is F.nll_loss or isinstance(loss, nn.NLLLoss)
+    if not takes or torch.allclose(logits.exp().sum(dim=1), torch.ones_like(logits[:, 0]), atol=1e-3):
+        return []
+    return [
+        "loss: nll_loss takes log-probabilities, and the network's outputs are none: their exponentials do not sum to 1 "
+        "for each image; use cross_entropy, or end the network with log_softmax(dim=1)"
+    ]
 
 
 def _check_logits(logits: object, size: int) -> None:

@@ -151,7 +151,7 @@ class TrackedRun:
             model = Path(temporary) / "model"
             try:
                 # torch.export prints the graph that it can't express, and takes long enough for a Ctrl-C to come in it.
-                with uninterrupted(), quiet(), redirect_stderr(io.StringIO()):
+                with uninterrupted(), quiet(), _own_logging(), redirect_stderr(io.StringIO()):
                     mlflow.pytorch.save_model(
                         net,
                         str(model),
@@ -339,6 +339,17 @@ def _send_waiting_records(store: Store, run_id: str) -> None:
         send_waiting(store.client, outbox)
     finally:
         outbox.unlock()
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Leave the program's logging as it is: the first import of mlflow.pytorch shows errors only from then on."""
+    level, handlers = logging.root.level, list(logging.root.handlers)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)
+        logging.root.handlers[:] = handlers
 
 
 def _forget_exports() -> None:

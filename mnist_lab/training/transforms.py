@@ -4,64 +4,87 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from mnist_lab.augmentation import image_by_image
 
 MIXING = ("MixUp", "CutMix")  # of torchvision: they mix the images of a batch, and so need all of them and the labels
+# What a transform is given: a batch of images, one image, or a batch of images and their labels.
+Given = Literal["batch", "image", "labels"]
 
 
 def augment(augmentation: Callable[..., Any], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the augmented images (N, 1, 28, 28) and their labels, (N,) or probabilities (N, 10).
 
-    torchvision's transforms draw once per call, so each is applied image by image. Those that mix images are called
-    once for the batch.
+    torchvision's transforms draw once per call, so they are applied image by image, and so is whatever stands in a
+    Compose with them. Those that mix images are called once for the batch.
     """
-    for transform in parts(augmentation):
-        if takes_labels(transform):
-            images, labels = transform(images, labels)
-        elif is_torchvision(transform):
-            images = image_by_image(images, transform)
+    for given, transforms in groupby(parts(augmentation), key=lambda part: part[0]):
+        chain = [transform for _, transform in transforms]
+        if given == "image":
+            images = image_by_image(images, partial(_apply, chain))
         else:
-            images = transform(images)
+            for transform in chain:
+                images, labels = transform(images, labels) if given == "labels" else (transform(images), labels)
     return images, labels
 
 
-def parts(augmentation: Any) -> Iterator[Any]:
-    """Yield the transforms that a Compose or nn.Sequential applies one after another, or the augmentation itself."""
-    if isinstance(augmentation, nn.Sequential):
-        chained = list(augmentation)
-    elif is_torchvision(augmentation) and type(augmentation).__name__ == "Compose":
-        chained = list(augmentation.transforms)
+def _apply(chain: list[Callable[[Tensor], Tensor]], image: Tensor) -> Tensor:
+    for transform in chain:
+        image = transform(image)
+    return image
+
+
+def parts(augmentation: Any) -> Iterator[tuple[Given, Any]]:
+    """Yield the transforms that are applied one after another, each with what it is given."""
+    if chained := _chained(augmentation):
+        for transform in chained:
+            if _chained(transform):
+                yield from parts(transform)
+            else:
+                yield "labels" if takes_labels(transform) else "image", transform
+    elif takes_labels(augmentation):
+        yield "labels", augmentation
     else:
-        yield augmentation
-        return
-    for transform in chained:
-        yield from parts(transform)
+        yield "image" if is_torchvision(augmentation) else "batch", augmentation
 
 
-def is_torchvision(augmentation: object) -> bool:
-    """Say whether it is one of torchvision's transforms, or extends one."""
-    return any(kind.__module__.startswith("torchvision.transforms.") for kind in type(augmentation).__mro__)
-
-
-def takes_labels(augmentation: Callable[..., Any]) -> bool:
-    """Say whether it maps images and labels to images and labels: it mixes images, or has an argument `labels`."""
-    if is_torchvision(augmentation):
-        return any(is_mixing(transform) for transform in parts(augmentation))
+def _chained(augmentation: Any) -> list[Any]:
+    """Return the members of a Compose, or of an nn.Sequential that holds transforms of torchvision; else nothing."""
     if isinstance(augmentation, nn.Sequential):
-        return any(map(takes_labels, parts(augmentation)))
-    if isinstance(augmentation, nn.Module):
-        augmentation = augmentation.forward
+        return list(augmentation) if any(is_torchvision(member) or _chained(member) for member in augmentation) else []
+    is_compose = is_torchvision(augmentation) and type(augmentation).__name__ == "Compose"
+    return list(augmentation.transforms) if is_compose else []
+
+
+def is_torchvision(transform: object) -> bool:
+    """Say whether it is one of torchvision's transforms, or extends one."""
+    return any(kind.__module__.startswith("torchvision.transforms.") for kind in type(transform).__mro__)
+
+
+def takes_labels(augmentation: Any) -> bool:
+    """Say whether it maps images and labels to images and labels: it mixes images, or has an argument `labels`."""
+    if is_torchvision(augmentation) or _chained(augmentation):
+        return any(map(takes_labels, members)) if (members := _members(augmentation)) else is_mixing(augmentation)
     try:
-        labels = inspect.signature(augmentation).parameters.get("labels")
+        labels = inspect.signature(getattr(augmentation, "forward", augmentation)).parameters.get("labels")
     except (TypeError, ValueError):  # a callable written in C has no signature
         return False
     return labels is not None and labels.default is labels.empty
 
 
 def is_mixing(transform: object) -> bool:
-    """Say whether it is a transform of torchvision that mixes the images of a batch."""
-    return is_torchvision(transform) and any(kind.__name__ in MIXING for kind in type(transform).__mro__)
+    """Say whether it is a transform of torchvision that mixes the images of a batch, or a choice among such."""
+    kinds = type(transform).__mro__
+    return is_torchvision(transform) and (
+        any(kind.__name__ in MIXING for kind in kinds) or any(map(is_mixing, _members(transform)))
+    )
+
+
+def _members(transform: Any) -> list[Any]:
+    """Return what a container of torchvision's or torch's holds: RandomChoice, RandomApply, Compose and the like."""
+    return list(transform) if isinstance(transform, nn.Sequential) else list(getattr(transform, "transforms", []))

@@ -199,6 +199,19 @@ def test_what_draws_in_training_only_is_let_through(small_mnist: Mnist) -> None:
     rehearse(declare(net=Noisy), small_mnist)
 
 
+class OverTheBatch(Convolutions):
+    def forward(self, images: Tensor) -> Tensor:
+        return F.log_softmax(super().forward(images), dim=0)
+
+
+def test_it_is_said_where_logits_depend_on_the_batch_or_are_no_log_probabilities(small_mnist: Mnist) -> None:
+    (said,) = rehearse(declare(net=OverTheBatch), small_mnist).notices
+    assert said.startswith("net: gives an image other logits beside other images")
+    (said,) = rehearse(declare(loss=F.nll_loss), small_mnist).notices
+    assert said.startswith("loss: nll_loss takes log-probabilities, and the network's outputs are none")
+    assert rehearse(declare(), small_mnist).notices == []
+
+
 # ---- parameters without a gradient
 
 

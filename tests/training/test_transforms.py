@@ -1,5 +1,7 @@
 """torchvision's transforms as augmentation: a draw for each image, or for a batch where that is said."""
 
+import random
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,6 +38,10 @@ class Mine(v2.RandomRotation):
     """A transform that extends torchvision's."""
 
 
+def rotated(image: Tensor) -> Tensor:
+    return v2.functional.rotate(image, random.uniform(-30, 30))
+
+
 PER_IMAGE = {
     "v1": transforms.RandomRotation(30),
     "v2": v2.RandomRotation(30),
@@ -44,6 +50,14 @@ PER_IMAGE = {
     "v2 Compose": v2.Compose([v2.ToImage(), v2.RandomRotation(30), v2.ToDtype(torch.float32, scale=True)]),
     "Compose of Compose": v2.Compose([v2.Compose([v2.RandomAffine(0, translate=(0.1, 0.1))])]),
     "Sequential": nn.Sequential(v2.RandomRotation(30), v2.RandomErasing(p=1.0)),
+    "one's own in a Compose": v2.Compose([rotated, v2.ToImage()]),
+    "other sizes on the way": transforms.Compose(
+        [
+            transforms.RandomApply([transforms.CenterCrop(22)], p=0.5),
+            transforms.Resize(28),
+            transforms.RandomRotation(9),
+        ]
+    ),
     "RandomApply": v2.RandomApply([v2.RandomRotation(30)], p=0.5),
 }
 
@@ -66,8 +80,7 @@ def test_a_compose_trains_and_its_cost_and_what_it_holds_are_said(small_mnist: M
 
     (said,) = rehearse(experiment, small_mnist).notices
 
-    assert "RandomRotation, RandomErasing of torchvision draws once per call" in said
-    assert "some 1 s of an epoch" in said
+    assert re.search(r"torchvision's transforms draw once per call, .* image by image, some \d+ s of an epoch", said)
     assert "RandomRotation(degrees=[-7.0, 7.0]" in str(experiment.hyperparameters()["transforms"])
     (metrics,) = fit(network(), experiment, small_mnist, seed=0)
     assert metrics.train_images == 500
@@ -87,6 +100,7 @@ def softened(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 MIXING: dict[str, Any] = {
     "MixUp": v2.MixUp(num_classes=10),
     "CutMix": v2.CutMix(num_classes=10),
+    "a choice": v2.RandomChoice([v2.CutMix(num_classes=10), v2.MixUp(num_classes=10)]),
     "in a Compose": v2.Compose([v2.RandomRotation(7), v2.MixUp(num_classes=10)]),
     "probabilities": softened,
 }
@@ -120,7 +134,7 @@ def test_labels_follow_their_images(small_mnist: Mnist) -> None:
 
 def test_it_is_said_that_mixup_of_torchvision_draws_once_for_a_batch(small_mnist: Mnist) -> None:
     (said,) = rehearse(declare(v2.MixUp(num_classes=10)), small_mnist).notices
-    assert said.startswith("augmentation: MixUp of torchvision draws one share for all images of a batch")
+    assert said.startswith("augmentation: torchvision's MixUp draws once for all images of a batch")
 
 
 # ---- what is refused, and what is said
