@@ -338,7 +338,7 @@ def _notice_log_probabilities(experiment: Experiment, logits: Tensor) -> list[st
     if not takes or torch.allclose(logits.exp().sum(dim=1), torch.ones_like(logits[:, 0]), atol=1e-3):
         return []
     return [
-        "loss: nll_loss takes log-probabilities, and the network's outputs are none: their exponentials do not sum to 1 "
+        "loss: nll_loss takes log-probabilities, and the network gives others: their exponentials do not sum to 1 "
         "for each image; use cross_entropy, or end the network with log_softmax(dim=1)"
     ]
 

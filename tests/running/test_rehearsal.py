@@ -208,7 +208,7 @@ def test_it_is_said_where_logits_depend_on_the_batch_or_are_no_log_probabilities
     (said,) = rehearse(declare(net=OverTheBatch), small_mnist).notices
     assert said.startswith("net: gives an image other logits beside other images")
     (said,) = rehearse(declare(loss=F.nll_loss), small_mnist).notices
-    assert said.startswith("loss: nll_loss takes log-probabilities, and the network's outputs are none")
+    assert said.startswith("loss: nll_loss takes log-probabilities, and the network gives others")
     assert rehearse(declare(), small_mnist).notices == []
 
 
