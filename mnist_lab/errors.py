@@ -1,4 +1,10 @@
-"""The one error class that means "the user can put this right"."""
+"""The one error class that means "the user can put this right", and where in the user's own code an error began."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from pathlib import Path
 
 
 class LabError(ValueError):
@@ -11,3 +17,17 @@ class LabError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """Return what IPython shows in place of a traceback."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def script_line(error: BaseException) -> str:
+    """Return the last line of the user's own code that an error went through: " (my_idea.py, line 7)", or nothing."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_script(Path(frame.filename))]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+def is_script(file: Path) -> bool:
+    """Say whether a file is the user's own code: neither the lab's nor a library's."""
+    lab, standard_library = Path(__file__).parent, Path(inspect.__file__).parent
+    if file.is_relative_to(lab) or file.is_relative_to(standard_library):
+        return False
+    return "site-packages" not in file.parts and file.suffix == ".py" and file.exists()

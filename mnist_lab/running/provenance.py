@@ -132,6 +132,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "os": platform.platform(),
         "hardware": hardware(device),
         "threads": str(torch.get_num_threads()),
+        "tf32": str(torch.backends.cudnn.allow_tf32) if device.type == "cuda" else "none",
     }
 
 

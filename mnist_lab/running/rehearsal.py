@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import time
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.data import Mnist
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, is_script, script_line
 from mnist_lab.experiment import Experiment
 from mnist_lab.running.draws import check_draws
 from mnist_lab.running.schedule import check_schedule
@@ -98,16 +97,17 @@ class Rehearsal:
 def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
     """Try the declaration on real batches before any training, and walk the schedule to its end or very far.
 
-    All is tried as it will be trained, with the network in channels_last, which is faster. Where that fails, it is
-    tried with a contiguous one: `view` after a convolution works there, and so does LBFGS.
+    All is tried as it will be trained: on a CPU with the network in channels_last, which is faster there. Where that
+    fails, and on other devices, it is tried with a contiguous one: `view` after a convolution works there, and LBFGS.
     The random state and the data are left as they were.
 
     Raises:
         LabError: naming the field that is wrong and what torch, or the script's own code, said about it.
     """
     with kept_generators(mnist.train_images.device):
-        with suppress(LabError):
-            return _rehearse(experiment, mnist, torch.channels_last)
+        if mnist.train_images.device.type == "cpu":
+            with suppress(LabError):
+                return _rehearse(experiment, mnist, torch.channels_last)
         return _rehearse(experiment, mnist, torch.contiguous_format)
 
 
@@ -365,7 +365,7 @@ def blame_script() -> Iterator[None]:
         raise
     except Exception as error:
         files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-        in_training = any(map(_is_script, files[files.index(TRAINING) :])) if TRAINING in files else False
+        in_training = any(map(is_script, files[files.index(TRAINING) :])) if TRAINING in files else False
         if in_training or _lacks_memory(error):
             raise _refusal("training", error) from error
         raise
@@ -391,22 +391,13 @@ def blame(field: str) -> Iterator[None]:
 
 
 def _refusal(field: str, error: BaseException) -> LabError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_script(Path(f.filename))]
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, SystemExit):
         said = f"sys.exit({error.code!r}) was called"
     elif _lacks_memory(error):
         said = f"needs more memory than there is: {said}"
-    return LabError(f"{field}: {said}{where}")
+    return LabError(f"{field}: {said}{script_line(error)}")
 
 
 def _lacks_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _is_script(file: Path) -> bool:
-    lab, standard_library = Path(__file__).parents[1], Path(inspect.__file__).parent
-    if file.is_relative_to(lab) or file.is_relative_to(standard_library):
-        return False
-    return "site-packages" not in file.parts and file.suffix == ".py" and file.exists()

@@ -19,6 +19,7 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint, provenance, teaching
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job, check_seed
+from mnist_lab.running.precision import use_float32
 from mnist_lab.running.rehearsal import Rehearsal, blame, blame_script, rehearse, without_exits
 from mnist_lab.running.schedule import report_without_effect, without_effect
 from mnist_lab.running.summary import summarize
@@ -27,6 +28,7 @@ from mnist_lab.tracking.delivery import one_line, sync
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.sqlite import PROJECT_ROOT, own_files
 from mnist_lab.tracking.store import Store, close_abandoned, open_store
+from mnist_lab.training.cudagraph import Captured
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, Training, evaluate, initial_network, normalize, num_params, predict
 from mnist_lab.training.transforms import augment
@@ -88,6 +90,7 @@ def run(
     close_abandoned(store)
     job = teaching.find(job, store, None if resume is None else resume.identity)
     experiment = teaching.load(job, store)
+    use_float32(job.device)
     mnist = load_parts(job)
     rehearsal = rehearse(experiment, mnist)
     if parent_run_id is None:  # else the study has said it
@@ -95,6 +98,9 @@ def run(
         report_without_effect(job.experiment, job.overrides, len(mnist.train_images))
     if resume is not None:
         _check_same(job.identity, resume)
+        if job.device.type != "cpu":
+            said = "resume: %s rounds sums in any order, so the run need not end as it would have without interruption"
+            logger.warning(said, job.device)
     if job.device.type == "cpu":
         threads = set_threads(job.threads if resume is None else resume.threads)
         if crowded(threads, others := load.others()):
@@ -139,6 +145,7 @@ def run(
         store,
         progress,
         rehearsal=rehearsal,
+        graphs=training.captured,
         parent_run_id=parent_run_id,
         resume=resume,
     )
@@ -184,6 +191,7 @@ def record(
     progress: Progress,
     *,
     rehearsal: Rehearsal,
+    graphs: Captured,
     parent_run_id: str | None,
     resume: Checkpoint | None = None,
 ) -> RunResult:
@@ -191,6 +199,7 @@ def record(
 
     train: given the run's id in MLflow, trains `net` and returns the epochs that are left.
     rehearsal: what it found out about the network.
+    graphs: those of the training.
     The other arguments are those of `run`.
     """
     where = mnist.train_images.device
@@ -251,7 +260,7 @@ def record(
         )
         logged_once = LOGGED_ONCE_WITH_HOLD_OUT if job.holdout else LOGGED_ONCE
         tracked.log_once({name: measured[name] for name in logged_once if name in measured})
-        tracked.set_tags(verdict_tags(verdicts))
+        tracked.set_tags({**graphs.tags, **verdict_tags(verdicts)})
         tracked.log_predictions(mnist.test_labels, logits)
         tracked.log_figures(draw(experiment, mnist, epochs, logits, step=job.step, seed=seed, run_id=tracked.run_id))
         example = normalize(mnist.test_images[:2].float() / 255, experiment.normalize)

@@ -7,6 +7,7 @@ allows that, else one after another.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,10 +17,12 @@ from typing import Protocol
 import torch
 from tabulate import tabulate
 
+from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job, check_seed
-from mnist_lab.running.rehearsal import rehearse
+from mnist_lab.running.precision import use_float32
+from mnist_lab.running.rehearsal import Rehearsal, rehearse
 from mnist_lab.running.run import load_parts, run_name_of, target_tags, verdict_tags, written_by_lab
 from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.threads import available_cores
@@ -28,9 +31,11 @@ from mnist_lab.tracking.delivery import sync
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import FinishedRun, adopt, close_abandoned, finished_runs, open_store
 from mnist_lab.training.loop import EpochMetrics
-from mnist_lab.training.stacked import can_stack
+from mnist_lab.training.stacked import why_not_stacked
 from mnist_lab.verdicts.statistics import Aggregate, aggregate
 from mnist_lab.verdicts.targets import Verdict, judge
+
+logger = logging.getLogger(__name__)
 
 # What is aggregated over the seeds: the last epoch first, then the best.
 FIGURES = ("final_test_accuracy", "best_test_accuracy")
@@ -87,6 +92,7 @@ def study(
     runs = {seed: found[seed] for seed in seeds if seed in found}
     missing = [seed for seed in seeds if seed not in found]
     if missing:  # else there is nothing to refuse
+        use_float32(job.device)
         mnist = load_parts(job)
         rehearsal = rehearse(teaching.load(job, store), mnist)
         rehearsal.notice()
@@ -113,12 +119,7 @@ def study(
         task = Task(job, tracked.run_id, again)
         if on_cpu:
             messages = train_in_processes(task, missing, count, progress.on_time)
-        elif (
-            missing
-            and not rehearsal.untrained  # stacked, these would have zeros for gradients, and so decay
-            and job.device.type == "cuda"
-            and can_stack(job.experiment, len(mnist.train_images))
-        ):
+        elif missing and job.device.type == "cuda" and _stackable(job, mnist, rehearsal):
             messages = train_stacked(task, missing, mnist, store, rehearsal)
         else:
             messages = train_one_by_one(task, missing, progress.on_epoch)
@@ -142,6 +143,17 @@ def study(
         if failed:
             tracked.end_status = "FAILED"
     return result
+
+
+def _stackable(job: Job, mnist: Mnist, rehearsal: Rehearsal) -> bool:
+    """Say whether the seeds can be trained as one program; why not is shown."""
+    if rehearsal.untrained:  # stacked, these would have zeros for gradients, and so decay
+        refusal: str | None = f"no gradient reaches {', '.join(sorted(rehearsal.untrained))}"
+    else:
+        refusal = why_not_stacked(job.experiment, mnist)
+    if refusal is not None:
+        logger.warning("the seeds are trained one after another, which takes longer: %s", refusal)
+    return refusal is None
 
 
 def _check(seeds: Sequence[int], workers: int | None, device: torch.device) -> None:

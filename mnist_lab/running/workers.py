@@ -34,7 +34,7 @@ from mnist_lab.running.run import RunResult, check_eval_loss, record, run
 from mnist_lab.tracking.delivery import environment_variables
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
 from mnist_lab.training.loop import EpochMetrics, initial_network
-from mnist_lab.training.stacked import fit_stacked
+from mnist_lab.training.stacked import StackedTraining
 
 LOOK_SECONDS = 1.0  # how often the display is told that time passes
 END_SECONDS = 20.0  # that a worker gets to close its run when the study is stopped
@@ -101,7 +101,8 @@ def train_stacked(
     nets = [initial_network(experiment, seed, mnist.train_images.device, rehearsal.memory_format) for seed in seeds]
     epochs: list[list[EpochMetrics]] = []
     try:
-        for metrics_of_seeds in fit_stacked(nets, experiment, mnist, seeds):
+        training = StackedTraining(nets, experiment, mnist, seeds)
+        for metrics_of_seeds in training.epochs_of_seeds():
             epochs.append(metrics_of_seeds)
             for seed, metrics in zip(seeds, metrics_of_seeds, strict=True):
                 yield Epoch(seed, metrics)
@@ -126,6 +127,7 @@ def train_stacked(
             store,
             EpochListener(lambda metrics: None),
             rehearsal=rehearsal,
+            graphs=training.captured,
             parent_run_id=task.parent_run_id,
         )
 

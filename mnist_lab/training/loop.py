@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,6 +132,7 @@ class Loop:
         seeds: Sequence[int],
         shape: tuple[int, ...],
         on_batch: OnBatch | None = None,
+        buffers: Sequence[Tensor] = (),
     ) -> None:
         self.nets, self.experiment, self.mnist, self.shape, self.on_batch = nets, experiment, mnist, shape, on_batch
         self.optimizer = build_optimizer(experiment, parameters)
@@ -144,12 +145,24 @@ class Loop:
         batches = math.ceil(len(mnist.train_images) / experiment.batch_size)
         self.losses = torch.zeros(batches, *shape, device=self.device)  # what is minimised, of this epoch's batches
         self.batch = torch.zeros(1, dtype=torch.int64, device=self.device)  # how many there were so far
-        self.captured = Captured(self._train_batch)
+        self.captured = Captured(
+            self._compute_gradients,
+            nets,
+            [parameter for group in self.optimizer.param_groups for parameter in group["params"]],
+            buffers,
+            [self.loss_sum, self.correct, self.losses, self.batch],
+            self.device,
+        )
         self.average: AveragedModel | None = None
 
-    def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Update the network once; return the loss (*shape) and logits (*shape, N, 10) that it had before."""
+    def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Set the gradients of a batch; return its loss (*shape) and logits (*shape, N, 10)."""
         raise NotImplementedError
+
+    def train_batch(self, batch: Tensor) -> None:
+        """Update the network once, by the images that the indices `batch` (*shape, N) name."""
+        self.captured(batch)
+        self.optimizer.step()
 
     def update_nets(self) -> None:
         """Bring `nets` up to date, where they are not what is trained."""
@@ -217,7 +230,7 @@ class Loop:
             net.train()
         seen = 0
         for batch in torch.split(orders.view(*self.shape, total).to(self.device), self.experiment.batch_size, dim=-1):
-            self.captured(batch, key=_hyperparameters(self.optimizer))
+            self.train_batch(batch)
             if self.average is not None:
                 self.average.update_parameters(self.nets[0])
             if self.scheduler is not None and self.experiment.scheduler_interval == "batch":
@@ -226,11 +239,18 @@ class Loop:
             if self.on_batch is not None:
                 self.on_batch(seen, self.loss_sum, self.correct)
 
-    def _train_batch(self, batch: Tensor) -> None:
-        """Train on the images that the indices `batch` (*shape, N) name."""
+    def _compute_gradients(self, batch: Tensor) -> None:
+        images, labels = self.inputs(batch)
+        self.add_up(batch, labels, *self.gradients(images, labels))
+
+    def inputs(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normalised images (*shape, N, 1, 28, 28) of a batch, and their labels."""
         images, labels = training_batch(self.mnist, batch.flatten(), self.experiment)
         images, labels = normalize(images, self.experiment.normalize), labels.view(*batch.shape, *labels.shape[1:])
-        loss, logits = self.train_step(images.view(*batch.shape, *images.shape[1:]), labels)
+        return images.view(*batch.shape, *images.shape[1:]), labels
+
+    def add_up(self, batch: Tensor, labels: Tensor, loss: Tensor, logits: Tensor) -> None:
+        """Add a batch's loss (*shape) and logits (*shape, N, 10) to the epoch's sums."""
         self.losses.index_copy_(0, self.batch, loss.view(1, *self.shape).to(self.losses.dtype))
         self.batch += 1
         if not minimises_cross_entropy(self.experiment):
@@ -266,6 +286,7 @@ class Training(Loop):
         self.net = net
         self.average = build_average(experiment, net)
         self.evaluates_again = evaluates_again(experiment, net)
+        self.needs_closure = self.evaluates_again or needs_closure(self.optimizer)
 
     @property
     def result(self) -> nn.Module:
@@ -281,8 +302,18 @@ class Training(Loop):
         for (metrics,) in self.epochs_of_seeds():
             yield metrics
 
-    def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return train_step(self.net, images, labels, self.experiment, self.optimizer, self.evaluates_again)
+    def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logits = loss_and_logits(self.net, images, labels, self.experiment)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), logits.detach()
+
+    def train_batch(self, batch: Tensor) -> None:
+        if self.needs_closure:  # several forward passes in a step, or as many as it likes
+            images, labels = self.inputs(batch)
+            step = train_step(self.net, images, labels, self.experiment, self.optimizer, self.evaluates_again)
+            self.add_up(batch, labels, *step)
+        else:
+            super().train_batch(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it."""
@@ -423,16 +454,6 @@ def _requires_argument(step: Callable[..., object]) -> bool:
 def minimises_cross_entropy(experiment: Experiment) -> bool:
     """Say whether what is minimised is known to be the mean cross-entropy per image."""
     return experiment.objective is None and experiment.loss in (None, F.cross_entropy)
-
-
-def _hyperparameters(optimizer: Optimizer) -> Hashable:
-    """Return the learning rate and the like of each parameter group. Tensors are compared by identity, not by value."""
-    return tuple(
-        (name, id(value) if isinstance(value, Tensor) else value)
-        for group in optimizer.param_groups
-        for name, value in group.items()
-        if name != "params"
-    )
 
 
 @torch.inference_mode()

@@ -10,7 +10,9 @@ that is trained alone, from the same distribution.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +20,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.overrides import TorchFunctionMode
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
-from mnist_lab.training.generators import seed_generators
-from mnist_lab.training.loop import EpochMetrics, Loop, build_optimizer, build_scheduler
+from mnist_lab.training.generators import kept_generators, seed_generators
+from mnist_lab.training.loop import EpochMetrics, Loop, build_optimizer, build_scheduler, fit, initial_network
 from mnist_lab.training.transforms import takes_labels
 
+TRIED, TRIED_BATCH = 70, 32  # images, which make two full batches and a short one
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 # Their update of one weight depends on that weight alone, so stacked parameters are updated as separate ones are.
 ELEMENTWISE_OPTIMIZERS = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop)
 
@@ -53,16 +58,16 @@ class StackedTraining(Loop):
         parameters = list(self.params.values())
         if refusal := _why_not(experiment, nets[0], parameters, len(mnist.train_images)):
             raise LabError(refusal)
-        super().__init__(nets, parameters, experiment, mnist, seeds, (len(seeds),))
+        buffers = list(self.buffers.values())
+        super().__init__(nets, parameters, experiment, mnist, seeds, (len(seeds),), buffers=buffers)
         self.trained = [name for name, parameter in nets[0].named_parameters() if parameter.requires_grad]
-        self.gradients = _stacked_gradients(nets[0], experiment)
+        self.stacked_gradients = _stacked_gradients(nets[0], experiment)
         seed_generators(seeds[0])  # dropout and augmentation of all seeds; each image is augmented by a draw of its own
 
-    def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        gradients, losses, logits = self.gradients(self.params, self.buffers, images, labels)
+    def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        gradients, losses, logits = self.stacked_gradients(self.params, self.buffers, images, labels)
         for name in self.trained:
             self.params[name].grad = gradients[name]
-        self.optimizer.step()
         return losses, logits
 
     @torch.no_grad()
@@ -73,11 +78,56 @@ class StackedTraining(Loop):
                 own[name].copy_(stacked[index])
 
 
-def can_stack(experiment: Experiment, num_images: int) -> bool:
-    """Say whether the experiment's seeds can be trained together."""
+def why_not_stacked(experiment: Experiment, mnist: Mnist) -> str | None:
+    """Return why the experiment's seeds can't be trained together, in a sentence, or None."""
     net = experiment.net()
     parameters, _ = stack_module_state([net, net])
-    return _why_not(experiment, net, list(parameters.values()), num_images) is None
+    refusal = _why_not(experiment, net, list(parameters.values()), len(mnist.train_images))
+    return refusal or _why_not_alike(experiment, mnist)
+
+
+def _why_not_alike(experiment: Experiment, mnist: Mnist) -> str | None:
+    """Train two seeds for some batches, stacked and alone, in float64; return why they do not agree, or None.
+
+    Without dropout and augmentation, whose numbers stacked seeds draw otherwise.
+    """
+    few = dataclasses.replace(mnist, train_images=mnist.train_images[:TRIED], train_labels=mnist.train_labels[:TRIED])
+    few = dataclasses.replace(few, test_images=few.test_images[:2], test_labels=few.test_labels[:2])
+    few = dataclasses.replace(few, validation_images=None, validation_labels=None)
+    tried = dataclasses.replace(experiment, epochs=1, batch_size=TRIED_BATCH, augmentation=None)
+
+    def nets() -> list[nn.Module]:
+        return [_Double(initial_network(experiment, seed, mnist.train_images.device)) for seed in (0, 1)]
+
+    try:
+        with kept_generators(mnist.train_images.device), _NoDropout():
+            stacked, alone = nets(), nets()
+            list(fit_stacked(stacked, tried, few, (0, 1)))
+            for seed, net in enumerate(alone):
+                list(fit(net, tried, few, seed=seed))
+    except Exception as error:  # vmap has many ways to say that it can't express a network
+        return " ".join(str(error).split())[:200]
+    for one, other in zip(stacked, alone, strict=True):
+        for name, value in one.state_dict().items():
+            if not torch.allclose(value, other.state_dict()[name], rtol=1e-8, atol=1e-10):
+                return f"{name.removeprefix('net.')} would be trained otherwise than alone"
+    return None
+
+
+class _Double(nn.Module):
+    """A network in float64."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images.double())  # type: ignore[no-any-return]
+
+
+class _NoDropout(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in DROPOUTS else func(*args, **(kwargs or {}))
 
 
 def _why_not(experiment: Experiment, net: nn.Module, stacked: Sequence[Tensor], num_images: int) -> str | None:

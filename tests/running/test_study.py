@@ -27,7 +27,7 @@ from mnist_lab.running.workers import Done, EpochListener, Failed, Task, train_o
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import FinishedRun, finished_runs, open_store
 from mnist_lab.training.loop import EpochMetrics
-from mnist_lab.training.stacked import fit_stacked
+from mnist_lab.training.stacked import StackedTraining
 from mnist_lab.verdicts.statistics import judge_mean
 
 NO_CHANGES: dict[str, object] = {}
@@ -414,11 +414,12 @@ def test_a_seed_that_gives_no_number_among_seeds_trained_as_one_program_fails_al
     script = ROOT / "experiments" / "step2_dropout.py"
     job = job_of(script, uri, {"epochs": 2}, limit=64)
 
-    def one_gives_nan(*arguments: object) -> Iterator[list[EpochMetrics]]:
-        for epoch, metrics in enumerate(fit_stacked(*arguments), 1):  # type: ignore[arg-type]
-            yield [dataclasses.replace(metrics[0], **{loss: math.nan}) if epoch == 2 else metrics[0], metrics[1]]
+    class OneGivesNan(StackedTraining):
+        def epochs_of_seeds(self) -> Iterator[list[EpochMetrics]]:
+            for epoch, metrics in enumerate(super().epochs_of_seeds(), 1):
+                yield [dataclasses.replace(metrics[0], **{loss: math.nan}) if epoch == 2 else metrics[0], metrics[1]]
 
-    monkeypatch.setattr(workers, "fit_stacked", one_gives_nan)
+    monkeypatch.setattr(workers, "StackedTraining", OneGivesNan)
     store = open_store(uri)
     with track(store, "a study", params={}, tags={}) as parent:
         task = Task(job, parent.run_id, again=False)

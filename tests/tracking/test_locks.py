@@ -150,7 +150,7 @@ def test_a_run_that_ends_while_it_is_looked_at_keeps_its_status(
     store = open_store(uri)
     with track(store, "a run", params={}, tags={}) as tracked:
         found = stores.search(store, "attributes.status = 'RUNNING'")
-    monkeypatch.setattr(stores, "_search", lambda *_: found)
+    monkeypatch.setattr(stores, "search", lambda *_: found)
     lock = lock_of(store, tracked.run_id)
     with lock:  # left there, as by a process that is killed before it can remove it
         pass

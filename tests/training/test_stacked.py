@@ -16,7 +16,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.training.loop import fit
-from mnist_lab.training.stacked import can_stack, fit_stacked
+from mnist_lab.training.stacked import fit_stacked, why_not_stacked
 
 Load = Callable[[str], ModuleType]
 SEEDS = (3, 0, 11)
@@ -116,8 +116,8 @@ def test_each_seed_has_draws_of_its_own(load_script: Load, few_images: Mnist) ->
 
 def test_what_would_mix_the_seeds_is_refused(without_draws: Experiment, few_images: Mnist) -> None:
     mixing = dataclasses.replace(without_draws, optimizer=torch.optim.LBFGS, scheduler=None)
-    assert can_stack(without_draws, 300)
-    assert not can_stack(mixing, 300)
+    assert why_not_stacked(without_draws, few_images) is None
+    assert why_not_stacked(mixing, few_images)
     with pytest.raises(LabError, match=r"^optimizer: LBFGS can't train seeds together"):
         next(fit_stacked(initial_networks(mixing, SEEDS), mixing, few_images, SEEDS))
 
@@ -126,7 +126,7 @@ def test_what_would_mix_the_seeds_is_refused(without_draws: Experiment, few_imag
         optimizer.register_step_pre_hook(lambda *_: None)
         return optimizer
 
-    assert not can_stack(dataclasses.replace(without_draws, optimizer=hooked, scheduler=None), 300)
+    assert why_not_stacked(dataclasses.replace(without_draws, optimizer=hooked, scheduler=None), few_images)
     plateau = dataclasses.replace(without_draws, scheduler=ReduceLROnPlateau)
     with pytest.raises(LabError, match=r"^scheduler: ReduceLROnPlateau follows one run's loss"):
         next(fit_stacked(initial_networks(plateau, SEEDS), plateau, few_images, SEEDS))
@@ -154,7 +154,7 @@ def test_frozen_parameters_stay_as_they_are(few_images: Mnist) -> None:
         partial(Layers, frozen=True), optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
     )
     stacked, alone = initial_networks(experiment, SEEDS), initial_networks(experiment, SEEDS)
-    assert can_stack(experiment, 300)
+    assert why_not_stacked(experiment, few_images) is None
 
     list(fit_stacked(stacked, experiment, few_images, SEEDS))
 
@@ -205,7 +205,7 @@ def rate_by_width(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     ],
 )
 def test_what_stacking_would_leave_out_is_refused(experiment: Experiment, said: str, few_images: Mnist) -> None:
-    assert not can_stack(experiment, 300)
+    assert why_not_stacked(experiment, few_images)
     with pytest.raises(LabError, match=f"^{said}"):
         next(fit_stacked(initial_networks(experiment, SEEDS), experiment, few_images, SEEDS))
 
@@ -216,4 +216,4 @@ def test_groups_by_place_and_a_schedule_can_be_stacked(few_images: Mnist) -> Non
         return torch.optim.SGD([{"params": [first], "lr": 0.01}, {"params": others}], lr=0.1)
 
     schedule = partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.5)
-    assert can_stack(declare(Layers, optimizer=first_slower, scheduler=schedule), 300)
+    assert why_not_stacked(declare(Layers, optimizer=first_slower, scheduler=schedule), few_images) is None

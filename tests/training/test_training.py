@@ -7,7 +7,7 @@ import math
 import random
 import re
 import statistics
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from mnist_lab.data import Mnist, hold_out
 from mnist_lab.errors import LabError
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import epoch_metrics
-from mnist_lab.training.cudagraph import Captured
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import seed_generators
 from mnist_lab.training.loop import (
@@ -650,26 +649,6 @@ def test_the_rate_of_each_parameter_group_is_reported(small_mnist: Mnist) -> Non
         "lr_1": 0.25,
         "lr_2": 0.0,
     }
-
-
-def test_a_graph_is_recorded_anew_when_any_groups_hyperparameter_changes(
-    small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys: list[Hashable] = []
-    monkeypatch.setattr(Captured, "__call__", lambda captured, batch, key: keys.append(key) or captured.work(batch))
-
-    def two_groups(parameters: Iterator[nn.Parameter]) -> Optimizer:
-        return SGD([{"params": [parameter]} for parameter in parameters], lr=0.1, momentum=0.5)
-
-    def second_only(optimizer: Optimizer) -> LambdaLR:
-        return LambdaLR(optimizer, [lambda step: 1.0, lambda step: 0.5**step])
-
-    train(declare(optimizer=two_groups, scheduler=second_only), small_mnist)
-    train(declare(optimizer=partial(SGD, lr=0.1, momentum=0.5), epochs=1), small_mnist)
-
-    assert len(keys) == 12
-    assert [len(set(keys[start : start + 4])) for start in (0, 4, 8)] == [1, 1, 1]
-    assert keys[0] != keys[4]
 
 
 def rates(experiment: Experiment, mnist: Mnist) -> tuple[list[float], list[float]]:
