@@ -17,6 +17,7 @@ from torchvision import transforms
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.data import load_mnist
 from mnist_lab.training.loop import training_batch
+from mnist_lab.training.transforms import Augmentation
 
 BATCH_SIZE, DEGREES = 128, 7.0
 LAB, ALONE = "lab", "lab: random_rotation alone"
@@ -52,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(parser, argv)
     batches = max(2, arguments.batches)
     report = Report(arguments)
-    mnist, experiment = load_mnist(), load_experiment("step4_augment_steplr")
+    mnist, augment = load_mnist(), Augmentation(load_experiment("step4_augment_steplr").augmentation)
     order = torch.randperm(batches * BATCH_SIZE)
 
     def lab() -> float:
         laps = Laps()
         for batch in torch.split(order, BATCH_SIZE):
-            training_batch(mnist, batch, experiment)
+            training_batch(mnist, batch, augment)
             laps.lap()
         return images_per_second(batches, laps)
 

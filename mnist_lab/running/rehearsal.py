@@ -41,7 +41,7 @@ from mnist_lab.training.loop import (
     train_step,
     training_batch,
 )
-from mnist_lab.training.transforms import is_mixing, is_torchvision, parts
+from mnist_lab.training.transforms import Augmentation, is_mixing, is_torchvision, parts
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def _rehearse_augmentation(
 
     def drawn() -> Tensor:
         seed_generators(SEED)
-        return training_batch(mnist, batch, experiment)[0]
+        return training_batch(mnist, batch, Augmentation(experiment.augmentation))[0]
 
     first = drawn()
     start = time.perf_counter()
@@ -242,14 +242,14 @@ def _rehearse_step(
 ) -> None:
     batch = torch.arange(size, device=mnist.train_images.device)
     net.train()
-    images, labels = training_batch(mnist, batch, experiment)
+    images, labels = training_batch(mnist, batch, Augmentation(experiment.augmentation))
     train_step(net, normalize(images, experiment.normalize), labels, experiment, optimizer, again)
 
 
 def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: int) -> None:
     batch = torch.arange(size, device=mnist.train_images.device)
     with blame("augmentation"):
-        images, labels = training_batch(mnist, batch, experiment)
+        images, labels = training_batch(mnist, batch, Augmentation(experiment.augmentation))
         if not isinstance(images, Tensor):
             raise TypeError(f"gives a {type(images).__name__}, not a tensor of images")
         if images.shape != (size, 1, 28, 28) or images.dtype != torch.float32:

@@ -31,7 +31,7 @@ from mnist_lab.tracking.store import Store, close_abandoned, open_store
 from mnist_lab.training.cudagraph import Captured
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, Training, evaluate, initial_network, normalize, num_params, predict
-from mnist_lab.training.transforms import augment
+from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts import targets
 from mnist_lab.verdicts.targets import Verdict
 
@@ -344,8 +344,9 @@ def draw(
 
     augmented = None
     if experiment.augmentation is not None:
+        augment = Augmentation(experiment.augmentation)
         images, labels = mnist.train_images[:10].float() / 255, mnist.train_labels[:10]
-        draws = torch.stack([augment(experiment.augmentation, images, labels)[0] for _ in range(3)])
+        draws = torch.stack([augment(images, labels)[0] for _ in range(3)])
         augmented = images.squeeze(1).cpu().numpy(), draws.squeeze(2).cpu().numpy()
     return run_figures(
         [{**identity, "epoch": metrics.epoch, **epoch_metrics(metrics)} for metrics in epochs],

@@ -24,7 +24,7 @@ from mnist_lab.experiment import MNIST_PIXELS, Experiment
 from mnist_lab.training.cudagraph import Captured
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import generator_states, kept_generators, seed_generators, set_generator_states
-from mnist_lab.training.transforms import augment
+from mnist_lab.training.transforms import Augmentation
 
 EVALUATION_BATCH_SIZE = 500
 
@@ -135,6 +135,7 @@ class Loop:
         buffers: Sequence[Tensor] = (),
     ) -> None:
         self.nets, self.experiment, self.mnist, self.shape, self.on_batch = nets, experiment, mnist, shape, on_batch
+        self.augment = Augmentation(experiment.augmentation)
         self.optimizer = build_optimizer(experiment, parameters)
         self.scheduler = build_scheduler(experiment, self.optimizer, len(mnist.train_images))
         self.shuffling = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -245,7 +246,7 @@ class Loop:
 
     def inputs(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normalised images (*shape, N, 1, 28, 28) of a batch, and their labels."""
-        images, labels = training_batch(self.mnist, batch.flatten(), self.experiment)
+        images, labels = training_batch(self.mnist, batch.flatten(), self.augment)
         images, labels = normalize(images, self.experiment.normalize), labels.view(*batch.shape, *labels.shape[1:])
         return images.view(*batch.shape, *images.shape[1:]), labels
 
@@ -355,13 +356,12 @@ def evaluation_part(mnist: Mnist) -> tuple[Literal["test", "validation"], Tensor
     return "validation", mnist.validation_images, mnist.validation_labels
 
 
-def training_batch(mnist: Mnist, batch: Tensor, experiment: Experiment) -> tuple[Tensor, Tensor]:
+def training_batch(mnist: Mnist, batch: Tensor, augment: Augmentation) -> tuple[Tensor, Tensor]:
     """Return the images (N, 1, 28, 28), augmented, in [0, 1], that the indices `batch` (N,) name, and their labels.
 
     Labels are (N,), or probabilities (N, 10) where the augmentation makes them such.
     """
-    images, labels = mnist.train_images[batch].float() / 255, mnist.train_labels[batch]
-    return (images, labels) if experiment.augmentation is None else augment(experiment.augmentation, images, labels)
+    return augment(mnist.train_images[batch].float() / 255, mnist.train_labels[batch])
 
 
 def train_step(

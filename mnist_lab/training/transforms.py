@@ -17,20 +17,27 @@ MIXING = ("MixUp", "CutMix")  # of torchvision: they mix the images of a batch, 
 Given = Literal["batch", "image", "labels"]
 
 
-def augment(augmentation: Callable[..., Any], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the augmented images (N, 1, 28, 28) and their labels, (N,) or probabilities (N, 10).
+class Augmentation:
+    """Maps images (N, 1, 28, 28) and labels (N,) to augmented images and their labels, (N,) or probabilities (N, 10).
 
     torchvision's transforms draw once per call, so they are applied image by image, and so is whatever stands in a
     Compose with them. Those that mix images are called once for the batch.
     """
-    for given, transforms in groupby(parts(augmentation), key=lambda part: part[0]):
-        chain = [transform for _, transform in transforms]
-        if given == "image":
-            images = image_by_image(images, partial(_apply, chain))
-        else:
-            for transform in chain:
-                images, labels = transform(images, labels) if given == "labels" else (transform(images), labels)
-    return images, labels
+
+    def __init__(self, declared: Callable[..., Any] | None) -> None:
+        self.stages: list[tuple[Given, list[Any]]] = []
+        if declared is not None:
+            for given, transforms in groupby(parts(declared), key=lambda part: part[0]):
+                self.stages.append((given, [transform for _, transform in transforms]))
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        for given, chain in self.stages:
+            if given == "image":
+                images = image_by_image(images, partial(_apply, chain))
+            else:
+                for transform in chain:
+                    images, labels = transform(images, labels) if given == "labels" else (transform(images), labels)
+        return images, labels
 
 
 def _apply(chain: list[Callable[[Tensor], Tensor]], image: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training.loop import fit, initial_network
 from mnist_lab.training.stacked import why_not_stacked
-from mnist_lab.training.transforms import augment, takes_labels
+from mnist_lab.training.transforms import Augmentation, takes_labels
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def test_each_image_has_a_draw_of_its_own(transform: Any, small_mnist: Mnist) ->
     alike = (small_mnist.train_images[:1].float() / 255).expand(12, 1, 28, 28)
     torch.manual_seed(0)
 
-    images, labels = augment(transform, alike, torch.arange(12))
+    images, labels = Augmentation(transform)(alike, torch.arange(12))
 
     assert type(images) is Tensor
     assert (images.shape, images.dtype) == (alike.shape, torch.float32)
