@@ -10,13 +10,14 @@ another tensor in a buffer's place) would be frozen, so each graph is first trie
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mnist_lab.arguments import stable_text
 from mnist_lab.errors import LabError, script_line
@@ -41,7 +42,7 @@ class Graph:
 class Captured:
     """Calls `work(batch)`; on a CUDA device it launches a graph of it, one per shape of batch, where that is the same.
 
-    work: sets the gradients of `parameters`, which were None, and adds to `sums` in place. Where it can't be recorded,
+    work: sets the gradients of the optimizer's parameters, and adds to `sums` in place. Where it can't be recorded,
         or a graph of it computes something else, it is called as it is, and `refused` and a notice say why.
     nets: the networks in it, whose buffers and plain attributes it may change.
     buffers: those that belong to no network.
@@ -51,25 +52,34 @@ class Captured:
         self,
         work: Callable[[Tensor], None],
         nets: Sequence[nn.Module],
-        parameters: Sequence[Tensor],
+        optimizer: Optimizer,
         buffers: Sequence[Tensor],
         sums: Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        self.work, self.nets, self.parameters, self.device = work, nets, parameters, device
+        self.work, self.nets, self.optimizer, self.device = work, nets, optimizer, device
         self.buffers, self.sums = buffers, sums
         self.refused = ""
-        self.graphs: dict[torch.Size, Graph] = {}
+        self.graphs: dict[Hashable, Graph] = {}
 
     def __call__(self, batch: Tensor) -> None:
-        if not self.refused and can_record(self.device) and batch.shape not in self.graphs:
-            self._prepare(batch)
-        graph = self.graphs.get(batch.shape)
+        graph = None
+        if not self.refused and can_record(self.device):
+            # A schedule may add parameters to the optimizer, or let some be trained later.
+            key = batch.shape, tuple((id(parameter), parameter.requires_grad) for parameter in self.parameters)
+            graph = self.graphs.get(key) or self._prepare(batch, key)
         if graph is None:
-            self._clear_gradients()
-            self.work(batch)
+            self._work(batch)
         else:
             self._launch(graph, batch)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _work(self, batch: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.work(batch)
 
     @property
     def tags(self) -> dict[str, str]:
@@ -84,17 +94,12 @@ class Captured:
         for parameter, gradient in zip(self.parameters, graph.gradients, strict=True):
             parameter.grad = gradient
 
-    def _clear_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def _prepare(self, batch: Tensor) -> None:
-        """Record a graph for this shape of batch, and keep it if it does what the work does; nothing else changes."""
+    def _prepare(self, batch: Tensor, key: Hashable) -> Graph | None:
+        """Record a graph for such batches, and keep it if it does what the work does; nothing else changes."""
         before = self._state()
         try:
             with reads_refused(self.device):
-                self._clear_gradients()
-                self.work(batch)
+                self._work(batch)
             self._restore(before)
             graph = self._record(batch)
             self._restore(before)
@@ -108,16 +113,16 @@ class Captured:
                 f"device: {self.device} can't go on after a recording that failed ({refused}); train on the CPU, or "
                 "take that out"
             ) from error
-        self._clear_gradients()
         if refused:
             self.refused, self.graphs = refused, {}
             logger.warning("no CUDA graph, so slower: %s", refused)
-        else:
-            self.graphs[batch.shape] = graph
+            return None
+        self.graphs[key] = graph
+        return graph
 
     def _record(self, batch: Tensor) -> Graph:
         static = batch.clone()
-        self._clear_gradients()
+        self.optimizer.zero_grad()
         replay = record(self.device, lambda: self.work(static))
         return Graph(replay, static, [parameter.grad for parameter in self.parameters])
 
@@ -137,17 +142,14 @@ class Captured:
                     total.copy_(value)
             return [*seen, *self._buffers()], self._state()
 
-        def eager() -> None:
-            self._clear_gradients()
-            self.work(batch)
-
-        own, after = tried(eager)
+        own, after = tried(lambda: self._work(batch))
         changed = [key[1] for key, value in after.attributes.items() if value != before.attributes.get(key)]
         if changed or after.numbers != before.numbers:
             what = f"the network changes its attribute {changed[0]!r}" if changed else "numbers are drawn on the CPU"
             return f"{what}, which a graph would repeat for all batches"
         graphs, _ = tried(lambda: self._launch(graph, batch))
-        if _distance(own, graphs) > 0 and _distance(own, graphs) > NOISE * _distance(own, tried(eager)[0]):
+        distance = _distance(own, graphs)
+        if distance > 0 and distance > NOISE * _distance(own, tried(lambda: self._work(batch))[0]):
             return "it computes something else than the same batches launched one by one"
         return ""
 

@@ -149,7 +149,7 @@ class Loop:
         self.captured = Captured(
             self._compute_gradients,
             nets,
-            [parameter for group in self.optimizer.param_groups for parameter in group["params"]],
+            self.optimizer,
             buffers,
             [self.loss_sum, self.correct, self.losses, self.batch],
             self.device,

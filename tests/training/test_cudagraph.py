@@ -147,6 +147,21 @@ class PartlyUsed(Small):
         self.layers[0].weight.requires_grad_(False)
 
 
+class Unfreezes(StepLR):
+    """Lets the first layer be trained from the second epoch on."""
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step()
+        first = self.optimizer.param_groups[0]["params"][0]
+        first.requires_grad_(self.last_epoch > 0)
+
+
+class FirstFrozen(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0].weight.requires_grad_(False)
+
+
 EMA = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
 SAME: dict[str, dict[str, Any]] = {
     "two groups, one scheduled": {"optimizer": two_groups, "scheduler": second_group_falls},
@@ -159,6 +174,7 @@ SAME: dict[str, dict[str, Any]] = {
     "an objective": {"objective": partial(mixup, alpha=0.3)},
     "no augmentation": {"augmentation": None},
     "frozen and unused parameters": {"net": PartlyUsed},
+    "a layer that is trained later": {"net": FirstFrozen, "scheduler": partial(Unfreezes, step_size=1)},
     "one shape of batch": {"batch_size": 25},
     "one batch an epoch": {"batch_size": 75},
 }
@@ -171,7 +187,8 @@ def test_what_is_declared_trains_by_graphs_as_it_does_without(
     captured = compare(declare(**changes)).captured
 
     assert captured.refused == ""
-    assert len(captured.graphs) == (1 if changes.get("batch_size") in (25, 75) else 2)
+    graphs = {25: 1, 75: 1}.get(changes.get("batch_size", 32), 2)
+    assert len(captured.graphs) == (4 if changes.get("net") is FirstFrozen else graphs)
     assert captured.tags == {}  # on a CPU that does not pass for a device
 
 
@@ -284,6 +301,16 @@ def test_what_a_graph_would_freeze_is_trained_without_one_and_said(
     (said,) = caplog.messages
     assert said.startswith("no CUDA graph, so slower: ")
     assert re.search(reason, captured.refused)
+
+
+def test_nothing_is_recorded_of_a_network_that_reads_values(few: Mnist, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording that fails may spoil torch's generator for the rest of the program."""
+    recorded: list[object] = []
+    graph_emulator.install(monkeypatch)
+    monkeypatch.setattr(cudagraph, "record", lambda device, work: recorded.append(work))
+
+    assert "reads a value" in train(declare(net=Looks, epochs=1), few).captured.refused
+    assert recorded == []
 
 
 def test_an_optimizer_that_evaluates_by_itself_has_no_graph(compare: Callable[[Experiment], Training]) -> None:
