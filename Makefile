@@ -98,8 +98,12 @@ compare: $(INSTALLED)  ## print one row per experiment from the tracked runs
 	@$(PYTHON) -m mnist_lab compare $(ARGS)
 
 .PHONY: export
-export: $(INSTALLED)  ## write the figures of the tracked runs to docs/results and into README.md
+export: $(INSTALLED)  ## write the figures of the tracked runs to reports/results
 	@$(PYTHON) -m mnist_lab export $(ARGS)
+
+.PHONY: publish
+publish: $(INSTALLED)  ## put the figures of the tracked runs into docs/results and README.md
+	@$(PYTHON) -m mnist_lab publish $(ARGS)
 
 .PHONY: ui
 ui: $(INSTALLED)  ## browse the runs in the MLflow UI

@@ -1,4 +1,4 @@
-"""The jobs that belong to no experiment: `python -m mnist_lab data | resume | sync | compare | export | ...`."""
+"""The jobs that belong to no experiment: `python -m mnist_lab data | resume | sync | compare | publish | ...`."""
 
 from __future__ import annotations
 
@@ -64,10 +64,23 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write the figures that are committed: CSVs and the tables made of them."""
+    """Write the tracked runs' figures for oneself: CSVs and the tables made of them."""
     from mnist_lab.results.evidence import export_runs
 
-    for file in export_runs(arguments.folder, arguments.readme, tracking_uri=arguments.tracking_uri):
+    for file in export_runs(arguments.folder, tracking_uri=arguments.tracking_uri):
+        print(f"Written: {file}")
+
+
+def publish(arguments: argparse.Namespace) -> None:
+    """Put the tracked runs' figures among those that are committed, and say what that changes."""
+    from mnist_lab.results.evidence import prepare_publication
+
+    publication = prepare_publication(arguments.folder, arguments.readme, tracking_uri=arguments.tracking_uri)
+    print("\n".join(publication.changes) or "The published rows are those of the store already.")
+    if publication.refusals and not arguments.replace:
+        reasons = ", and ".join(publication.refusals)
+        raise LabError(f'nothing was written: {reasons}; if that is meant, `make publish ARGS="--replace"`')
+    for file in publication.write():
         print(f"Written: {file}")
 
 
@@ -153,9 +166,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--include-overrides", action="store_true", help="also runs with overridden hyperparameters")
     held_out = "runs that hold out N training images (default 0)"
     command.add_argument("--holdout", type=number_from(), default=0, metavar="N", help=held_out)
-    command = add(export, "write the tracked runs' figures to docs/results and README")
+    command = add(export, "write the tracked runs' figures to reports/results")
+    folder = PROJECT_ROOT / "reports" / "results"
+    command.add_argument("--folder", type=Path, default=folder, help="where to (default: reports/results/)")
+    command = add(publish, "put the tracked runs' figures into docs/results and README")
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
     command.add_argument("--readme", type=Path, default=PROJECT_ROOT / "README.md", help="the page with the tables")
+    command.add_argument("--replace", action="store_true", help="also replace published rows and mix hardware")
     command = add(report, "write steps.html and steps.md from the tracked runs")
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")
     command = add(ui, "serve the MLflow UI on loopback")

@@ -182,6 +182,8 @@ def print_study(result: StudyResult, job: Job) -> None:
 
 def how_sure(verdict: Verdict) -> str:
     """Say how sure the verdict on the accuracy of several seeds is, and how many it takes where it is not shown."""
+    from mnist_lab.verdicts.comparison import seeds_text
+
     if verdict.n == 1:
         return "One seed shows nothing about the mean: train more of them."
     side = "at least" if verdict.measured >= verdict.target else "below"
@@ -190,7 +192,8 @@ def how_sure(verdict: Verdict) -> str:
         return f"{text}, from {verdict.n} seeds."
     if verdict.seeds_needed is None:
         return f"{text}, which does not show it; how many seeds would can't be said."
-    return f"{text}, which does not show it; about {verdict.seeds_needed:,} seeds would, if the mean stays where it is."
+    needed = seeds_text(verdict.seeds_needed)
+    return f"{text}, which does not show it; about {needed} seeds would, if the mean stays where it is."
 
 
 def print_result(result: RunResult, job: Job) -> None:

@@ -25,7 +25,7 @@ from scipy import special
 from mnist_lab.errors import LabError
 from mnist_lab.verdicts.comparison import step_order
 from mnist_lab.verdicts.measures import MEASURES
-from mnist_lab.verdicts.statistics import aggregate
+from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D"), ("black", "-", "v"))
@@ -171,9 +171,9 @@ def plot_steps(
     """Compare steps by the accuracy of their last epoch: against parameters (above) and one by one (below).
 
     runs: one row per run with `step, seed, num_params, final_test_accuracy, best_test_accuracy`; of several runs of one
-    seed the first in the table counts. The bars are 95 % intervals: Student's t over the seeds, so for other seeds on
-    the same test images; or, for a step with a single seed, Wilson's score interval of a proportion of `test_images`
-    (`scipy.stats.binomtest`), so for this network on other test images.
+    seed the first in the table counts. The bars are 95 % intervals: Student's t over four or more seeds, so for other
+    seeds on the same test images; or, for a step with a single seed, Wilson's score interval of a proportion of
+    `test_images` (`scipy.stats.binomtest`), so for this network on other test images. Two or three seeds have none.
     """
     table = _step_table(runs, test_images)
     rows = np.arange(len(table))
@@ -188,10 +188,10 @@ def plot_steps(
         points = np.array([(x, y) for x, y, p in public_figures if p == protocol])
         face = "none" if protocol == PICKED else GREY
         above.plot(*points.T, ls="none", marker=marker, ms=5, color=GREY, mfc=face, zorder=2, label=protocol)
-    several = table["seeds"] > 1
     for chosen, marker, face, label in (
-        (several, "o", BLUE, "mean over seeds, 95 % t-interval"),
-        (~several, "s", "white", f"one seed, 95 % Wilson interval on {test_images:,} images"),
+        (table["seeds"] >= FEWEST_FOR_INTERVAL, "o", BLUE, "mean over seeds, 95 % t-interval"),
+        (table["seeds"].between(2, FEWEST_FOR_INTERVAL - 1), "o", "white", "mean, too few seeds for an interval"),
+        (table["seeds"] == 1, "s", "white", f"one seed, 95 % Wilson interval on {test_images:,} images"),
     ):
         if chosen.any():
             part = table[chosen]
@@ -213,8 +213,10 @@ def plot_steps(
     below.set_yticks(rows, [f"{name}   {i}" for i, name in enumerate(names, start=1)])
     right = below.twinx()
     right.set(ylim=below.get_ylim(), yticks=rows)
-    right.set_yticklabels(f"{m:.2f} [{low:.2f}, {high:.2f}], n = {n}" for n, m, low, high in
-                          table[["seeds", "mean", "low", "high"]].itertuples(index=False))  # fmt: skip
+    right.set_yticklabels(
+        f"{mean:.2f}{'' if low == high else f' [{low:.2f}, {high:.2f}]'}, n = {n}"
+        for n, mean, low, high in table[["seeds", "mean", "low", "high"]].itertuples(index=False)
+    )
     _stretch(above.yaxis)
     _stretch(below.xaxis)
     above.grid(alpha=0.3)
@@ -303,7 +305,10 @@ def run_figures(
 
 
 def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:
-    """Summarise each step: num_params, seeds, and mean, best, low and high (95 % interval) in percent."""
+    """Summarise each step: num_params, seeds, and mean, best, low and high in percent.
+
+    low, high: the 95 % interval; the mean itself where there are too few seeds for one.
+    """
     _require(runs, "runs", ["step", "seed", "num_params", "final_test_accuracy", "best_test_accuracy"])
     for name in ("final_test_accuracy", "best_test_accuracy"):
         bad = runs[~runs[name].between(0, 100)]
@@ -322,6 +327,8 @@ def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:
         if last.n == 1:
             right = stats.binomtest(round(last.mean / 100 * test_images), test_images)
             low, high = (100 * bound for bound in right.proportion_ci(0.95, method="wilson"))
+        elif last.n < FEWEST_FOR_INTERVAL:
+            low = high = last.mean
         rows.append((step, counts[0], last.n, last.mean, low, high, group["best_test_accuracy"].mean()))
     names = ["step", "num_params", "seeds", "mean", "low", "high", "best"]
     return pd.DataFrame(rows, columns=names).set_index("step")

@@ -206,7 +206,7 @@ def test_a_step_that_is_no_file_name_is_not_exported(step: str, uri: str, tmp_pa
     (tmp_path / "README.md").write_text(PAGE)
 
     with pytest.raises(LabError, match="^step: .* can't name a file of figures"):
-        evidence.export_runs(tmp_path / "results", tmp_path / "README.md", tracking_uri=uri)
+        evidence.export_runs(tmp_path / "results", tracking_uri=uri)
 
     assert not (tmp_path / "results").exists()
     assert (tmp_path / "README.md").read_text() == PAGE
@@ -220,7 +220,7 @@ def test_what_a_store_says_of_a_run_is_text_in_the_tables(uri: str, tmp_path: Pa
     for page in (tmp_path / "README.md", folder / "README.md"):
         page.write_text(f"{PAGE}<!-- runs -->\n<!-- /runs -->\n")
 
-    evidence.export_runs(folder, tmp_path / "README.md", tracking_uri=uri)
+    evidence.prepare_publication(folder, tmp_path / "README.md", tracking_uri=uri).write()
 
     page = (folder / "README.md").read_text()
     assert "&lt;img src=x onerror=hardware&gt; \\| b" in page

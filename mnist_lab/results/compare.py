@@ -18,6 +18,7 @@ from mnist_lab.verdicts.comparison import (
     adjust,
     compare_predictions,
     compare_seeds,
+    seeds_text,
     step_order,
 )
 from mnist_lab.verdicts.targets import judge
@@ -113,7 +114,7 @@ def compare_text(table: pd.DataFrame, *, holdout: int = 0) -> tuple[list[list[st
             for mean, sd in table[["last", "last_sd"]].to_numpy()
         ],
         "verdict": table["verdict_accuracy"].tolist(),
-        "seeds\nneeded": ["-" if pd.isna(n) else f"{n:,}" for n in table["seeds_needed"]],
+        "seeds\nneeded": ["-" if pd.isna(n) else seeds_text(n) for n in table["seeds_needed"]],
         "best\nvalidation" if holdout else "best": [percent(value) for value in table["best"]],
         "train": [percent(value) for value in table["train"]],
         "reported\nlast": [percent(value) for value in table["reported_final_test_accuracy"]],

@@ -1,6 +1,7 @@
-"""The committed figures: CSVs of the tracked runs in docs/results, and the tables made of them.
+"""Figures as files: CSVs of the tracked runs, and the tables made of them.
 
-The tables in README.md and docs/results/README.md are made from the CSVs alone, so that a test can make them again.
+Exported, they are one's own; published, they are those of docs/results and README.md. The tables there are made from
+the CSVs alone, so that a test can make them again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import html
 import io
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
@@ -25,7 +28,18 @@ from mnist_lab.experiment import quoted
 from mnist_lab.results.compare import TARGETS, newest_runs, summarise
 from mnist_lab.results.runs import epoch_history, load_runs, run_table
 from mnist_lab.tracking.disk import replace_files
-from mnist_lab.verdicts.comparison import PAIRS, Comparison, adjust, compare_seeds, interval_text, p_text, step_order
+from mnist_lab.tracking.sqlite import PROJECT_ROOT
+from mnist_lab.verdicts.comparison import (
+    PAIRS,
+    Comparison,
+    adjust,
+    compare_seeds,
+    interval_text,
+    mean_interval_text,
+    p_text,
+    seeds_text,
+    step_order,
+)
 from mnist_lab.verdicts.measures import MEASURES
 
 logger = logging.getLogger(__name__)
@@ -70,52 +84,157 @@ EFFECT_COLUMNS = {
     "seeds_needed": ("seeds_needed", ""),
 }
 OTHER_FILES = ("effects", "epochs")  # CSVs in the folder that belong to no step
+PUBLISHED = PROJECT_ROOT / "docs" / "results"
+EXPORTED_PAGE = """# The figures of the tracked runs
+
+Test accuracy in percent, mean ± sd over the seeds. \\* The best epoch was picked on the test images.
+
+<!-- results -->
+<!-- /results -->
+
+## What each change is worth
+
+<!-- effects -->
+<!-- /effects -->
+
+## How the runs were made
+
+<!-- runs -->
+<!-- /runs -->
+"""
 
 
-def export_runs(folder: Path, readme: Path, *, tracking_uri: str | None = None) -> list[Path]:
-    """Write the tracked runs' CSVs into the folder, and the tables of `readme` and the folder's README.md from them.
+def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
+    """Write the tracked runs' CSVs into a folder of one's own, and the tables made of them into its README.md.
 
-    A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere.
     A step that can't name a file is left out, with a warning. Returns what was written.
 
     Raises:
-        LabError: if the store has no runs that can be exported, a page has no markers for its tables, or a file can't
-            be read or written; then nothing was changed.
+        LabError: if the store has no runs that can be exported, the folder is that of the published figures, its
+            README.md has no markers for tables, or a file can't be read or written; then nothing was changed.
     """
-    loaded = load_runs(tracking_uri)
-    runs = _exportable(newest_runs(run_table(loaded=loaded)))
-    history = epoch_history(loaded=loaded)
-    history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
-    exported = _cells(runs.to_dict("records"), {"step": ("step", ""), **COLUMNS})
-    steps, seed_of, code_of = set(runs["step"]), itemgetter("step", "seed"), itemgetter("step", "code_sha256")
+    if folder.resolve() == PUBLISHED.resolve():
+        raise LabError(f"folder: {folder} holds the published figures; `make publish` adds to them")
+    rows, epochs = _tracked(tracking_uri)
+    page = folder / "README.md"
+    with _file_errors(folder):
+        old = page.read_text("utf-8") if page.exists() else EXPORTED_PAGE
+        files = {**_csvs(folder, {row["step"] for row in rows}, rows, epochs), page: with_tables(old, tables(rows))}
+        replace_files(files)
+    return sorted(files)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What publishing the tracked runs would change.
+
+    changes: a sentence for each row that is added, replaced or removed.
+    refusals: why it takes `--replace`; a sentence each.
+    """
+
+    changes: list[str]
+    refusals: list[str]
+    files: dict[Path, str]
+
+    def write(self) -> list[Path]:
+        """Write the files, and return them.
+
+        Raises:
+            LabError: if one can't be written; then nothing was changed.
+        """
+        with _file_errors(*self.files):
+            replace_files(self.files)
+        return sorted(self.files)
+
+
+def prepare_publication(folder: Path, readme: Path, *, tracking_uri: str | None = None) -> Publication:
+    """Lay the tracked runs over the published CSVs in the folder, and make the tables of `readme` and its README.md.
+
+    A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere.
+    Nothing is written. A step that can't name a file is left out, with a warning.
+
+    Raises:
+        LabError: if the store has no runs that can be published, a page has no markers for its tables, or a file can't
+            be read.
+    """
+    exported, history = _tracked(tracking_uri)
+    seed_of, code_of = itemgetter("step", "seed"), itemgetter("step", "code_sha256")
+    steps = {row["step"] for row in exported}
     seeds, codes = set(map(seed_of, exported)), set(map(code_of, exported))
-    try:
-        kept = [
-            row
-            for row in read_rows(folder)
-            if row["step"] not in steps or (seed_of(row) not in seeds and code_of(row) in codes)
-        ]
+    with _file_errors(folder, readme):
+        old = read_rows(folder)
+        kept = [row for row in old if row["step"] not in steps or (seed_of(row) not in seeds and code_of(row) in codes)]
         kept_seeds = set(map(seed_of, kept))
         kept_epochs = [
             row for row in _read(folder / "epochs.csv") if row["step"] not in steps or seed_of(row) in kept_seeds
         ]
-        rows, epochs = (
-            _in_order(exported + kept),
-            _in_order(_cells(history.to_dict("records"), EPOCH_COLUMNS) + kept_epochs),
-        )
+        rows, epochs = _in_order(exported + kept), _in_order(history + kept_epochs)
         made = tables(rows)
-        written = {
-            **{folder / f"{step}.csv": _csv(COLUMNS, _of(step, rows)) for step in steps},
-            folder / "epochs.csv": _csv(EPOCH_COLUMNS, epochs),
-            folder / "effects.csv": _csv(EFFECT_COLUMNS, effect_rows(compare_rows(rows))),
+        files = {
+            **_csvs(folder, steps, rows, epochs),
             **{page: with_tables(page.read_text("utf-8"), made) for page in (readme, folder / "README.md")},
         }
-        replace_files(written)
+    return Publication(*_changes(old, rows), files)
+
+
+def _changes(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Return a sentence for each row that changes, and one for each reason not to publish without being told to."""
+    before, after = ({(row["step"], row["seed"]): row for row in rows} for rows in (old, new))
+    added, replaced = [], []
+    for step, seed in dict.fromkeys([*after, *before]):
+        was, row, name = before.get((step, seed)), after.get((step, seed)), f"{step} seed {seed}"
+        if was is None and row is not None:
+            added.append(f"{name}: added, {row['last']} on {row['hardware'] or 'unknown hardware'}")
+        elif was is not None and row is None:
+            replaced.append(f"{name}: removed, {was['last']}; the store's runs of the step are of other code")
+        elif was is not None and row is not None and was != row:
+            cells = [f"{column} {was.get(column)} -> {cell}" for column, cell in row.items() if was.get(column) != cell]
+            replaced.append(f"{name}: replaced, {', '.join(cells)}")
+    refusals = []
+    if replaced:
+        rows_are = "row" if len(replaced) == 1 else "rows"
+        refusals.append(f"{len(replaced)} published {rows_are} would be replaced or removed")
+    refusals += _mixed_hardware(old, new, "the tables")
+    if not refusals:
+        for step in dict.fromkeys(row["step"] for row in new):
+            refusals += _mixed_hardware(_of(step, old), _of(step, new), f"the seeds of {step}")
+    return added + replaced, refusals
+
+
+def _mixed_hardware(old: Iterable[Row], new: Iterable[Row], what: str) -> list[str]:
+    """Say so where the new rows are of several kinds of hardware, and not all of these are among the old ones."""
+    was, now = ({row["hardware"] for row in rows if row["hardware"]} for rows in (old, new))
+    return [f"{what} would mix hardware: {' and '.join(sorted(now))}"] if len(now) > 1 and now - was else []
+
+
+def _tracked(tracking_uri: str | None) -> tuple[list[Row], list[Row]]:
+    """Return the rows of the tracked runs and those of their epochs, as the CSVs hold them."""
+    loaded = load_runs(tracking_uri)
+    runs = _exportable(newest_runs(run_table(loaded=loaded)))
+    history = epoch_history(loaded=loaded)
+    history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
+    rows = _cells(runs.to_dict("records"), {"step": ("step", ""), **COLUMNS})
+    return _in_order(rows), _in_order(_cells(history.to_dict("records"), EPOCH_COLUMNS))
+
+
+def _csvs(folder: Path, steps: Iterable[str], rows: Sequence[Row], epochs: Iterable[Row]) -> dict[Path, str]:
+    """Return the CSVs of these steps, and those of the epochs and effects of all rows."""
+    return {
+        **{folder / f"{step}.csv": _csv(COLUMNS, _of(step, rows)) for step in steps},
+        folder / "epochs.csv": _csv(EPOCH_COLUMNS, epochs),
+        folder / "effects.csv": _csv(EFFECT_COLUMNS, effect_rows(compare_rows(rows))),
+    }
+
+
+@contextmanager
+def _file_errors(*files: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise LabError(f"the results can't be exported: {error.strerror}: {error.filename}") from error
     except UnicodeDecodeError as error:
-        raise LabError(f"the results can't be exported: a file in {folder} or {readme} is not UTF-8") from error
-    return sorted(written)
+        where = " or ".join(map(str, files))
+        raise LabError(f"the results can't be exported: a file in {where} is not UTF-8") from error
 
 
 def _exportable(runs: pd.DataFrame) -> pd.DataFrame:
@@ -190,7 +309,7 @@ def _verdict(row: Mapping[Any, Any]) -> str:
     """Return the verdict on each stated target; on the accuracy of several seeds, what their mean shows."""
     words = {name: f"{name} {row[f'verdict_{name}']}" for name in TARGETS if row[f"verdict_{name}"] != "-"}
     if pd.notna(row["seeds_needed"]):
-        words["accuracy"] += f" (needs about {row['seeds_needed']:,} seeds)"
+        words["accuracy"] += f" (needs about {seeds_text(row['seeds_needed'])} seeds)"
     return ", ".join(words.values()) or "no target stated"
 
 
@@ -223,7 +342,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.globals["interval"] = interval_text
+TEMPLATES.globals |= {"interval": interval_text, "mean_interval": mean_interval_text}
 TEMPLATES.filters |= {
     "percent": lambda value: "–" if value != value else f"{value:.2f}",
     "cell": markdown_cell,

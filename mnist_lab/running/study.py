@@ -32,6 +32,7 @@ from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import FinishedRun, adopt, close_abandoned, finished_runs, open_store
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.training.stacked import why_not_stacked
+from mnist_lab.verdicts.comparison import mean_interval_text
 from mnist_lab.verdicts.statistics import Aggregate, aggregate
 from mnist_lab.verdicts.targets import Verdict, judge
 
@@ -209,7 +210,7 @@ def tables(result: StudyResult) -> list[tuple[list[tuple[str, ...]], tuple[str, 
             _label(name),
             f"{a.mean:.2f}",
             f"{a.sd:.3f}" if math.isfinite(a.sd) else "-",
-            f"{a.low:.2f} to {a.high:.2f}" if math.isfinite(a.low) else "-",
+            mean_interval_text(a.n, a.low, a.high),
             f"{a.minimum:.2f}",
             f"{a.median:.2f}",
             f"{round(a.share_at_target * a.n)} of {a.n}" if math.isfinite(a.share_at_target) else "-",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from numpy.typing import ArrayLike
 
 from mnist_lab.verdicts import statistics
-from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, MCNEMAR, Difference
+from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, FEWEST_FOR_INTERVAL, MCNEMAR, Difference
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Comparison(Difference, Pair):
 
     @property
     def verdict(self) -> str:
-        """What was shown: "better by 0.12 points", or "no difference shown (needs about 44 seeds for 0.03 points)"."""
+        """What was shown: "better by 0.12 points", or "no difference shown (needs about 40 seeds for 0.03 points)"."""
         size = f"{abs(self.effect):.2f} points"
         if self.shown:
             of = " in this one run of each" if self.test == MCNEMAR else ""
@@ -71,7 +71,7 @@ class Comparison(Difference, Pair):
             return "no difference shown (among so many comparisons)"
         if self.seeds_needed is None:
             return "no difference shown"
-        return f"no difference shown (needs about {self.seeds_needed:,} seeds for {size})"
+        return f"no difference shown (needs about {seeds_text(self.seeds_needed)} seeds for {size})"
 
     @property
     def sentence(self) -> str:
@@ -120,7 +120,7 @@ def effects_text(comparisons: Iterable[Comparison]) -> tuple[list[list[str]], li
             p_text(c.p_holm),
             c.seeds,
             c.word,
-            "-" if c.seeds_needed is None else f"{c.seeds_needed:,}",
+            "-" if c.seeds_needed is None else seeds_text(c.seeds_needed),
         ]
         for c in comparisons
     ]
@@ -131,6 +131,17 @@ def interval_text(low: float, high: float, *, signed: bool = False) -> str:
     """Return an interval as it is printed, e.g. "99.31 to 99.44", or "-" where there is none."""
     sign = "+" if signed else ""
     return "-" if math.isnan(low) else f"{low:{sign}.2f} to {high:{sign}.2f}"
+
+
+def mean_interval_text(seeds: int, low: float, high: float) -> str:
+    """Return the interval of a mean accuracy as it is printed, or that there are too few seeds for one."""
+    return interval_text(low, high) if seeds >= FEWEST_FOR_INTERVAL else "too few seeds"
+
+
+def seeds_text(needed: int) -> str:
+    """Return a number of seeds needed as it is printed, rounded to one digit that counts: 224 as "200"."""
+    unit: int = 10 ** (len(str(needed)) - 1)
+    return f"{(needed + unit // 2) // unit * unit:,}"
 
 
 def p_text(p: float) -> str:

@@ -22,6 +22,7 @@ ALPHA_TARGET = 0.01  # one-sided: the field's standard for records is a mean ove
 ALPHA_DIFFERENCE = 0.05  # two-sided
 POWER = 0.8  # the chance of seeing a difference that exists
 MOST_SEEDS = 1_000_000  # beyond this, "it can't be said"
+FEWEST_FOR_INTERVAL = 4  # seeds; with fewer, the interval of a mean is 2.5 or 9 times the sd to each side
 MCNEMAR = "McNemar's exact test"
 
 

@@ -1,12 +1,14 @@
-"""The committed figures: the tables say what the CSVs say, and an export writes what was tracked."""
+"""The committed figures: the tables say what the CSVs say, and what was tracked is exported or published."""
 
 import csv
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from helpers import ROOT, largest_file
+from mnist_lab.__main__ import main
 from mnist_lab.errors import LabError
 from mnist_lab.results import evidence
 from mnist_lab.running.sources import code_sha256, find_sources
@@ -35,7 +37,7 @@ def test_the_committed_runs_are_those_of_the_script_as_it_is(script: Path) -> No
 @pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"], ids=["README", "docs/results"])
 def test_the_committed_tables_are_made_of_the_committed_csvs(page: Path) -> None:
     text = page.read_text()
-    assert evidence.with_tables(text, evidence.tables(evidence.read_rows(RESULTS))) == text, "make export"
+    assert evidence.with_tables(text, evidence.tables(evidence.read_rows(RESULTS))) == text, "make publish"
 
 
 def test_the_committed_effects_are_those_of_the_committed_seeds() -> None:
@@ -61,7 +63,11 @@ def test_every_committed_csv_is_of_a_script() -> None:
     }
 
 
-# ---- an export
+# ---- a publication
+
+
+def publish(folder: Path, readme: Path, uri: str) -> list[Path]:
+    return evidence.prepare_publication(folder, readme, tracking_uri=uri).write()
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -89,9 +95,9 @@ def store(uri: str) -> Store:
     return store
 
 
-def test_an_export_writes_a_row_per_seed(store: Store, pages: tuple[Path, Path]) -> None:
+def test_a_publication_has_a_row_per_seed(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
-    written = evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    written = publish(folder, readme, store.uri)
     names = ["README.md", "effects.csv", "epochs.csv", *(f"{step}.csv" for step in STEPS)]
     assert sorted(written) == sorted([readme, *(folder / name for name in names)])
     rows = rows_of(folder / "step1_baseline.csv")
@@ -125,32 +131,34 @@ def test_an_export_writes_a_row_per_seed(store: Store, pages: tuple[Path, Path])
 
 def test_the_page_gets_its_tables_and_keeps_its_prose(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
-    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    publish(folder, readme, store.uri)
     page = readme.read_text()
     assert re.sub(r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", r"\1\3", page, flags=re.DOTALL) == re.sub(
         r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", r"\1\3", PAGE, flags=re.DOTALL
     )
     assert "old" not in page
-    one = "| `step1_baseline` | 3 | **99.00** ± 0.100 | 98.75 to 99.25 | 99.01 | 98.90 | 7,852 | 3 |"
+    one = "| `step1_baseline` | 3 | **99.00** ± 0.100 | too few seeds | 99.01 | 98.90 | 7,852 | 3 |"
     assert f"{one} accuracy not shown (needs about 4 seeds), params met, epochs met | 99.46 |" in page
-    assert "| `step10_new` | 1 | **99.50** | - | 99.51 | 99.40 | 7,852 | 3 | accuracy met, params met" in page
+    assert (
+        "| `step10_new` | 1 | **99.50** | too few seeds | 99.51 | 99.40 | 7,852 | 3 | accuracy met, params met" in page
+    )
     assert "| `step1_baseline` → `step2_dropout` | +0.20 | +0.15 to +0.25 |" in page
     assert "| better by 0.20 points |" in page
     assert "| `python experiments/step1_baseline.py --seed N` | 0-2 | abc |" in (folder / "README.md").read_text()
     (effect,) = rows_of(folder / "effects.csv")
     assert (effect["points"], effect["test"], effect["seeds"]) == ("0.200", "paired t-test", "3")
-    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    publish(folder, readme, store.uri)
     assert readme.read_text() == page
 
 
 def test_a_step_without_runs_in_the_store_keeps_its_csv(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
-    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    publish(folder, readme, store.uri)
     kept = (folder / "step2_dropout.csv").read_text().replace("99.20", "99.21")
     (folder / "earlier.csv").write_text(kept)
     lines = (folder / "epochs.csv").read_text()
     (folder / "epochs.csv").write_text(lines + "earlier,0,1,97.00\n")
-    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    publish(folder, readme, store.uri)
     assert (folder / "earlier.csv").read_text() == kept
     assert "| `earlier` | 3 |" in readme.read_text()
     assert (folder / "epochs.csv").read_text() == lines + "earlier,0,1,97.00\n"
@@ -158,7 +166,7 @@ def test_a_step_without_runs_in_the_store_keeps_its_csv(store: Store, pages: tup
 
 def test_seeds_that_the_same_code_computed_elsewhere_are_kept(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
-    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    publish(folder, readme, store.uri)
     file, epochs = folder / "step1_baseline.csv", folder / "epochs.csv"
     header, first, *rest = file.read_text().splitlines()
     code = rows_of(file)[0]["code_sha256"]
@@ -169,7 +177,7 @@ def test_seeds_that_the_same_code_computed_elsewhere_are_kept(store: Store, page
     file.write_text("\n".join([header, first, elsewhere, other_code, *rest, ""]))
     epochs.write_text(epochs.read_text() + "step1_baseline,7,1,97.00\nstep1_baseline,8,1,97.00\n")
 
-    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    publish(folder, readme, store.uri)
 
     assert file.read_text().splitlines() == [header, first, *rest, elsewhere]
     assert {row["seed"] for row in rows_of(epochs) if row["step"] == "step1_baseline"} == {"0", "1", "2", "7"}
@@ -179,7 +187,7 @@ def test_seeds_that_the_same_code_computed_elsewhere_are_kept(store: Store, page
 def test_figures_that_were_not_recorded_are_empty(uri: str, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
     write_run(open_store(uri), "idea", 0, [99.0], start_time=T0, tags={})
-    evidence.export_runs(folder, readme, tracking_uri=uri)
+    publish(folder, readme, uri)
     (row,) = rows_of(folder / "idea.csv")
     unknown = ("torch", "code_sha256", "target_accuracy", "target_params", "target_epochs", "reported_best")
     assert [row[name] for name in unknown] == [""] * 6
@@ -191,22 +199,104 @@ def test_a_page_without_markers_is_refused(store: Store, pages: tuple[Path, Path
     folder, readme = pages
     readme.write_text("# Page\n")
     with pytest.raises(LabError, match="has no markers for a table: <!-- results -->"):
-        evidence.export_runs(folder, readme, tracking_uri=store.uri)
+        publish(folder, readme, store.uri)
     assert readme.read_text() == "# Page\n"
 
 
 def test_a_missing_page_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(LabError, match="can't be exported: No such file"):
-        evidence.export_runs(tmp_path / "results", tmp_path / "README.md", tracking_uri=store.uri)
+        publish(tmp_path / "results", tmp_path / "README.md", store.uri)
 
 
 def test_a_full_disk_leaves_every_file_as_it_was(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
-    evidence.export_runs(folder, readme, tracking_uri=store.uri)
+    publish(folder, readme, store.uri)
     write_run(store, "step1_baseline", 3, [99.0] * 200, start_time=T0 + 9, tags=TARGETS)  # 200 epochs: 6 kB
     files = [readme, *sorted(folder.iterdir())]
     before = [file.read_bytes() for file in files]
     with largest_file(4000), pytest.raises(LabError, match=r"can't be exported: File too large: .*epochs\.csv"):
-        evidence.export_runs(folder, readme, tracking_uri=store.uri)
+        publish(folder, readme, store.uri)
     assert [readme, *sorted(folder.iterdir())] == files
     assert [file.read_bytes() for file in files] == before
+
+
+def test_each_row_that_changes_is_said(store: Store, pages: tuple[Path, Path]) -> None:
+    folder, readme = pages
+    first = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    assert first.changes[:2] == [f"step1_baseline seed {seed}: added, 99.{seed}0 on a CPU" for seed in (0, 1)]
+    assert (len(first.changes), first.refusals) == (7, [])
+    assert not (folder / "step1_baseline.csv").exists()
+    first.write()
+    again = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    assert (again.changes, again.refusals) == ([], [])
+
+
+def test_a_published_seed_is_not_replaced_unasked(store: Store, pages: tuple[Path, Path]) -> None:
+    folder, readme = pages
+    publish(folder, readme, store.uri)
+    file = folder / "step10_new.csv"
+    file.write_text(file.read_text().replace("0,99.50", "0,99.61"))
+    found = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    assert found.changes == ["step10_new seed 0: replaced, last 99.61 -> 99.50"]
+    assert found.refusals == ["1 published row would be replaced or removed"]
+    file.write_text(file.read_text() + file.read_text().splitlines()[1].replace("0,", "1,", 1).replace("0123", "4567"))
+    found = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    assert found.changes[1] == "step10_new seed 1: removed, 99.61; the store's runs of the step are of other code"
+
+
+def test_hardware_is_not_mixed_unasked(store: Store, pages: tuple[Path, Path]) -> None:
+    folder, readme = pages
+    publish(folder, readme, store.uri)
+    write_run(store, "step10_new", 1, [99.0], start_time=T0 + 9, tags=TARGETS | {"code_sha256": "0123456789abcdef"})
+    assert evidence.prepare_publication(folder, readme, tracking_uri=store.uri).refusals == []
+    tags = TARGETS | {"hardware": "a GPU"}
+    write_run(store, "other", 0, [99.0], start_time=T0, tags=tags)
+    found = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    assert found.refusals == ["the tables would mix hardware: a CPU and a GPU"]
+    found.write()
+    write_run(store, "step10_new", 2, [99.0], start_time=T0 + 10, tags=tags | {"code_sha256": "0123456789abcdef"})
+    found = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    assert found.refusals == ["the seeds of step10_new would mix hardware: a CPU and a GPU"]
+
+
+def test_publish_says_what_it_would_do_and_waits_for_replace(
+    store: Store, pages: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, readme = pages
+    publish(folder, readme, store.uri)
+    file = folder / "step10_new.csv"
+    file.write_text(file.read_text().replace("0,99.50", "0,99.61"))
+    command = ["mnist_lab", "publish", "--folder", str(folder), "--readme", str(readme), "--tracking-uri", store.uri]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    said = capsys.readouterr()
+    assert said.out == "step10_new seed 0: replaced, last 99.61 -> 99.50\n"
+    assert "nothing was written: 1 published row would be replaced or removed; if that is meant" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert "99.61" in file.read_text()
+    monkeypatch.setattr(sys, "argv", [*command, "--replace"])
+    main()
+    assert "99.50" in file.read_text()
+
+
+# ---- an export
+
+
+def test_an_export_is_of_the_store_alone(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "results"
+    names = ["README.md", "effects.csv", "epochs.csv", *(f"{step}.csv" for step in STEPS)]
+    assert evidence.export_runs(folder, tracking_uri=store.uri) == sorted(folder / name for name in names)
+    page = (folder / "README.md").read_text()
+    assert "| `step1_baseline` | 3 | **99.00** ± 0.100 | too few seeds |" in page
+    assert "`step1_baseline` → `step2_dropout`" in page
+    assert "--seed N` | 0-2 | abc |" in page
+    (folder / "README.md").write_text(page + "My notes.\n")
+    (folder / "earlier.csv").write_text((folder / "step10_new.csv").read_text())
+    evidence.export_runs(folder, tracking_uri=store.uri)
+    assert (folder / "README.md").read_text() == page + "My notes.\n"
+
+
+def test_an_export_leaves_the_published_figures_alone(store: Store) -> None:
+    with pytest.raises(LabError, match="holds the published figures; `make publish` adds to them"):
+        evidence.export_runs(RESULTS, tracking_uri=store.uri)

@@ -21,7 +21,7 @@ from mnist_lab import results
 from mnist_lab.errors import LabError
 from mnist_lab.results import runs as tracked
 from mnist_lab.tracking.store import Store, open_store
-from mnist_lab.verdicts.comparison import Pair
+from mnist_lab.verdicts.comparison import Pair, seeds_text
 from mnist_lab.verdicts.statistics import compare_means, seeds_needed
 from run_writer import STEP4, write_run
 
@@ -208,7 +208,7 @@ def test_the_verdict_on_several_seeds_is_what_their_mean_shows(uri: str) -> None
         "best",
         "train",
     ]
-    assert rows[2][4:7] == ["99.45 +- 0.150", "not shown", str(table.loc["near", "seeds_needed"])]
+    assert rows[2][4:7] == ["99.45 +- 0.150", "not shown", seeds_text(table.loc["near", "seeds_needed"])]
     assert rows[3][4:7] == ["99.50", "met", "-"]
 
 
@@ -371,7 +371,7 @@ def test_compare_says_how_many_seeds_it_would_take(uri: str) -> None:
         write_run(store, "b", seed, [b], start_time=T0 + seed)
     found = results.compare("a", "b", tracking_uri=uri)
     needed = seeds_needed(0.03 / np.std([0.08, -0.05, 0.06], ddof=1), arms=1, tail=0.025)
-    assert found.verdict == f"no difference shown (needs about {needed} seeds for 0.03 points)"
+    assert found.verdict == f"no difference shown (needs about {seeds_text(needed)} seeds for 0.03 points)"
     assert not found.shown
 
 

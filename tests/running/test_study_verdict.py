@@ -48,10 +48,18 @@ def test_the_verdict_of_a_study(accuracies: list[float], targets: Targets, word:
 
 
 def test_an_interval_of_accuracies_ends_at_100() -> None:
-    result = _judge(job_with(Targets()), "abc", finished([99.38, 99.51]), [], {})
+    result = _judge(job_with(Targets()), "abc", finished([99.0, 99.9, 99.9, 99.9]), [], {})
 
     (over_seeds, headers), _ = tables(result)
-    assert over_seeds[0][headers.index("95 % interval")] == "98.62 to 100.00"
+    assert over_seeds[0][headers.index("95 % interval")] == "98.96 to 100.00"
+
+
+@pytest.mark.parametrize("accuracies", [[99.4], [58.0, 58.2], [99.38, 99.51, 99.4]])
+def test_under_four_seeds_there_are_too_few_for_an_interval(accuracies: list[float]) -> None:
+    result = _judge(job_with(Targets()), "abc", finished(accuracies), [], {})
+
+    (over_seeds, headers), _ = tables(result)
+    assert over_seeds[0][headers.index("95 % interval")] == "too few seeds"
 
 
 def test_how_sure_a_verdict_is() -> None:
@@ -62,7 +70,7 @@ def test_how_sure_a_verdict_is() -> None:
     assert how_sure_of(99.45, 99.46, 99.47) == "That the mean is at least 99.4 %: p = 0.0046, from 3 seeds."
     assert re.fullmatch(
         r"That the mean is at least 99\.4 %: p = 0\.\d+, which does not show it; "
-        r"about \d+ seeds would, if the mean stays where it is\.",
+        r"about [1-9]0* seeds would, if the mean stays where it is\.",
         how_sure_of(99.45, 99.46, 99.38),
     )
     assert how_sure_of(99.5) == "One seed shows nothing about the mean: train more of them."

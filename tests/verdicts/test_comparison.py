@@ -15,7 +15,9 @@ from mnist_lab.verdicts.comparison import (
     compare_seeds,
     effects_text,
     interval_text,
+    mean_interval_text,
     p_text,
+    seeds_text,
     step_order,
 )
 
@@ -30,9 +32,9 @@ def comparison(**given: object) -> Comparison:
 @pytest.mark.parametrize(
     ("given", "verdict"),
     [
-        ({}, "no difference shown (needs about 44 seeds for 0.03 points)"),
-        ({"effect": -0.03}, "no difference shown (needs about 44 seeds for 0.03 points)"),
-        ({"seeds_needed": 12_345}, "no difference shown (needs about 12,345 seeds for 0.03 points)"),
+        ({}, "no difference shown (needs about 40 seeds for 0.03 points)"),
+        ({"effect": -0.03}, "no difference shown (needs about 40 seeds for 0.03 points)"),
+        ({"seeds_needed": 12_345}, "no difference shown (needs about 10,000 seeds for 0.03 points)"),
         ({"effect": 0.0, "p": 1.0, "p_holm": 1.0, "seeds_needed": None}, "no difference shown"),
         ({"p": math.nan, "p_holm": math.nan, "seeds_needed": None}, "no difference shown"),
         ({"p": 0.01, "p_holm": 0.03, "seeds_needed": None}, "better by 0.03 points"),
@@ -46,7 +48,7 @@ def test_the_verdict_says_what_was_shown(given: dict[str, object], verdict: str)
 
 def test_the_sentence_has_the_figures() -> None:
     assert comparison().sentence == (
-        "better against plain: no difference shown (needs about 44 seeds for 0.03 points); +0.03 points, "
+        "better against plain: no difference shown (needs about 40 seeds for 0.03 points); +0.03 points, "
         "95 % interval -0.01 to +0.07, p = 0.20 (paired t-test, 5 shared seeds)."
     )
     without_interval = comparison(low=math.nan, high=math.nan, test="Welch's t-test", n=(2, 3))
@@ -77,7 +79,7 @@ def test_a_table_of_comparisons_is_adjusted_together() -> None:
     assert adjust([]) == []
     rows, headers = effects_text(adjusted)
     assert len(headers) == len(rows[0]) == 8
-    assert rows[1][1:] == ["-0.03", "-0.01 to +0.07", "0.04", "0.06", "5", "not shown", "44"]
+    assert rows[1][1:] == ["-0.03", "-0.01 to +0.07", "0.04", "0.06", "5", "not shown", "40"]
 
 
 @pytest.mark.parametrize(
@@ -101,3 +103,14 @@ def test_experiments_are_in_natural_order() -> None:
 def test_the_pairs_name_experiments_that_there_are() -> None:
     scripts = {file.stem for file in (ROOT / "experiments").glob("*.py")}
     assert {step for pair in PAIRS for step in (pair.a, pair.b)} <= scripts
+
+
+def test_under_four_seeds_there_are_too_few_for_an_interval() -> None:
+    assert [mean_interval_text(n, 99.0, 100.0) for n in (3, 4)] == ["too few seeds", "99.00 to 100.00"]
+
+
+@pytest.mark.parametrize(
+    ("needed", "text"), [(2, "2"), (9, "9"), (44, "40"), (45, "50"), (99, "100"), (224, "200"), (1_107, "1,000")]
+)
+def test_seeds_needed_are_an_order_of_magnitude(needed: int, text: str) -> None:
+    assert seeds_text(needed) == text
