@@ -20,7 +20,9 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
 	@echo 'Experiments, by the names of their scripts:'
 	@for script in experiments/*.py; do \
-	  name=$$(basename "$$script" .py); [[ $$name =~ ^step[0-9]+_ ]] && name=$${name%%_*}; \
+	  name=$$(basename "$$script" .py); \
+	  [[ $$name =~ ^step[0-9]+_ ]] && alike=(experiments/$${name%%_*}.py experiments/$${name%%_*}_*.py) && \
+	    [[ $$(ls "$${alike[@]}" 2>/dev/null | wc -l) == 1 ]] && name=$${name%%_*}; \
 	  printf '  %-16s %s\n' "$$name" "$$(sed -n '1s/^"""//p' "$$script")"; \
 	done
 	@echo 'Flags pass through: make step3 ARGS="--epochs 2 --seed 7 --set lr=0.05"'
@@ -65,7 +67,7 @@ data: $(INSTALLED)  ## fetch and verify MNIST
 steps: $(STEPS)  ## train steps 1 to 4, one after another
 
 step:
-	@echo 'make: which step? e.g. make step1; make help lists them' >&2; exit 2
+	@echo 'make: step needs its number, e.g. make step1; make help lists them' >&2; exit 2
 
 # `make step3` runs experiments/step3_*.py; `make four_conv` or `make my_idea` the script of that name.
 step%: $(INSTALLED)

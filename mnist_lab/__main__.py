@@ -42,7 +42,12 @@ def compare(arguments: argparse.Namespace) -> None:
     holdout, loaded = arguments.holdout, results.load_runs(arguments.tracking_uri)
     table = results.compare_table(include_overrides=arguments.include_overrides, holdout=holdout, loaded=loaded)
     if table.empty:
-        raise LabError(f"no finished runs without overrides in {loaded.name}; train first, e.g. `make step1`")
+        if not results.compare_table(include_overrides=True, holdout=holdout, loaded=loaded).empty:
+            flags = "--include-overrides" + (f" --holdout {holdout}" if holdout else "")
+            raise LabError(
+                f'the finished runs in {loaded.name} are all overridden; `make compare ARGS="{flags}"` shows them'
+            )
+        raise LabError(f"no finished runs in {loaded.name}; train first, e.g. `make step1`")
     print(tabulate(*results.compare_text(table, holdout=holdout), disable_numparse=True))
     best = f"on the {holdout:,} training images held out" if holdout else "on the test images"
     print(

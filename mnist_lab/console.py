@@ -119,8 +119,9 @@ class StudyConsole(_WithBar):
             print(f"{name}: finished already, and not trained again: {reused}")
         if not missing:
             return
-        how = f"{workers} at a time" if device.type == "cpu" else "one after another"
-        print(f"{name}: training {', '.join(map(str, missing))}, {how}, on {device.type}", flush=True)
+        how = _at_a_time(workers) if device.type == "cpu" else "one after another"
+        which = "seed" if len(missing) == 1 else "seeds"
+        print(f"{name}: training {which} {', '.join(map(str, missing))}, {how}, on {device.type}", flush=True)
         if sys.stdout.isatty():
             form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left]"
             # The seeds' epochs end in bursts: only the mean speed, smoothing=0, says when all is done.
@@ -217,7 +218,14 @@ def print_result(result: RunResult, job: Job) -> None:
     else:
         print("\nThe accuracy that counts is the last epoch's. The best epoch was picked on the test images.")
     _print_overrides(job)
-    print(f"MLflow run {result.run_id}; `make ui` shows it, `make compare` sets it beside the others.")
+    print(f"MLflow run {result.run_id}; `make ui` shows it, `{_compare_command(job)}` sets it beside the others.")
+
+
+def _compare_command(job: Job) -> str:
+    """Return the command whose table has the runs of this job."""
+    flags = ["--include-overrides"] if job.tags["overrides"] else []
+    flags += ["--holdout", str(job.holdout)] if job.holdout else []
+    return f'make compare ARGS="{" ".join(flags)}"' if flags else "make compare"
 
 
 def _print_overrides(job: Job) -> None:
@@ -231,6 +239,12 @@ def _verdict_table(verdicts: Sequence[Verdict]) -> str:
     measures = {"accuracy": "final_test_accuracy", "params": "num_params", "epochs": "epochs"}
     rows = [(v.name, v.wanted, MEASURES[measures[v.name]].text(v.measured), v.word) for v in verdicts]
     return tabulate(rows, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True)
+
+
+def _at_a_time(number: int) -> str:
+    """Say how many, in a word where there is one, since digits would look like one more seed."""
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    return f"{words[number - 1] if number <= len(words) else f'up to {number}'} at a time"
 
 
 def _share(correct: int, total: int) -> str:

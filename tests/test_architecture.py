@@ -70,11 +70,24 @@ def test_make_help_lists_every_target() -> None:
         assert re.search(rf"^  {name} +\S", help_text, flags=re.MULTILINE), name
 
 
+def test_make_help_shows_a_copied_step_under_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "experiments").mkdir()
+    for name in ("step1_first", "step2_second", "step2_mine"):
+        (tmp_path / "experiments" / f"{name}.py").write_text('"""About it."""\n')
+    done = subprocess.run(["make", "-f", ROOT / "Makefile", "help"], cwd=tmp_path, capture_output=True, text=True)
+    assert re.findall(r"^  (\S+) +About it\.", done.stdout, flags=re.MULTILINE) == [
+        "step1",
+        "step2_mine",
+        "step2_second",
+    ]
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("target", "said"),
     [
         ("step99", "make: there is no experiments/step99.py and no experiments/step99_*.py"),
-        ("step", "make: which step? e.g. make step1; make help lists them"),
+        ("step", "make: step needs its number, e.g. make step1; make help lists them"),
         ("stepfour", "make: there is no experiments/stepfour.py and no experiments/stepfour_*.py"),
         ("my_idea", "make: there is no experiments/my_idea.py, and no target my_idea: make help lists both"),
         ("a.b", "make: there is no experiments/a.b.py, and no target a.b: make help lists both"),

@@ -1,5 +1,6 @@
 """What a user types and sees: flags, refusals, signals, the terminal and its absence."""
 
+import dataclasses
 import io
 import os
 import re
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from conftest import FullRun
 from forkserver import SIGNALS, Program, run_program
 from helpers import ROOT, TINY, Terminal, TrackedRun, copy_store, read_runs, wait_until
 from mnist_lab.cli import interrupt_on_signals, main
-from mnist_lab.console import StudyConsole, epoch_line, print_result
+from mnist_lab.console import SUMMARY_METRICS_WITH_HOLD_OUT, StudyConsole, epoch_line, print_result
 from mnist_lab.experiment import SUMMARY_METRICS
 from mnist_lab.running.job import Job
 from mnist_lab.training.loop import EpochMetrics
@@ -152,6 +153,42 @@ def test_the_result_of_a_hold_out_says_validation(load_script: Load, capsys: pyt
 class Screen(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.mark.parametrize(
+    ("missing", "workers", "device", "said"),
+    [
+        ([0, 1, 2], 2, "cpu", "training seeds 0, 1, 2, two at a time, on cpu"),
+        ([7], 1, "cpu", "training seed 7, one at a time, on cpu"),
+        ([*range(20)], 16, "cpu", "18, 19, up to 16 at a time, on cpu"),
+        ([0, 1], 1, "cuda", "training seeds 0, 1, one after another, on cuda"),
+    ],
+)
+def test_a_study_says_which_seeds_it_trains(
+    missing: list[int], workers: int, device: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    StudyConsole(epochs=2).on_start("idea", missing, missing, workers, torch.device(device))
+    assert capsys.readouterr().out.endswith(said + "\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        ({}, "`make compare`"),
+        ({"overrides": {"lr": 0.2}}, '`make compare ARGS="--include-overrides"`'),
+        ({"limit": 100, "holdout": 500}, '`make compare ARGS="--include-overrides --holdout 500"`'),
+        ({"holdout": 500}, '`make compare ARGS="--holdout 500"`'),
+    ],
+)
+def test_the_end_of_a_run_names_the_comparison_that_has_it(
+    given: dict[str, Any], command: str, load_script: Load, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mnist_lab.running.run import RunResult
+
+    names = SUMMARY_METRICS_WITH_HOLD_OUT if "holdout" in given else SUMMARY_METRICS
+    measured = dict.fromkeys(names, 1.0)
+    print_result(RunResult("abc", [], measured, []), dataclasses.replace(declared_by(STEP1, load_script), **given))
+    assert f"{command} sets it beside the others." in capsys.readouterr().out
 
 
 def test_a_terminal_shows_one_bar_for_all_seeds(monkeypatch: pytest.MonkeyPatch) -> None:

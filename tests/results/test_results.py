@@ -456,6 +456,16 @@ def test_compare_prints_the_tables_of_one_protocol(held_out: str, tmp_path: Path
     assert "step2_dropout" not in text
 
 
+def test_compare_names_the_flag_where_all_runs_are_overridden(uri: str, tmp_path: Path) -> None:
+    write_run(open_store(uri), "step1", 0, [99.0], start_time=T0, tags={"overrides": "lr=0.2"})
+    command = ["-m", "mnist_lab", "compare", "--tracking-uri", uri]
+    done = run_program(*command, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert 'are all overridden; `make compare ARGS="--include-overrides"` shows them' in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "step1 lr=0.2" in run_program(*command, "--include-overrides", cwd=tmp_path).stdout
+
+
 def test_a_finished_run_without_a_result_is_left_out_with_a_warning(uri: str, caplog: pytest.LogCaptureFixture) -> None:
     run = write_run(open_store(uri), "step1", 0, [], start_time=T0)
     assert results.run_table(tracking_uri=uri).empty

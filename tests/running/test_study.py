@@ -204,7 +204,7 @@ def test_the_same_command_trains_only_what_is_missing(story: Story) -> None:
     assert sorted(run.params["seed"] for run in finished) == ["0", "1", "2"]
     assert finished[0].run_id == story.killed[1].run_id
     assert "finished already, and not trained again: 0\n" in story.stdout
-    assert "training 1, 2, 3, 2 at a time, on cpu\n" in story.stdout
+    assert "training seeds 1, 2, 3, two at a time, on cpu\n" in story.stdout
 
 
 def test_all_finished_seeds_are_children_of_the_newest_study(story: Story) -> None:
