@@ -4,6 +4,7 @@ SHELL := /bin/bash
 
 ARGS ?=
 SEEDS ?=
+IMAGE ?=
 FLAGS = $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 PYTHON := .venv/bin/python
 # The machine's own uv, or one that is put into .uv/ here. Nothing is installed outside this folder.
@@ -106,6 +107,10 @@ export: $(INSTALLED)  ## write the figures of the tracked runs to reports/result
 .PHONY: publish
 publish: $(INSTALLED)  ## put the figures of the tracked runs into docs/results and README.md
 	@$(PYTHON) -m mnist_lab publish $(ARGS)
+
+.PHONY: predict
+predict: $(INSTALLED)  ## say which digit is in a picture: IMAGE=photo.png, or a folder; ARGS=--show
+	@$(PYTHON) -m mnist_lab predict $(IMAGE) $(ARGS)
 
 .PHONY: ui
 ui: $(INSTALLED)  ## browse the runs in the MLflow UI

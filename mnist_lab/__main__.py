@@ -7,12 +7,16 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mnist_lab.cli import interrupt_on_signals, number_from, sentences
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.sqlite import PROJECT_ROOT, sqlite_file, tracking_uri, without_password
+
+if TYPE_CHECKING:
+    from mnist_lab.predict import Reading
 
 
 def main() -> None:
@@ -95,6 +99,47 @@ def report(arguments: argparse.Namespace) -> None:
 
     for file in write_report(arguments.folder, tracking_uri=arguments.tracking_uri):
         print(f"Written: {file}")
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Say which digits are in pictures."""
+    import csv
+
+    from mnist_lab.predict import find_pictures, find_reader, picture_of, read_digit, shown
+
+    digits, refused = {}, []
+    for file in find_pictures(arguments.images):
+        try:
+            digits[shown(file)] = read_digit(file)
+        except LabError as error:
+            refused.append(str(error))
+    if digits:
+        reader = find_reader(arguments.model, tracking_uri=arguments.tracking_uri)
+        readings = dict(zip(digits, reader.read(list(digits.values())), strict=True))
+        if arguments.csv:
+            writer = csv.writer(sys.stdout, lineterminator="\n")
+            writer.writerow(["picture", "digit", "probability", "runner_up", "runner_up_probability", "run"])
+            for name, r in readings.items():
+                shares = (f"{share:.6f}" for share in (r.probability, r.runner_up_probability))
+                writer.writerow([name, r.digit, next(shares), r.runner_up, next(shares), reader.run_id])
+        else:
+            _print_readings(readings, reader.run_name, reader.run_id)
+            if arguments.show:
+                for name, digit in digits.items():
+                    print(f"\n{name}, as the network sees it:\n{picture_of(digit)}")
+    if refused:
+        raise LabError("; ".join(refused))
+
+
+def _print_readings(readings: Mapping[str, Reading], run_name: str, run_id: str) -> None:
+    from tabulate import tabulate
+
+    rows = [
+        (name, r.digit, f"{100 * r.probability:.2f} %", f"{r.runner_up} ({100 * r.runner_up_probability:.2f} %)")
+        for name, r in readings.items()
+    ]
+    print(tabulate(rows, headers=("picture", "digit", "probability", "runner-up"), disable_numparse=True))
+    print(f"\nRead by {run_name}, run {run_id}.")
 
 
 def ui(arguments: argparse.Namespace) -> None:
@@ -180,6 +225,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--replace", action="store_true", help="also replace published rows and mix hardware")
     command = add(report, "write steps.html and steps.md from the tracked runs")
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")
+    command = add(predict, "say which digits are in pictures")
+    command.add_argument("images", nargs="*", type=Path, metavar="PICTURE", help="a file, or a folder of pictures")
+    networks = "runs:/<id>, models:/<name>@<alias> or a script's name (default: the script with the best mean accuracy)"
+    command.add_argument("--model", help=networks)
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--show", action="store_true", help="also print the 28x28 that the network sees")
+    form.add_argument("--csv", action="store_true", help="print CSV")
     command = add(ui, "serve the MLflow UI on loopback")
     command.add_argument("--port", type=number_from(), default=5000, help="port to try first (default 5000)")
     return parser

@@ -1,4 +1,4 @@
-"""Teachers: trained networks in MLflow that another network learns from."""
+"""Trained networks in MLflow: teachers that another network learns from, and readers of pictures."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
 STEP = re.compile(r"\w[\w.-]*")
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]+)|@(?P<alias>.+))?")
 LOGGED_MODEL = re.compile("m-[0-9a-f]+")
+CALLED = "objective: teacher"
 EXPORTED = "data/model.pt2"  # by torch.export, in an MLflow model's folder
 
 
@@ -38,10 +39,11 @@ class Teacher:
         return {"teacher_run_id": self.run_id, "teacher_sha256": self.sha256}
 
 
-def find_teacher(store: Store, declared: str, holdout: int) -> Teacher:
+def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CALLED) -> Teacher:
     """Return the model that is declared as `runs:/<id>/model`, as `models:/<name>/<version>`, or by a script's name.
 
     holdout: how many training images are held out; the teacher must not have been trained on them.
+    called: how sentences name it.
 
     Raises:
         LabError: if it is not there, its run is not finished, or it has seen images that are held out.
@@ -49,27 +51,30 @@ def find_teacher(store: Store, declared: str, holdout: int) -> Teacher:
     client = mlflow.MlflowClient(tracking_uri=store.uri)
     try:
         with quiet(), briefly():
-            model = _find_model(client, store, declared, holdout)
+            model = _find_model(client, store, declared, holdout, called)
             run = client.get_run(str(model.source_run_id))
-            sha256 = _sha256(_file(store, model))
+            sha256 = _sha256(_file(store, model, called))
     except (MlflowException, OSError) as error:
-        raise LabError(f"objective: teacher {declared!r} is not in {store.name!r}: {one_line(error)}") from error
+        raise LabError(f"{called} {declared!r} is not in {store.name!r}: {one_line(error)}") from error
     status = "deleted" if run.info.lifecycle_stage == LifecycleStage.DELETED else run.info.status
     if status != "FINISHED":
-        raise LabError(f"objective: teacher {declared!r}: run {run.info.run_id} is {status}, not FINISHED")
+        raise LabError(f"{called} {declared!r}: run {run.info.run_id} is {status}, not FINISHED")
     seen = run.data.params.get("holdout", "0")
     if holdout and seen != str(holdout):
         raise LabError(
-            f"objective: teacher {declared!r}: run {run.info.run_id} held out {seen} images, and so has seen some of "
+            f"{called} {declared!r}: run {run.info.run_id} held out {seen} images, and so has seen some of "
             f"the {holdout} that are held out here; train it with --holdout {holdout}"
         )
     return Teacher(model.model_id, run.info.run_id, sha256)
 
 
-def load_teacher(store: Store, teacher: Teacher, device: torch.device, normalize: tuple[float, float]) -> nn.Module:
+def load_teacher(
+    store: Store, teacher: Teacher, device: torch.device, normalize: tuple[float, float], *, called: str = CALLED
+) -> nn.Module:
     """Return the teacher, frozen, in evaluation mode, on the device.
 
     normalize: of the images that it will be given; where it was trained with others, it gets its own.
+    called: how sentences name it.
 
     Raises:
         LabError: if it can't be loaded, is another one by now, or does not give one logit per digit.
@@ -79,7 +84,7 @@ def load_teacher(store: Store, teacher: Teacher, device: torch.device, normalize
     try:
         with quiet(), briefly():
             model = mlflow.MlflowClient(tracking_uri=store.uri).get_logged_model(teacher.model_id)
-            file = _file(store, model)
+            file = _file(store, model, called)
             if _sha256(file) != teacher.sha256:
                 raise ValueError("its file is another one than when the run began")
             net = move_to_device_pass(torch.export.load(file), device).module()
@@ -89,11 +94,11 @@ def load_teacher(store: Store, teacher: Teacher, device: torch.device, normalize
                 shape = tuple(net(torch.zeros(2, 1, 28, 28, device=device)).shape)
     except Exception as error:  # torch has many ways to refuse a file
         raise LabError(
-            f"objective: teacher {teacher.model_id} of run {teacher.run_id} can't be loaded: {one_line(error)}"
+            f"{called} {teacher.model_id} of run {teacher.run_id} can't be loaded: {one_line(error)}"
         ) from error
     if shape != (2, 10):
         raise LabError(
-            f"objective: teacher {teacher.model_id} of run {teacher.run_id} gives an output of shape {shape} for 2 "
+            f"{called} {teacher.model_id} of run {teacher.run_id} gives an output of shape {shape} for 2 "
             "images, not (2, 10): one logit per digit"
         )
     return net if tuple(own) == normalize else _Renormalized(net, normalize, own)
@@ -111,16 +116,15 @@ class _Renormalized(nn.Module):
         return self.net((images * deviation + mean - own_mean) / own_deviation)  # type: ignore[no-any-return]
 
 
-def _find_model(client: mlflow.MlflowClient, store: Store, declared: str, holdout: int) -> LoggedModel:
+def _find_model(client: mlflow.MlflowClient, store: Store, declared: str, holdout: int, called: str) -> LoggedModel:
     if match := RUN_URI.fullmatch(declared):
-        return _model_of(client, client.get_run(match["run_id"]), match["name"])
+        return _model_of(client, client.get_run(match["run_id"]), match["name"], called)
     if STEP.fullmatch(declared):
-        return _model_of(client, _newest_run(store, declared, holdout), "model")
+        return _model_of(client, _newest_run(store, declared, holdout, called), "model", called)
     match = MODEL_URI.fullmatch(declared)
     if match is None:
         raise LabError(
-            f"objective: teacher {declared!r} is neither runs:/<id>/model nor models:/<name>/<version> nor the name "
-            "of a script"
+            f"{called} {declared!r} is neither runs:/<id>/model nor models:/<name>/<version> nor the name of a script"
         )
     name, version, alias = match["name"], match["version"], match["alias"]
     model: LoggedModel | None
@@ -133,21 +137,21 @@ def _find_model(client: mlflow.MlflowClient, store: Store, declared: str, holdou
         source = registered.model_id or str(registered.source).removeprefix("models:/")
         model = client.get_logged_model(source) if LOGGED_MODEL.fullmatch(source) else None
     if model is None or not model.source_run_id:
-        raise LabError(f"objective: teacher {declared!r} comes from no run, so what it was trained on is not known")
+        raise LabError(f"{called} {declared!r} comes from no run, so what it was trained on is not known")
     return model
 
 
-def _model_of(client: mlflow.MlflowClient, run: Run, name: str) -> LoggedModel:
+def _model_of(client: mlflow.MlflowClient, run: Run, name: str, called: str) -> LoggedModel:
     """Return the model of that name that a run has logged."""
     outputs = [] if run.outputs is None else run.outputs.model_outputs
     models = [client.get_logged_model(output.model_id) for output in outputs]
     found = next((model for model in models if model.name == name), None)
     if found is None:
-        raise LabError(f"objective: teacher: run {run.info.run_id} ({run.info.status}) has no model {name!r}")
+        raise LabError(f"{called}: run {run.info.run_id} ({run.info.status}) has no model {name!r}")
     return found
 
 
-def _newest_run(store: Store, step: str, holdout: int) -> Run:
+def _newest_run(store: Store, step: str, holdout: int, called: str) -> Run:
     """Return the newest finished run of a script, as it is declared, with this hold-out."""
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.step = '{step}'"):
         as_declared = not run.data.tags.get("overrides") and run.data.params.get("holdout", "0") == str(holdout)
@@ -155,12 +159,12 @@ def _newest_run(store: Store, step: str, holdout: int) -> Run:
             return run
     with_holdout = f" with --holdout {holdout}" if holdout else ""
     raise LabError(
-        f"objective: teacher {step!r}: {store.name!r} has no finished run of that script as declared{with_holdout}; "
+        f"{called} {step!r}: {store.name!r} has no finished run of that script as declared{with_holdout}; "
         "train it first, or give runs:/<id>/model or models:/<name>/<version>"
     )
 
 
-def _file(store: Store, model: LoggedModel) -> Path:
+def _file(store: Store, model: LoggedModel, called: str) -> Path:
     """Return the model's file on this machine.
 
     Raises:
@@ -170,7 +174,7 @@ def _file(store: Store, model: LoggedModel) -> Path:
     file = Path(folder) / EXPORTED
     if not file.is_file():
         raise LabError(
-            f"objective: teacher {model.model_id}: it is not kept by torch.export, so loading it might run code in its "
+            f"{called} {model.model_id}: it is not kept by torch.export, so loading it might run code in its "
             "file; log it with serialization_format='pt2'"
         )
     return file

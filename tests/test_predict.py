@@ -1,0 +1,284 @@
+"""A picture is prepared as MNIST's digits were, and read by the network that was asked for."""
+
+import csv
+import io
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from conftest import FullRun
+from mnist_lab import Experiment
+from mnist_lab.__main__ import main
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.predict import find_pictures, find_reader, picture_of, read_digit
+from mnist_lab.running import run as runner
+from mnist_lab.running.job import Job
+
+Pixels = NDArray[np.uint8]
+COUNT = 200
+
+
+def coloured(digit: Pixels, ink: tuple[int, int, int], paper: tuple[int, int, int]) -> Image.Image:
+    share = digit[..., None] / 255
+    return Image.fromarray((share * np.array(ink) + (1 - share) * np.array(paper)).astype(np.uint8))
+
+
+def enlarged(digit: Pixels, size: int) -> Image.Image:
+    return Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def placed(picture: Image.Image, size: tuple[int, int], at: tuple[int, int], paper: int) -> Image.Image:
+    canvas = Image.new("L", size, paper)
+    canvas.paste(picture, at)
+    return canvas
+
+
+def transparent(digit: Pixels, ink: str) -> Image.Image:
+    picture = Image.new("RGBA", (28, 28), ink)
+    picture.putalpha(Image.fromarray(digit))
+    return picture
+
+
+def noisy(digit: Pixels) -> Image.Image:
+    noise = np.random.default_rng(0).normal(0, 6, (280, 280))
+    return Image.fromarray(
+        np.clip(230 - 0.7 * np.asarray(enlarged(digit, 280), float) + noise, 0, 255).astype(np.uint8)
+    )
+
+
+STYLES: dict[str, Callable[[Pixels], Image.Image]] = {
+    "inverted": lambda digit: Image.fromarray(255 - digit),
+    "blue on yellow": lambda digit: coloured(digit, (20, 40, 160), (250, 240, 120)),
+    "red on green": lambda digit: coloured(digit, (200, 40, 40), (40, 130, 40)),
+    "pale": lambda digit: coloured(digit, (150, 150, 150), (110, 110, 110)),
+    "transparent, dark": lambda digit: transparent(digit, "black"),
+    "transparent, light": lambda digit: transparent(digit, "white"),
+    "16 bits": lambda digit: Image.fromarray(digit.astype(np.uint16) * 200),
+    "black and white": lambda digit: Image.fromarray(digit).convert("1", dither=Image.Dither.NONE),
+    "200x300": lambda digit: placed(ImageOps.invert(enlarged(digit, 200)), (200, 300), (0, 60), 255),
+    "off centre": lambda digit: placed(enlarged(255 - digit, 112), (400, 300), (7, 170), 255),
+    "thick": lambda digit: enlarged(digit, 280).filter(ImageFilter.MaxFilter(13)),
+    "noisy": noisy,
+}
+
+
+@pytest.fixture(scope="session")
+def digits(mnist: Mnist) -> Pixels:
+    return mnist.test_images[:COUNT, 0].numpy()
+
+
+def saved(folder: Path, pictures: list[Image.Image]) -> list[Path]:
+    folder.mkdir()
+    files = [folder / f"{number:03}.png" for number in range(len(pictures))]
+    for file, picture in zip(files, pictures, strict=True):
+        picture.save(file)
+    return files
+
+
+# ---- the preparation
+
+
+def test_images_of_mnist_come_out_as_they_are(digits: Pixels, tmp_path: Path) -> None:
+    prepared = [read_digit(file) for file in saved(tmp_path / "clean", [Image.fromarray(digit) for digit in digits])]
+    assert sum(np.array_equal(one, digit) for one, digit in zip(prepared, digits, strict=True)) > 0.7 * COUNT
+    assert np.abs(np.stack(prepared).astype(int) - digits).mean() < 0.1
+
+
+def test_colour_and_place_make_no_difference(digits: Pixels, tmp_path: Path) -> None:
+    (clean,) = saved(tmp_path / "clean", [Image.fromarray(digits[0])])
+    names = ["inverted", "transparent, dark", "transparent, light", "16 bits", "blue on yellow", "pale"]
+    for name, file in zip(names, saved(tmp_path / "styles", [STYLES[name](digits[0]) for name in names]), strict=True):
+        assert np.abs(read_digit(file).astype(int) - read_digit(clean)).max() <= 8, name
+    moved = placed(Image.fromarray(digits[0]), (90, 50), (55, 3), 0)
+    (file,) = saved(tmp_path / "moved", [moved])
+    assert np.array_equal(read_digit(file), read_digit(clean))
+
+
+def test_a_picture_is_turned_as_its_exif_says(digits: Pixels, tmp_path: Path) -> None:
+    upright, turned = tmp_path / "upright.png", tmp_path / "turned.png"
+    Image.fromarray(digits[0]).save(upright)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    Image.fromarray(digits[0]).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    assert np.array_equal(read_digit(turned), read_digit(upright))
+
+
+def test_the_image_is_shown_as_text(digits: Pixels) -> None:
+    lines = picture_of(digits[0]).splitlines()
+    assert [len(line) for line in lines] == [56] * 28
+    assert "@@" in lines[8] + lines[9] + lines[10]
+    assert lines[0].strip() == ""
+
+
+# ---- what is refused
+
+
+def text_file(file: Path) -> None:
+    file.write_text("hello")
+
+
+def half_a_picture(file: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60), dtype=np.uint8)).save(file)
+    file.write_bytes(file.read_bytes()[:1500])
+
+
+def animation(file: Path) -> None:
+    frames = [Image.new("L", (9, 9), shade) for shade in (0, 90, 200)]
+    frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (text_file, "it is not a picture that can be read"),
+        (Path.touch, "it is not a picture that can be read"),
+        (half_a_picture, "it can't be read: "),
+        (animation, "it holds 3 pictures; give one that is still"),
+        (lambda file: Image.new("1", (20_000, 20_000)).save(file), "it has more than 60,000,000 pixels"),
+        (lambda file: Image.new("1", (10_000, 9_900)).save(file), "it has more than 60,000,000 pixels"),
+        (lambda file: Image.new("RGB", (90, 90), "white").save(file), "there is no digit to see"),
+        (lambda file: Image.new("RGBA", (90, 90), (9, 9, 9, 0)).save(file), "there is no digit to see"),
+        (lambda file: Image.new("L", (1, 1)).save(file), "there is no digit to see"),
+        (Path.mkdir, "there is no picture in this folder"),
+        (lambda file: None, "there is no such file"),
+    ],
+)
+def test_what_is_no_picture_of_a_digit_is_refused_in_a_sentence(
+    make: Callable[[Path], None],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    file = tmp_path / "photo.png"
+    make(file)
+    monkeypatch.setattr(sys, "argv", ["mnist_lab", "predict", str(file)])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"error: {file}: {sentence}")
+    assert len(said.err.splitlines()) == 1
+    assert [str(one.message) for one in recwarn if "image" in str(one.message).lower()] == []
+
+
+def test_no_picture_at_all_is_asked_for() -> None:
+    with pytest.raises(LabError, match="which one"):
+        find_pictures([])
+
+
+# ---- the network
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.flatten(1))
+
+
+class Silent:
+    def on_start(self, *_: object) -> None: ...
+    def on_batch(self, *_: object) -> None: ...
+    def on_epoch(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Return a function that trains a network of one layer for an epoch, and gives the id of its run."""
+    monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
+
+    def train(name: str, seed: int = 0, lr: float = 0.05, **given: Any) -> str:
+        script = tmp_path / f"{name}.py"
+        script.touch()
+        experiment = Experiment(net=Net, epochs=1, batch_size=100, optimizer=partial(SGD, lr=lr))
+        job = Job(script=script, experiment=experiment, tracking_uri=uri, threads=1, **given)
+        return runner.run(job, seed, Silent()).run_id
+
+    return train
+
+
+def test_the_best_script_reads_unless_another_is_named(train: Callable[..., str], uri: str) -> None:
+    train("good")
+    good, weak = train("good", seed=1), train("weak", lr=1e-5)
+    overridden = train("better", overrides={"lr": 0.05})
+    mlflow.set_tracking_uri(uri)  # MLflow looks for the model there
+    try:
+        mlflow.register_model(f"runs:/{weak}/model", "mine")
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert find_reader(tracking_uri=uri).run_id == good
+    for name, run_id in (("weak", weak), (f"runs:/{overridden}", overridden), ("models:/mine/1", weak)):
+        assert find_reader(name, tracking_uri=uri).run_id == run_id
+    with pytest.raises(LabError, match="^model 'step4_augment_steplr': .* has no finished run of that script"):
+        find_reader("step4", tracking_uri=uri)
+
+
+def test_without_a_run_as_declared_it_is_said_what_to_train(train: Callable[..., str], uri: str) -> None:
+    train("better", overrides={"lr": 0.05})
+    with pytest.raises(LabError, match="no finished runs as declared in .*; train first, e.g. `make step4`, or name"):
+        find_reader(tracking_uri=uri)
+
+
+def test_a_bad_picture_among_others_loses_none_of_them(
+    train: Callable[..., str], uri: str, digits: Pixels, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run_id = train("good")
+    folder = tmp_path / "pictures"
+    saved(folder, [Image.fromarray(digit) for digit in digits[:3]])
+    (folder / "001.png").write_text("hello")
+    (folder / "notes.txt").write_text("hello")
+    command = ["mnist_lab", "predict", str(folder), "--tracking-uri", uri]
+    monkeypatch.setattr(sys, "argv", [*command, "--csv"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    said = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(said.out)))
+    assert [(row["picture"], row["run"]) for row in rows] == [
+        (str(folder / f"{n}.png"), run_id) for n in ("000", "002")
+    ]
+    assert all(float(row["probability"]) >= float(row["runner_up_probability"]) for row in rows)
+    assert all(row["digit"] != row["runner_up"] for row in rows)
+    assert "001.png: it is not a picture" in said.err
+
+    (folder / "001.png").unlink()
+    monkeypatch.setattr(sys, "argv", [*command, "--show"])
+    main()
+    shown = capsys.readouterr().out
+    assert "picture" in shown.splitlines()[0]
+    assert "runner-up" in shown.splitlines()[0]
+    assert f"Read by good seed 0, run {run_id}." in shown
+    assert shown.count("as the network sees it:") == 2
+
+
+def test_pictures_in_all_styles_are_read_as_the_test_images_are(
+    full_run: FullRun, digits: Pixels, mnist: Mnist, tmp_path: Path
+) -> None:
+    reader = find_reader(f"runs:/{full_run.tracked.run_id}", tracking_uri=f"sqlite:///{full_run.database}")
+
+    def right(prepared: list[Pixels]) -> float:
+        read = [reading.digit for reading in reader.read(prepared)]
+        return sum(read[n] == mnist.test_labels[n] for n in range(COUNT)) / COUNT
+
+    tracked = right(list(digits))
+    assert tracked > 0.95
+    clean = saved(tmp_path / "clean", [Image.fromarray(digit) for digit in digits])
+    assert right([read_digit(file) for file in clean]) >= tracked - 0.005
+    for name, style in STYLES.items():
+        files = saved(tmp_path / name, [style(digit) for digit in digits])
+        assert right([read_digit(file) for file in files]) >= min(0.97, tracked - 0.03), name
