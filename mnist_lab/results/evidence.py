@@ -107,7 +107,8 @@ Test accuracy in percent, mean ± sd over the seeds. \\* The best epoch was pick
 def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
     """Write the tracked runs' CSVs into a folder of one's own, and the tables made of them into its README.md.
 
-    A step that can't name a file is left out, with a warning. Returns what was written.
+    A step that can't name a file is left out, with a warning; so is a CSV in the folder of which the store has no runs.
+    Returns what was written.
 
     Raises:
         LabError: if the store has no runs that can be exported, the folder is that of the published figures, its
@@ -116,11 +117,13 @@ def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
     if folder.resolve() == PUBLISHED.resolve():
         raise LabError(f"folder: {folder} holds the published figures; `make publish` adds to them")
     rows, epochs = _tracked(tracking_uri)
-    page = folder / "README.md"
+    steps, page = {row["step"] for row in rows}, folder / "README.md"
     with _file_errors(folder):
         old = page.read_text("utf-8") if page.exists() else EXPORTED_PAGE
-        files = {**_csvs(folder, {row["step"] for row in rows}, rows, epochs), page: with_tables(old, tables(rows))}
+        files = {**_csvs(folder, steps, rows, epochs), page: with_tables(old, tables(rows))}
         replace_files(files)
+        for step in sorted({file.stem for file in folder.glob("*.csv")} - steps - {*OTHER_FILES}):
+            logger.warning("left as it is: %s.csv, as the store has no runs of that step", step)
     return sorted(files)
 
 
@@ -204,7 +207,7 @@ def _changes(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], list[st
 def _mixed_hardware(old: Iterable[Row], new: Iterable[Row], what: str) -> list[str]:
     """Say so where the new rows are of several kinds of hardware, and not all of these are among the old ones."""
     was, now = ({row["hardware"] for row in rows if row["hardware"]} for rows in (old, new))
-    return [f"{what} would mix hardware: {' and '.join(sorted(now))}"] if len(now) > 1 and now - was else []
+    return [f"{what} would mix hardware: {' and '.join(map(repr, sorted(now)))}"] if len(now) > 1 and now - was else []
 
 
 def _tracked(tracking_uri: str | None) -> tuple[list[Row], list[Row]]:

@@ -252,11 +252,11 @@ def test_hardware_is_not_mixed_unasked(store: Store, pages: tuple[Path, Path]) -
     tags = TARGETS | {"hardware": "a GPU"}
     write_run(store, "other", 0, [99.0], start_time=T0, tags=tags)
     found = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
-    assert found.refusals == ["the tables would mix hardware: a CPU and a GPU"]
+    assert found.refusals == ["the tables would mix hardware: 'a CPU' and 'a GPU'"]
     found.write()
     write_run(store, "step10_new", 2, [99.0], start_time=T0 + 10, tags=tags | {"code_sha256": "0123456789abcdef"})
     found = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
-    assert found.refusals == ["the seeds of step10_new would mix hardware: a CPU and a GPU"]
+    assert found.refusals == ["the seeds of step10_new would mix hardware: 'a CPU' and 'a GPU'"]
 
 
 def test_publish_says_what_it_would_do_and_waits_for_replace(
@@ -283,7 +283,7 @@ def test_publish_says_what_it_would_do_and_waits_for_replace(
 # ---- an export
 
 
-def test_an_export_is_of_the_store_alone(store: Store, tmp_path: Path) -> None:
+def test_an_export_is_of_the_store_alone(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "new" / "results"
     names = ["README.md", "effects.csv", "epochs.csv", *(f"{step}.csv" for step in STEPS)]
     assert evidence.export_runs(folder, tracking_uri=store.uri) == sorted(folder / name for name in names)
@@ -295,6 +295,7 @@ def test_an_export_is_of_the_store_alone(store: Store, tmp_path: Path) -> None:
     (folder / "earlier.csv").write_text((folder / "step10_new.csv").read_text())
     evidence.export_runs(folder, tracking_uri=store.uri)
     assert (folder / "README.md").read_text() == page + "My notes.\n"
+    assert caplog.messages == ["left as it is: earlier.csv, as the store has no runs of that step"]
 
 
 def test_an_export_leaves_the_published_figures_alone(store: Store) -> None:
