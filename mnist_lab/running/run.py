@@ -60,7 +60,7 @@ class Progress(Protocol):
     def on_epoch(self, metrics: EpochMetrics) -> None: ...
 
 
-class Pruned(Exception):  # noqa: N818
+class Pruned(Exception):
     """Raised by who listens to a trial's run, to end it after the epoch: it is not worth more of them."""
 
 

@@ -173,9 +173,7 @@ class _Worker:
     def __init__(self, number: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_work, args=(theirs,), name=f"{declaration.WORKER} {number}", daemon=True
-        )
+        self.process = context.Process(target=_work, args=(theirs,), name=f"{declaration.WORKER} {number}", daemon=True)
         self.given: tuple[Task, int] | None = None
         resource_tracker.ensure_running()  # starting it would let the signals through again
         # Ctrl-C and a closed terminal reach all processes at once. This one sees them, and ends its workers by SIGTERM.
