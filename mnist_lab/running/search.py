@@ -10,12 +10,13 @@ import hashlib
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
+import matplotlib
 import optuna
 import torch
 from filelock import FileLock, Timeout
@@ -43,7 +44,7 @@ from mnist_lab.training.loop import EpochMetrics, initial_network, num_params
 from mnist_lab.verdicts.statistics import Aggregate, aggregate, expected_maximum, sd_of_accuracy
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -566,22 +567,25 @@ def _log(tracked: TrackedRun, study: optuna.Study, job: Job, result: SearchResul
     tracked.log_once(metrics)
     with quiet():
         tracked.log_text(study.trials_dataframe().to_csv(index=False), "trials.csv")
+    with quiet(), matplotlib.rc_context({"savefig.bbox": "tight"}):  # Optuna's labels do not fit their figures
         tracked.log_figures(_figures(study, counts))
 
 
-def _figures(study: optuna.Study, counts: Counts) -> dict[str, Figure | SubFigure]:
+def _figures(study: optuna.Study, counts: Counts) -> dict[str, Figure]:
     """Draw Optuna's figures, as far as there are trials enough for them."""
-    from matplotlib import pyplot as plt  # slow to import
+    from matplotlib import pyplot as plt
     from optuna.visualization import matplotlib as plots
 
     plt.switch_backend("agg")
-    figures: dict[str, Figure | SubFigure] = {}
+    wanted: dict[str, Callable[..., object]] = {}
     if counts.finished:
-        figures["history"] = plots.plot_optimization_history(study).figure
-        figures["parallel_coordinate"] = plots.plot_parallel_coordinate(study).figure
-    if counts.finished > 1:
-        with suppress(ValueError, RuntimeError):  # where all trials are equally good, nothing is important
-            figures["importances"] = plots.plot_param_importances(study).figure
-    for figure in figures.values():
-        plt.close(figure.figure)
+        wanted |= {"history": plots.plot_optimization_history, "parallel_coordinate": plots.plot_parallel_coordinate}
+    if len({trial.accuracy for trial in _finished(study)}) > 1:  # else nothing is important
+        wanted["importances"] = plots.plot_param_importances
+    figures = {}
+    for name, plot in wanted.items():
+        plot(study, target_name="validation accuracy")
+        figures[name] = plt.gcf()
+        figures[name].set_size_inches(9, 5)
+        plt.close()
     return figures
