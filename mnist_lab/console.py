@@ -176,7 +176,7 @@ class SearchConsole(_WithBar):
         self.wanted, self.done_before, self.began = wanted, done, time.monotonic()
         how = f"{workers} at a time" if device.type == "cpu" else "one after another"
         before = f", {done} of them done before" if done else ""
-        print(f"{name}: {wanted} trainings{before}, {how}, on {device.type}", flush=True)
+        print(f"{name}: {wanted} in all{before}, {how}, on {device.type}", flush=True)
         if sys.stdout.isatty() and done < wanted:
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
             self.bar = _bar(wanted, "", form, smoothing=0, initial=done)
@@ -230,7 +230,7 @@ def print_search(result: SearchResult, job: Job) -> None:
         print("\n" + tabulate(rows, headers=headers, disable_numparse=True))
         _print_lines(job, result.best[0].values)
         print(
-            f"The best of {counts.finished} is too good by up to about {result.too_good:.2f} points: so much would "
+            f"The best of {counts.finished + counts.pruned} is too good by up to about {result.too_good:.2f} points: so much would "
             f"chance alone lift it on {job.holdout:,} images if all were equally good. "
             f"--confirm {len(result.best)} --seeds 10 trains the best again."
         )

@@ -546,7 +546,7 @@ def _finished(study: optuna.Study) -> list[Trial]:
 def _result(study: optuna.Study, job: Job, run_id: str, seeds: int, counts: Counts) -> SearchResult:
     best, too_good = _finished(study)[:BEST], 0.0
     if best:
-        too_good = expected_maximum(counts.finished) * sd_of_accuracy(best[0].accuracy, job.holdout)
+        too_good = expected_maximum(counts.finished + counts.pruned) * sd_of_accuracy(best[0].accuracy, job.holdout)
     return SearchResult(run_id, study.study_name, seeds, counts, best, too_good)
 
 

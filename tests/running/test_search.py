@@ -28,7 +28,7 @@ from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
 PARENT = "mlflow.parentRunId"
 SPACE: dict[str, BaseDistribution] = {
     "lr": FloatDistribution(0.001, 1.0, log=True),
-    "width": IntDistribution(4, 16),
+    "width": IntDistribution(4, 12),
 }
 TOO_WIDE = 13  # of which the network says no
 
@@ -109,16 +109,16 @@ def trials_of(job: Job) -> list[optuna.trial.FrozenTrial]:
 @pytest.mark.usefixtures("here")
 def test_trials_are_trained_or_pruned_and_never_see_the_test_images(job: Job, database: Path) -> None:
     listener = Listener()
-    result = search(job, SPACE, 10, 1, listener)
+    result = search(job, SPACE, 8, 1, listener)
 
-    assert result.counts.done == 10 == len(listener.outcomes)
+    assert result.counts.done == 8 == len(listener.outcomes)
     assert result.counts.finished >= 1
     assert result.counts.pruned >= 1
     assert result.best[0].accuracy == max(trial.accuracy for trial in result.best) > 15
     parent, *children = read_runs(database)
     assert parent.run_id == result.run_id
     assert parent.status == "FINISHED"
-    assert parent.metrics["trials"] == [(0, 10.0)]
+    assert parent.metrics["trials"] == [(0, 8.0)]
     figures = {file.stem for file in (parent.artifacts / "figures").iterdir()}
     assert figures == {"history", "importances", "parallel_coordinate"}
     assert {file.name for file in parent.artifacts.iterdir()} == {"figures", "trials.csv", "best.txt"}
@@ -128,12 +128,10 @@ def test_trials_are_trained_or_pruned_and_never_see_the_test_images(job: Job, da
         assert "step" not in run.tags  # by which tables find runs
         assert not [name for name in run.metrics if "test" in name]
         assert not (run.artifacts / "predictions.npz").exists()
-    failed = [run for run in children if run.status == "FAILED"]
-    assert len(failed) == result.counts.failed  # of the width that the network refuses, at most
+        assert run.status == "FINISHED"
     pruned = [run for run in children if "pruned" in run.tags]
     assert len(pruned) == result.counts.pruned
     for run in pruned:
-        assert run.status == "FINISHED"
         assert run.tags["pruned"] == f"after epoch {len(run.metrics['validation_accuracy'])} of 4"
         assert "final_validation_accuracy" not in run.metrics
     assert not list((database.parent / "checkpoints").glob("*.pt"))
@@ -153,8 +151,9 @@ def test_a_network_that_breaks_the_target_is_not_trained(job: Job, database: Pat
 
 
 @pytest.mark.usefixtures("here")
-def test_a_space_without_a_small_network_is_refused(job: Job) -> None:
-    with pytest.raises(LabError, match="of the last 100 draws none has fewer than 900 parameters"):
+def test_a_space_without_a_small_network_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_DRAWS", 5)
+    with pytest.raises(LabError, match="of the last 5 draws none has fewer than 900 parameters"):
         search(job, {"width": IntDistribution(15, 16)}, 2, 1, Listener())
 
 
@@ -209,7 +208,7 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
 def test_another_space_or_another_number_of_seeds_is_another_search(job: Job) -> None:
     first = search(job, SPACE, 1, 1, Listener())
 
-    other = {**SPACE, "width": IntDistribution(4, 12)}
+    other = {**SPACE, "width": IntDistribution(4, 10)}
     with pytest.raises(LabError, match=f"search: width had another range when {first.name} began; .* --again"):
         search(job, other, 1, 1, Listener())
     with pytest.raises(LabError, match="trains 1 seeds a trial, not 2; .* --again"):
