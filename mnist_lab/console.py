@@ -230,8 +230,8 @@ def print_search(result: SearchResult, job: Job) -> None:
         print("\n" + tabulate(rows, headers=headers, disable_numparse=True))
         _print_lines(job, result.best[0].values)
         print(
-            f"The best of {counts.finished + counts.pruned} is too good by up to about {result.too_good:.2f} points: so much would "
-            f"chance alone lift it on {job.holdout:,} images if all were equally good. "
+            f"The best of {counts.finished + counts.pruned} is too good by up to about {result.too_good:.2f} points: "
+            f"so much would chance alone lift it on {job.holdout:,} images if all were equally good. "
             f"--confirm {len(result.best)} --seeds 10 trains the best again."
         )
     print("The test images were not read.")
