@@ -188,7 +188,7 @@ class SearchConsole(_WithBar):
         parts = [f"{counts.pruned} pruned", f"{counts.failed} failed", f"{counts.running} running"]
         stand = ", ".join(part for part in parts if not part.startswith("0 "))
         if counts.best is not None:
-            stand += f"{', ' if stand else ''}best {counts.best.accuracy:.2f} % by trial {counts.best.number}"
+            stand += f"{', ' if stand else ''}best {counts.best.accuracy:.2f} % with {trial_text(counts.best.values)}"
         line = f"trial {number:>{len(str(self.wanted))}}  {outcome}  {trial_text(values)}"
         if self.bar is not None:
             self.bar.set_postfix_str(stand, refresh=False)

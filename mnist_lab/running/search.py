@@ -34,11 +34,22 @@ from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import Pruned, load_parts, run_name_of, written_by_lab
 from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.threads import available_cores
-from mnist_lab.running.workers import Epoch, Failed, Judge, Message, Take, Task, train_one_by_one, train_tasks
+from mnist_lab.running.workers import (
+    Epoch,
+    Failed,
+    Judge,
+    Message,
+    Take,
+    Task,
+    check_workers,
+    train_one_by_one,
+    train_tasks,
+)
 from mnist_lab.tracking.delivery import one_line, sync
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import LOCKS, SEARCHES, own_folder
 from mnist_lab.tracking.store import FinishedRun, Store, adopt, close_abandoned, finished_runs, open_store, quiet
+from mnist_lab.tracking.store import search as find_runs
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, initial_network, num_params
 from mnist_lab.verdicts.statistics import Aggregate, aggregate, expected_maximum, sd_of_accuracy
@@ -131,6 +142,7 @@ def search(
     Raises:
         LabError: before any training, if the space, the declaration, the data or the store is unusable.
     """
+    check_workers(workers, job.device)
     check_space(job, space)
     store = _open_store(job)
     with _storage_failures(job), _alone(job, store):
@@ -141,9 +153,7 @@ def search(
         on_cpu = job.device.type == "cpu"
         processes = min((workers or available_cores()) if on_cpu else 1, count)
         with _track(job, store, f"search of {count} trials", space) as tracked:
-            for trial in study.get_trials(deepcopy=False):
-                for run_id in trial.user_attrs.get("runs", []):
-                    adopt(store, tracked.run_id, run_id)
+            _adopt_earlier(study, store, tracked.run_id)
             trials = _Trials(study, job, space, count, seeds, store, tracked.run_id, progress)
             progress.on_start(study.study_name, count, trials.counts().done, processes, job.device)
             _train(trials.take, trials.hear, trials.judge, processes, progress, store, on_cpu)
@@ -162,6 +172,7 @@ def confirm(
     Raises:
         LabError: as `search`, and if there is no such search or one of the seeds was used in it.
     """
+    check_workers(workers, job.device)
     check_space(job, space)
     store = _open_store(job)
     with _storage_failures(job), _alone(job, store):
@@ -473,6 +484,14 @@ def _take_up_interrupted(study: optuna.Study) -> None:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.enqueue_trial(trial.params, user_attrs={"replaces": trial.number})
         study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _adopt_earlier(study: optuna.Study, store: Store, parent_run_id: str) -> None:
+    """Make the runs of earlier trials children of this run, but for those that were deleted since."""
+    ended = {run_id for trial in study.get_trials(deepcopy=False) for run_id in trial.user_attrs.get("runs", [])}
+    for run in find_runs(store, f"tags.search = '{study.study_name}'"):
+        if run.info.run_id in ended:
+            adopt(store, parent_run_id, run.info.run_id)
 
 
 def _with_values(job: Job, values: Mapping[str, object], store: Store) -> Job:

@@ -167,6 +167,14 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, LabError) else "".join(traceback.format_exception(error)).rstrip()
 
 
+def check_workers(workers: int | None, device: torch.device) -> None:
+    """Refuse a number of processes that can't be; raises LabError."""
+    if workers is not None and workers < 1:
+        raise LabError(f"workers: {workers} is not a whole number of at least 1")
+    if workers is not None and device.type != "cpu":
+        raise LabError(f"workers: {workers} is for a CPU; on {device.type} the seeds train in one process")
+
+
 class _Worker:
     """A process that trains one seed after another, and the connection to it."""
 

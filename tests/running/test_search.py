@@ -19,10 +19,12 @@ from helpers import TINY, read_runs, wait_until
 from mnist_lab import Experiment, Targets
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
+from mnist_lab.running import checkpoint
 from mnist_lab.running import run as runner
 from mnist_lab.running import search as module
 from mnist_lab.running.job import Job
 from mnist_lab.running.search import Counts, SearchResult, check_space, confirm, paste_lines, search
+from mnist_lab.tracking.store import open_store
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
 
 PARENT = "mlflow.parentRunId"
@@ -184,6 +186,8 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
         search(job, SPACE, 3, 1, Listener())
     assert sorted(run.status for run in read_runs(database)) == ["FINISHED", "KILLED", "KILLED"]
     monkeypatch.setattr(module._Trials, "judge", judge)
+    with pytest.raises(LabError, match="resume: there is no interrupted run of tiny"):  # the search goes on with it
+        checkpoint.find(job.tracking_uri, "tiny")
 
     listener = Listener()
     result = search(job, SPACE, 3, 1, listener)
@@ -199,6 +203,7 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
     assert {run.tags[PARENT] for run in children} == {result.run_id}
     assert {run.status for run in children} == {"FINISHED"}
 
+    open_store(job.tracking_uri).client.delete_run(children[0].run_id)
     more = search(job, SPACE, 4, 1, Listener())
     assert more.name == result.name
     assert more.counts.done == 4
@@ -271,6 +276,11 @@ def test_one_search_at_a_time_and_a_damaged_database(job: Job, database: Path) -
     (database.parent / "searches.db").write_bytes(b"no database" * 100)
     with pytest.raises(LabError, match=r"search: Optuna's database .*searches.db can't be used: "):
         search(job, SPACE, 1, 1, Listener())
+
+
+def test_processes_are_for_a_cpu(job: Job) -> None:
+    with pytest.raises(LabError, match="workers: 2 is for a CPU; on cuda the seeds train in one process"):
+        search(dataclasses.replace(job, device=torch.device("cuda")), SPACE, 1, 1, Listener(), workers=2)
 
 
 def test_lines_to_paste_name_the_part(job: Job) -> None:
