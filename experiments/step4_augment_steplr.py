@@ -21,6 +21,7 @@ the last epoch is nearly the best. The training accuracy, measured on rotated im
 from functools import partial
 
 import torch
+from optuna.distributions import FloatDistribution
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
@@ -84,5 +85,12 @@ EXPERIMENT = Experiment(
     reported={"best_train_accuracy": 99.32, "best_test_accuracy": 99.46, "best_epoch": 11},
 )
 
+SEARCH = {
+    "lr": FloatDistribution(0.02, 0.5, log=True),
+    "gamma": FloatDistribution(0.4, 0.9),
+    "dropout": FloatDistribution(0.0, 0.1),
+    "degrees": FloatDistribution(0.0, 15.0),
+}
+
 if __name__ == "__main__":
-    main(EXPERIMENT)
+    main(EXPERIMENT, search=SEARCH)

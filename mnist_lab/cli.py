@@ -8,14 +8,22 @@ import signal
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mnist_lab.arguments import whole_number
-from mnist_lab.console import Console, StudyConsole, print_result, print_study
+from mnist_lab.console import (
+    Console,
+    SearchConsole,
+    StudyConsole,
+    print_confirmed,
+    print_result,
+    print_search,
+    print_study,
+)
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.running import declaration
@@ -23,16 +31,26 @@ from mnist_lab.running.output import lasting_output
 from mnist_lab.tracking.sqlite import tracking_uri
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--help` needs none of it
+    from optuna.distributions import BaseDistribution
+
     from mnist_lab.running.checkpoint import Checkpoint
     from mnist_lab.running.job import Job
 
 MAX_SEEDS = 10_000  # of one study
+MAX_TRIALS = 100_000  # of one search
+HELD_OUT = 10_000  # images that a search is judged by, unless told otherwise
 MAX_THREADS = 1_024  # starting very many ends the process
 
 
-def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
+def main(
+    experiment: Experiment,
+    argv: Sequence[str] | None = None,
+    *,
+    search: Mapping[str, BaseDistribution] | None = None,
+) -> None:
     """Train one run, or with `--seeds` a study, as the command line says, print its verdict, and track it in MLflow.
 
+    search: the space that `--search` draws from: Optuna's distributions, by the names that `--set` takes.
     The name of the script that was started names the step. A script may call it once: its runs are told apart by the
     script's name. What the user can put right ends the program with one sentence on stderr and exit code 1.
     """
@@ -44,7 +62,9 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
         arguments = _parse(script, argv)
         job, resume = make_job(experiment, script, arguments)
         interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
-        if arguments.seeds is None:
+        if arguments.search is not None or arguments.confirm is not None:
+            _search(job, search, arguments)
+        elif arguments.seeds is None:
             _run(job, arguments.seed or 0, resume)
         else:
             _study(job, arguments)
@@ -67,6 +87,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
         resume = checkpoint.find(uri, script.stem, arguments.resume, changes=wanted_changes, **wanted)
         changed, overrides = experiment.override(resume.changes)
         arguments.seed, arguments.limit, arguments.holdout = resume.seed, resume.limit, resume.holdout
+    searching = arguments.search is not None or arguments.confirm is not None
     job = Job(
         script=script,
         experiment=changed,
@@ -76,7 +97,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
         data_dir=arguments.data_dir,
         tracking_uri=uri,
         limit=arguments.limit,
-        holdout=arguments.holdout or 0,
+        holdout=arguments.holdout or (HELD_OUT if searching else 0),
     )
     return job, resume
 
@@ -84,12 +105,19 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
 def _parse(script: Path, argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser(script)
     arguments = flags.parse_args(argv)
-    if arguments.seeds is not None and arguments.threads is not None:
-        flags.error("argument --threads: not allowed with --seeds, whose processes have one thread each")
-    if arguments.seeds is None and (arguments.workers is not None or arguments.again):
-        flags.error(f"argument --{'again' if arguments.again else 'workers'}: only allowed with --seeds")
-    if arguments.resume is not None and arguments.seeds is not None:
-        flags.error("argument --seeds: not allowed with --resume: a study goes on by itself where it was interrupted")
+    several = [name for name in ("seeds", "search", "confirm") if getattr(arguments, name) is not None]
+    if several and arguments.threads is not None:
+        flags.error(f"argument --threads: not allowed with --{several[-1]}, whose processes have one thread each")
+    if not several and (arguments.workers is not None or arguments.again):
+        flags.error(f"argument --{'again' if arguments.again else 'workers'}: only allowed with --seeds or --search")
+    if arguments.resume is not None and several:
+        flags.error(
+            f"argument --{several[-1]}: not allowed with --resume: it goes on by itself where it was interrupted"
+        )
+    if arguments.search_seeds is not None and arguments.search is None:
+        flags.error("argument --search-seeds: only allowed with --search")
+    if arguments.confirm is not None and (arguments.seeds is None or arguments.again):
+        flags.error("argument --confirm: give --seeds N with it, and no --again")
     for name, value in vars(arguments).items():
         for text in map(str, value if isinstance(value, list) else [value]):
             # Bytes that are no UTF-8 come as lone surrogates, which neither a file name nor a database can hold.
@@ -138,6 +166,38 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: argparse.Namespace) -> None:
+    if space is None:
+        raise LabError(f"search: {job.script.name} declares no space; hand one over by main(EXPERIMENT, search=SEARCH)")
+    from mnist_lab.running import search
+
+    consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
+    with sentences(consequence), closing(SearchConsole()) as console:
+        if arguments.search is None:
+            confirmed = search.confirm(
+                job, space, arguments.confirm, arguments.seeds, console, workers=arguments.workers
+            )
+        else:
+            result = search.search(
+                job,
+                space,
+                arguments.search,
+                arguments.search_seeds or 1,
+                console,
+                workers=arguments.workers,
+                again=arguments.again,
+            )
+    if arguments.search is None:
+        print_confirmed(confirmed, job)
+        failed = not any(one.accuracies for one in confirmed)
+    else:
+        print_search(result, job)
+        failed = not result.best
+    if failed:
+        print("Failed: no trial has come to its end.", file=sys.stderr)
+        sys.exit(1)
+
+
 @contextmanager
 def sentences(consequence: str = "") -> Iterator[None]:
     """Show a LabError as its sentence, and Ctrl-C as a word with what follows from it; a bug keeps its traceback."""
@@ -166,10 +226,17 @@ def parser(script: Path) -> argparse.ArgumentParser:
     seeds.add_argument("--seed", type=number_from(0), help="of weights, order, dropout, augmentation (default 0)")
     several = "a study: so many seeds, from 0 on, or these seeds (3,7,9); finished ones are not trained again"
     seeds.add_argument("--seeds", type=_seeds, metavar="N", help=several)
-    add("--workers", type=number_from(1), metavar="N", help="processes of a study on a CPU (default: one per core)")
+    trials = "a search: train N trials of the script's SEARCH, judged on held-out images; the same command goes on"
+    seeds.add_argument("--search", type=number_from(1, MAX_TRIALS), metavar="N", help=trials)
+    per_trial = "train K seeds a trial, and judge their mean (default 1)"
+    add("--search-seeds", type=number_from(1, MAX_SEEDS), metavar="K", help=per_trial)
+    best = "train the best M trials of a search again, with --seeds N that it has not used"
+    add("--confirm", type=number_from(1, MAX_TRIALS), metavar="M", help=best)
+    processes = "processes of a study or a search on a CPU (default: one per core)"
+    add("--workers", type=number_from(1), metavar="N", help=processes)
     which = "continue the newest interrupted run of this script that has the other flags, or this one"
     add("--resume", nargs="?", const="", metavar="RUN_ID", help=which)
-    add("--again", action="store_true", help="train all seeds of a study, finished or not")
+    add("--again", action="store_true", help="train all seeds of a study, finished or not; begin a new search")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     threads = "of torch on a CPU (default: one per core; give 1 beside other work)"
     add("--threads", type=number_from(1, MAX_THREADS), metavar="N", help=threads)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
 
     from mnist_lab.running.job import Job
     from mnist_lab.running.run import RunResult
+    from mnist_lab.running.search import Confirmed, Counts, SearchResult
     from mnist_lab.running.study import StudyResult
     from mnist_lab.training.loop import EpochMetrics
     from mnist_lab.verdicts.targets import Verdict
@@ -162,6 +163,98 @@ class StudyConsole(_WithBar):
         else:
             self.bar.set_description_str(self._seeds_done(), refresh=False)
             self.bar.write(line, file=sys.stdout)
+
+
+class SearchConsole(_WithBar):
+    """Shows a search as it goes: a line per trial, with where the search stands, which a terminal has in a bar."""
+
+    def __init__(self) -> None:
+        self.wanted = self.done_before = self.trained = 0
+        self.began = time.monotonic()
+
+    def on_start(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
+        self.wanted, self.done_before, self.began = wanted, done, time.monotonic()
+        how = f"{workers} at a time" if device.type == "cpu" else "one after another"
+        before = f", {done} of them done before" if done else ""
+        print(f"{name}: {wanted} in all{before}, {how}, on {device.type}", flush=True)
+        if sys.stdout.isatty() and done < wanted:
+            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+            self.bar = _bar(wanted, "", form, smoothing=0, initial=done)
+
+    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None:
+        from mnist_lab.running.search import trial_text
+
+        self.trained += 1
+        parts = [f"{counts.pruned} pruned", f"{counts.failed} failed", f"{counts.running} running"]
+        stand = ", ".join(part for part in parts if not part.startswith("0 "))
+        if counts.best is not None:
+            stand += f"{', ' if stand else ''}best {counts.best.accuracy:.2f} % with {trial_text(counts.best.values)}"
+        line = f"trial {number:>{len(str(self.wanted))}}  {outcome}  {trial_text(values)}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(stand, refresh=False)
+            self.bar.update()
+            self.bar.write(line, file=sys.stdout)
+            return
+        left = (time.monotonic() - self.began) / self.trained * (self.wanted - counts.done)
+        progress = ", ".join(filter(None, [f"{counts.done}/{self.wanted}", stand, f"{_duration(left)} left"]))
+        print(f"{line}  ({progress})", flush=True)
+
+    def on_time(self) -> None:
+        if self.bar is not None:
+            self.bar.refresh()
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.0f} h"
+    )
+
+
+def print_search(result: SearchResult, job: Job) -> None:
+    """Print the best trials, the lines to paste, and how far the choice among so many can be trusted."""
+    from tabulate import tabulate
+
+    from mnist_lab.running.search import best_table
+
+    counts = result.counts
+    ended = [f"{counts.finished} trained to the end", f"{counts.pruned} pruned", f"{counts.failed} failed"]
+    print(f"\n{counts.done} trials: {', '.join(ended)}.")
+    if counts.too_large:
+        print(f"{counts.too_large} draws more were not trained: too many parameters for the target.")
+    if result.best:
+        rows, headers = best_table(result.best)
+        print("\n" + tabulate(rows, headers=headers, disable_numparse=True))
+        _print_lines(job, result.best[0].values)
+        print(
+            f"The best of {counts.finished + counts.pruned} is too good by up to about {result.too_good:.2f} points: "
+            f"so much would chance alone lift it on {job.holdout:,} images if all were equally good. "
+            f"--confirm {len(result.best)} --seeds 10 trains the best again."
+        )
+    print("The test images were not read.")
+    print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the trials below it.")
+
+
+def print_confirmed(confirmed: Sequence[Confirmed], job: Job) -> None:
+    """Print what the best trials reach with other seeds, and the lines of the best mean to paste."""
+    from tabulate import tabulate
+
+    from mnist_lab.running.search import confirmed_table
+
+    rows, headers = confirmed_table(confirmed)
+    print("\nValidation accuracy in percent\n\n" + tabulate(rows, headers=headers, disable_numparse=True))
+    _print_lines(job, confirmed[0].trial.values)
+    print("The test images were not read.")
+
+
+def _print_lines(job: Job, values: Mapping[str, object]) -> None:
+    from mnist_lab.running.search import paste_lines
+
+    print("\nThe best values, to write into the script:\n")
+    print("\n".join(f"    {line}" for line in paste_lines(job, values)) + "\n")
 
 
 def print_study(result: StudyResult, job: Job) -> None:

@@ -140,12 +140,13 @@ def find(
 ) -> Checkpoint:
     """Return the checkpoint of a run, or the newest one of a step, or the newest of all; raises LabError.
 
+    A trial of a search is none of them: the search itself goes on with it.
     changes: only one whose hyperparameters were changed so, by flat name; None for one that stands as declared.
     wanted: only one with this seed, limit, holdout or threads, where they are not None.
     """
     changes = changes or {}
     wanted = {name: value for name, value in wanted.items() if value is not None}
-    kept = [one for one in newest_first(uri) if step in (None, one.step)]
+    kept = [one for one in newest_first(uri) if step in (None, one.step) and "search" not in one.identity]
     named = [one for one in kept if run_id in (None, "", one.run_id)]
     for one in named:
         changed = {name: one.changes.get(name) for name in changes}

@@ -1,4 +1,4 @@
-"""Reads what a script declares without training it, for the worker processes of a study."""
+"""Reads what a script declares without training it, for the worker processes of a study or a search."""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ class Job:
     limit: train on the first so many images only, which counts as an override too; None for all.
     holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
         test images are then read once, at the end. 0 for none.
+    search: the name of the search that this is a trial of; no run of it is ever given the test images.
     teacher: the network in MLflow that the objective learns from, once `teaching.find` has found it.
     params: what is logged as params, but for the seed; read once, as objects among the arguments may change in use.
 
@@ -49,6 +50,7 @@ class Job:
     tracking_uri: str
     limit: int | None = None
     holdout: int = 0
+    search: str | None = None
     teacher: Teacher | None = None
     params: Mapping[str, str] = field(init=False)
 
@@ -81,7 +83,7 @@ class Job:
         """The tags that, with the params, runs share if and only if they differ in nothing but the seed."""
         overrides = {**self.overrides, **({} if self.limit is None else {"limit": self.limit})}
         return {
-            "step": self.step,
+            **({"step": self.step} if self.search is None else {"search": self.search}),
             "overrides": " ".join(f"{name}={stable_text(value)}" for name, value in sorted(overrides.items())),
             "code_sha256": self.code_sha256,
             **({} if self.teacher is None else self.teacher.tags),

@@ -60,9 +60,16 @@ class Progress(Protocol):
     def on_epoch(self, metrics: EpochMetrics) -> None: ...
 
 
+class Pruned(Exception):
+    """Raised by who listens to a trial's run, to end it after the epoch: it is not worth more of them."""
+
+
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its id in MLflow, every epoch, the figures measured once, and the verdicts."""
+    """A finished run: its id in MLflow, every epoch, the figures measured once, and the verdicts.
+
+    A trial of a search has no verdicts, and no figures of the test images; one that was pruned has no figures at all.
+    """
 
     run_id: str
     epochs: list[EpochMetrics]
@@ -240,10 +247,19 @@ def record(
                 tracked.log_text(commit.diff, "source/uncommitted.diff")
         else:
             tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in epochs})
-        for metrics in train(tracked.run_id):
-            epochs.append(metrics)
-            tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
-            progress.on_epoch(metrics)
+        try:
+            for metrics in train(tracked.run_id):
+                epochs.append(metrics)
+                tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
+                progress.on_epoch(metrics)
+        except Pruned:
+            tracked.set_tags({**graphs.tags, "pruned": f"after epoch {len(epochs)} of {experiment.epochs}"})
+            return RunResult(tracked.run_id, epochs, {}, [])
+        if job.search is not None:
+            measured = measure(num_params(net, rehearsal.untrained), epochs, experiment)
+            tracked.log_once({name: measured[name] for name in LOGGED_ONCE_WITH_HOLD_OUT if name in measured})
+            tracked.set_tags(graphs.tags)
+            return RunResult(tracked.run_id, epochs, measured, [])
         with blame("net"):
             logits = predict(net, mnist.test_images, experiment.normalize)  # (10000, 10)
             if not logits.isfinite().all():
@@ -276,10 +292,15 @@ def written_by_lab(job: Job) -> list[Path]:
 
 
 def load_parts(job: Job) -> Mnist:
-    """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` of the others."""
+    """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` of the others.
+
+    A trial of a search gets no test images, so that nothing can read them.
+    """
     mnist = load_mnist(job.data_dir, job.device)
     if job.holdout:
         mnist = hold_out(mnist, job.holdout)
+    if job.search is not None:
+        mnist = dataclasses.replace(mnist, test_images=mnist.train_images[:0], test_labels=mnist.train_labels[:0])
     return mnist if job.limit is None else first_images(mnist, job.limit)
 
 

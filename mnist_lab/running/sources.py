@@ -47,8 +47,8 @@ def code_sha256(sources: Mapping[str, Path]) -> str:
     """Return a SHA-256 over what the sources say to Python, and over `RECIPE`, what the lab makes of it.
 
     Runs that share it, and their params, computed the same. Comments, docstrings and layout do not count: a Result can
-    be written into a script without making its runs look like those of another. The digest is the same on every
-    supported Python.
+    be written into a script without making its runs look like those of another. Nor does a space to search in, given as
+    `main(..., search=SPACE)`. The digest is the same on every supported Python.
     """
     digest = hashlib.sha256(f"recipe {RECIPE}".encode())
     for name in sorted(sources):
@@ -59,9 +59,28 @@ def code_sha256(sources: Mapping[str, Path]) -> str:
 def _says(file: Path) -> str:
     content = file.read_bytes()
     try:
-        return _canonical(ast.parse(content))
+        return _canonical(_without_search(ast.parse(content)))
     except (SyntaxError, ValueError):  # a module that this Python can't read, behind a `try`
         return content.hex()
+
+
+def _without_search(tree: ast.Module) -> ast.Module:
+    """Leave out the space that `main` is given as `search`, its assignment, and the imports from Optuna."""
+    spaces = set()
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] == "main":
+            spaces |= {ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "search"}
+            call.keywords = [keyword for keyword in call.keywords if keyword.arg != "search"]
+    tree.body = [node for node in tree.body if not _says_where_to_search(node, spaces)]
+    return tree
+
+
+def _says_where_to_search(node: ast.stmt, spaces: set[str]) -> bool:
+    if isinstance(node, ast.Assign):
+        return len(node.targets) == 1 and ast.unparse(node.targets[0]) in spaces
+    if isinstance(node, ast.Import):
+        return all(alias.name.partition(".")[0] == "optuna" for alias in node.names)
+    return isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "optuna"
 
 
 def _imported_names(file: Path, package: str) -> Iterator[str]:

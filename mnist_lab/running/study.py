@@ -26,7 +26,15 @@ from mnist_lab.running.rehearsal import Rehearsal, rehearse
 from mnist_lab.running.run import load_parts, run_name_of, target_tags, verdict_tags, written_by_lab
 from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.threads import available_cores
-from mnist_lab.running.workers import Done, Epoch, Task, train_in_processes, train_one_by_one, train_stacked
+from mnist_lab.running.workers import (
+    Done,
+    Epoch,
+    Task,
+    check_workers,
+    train_in_processes,
+    train_one_by_one,
+    train_stacked,
+)
 from mnist_lab.tracking.delivery import sync
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import FinishedRun, adopt, close_abandoned, finished_runs, open_store
@@ -164,10 +172,7 @@ def _check(seeds: Sequence[int], workers: int | None, device: torch.device) -> N
         check_seed(seed)
     if twice := [seed for seed in seeds if list(seeds).count(seed) > 1]:
         raise LabError(f"seeds: {twice[0]} is there twice")
-    if workers is not None and workers < 1:
-        raise LabError(f"workers: {workers} is not a whole number of at least 1")
-    if workers is not None and device.type != "cpu":
-        raise LabError(f"workers: {workers} is for a CPU; on {device.type} the seeds train in one process")
+    check_workers(workers, device)
 
 
 def _judge(job: Job, run_id: str, runs: list[FinishedRun], reused: list[int], failed: dict[int, str]) -> StudyResult:

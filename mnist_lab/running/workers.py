@@ -1,4 +1,4 @@
-"""Who trains the seeds of a study: processes of one thread each on a CPU, this process on a GPU.
+"""Who trains the runs of a study or a search: processes of one thread each on a CPU, this process on a GPU.
 
 The processes are started by `multiprocessing` with "spawn": torch's threads don't survive a fork. They are no `Pool`:
 that breaks as a whole when one of its processes dies, while here only that seed fails.
@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -30,7 +30,7 @@ from mnist_lab.running import checkpoint, declaration
 from mnist_lab.running.job import Job
 from mnist_lab.running.output import lasting_output
 from mnist_lab.running.rehearsal import Rehearsal
-from mnist_lab.running.run import RunResult, check_eval_loss, record, run
+from mnist_lab.running.run import Pruned, RunResult, check_eval_loss, record, run
 from mnist_lab.tracking.delivery import environment_variables
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
 from mnist_lab.training.loop import EpochMetrics, initial_network
@@ -41,11 +41,17 @@ END_SECONDS = 20.0  # that a worker gets to close its run when the study is stop
 
 
 class Task(NamedTuple):
-    """What all seeds of a study have in common: the job, the study's run, and whether to begin anew."""
+    """What all seeds of a study, or of a trial, have in common.
+
+    parent_run_id: the run of the study or the search.
+    again: whether to begin anew where a run was interrupted.
+    trial: its number in a search, whose runs are asked about after each epoch: see `Judge`.
+    """
 
     job: Job
     parent_run_id: str
     again: bool
+    trial: int | None = None
 
 
 class Epoch(NamedTuple):
@@ -69,6 +75,8 @@ class Failed(NamedTuple):
 
 
 Message = Epoch | Done | Failed
+Take = Callable[[], tuple[Task, int] | None]  # gives the task and the seed to train next, or None for nothing now
+Judge = Callable[[Task, EpochMetrics], bool]  # says whether a trial's run is worth another epoch
 
 
 class EpochListener:
@@ -159,16 +167,22 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, LabError) else "".join(traceback.format_exception(error)).rstrip()
 
 
+def check_workers(workers: int | None, device: torch.device) -> None:
+    """Refuse a number of processes that can't be; raises LabError."""
+    if workers is not None and workers < 1:
+        raise LabError(f"workers: {workers} is not a whole number of at least 1")
+    if workers is not None and device.type != "cpu":
+        raise LabError(f"workers: {workers} is for a CPU; on {device.type} the seeds train in one process")
+
+
 class _Worker:
     """A process that trains one seed after another, and the connection to it."""
 
-    def __init__(self, task: Task, number: int) -> None:
+    def __init__(self, number: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_work, args=(theirs, task), name=f"{declaration.WORKER} {number}", daemon=True
-        )
-        self.seed: int | None = None
+        self.process = context.Process(target=_work, args=(theirs,), name=f"{declaration.WORKER} {number}", daemon=True)
+        self.given: tuple[Task, int] | None = None
         resource_tracker.ensure_running()  # starting it would let the signals through again
         # Ctrl-C and a closed terminal reach all processes at once. This one sees them, and ends its workers by SIGTERM.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
@@ -179,11 +193,14 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that this end hears of it when the process ends
 
-    def give(self, seed: int | None) -> None:
-        """Let it train a seed next, or with None come to its end."""
-        self.seed = seed
+    def give(self, given: tuple[Task, int] | None) -> None:
+        """Let it train a seed of a task next, or with None come to its end."""
+        self.given = given
+        self.send(given)
+
+    def send(self, what: object) -> None:
         with suppress(OSError):  # where it has died: receiving says so too
-            self.connection.send(seed)
+            self.connection.send(what)
 
 
 def train_in_processes(
@@ -191,14 +208,29 @@ def train_in_processes(
 ) -> Generator[Message, None, None]:
     """Train the seeds in `count` processes at a time. However this ends, the processes end before it."""
     waiting = deque(seeds)
+    with closing(train_tasks(lambda: (task, waiting.popleft()) if waiting else None, count, on_time)) as messages:
+        for _, message in messages:
+            yield message
+
+
+def train_tasks(
+    take: Take, count: int, on_time: Callable[[], None], judge: Judge | None = None
+) -> Generator[tuple[Task, Message], None, None]:
+    """Train what `take` gives in `count` processes at a time, and yield each message with the task that it is about.
+
+    It is asked for more when a message of an earlier one has been dealt with. However this ends, the processes end
+    before it.
+    """
     workers: list[_Worker] = []
     started = 0
     try:
-        while waiting or workers:
-            while waiting and len(workers) < count:
+        while True:
+            while len(workers) < count and (given := take()) is not None:
                 started += 1
-                workers.append(worker := _Worker(task, started))
-                worker.give(waiting.popleft())
+                workers.append(worker := _Worker(started))
+                worker.give(given)
+            if not workers:
+                return
             ready = wait([worker.connection for worker in workers], timeout=LOOK_SECONDS)
             for worker in [worker for worker in workers if worker.connection in ready]:
                 try:
@@ -206,12 +238,17 @@ def train_in_processes(
                 except (EOFError, OSError):
                     workers.remove(worker)
                     worker.process.join()
-                    if worker.seed is not None:
-                        yield Failed(worker.seed, f"its process ended early ({_ending(worker.process.exitcode)})")
+                    if worker.given is not None:
+                        task, seed = worker.given
+                        yield task, Failed(seed, f"its process ended early ({_ending(worker.process.exitcode)})")
                     continue
+                assert worker.given is not None
+                task, _ = worker.given
+                if isinstance(message, Epoch) and judge is not None:
+                    worker.send(judge(task, message.metrics))
+                yield task, message
                 if not isinstance(message, Epoch):
-                    worker.give(waiting.popleft() if waiting else None)
-                yield message
+                    worker.give(take())
             on_time()
     finally:  # the workers close their runs and end; those that do not are killed
         for worker in workers:
@@ -233,26 +270,30 @@ def _ending(exitcode: int | None) -> str:
         return f"signal {-exitcode}"
 
 
-def _work(connection: Connection, task: Task) -> None:
+def _work(connection: Connection) -> None:
     """Train the seeds that come over the connection, and send back what comes of them."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
-    def train(seed: int) -> RunResult:
+    def train(task: Task, seed: int) -> RunResult:
         task.job.read_experiment()
-        return _train(task, seed, partial(send, seed))
+        return _train(task, seed, partial(send, task, seed))
 
-    def send(seed: int, metrics: EpochMetrics) -> None:
+    def send(task: Task, seed: int, metrics: EpochMetrics) -> None:
         try:
             connection.send(Epoch(seed, metrics))
-        except OSError:
+            worth_it = task.trial is None or connection.recv()
+        except (OSError, EOFError):
             raise KeyboardInterrupt from None  # the study's process is gone
+        if not worth_it:
+            raise Pruned
 
     try:
         with lasting_output():
-            while (seed := connection.recv()) is not None:
-                connection.send(_outcome(seed, train))
+            while (given := connection.recv()) is not None:
+                task, seed = given
+                connection.send(_outcome(seed, partial(train, task)))
     except (KeyboardInterrupt, EOFError, OSError):  # stopped, or the study's process is gone
         os._exit(1)
 

@@ -115,7 +115,7 @@ class TrackedRun:
             ("validation", mnist.validation_images, mnist.validation_labels),
             ("test", mnist.test_images, mnist.test_labels),
         ):
-            if images is None or labels is None:
+            if images is None or labels is None or not len(images):  # a trial of a search has no test images
                 continue
             with quiet():
                 pixels, targets = images.cpu().numpy(), labels.cpu().numpy()

@@ -22,6 +22,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 SQLITE = "sqlite:///"
 # Folders beside a SQLite database; all but the first are in the project's `mlruns` where a server has the runs.
 ARTIFACTS, CHECKPOINTS, OUTBOX, LOCKS = "artifacts", "checkpoints", "outbox", "locks"
+SEARCHES = "searches.db"  # Optuna's database, in the same place
 BUSY_TIMEOUT = 4  # seconds that a lock on the database is waited for
 ROOM = 4 * 2**20  # bytes that must be free before a run; one leaves about 1 MB, and the largest network's 5
 # What stands before the last @ of a URI: a user name and a password, as RFC 3986 has them written.
@@ -89,9 +90,9 @@ def without_password(text: str) -> str:
 def own_files(uri: str) -> list[Path]:
     """Return the files and folders, there or not, that MLflow and the lab write for a store."""
     folders = [own_folder(uri) / name for name in (ARTIFACTS, CHECKPOINTS, OUTBOX, LOCKS)]
-    database = sqlite_file(uri)
+    databases = [database for database in (sqlite_file(uri), own_folder(uri) / SEARCHES) if database]
     endings = ("", "-wal", "-shm", "-journal", ".lock", ".new")
-    return folders + ([database.with_name(database.name + ending) for ending in endings] if database else [])
+    return folders + [database.with_name(database.name + ending) for database in databases for ending in endings]
 
 
 def own_folder(uri: str) -> Path:

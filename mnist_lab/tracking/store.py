@@ -191,13 +191,18 @@ class FinishedRun:
     metrics: Mapping[str, float]
 
 
-def finished_runs(store: Store, params: Mapping[str, str], tags: Mapping[str, str]) -> dict[int, FinishedRun]:
-    """Return the newest finished run of each seed that has these tags and, but for the seed, exactly these params."""
+def finished_runs(
+    store: Store, params: Mapping[str, str], tags: Mapping[str, str], figure: str = "final_test_accuracy"
+) -> dict[int, FinishedRun]:
+    """Return the newest finished run of each seed that has these tags and, but for the seed, exactly these params.
+
+    figure: the metric that makes it a whole run.
+    """
     found: dict[int, FinishedRun] = {}
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
         seed = run.data.params.get("seed", "")
         alike = run.data.params == {**params, "seed": seed} and tags.items() <= run.data.tags.items()
-        if alike and seed.isdecimal() and "final_test_accuracy" in run.data.metrics:
+        if alike and seed.isdecimal() and figure in run.data.metrics:
             found.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
     return found
 

@@ -77,6 +77,18 @@ class Difference:
     seeds_needed: int | None
 
 
+def expected_maximum(n: int) -> float:
+    """Return by how many standard deviations the largest of n normal draws exceeds their mean, on average."""
+    from scipy.stats import norm
+
+    return float(norm.expect(lambda x: n * x * norm.cdf(x) ** (n - 1)))
+
+
+def sd_of_accuracy(accuracy: float, images: int) -> float:
+    """Return the standard deviation of an accuracy in percent that was counted on so many images."""
+    return math.sqrt(accuracy * (100 - accuracy) / images)
+
+
 def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate:
     """Describe one figure, in percent, over seeds."""
     x = _numbers(values)

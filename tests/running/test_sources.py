@@ -164,3 +164,15 @@ def _find_python(version: str) -> str | None:
         if python and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
             return python
     return None
+
+
+def test_a_space_to_search_in_does_not_count(tmp_path: Path) -> None:
+    plain, searched = tmp_path / "plain.py", tmp_path / "searched.py"
+    plain.write_text("from mnist_lab import main\n\nLR = 0.1\nmain(LR)\n")
+    searched.write_text(
+        "import optuna\nfrom mnist_lab import main\nfrom optuna.distributions import FloatDistribution\n\n"
+        'LR = 0.1\nSPACE = {"lr": FloatDistribution(0.1, 0.2)}\nmain(LR, search=SPACE)\n'
+    )
+    assert digest(plain) == digest(searched)
+    searched.write_text(searched.read_text().replace("LR = 0.1", "LR = 0.2"))
+    assert digest(plain) != digest(searched)
