@@ -28,7 +28,6 @@ from mnist_lab.tracking.delivery import one_line, sync
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.sqlite import PROJECT_ROOT, own_files
 from mnist_lab.tracking.store import Store, close_abandoned, open_store
-from mnist_lab.training.cudagraph import Captured
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, Training, evaluate, initial_network, normalize, num_params, predict
 from mnist_lab.training.transforms import Augmentation
@@ -152,7 +151,7 @@ def run(
         store,
         progress,
         rehearsal=rehearsal,
-        graphs=training.captured,
+        graph_tags=lambda: training.captured.tags,
         parent_run_id=parent_run_id,
         resume=resume,
     )
@@ -198,7 +197,9 @@ def record(
     progress: Progress,
     *,
     rehearsal: Rehearsal,
-    graphs: Captured,
+    graph_tags: Callable[[], Mapping[str, str]],
+    logits: Tensor | None = None,
+    environment: Mapping[str, str] | None = None,
     parent_run_id: str | None,
     resume: Checkpoint | None = None,
 ) -> RunResult:
@@ -206,13 +207,15 @@ def record(
 
     train: given the run's id in MLflow, trains `net` and returns the epochs that are left.
     rehearsal: what it found out about the network.
-    graphs: those of the training.
+    graph_tags: says of the training's graphs what `Captured.tags` does.
+    logits: of the test images, where they are known.
+    environment: in which the network was trained, where that was another process.
     The other arguments are those of `run`.
     """
     where = mnist.train_images.device
     experiment, run_name = job.experiment, run_name_of(job, f"seed {seed}")
     commit = provenance.commit(job.script, job.sources.values(), written_by_lab(job))
-    environment = provenance.environment(where)
+    environment = environment or provenance.environment(where)
     no_effect = " ".join(without_effect(experiment, len(mnist.train_images)))
     tags = {
         **job.tags,
@@ -253,17 +256,15 @@ def record(
                 tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
                 progress.on_epoch(metrics)
         except Pruned:
-            tracked.set_tags({**graphs.tags, "pruned": f"after epoch {len(epochs)} of {experiment.epochs}"})
+            tracked.set_tags({**graph_tags(), "pruned": f"after epoch {len(epochs)} of {experiment.epochs}"})
             return RunResult(tracked.run_id, epochs, {}, [])
         if job.search is not None:
             measured = measure(num_params(net, rehearsal.untrained), epochs, experiment)
             tracked.log_once({name: measured[name] for name in LOGGED_ONCE_WITH_HOLD_OUT if name in measured})
-            tracked.set_tags(graphs.tags)
+            tracked.set_tags(graph_tags())
             return RunResult(tracked.run_id, epochs, measured, [])
-        with blame("net"):
-            logits = predict(net, mnist.test_images, experiment.normalize)  # (10000, 10)
-            if not logits.isfinite().all():
-                raise ValueError("gives logits of the test images that are not finite, after the last epoch")
+        if logits is None:
+            logits = final_logits(net, mnist, experiment)
         measured = measure(num_params(net, rehearsal.untrained), epochs, experiment)
         if job.holdout:
             loss, correct = evaluate(logits, mnist.test_labels)
@@ -276,7 +277,7 @@ def record(
         )
         logged_once = LOGGED_ONCE_WITH_HOLD_OUT if job.holdout else LOGGED_ONCE
         tracked.log_once({name: measured[name] for name in logged_once if name in measured})
-        tracked.set_tags({**graphs.tags, **verdict_tags(verdicts)})
+        tracked.set_tags({**graph_tags(), **verdict_tags(verdicts)})
         tracked.log_predictions(mnist.test_labels, logits)
         tracked.log_figures(draw(experiment, mnist, epochs, logits, step=job.step, seed=seed, run_id=tracked.run_id))
         example = normalize(mnist.test_images[:2].float() / 255, experiment.normalize)
@@ -291,12 +292,21 @@ def written_by_lab(job: Job) -> list[Path]:
     return [*own_files(job.tracking_uri), find_data_dir(job.data_dir), PROJECT_ROOT / "reports"]
 
 
-def load_parts(job: Job) -> Mnist:
-    """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` of the others.
+def final_logits(net: nn.Module, mnist: Mnist, experiment: Experiment) -> Tensor:
+    """Return the trained network's logits (10000, 10) of the test images; raises LabError if they are not finite."""
+    with blame("net"):
+        logits = predict(net, mnist.test_images, experiment.normalize)
+        if not logits.isfinite().all():
+            raise ValueError("gives logits of the test images that are not finite, after the last epoch")
+    return logits
+
+
+def load_parts(job: Job, device: torch.device | None = None) -> Mnist:
+    """Load MNIST onto the device (the job's), hold out images for validation, and keep the first `limit` others.
 
     A trial of a search gets no test images, so that nothing can read them.
     """
-    mnist = load_mnist(job.data_dir, job.device)
+    mnist = load_mnist(job.data_dir, device or job.device)
     if job.holdout:
         mnist = hold_out(mnist, job.holdout)
     if job.search is not None:

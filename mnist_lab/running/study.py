@@ -129,7 +129,7 @@ def study(
         if on_cpu:
             messages = train_in_processes(task, missing, count, progress.on_time)
         elif missing and job.device.type == "cuda" and _stackable(job, mnist, rehearsal):
-            messages = train_stacked(task, missing, mnist, store, rehearsal)
+            messages = train_stacked(task, missing, mnist, rehearsal, available_cores(), progress.on_time)
         else:
             messages = train_one_by_one(task, missing, progress.on_epoch)
         try:

@@ -6,6 +6,7 @@ that breaks as a whole when one of its processes dies, while here only that seed
 
 from __future__ import annotations
 
+import io
 import math
 import multiprocessing
 import os
@@ -26,18 +27,32 @@ from torch import Tensor
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.running import checkpoint, declaration
+from mnist_lab.running import checkpoint, declaration, provenance
 from mnist_lab.running.job import Job
 from mnist_lab.running.output import lasting_output
 from mnist_lab.running.rehearsal import Rehearsal
-from mnist_lab.running.run import Pruned, RunResult, check_eval_loss, record, run
+from mnist_lab.running.run import Pruned, RunResult, check_eval_loss, final_logits, load_parts, record, run
 from mnist_lab.tracking.delivery import environment_variables
-from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
+from mnist_lab.tracking.store import FinishedRun, can_resume, open_store
 from mnist_lab.training.loop import EpochMetrics, initial_network
 from mnist_lab.training.stacked import StackedTraining
 
 LOOK_SECONDS = 1.0  # how often the display is told that time passes
 END_SECONDS = 20.0  # that a worker gets to close its run when the study is stopped
+
+
+class Trained(NamedTuple):
+    """A network whose training has ended, and what is to be tracked of it.
+
+    state, logits: of the network, and of the test images as its device gave them, by `torch.save`.
+    """
+
+    epochs: list[EpochMetrics]
+    state: bytes
+    logits: bytes
+    rehearsal: Rehearsal
+    graph_tags: dict[str, str]
+    environment: dict[str, str]
 
 
 class Task(NamedTuple):
@@ -46,12 +61,14 @@ class Task(NamedTuple):
     parent_run_id: the run of the study or the search.
     again: whether to begin anew where a run was interrupted.
     trial: its number in a search, whose runs are asked about after each epoch: see `Judge`.
+    trained: what is only to be tracked, as it was trained with others.
     """
 
     job: Job
     parent_run_id: str
     again: bool
     trial: int | None = None
+    trained: Trained | None = None
 
 
 class Epoch(NamedTuple):
@@ -98,15 +115,11 @@ def train_one_by_one(
 
 
 def train_stacked(
-    task: Task,
-    seeds: Sequence[int],
-    mnist: Mnist,
-    store: Store,
-    rehearsal: Rehearsal,
+    task: Task, seeds: Sequence[int], mnist: Mnist, rehearsal: Rehearsal, count: int, on_time: Callable[[], None]
 ) -> Generator[Message, None, None]:
-    """Train all seeds at once on the device of `mnist`, then track each as a run of its own."""
-    experiment = task.job.experiment
-    nets = [initial_network(experiment, seed, mnist.train_images.device, rehearsal.memory_format) for seed in seeds]
+    """Train all seeds at once on the device of `mnist`, then track each as a run of its own, in `count` processes."""
+    experiment, device = task.job.experiment, mnist.train_images.device
+    nets = [initial_network(experiment, seed, device, rehearsal.memory_format) for seed in seeds]
     epochs: list[list[EpochMetrics]] = []
     try:
         training = StackedTraining(nets, experiment, mnist, seeds)
@@ -118,29 +131,57 @@ def train_stacked(
         for seed in seeds:
             yield Failed(seed, _reason(error))
         return
-
-    def track_trained(seed: int) -> RunResult:
-        own = [of_seeds[seeds.index(seed)] for of_seeds in epochs]
+    waiting: deque[tuple[Task, int]] = deque()
+    for seed, net, own in zip(seeds, nets, zip(*epochs, strict=True), strict=True):
         diverged = [metrics.epoch for metrics in own if not math.isfinite(metrics.train_loss)]
-        if diverged:
-            raise LabError(f"loss: is not finite in epoch {diverged[0]} of {len(own)}; the training has diverged")
-        for metrics in own:
-            check_eval_loss(metrics)
-        return record(
-            task.job,
-            seed,
-            lambda run_id: own,
-            nets[seeds.index(seed)],
-            mnist,
-            store,
-            EpochListener(lambda metrics: None),
-            rehearsal=rehearsal,
-            graphs=training.captured,
-            parent_run_id=task.parent_run_id,
-        )
+        try:
+            if diverged:
+                raise LabError(f"loss: is not finite in epoch {diverged[0]} of {len(own)}; the training has diverged")
+            for metrics in own:
+                check_eval_loss(metrics)
+            trained = Trained(
+                list(own),
+                _bytes(net.cpu().state_dict()),
+                _bytes(final_logits(net.to(device), mnist, experiment).cpu()),
+                rehearsal,
+                training.captured.tags,
+                provenance.environment(device),
+            )
+        except Exception as error:
+            yield Failed(seed, _reason(error))
+        else:
+            waiting.append((task._replace(trained=trained), seed))
+    with closing(train_tasks(lambda: waiting.popleft() if waiting else None, count, on_time)) as messages:
+        for _, message in messages:
+            yield message
 
-    for seed in seeds:
-        yield _outcome(seed, track_trained)
+
+def _bytes(state: object) -> bytes:
+    """Return tensors as they are sent to another process: torch would share their memory."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
+
+
+def _record(task: Task, seed: int, trained: Trained) -> RunResult:
+    """Track a seed that was trained with others."""
+    job, device = task.job, torch.device("cpu")
+    net = initial_network(job.experiment, seed, device, trained.rehearsal.memory_format)
+    net.load_state_dict(torch.load(io.BytesIO(trained.state), weights_only=True))
+    return record(
+        job,
+        seed,
+        lambda run_id: trained.epochs,
+        net,
+        load_parts(job, device),
+        open_store(job.tracking_uri),
+        EpochListener(lambda metrics: None),
+        rehearsal=trained.rehearsal,
+        graph_tags=lambda: trained.graph_tags,
+        logits=torch.load(io.BytesIO(trained.logits), weights_only=True),
+        environment=trained.environment,
+        parent_run_id=task.parent_run_id,
+    )
 
 
 def _train(task: Task, seed: int, on_epoch: Callable[[EpochMetrics], None]) -> RunResult:
@@ -278,6 +319,8 @@ def _work(connection: Connection) -> None:
 
     def train(task: Task, seed: int) -> RunResult:
         task.job.read_experiment()
+        if task.trained is not None:
+            return _record(task, seed, task.trained)
         return _train(task, seed, partial(send, task, seed))
 
     def send(task: Task, seed: int, metrics: EpochMetrics) -> None:

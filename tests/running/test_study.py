@@ -389,7 +389,7 @@ def test_seeds_trained_as_one_program_are_tracked_as_runs_of_their_own(uri: str)
     with track(store, "a study", params={}, tags={}) as parent:
         task = Task(job, parent.run_id, again=False)
         parts = runner.load_parts(job)
-        messages = list(train_stacked(task, [4, 2], parts, store, rehearse(job.experiment, parts)))
+        messages = list(train_stacked(task, [4, 2], parts, rehearse(job.experiment, parts), 2, lambda: None))
 
     *epochs, done4, done2 = messages
     assert [(type(message).__name__, message.seed) for message in epochs] == [("Epoch", 4), ("Epoch", 2)] * 2
@@ -424,7 +424,7 @@ def test_a_seed_that_gives_no_number_among_seeds_trained_as_one_program_fails_al
     with track(store, "a study", params={}, tags={}) as parent:
         task = Task(job, parent.run_id, again=False)
         parts = runner.load_parts(job)
-        *_, failed, done = train_stacked(task, [4, 2], parts, store, rehearse(job.experiment, parts))
+        *_, failed, done = train_stacked(task, [4, 2], parts, rehearse(job.experiment, parts), 2, lambda: None)
 
     assert (failed.seed, failed.reason) == (4, reason)
     assert isinstance(done, Done)
