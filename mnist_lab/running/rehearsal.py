@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, is_script, script_line
-from mnist_lab.experiment import Experiment
+from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.running.draws import check_draws
 from mnist_lab.running.schedule import check_schedule
 from mnist_lab.training import loop as training
@@ -393,7 +393,7 @@ def blame(field: str) -> Iterator[None]:
 def _refusal(field: str, error: BaseException) -> LabError:
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, SystemExit):
-        said = f"sys.exit({error.code!r}) was called"
+        said = f"sys.exit({quoted(error.code)}) was called"
     elif _lacks_memory(error):
         said = f"needs more memory than there is: {said}"
     return LabError(f"{field}: {said}{script_line(error)}")
