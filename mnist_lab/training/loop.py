@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -113,7 +114,7 @@ def normalize(images: Tensor, by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
     return (images - mean) / deviation
 
 
-class Loop:
+class Loop(ABC):
     """The epochs of one network, or of several seeds' networks at once. A subclass says what a training step is.
 
     shape: () for one network; (S,) for S networks, each with an order of the images of its own. Sums, losses and
@@ -156,16 +157,16 @@ class Loop:
         )
         self.average: AveragedModel | None = None
 
+    @abstractmethod
     def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Set the gradients of a batch; return its loss (*shape) and logits (*shape, N, 10)."""
-        raise NotImplementedError
 
     def train_batch(self, batch: Tensor) -> None:
         """Update the network once, by the images that the indices `batch` (*shape, N) name."""
         self.captured(batch)
         self.optimizer.step()
 
-    def update_nets(self) -> None:
+    def update_nets(self) -> None:  # noqa: B027  one network is what is trained
         """Bring `nets` up to date, where they are not what is trained."""
 
     def epochs_of_seeds(self) -> Iterator[list[EpochMetrics]]:
