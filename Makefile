@@ -108,6 +108,10 @@ export: $(INSTALLED)  ## write the figures of the tracked runs to reports/result
 publish: $(INSTALLED)  ## put the figures of the tracked runs into docs/results and README.md
 	@$(PYTHON) -m mnist_lab publish $(ARGS)
 
+.PHONY: restore
+restore: $(INSTALLED)  ## put the committed runs of docs/results into the store, without any training
+	@$(PYTHON) -m mnist_lab restore $(ARGS)
+
 .PHONY: predict
 predict: $(INSTALLED)  ## say which digit is in a picture: IMAGE=photo.png, or a folder; ARGS=--show
 	@$(PYTHON) -m mnist_lab predict $(IMAGE) $(ARGS)

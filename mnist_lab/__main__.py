@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,29 @@ def export(arguments: argparse.Namespace) -> None:
 
     for file in export_runs(arguments.folder, tracking_uri=arguments.tracking_uri):
         print(f"Written: {file}")
+
+
+def restore(arguments: argparse.Namespace) -> None:
+    """Put the committed runs into the store."""
+    print(f"Reading the runs in {arguments.folder} ...", flush=True)
+
+    from mnist_lab.restore import restore as restore_runs
+    from mnist_lab.running.provenance import commit
+
+    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
+    state = commit(arguments.folder / "README.md")
+    done = restore_runs(
+        arguments.folder,
+        commit=state.sha + (" + changes" if state.dirty else ""),
+        tracking_uri=arguments.tracking_uri,
+        progress=partial(print, flush=True),
+    )
+    removed = f" {done.removed} that the files say something else of by now were taken away." if done.removed else ""
+    print(f"Restored: {done.runs} runs and {done.studies} studies; {done.there} runs were there already.{removed}")
+    if done.without_mistakes:
+        print(f"Of {done.without_mistakes} runs it was not kept which images they got wrong.")
+    if done.runs:
+        print("`make ui` shows them, `make compare` and `make report` tell of them.")
 
 
 def publish(arguments: argparse.Namespace) -> None:
@@ -223,6 +247,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
     command.add_argument("--readme", type=Path, default=PROJECT_ROOT / "README.md", help="the page with the tables")
     command.add_argument("--replace", action="store_true", help="also replace published rows and mix hardware")
+    command = add(restore, "put the committed runs of docs/results into the store")
+    command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
     command = add(report, "write steps.html and steps.md from the tracked runs")
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")
     command = add(predict, "say which digits are in pictures")

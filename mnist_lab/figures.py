@@ -256,15 +256,16 @@ def plot_mistakes(
     """Draw the first `limit` misclassified images, the most confident mistakes first (ties keep their order).
 
     images (N, 28, 28), truth (N,), prediction (N,), confidence (N,): the probability of the prediction, 0 to 1. Images
-    that were classified correctly may be among them and are left out.
+    that were classified correctly may be among them and are left out; their confidence may be missing.
     """
     pictures = _images(images, "images")
     true_digits = _digits(truth, "truth", len(pictures))
     predicted_digits = _digits(prediction, "prediction", len(pictures))
     sure = np.asarray(confidence, dtype=float)
-    if sure.shape != (len(pictures),) or not ((sure >= 0) & (sure <= 1)).all():
-        raise LabError(f"confidence must hold one probability from 0 to 1 for each of the {len(pictures)} images")
     wrong = np.flatnonzero(true_digits != predicted_digits)
+    right = (true_digits == predicted_digits) & np.isnan(sure) if sure.shape == (len(pictures),) else False
+    if sure.shape != (len(pictures),) or not ((sure >= 0) & (sure <= 1) | right).all():
+        raise LabError(f"confidence must hold one probability from 0 to 1 for each of the {len(pictures)} images")
     order = wrong[np.argsort(-sure[wrong], kind="stable")][: _positive(limit, "limit")]
     if not len(wrong):
         figure = Figure(figsize=(5, 1))
