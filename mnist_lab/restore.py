@@ -1,7 +1,7 @@
 """The committed evidence as tracked runs: what docs/results keeps of each run, put into a store.
 
-A restored run has the tags `restored`, the commit that the files are of, and `restored_sha256`, a digest of what they say
-of it. By the digest a second call knows what is there, and completes what an interrupted one left half written.
+A restored run has the tags `restored`, the commit that the files are of, and `restored_sha256`, a digest of what they
+say of it. By the digest a second call knows what is there, and completes what an interrupted one left half written.
 """
 
 from __future__ import annotations
@@ -297,10 +297,10 @@ def _restore(
             _fill(store, ids[-1], run)
     if study is None or parent is None:
         return
-    studies = {found.info.run_id for found in search(store, "tags.study LIKE '%'")}
-    for run in (there[run.digest] for run in runs if run.digest in there):
-        if run.data.tags.get(MLFLOW_PARENT_RUN_ID) not in studies:  # what held it is not there any more
-            adopt(store, parent, run.info.run_id)
+    studies = {one.info.run_id for one in search(store, "tags.study LIKE '%'")}
+    for found in (there[run.digest] for run in runs if run.digest in there):
+        if found.data.tags.get(MLFLOW_PARENT_RUN_ID) not in studies:  # what held it is not there any more
+            adopt(store, parent, found.info.run_id)
     if not _is_whole(there, study):
         _fill(store, parent, study, ids)
 

@@ -137,9 +137,9 @@ class Publication:
 def prepare_publication(folder: Path, readme: Path, *, tracking_uri: str | None = None) -> Publication:
     """Lay the tracked runs over the published CSVs in the folder, and make the tables of `readme` and its README.md.
 
-    A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere, and
-    those that were restored from here.
-    Nothing is written. A step that can't name a file is left out, with a warning.
+    A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere,
+    such as those that were restored into the store. Nothing is written. A step that can't name a file is left out, with
+    a warning.
 
     Raises:
         LabError: if the store has no runs that can be published, a page has no markers for its tables, or a file can't

@@ -188,29 +188,33 @@ def _that_can_name_a_file(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _settings(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterable[Row]:
-    for run in runs.itertuples():
-        data = loaded.found[run.run_id].data
+    for step, seed, run_id in _identities(runs):
+        data = loaded.found[run_id].data
         params = {name: value for name, value in data.params.items() if name != "seed"}
         tags = {name: value for name, value in data.tags.items() if TAGS.fullmatch(name)}
         for kind, named in (("param", params), ("tag", tags)):
             for name, value in named.items():
-                yield {"step": run.step, "seed": str(run.seed), "kind": kind, "name": name, "value": value}
+                yield {"step": step, "seed": str(seed), "kind": kind, "name": name, "value": value}
 
 
 def _mistakes(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterable[Row]:
     unknown = []
-    for run in runs.itertuples():
+    for step, seed, run_id in _identities(runs):
         try:
-            said = predictions(run.run_id, tracking_uri=loaded.uri)
+            said = predictions(run_id, tracking_uri=loaded.uri)
         except LabError as error:
-            unknown.append(f"{run.step} seed {run.seed} ({error})")
+            unknown.append(f"{step} seed {seed} ({error})")
             continue
-        wrong = said[said["truth"] != said["prediction"]]
-        table = wrong.assign(step=run.step, seed=run.seed, image=wrong.index)
-        yield from cells(table.to_dict("records"), MISTAKE_COLUMNS)
+        wrong = said[said["truth"] != said["prediction"]].rename_axis("image").reset_index()
+        rows = [{"step": step, "seed": seed, **row} for row in wrong.to_dict("records")]
+        yield from cells(rows, MISTAKE_COLUMNS)
     if unknown:
         runs_are = "1 run" if len(unknown) == 1 else f"{len(unknown)} runs"
         logger.warning("not known: which test images %s got wrong, the first is %s", runs_are, unknown[0])
+
+
+def _identities(runs: pd.DataFrame) -> list[tuple[str, int, str]]:
+    return list(runs[["step", "seed", "run_id"]].itertuples(index=False, name=None))
 
 
 def _by_setting(settings: Iterable[Row]) -> list[Row]:

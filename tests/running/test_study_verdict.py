@@ -19,8 +19,8 @@ def finished(accuracies: list[float]) -> list[FinishedRun]:
     return [FinishedRun(str(seed), seed, metrics) for seed, metrics in enumerate(figures)]
 
 
-def judged(accuracies: list[float], targets: Targets = Targets()) -> StudyResult:
-    return judge_runs(targets, 14, "abc", finished(accuracies))
+def judged(accuracies: list[float], targets: Targets | None = None) -> StudyResult:
+    return judge_runs(targets or Targets(), 14, "abc", finished(accuracies))
 
 
 @pytest.mark.parametrize(
