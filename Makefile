@@ -5,6 +5,7 @@ SHELL := /bin/bash
 ARGS ?=
 SEEDS ?=
 IMAGE ?=
+STEP ?=
 FLAGS = $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 PYTHON := .venv/bin/python
 # The machine's own uv, or one that is put into .uv/ here. Nothing is installed outside this folder.
@@ -115,6 +116,10 @@ restore: $(INSTALLED)  ## put the committed runs of docs/results into the store,
 .PHONY: predict
 predict: $(INSTALLED)  ## say which digit is in a picture: IMAGE=photo.png, or a folder; ARGS=--show
 	@$(PYTHON) -m mnist_lab predict $(IMAGE) $(ARGS)
+
+.PHONY: champion
+champion: $(INSTALLED)  ## let the median seed of a step read pictures: STEP=step8
+	@$(PYTHON) -m mnist_lab champion $(STEP) $(ARGS)
 
 .PHONY: ui
 ui: $(INSTALLED)  ## browse the runs in the MLflow UI

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mnist_lab.cli import interrupt_on_signals, number_from, sentences
 from mnist_lab.errors import LabError
-from mnist_lab.tracking.sqlite import PROJECT_ROOT, sqlite_file, tracking_uri, without_password
+from mnist_lab.tracking.sqlite import PROJECT_ROOT, script_named, sqlite_file, tracking_uri, without_password
 
 if TYPE_CHECKING:
     from mnist_lab.predict import Reading
@@ -166,6 +166,33 @@ def _print_readings(readings: Mapping[str, Reading], run_name: str, run_id: str)
     print(f"\nRead by {run_name}, run {run_id}.")
 
 
+def champion(arguments: argparse.Namespace) -> None:
+    """Register the median seed of a step as models:/mnist@champion, which reads pictures from then on."""
+    from mnist_lab import results
+    from mnist_lab.tracking import champion as champions
+    from mnist_lab.tracking.store import open_store
+
+    run = results.median_run(script_named(arguments.step), tracking_uri=arguments.tracking_uri)
+    store = open_store(arguments.tracking_uri)
+    version = champions.register(store, run["run_id"])
+    said = f"{run['step']} seed {run['seed']}, the median of its seeds, with {run['final_test_accuracy']:.2f} %"
+    print(f"{champions.URI}, version {version}: {said}")
+    if arguments.commit:
+        origin = champions.Origin(
+            step=run["step"],
+            seed=int(run["seed"]),
+            run_id=run["run_id"],
+            accuracy=float(run["final_test_accuracy"]),
+            num_params=int(run["num_params"]),
+            code_sha256=str(run["code_sha256"]),
+            git_commit=str(run["git_commit"]),
+            hardware=str(run["hardware"]),
+            torch=str(run["torch"]),
+        )
+        for file in champions.commit(store, origin, arguments.folder):
+            print(f"Written: {file}")
+
+
 def ui(arguments: argparse.Namespace) -> None:
     """Serve the MLflow UI on loopback."""
     from mnist_lab.tracking import ui as server
@@ -253,11 +280,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")
     command = add(predict, "say which digits are in pictures")
     command.add_argument("images", nargs="*", type=Path, metavar="PICTURE", help="a file, or a folder of pictures")
-    networks = "runs:/<id>, models:/<name>@<alias> or a script's name (default: the script with the best mean accuracy)"
+    networks = (
+        "runs:/<id>, models:/<name>@<alias> or a script's name (default: models:/mnist@champion, else docs/results)"
+    )
     command.add_argument("--model", help=networks)
     form = command.add_mutually_exclusive_group()
     form.add_argument("--show", action="store_true", help="also print the 28x28 that the network sees")
     form.add_argument("--csv", action="store_true", help="print CSV")
+    command = add(champion, "let the median seed of a step read pictures: models:/mnist@champion")
+    command.add_argument("step", metavar="STEP", help="a script's name, or step8 for short")
+    command.add_argument("--commit", action="store_true", help="also make it the champion of docs/results")
+    command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help=argparse.SUPPRESS)
     command = add(ui, "serve the MLflow UI on loopback")
     command.add_argument("--port", type=number_from(), default=5000, help="port to try first (default 5000)")
     return parser

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS, quoted
-from mnist_lab.tracking.sqlite import PROJECT_ROOT
+from mnist_lab.tracking.sqlite import check_readable, script_named, sqlite_file
+from mnist_lab.tracking.sqlite import tracking_uri as resolve_uri
 
 if TYPE_CHECKING:  # a file that is no picture is refused before MLflow and torch are imported
     from PIL import Image
@@ -108,31 +109,31 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
     """Return a tracked network.
 
     model: `runs:/<id>`, `models:/<name>/<version>`, `models:/<name>@<alias>` or a script's name, "step4" for short, of
-        which the newest finished run counts. None for the script whose mean test accuracy in the store is the highest.
+        which the newest finished run counts. None for `models:/mnist@champion` of the store, and if it has none, for
+        the champion that comes with the project.
 
     Raises:
         LabError: if it is not there, or can't be loaded.
     """
     import torch
 
-    from mnist_lab import results
+    from mnist_lab.tracking import champion
     from mnist_lab.tracking.store import open_store
     from mnist_lab.tracking.teacher import find_teacher, load_teacher
 
-    loaded = results.load_runs(tracking_uri)
+    uri = resolve_uri(tracking_uri)
     if model is None:
-        table = results.compare_table(loaded=loaded)
-        if table.empty:
-            raise LabError(
-                f"no finished runs as declared in {loaded.name}; train first, e.g. `make step4`, or name one by --model"
-            )
-        model = str(table.sort_values("last")["step"].iloc[-1])
+        database = sqlite_file(uri)
+        if (database is not None and not database.exists()) or not champion.is_registered(open_store(uri)):
+            net, origin = champion.load_committed()
+            return Reader(origin.run_id, f"{origin.step} seed {origin.seed}, the champion of docs/results", net)
+        model = champion.URI
     elif re.fullmatch(r"runs:/[^/]+", model):
         model += "/model"
-    elif re.fullmatch(r"step\d+", model):
-        scripts = list((PROJECT_ROOT / "experiments").glob(f"{model}_*.py"))
-        model = scripts[0].stem if len(scripts) == 1 else model
-    store = open_store(loaded.uri)
+    else:
+        model = script_named(model)
+    check_readable(uri)
+    store = open_store(uri)
     found = find_teacher(store, model, holdout=0, called="model")
     net = load_teacher(store, found, torch.device("cpu"), MNIST_PIXELS, called="model")
     return Reader(found.run_id, str(store.client.get_run(found.run_id).info.run_name), net)
