@@ -17,7 +17,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.tracking.sqlite import PROJECT_ROOT, script_named, sqlite_file, tracking_uri, without_password
 
 if TYPE_CHECKING:
-    from mnist_lab.predict import Reading
+    from mnist_lab.pictures import Reading
 
 
 def main() -> None:
@@ -129,7 +129,7 @@ def predict(arguments: argparse.Namespace) -> None:
     """Say which digits are in pictures."""
     import csv
 
-    from mnist_lab.predict import find_pictures, find_reader, picture_of, read_digit, shown
+    from mnist_lab.pictures import find_pictures, find_reader, picture_of, read_digit, shown
 
     digits, refused = {}, []
     for file in find_pictures(arguments.images):

@@ -1,4 +1,4 @@
-"""The network that reads pictures unless another is named: `models:/mnist@champion` in a store, or the committed one."""
+"""The network that reads pictures by default: `models:/mnist@champion` in a store, or the committed one."""
 
 from __future__ import annotations
 
