@@ -117,7 +117,7 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     loss, accuracy = figure.axes
     _log_scale(loss.yaxis)
     _stretch(accuracy.yaxis)
-    figure.suptitle(_name(steps[0]) + (f" ({left_out} values that are not finite left out)" if left_out else ""))
+    figure.suptitle(_name(steps[0]) + (f" ({left_out} values are missing or not finite)" if left_out else ""))
     handles, labels = accuracy.get_legend_handles_labels()
     columns = 3 if seeds == 1 else math.ceil(len(labels) / 2)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL)

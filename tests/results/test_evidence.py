@@ -70,7 +70,7 @@ def test_the_committed_files_say_of_every_run_how_it_was_made() -> None:
     digests = {records.run_of(row): row["value"] for row in committed.settings if row["name"] == "code_sha256"}
     assert {run: digest[:12] for run, digest in digests.items()} == {r: row["code_sha256"] for r, row in runs.items()}
     assert {records.run_of(row) for row in (*committed.settings, *committed.epochs, *committed.mistakes)} == {*runs}
-    wrong = Counter(map(records.run_of, committed.mistakes))  # of the first runs they were not kept
+    wrong = Counter(map(records.run_of, committed.mistakes))  # of the runs up to 25 November they were not kept
     assert {run: 10_000 - round(100 * float(runs[run]["last"])) for run in wrong} == wrong
 
 
