@@ -133,6 +133,10 @@ report: $(INSTALLED)  ## write reports/steps.html and reports/steps.md from the 
 notebooks: $(INSTALLED)  ## execute the notebooks again on the tracked runs
 	.venv/bin/jupyter execute --inplace notebooks/*.ipynb
 
+.PHONY: pictures
+pictures: $(INSTALLED)  ## execute the notebooks and take docs/images anew, of the committed runs
+	@$(PYTHON) docs/pictures.py
+
 .PHONY: lab
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	.venv/bin/jupyter lab --ip 127.0.0.1 notebooks $(ARGS)
