@@ -45,9 +45,7 @@ def main() -> None:
         subprocess.run([*lab, "report", "--folder", temporary], check=True)
         ui = subprocess.Popen([*lab, "ui"], stdout=subprocess.PIPE, text=True, start_new_session=True)
         try:
-            address = ""
-            while not address.startswith("The runs: "):
-                address = ui.stdout.readline()
+            address = next((line for line in ui.stdout if line.startswith("The runs: ")), "")
             with sync_playwright() as playwright:
                 flags = ["--no-sandbox"] if os.geteuid() == 0 else []
                 browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
