@@ -97,7 +97,9 @@ def restore(arguments: argparse.Namespace) -> None:
         progress=partial(print, flush=True),
     )
     removed = f" {done.removed} that the files say something else of by now were taken away." if done.removed else ""
-    print(f"Restored: {done.runs} runs and {done.studies} studies; {done.there} runs were there already.{removed}")
+    print(
+        f"Restored: {done.runs} runs, {done.studies} studies over them; {done.there} runs were there already.{removed}"
+    )
     if done.without_mistakes:
         print(f"Of {done.without_mistakes} runs it was not kept which images they got wrong.")
     if done.runs:

@@ -208,17 +208,21 @@ def test_only_what_the_files_say_otherwise_is_replaced(published: Store, folder:
 
 
 def test_a_call_that_was_killed_is_completed_by_the_next(uri: str, other: str, tmp_path: Path) -> None:
-    command = ["-m", "mnist_lab", "restore", "--tracking-uri", uri]
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for name in ("epochs", "settings", "step1_baseline", "step2_dropout", "four_conv"):
+        shutil.copy(RESULTS / f"{name}.csv", folder)
+    command = ["-m", "mnist_lab", "restore", "--folder", str(folder), "--tracking-uri", uri]
     process = Program(*command, cwd=tmp_path)
-    wait_until(lambda: len(read_runs(database_of(uri))) > 15, process)
+    wait_until(lambda: len(read_runs(database_of(uri))) > 5, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     killed = read_runs(database_of(uri))
     assert any(run.status == "RUNNING" for run in killed)
-    assert len(killed) < len(COMMITTED.runs)
+    assert len(killed) < 23
 
-    quietly(RESULTS, tracking_uri=uri)
-    quietly(RESULTS, tracking_uri=other)
+    quietly(folder, tracking_uri=uri)
+    quietly(folder, tracking_uri=other)
 
     interrupted, whole = by_name(database_of(uri)), by_name(database_of(other))
     assert set(interrupted) == set(whole)
@@ -267,30 +271,43 @@ class Seeds:
     script: Path
     folder: Path
 
-    def train(self, seeds: int, uri: str) -> str:
-        """Train a study from a shell and return what it said on stderr."""
+    def train(self, seeds: int, uri: str) -> None:
+        """Train a study from a shell."""
         flags = ["--seeds", str(seeds), "--workers", "1", "--device", "cpu", "--tracking-uri", uri]
         done = run_program(self.script, *flags, cwd=self.script.parent)
         assert done.returncode == 0, done.stderr
-        return done.stderr
+
+
+@pytest.fixture(scope="module")
+def two_seeds(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Seeds:
+    """Train and publish two seeds."""
+    place = tmp_path_factory.mktemp("two_seeds")
+    seeds = Seeds(place / "quick.py", place / "results")
+    seeds.script.write_text(QUICK)
+    seeds.folder.mkdir()
+    for folder in (place, seeds.folder):
+        (folder / "README.md").write_text(PAGE)
+    uri = f"sqlite:///{copy_store(empty_store, place / 'store' / 'mlflow.db')}"
+    seeds.train(2, uri)
+    assert len(publish(seeds.folder, uri)) == 2
+    return seeds
 
 
 @pytest.fixture
-def seeds(uri: str, folder: Path, tmp_path: Path) -> Seeds:
-    (tmp_path / "quick.py").write_text(QUICK)
-    seeds = Seeds(tmp_path / "quick.py", folder)
-    seeds.train(2, uri)
-    assert len(publish(folder, uri)) == 2
-    return seeds
+def seeds(two_seeds: Seeds, tmp_path: Path) -> Seeds:
+    """Return a copy of them."""
+    shutil.copytree(two_seeds.folder, tmp_path / "results")
+    for file in (two_seeds.script, two_seeds.folder.parent / "README.md"):
+        shutil.copy(file, tmp_path)
+    return Seeds(tmp_path / "quick.py", tmp_path / "results")
 
 
 def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(seeds: Seeds, other: str) -> None:
     quietly(seeds.folder, tracking_uri=other)
     before = {name: text.splitlines() for name, text in csvs(seeds.folder).items()}
 
-    said = seeds.train(3, other)
+    seeds.train(3, other)
 
-    assert "not taken over" not in said
     runs = by_name(database_of(other))
     assert [name for name, run in runs.items() if "restored" not in run.tags] == ["quick 3 seeds", "quick seed 2"]
     parent = runs["quick 3 seeds"]
@@ -309,17 +326,15 @@ def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(seeds: Seeds, o
 
 
 @pytest.mark.parametrize("capability", ["", ", Z80"])
-def test_seeds_of_another_processor_are_trained_again_and_it_is_said(seeds: Seeds, other: str, capability: str) -> None:
+def test_seeds_of_another_processor_are_trained_again(seeds: Seeds, other: str, capability: str) -> None:
     file = seeds.folder / "quick.csv"
     hardware = records.read_rows(seeds.folder)[0]["hardware"]
     elsewhere = hardware.rpartition(", ")[0] + capability
     file.write_text(file.read_text().replace(hardware, elsewhere))
     quietly(seeds.folder, tracking_uri=other)
 
-    said = seeds.train(2, other)
+    seeds.train(2, other)
 
-    note = f"restored runs of seed 0, 1 are not taken over: they were made on '{elsewhere}', and this is '{hardware}'"
-    assert note in " ".join(said.split())
     trained = [run.name for run in read_runs(database_of(other)) if "restored" not in run.tags]
     assert sorted(trained) == ["quick 2 seeds", "quick seed 0", "quick seed 1"]
 
@@ -328,8 +343,8 @@ def test_a_changed_script_takes_no_restored_seed_over(seeds: Seeds, other: str) 
     quietly(seeds.folder, tracking_uri=other)
     seeds.script.write_text(QUICK.replace("lr=0.1", "lr=0.05"))
     seeds.train(1, other)
-    assert "quick 1 seed" in by_name(database_of(other))
-    assert sum(run.name == "quick seed 0" for run in read_runs(database_of(other))) == 2
+    trained = [run.name for run in read_runs(database_of(other)) if "restored" not in run.tags]
+    assert sorted(trained) == ["quick 1 seed", "quick seed 0"]
 
 
 # ---- what is refused

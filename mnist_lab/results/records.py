@@ -214,7 +214,8 @@ def _mistakes(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterable[Row]:
 
 
 def _identities(runs: pd.DataFrame) -> list[tuple[str, int, str]]:
-    return list(runs[["step", "seed", "run_id"]].itertuples(index=False, name=None))
+    identities = runs[["step", "seed", "run_id"]].itertuples(index=False, name=None)
+    return sorted(identities, key=lambda identity: (step_order(identity[0]), identity[1]))
 
 
 def _by_setting(settings: Iterable[Row]) -> list[Row]:

@@ -473,6 +473,42 @@ def test_only_finished_runs_of_the_same_declaration_and_code_are_found(uri: str)
     assert found[9].metrics == {"final_test_accuracy": 99.0}
 
 
+def test_a_restored_run_is_found_where_its_hardware_rounds_alike(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(uri)
+    tags = {"step": "a", "overrides": "", "code_sha256": "c0de"}
+
+    def write(seed: int, hardware: str, **more: str) -> str:
+        with track(store, "run", params={"lr": "0.1", "seed": seed}, tags=tags | {"hardware": hardware} | more) as run:
+            run.log_once({"final_test_accuracy": 99.0})
+        return run.run_id
+
+    def found(hardware: str) -> dict[int, str]:
+        runs = finished_runs(store, {"lr": "0.1"}, tags, hardware=hardware)
+        return {seed: run.run_id for seed, run in runs.items()}
+
+    own = {seed: write(seed, "another, 8 cores, AVX2") for seed in (0, 1)}
+    restored = {
+        1: write(1, "CPU, 2 cores, AVX512", restored="c0ffee"),
+        2: write(2, "CPU, 2 cores, AVX512", restored="c0ffee"),
+        3: write(3, "CPU, 2 cores", restored="c0ffee"),  # of before the instructions were noted
+        4: write(4, "NVIDIA H100", restored="c0ffee"),
+        5: write(5, "", restored="c0ffee"),
+    }
+
+    assert found("other CPU, 64 cores, AVX512") == own | {2: restored[2]}
+    made_on = [
+        re.search(r"of seed (.*) are not taken over: they were made on '(.*?)',", said) for said in caplog.messages
+    ]
+    assert sorted(match.groups() for match in made_on if match) == [
+        ("3", "CPU, 2 cores"),
+        ("4", "NVIDIA H100"),
+        ("5", ""),
+    ]
+    assert found("CPU, 2 cores, AVX2") == own
+    assert found("NVIDIA H100") == own | {4: restored[4]}
+    assert found("") == own
+
+
 def test_an_adopted_run_is_the_child_of_the_new_study(uri: str, database: Path) -> None:
     store = open_store(uri)
     with (
