@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sqlite3
