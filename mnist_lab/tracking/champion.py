@@ -15,7 +15,7 @@ from torch import nn
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS
-from mnist_lab.tracking.delivery import briefly, one_line
+from mnist_lab.tracking.delivery import briefly, environment_variables, one_line
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.sqlite import PROJECT_ROOT
 from mnist_lab.tracking.store import Store, quiet, store_failures
@@ -58,7 +58,8 @@ def register(store: Store, run_id: str) -> str:
     """
     found = find_teacher(store, f"runs:/{run_id}/model", holdout=0, called="model")
     client = store.client
-    with store_failures(store, "can't be written"), quiet(), briefly():
+    here = environment_variables({"MLFLOW_TRACKING_URI": store.uri})  # where MLflow looks for the model's files
+    with store_failures(store, "can't be written"), quiet(), briefly(), here:
         try:
             client.create_registered_model(NAME)
         except MlflowException as error:
