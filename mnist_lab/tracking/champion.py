@@ -111,6 +111,9 @@ def load_committed(folder: Path = COMMITTED) -> tuple[nn.Module, Origin]:
     """
     try:
         origin = TypeAdapter(Origin).validate_json((folder / ORIGIN).read_bytes())
+    except FileNotFoundError as error:
+        said = "name a network by --model, or choose one of your own by `make champion STEP=step8`"
+        raise LabError(f"champion: there is none in the store, and none is committed in {folder}; {said}") from error
     except OSError as error:
         raise LabError(f"champion: {folder / ORIGIN} can't be read: {error.strerror}") from error
     except ValidationError as error:

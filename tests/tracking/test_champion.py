@@ -55,7 +55,9 @@ def test_the_committed_champion_meets_the_targets_and_says_where_it_comes_from()
 
 
 def test_a_champion_that_is_not_what_its_file_says_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LabError, match="champion.json can't be read: No such file"):
+    with pytest.raises(
+        LabError, match="champion: there is none in the store, and none is committed in .*; name a network by --model"
+    ):
         champion.load_committed(tmp_path)
     for name in (champion.NETWORK, champion.ORIGIN):
         shutil.copy(RESULTS / name, tmp_path)
