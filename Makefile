@@ -112,6 +112,10 @@ publish: $(INSTALLED)  ## put the figures of the tracked runs into docs/results 
 predict: $(INSTALLED)  ## say which digit is in a picture: IMAGE=photo.png, or a folder; ARGS=--show
 	@$(PYTHON) -m mnist_lab predict $(IMAGE) $(ARGS)
 
+.PHONY: draw
+draw: $(INSTALLED)  ## draw a digit in the browser, and see what a network reads
+	@$(PYTHON) -m mnist_lab draw $(ARGS)
+
 .PHONY: ui
 ui: $(INSTALLED)  ## browse the runs in the MLflow UI
 	@$(PYTHON) -m mnist_lab ui $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import signal
 import sys
@@ -12,11 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_lab.cli import interrupt_on_signals, number_from, sentences
+from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.sqlite import PROJECT_ROOT, sqlite_file, tracking_uri, without_password
 
 if TYPE_CHECKING:
     from mnist_lab.predict import Reading
+
+
+logger = logging.getLogger("mnist_lab.jobs")
+
+READING = "Reading the tracked runs"
 
 
 def main() -> None:
@@ -25,6 +32,9 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a step's name may have letters that a locale has not
     arguments = _parser().parse_args()
     with sentences():
+        if arguments.first:
+            say_what_is_done()
+            logger.info(arguments.first)
         arguments.job(arguments)
 
 
@@ -142,6 +152,22 @@ def _print_readings(readings: Mapping[str, Reading], run_name: str, run_id: str)
     print(f"\nRead by {run_name}, run {run_id}.")
 
 
+def draw(arguments: argparse.Namespace) -> None:
+    """Serve a page on loopback to draw digits on."""
+    from mnist_lab.tracking.ui import check_port, free_port
+
+    check_port(arguments.port)
+
+    from mnist_lab import draw as page
+
+    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
+    networks = page.Networks(arguments.model, tracking_uri=arguments.tracking_uri)
+    port = free_port(arguments.port)
+    if port != arguments.port:
+        print(f"Port {arguments.port} is taken; using {port}.", file=sys.stderr)
+    page.serve(networks, port)
+
+
 def ui(arguments: argparse.Namespace) -> None:
     """Serve the MLflow UI on loopback."""
     from mnist_lab.tracking import ui as server
@@ -199,39 +225,43 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mnist_lab", description="Jobs that belong to no experiment.")
     jobs = parser.add_subparsers(required=True, metavar="JOB")
 
-    def add(job: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def add(job: Callable[[argparse.Namespace], None], text: str, first: str = "") -> argparse.ArgumentParser:
+        """first: what the job is at for a while before it says anything."""
         command = jobs.add_parser(job.__name__, help=text, description=text)
-        command.set_defaults(job=job)
+        command.set_defaults(job=job, first=first)
         if job is not data:
             uri = "MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)"
             command.add_argument("--tracking-uri", help=uri)
         return command
 
-    command = add(data, "fetch and verify MNIST")
+    command = add(data, "fetch and verify MNIST", "Looking for MNIST")
     command.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
     command = add(resume, "go on with the newest interrupted run, or the one named")
     command.add_argument("run_id", nargs="?", metavar="RUN_ID", help="of MLflow")
     add(sync, "send what runs logged while their tracking server was away")
-    command = add(compare, "print one row per experiment from the tracked runs")
+    command = add(compare, "print one row per experiment from the tracked runs", READING)
     command.add_argument("--include-overrides", action="store_true", help="also runs with overridden hyperparameters")
     held_out = "runs that hold out N training images (default 0)"
     command.add_argument("--holdout", type=number_from(), default=0, metavar="N", help=held_out)
-    command = add(export, "write the tracked runs' figures to reports/results")
+    command = add(export, "write the tracked runs' figures to reports/results", READING)
     folder = PROJECT_ROOT / "reports" / "results"
     command.add_argument("--folder", type=Path, default=folder, help="where to (default: reports/results/)")
-    command = add(publish, "put the tracked runs' figures into docs/results and README")
+    command = add(publish, "put the tracked runs' figures into docs/results and README", READING)
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
     command.add_argument("--readme", type=Path, default=PROJECT_ROOT / "README.md", help="the page with the tables")
     command.add_argument("--replace", action="store_true", help="also replace published rows and mix hardware")
-    command = add(report, "write steps.html and steps.md from the tracked runs")
+    command = add(report, "write steps.html and steps.md from the tracked runs", READING)
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")
-    command = add(predict, "say which digits are in pictures")
+    command = add(predict, "say which digits are in pictures", "Loading the network")
     command.add_argument("images", nargs="*", type=Path, metavar="PICTURE", help="a file, or a folder of pictures")
     networks = "runs:/<id>, models:/<name>@<alias> or a script's name (default: the script with the best mean accuracy)"
     command.add_argument("--model", help=networks)
     form = command.add_mutually_exclusive_group()
     form.add_argument("--show", action="store_true", help="also print the 28x28 that the network sees")
     form.add_argument("--csv", action="store_true", help="print CSV")
+    command = add(draw, "serve a page on loopback to draw digits on", "Loading the network")
+    command.add_argument("--model", help=networks)
+    command.add_argument("--port", type=number_from(), default=5050, help="port to try first (default 5050)")
     command = add(ui, "serve the MLflow UI on loopback")
     command.add_argument("--port", type=number_from(), default=5000, help="port to try first (default 5000)")
     return parser

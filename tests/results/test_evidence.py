@@ -40,6 +40,13 @@ def test_the_committed_tables_are_made_of_the_committed_csvs(page: Path) -> None
     assert evidence.with_tables(text, evidence.tables(evidence.read_rows(RESULTS))) == text, "make publish"
 
 
+def test_the_committed_picture_is_drawn_from_the_committed_csvs() -> None:
+    made = evidence.picture(evidence.read_rows(RESULTS))
+    (points,) = re.findall(r"<dc:description>(.*?)</dc:description>", made, flags=re.DOTALL)
+    assert "step4_augment_steplr: 7,852 parameters, 99.41 %" in points
+    assert f"<dc:description>{points}</dc:description>" in (RESULTS / "accuracy.svg").read_text(), "make publish"
+
+
 def test_the_committed_effects_are_those_of_the_committed_seeds() -> None:
     made = evidence.effect_rows(evidence.compare_rows(evidence.read_rows(RESULTS)))
     assert rows_of(RESULTS / "effects.csv") == made
@@ -98,7 +105,7 @@ def store(uri: str) -> Store:
 def test_a_publication_has_a_row_per_seed(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
     written = publish(folder, readme, store.uri)
-    names = ["README.md", "effects.csv", "epochs.csv", *(f"{step}.csv" for step in STEPS)]
+    names = ["README.md", "accuracy.svg", "effects.csv", "epochs.csv", *(f"{step}.csv" for step in STEPS)]
     assert sorted(written) == sorted([readme, *(folder / name for name in names)])
     rows = rows_of(folder / "step1_baseline.csv")
     assert [row["seed"] for row in rows] == ["0", "1", "2"]
