@@ -258,27 +258,29 @@ def plot_summary(
     letters = _plot_public(axes, public, hollow=True)
     few = table["seeds"] < FEWEST_FOR_INTERVAL
     bars = pd.DataFrame({name: table[name].mask(few, table["last"]) for name in ("low", "high")})
-    named = {}
     is_step = table["step"].str.match(r"step\d+_")
     for chosen, marker, label in (
         (is_step, "o", "steps, mean over seeds, 95 % interval"),
         (~is_step, "s", "others here"),
     ):
-        part, ends = table[chosen], bars[chosen]
+        part, bar = table[chosen], bars[chosen]
         if part.empty:
             continue
-        spread = np.array([part["last"] - ends["low"], ends["high"] - part["last"]])
+        spread = np.array([part["last"] - bar["low"], bar["high"] - part["last"]])
         look: dict[str, Any] = {"fmt": marker, "color": BLUE, "lw": 1.2, "capsize": 3, "zorder": 3}
         axes.errorbar(part["num_params"], part["last"], yerr=spread, label=label, **look)
-    for (_, row), (_, ends) in zip(table.iterrows(), bars.iterrows(), strict=True):
-        number = re.match(r"step(\d+)_", str(row["step"]))
-        named[number[1] if number else _name(row["step"])] = (row["num_params"], row["last"], ends["low"], ends["high"])
+    ends = zip(bars["low"].tolist(), bars["high"].tolist(), strict=True)
+    points = zip(table["num_params"].astype("float64").tolist(), table["last"].tolist(), ends, strict=True)
+    named: dict[str, Point] = {}
+    for step, (x, y, (low, high)) in zip(table["step"].astype(str), points, strict=True):
+        number = re.match(r"step(\d+)_", step)
+        named[number[1] if number else _name(step)] = (x, y, low, high)
     _target_lines(axes, target_accuracy, target_params)
     axes.set(xlabel=MEASURES["num_params"].axis, ylabel="test accuracy of the last epoch (%)")
     axes.margins(0.1)  # for the names beside the points
     _log_scale(axes.xaxis)
     axes.grid(alpha=0.3)
-    path = table[is_step][["num_params", "last"]].to_numpy(float)
+    path = table[is_step][["num_params", "last"]].itertuples(index=False, name=None)
     for start, end in pairwise(path):
         arrow = {"arrowstyle": "-|>", "color": BLUE, "lw": 1.2, "alpha": 0.55, "shrinkA": 5, "shrinkB": 5}
         axes.annotate("", end, start, arrowprops=arrow, zorder=2)
@@ -479,7 +481,8 @@ def _label_points(axes: Axes, ours: Mapping[str, Point], public: Mapping[str, Po
         taken.append(place)
         color = GREY if name in public else BLUE
         leader = {"arrowstyle": "-", "lw": 0.7, "color": color, "shrinkA": 2, "shrinkB": 0}
-        look = {"color": color, "fontsize": SMALL if name in public else MEDIUM, "ha": "center", "va": "center"}
+        size = SMALL if name in public else MEDIUM
+        look: dict[str, Any] = {"color": color, "fontsize": size, "ha": "center", "va": "center"}
         text = axes.annotate(
             name, (x, y), offset, textcoords="offset points", arrowprops=leader, in_layout=False, **look
         )

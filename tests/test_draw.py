@@ -206,6 +206,11 @@ def shares(page: Page) -> list[float]:
     return found
 
 
+def wait_for_the_answer(page: Page) -> None:
+    expect(page.locator("#said")).to_have_text(re.compile(r"\d"), timeout=PATIENCE)
+    expect(page.locator("main")).to_have_attribute("aria-busy", "false", timeout=PATIENCE)
+
+
 def image(page: Page) -> Any:
     script = "canvas => [...canvas.getContext('2d').getImageData(0, 0, 28, 28).data]"
     return np.array(page.locator("#seen").evaluate(script)).reshape(28, 28, 4)[..., 0]
@@ -223,7 +228,7 @@ def test_each_digit_that_is_drawn_is_read(page: Page) -> None:
             hand.draw(stroke)
         with page.expect_response(re.compile("/read")):
             hand.draw([strokes[-1][-1]])  # a dot where the pen is: the last question is about the whole digit
-        page.wait_for_function("!asking")
+        wait_for_the_answer(page)
         read[digit] = int(page.locator("#said").inner_text())
         assert sum(shares(page)) == pytest.approx(100, abs=0.1)
         assert shares(page).index(max(shares(page))) == read[digit]
@@ -237,12 +242,12 @@ def test_the_bars_move_while_the_pen_is_down_and_clear_empties_all(page: Page) -
     hand = Hand(page)
     (zero,) = STROKES[0]
     hand.draw(zero[:5], lift=False)
-    page.wait_for_function("!asking && !empty")
+    wait_for_the_answer(page)
     half = shares(page)
     assert sum(half) == pytest.approx(100, abs=0.1)
     hand.lift()
     hand.draw(zero[4:])
-    page.wait_for_function("!asking")
+    wait_for_the_answer(page)
     assert shares(page) != half
     page.keyboard.press("Escape")
     expect(page.locator("#said")).to_have_text("–")

@@ -306,7 +306,7 @@ def test_the_protocols_are_in_separate_tables(held_out: str) -> None:
     assert validated["final_validation_loss"] == pytest.approx(1.2 / 30)
     assert "best_test_accuracy" not in validated
     everything = results.run_table(holdout=10_000, include_overrides=True, tracking_uri=held_out)
-    assert everything["overrides"].tolist() == ["lr=0.5", ""]  # holding out is a protocol, with its own column
+    assert everything["overrides"].tolist() == ["", "lr=0.5"]  # holding out is a protocol, with its own column
 
 
 def test_epochs_of_validation_are_called_so(held_out: str) -> None:
