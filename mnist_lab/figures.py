@@ -440,7 +440,7 @@ def _plot_public(axes: Axes, public: Sequence[PublicFigure], *, hollow: bool = F
         face = "none" if hollow or protocol == PICKED else GREY
         names = "; ".join(f"{letters[one]}: {one.num_params:,}, {one.accuracy:.2f}, {one.name}" for one in mine)
         axes.plot([one.num_params for one in mine], [one.accuracy for one in mine], ls="none", marker=marker, ms=5,
-                  color=GREY, mfc=face, zorder=2, label=textwrap.fill(f"{protocol}. {names}", 68))  # fmt: skip
+                  color=GREY, mfc=face, zorder=2, label=textwrap.fill(f"{protocol}. {names}", 58))  # fmt: skip
     return {letter: (one.num_params, one.accuracy, one.accuracy, one.accuracy) for one, letter in letters.items()}
 
 
