@@ -5,6 +5,7 @@ SHELL := /bin/bash
 ARGS ?=
 SEEDS ?=
 IMAGE ?=
+STEP ?=
 FLAGS = $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 PYTHON := .venv/bin/python
 # The machine's own uv, or one that is put into .uv/ here. Nothing is installed outside this folder.
@@ -108,6 +109,10 @@ export: $(INSTALLED)  ## write the figures of the tracked runs to reports/result
 publish: $(INSTALLED)  ## put the figures of the tracked runs into docs/results and README.md
 	@$(PYTHON) -m mnist_lab publish $(ARGS)
 
+.PHONY: restore
+restore: $(INSTALLED)  ## put the committed runs of docs/results into the store, without any training
+	@$(PYTHON) -m mnist_lab restore $(ARGS)
+
 .PHONY: predict
 predict: $(INSTALLED)  ## say which digit is in a picture: IMAGE=photo.png, or a folder; ARGS=--show
 	@$(PYTHON) -m mnist_lab predict $(IMAGE) $(ARGS)
@@ -115,6 +120,10 @@ predict: $(INSTALLED)  ## say which digit is in a picture: IMAGE=photo.png, or a
 .PHONY: draw
 draw: $(INSTALLED)  ## draw a digit in the browser, and see what a network reads
 	@$(PYTHON) -m mnist_lab draw $(ARGS)
+
+.PHONY: champion
+champion: $(INSTALLED)  ## let the median seed of a step read pictures: STEP=step8
+	@$(PYTHON) -m mnist_lab champion $(STEP) $(ARGS)
 
 .PHONY: ui
 ui: $(INSTALLED)  ## browse the runs in the MLflow UI
@@ -127,6 +136,10 @@ report: $(INSTALLED)  ## write reports/steps.html and reports/steps.md from the 
 .PHONY: notebooks
 notebooks: $(INSTALLED)  ## execute the notebooks again on the tracked runs
 	.venv/bin/jupyter execute --inplace notebooks/*.ipynb
+
+.PHONY: pictures
+pictures: $(INSTALLED)  ## execute the notebooks and take docs/images anew, of the committed runs
+	@$(PYTHON) docs/pictures.py
 
 .PHONY: lab
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks

@@ -9,16 +9,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_lab.cli import interrupt_on_signals, number_from, sentences
 from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError
-from mnist_lab.tracking.sqlite import PROJECT_ROOT, sqlite_file, tracking_uri, without_password
+from mnist_lab.tracking.sqlite import PROJECT_ROOT, script_named, sqlite_file, tracking_uri, without_password
 
 if TYPE_CHECKING:
-    from mnist_lab.predict import Reading
+    from mnist_lab.pictures import Reading
 
 
 logger = logging.getLogger("mnist_lab.jobs")
@@ -90,6 +91,29 @@ def export(arguments: argparse.Namespace) -> None:
         print(f"Written: {file}")
 
 
+def restore(arguments: argparse.Namespace) -> None:
+    """Put the committed runs into the store."""
+    print(f"Reading the runs in {arguments.folder} ...", flush=True)
+
+    from mnist_lab.restore import restore as restore_runs
+    from mnist_lab.running.provenance import commit
+
+    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
+    state = commit(arguments.folder / "README.md")
+    done = restore_runs(
+        arguments.folder,
+        commit=state.sha + (" + changes" if state.dirty else ""),
+        tracking_uri=arguments.tracking_uri,
+        progress=partial(print, flush=True),
+    )
+    removed = f" {done.removed} that the files say something else of by now were taken away." if done.removed else ""
+    print(f"Restored: {done.runs} runs and {done.studies} studies; {done.there} runs were there already.{removed}")
+    if done.without_mistakes:
+        print(f"Of {done.without_mistakes} runs it was not kept which images they got wrong.")
+    if done.runs:
+        print("`make ui` shows them, `make compare` and `make report` tell of them.")
+
+
 def publish(arguments: argparse.Namespace) -> None:
     """Put the tracked runs' figures among those that are committed, and say what that changes."""
     from mnist_lab.results.evidence import prepare_publication
@@ -115,7 +139,7 @@ def predict(arguments: argparse.Namespace) -> None:
     """Say which digits are in pictures."""
     import csv
 
-    from mnist_lab.predict import find_pictures, find_reader, picture_of, read_digit, shown
+    from mnist_lab.pictures import find_pictures, find_reader, picture_of, read_digit, shown
 
     digits, refused = {}, []
     for file in find_pictures(arguments.images):
@@ -161,11 +185,38 @@ def draw(arguments: argparse.Namespace) -> None:
     from mnist_lab import draw as page
 
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
-    networks = page.Networks(arguments.model, tracking_uri=arguments.tracking_uri)
+    networks = page.Networks(arguments.model, store=arguments.tracking_uri)
     port = free_port(arguments.port)
     if port != arguments.port:
         print(f"Port {arguments.port} is taken; using {port}.", file=sys.stderr)
     page.serve(networks, port)
+
+
+def champion(arguments: argparse.Namespace) -> None:
+    """Register the median seed of a step as models:/mnist@champion, which reads pictures from then on."""
+    from mnist_lab import results
+    from mnist_lab.tracking import champion as champions
+    from mnist_lab.tracking.store import open_store
+
+    run = results.median_run(script_named(arguments.step), tracking_uri=arguments.tracking_uri)
+    store = open_store(arguments.tracking_uri)
+    version = champions.register(store, run["run_id"])
+    said = f"{run['step']} seed {run['seed']}, the median of its seeds, with {run['final_test_accuracy']:.2f} %"
+    print(f"{champions.URI}, version {version}: {said}")
+    if arguments.commit:
+        origin = champions.Origin(
+            step=run["step"],
+            seed=int(run["seed"]),
+            run_id=run["run_id"],
+            accuracy=float(run["final_test_accuracy"]),
+            num_params=int(run["num_params"]),
+            code_sha256=str(run["code_sha256"]),
+            git_commit=str(run["git_commit"]),
+            hardware=str(run["hardware"]),
+            torch=str(run["torch"]),
+        )
+        for file in champions.commit(store, origin, arguments.folder):
+            print(f"Written: {file}")
 
 
 def ui(arguments: argparse.Namespace) -> None:
@@ -250,11 +301,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
     command.add_argument("--readme", type=Path, default=PROJECT_ROOT / "README.md", help="the page with the tables")
     command.add_argument("--replace", action="store_true", help="also replace published rows and mix hardware")
+    command = add(restore, "put the committed runs of docs/results into the store", "Reading the committed runs")
+    command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
     command = add(report, "write steps.html and steps.md from the tracked runs", READING)
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")
     command = add(predict, "say which digits are in pictures", "Loading the network")
     command.add_argument("images", nargs="*", type=Path, metavar="PICTURE", help="a file, or a folder of pictures")
-    networks = "runs:/<id>, models:/<name>@<alias> or a script's name (default: the script with the best mean accuracy)"
+    networks = (
+        "runs:/<id>, models:/<name>@<alias> or a script's name (default: models:/mnist@champion, else docs/results)"
+    )
     command.add_argument("--model", help=networks)
     form = command.add_mutually_exclusive_group()
     form.add_argument("--show", action="store_true", help="also print the 28x28 that the network sees")
@@ -262,6 +317,10 @@ def _parser() -> argparse.ArgumentParser:
     command = add(draw, "serve a page on loopback to draw digits on", "Loading the network")
     command.add_argument("--model", help=networks)
     command.add_argument("--port", type=number_from(), default=5050, help="port to try first (default 5050)")
+    command = add(champion, "let the median seed of a step read pictures: models:/mnist@champion")
+    command.add_argument("step", metavar="STEP", help="a script's name, or step8 for short")
+    command.add_argument("--commit", action="store_true", help="also make it the champion of docs/results")
+    command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help=argparse.SUPPRESS)
     command = add(ui, "serve the MLflow UI on loopback")
     command.add_argument("--port", type=number_from(), default=5000, help="port to try first (default 5000)")
     return parser

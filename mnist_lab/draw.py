@@ -18,7 +18,8 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from mnist_lab import results
 from mnist_lab.errors import LabError
-from mnist_lab.predict import Reader, find_reader, read_digit
+from mnist_lab.pictures import Reader, find_reader, read_digit
+from mnist_lab.tracking.sqlite import sqlite_file, tracking_uri
 from mnist_lab.tracking.store import open_store
 from mnist_lab.tracking.teacher import runs_with_a_model
 from mnist_lab.tracking.ui import HOST
@@ -32,10 +33,13 @@ CONTENT = "default-src 'none'; connect-src 'self'; img-src data:; style-src 'uns
 class Networks:
     """The networks that a page can choose from, each loaded when it is first asked for."""
 
-    def __init__(self, model: str | None = None, *, tracking_uri: str | None = None) -> None:
-        """Load the network that reads at first, as `find_reader` finds it; raises LabError."""
-        self.tracking_uri = tracking_uri
-        self.first = find_reader(model, tracking_uri=tracking_uri)
+    def __init__(self, model: str | None = None, *, store: str | None = None) -> None:
+        """Load the network that reads at first, as `find_reader` finds it; raises LabError.
+
+        store: the URI of the tracking store; the usual one if not given.
+        """
+        self.uri = tracking_uri(store)
+        self.first = find_reader(model, tracking_uri=self.uri)
         self._readers = {"": self.first}
         self._lock = threading.Lock()
 
@@ -43,7 +47,10 @@ class Networks:
     def names(self) -> list[dict[str, str]]:
         """What can be asked for, and how it is shown: the first network, then one of each script that has a model."""
         first = {"name": "", "shown": self.first.run_name}
-        loaded = results.load_runs(self.tracking_uri)
+        database = sqlite_file(self.uri)
+        if database is not None and not database.exists():
+            return [first]
+        loaded = results.load_runs(self.uri)
         if loaded.runs.empty:
             return [first]
         have_one = runs_with_a_model(open_store(loaded.uri))
@@ -62,14 +69,14 @@ class Networks:
             if name not in self._readers:
                 if name not in {one["name"] for one in self.names}:
                     raise LabError(f"network: {name!r} is none of those that this page can choose from")
-                self._readers[name] = find_reader(name, tracking_uri=self.tracking_uri)
+                self._readers[name] = find_reader(name, tracking_uri=self.uri)
             return self._readers[name]
 
     def read(self, name: str, picture: bytes) -> dict[str, Any]:
         """Return what a network reads in a picture: ten probabilities, and the 28x28 that it saw, one byte a pixel."""
         digit = read_digit(io.BytesIO(picture))
         return {
-            "probabilities": self.reader(name).probabilities([digit])[0].tolist(),
+            "probabilities": self.reader(name).probabilities(digit[None])[0].tolist(),
             "image": base64.b64encode(digit.tobytes()).decode(),
         }
 

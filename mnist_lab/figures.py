@@ -130,7 +130,7 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     loss, accuracy = figure.axes
     _log_scale(loss.yaxis)
     _stretch(accuracy.yaxis)
-    figure.suptitle(_name(steps[0]) + (f" ({left_out} values that are not finite left out)" if left_out else ""))
+    figure.suptitle(_name(steps[0]) + (f" ({left_out} values are missing or not finite)" if left_out else ""))
     handles, labels = accuracy.get_legend_handles_labels()
     columns = 3 if seeds == 1 else math.ceil(len(labels) / 2)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL)
@@ -318,15 +318,16 @@ def plot_mistakes(
     """Draw the first `limit` misclassified images, the most confident mistakes first (ties keep their order).
 
     images (N, 28, 28), truth (N,), prediction (N,), confidence (N,): the probability of the prediction, 0 to 1. Images
-    that were classified correctly may be among them and are left out.
+    that were classified correctly may be among them and are left out; their confidence may be missing.
     """
     pictures = _images(images, "images")
     true_digits = _digits(truth, "truth", len(pictures))
     predicted_digits = _digits(prediction, "prediction", len(pictures))
     sure = np.asarray(confidence, dtype=float)
-    if sure.shape != (len(pictures),) or not ((sure >= 0) & (sure <= 1)).all():
-        raise LabError(f"confidence must hold one probability from 0 to 1 for each of the {len(pictures)} images")
     wrong = np.flatnonzero(true_digits != predicted_digits)
+    right = (true_digits == predicted_digits) & np.isnan(sure) if sure.shape == (len(pictures),) else False
+    if sure.shape != (len(pictures),) or not ((sure >= 0) & (sure <= 1) | right).all():
+        raise LabError(f"confidence must hold one probability from 0 to 1 for each of the {len(pictures)} images")
     order = wrong[np.argsort(-sure[wrong], kind="stable")][: _positive(limit, "limit")]
     if not len(wrong):
         figure = Figure(figsize=(5, 1))

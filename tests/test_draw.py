@@ -22,7 +22,7 @@ from forkserver import Program, run_program
 from helpers import ROOT, wait_until
 from mnist_lab.data import Mnist
 from mnist_lab.draw import MOST_BYTES
-from mnist_lab.predict import find_reader
+from mnist_lab.pictures import find_reader
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
@@ -92,7 +92,7 @@ def test_a_picture_is_read_as_predict_reads_it(served: Served, mnist: Mnist) -> 
     digit = mnist.test_images[0, 0].numpy()  # a 7
     answer = requests.post(f"{served.address}read", data=png(255 - digit), timeout=PATIENCE).json()
     assert base64.b64decode(answer["image"]) == digit.tobytes()
-    told = find_reader(f"runs:/{served.run_id}", tracking_uri=served.uri).probabilities([digit])[0]
+    told = find_reader(f"runs:/{served.run_id}", tracking_uri=served.uri).probabilities(digit[None])[0]
     assert answer["probabilities"] == pytest.approx(told.tolist(), abs=1e-5)
     assert max(answer["probabilities"]) == answer["probabilities"][7]
 

@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -78,8 +80,11 @@ def test_script_declares_a_network_and_an_experiment(stem: str, load_script: Loa
 @pytest.mark.parametrize("stem", STEMS)
 def test_declaration_passes_its_checks_and_its_rehearsal(stem: str, load_script: Load, mnist: Mnist) -> None:
     experiment = load_script(stem).EXPERIMENT
-
     experiment.check()
+    if "teacher" in getattr(experiment.objective, "keywords", {}):  # which a run finds in its store
+        teacher = load_script(experiment.objective.keywords["teacher"]).EXPERIMENT.net()
+        experiment = replace(experiment, objective=partial(experiment.objective, teacher=teacher))
+
     rehearsal.rehearse(experiment, mnist)
 
 

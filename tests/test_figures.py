@@ -276,7 +276,7 @@ def test_values_that_are_not_finite_are_announced() -> None:
     history = make_history(seeds=2)
     history.loc[history["seed"] == 0, "train_loss"] = [math.nan] * 7 + [math.inf] * 7
     figure = figures.plot_training(history)
-    assert figure.get_suptitle() == "step3_gap (14 values that are not finite left out)"
+    assert figure.get_suptitle() == "step3_gap (14 values are missing or not finite)"
     expected = history.loc[history["seed"] == 1, "train_loss"]
     np.testing.assert_allclose(curves(figure.axes[0])["training, mean of 2 seeds"], expected)
 

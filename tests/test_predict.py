@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -16,14 +15,17 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor, nn
 from torch.optim import SGD
 
+import mnist_lab
 from conftest import FullRun
 from mnist_lab import Experiment
 from mnist_lab.__main__ import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.predict import find_pictures, find_reader, picture_of, read_digit
+from mnist_lab.pictures import find_pictures, find_reader, picture_of, read_digit
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
+from mnist_lab.tracking.champion import load_committed, register
+from mnist_lab.tracking.store import open_store
 
 Pixels = NDArray[np.uint8]
 COUNT = 200
@@ -213,26 +215,30 @@ def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.Monk
     return train
 
 
-def test_the_best_script_reads_unless_another_is_named(train: Callable[..., str], uri: str) -> None:
-    train("good")
-    good, weak = train("good", seed=1), train("weak", lr=1e-5)
+def test_the_champion_reads_unless_another_is_named(train: Callable[..., str], uri: str) -> None:
+    committed = load_committed()[1]
+    assert find_reader(tracking_uri=uri).run_id == committed.run_id  # in a store without a champion
+    good, weak, other = train("good"), train("weak", lr=1e-5), train("weak", seed=1, lr=1e-5)
     overridden = train("better", overrides={"lr": 0.05})
-    mlflow.set_tracking_uri(uri)  # MLflow looks for the model there
-    try:
-        mlflow.register_model(f"runs:/{weak}/model", "mine")
-    finally:
-        mlflow.set_tracking_uri(None)
+    assert find_reader(tracking_uri=uri).run_id == committed.run_id
+    store = open_store(uri)
+    assert (register(store, good), register(store, weak), register(store, good)) == ("1", "2", "1")
     assert find_reader(tracking_uri=uri).run_id == good
-    for name, run_id in (("weak", weak), (f"runs:/{overridden}", overridden), ("models:/mine/1", weak)):
+    named = {"weak": other, f"runs:/{overridden}": overridden, "models:/mnist/2": weak, "models:/mnist@champion": good}
+    for name, run_id in named.items():
         assert find_reader(name, tracking_uri=uri).run_id == run_id
     with pytest.raises(LabError, match="^model 'step4_augment_steplr': .* has no finished run of that script"):
         find_reader("step4", tracking_uri=uri)
 
 
-def test_without_a_run_as_declared_it_is_said_what_to_train(train: Callable[..., str], uri: str) -> None:
-    train("better", overrides={"lr": 0.05})
-    with pytest.raises(LabError, match="no finished runs as declared in .*; train first, e.g. `make step4`, or name"):
-        find_reader(tracking_uri=uri)
+def test_without_a_store_the_committed_champion_reads_and_none_is_made(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    reader = find_reader(tracking_uri=f"sqlite:///{database}")
+    origin = load_committed()[1]
+    assert reader.run_name == f"{origin.step} seed {origin.seed}, the champion of docs/results"
+    assert not database.exists()
+    with pytest.raises(LabError, match="no runs yet"):
+        find_reader("step4", tracking_uri=f"sqlite:///{database}")
 
 
 def test_a_bad_picture_among_others_loses_none_of_them(
@@ -244,7 +250,7 @@ def test_a_bad_picture_among_others_loses_none_of_them(
     saved(folder, [Image.fromarray(digit) for digit in digits[:3]])
     (folder / "001.png").write_text("hello")
     (folder / "notes.txt").write_text("hello")
-    command = ["mnist_lab", "predict", str(folder), "--tracking-uri", uri]
+    command = ["mnist_lab", "predict", str(folder), "--model", "good", "--tracking-uri", uri]
     monkeypatch.setattr(sys, "argv", [*command, "--csv"])
     with pytest.raises(SystemExit, match="1"):
         main()
@@ -283,3 +289,43 @@ def test_pictures_in_all_styles_are_read_as_the_test_images_are(
     for name, style in STYLES.items():
         files = saved(tmp_path / name, [style(digit) for digit in digits])
         assert right([read_digit(file) for file in files]) >= min(0.97, tracked - 0.03), name
+
+
+# ---- from Python
+
+
+def test_images_are_read_as_arrays_tensors_and_pictures(digits: Pixels, mnist: Mnist) -> None:
+    tensor = mnist.test_images[:COUNT]
+    said = mnist_lab.predict(tensor)
+    assert said.digits.shape == (COUNT,)
+    assert said.probabilities.shape == (COUNT, 10)
+    assert np.allclose(said.probabilities.sum(axis=1), 1, atol=1e-5)
+    assert (said.digits == said.probabilities.argmax(axis=1)).all()
+    assert (said.digits == mnist.test_labels[:COUNT].numpy()).mean() > 0.97
+    for alike in (digits, tensor / 255, (digits / 255).tolist(), tensor[:, 0].float() / 255):
+        assert np.allclose(mnist_lab.predict(alike).probabilities, said.probabilities, atol=1e-5)
+    assert np.allclose(mnist_lab.predict(digits[0]).probabilities, said.probabilities[:1], atol=1e-5)
+
+    pictures = [Image.fromarray(digit) for digit in digits[:5]]
+    assert (mnist_lab.predict(pictures).digits == said.digits[:5]).all()
+    assert mnist_lab.predict(STYLES["200x300"](digits[0])).digits.tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (np.zeros((30, 30)), r"images: float64 \(30, 30\) is not \(28, 28\), \(N, 28, 28\) or"),
+        (np.zeros((2, 3, 28, 28)), r"images: float64 \(2, 3, 28, 28\) is not"),
+        (np.zeros((0, 28, 28)), "images: there is none"),
+        ([], r"images: float64 \(0,\) is not"),
+        (np.full((28, 28), 7.0), "images: float64 values are to be whole numbers from 0 to 255, or floats from 0 to 1"),
+        (np.full((28, 28), np.nan), "images: float64 values are to be"),
+        (np.full((28, 28), 300), "images: int64 values are to be"),
+        ("photo.png", r"images: <U9 \(\) is not"),
+        ([[1, 2], [3]], "images: they can't be read as an array"),
+        (Image.new("L", (40, 40), 200), "images: number 0: there is no digit to see"),
+    ],
+)
+def test_what_are_no_images_is_refused_in_a_sentence(images: object, sentence: str) -> None:
+    with pytest.raises(LabError, match=f"^{sentence}"):
+        mnist_lab.predict(images)

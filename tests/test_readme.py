@@ -27,7 +27,8 @@ def rows_of(step: str) -> list[dict[str, str]]:
 
 
 def test_it_is_short() -> None:
-    assert len(PAGE.split()) < 900
+    without_table = re.sub(r"<!-- summary -->.*<!-- /summary -->", "", PAGE, flags=re.DOTALL)  # which grows
+    assert len(without_table.split()) < 900
 
 
 def test_the_declaration_is_that_of_step_8() -> None:

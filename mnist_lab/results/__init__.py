@@ -6,6 +6,7 @@ from mnist_lab.results.compare import (
     compare_table,
     compare_text,
     effects_table,
+    median_run,
     newest_runs,
 )
 from mnist_lab.results.runs import epoch_history, load_runs, predictions, run_table
@@ -18,6 +19,7 @@ __all__ = [
     "effects_table",
     "epoch_history",
     "load_runs",
+    "median_run",
     "newest_runs",
     "predictions",
     "run_table",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -162,6 +162,24 @@ def effects_table(pairs: Iterable[Pair] = PAIRS, *, holdout: int = 0, tracking_u
     columns = ["a", "b", "change", "effect", "low", "high", "p", "p_holm", "test", "n", "seeds_needed"]
     columns += ["seeds", "shown", "verdict"]
     return pd.DataFrame([[getattr(c, name) for name in columns] for c in comparisons], columns=columns)
+
+
+def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
+    """Return the row of `run_table` of the step's median seed, by the test accuracy of the last epoch and then by seed.
+
+    Of an even number of seeds it is the lower one. Those of `newest_runs` count, without restored ones: these have no
+    network.
+
+    Raises:
+        LabError: if the step has no such run.
+    """
+    runs = newest_runs(run_table(step, columns="all", tracking_uri=tracking_uri))
+    if runs.empty:
+        raise LabError(f"steps: no finished run of {step!r} as declared")
+    trained = runs[runs["restored"].isna()].sort_values(["final_test_accuracy", "seed"])
+    if trained.empty:
+        raise LabError(f"steps: all runs of {step!r} were restored, and these have no network; train it")
+    return trained.iloc[(len(trained) - 1) // 2]
 
 
 def compare_pairs(

@@ -6,7 +6,6 @@ the CSVs alone, so that a test can make them again.
 
 from __future__ import annotations
 
-import csv
 import html
 import io
 import logging
@@ -15,7 +14,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,10 +24,20 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import quoted
 from mnist_lab.figures import plot_summary
-from mnist_lab.results.compare import TARGETS, newest_runs, summarise
-from mnist_lab.results.runs import epoch_history, load_runs, run_table
+from mnist_lab.results.compare import TARGETS, summarise
+from mnist_lab.results.records import (
+    COLUMNS,
+    OTHER_FILES,
+    Row,
+    cells,
+    ranges,
+    read_records,
+    rows_of,
+    run_of,
+    to_csv,
+    tracked_records,
+)
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.sqlite import PROJECT_ROOT
 from mnist_lab.verdicts.comparison import (
@@ -41,38 +49,12 @@ from mnist_lab.verdicts.comparison import (
     mean_interval_text,
     p_text,
     seeds_text,
-    step_order,
 )
 from mnist_lab.verdicts.measures import MEASURES
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, str]  # one line of a CSV with its step; an empty cell is an unknown figure
-
-# The columns of each CSV, with their names in the tables that they come from and their formats. First <step>.csv:
-COLUMNS = {
-    "seed": ("seed", ""),
-    "last": ("final_test_accuracy", ".2f"),
-    "best": ("best_test_accuracy", ".2f"),
-    "best_epoch": ("best_epoch", ""),
-    "train": ("final_train_accuracy", ".3f"),
-    "test_loss": ("final_test_loss", ".5f"),
-    "num_params": ("num_params", ""),
-    "epochs": ("epochs", ""),
-    "minutes": ("minutes", ".1f"),
-    "hardware": ("hardware", ""),
-    "torch": ("torch", ""),
-    "git_commit": ("git_commit", ""),
-    "git_dirty": ("git_dirty", ""),
-    "code_sha256": ("code_sha256", ".12"),
-    "date": ("start_time", "%Y-%m-%d %H:%M"),
-    "target_accuracy": ("target_accuracy", "g"),
-    "target_params": ("target_params", "g"),
-    "target_epochs": ("target_epochs", "g"),
-    "reported_best": ("reported_best_test_accuracy", "g"),
-}
 TEXTS = ("hardware", "torch", "git_commit", "git_dirty", "code_sha256", "date")
-EPOCH_COLUMNS = {name: (name, "") for name in ("step", "seed", "epoch")} | {"test_accuracy": ("test_accuracy", ".2f")}
 EFFECT_COLUMNS = {
     "change": ("change", ""),
     "from": ("a", ""),
@@ -88,7 +70,6 @@ EFFECT_COLUMNS = {
 }
 TABLES = ("summary", "results", "effects", "runs")
 PICTURE = "accuracy.svg"  # beside the CSVs: accuracy against parameters
-OTHER_FILES = ("effects", "epochs")  # CSVs in the folder that belong to no step
 PUBLISHED = PROJECT_ROOT / "docs" / "results"
 EXPORTED_PAGE = """# The figures of the tracked runs
 
@@ -121,11 +102,15 @@ def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
     """
     if folder.resolve() == PUBLISHED.resolve():
         raise LabError(f"folder: {folder} holds the published figures; `make publish` adds to them")
-    rows, epochs = _tracked(tracking_uri)
-    steps, page = {row["step"] for row in rows}, folder / "README.md"
+    records = tracked_records(tracking_uri)
+    steps, page = {row["step"] for row in records.runs}, folder / "README.md"
     with _file_errors(folder):
         old = page.read_text("utf-8") if page.exists() else EXPORTED_PAGE
-        files = {**_csvs(folder, steps, rows, epochs), page: with_tables(old, tables(rows))}
+        files = {
+            **records.csvs(folder, steps),
+            folder / "effects.csv": _effects(records.runs),
+            page: with_tables(old, tables(records.runs)),
+        }
         replace_files(files)
         for step in sorted({file.stem for file in folder.glob("*.csv")} - steps - {*OTHER_FILES}):
             logger.warning("left as it is: %s.csv, as the store has no runs of that step", step)
@@ -158,32 +143,34 @@ class Publication:
 def prepare_publication(folder: Path, readme: Path, *, tracking_uri: str | None = None) -> Publication:
     """Lay the tracked runs over the published CSVs in the folder, and make the tables of `readme` and its README.md.
 
-    A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere.
-    Nothing is written. A step that can't name a file is left out, with a warning.
+    A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere,
+    such as those that were restored into the store. Nothing is written. A step that can't name a file is left out, with
+    a warning.
 
     Raises:
         LabError: if the store has no runs that can be published, a page has no markers for its tables, or a file can't
             be read.
     """
-    exported, history = _tracked(tracking_uri)
-    seed_of, code_of = itemgetter("step", "seed"), itemgetter("step", "code_sha256")
-    steps = {row["step"] for row in exported}
-    seeds, codes = set(map(seed_of, exported)), set(map(code_of, exported))
+    own = tracked_records(tracking_uri, restored=False)
+    steps = {row["step"] for row in own.runs}
+    seeds = set(map(run_of, own.runs))
+    codes = {(row["step"], row["code_sha256"]) for row in own.runs}
     with _file_errors(folder, readme):
-        old = read_rows(folder)
-        kept = [row for row in old if row["step"] not in steps or (seed_of(row) not in seeds and code_of(row) in codes)]
-        kept_seeds = set(map(seed_of, kept))
-        kept_epochs = [
-            row for row in _read(folder / "epochs.csv") if row["step"] not in steps or seed_of(row) in kept_seeds
-        ]
-        rows, epochs = _in_order(exported + kept), _in_order(history + kept_epochs)
-        made = tables(rows)
+        old = read_records(folder)
+        kept = {
+            run_of(row)
+            for row in old.runs
+            if row["step"] not in steps or (run_of(row) not in seeds and (row["step"], row["code_sha256"]) in codes)
+        }
+        records = own + old.only(kept.__contains__)
+        made = tables(records.runs)
         files = {
-            **_csvs(folder, steps, rows, epochs),
-            folder / PICTURE: picture(rows),
+            **records.csvs(folder, steps),
+            folder / "effects.csv": _effects(records.runs),
+            folder / PICTURE: picture(records.runs),
             **{page: with_tables(page.read_text("utf-8"), made) for page in (readme, folder / "README.md")},
         }
-    return Publication(*_changes(old, rows), files)
+    return Publication(*_changes(old.runs, records.runs), files)
 
 
 def _changes(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], list[str]]:
@@ -206,7 +193,7 @@ def _changes(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], list[st
     refusals += _mixed_hardware(old, new, "the tables")
     if not refusals:
         for step in dict.fromkeys(row["step"] for row in new):
-            refusals += _mixed_hardware(_of(step, old), _of(step, new), f"the seeds of {step}")
+            refusals += _mixed_hardware(rows_of(step, old), rows_of(step, new), f"the seeds of {step}")
     return added + replaced, refusals
 
 
@@ -216,23 +203,8 @@ def _mixed_hardware(old: Iterable[Row], new: Iterable[Row], what: str) -> list[s
     return [f"{what} would mix hardware: {' and '.join(map(repr, sorted(now)))}"] if len(now) > 1 and now - was else []
 
 
-def _tracked(tracking_uri: str | None) -> tuple[list[Row], list[Row]]:
-    """Return the rows of the tracked runs and those of their epochs, as the CSVs hold them."""
-    loaded = load_runs(tracking_uri)
-    runs = _exportable(newest_runs(run_table(columns="all", loaded=loaded)))
-    history = epoch_history(loaded=loaded)
-    history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
-    rows = _cells(runs.to_dict("records"), {"step": ("step", ""), **COLUMNS})
-    return _in_order(rows), _in_order(_cells(history.to_dict("records"), EPOCH_COLUMNS))
-
-
-def _csvs(folder: Path, steps: Iterable[str], rows: Sequence[Row], epochs: Iterable[Row]) -> dict[Path, str]:
-    """Return the CSVs of these steps, and those of the epochs and effects of all rows."""
-    return {
-        **{folder / f"{step}.csv": _csv(COLUMNS, _of(step, rows)) for step in steps},
-        folder / "epochs.csv": _csv(EPOCH_COLUMNS, epochs),
-        folder / "effects.csv": _csv(EFFECT_COLUMNS, effect_rows(compare_rows(rows))),
-    }
+def _effects(rows: Iterable[Row]) -> str:
+    return to_csv(EFFECT_COLUMNS, effect_rows(compare_rows(rows)))
 
 
 @contextmanager
@@ -244,26 +216,6 @@ def _file_errors(*files: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         where = " or ".join(map(str, files))
         raise LabError(f"the results can't be exported: a file in {where} is not UTF-8") from error
-
-
-def _exportable(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs whose step can name a file; it is free text to the store."""
-    named = runs["step"].str.fullmatch(r"\w[\w.-]{0,99}") & ~runs["step"].isin(OTHER_FILES)
-    sentences = [
-        f"step: {quoted(step)} can't name a file of figures; up to 100 letters, digits and _ . - can"
-        for step in runs["step"][~named].unique()
-    ]
-    if sentences and not named.any():
-        raise LabError(sentences[0])
-    for sentence in sentences:
-        logger.warning("left out: %s", sentence)
-    return runs[named]
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """Read the CSVs of all experiments in a folder, the steps first."""
-    files = [file for file in folder.glob("*.csv") if file.stem not in OTHER_FILES]
-    return _in_order({"step": file.stem, **row} for file in files for row in _read(file))
 
 
 def compare_rows(rows: Iterable[Row]) -> list[Comparison]:
@@ -281,7 +233,7 @@ def effect_rows(comparisons: Sequence[Comparison]) -> list[Row]:
     for row, comparison in zip(rows, comparisons, strict=True):
         if comparison.interval == TOO_FEW:
             row |= {"low": math.nan, "high": math.nan}
-    return _cells(rows, EFFECT_COLUMNS)
+    return cells(rows, EFFECT_COLUMNS)
 
 
 # ---- the tables, in Markdown
@@ -299,7 +251,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     told = {
         "experiments": summary_of(rows).to_dict("records"),
         "comparisons": compare_rows(rows),
-        "studies": {step: _of(step, rows) for step in dict.fromkeys(row["step"] for row in rows)},
+        "studies": {step: rows_of(step, rows) for step in dict.fromkeys(row["step"] for row in rows)},
     }
     return {name: TEMPLATES.get_template(f"{name}.md").render(told).strip() for name in TABLES}
 
@@ -366,17 +318,6 @@ def _commit(row: Row) -> str:
     return markdown_cell(row["git_commit"][:10]) + (" + changes" if row["git_dirty"] == "True" else "")
 
 
-def _ranges(seeds: Iterable[int]) -> str:
-    """Return seeds in short, e.g. "0-4, 7"."""
-    runs: list[list[int]] = []
-    for seed in sorted(seeds):
-        if runs and seed == runs[-1][-1] + 1:
-            runs[-1].append(seed)
-        else:
-            runs.append([seed])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
 def markdown_cell(text: str) -> str:
     """Return a store's text as Markdown that shows it in one cell of a table, without HTML."""
     return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
@@ -404,42 +345,7 @@ TEMPLATES.filters |= {
     "commit": _commit,
     "median": median,
     "p_text": p_text,
-    "ranges": _ranges,
+    "ranges": ranges,
     "verdict": _verdict,
     "in_short": _in_short,
 }
-
-
-# ---- CSV
-
-
-def _of(step: str, rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row["step"] == step]
-
-
-def _in_order(rows: Iterable[Row]) -> list[Row]:
-    """Sort the rows of runs, or of their epochs."""
-    return sorted(rows, key=lambda row: (step_order(row["step"]), int(row["seed"]), int(row.get("epoch", 0))))
-
-
-def _cells(records: Iterable[Mapping[Any, Any]], columns: Mapping[str, tuple[str, str]]) -> list[Row]:
-    """Return these columns of a run table, an epoch history or a comparison as the text that a CSV holds."""
-    return [
-        {name: format(row[column], form) if pd.notna(row[column]) else "" for name, (column, form) in columns.items()}
-        for row in records
-    ]
-
-
-def _csv(columns: Iterable[str], rows: Iterable[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _read(file: Path) -> list[Row]:
-    if not file.exists():
-        return []
-    with file.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))

@@ -13,9 +13,9 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -33,6 +33,7 @@ from mlflow.utils.rest_utils import http_request
 from scipy import special
 
 from mnist_lab.arguments import finite_number
+from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MAX_COUNT, SUMMARY_METRICS, quoted
 from mnist_lab.tracking.delivery import one_line
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 EPOCH_METRICS = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"]
 HELD_OUT_METRICS = [name.replace("test_", "validation_") for name in EPOCH_METRICS]  # of runs that hold images out
+MISTAKES = "mistakes.csv"  # an artifact of a restored run: image, prediction, confidence
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
 RUNS_PER_PAGE = 1000
 OF_THE_LAB = "tags.step LIKE '%' AND params.seed LIKE '%'"  # a study's own run, the parent of its seeds', has no seed
@@ -82,6 +84,7 @@ COLUMNS = {
     "git_dirty": "boolean",
     "code_sha256": "str",
     "overrides": "str",
+    "restored": "str",
     "status": "str",
     "start_time": "datetime64[ms, UTC]",
     "minutes": "float64",
@@ -103,11 +106,13 @@ class LoadedRuns:
     """The lab's runs in one store, newest first, as they were when the store was read; and how many were left out.
 
     runs: COLUMNS and all hyperparameters, one row per run; values are checked, and columns not typed yet.
+    found: the runs as MLflow gives them, by run id.
     """
 
     uri: str
     runs: pd.DataFrame
     left_out: int = 0
+    found: Mapping[str, Run] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -144,12 +149,14 @@ def run_table(
     """Return one row per run, by step and seed, with typed columns; of several runs of one seed the newest first.
 
     steps, seeds: only these. A step is named by its script, e.g. "step3_gap".
-    columns: "all" for every column; else the eight that a reader needs most, and `overrides` where a run has any.
+    columns: "all" for every column; else the eight that a reader needs most, and `overrides` and `restored` where a run
+        has any.
     include_overrides, status, holdout, tracking_uri, loaded: as in `runs.Which`.
 
     All columns: step, seed, holdout, every hyperparameter (missing where a run has none of that name), num_params,
     accuracies in percent, verdicts, targets, reported figures, device, versions, commit, times, run_id. `final_` is the
-    last epoch; `best_` was picked on the test images, or on the validation images where there are any.
+    last epoch; `best_` was picked on the test images, or on the validation images where there are any. `restored` is
+    the commit whose docs/results a run was restored from, and missing of runs that were trained into this store.
 
     Raises:
         LabError: if the store is missing or foreign, a step is unknown to it, or an argument is out of range.
@@ -170,13 +177,20 @@ def run_table(
     if columns == "all":
         return table
     useful = [name for name in USEFUL_COLUMNS if name in table]
-    return table[useful if table["overrides"].eq("").all() else [*useful[:2], "overrides", *useful[2:]]]
+    marks = [name for name in ("overrides", "restored") if table[name].fillna("").ne("").any()]
+    return table[[*useful[:2], *marks, *useful[2:]]]
 
 
 def epoch_history(
-    steps: Iterable[str] | str | None = None, seeds: Iterable[int] | int | None = None, **which: Unpack[Which]
+    steps: Iterable[str] | str | None = None,
+    seeds: Iterable[int] | int | None = None,
+    *,
+    metrics: Sequence[str] | None = None,
+    **which: Unpack[Which],
 ) -> pd.DataFrame:
     """Return one row per run and epoch, for the runs that `run_table` gives for the same arguments.
+
+    metrics: names of metrics with a point per epoch, in place of the usual ones below.
 
     Columns: run_id, step, overrides, seed, epoch, train_loss, train_accuracy, test_loss, test_accuracy, lr,
     epoch_seconds; validation_loss and validation_accuracy instead of test_ where images are held out.
@@ -185,7 +199,7 @@ def epoch_history(
         LabError: as `run_table`.
     """
     found = _find_runs(steps, seeds, **which)
-    metrics = HELD_OUT_METRICS if which.get("holdout") else EPOCH_METRICS
+    metrics = list(metrics or (HELD_OUT_METRICS if which.get("holdout") else EPOCH_METRICS))
     points = _points(found.uri, dict(zip(found.runs["run_id"], found.runs["epochs"], strict=True)), metrics)
     # Should a point have been logged twice, its latest value counts.
     wide = points.pivot_table(index=["run_id", "epoch"], columns="metric", values="value", aggfunc="last")
@@ -197,7 +211,8 @@ def epoch_history(
 def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame:
     """Return what a run's trained network says of each of the 10,000 test images, in their order.
 
-    Columns: truth, prediction, confidence (softmax of the predicted digit), logit_0 to logit_9.
+    Columns: truth, prediction, confidence (softmax of the predicted digit), logit_0 to logit_9. Of a restored run, only
+    mistakes are known: other images have no confidence, and there are no logits.
 
     Raises:
         LabError: if there is no such run, or it has not finished, or stored no predictions that can be read.
@@ -213,6 +228,8 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
             raise LabError(f"run_id: there is no run {run_id!r} in {without_password(uri)}") from error
         if run.info.status != "FINISHED":
             raise LabError(f"run {run_id} is {run.info.status}, not FINISHED: it has no predictions")
+        if "restored" in run.data.tags:
+            return _restored_predictions(client, run, Path(folder))
         if "predictions.npz" not in {artifact.path for artifact in client.list_artifacts(run_id)}:
             raise LabError(f"run {run_id} has no predictions: there is no predictions.npz among its artifacts")
         file = client.download_artifacts(run_id, "predictions.npz", folder)
@@ -224,6 +241,21 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
     table = pd.DataFrame({"truth": truth, "prediction": prediction}).astype("int64")
     table["confidence"] = special.softmax(logits, axis=1).max(axis=1)
     return table.join(pd.DataFrame(logits, columns=[f"logit_{digit}" for digit in range(10)]))
+
+
+def _restored_predictions(client: mlflow.MlflowClient, run: Run, folder: Path) -> pd.DataFrame:
+    """Return what a restored run's network said, as far as it is known: by its mistakes, and the labels of MNIST."""
+    run_id = run.info.run_id
+    if MISTAKES not in {artifact.path for artifact in client.list_artifacts(run_id)}:
+        raise LabError(f"run {run_id} was restored, and which images it got wrong was not kept when it was published")
+    truth = load_mnist().test_labels.numpy()
+    try:
+        mistakes = pd.read_csv(client.download_artifacts(run_id, MISTAKES, str(folder)), index_col="image")
+        table = pd.DataFrame({"truth": truth, "prediction": truth, "confidence": math.nan})
+        table.loc[mistakes.index, ["prediction", "confidence"]] = mistakes[["prediction", "confidence"]]
+        return table.astype({"prediction": "int64"})
+    except (ValueError, KeyError) as error:
+        raise LabError(f"run {run_id}: its {MISTAKES} can't be read: {one_line(error)}") from error
 
 
 def _read_predictions(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -264,7 +296,7 @@ def load_runs(tracking_uri: str | None = None) -> LoadedRuns:
         except ValueError as error:
             _say_left_out(run.info.run_id, str(error))
     runs = pd.DataFrame(rows, columns=None if rows else [*COLUMNS, *USUAL_HYPERPARAMETERS], dtype=object)
-    return LoadedRuns(uri, runs, left_out=len(found) - len(runs))
+    return LoadedRuns(uri, runs, left_out=len(found) - len(runs), found={run.info.run_id: run for run in found})
 
 
 @cache  # once in each program, however often a store is read

@@ -19,6 +19,7 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint, provenance, teaching
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job, check_seed
+from mnist_lab.running.memory import keep_freed_memory
 from mnist_lab.running.precision import use_float32
 from mnist_lab.running.rehearsal import Rehearsal, blame, blame_script, rehearse, without_exits
 from mnist_lab.running.schedule import report_without_effect, without_effect
@@ -111,6 +112,7 @@ def run(
             said = "resume: %s rounds sums in any order, so the run need not end as it would have without interruption"
             logger.warning(said, job.device)
     if job.device.type == "cpu":
+        keep_freed_memory()
         threads = set_threads(job.threads if resume is None else resume.threads)
         if crowded(threads, others := load.others()):
             said = "other processes use %.1f cores: beside them one thread is faster than %d (--threads 1)"

@@ -194,7 +194,8 @@ def confirm(
             waiting: deque[tuple[Task, int]] = deque()
             for trial in trials.values():
                 of_trial = _with_values(job, trial.values, store)
-                found = finished_runs(store, of_trial.params, of_trial.tags, FIGURE)
+                hardware = provenance.hardware(job.device)
+                found = finished_runs(store, of_trial.params, of_trial.tags, FIGURE, hardware=hardware)
                 runs[trial.number] = {seed: found[seed] for seed in seeds if seed in found}
                 for run in runs[trial.number].values():
                     adopt(store, tracked.run_id, run.run_id)

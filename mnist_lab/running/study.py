@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
+from mnist_lab.experiment import Targets
 from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.precision import use_float32
@@ -36,7 +37,7 @@ from mnist_lab.running.workers import (
     train_stacked,
 )
 from mnist_lab.tracking.delivery import sync
-from mnist_lab.tracking.run import TrackedRun, track
+from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import FinishedRun, adopt, close_abandoned, finished_runs, open_store
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.training.stacked import why_not_stacked
@@ -86,7 +87,8 @@ def study(
     """Train and track the job with each of these seeds, and judge them together.
 
     A seed with a finished run of the same declaration, code and kind of device is not trained again, unless `again`:
-    its run becomes a child of this study. When a seed fails, the others are still trained.
+    its run becomes a child of this study. A restored run counts where it was made with the vector instructions that
+    this processor has, or on the same GPU. When a seed fails, the others are still trained.
     workers: how many processes train at once on a CPU; by default one per core, and never more than seeds to train.
 
     Raises:
@@ -98,7 +100,7 @@ def study(
     sync(store.uri)
     close_abandoned(store)
     job = teaching.find(job, store)
-    found = {} if again else finished_runs(store, job.params, job.tags)
+    found = {} if again else finished_runs(store, job.params, job.tags, hardware=provenance.hardware(job.device))
     runs = {seed: found[seed] for seed in seeds if seed in found}
     missing = [seed for seed in seeds if seed not in found]
     if missing:  # else there is nothing to refuse
@@ -149,8 +151,13 @@ def study(
             with suppress(LabError):  # a server that is away: the next run there closes them
                 close_abandoned(store)  # the runs of workers that died
         finished = [runs[seed] for seed in seeds if seed in runs]
-        result = _judge(job, tracked.run_id, finished, [seed for seed in seeds if seed in found], failed)
-        _log(tracked, result)
+        result = judge_runs(
+            job.experiment.targets, job.experiment.epochs, tracked.run_id, finished, holdout=job.holdout
+        )
+        result = replace(result, reused=[seed for seed in seeds if seed in found], failed=failed)
+        metrics, words = summary(result)
+        tracked.log_once(metrics)
+        tracked.set_tags(words)
         if failed:
             tracked.end_status = "FAILED"
     return result
@@ -177,21 +184,28 @@ def _check(seeds: Sequence[int], workers: int | None, device: torch.device) -> N
     check_workers(workers, device)
 
 
-def _judge(job: Job, run_id: str, runs: list[FinishedRun], reused: list[int], failed: dict[int, str]) -> StudyResult:
+def judge_runs(
+    targets: Targets, epochs: int, run_id: str, runs: Sequence[FinishedRun], *, holdout: int = 0
+) -> StudyResult:
+    """Judge the finished runs of a study together.
+
+    epochs: of each of them. run_id: of the study. holdout: how many training images they hold out.
+    """
     aggregates, verdicts = {}, []
-    targets, figures = job.experiment.targets, FIGURES_WITH_HOLD_OUT if job.holdout else FIGURES
     if runs:
+        figures = FIGURES_WITH_HOLD_OUT if holdout else FIGURES
         aggregates = {name: aggregate([run.metrics[name] for run in runs], targets.accuracy) for name in figures}
         verdicts = judge(
             targets,
             accuracies=[run.metrics["final_test_accuracy"] for run in runs],
             num_params=int(runs[0].metrics["num_params"]),
-            epochs=job.experiment.epochs,
+            epochs=epochs,
         )
-    return StudyResult(run_id, runs, reused, failed, aggregates, verdicts)
+    return StudyResult(run_id, list(runs), [], {}, aggregates, verdicts)
 
 
-def _log(study: TrackedRun, result: StudyResult) -> None:
+def summary(result: StudyResult) -> tuple[dict[str, float], dict[str, str]]:
+    """Return what a study's run keeps of its result: metrics, and tags with the verdicts and a description."""
     metrics = {"seeds": float(len(result.runs))}
     for name, figures in result.aggregates.items():
         metrics |= {f"{name}_{key}": value for key, value in asdict(figures).items() if key != "n"}
@@ -200,12 +214,12 @@ def _log(study: TrackedRun, result: StudyResult) -> None:
     for verdict in result.verdicts:
         if verdict.name == "accuracy":
             metrics["p"] = verdict.p
-    study.log_once({name: value for name, value in metrics.items() if math.isfinite(value)})
     tags = verdict_tags(result.verdicts)
     if result.failed:
         tags["seeds_failed"] = " ".join(map(str, result.failed))
     text = "\n\n".join(tabulate(*table, tablefmt="github", disable_numparse=True) for table in tables(result))
-    study.set_tags({**tags, "mlflow.note.content": text})  # what MLflow's UI shows as the run's description
+    tags["mlflow.note.content"] = text  # what MLflow's UI shows as the run's description
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}, tags
 
 
 def tables(result: StudyResult) -> list[tuple[list[tuple[str, ...]], tuple[str, ...]]]:

@@ -75,6 +75,12 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(path).absolute() if path and path != uri else None
 
 
+def script_named(name: str) -> str:
+    """Return the name of the script that "step4" is short for, where there is one such script; else the name itself."""
+    scripts = list((PROJECT_ROOT / "experiments").glob(f"{name}_*.py")) if re.fullmatch(r"step\d+", name) else []
+    return scripts[0].stem if len(scripts) == 1 else name
+
+
 def without_password(text: str) -> str:
     """Return a URI, or a text with URIs, with *** in place of each password and token."""
 

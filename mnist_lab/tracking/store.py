@@ -54,6 +54,7 @@ UI_COLUMNS = [
     "tags.`targets`",
 ]
 MAX_RUNS = 50_000  # the most that MLflow gives at once
+RESTORED = "restored"  # the tag of a run that was not trained into this store: the commit that it comes from
 LOCK_TIMEOUT = 2  # seconds; who looks whether a run is abandoned has its lock for some milliseconds
 OLD_TAG, NEW_TAG = 3, 5  # words of the tag `process`, of earlier versions and now
 
@@ -192,19 +193,45 @@ class FinishedRun:
 
 
 def finished_runs(
-    store: Store, params: Mapping[str, str], tags: Mapping[str, str], figure: str = "final_test_accuracy"
+    store: Store,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    figure: str = "final_test_accuracy",
+    *,
+    hardware: str = "",
 ) -> dict[int, FinishedRun]:
     """Return the newest finished run of each seed that has these tags and, but for the seed, exactly these params.
 
     figure: the metric that makes it a whole run.
+    hardware: as the tag of that name. A restored run counts only for a seed that has no other, and only if hardware
+        that rounds sums alike made it; a notice names those that don't count.
     """
     found: dict[int, FinishedRun] = {}
+    restored: dict[int, FinishedRun] = {}
+    elsewhere: dict[str, set[int]] = {}
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
         seed = run.data.params.get("seed", "")
         alike = run.data.params == {**params, "seed": seed} and tags.items() <= run.data.tags.items()
         if alike and seed.isdecimal() and figure in run.data.metrics:
-            found.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
-    return found
+            made_on = run.data.tags.get("hardware", "")
+            if RESTORED not in run.data.tags:
+                kind = found
+            elif _rounds_like(made_on, hardware):
+                kind = restored
+            else:
+                elsewhere.setdefault(made_on, set()).add(int(seed))
+                continue
+            kind.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
+    for made_on, seeds in elsewhere.items():
+        if missing := sorted(seeds - {*found, *restored}):
+            said = "restored runs of seed %s are not taken over: they were made on %r, and this is %r"
+            logger.warning(said, ", ".join(map(str, missing)), made_on, hardware)
+    return {**restored, **found}
+
+
+def _rounds_like(one: str, other: str) -> bool:
+    """Say whether two devices add in the same order: two CPUs by their vector instructions, which stand last."""
+    return one.rpartition(", ")[2] == other.rpartition(", ")[2] != ""
 
 
 def adopt(store: Store, parent_run_id: str, run_id: str) -> None:

@@ -90,29 +90,63 @@ def load_teacher(
     Raises:
         LabError: if it can't be loaded, is another one by now, or does not give one logit per digit.
     """
-    from torch.export.passes import move_to_device_pass  # slow to import
+    file, own = find_exported(store, teacher, normalize, called=called)
+    named = f"{called} {teacher.model_id} of run {teacher.run_id}"
+    return load_exported(file, teacher.sha256, device, normalize=normalize, own=own, named=named)
 
+
+def find_exported(
+    store: Store, teacher: Teacher, normalize: tuple[float, float], *, called: str = CALLED
+) -> tuple[Path, tuple[float, float]]:
+    """Return the teacher's file on this machine, and how its images were normalised: `normalize` if it does not say.
+
+    Raises:
+        LabError: if the store can't give it.
+    """
     try:
         with quiet(), briefly():
             model = mlflow.MlflowClient(tracking_uri=store.uri).get_logged_model(teacher.model_id)
             file = _file(store, model, called)
-            if _sha256(file) != teacher.sha256:
-                raise ValueError("its file is another one than when the run began")
+            mean, deviation = (Model.load(str(file.parents[1])).metadata or {}).get("normalize", normalize)
+    except Exception as error:  # what a store gives can be broken in many ways
+        raise LabError(
+            f"{called} {teacher.model_id} of run {teacher.run_id} can't be loaded: {one_line(error)}"
+        ) from error
+    return file, (mean, deviation)
+
+
+def load_exported(
+    file: Path,
+    sha256: str,
+    device: torch.device,
+    *,
+    normalize: tuple[float, float],
+    own: tuple[float, float],
+    named: str,
+) -> nn.Module:
+    """Return the network in a file of torch.export's, frozen, in evaluation mode, on the device.
+
+    sha256: of the file. own: the mean and standard deviation that it was trained with. named: what sentences call it.
+    normalize: as in `load_teacher`.
+
+    Raises:
+        LabError: if it can't be loaded, is another file, or does not give one logit per digit.
+    """
+    from torch.export.passes import move_to_device_pass  # slow to import
+
+    try:
+        with quiet():
+            if _sha256(file) != sha256:
+                raise ValueError("its file is another one than its digest says")
             net = move_to_device_pass(torch.export.load(file), device).module()
-            own = (Model.load(str(file.parents[1])).metadata or {}).get("normalize", normalize)
             net.requires_grad_(False)
             with torch.inference_mode():
                 shape = tuple(net(torch.zeros(2, 1, 28, 28, device=device)).shape)
     except Exception as error:  # torch has many ways to refuse a file
-        raise LabError(
-            f"{called} {teacher.model_id} of run {teacher.run_id} can't be loaded: {one_line(error)}"
-        ) from error
+        raise LabError(f"{named} can't be loaded: {one_line(error)}") from error
     if shape != (2, 10):
-        raise LabError(
-            f"{called} {teacher.model_id} of run {teacher.run_id} gives an output of shape {shape} for 2 "
-            "images, not (2, 10): one logit per digit"
-        )
-    return net if tuple(own) == normalize else _Renormalized(net, normalize, own)
+        raise LabError(f"{named} gives an output of shape {shape} for 2 images, not (2, 10): one logit per digit")
+    return net if own == normalize else _Renormalized(net, normalize, own)
 
 
 class _Renormalized(nn.Module):

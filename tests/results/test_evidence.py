@@ -3,6 +3,7 @@
 import csv
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from helpers import ROOT, largest_file
 from mnist_lab.__main__ import main
 from mnist_lab.errors import LabError
-from mnist_lab.results import evidence
+from mnist_lab.results import evidence, records
 from mnist_lab.running.sources import code_sha256, find_sources
 from mnist_lab.tracking.store import Store, open_store
 from pages import PAGE, T0
@@ -37,25 +38,25 @@ def test_the_committed_runs_are_those_of_the_script_as_it_is(script: Path) -> No
 @pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"], ids=["README", "docs/results"])
 def test_the_committed_tables_are_made_of_the_committed_csvs(page: Path) -> None:
     text = page.read_text()
-    assert evidence.with_tables(text, evidence.tables(evidence.read_rows(RESULTS))) == text, "make publish"
+    assert evidence.with_tables(text, evidence.tables(records.read_rows(RESULTS))) == text, "make publish"
 
 
 def test_the_committed_picture_is_drawn_from_the_committed_csvs() -> None:
-    made = evidence.picture(evidence.read_rows(RESULTS))
+    made = evidence.picture(records.read_rows(RESULTS))
     (points,) = re.findall(r"<dc:description>(.*?)</dc:description>", made, flags=re.DOTALL)
     assert "step4_augment_steplr: 7,852 parameters, 99.41 %" in points
     assert f"<dc:description>{points}</dc:description>" in (RESULTS / "accuracy.svg").read_text(), "make publish"
 
 
 def test_the_committed_effects_are_those_of_the_committed_seeds() -> None:
-    made = evidence.effect_rows(evidence.compare_rows(evidence.read_rows(RESULTS)))
+    made = evidence.effect_rows(evidence.compare_rows(records.read_rows(RESULTS)))
     assert rows_of(RESULTS / "effects.csv") == made
 
 
 def test_the_committed_epochs_end_at_the_committed_figures() -> None:
     epochs = rows_of(RESULTS / "epochs.csv")
     assert epochs
-    for run in evidence.read_rows(RESULTS):
+    for run in records.read_rows(RESULTS):
         mine = [row for row in epochs if (row["step"], row["seed"]) == (run["step"], run["seed"])]
         if mine:  # the first runs' epochs were not kept
             accuracies = [row["test_accuracy"] for row in mine]
@@ -65,9 +66,19 @@ def test_the_committed_epochs_end_at_the_committed_figures() -> None:
 
 
 def test_every_committed_csv_is_of_a_script() -> None:
-    assert {row["step"] for row in evidence.read_rows(RESULTS)} <= {
+    assert {row["step"] for row in records.read_rows(RESULTS)} <= {
         file.stem for file in (ROOT / "experiments").glob("*.py")
     }
+
+
+def test_the_committed_files_say_of_every_run_how_it_was_made() -> None:
+    committed = records.read_records(RESULTS)
+    runs = {records.run_of(row): row for row in committed.runs}
+    digests = {records.run_of(row): row["value"] for row in committed.settings if row["name"] == "code_sha256"}
+    assert {run: digest[:12] for run, digest in digests.items()} == {r: row["code_sha256"] for r, row in runs.items()}
+    assert {records.run_of(row) for row in (*committed.settings, *committed.epochs, *committed.mistakes)} == {*runs}
+    wrong = Counter(map(records.run_of, committed.mistakes))  # of the runs up to 25 November they were not kept
+    assert {run: 10_000 - round(100 * float(runs[run]["last"])) for run in wrong} == wrong
 
 
 # ---- a publication
@@ -105,7 +116,7 @@ def store(uri: str) -> Store:
 def test_a_publication_has_a_row_per_seed(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
     written = publish(folder, readme, store.uri)
-    names = ["README.md", "accuracy.svg", "effects.csv", "epochs.csv", *(f"{step}.csv" for step in STEPS)]
+    names = ["README.md", "accuracy.svg", *(f"{name}.csv" for name in (*records.OTHER_FILES, *STEPS))]
     assert sorted(written) == sorted([readme, *(folder / name for name in names)])
     rows = rows_of(folder / "step1_baseline.csv")
     assert [row["seed"] for row in rows] == ["0", "1", "2"]
@@ -132,7 +143,10 @@ def test_a_publication_has_a_row_per_seed(store: Store, pages: tuple[Path, Path]
     }
     epochs = rows_of(folder / "epochs.csv")
     assert len(epochs) == 7 * 3
-    assert epochs[0] == {"step": "step1_baseline", "seed": "0", "epoch": "1", "test_accuracy": "98.00"}
+    assert epochs[0] == {
+        **{"step": "step1_baseline", "seed": "0", "epoch": "1", "test_accuracy": "98.00", "test_loss": "0.06667"},
+        **{"train_accuracy": "97.900", "train_loss": "1.00000", "lr": "0.1", "epoch_seconds": "21.0"},
+    }
     assert [row["step"] for row in epochs[::3]] == ["step1_baseline"] * 3 + ["step2_dropout"] * 3 + ["step10_new"]
 
 
@@ -164,11 +178,11 @@ def test_a_step_without_runs_in_the_store_keeps_its_csv(store: Store, pages: tup
     kept = (folder / "step2_dropout.csv").read_text().replace("99.20", "99.21")
     (folder / "earlier.csv").write_text(kept)
     lines = (folder / "epochs.csv").read_text()
-    (folder / "epochs.csv").write_text(lines + "earlier,0,1,97.00\n")
+    (folder / "epochs.csv").write_text(lines + "earlier,0,1,97.00,,,,,\n")
     publish(folder, readme, store.uri)
     assert (folder / "earlier.csv").read_text() == kept
     assert "| `earlier` | 3 |" in readme.read_text()
-    assert (folder / "epochs.csv").read_text() == lines + "earlier,0,1,97.00\n"
+    assert (folder / "epochs.csv").read_text() == lines + "earlier,0,1,97.00,,,,,\n"
 
 
 def test_seeds_that_the_same_code_computed_elsewhere_are_kept(store: Store, pages: tuple[Path, Path]) -> None:
@@ -292,7 +306,7 @@ def test_publish_says_what_it_would_do_and_waits_for_replace(
 
 def test_an_export_is_of_the_store_alone(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "new" / "results"
-    names = ["README.md", "effects.csv", "epochs.csv", *(f"{step}.csv" for step in STEPS)]
+    names = ["README.md", *(f"{name}.csv" for name in (*records.OTHER_FILES, *STEPS))]
     assert evidence.export_runs(folder, tracking_uri=store.uri) == sorted(folder / name for name in names)
     page = (folder / "README.md").read_text()
     assert "| `step1_baseline` | 3 | **99.00** ± 0.100 | too few seeds |" in page
@@ -302,7 +316,9 @@ def test_an_export_is_of_the_store_alone(store: Store, tmp_path: Path, caplog: p
     (folder / "earlier.csv").write_text((folder / "step10_new.csv").read_text())
     evidence.export_runs(folder, tracking_uri=store.uri)
     assert (folder / "README.md").read_text() == page + "My notes.\n"
-    assert caplog.messages == ["left as it is: earlier.csv, as the store has no runs of that step"]
+    not_known, left = caplog.messages[-2:]
+    assert not_known.startswith("not known: which test images 7 runs got wrong, the first is step10_new seed 0 (run ")
+    assert left == "left as it is: earlier.csv, as the store has no runs of that step"
 
 
 def test_an_export_leaves_the_published_figures_alone(store: Store) -> None:

@@ -184,7 +184,7 @@ def test_the_runs_behind_it_are_listed_with_hardware_and_commit(report: Report, 
         *(f"{step} seed {seed}" for step in LINES[:2] for seed in (0, 1)),
         f"{HOSTILE} seed 0",
     ]
-    newest = results.run_table("step2_better", 0, tracking_uri=store.uri).iloc[0]
+    newest = results.run_table("step2_better", 0, columns="all", tracking_uri=store.uri).iloc[0]
     assert rows[2][1] == "99.81"
     assert rows[2][2] == f"{newest['start_time']:%Y-%m-%d %H:%M}"
     assert rows[2][3:] == ["1.0", "cpu: a CPU", "abc", newest["run_id"]]

@@ -1,15 +1,12 @@
 """What a study's seeds show together, in a word and in a sentence."""
 
 import re
-from pathlib import Path
 
 import pytest
-import torch
 
 from mnist_lab.console import how_sure
-from mnist_lab.experiment import Experiment, Targets
-from mnist_lab.running.job import Job
-from mnist_lab.running.study import _judge, tables
+from mnist_lab.experiment import Targets
+from mnist_lab.running.study import StudyResult, judge_runs, tables
 from mnist_lab.tracking.store import FinishedRun
 from mnist_lab.verdicts.targets import judge, overall
 
@@ -22,9 +19,8 @@ def finished(accuracies: list[float]) -> list[FinishedRun]:
     return [FinishedRun(str(seed), seed, metrics) for seed, metrics in enumerate(figures)]
 
 
-def job_with(targets: Targets) -> Job:
-    experiment = Experiment(net=torch.nn.Identity, epochs=14, batch_size=1, optimizer=torch.optim.SGD, targets=targets)
-    return Job(script=Path(__file__), experiment=experiment, tracking_uri="sqlite:///none.db")
+def judged(accuracies: list[float], targets: Targets | None = None) -> StudyResult:
+    return judge_runs(targets or Targets(), 14, "abc", finished(accuracies))
 
 
 @pytest.mark.parametrize(
@@ -42,13 +38,13 @@ def job_with(targets: Targets) -> Job:
     ],
 )
 def test_the_verdict_of_a_study(accuracies: list[float], targets: Targets, word: str) -> None:
-    result = _judge(job_with(targets), "abc", finished(accuracies), [], {})
+    result = judged(accuracies, targets)
 
     assert overall(result.verdicts) == word
 
 
 def test_an_interval_of_accuracies_ends_at_100() -> None:
-    result = _judge(job_with(Targets()), "abc", finished([99.0, 99.9, 99.9, 99.9]), [], {})
+    result = judged([99.0, 99.9, 99.9, 99.9])
 
     (over_seeds, headers), _ = tables(result)
     assert over_seeds[0][headers.index("95 % interval")] == "98.96 to 100.00"
@@ -56,7 +52,7 @@ def test_an_interval_of_accuracies_ends_at_100() -> None:
 
 @pytest.mark.parametrize("accuracies", [[99.4], [58.0, 58.2], [99.38, 99.51, 99.4]])
 def test_under_four_seeds_there_are_too_few_for_an_interval(accuracies: list[float]) -> None:
-    result = _judge(job_with(Targets()), "abc", finished(accuracies), [], {})
+    result = judged(accuracies)
 
     (over_seeds, headers), _ = tables(result)
     assert over_seeds[0][headers.index("95 % interval")] == "too few seeds"

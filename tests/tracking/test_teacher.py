@@ -203,5 +203,5 @@ def test_a_model_that_is_pickled_or_changed_or_of_other_classes_is_refused(
     with pytest.raises(LabError, match=r"gives an output of shape \(2, 9\) for 2 images, not \(2, 10\)"):
         load_teacher(store, nine, CPU, (0.1307, 0.3081))
     changed = Teacher(nine.model_id, nine.run_id, "0" * 64)
-    with pytest.raises(LabError, match="its file is another one than when the run began"):
+    with pytest.raises(LabError, match="its file is another one than its digest says"):
         load_teacher(store, changed, CPU, (0.1307, 0.3081))

@@ -9,18 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS, quoted
-from mnist_lab.tracking.sqlite import PROJECT_ROOT
+from mnist_lab.tracking.sqlite import check_readable, script_named, sqlite_file
+from mnist_lab.tracking.sqlite import tracking_uri as resolve_uri
 
 if TYPE_CHECKING:  # a file that is no picture is refused before MLflow and torch are imported
     from PIL import Image
-    from torch import Tensor, nn
+    from torch import nn
 
 # Pillow's other formats are rare, and one of them starts a program (EPS).
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
@@ -31,6 +32,7 @@ LEAST_CONTRAST = 0.08  # between ink and paper, of all that there can be
 FAINTEST_INK = 0.05  # of the darkest: what is fainter doesn't count for the box around a digit
 BOX, FIELD = 20, 28  # pixels: a digit of MNIST, and the image that it is centred in
 THINNEST, USUAL = 1.5, 2.5  # pixels: the width of a stroke in MNIST
+IMAGES_AT_ONCE = 1_000  # that the network is given
 SHADES = " .:-=+*#%@"
 
 
@@ -66,10 +68,67 @@ def read_digit(file: Path | BytesIO) -> NDArray[np.uint8]:
     Raises:
         LabError: if the file can't be read as one picture, or there is nothing to see in it.
     """
-    ink = _ink(_open(file))
+    return _prepared(_open(file), shown(file))
+
+
+def _prepared(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    """Return the digit in an image of RGB as MNIST has it; raises LabError if there is none."""
+    ink = _ink(image)
     if ink is None:
-        raise LabError(f"{shown(file)}: there is no digit to see: it has nearly one colour all over")
+        raise LabError(f"{name}: there is no digit to see: it has nearly one colour all over")
     return _as_mnist(ink)
+
+
+class Predictions(NamedTuple):
+    """What a network reads in N images: digits (N,), and the probability of each digit for each image (N, 10)."""
+
+    digits: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+
+
+def predict(images: object, *, model: str | None = None, tracking_uri: str | None = None) -> Predictions:
+    """Read the digits in images.
+
+    images: in MNIST's form, light ink on black, as an array or tensor of (28, 28), (N, 28, 28) or (N, 1, 28, 28): whole
+        numbers from 0 to 255, or floats from 0 to 1. Or one picture of Pillow, or several: of any size and colour, and
+        prepared as MNIST's digits were.
+    model, tracking_uri: as for `find_reader`. It takes seconds to load, so give many images at once.
+
+    Raises:
+        LabError: if images are neither, there is no digit to see in a picture, or the network can't be loaded.
+    """
+    from PIL import Image, ImageOps
+
+    pictures = [images] if isinstance(images, Image.Image) else images
+    if isinstance(pictures, list | tuple) and pictures and all(isinstance(one, Image.Image) for one in pictures):
+        upright = [_flat(ImageOps.exif_transpose(picture)) for picture in pictures]
+        digits = np.stack([_prepared(picture, f"images: number {n}") for n, picture in enumerate(upright)])
+    else:
+        digits = _in_mnists_form(images)
+    probabilities = find_reader(model, tracking_uri=tracking_uri).probabilities(digits)
+    return Predictions(probabilities.argmax(axis=1), probabilities)
+
+
+def _in_mnists_form(images: object) -> NDArray[Any]:
+    """Return an array or a tensor as (N, 28, 28), whole numbers from 0 to 255 or floats from 0 to 1."""
+    try:
+        array = np.asarray(images.detach().cpu() if hasattr(images, "detach") else images)
+    except (TypeError, ValueError) as error:
+        raise LabError(f"images: they can't be read as an array: {error}") from error
+    shape = array.shape
+    if shape == (FIELD, FIELD) or (len(shape) in (3, 4) and shape[1:] in ((FIELD, FIELD), (1, FIELD, FIELD))):
+        array = array.reshape(-1, FIELD, FIELD)
+    else:
+        raise LabError(
+            f"images: {array.dtype} {shape} is not (28, 28), (N, 28, 28) or (N, 1, 28, 28); give pictures of other "
+            "sizes as Pillow's images"
+        )
+    if not len(array):
+        raise LabError("images: there is none")
+    kind, most = array.dtype.kind, 1 if array.dtype.kind == "f" else 255
+    if kind not in "uif" or not ((array >= 0) & (array <= most)).all():
+        raise LabError(f"images: {array.dtype} values are to be whole numbers from 0 to 255, or floats from 0 to 1")
+    return array
 
 
 @dataclass(frozen=True)
@@ -90,22 +149,28 @@ class Reader:
     run_name: str
     net: nn.Module
 
-    def probabilities(self, digits: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """Return (N, 10), the probability of each digit, 0 to 1, for images of (28, 28) in MNIST's form."""
+    def probabilities(self, digits: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the probability of each digit, (N, 10), for images (N, 28, 28) in MNIST's form.
+
+        They are whole numbers from 0 to 255, or floats from 0 to 1.
+        """
         import torch
 
         from mnist_lab.training.loop import normalize
 
-        images = torch.from_numpy(np.stack(digits))[:, None]
+        scale = 1 if digits.dtype.kind == "f" else 255
+        images = torch.from_numpy(np.ascontiguousarray(digits, dtype=np.float32))[:, None] / scale
         with torch.inference_mode():
-            return self.net(normalize(images.float() / 255)).softmax(dim=1)  # type: ignore[no-any-return]
+            shares = [self.net(normalize(part)).softmax(dim=1) for part in torch.split(images, IMAGES_AT_ONCE)]
+        return torch.cat(shares).numpy()
 
     def read(self, digits: Sequence[NDArray[np.uint8]]) -> list[Reading]:
         """Read images of (28, 28) in MNIST's form."""
-        top = self.probabilities(digits).topk(2, dim=1)
+        shares = self.probabilities(np.stack(digits))
+        top = np.argsort(-shares, axis=1, kind="stable")[:, :2]
         return [
-            Reading(first, p_first, second, p_second)
-            for (first, second), (p_first, p_second) in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            Reading(first, float(row[first]), second, float(row[second]))
+            for (first, second), row in zip(top.tolist(), shares, strict=True)
         ]
 
 
@@ -113,31 +178,31 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
     """Return a tracked network.
 
     model: `runs:/<id>`, `models:/<name>/<version>`, `models:/<name>@<alias>` or a script's name, "step4" for short, of
-        which the newest finished run counts. None for the script whose mean test accuracy in the store is the highest.
+        which the newest finished run counts. None for `models:/mnist@champion` of the store, and if it has none, for
+        the champion that comes with the project.
 
     Raises:
         LabError: if it is not there, or can't be loaded.
     """
     import torch
 
-    from mnist_lab import results
+    from mnist_lab.tracking import champion
     from mnist_lab.tracking.store import open_store
     from mnist_lab.tracking.teacher import find_teacher, load_teacher
 
-    loaded = results.load_runs(tracking_uri)
+    uri = resolve_uri(tracking_uri)
     if model is None:
-        table = results.compare_table(loaded=loaded)
-        if table.empty:
-            raise LabError(
-                f"no finished runs as declared in {loaded.name}; train first, e.g. `make step4`, or name one by --model"
-            )
-        model = str(table.sort_values("last")["step"].iloc[-1])
+        database = sqlite_file(uri)
+        if (database is not None and not database.exists()) or not champion.is_registered(open_store(uri)):
+            net, origin = champion.load_committed()
+            return Reader(origin.run_id, f"{origin.step} seed {origin.seed}, the champion of docs/results", net)
+        model = champion.URI
     elif re.fullmatch(r"runs:/[^/]+", model):
         model += "/model"
-    elif re.fullmatch(r"step\d+", model):
-        scripts = list((PROJECT_ROOT / "experiments").glob(f"{model}_*.py"))
-        model = scripts[0].stem if len(scripts) == 1 else model
-    store = open_store(loaded.uri)
+    else:
+        model = script_named(model)
+    check_readable(uri)
+    store = open_store(uri)
     found = find_teacher(store, model, holdout=0, called="model")
     net = load_teacher(store, found, torch.device("cpu"), MNIST_PIXELS, called="model")
     return Reader(found.run_id, str(store.client.get_run(found.run_id).info.run_name), net)

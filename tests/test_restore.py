@@ -1,0 +1,388 @@
+"""The committed runs come back into a store: whole, once, and beside one's own."""
+
+import re
+import shutil
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from forkserver import Program, run_program
+from helpers import ROOT, TrackedRun, copy_store, read_runs, wait_until
+from mnist_lab import results
+from mnist_lab.__main__ import main
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.restore import Restored, restore
+from mnist_lab.results import evidence, records
+from mnist_lab.tracking.store import Store, open_store
+from pages import PAGE, T0
+from report_store import predict
+from run_writer import TARGETS, write_run
+
+RESULTS = ROOT / "docs" / "results"
+COMMITTED = records.read_records(RESULTS)
+CODE = {"step1_plain": "0123456789abcdef", "step2_better": "fedcba9876543210"}
+PARENT = "mlflow.parentRunId"
+quietly = partial(restore, commit="c0ffee", progress=lambda _: None)
+
+
+@pytest.fixture
+def other(empty_store: Path, tmp_path: Path) -> str:
+    """Return the URI of a second store without runs."""
+    return f"sqlite:///{copy_store(empty_store, tmp_path / 'other' / 'mlflow.db')}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder to publish into."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "README.md").write_text(PAGE)
+    (tmp_path / "README.md").write_text(PAGE)
+    return folder
+
+
+def publish(folder: Path, uri: str) -> list[str]:
+    publication = evidence.prepare_publication(folder, folder.parent / "README.md", tracking_uri=uri)
+    publication.write()
+    return publication.changes
+
+
+@pytest.fixture
+def published(uri: str, folder: Path, mnist: Mnist, tmp_path: Path) -> Store:
+    """Return a store whose runs, two steps of three seeds and one of one, stand in the folder too."""
+    store = open_store(uri)
+    truth = mnist.test_labels.numpy()
+    runs = [(step, seed) for step in CODE for seed in range(3)] + [("idea", 5)]
+    for number, (step, seed) in enumerate(runs):
+        accuracies = [98.0 + seed / 10, 99.3 + number / 100]
+        tags = TARGETS | {
+            "code_sha256": CODE.get(step, "00"),
+            **{"threads": "1", "hardware": "a CPU, 2 cores, AVX2", "torch": "2.15.0"},
+            "reported_best_test_accuracy": "99.46",
+        }
+        run = write_run(store, step, seed, accuracies, start_time=T0 + 60_000 * number, tags=tags)
+        file = tmp_path / "predictions.npz"
+        np.savez_compressed(file, truth=truth, **predict(truth, accuracies[-1]))
+        store.client.log_artifact(run.info.run_id, str(file))
+    publish(folder, uri)
+    return store
+
+
+def csvs(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in folder.glob("*.csv")}
+
+
+def by_name(database: Path) -> dict[str, TrackedRun]:
+    runs = read_runs(database)
+    assert len({run.name for run in runs}) == len(runs)
+    return {run.name: run for run in runs}
+
+
+def database_of(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///"))
+
+
+def content(database: Path) -> list[list[tuple[object, ...]]]:
+    """Return all that the store says of runs."""
+    with closing(sqlite3.connect(database)) as connection:
+        return [
+            sorted(connection.execute(f"SELECT * FROM {table}"), key=repr)  # noqa: S608
+            for table in ("runs", "params", "tags", "metrics")
+        ]
+
+
+# ---- what comes back
+
+
+def test_a_restored_run_is_what_was_published(published: Store, folder: Path, other: str, tmp_path: Path) -> None:
+    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0, removed=0, without_mistakes=0)
+
+    was, now = by_name(database_of(published.uri)), by_name(database_of(other))
+    assert set(now) == {*was, "step1_plain 3 seeds", "step2_better 3 seeds"}
+    for name, run in was.items():
+        back = now[name]
+        assert (back.status, back.params) == ("FINISHED", run.params)
+        assert {name: back.tags[name] for name in run.tags if name != "mlflow.user"}.items() >= {
+            **{name: run.tags[name] for name in ("step", "overrides", "code_sha256", "threads", "hardware", "torch")},
+            **{name: run.tags[name] for name in ("git_commit", "git_dirty", *TARGETS, "reported_best_test_accuracy")},
+        }.items()
+        assert {name: [step for step, _ in points] for name, points in back.metrics.items()} == {
+            name: [step for step, _ in points] for name, points in run.metrics.items()
+        }
+        for metric, points in run.metrics.items():
+            assert back.metrics[metric] == [(step, pytest.approx(value, rel=1e-3)) for step, value in points], metric
+        assert (back.tags["restored"], back.tags["verdict_params"]) == ("c0ffee", "met")
+
+    evidence.export_runs(tmp_path / "again", tracking_uri=other)
+    assert csvs(tmp_path / "again") == csvs(folder)
+
+
+def test_which_images_were_wrong_comes_back(published: Store, folder: Path, other: str) -> None:
+    quietly(folder, tracking_uri=other)
+    was, now = (
+        results.run_table("step2_better", 2, columns="all", tracking_uri=uri).iloc[0] for uri in (published.uri, other)
+    )
+    said, back = (results.predictions(run["run_id"], tracking_uri=uri)
+                  for run, uri in ((was, published.uri), (now, other)))  # fmt: skip
+    wrong = said["truth"] != said["prediction"]
+    assert wrong.sum() == 10_000 - round(100 * now["final_test_accuracy"]) == 65
+    assert back[["truth", "prediction"]].equals(said[["truth", "prediction"]])
+    assert np.allclose(back["confidence"][wrong], said["confidence"][wrong], atol=1e-4)
+    assert back["confidence"][~wrong].isna().all()
+    assert results.compare("idea", "idea", tracking_uri=other).effect == 0
+
+
+def test_run_tables_mark_what_was_restored(published: Store, folder: Path, other: str) -> None:
+    write_run(open_store(other), "mine", 0, [99.0], start_time=T0)
+    quietly(folder, tracking_uri=other)
+    marked = results.run_table(tracking_uri=other).set_index("step")["restored"]
+    assert marked.drop("mine").eq("c0ffee").all()
+    assert marked.isna()["mine"]
+
+
+def test_runs_stand_under_the_study_of_their_step(published: Store, folder: Path, other: str) -> None:
+    quietly(folder, tracking_uri=other)
+    runs = by_name(database_of(other))
+    parent = runs["step2_better 3 seeds"]
+    children = {name for name, run in runs.items() if run.tags.get(PARENT) == parent.run_id}
+    assert children == {f"step2_better seed {seed}" for seed in range(3)}
+    assert (parent.status, parent.tags["study"], parent.tags["seeds"]) == ("FINISHED", "step2_better", "0 1 2")
+    assert parent.metrics["final_test_accuracy_mean"] == [(0, pytest.approx(99.34))]
+    assert parent.tags["verdict_accuracy"] == "missed"
+    assert "seed" not in parent.params
+    assert "| 99.34 |" in " ".join(parent.tags["mlflow.note.content"].split())
+    assert PARENT not in runs["idea seed 5"].tags
+
+
+def test_the_committed_runs_of_all_steps_are_restored(uri: str, database: Path, tmp_path: Path) -> None:
+    done = quietly(RESULTS, tracking_uri=uri)
+    seeds = {
+        step: [row for row in COMMITTED.runs if row["step"] == step] for step in {r["step"] for r in COMMITTED.runs}
+    }
+    assert (done.runs, done.there, done.removed) == (len(COMMITTED.runs), 0, 0)
+    assert done.studies == sum(len(rows) > 1 for rows in seeds.values())
+    table = results.compare_table(tracking_uri=uri).set_index("step")
+    assert table["seeds"].to_dict() == {step: len(rows) for step, rows in seeds.items()}
+    evidence.export_runs(tmp_path / "again", tracking_uri=uri)
+    assert csvs(tmp_path / "again") == csvs(RESULTS)
+
+
+# ---- a second call
+
+
+def test_a_second_call_adds_nothing(published: Store, folder: Path, other: str) -> None:
+    quietly(folder, tracking_uri=other)
+    before = content(database_of(other))
+    assert quietly(folder, tracking_uri=other) == Restored(0, 0, there=7, removed=0, without_mistakes=0)
+    assert content(database_of(other)) == before
+
+
+def test_runs_of_ones_own_are_left_alone_and_not_doubled(published: Store, folder: Path, database: Path) -> None:
+    write_run(published, "step1_plain", 9, [99.0], start_time=T0 + 999_999)
+    before = content(database)
+    assert quietly(folder, tracking_uri=published.uri) == Restored(0, 0, there=7, removed=0, without_mistakes=0)
+    assert content(database) == before
+
+
+def test_only_what_the_files_say_otherwise_is_replaced(published: Store, folder: Path, other: str) -> None:
+    quietly(folder, tracking_uri=other)
+    before = by_name(database_of(other))
+    file = folder / "step2_better.csv"
+    file.write_text(file.read_text().replace("99.34", "99.30"))
+    assert quietly(folder, tracking_uri=other) == Restored(1, 1, there=6, removed=2, without_mistakes=0)
+    table = results.run_table("step2_better", columns="all", tracking_uri=other).set_index("seed")
+    assert table["final_test_accuracy"].to_dict() == {0: 99.33, 1: 99.30, 2: 99.35}
+    assert table["run_id"][0] == before["step2_better seed 0"].run_id
+    parents = {mlflow.MlflowClient(other).get_run(run_id).data.tags[PARENT] for run_id in table["run_id"]}
+    assert len(parents) == 1
+    assert parents != {before["step2_better 3 seeds"].run_id}
+
+
+def test_a_call_that_was_killed_is_completed_by_the_next(uri: str, other: str, tmp_path: Path) -> None:
+    command = ["-m", "mnist_lab", "restore", "--tracking-uri", uri]
+    process = Program(*command, cwd=tmp_path)
+    wait_until(lambda: len(read_runs(database_of(uri))) > 15, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed = read_runs(database_of(uri))
+    assert any(run.status == "RUNNING" for run in killed)
+    assert len(killed) < len(COMMITTED.runs)
+
+    quietly(RESULTS, tracking_uri=uri)
+    quietly(RESULTS, tracking_uri=other)
+
+    interrupted, whole = by_name(database_of(uri)), by_name(database_of(other))
+    assert set(interrupted) == set(whole)
+    for name, run in whole.items():
+        again = interrupted[name]
+        assert (again.status, again.params, again.metrics) == ("FINISHED", run.params, run.metrics), name
+    assert {run.run_id for run in killed} <= {run.run_id for run in interrupted.values()}
+
+
+def test_two_calls_at_once_are_not_mixed(published: Store, folder: Path, other: str) -> None:
+    lock = database_of(other).parent / "locks" / "restore.lock"
+    lock.parent.mkdir()
+    with FileLock(lock), pytest.raises(LabError, match="^another process is restoring runs into .*; wait until"):
+        quietly(folder, tracking_uri=other)
+    assert read_runs(database_of(other)) == []
+
+
+# ---- a study that goes on from restored seeds
+
+QUICK = """
+from functools import partial
+
+import torch
+from torch import nn
+
+from mnist_lab import Experiment, Targets, main
+
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 10))
+
+
+EXPERIMENT = Experiment(
+    net=Net, epochs=1, batch_size=1000, optimizer=partial(torch.optim.SGD, lr=0.1), targets=Targets(accuracy=80.0)
+)
+if __name__ == "__main__":
+    main(EXPERIMENT)
+"""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The script of a study, and the folder that its seeds 0 and 1 were published into."""
+
+    script: Path
+    folder: Path
+
+    def train(self, seeds: int, uri: str) -> str:
+        """Train a study from a shell and return what it said on stderr."""
+        flags = ["--seeds", str(seeds), "--workers", "1", "--device", "cpu", "--tracking-uri", uri]
+        done = run_program(self.script, *flags, cwd=self.script.parent)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+
+@pytest.fixture
+def seeds(uri: str, folder: Path, tmp_path: Path) -> Seeds:
+    (tmp_path / "quick.py").write_text(QUICK)
+    seeds = Seeds(tmp_path / "quick.py", folder)
+    seeds.train(2, uri)
+    assert len(publish(folder, uri)) == 2
+    return seeds
+
+
+def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(seeds: Seeds, other: str) -> None:
+    quietly(seeds.folder, tracking_uri=other)
+    before = {name: text.splitlines() for name, text in csvs(seeds.folder).items()}
+
+    said = seeds.train(3, other)
+
+    assert "not taken over" not in said
+    runs = by_name(database_of(other))
+    assert [name for name, run in runs.items() if "restored" not in run.tags] == ["quick 3 seeds", "quick seed 2"]
+    parent = runs["quick 3 seeds"]
+    assert parent.tags["seeds_reused"] == "0 1"
+    assert {runs[f"quick seed {seed}"].tags[PARENT] for seed in range(3)} == {parent.run_id}
+    assert quietly(seeds.folder, tracking_uri=other) == Restored(0, 0, there=2, removed=0, without_mistakes=0)
+    assert {run.tags.get(PARENT) for run in by_name(database_of(other)).values()} == {None, parent.run_id}
+
+    (change,) = publish(seeds.folder, other)
+    assert change.startswith("quick seed 2: added, ")
+    after = {name: text.splitlines() for name, text in csvs(seeds.folder).items()}
+    for name in ("quick.csv", "epochs.csv", "mistakes.csv"):
+        assert after[name][: len(before[name])] == before[name]
+        assert len(after[name]) > len(before[name])
+    assert after["settings.csv"] == [line.replace(",0-1,", ",0-2,") for line in before["settings.csv"]]
+
+
+@pytest.mark.parametrize("capability", ["", ", Z80"])
+def test_seeds_of_another_processor_are_trained_again_and_it_is_said(seeds: Seeds, other: str, capability: str) -> None:
+    file = seeds.folder / "quick.csv"
+    hardware = records.read_rows(seeds.folder)[0]["hardware"]
+    elsewhere = hardware.rpartition(", ")[0] + capability
+    file.write_text(file.read_text().replace(hardware, elsewhere))
+    quietly(seeds.folder, tracking_uri=other)
+
+    said = seeds.train(2, other)
+
+    note = f"restored runs of seed 0, 1 are not taken over: they were made on '{elsewhere}', and this is '{hardware}'"
+    assert note in " ".join(said.split())
+    trained = [run.name for run in read_runs(database_of(other)) if "restored" not in run.tags]
+    assert sorted(trained) == ["quick 2 seeds", "quick seed 0", "quick seed 1"]
+
+
+def test_a_changed_script_takes_no_restored_seed_over(seeds: Seeds, other: str) -> None:
+    quietly(seeds.folder, tracking_uri=other)
+    seeds.script.write_text(QUICK.replace("lr=0.1", "lr=0.05"))
+    seeds.train(1, other)
+    assert "quick 1 seed" in by_name(database_of(other))
+    assert sum(run.name == "quick seed 0" for run in read_runs(database_of(other))) == 2
+
+
+# ---- what is refused
+
+
+def drop_settings(folder: Path) -> None:
+    (folder / "settings.csv").unlink()
+
+
+def spoil_a_figure(folder: Path) -> None:
+    file = folder / "idea.csv"
+    file.write_text(file.read_text().replace("99.36", "many"))
+
+
+def spoil_a_seed(folder: Path) -> None:
+    file = folder / "epochs.csv"
+    file.write_text(file.read_text() + "idea,five,1,99.0\n")
+
+
+def drop_a_column(folder: Path) -> None:
+    file = folder / "idea.csv"
+    file.write_text(file.read_text().replace("date", "day"))
+
+
+def make_binary(folder: Path) -> None:
+    (folder / "mistakes.csv").write_bytes(b"step,seed,image\n\xff\xff")
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (drop_settings, "step1_plain seed 0 in .* is not as the lab writes it: settings.csv has no params of it"),
+        (spoil_a_figure, "idea seed 5 in .* is not as the lab writes it: .*many"),
+        (spoil_a_seed, "a CSV in .* is not as the lab writes it: .*five"),
+        (drop_a_column, "idea seed 5 in .* is not as the lab writes it: 'date'"),
+        (make_binary, "a file in .* is not UTF-8"),
+        (empty, "folder: .* has no CSVs of runs"),
+    ],
+)
+def test_files_that_are_not_the_labs_are_refused_before_anything_is_written(
+    spoil: Callable[[Path], None], sentence: str, published: Store, folder: Path, other: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    spoil(folder)
+    monkeypatch.setattr(sys, "argv", ["mnist_lab", "restore", "--folder", str(folder), "--tracking-uri", other])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^error: .*{sentence}", said)
+    assert read_runs(database_of(other)) == []
