@@ -304,7 +304,8 @@ def _thickened(box: NDArray[np.float64]) -> NDArray[np.float64]:
     radius = (USUAL * pixel - stroke) / 2
     margin = int(np.ceil(radius))
     distance = ndimage.distance_transform_edt(~np.pad(box > 0.5, margin))
-    return np.clip(radius + 0.5 - np.asarray(distance, dtype=np.float64), 0, 1)
+    thick: NDArray[np.float64] = np.clip(radius + 0.5 - distance, 0, 1)
+    return thick
 
 
 def _as_mnist(ink: NDArray[np.float64]) -> NDArray[np.uint8]:
