@@ -214,7 +214,8 @@ def _mistakes(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterable[Row]:
 
 
 def _identities(runs: pd.DataFrame) -> list[tuple[str, int, str]]:
-    return list(runs[["step", "seed", "run_id"]].itertuples(index=False, name=None))
+    found = runs[["step", "seed", "run_id"]].itertuples(index=False, name=None)
+    return sorted(found, key=lambda one: (step_order(one[0]), one[1]))
 
 
 def _by_setting(settings: Iterable[Row]) -> list[Row]:

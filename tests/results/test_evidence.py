@@ -163,7 +163,7 @@ def test_the_page_gets_its_tables_and_keeps_its_prose(store: Store, pages: tuple
     assert (
         "| `step10_new` | 1 | **99.50** | too few seeds | 99.51 | 99.40 | 7,852 | 3 | accuracy met, params met" in page
     )
-    assert "| `step1_baseline` → `step2_dropout` | +0.20 | +0.15 to +0.25 |" in page
+    assert "| `step1_baseline` → `step2_dropout` | +0.20 | too few seeds |" in page
     assert "| better by 0.20 points |" in page
     assert "| `python experiments/step1_baseline.py --seed N` | 0-2 | abc |" in (folder / "README.md").read_text()
     (effect,) = rows_of(folder / "effects.csv")
@@ -219,7 +219,7 @@ def test_figures_that_were_not_recorded_are_empty(uri: str, pages: tuple[Path, P
 def test_a_page_without_markers_is_refused(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
     readme.write_text("# Page\n")
-    with pytest.raises(LabError, match="has no markers for a table: <!-- results -->"):
+    with pytest.raises(LabError, match="has no markers for a table: <!-- summary -->, <!-- results -->"):
         publish(folder, readme, store.uri)
     assert readme.read_text() == "# Page\n"
 
@@ -317,7 +317,9 @@ def test_an_export_is_of_the_store_alone(store: Store, tmp_path: Path, caplog: p
     evidence.export_runs(folder, tracking_uri=store.uri)
     assert (folder / "README.md").read_text() == page + "My notes.\n"
     not_known, left = caplog.messages[-2:]
-    assert not_known.startswith("not known: which test images 7 runs got wrong, the first is step10_new seed 0 (run ")
+    assert not_known.startswith(
+        "not known: which test images 7 runs got wrong, the first is step1_baseline seed 0 (run "
+    )
     assert left == "left as it is: earlier.csv, as the store has no runs of that step"
 
 
