@@ -117,6 +117,10 @@ restore: $(INSTALLED)  ## put the committed runs of docs/results into the store,
 predict: $(INSTALLED)  ## say which digit is in a picture: IMAGE=photo.png, or a folder; ARGS=--show
 	@$(PYTHON) -m mnist_lab predict $(IMAGE) $(ARGS)
 
+.PHONY: draw
+draw: $(INSTALLED)  ## draw a digit in the browser, and see what a network reads
+	@$(PYTHON) -m mnist_lab draw $(ARGS)
+
 .PHONY: champion
 champion: $(INSTALLED)  ## let the median seed of a step read pictures: STEP=step8
 	@$(PYTHON) -m mnist_lab champion $(STEP) $(ARGS)

@@ -62,7 +62,7 @@ def lab(seeds: int, limit: int, epochs: int) -> Trained:
         flags = ("--seeds", str(seeds), "--limit", str(limit), "--epochs", str(epochs), "--tracking-uri", uri)
         process = run_fresh(script_of(STEP), *flags)
         history = results.epoch_history(include_overrides=True, tracking_uri=uri)
-        runs = results.run_table(include_overrides=True, tracking_uri=uri)
+        runs = results.run_table(columns="all", include_overrides=True, tracking_uri=uri)
     assert len(runs) == seeds, f"{len(runs)} of {seeds} seeds have finished"
     starts = runs["start_time"]
     ends = starts + pd.to_timedelta(runs["minutes"], unit="min")

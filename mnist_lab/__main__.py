@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import signal
 import sys
@@ -13,11 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_lab.cli import interrupt_on_signals, number_from, sentences
+from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.sqlite import PROJECT_ROOT, script_named, sqlite_file, tracking_uri, without_password
 
 if TYPE_CHECKING:
     from mnist_lab.pictures import Reading
+
+
+logger = logging.getLogger("mnist_lab.jobs")
+
+READING = "Reading the tracked runs"
 
 
 def main() -> None:
@@ -26,6 +33,9 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a step's name may have letters that a locale has not
     arguments = _parser().parse_args()
     with sentences():
+        if arguments.first:
+            say_what_is_done()
+            logger.info(arguments.first)
         arguments.job(arguments)
 
 
@@ -168,6 +178,22 @@ def _print_readings(readings: Mapping[str, Reading], run_name: str, run_id: str)
     print(f"\nRead by {run_name}, run {run_id}.")
 
 
+def draw(arguments: argparse.Namespace) -> None:
+    """Serve a page on loopback to draw digits on."""
+    from mnist_lab.tracking.ui import check_port, free_port
+
+    check_port(arguments.port)
+
+    from mnist_lab import draw as page
+
+    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
+    networks = page.Networks(arguments.model, store=arguments.tracking_uri)
+    port = free_port(arguments.port)
+    if port != arguments.port:
+        print(f"Port {arguments.port} is taken; using {port}.", file=sys.stderr)
+    page.serve(networks, port)
+
+
 def champion(arguments: argparse.Namespace) -> None:
     """Register the median seed of a step as models:/mnist@champion, which reads pictures from then on."""
     from mnist_lab import results
@@ -252,35 +278,36 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mnist_lab", description="Jobs that belong to no experiment.")
     jobs = parser.add_subparsers(required=True, metavar="JOB")
 
-    def add(job: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def add(job: Callable[[argparse.Namespace], None], text: str, first: str = "") -> argparse.ArgumentParser:
+        """first: what the job is at for a while before it says anything."""
         command = jobs.add_parser(job.__name__, help=text, description=text)
-        command.set_defaults(job=job)
+        command.set_defaults(job=job, first=first)
         if job is not data:
             uri = "MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)"
             command.add_argument("--tracking-uri", help=uri)
         return command
 
-    command = add(data, "fetch and verify MNIST")
+    command = add(data, "fetch and verify MNIST", "Looking for MNIST")
     command.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
     command = add(resume, "go on with the newest interrupted run, or the one named")
     command.add_argument("run_id", nargs="?", metavar="RUN_ID", help="of MLflow")
     add(sync, "send what runs logged while their tracking server was away")
-    command = add(compare, "print one row per experiment from the tracked runs")
+    command = add(compare, "print one row per experiment from the tracked runs", READING)
     command.add_argument("--include-overrides", action="store_true", help="also runs with overridden hyperparameters")
     held_out = "runs that hold out N training images (default 0)"
     command.add_argument("--holdout", type=number_from(), default=0, metavar="N", help=held_out)
-    command = add(export, "write the tracked runs' figures to reports/results")
+    command = add(export, "write the tracked runs' figures to reports/results", READING)
     folder = PROJECT_ROOT / "reports" / "results"
     command.add_argument("--folder", type=Path, default=folder, help="where to (default: reports/results/)")
-    command = add(publish, "put the tracked runs' figures into docs/results and README")
+    command = add(publish, "put the tracked runs' figures into docs/results and README", READING)
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
     command.add_argument("--readme", type=Path, default=PROJECT_ROOT / "README.md", help="the page with the tables")
     command.add_argument("--replace", action="store_true", help="also replace published rows and mix hardware")
-    command = add(restore, "put the committed runs of docs/results into the store")
+    command = add(restore, "put the committed runs of docs/results into the store", "Reading the committed runs")
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
-    command = add(report, "write steps.html and steps.md from the tracked runs")
+    command = add(report, "write steps.html and steps.md from the tracked runs", READING)
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")
-    command = add(predict, "say which digits are in pictures")
+    command = add(predict, "say which digits are in pictures", "Loading the network")
     command.add_argument("images", nargs="*", type=Path, metavar="PICTURE", help="a file, or a folder of pictures")
     networks = (
         "runs:/<id>, models:/<name>@<alias> or a script's name (default: models:/mnist@champion, else docs/results)"
@@ -289,6 +316,9 @@ def _parser() -> argparse.ArgumentParser:
     form = command.add_mutually_exclusive_group()
     form.add_argument("--show", action="store_true", help="also print the 28x28 that the network sees")
     form.add_argument("--csv", action="store_true", help="print CSV")
+    command = add(draw, "serve a page on loopback to draw digits on", "Loading the network")
+    command.add_argument("--model", help=networks)
+    command.add_argument("--port", type=number_from(), default=5050, help="port to try first (default 5050)")
     command = add(champion, "let the median seed of a step read pictures: models:/mnist@champion")
     command.add_argument("step", metavar="STEP", help="a script's name, or step8 for short")
     command.add_argument("--commit", action="store_true", help="also make it the champion of docs/results")

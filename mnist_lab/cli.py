@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import logging
 import signal
 import sys
 import weakref
@@ -23,6 +24,7 @@ from mnist_lab.console import (
     print_result,
     print_search,
     print_study,
+    say_what_is_done,
 )
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, quoted
@@ -35,6 +37,8 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--he
 
     from mnist_lab.running.checkpoint import Checkpoint
     from mnist_lab.running.job import Job
+
+logger = logging.getLogger(__name__)
 
 MAX_SEEDS = 10_000  # of one study
 MAX_TRIALS = 100_000  # of one search
@@ -60,6 +64,8 @@ def main(
         script = Path(sys.argv[0]).resolve()
         _refuse_second_call(script)
         arguments = _parse(script, argv)
+        say_what_is_done()
+        logger.info("Preparing %s: starting MLflow", script.stem)
         job, resume = make_job(experiment, script, arguments)
         interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
         if arguments.search is not None or arguments.confirm is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,17 @@ SUMMARY_METRICS_WITH_HOLD_OUT = (
     "final_test_loss",
 )
 REFRESH_SECONDS = 0.5  # reading the running figures waits for the device, so the bar does it this often only
+
+
+def say_what_is_done() -> None:
+    """Let the lab's loggers say on a terminal what is being done, where it takes a while; elsewhere they stay quiet."""
+    if not sys.stderr.isatty():
+        return
+    logger = logging.getLogger("mnist_lab")
+    if not logger.handlers:  # without one, Python shows warnings by itself
+        logger.addHandler(logging.StreamHandler())
+        logger.propagate = False
+    logger.setLevel(logging.INFO)
 
 
 class _WithBar:
@@ -266,7 +278,7 @@ def print_study(result: StudyResult, job: Job) -> None:
     for rows, headers in tables(result):
         print("\n" + tabulate(rows, headers=headers, disable_numparse=True))
     if result.verdicts:
-        print("\n" + _verdict_table(result.verdicts))
+        print("\n" + verdict_table(result.verdicts))
     for verdict in result.verdicts:
         if verdict.name == "accuracy":
             print(f"\n{how_sure(verdict)}")
@@ -297,7 +309,7 @@ def print_result(result: RunResult, job: Job) -> None:
     measured = result.measured
     print()
     if result.verdicts:
-        print(_verdict_table(result.verdicts) + "\n")
+        print(verdict_table(result.verdicts) + "\n")
     held_out = "final_validation_accuracy" in measured
     names = SUMMARY_METRICS_WITH_HOLD_OUT if held_out else SUMMARY_METRICS
     reported = job.experiment.reported
@@ -326,7 +338,8 @@ def _print_overrides(job: Job) -> None:
         print(f"Overridden ({overrides}): tagged so, and left out of the tables of results.")
 
 
-def _verdict_table(verdicts: Sequence[Verdict]) -> str:
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """Return the targets as text, one row each, with what was measured."""
     from tabulate import tabulate
 
     measures = {"accuracy": "final_test_accuracy", "params": "num_params", "epochs": "epochs"}

@@ -6,10 +6,11 @@ used here.
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle, product
-from typing import Any
+from itertools import cycle, pairwise, product
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,24 +32,36 @@ BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00
 LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D"), ("black", "-", "v"))
 TARGET: dict[str, Any] = {"color": "black", "ls": (0, (1, 1.5)), "lw": 1.3, "zorder": 1}
 SMALL, MEDIUM = 9, 11  # font sizes in points; elsewhere matplotlib's, which are 10 and 12
+POINT = ["num_params", "mean", "low", "high"]  # of a table; the last two are the ends of the bar
+Point = tuple[float, float, float, float]
 MAX_NAME = 60  # characters of a name; it is free text to the store
 ACCURACY_TICKS = (0, 50, 80, 90, 95, 97, 98, 99, 99.4, 99.6, 99.8, 100)
 
 ONE_RUN = "public: one run, not picked on the test images"
 PICKED = "public: one run, picked on the test images"
 MEAN_OF_30 = "public: mean of 30 seeds, one epoch"
+
+
+class PublicFigure(NamedTuple):
+    """A result that somebody published: accuracy in percent on the 10,000 test images."""
+
+    num_params: int
+    accuracy: float
+    protocol: str
+    name: str
+
+
 # The best results per budget of parameters found in public repositories, in their training logs or, where none is
 # published, in their write-ups. They are other people's figures and were not measured again here.
-# (parameters, accuracy on the 10,000 test images in percent, protocol)
-PUBLIC_FIGURES: tuple[tuple[int, float, str], ...] = (
-    (9_994, 99.60, ONE_RUN),  # 15 epochs, OneCycle to 0.1, rotation 10 degrees; log read
-    (7_752, 99.55, ONE_RUN),  # 15 epochs, rotation 7 degrees; log read
-    (7_918, 99.52, PICKED),  # 11 epochs; write-up only
-    (6_174, 99.47, ONE_RUN),  # 15 epochs; log read
-    (4_500, 99.28, PICKED),  # 20 epochs; write-up only
-    (1_936, 99.10, ONE_RUN),  # 75 epochs, picked on a split of the training images; code read
-    (697, 99.03, PICKED),  # best of about 700 models; code read
-    (215_000, 99.04, MEAN_OF_30),  # about 215,000 parameters
+PUBLIC_FIGURES = (
+    PublicFigure(9_994, 99.60, ONE_RUN, "OneCycle, rotation 10°, 15 epochs"),  # log read
+    PublicFigure(7_752, 99.55, ONE_RUN, "schedule, rotation 7°, 15 epochs"),  # log read
+    PublicFigure(7_918, 99.52, PICKED, "snehanshu-raj/ERA, 11 epochs"),  # write-up only
+    PublicFigure(6_174, 99.47, ONE_RUN, "15 epochs"),  # log read
+    PublicFigure(4_500, 99.28, PICKED, "20 epochs"),  # write-up only
+    PublicFigure(1_936, 99.10, ONE_RUN, "75 epochs"),  # picked on a split of the training images; code read
+    PublicFigure(697, 99.03, PICKED, "JoshWarn/Parameter-Efficient-MNIST"),  # best of about 700 models; code read
+    PublicFigure(215_000, 99.04, MEAN_OF_30, "0.76 s on a laptop's GPU"),  # about 215,000 parameters
 )
 
 
@@ -165,7 +178,7 @@ def plot_steps(
     runs: pd.DataFrame,
     target_accuracy: float | None = 99.4,
     target_params: int | None = 10_000,
-    public_figures: Sequence[tuple[int, float, str]] = PUBLIC_FIGURES,
+    public_figures: Sequence[PublicFigure] = PUBLIC_FIGURES,
     test_images: int = 10_000,
 ) -> Figure:
     """Compare steps by the accuracy of their last epoch: against parameters (above) and one by one (below).
@@ -184,10 +197,7 @@ def plot_steps(
     halves = figure.add_gridspec(2, 1, height_ratios=heights)
     # Subfigures: else the names beside the lower axes would narrow the upper ones too.
     above, below = figure.add_subfigure(halves[0]).subplots(), figure.add_subfigure(halves[1]).subplots()
-    for protocol, marker in zip(dict.fromkeys(p for _, _, p in public_figures), cycle("^vX"), strict=False):
-        points = np.array([(x, y) for x, y, p in public_figures if p == protocol])
-        face = "none" if protocol == PICKED else GREY
-        above.plot(*points.T, ls="none", marker=marker, ms=5, color=GREY, mfc=face, zorder=2, label=protocol)
+    letters = _plot_public(above, public_figures)
     for chosen, marker, face, label in (
         (table["seeds"] >= FEWEST_FOR_INTERVAL, "o", BLUE, "mean over seeds, 95 % t-interval"),
         (table["seeds"].between(2, FEWEST_FOR_INTERVAL - 1), "o", "white", "mean, too few seeds for an interval"),
@@ -202,10 +212,8 @@ def plot_steps(
     best = "best epoch, mean over seeds (picked on the test images)"
     below.plot(table["best"], rows, "|", ms=11, mew=2, color=RED, label=best)
     if target_accuracy is not None:
-        above.axhline(target_accuracy, label=f"target {target_accuracy:g} %", **TARGET)
         below.axvline(target_accuracy, **TARGET)
-    if target_params is not None:
-        above.axvline(target_params, label=f"target {target_params:,} parameters", **TARGET | {"ls": "--"})
+    _target_lines(above, target_accuracy, target_params)
 
     above.set(xlabel=MEASURES["num_params"].axis, ylabel=MEASURES["test_accuracy"].axis)
     _log_scale(above.xaxis)
@@ -224,7 +232,61 @@ def plot_steps(
     entries = zip(*(axes.get_legend_handles_labels() for axes in (above, below)), strict=True)
     figure.legend(*(a + b for a, b in entries), loc="outside lower center", ncols=2, fontsize=SMALL)
     _plain(figure)  # before the first drawing, by which the points are numbered
-    _number_points(above, table[["num_params", "mean", "low", "high"]].to_numpy(float))
+    numbered = {str(i): tuple(point) for i, point in enumerate(table[POINT].to_numpy(float).tolist(), start=1)}
+    _label_points(above, numbered, letters)
+    return figure
+
+
+def plot_summary(
+    table: pd.DataFrame,
+    target_accuracy: float | None = 99.4,
+    target_params: int | None = 10_000,
+    public_figures: Sequence[PublicFigure] = PUBLIC_FIGURES,
+) -> Figure:
+    """Draw accuracy against parameters, with the steps joined in their order by arrows: the project in one picture.
+
+    table: one row per experiment with `step, num_params, seeds, last, low, high`, accuracies in percent, as
+    `results.compare_table` gives it. The bars are 95 % intervals of the mean, of four or more seeds. A step is named
+    by its number, and another experiment by its name. Public figures are of networks no larger than the largest here.
+    """
+    _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
+    table = table.sort_values("step", key=lambda steps: steps.map(step_order))
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    axes = figure.subplots()
+    largest = 1.5 * max(int(table["num_params"].max()), target_params or 0)
+    public = [one for one in public_figures if one.num_params <= largest]
+    letters = _plot_public(axes, public, hollow=True)
+    few = table["seeds"] < FEWEST_FOR_INTERVAL
+    bars = pd.DataFrame({name: table[name].mask(few, table["last"]) for name in ("low", "high")})
+    is_step = table["step"].str.match(r"step\d+_")
+    for chosen, marker, label in (
+        (is_step, "o", "steps, mean over seeds, 95 % interval"),
+        (~is_step, "s", "others here"),
+    ):
+        part, bar = table[chosen], bars[chosen]
+        if part.empty:
+            continue
+        spread = np.array([part["last"] - bar["low"], bar["high"] - part["last"]])
+        look: dict[str, Any] = {"fmt": marker, "color": BLUE, "lw": 1.2, "capsize": 3, "zorder": 3}
+        axes.errorbar(part["num_params"], part["last"], yerr=spread, label=label, **look)
+    ends = zip(bars["low"].tolist(), bars["high"].tolist(), strict=True)
+    points = zip(table["num_params"].astype("float64").tolist(), table["last"].tolist(), ends, strict=True)
+    named: dict[str, Point] = {}
+    for step, (x, y, (low, high)) in zip(table["step"].astype(str), points, strict=True):
+        number = re.match(r"step(\d+)_", step)
+        named[number[1] if number else _name(step)] = (x, y, low, high)
+    _target_lines(axes, target_accuracy, target_params)
+    axes.set(xlabel=MEASURES["num_params"].axis, ylabel="test accuracy of the last epoch (%)")
+    axes.margins(0.1)  # for the names beside the points
+    _log_scale(axes.xaxis)
+    axes.grid(alpha=0.3)
+    path = table[is_step][["num_params", "last"]].itertuples(index=False, name=None)
+    for start, end in pairwise(path):
+        arrow = {"arrowstyle": "-|>", "color": BLUE, "lw": 1.2, "alpha": 0.55, "shrinkA": 5, "shrinkB": 5}
+        axes.annotate("", end, start, arrowprops=arrow, zorder=2)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=SMALL)
+    _plain(figure)
+    _label_points(axes, named, letters)
     return figure
 
 
@@ -364,8 +426,27 @@ def _plain(figure: Figure) -> Figure:
     return figure
 
 
-def _number_points(axes: Axes, points: NDArray[np.float64]) -> None:
-    """Number the points (N, [x, y, low, high]) from 1, each at the nearest free place with a leader line."""
+def _target_lines(axes: Axes, accuracy: float | None, params: int | None) -> None:
+    if accuracy is not None:
+        axes.axhline(accuracy, label=f"target {accuracy:g} %", **TARGET)
+    if params is not None:
+        axes.axvline(params, label=f"target {params:,} parameters", **TARGET | {"ls": "--"})
+
+
+def _plot_public(axes: Axes, public: Sequence[PublicFigure], *, hollow: bool = False) -> dict[str, Point]:
+    """Draw what others published; return the points by the letters that name them in the legend."""
+    letters = {one: chr(ord("a") + i) for i, one in enumerate(public)}
+    for protocol, marker in zip(dict.fromkeys(one.protocol for one in public), cycle("^vX"), strict=False):
+        mine = [one for one in public if one.protocol == protocol]
+        face = "none" if hollow or protocol == PICKED else GREY
+        names = "; ".join(f"{letters[one]}: {one.num_params:,}, {one.accuracy:.2f}, {one.name}" for one in mine)
+        axes.plot([one.num_params for one in mine], [one.accuracy for one in mine], ls="none", marker=marker, ms=5,
+                  color=GREY, mfc=face, zorder=2, label=textwrap.fill(f"{protocol}. {names}", 58))  # fmt: skip
+    return {letter: (one.num_params, one.accuracy, one.accuracy, one.accuracy) for one, letter in letters.items()}
+
+
+def _label_points(axes: Axes, ours: Mapping[str, Point], public: Mapping[str, Point]) -> None:
+    """Write each point's name at the nearest free place, with a leader line."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # what is free is known only once the layout is
@@ -374,7 +455,10 @@ def _number_points(axes: Axes, points: NDArray[np.float64]) -> None:
     def box(x: float, y: float, width: float, height: float) -> Bbox:  # pixels
         return Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
 
-    taken = [Bbox(axes.transData.transform([(x, low), (x, high)])).padded(3 * unit) for x, _, low, high in points]
+    points = {**ours, **public}
+    taken = [
+        Bbox(axes.transData.transform([(x, low), (x, high)])).padded(3 * unit) for x, _, low, high in ours.values()
+    ]
     for line in axes.lines:
         if line.get_linestyle() == "None":  # markers
             taken += [box(x, y, 8 * unit, 8 * unit) for x, y in line.get_transform().transform(line.get_xydata())]
@@ -382,18 +466,28 @@ def _number_points(axes: Axes, points: NDArray[np.float64]) -> None:
             taken.append(line.get_window_extent().padded(2 * unit))
     turns = np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60])
     sideways = [side + turn for turn in turns for side in (0, math.pi)]
-    for i in np.argsort(-points[:, 1]):  # from the top, so that neighbours keep their order
-        centre = axes.transData.transform(points[i, :2])
+    from_the_top = sorted(points, key=lambda name: (name in public, -points[name][1]))  # so neighbours keep their order
+    for name in from_the_top:
+        x, y, *_ = points[name]
+        centre = axes.transData.transform((x, y))
+        width = (1 + 7 * len(name)) * unit
         for radius, angle in product(range(12, 200, 4), sideways):
             offset = radius * math.cos(angle), radius * math.sin(angle)
+            if len(name) > 3:  # a word begins or ends where its leader does
+                offset = offset[0] + math.copysign(width / unit / 2 - 4, offset[0]), offset[1]
             middle = centre + np.multiply(offset, unit)
-            place = box(middle[0], middle[1], (1 + 7 * len(str(i + 1))) * unit, 11 * unit)
+            place = box(middle[0], middle[1], width, 11 * unit)
             if not place.count_overlaps(taken) and np.allclose(Bbox.union([frame, place]).size, frame.size):
                 break
         taken.append(place)
-        leader = {"arrowstyle": "-", "lw": 0.7, "color": BLUE, "shrinkA": 2, "shrinkB": 0}
-        axes.annotate(str(i + 1), (points[i, 0], points[i, 1]), offset, textcoords="offset points", arrowprops=leader,
-                      ha="center", va="center", color=BLUE, fontsize=MEDIUM, in_layout=False)  # fmt: skip
+        color = GREY if name in public else BLUE
+        leader = {"arrowstyle": "-", "lw": 0.7, "color": color, "shrinkA": 2, "shrinkB": 0}
+        size = SMALL if name in public else MEDIUM
+        look: dict[str, Any] = {"color": color, "fontsize": size, "ha": "center", "va": "center"}
+        text = axes.annotate(
+            name, (x, y), offset, textcoords="offset points", arrowprops=leader, in_layout=False, **look
+        )
+        text.set_parse_math(False)
 
 
 def _gallery(images: NDArray[np.float64], titles: Sequence[str], columns: int, title_size: float) -> Figure:

@@ -1,5 +1,6 @@
 """The report and the MLflow UI in headless Chromium, as a user sees them."""
 
+import io
 import os
 import re
 import shutil
@@ -7,8 +8,10 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from forkserver import Program
@@ -96,16 +99,31 @@ def test_the_report_fits_shows_its_figures_and_is_accessible(
         assert serious == []
 
 
-def test_dark_is_dark_and_figures_stay_on_white(browser: Browser, report: str) -> None:
+def test_dark_is_dark_and_so_are_its_figures(browser: Browser, report: str) -> None:
     background = "element => getComputedStyle(element).backgroundColor.match(/\\d+/g).map(Number)"
     for scheme, dark in (("light", False), ("dark", True)):
         with opened(browser, report, 1280, scheme) as page:
             assert (max(page.eval_on_selector("body", background)) < 60) is dark
-            assert page.eval_on_selector(".card", background) == [255, 255, 255]
+            for figure in page.locator(".card").all():
+                pixels = np.asarray(Image.open(io.BytesIO(figure.screenshot())).convert("L"))
+                assert (np.median(pixels) < 60) is np.bool_(dark)
+                assert np.ptp(pixels) > 150  # and what is drawn can be told from its ground
 
 
-def test_a_table_scrolls_by_itself_with_the_keyboard_on_a_phone(browser: Browser, report: str) -> None:
+def test_on_a_phone_accuracy_and_verdict_are_seen_without_scrolling(browser: Browser, report: str) -> None:
     with opened(browser, report, 390, "light") as page:
+        cell = page.locator("tbody td").first
+        assert "99." in cell.inner_text() or "98." in cell.inner_text()
+        box = cell.locator(".verdict").bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= 390
+        assert box["y"] + box["height"] <= 800
+        wide = "[...document.querySelectorAll('.scroll, .card')].map(box => box.scrollWidth > box.clientWidth)"
+        assert not any(page.evaluate(wide))
+
+
+def test_a_table_scrolls_by_itself_with_the_keyboard_on_a_tablet(browser: Browser, report: str) -> None:
+    with opened(browser, report, 720, "light") as page:
         table = page.get_by_role("region", name=re.compile("Measured here and reported elsewhere"))
         assert table.evaluate("box => box.scrollWidth > box.clientWidth")
         table.focus()

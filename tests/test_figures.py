@@ -338,9 +338,13 @@ def test_steps_shows_targets_and_public_figures_only_where_asked() -> None:
     figure = figures.plot_steps(runs)
     above, below = figure.axes[:2]
     public = [line for line in above.lines if str(line.get_label()).startswith("public")]
-    drawn = {(x, y, line.get_label()) for line in public for x, y in points_of(line)}
-    assert drawn == set(figures.PUBLIC_FIGURES)
-    assert (9_994, 99.60) in {entry[:2] for entry in figures.PUBLIC_FIGURES}
+    drawn = {(x, y) for line in public for x, y in points_of(line)}
+    assert drawn == {entry[:2] for entry in figures.PUBLIC_FIGURES}
+    assert (9_994, 99.60) in drawn
+    told = " ".join(" ".join(legend_texts(figure)).split())
+    for letter, entry in zip("abcdefgh", figures.PUBLIC_FIGURES, strict=True):
+        assert f"{letter}: {entry.num_params:,}, {entry.accuracy:.2f}, {entry.name}" in told
+        assert [text.xy for text in above.texts if text.get_text() == letter] == [entry[:2]]
     assert all(line.get_zorder() < 3 and line.get_color() == figures.GREY for line in public)
     assert curves(above)["target 99.4 %"].tolist() == [99.4, 99.4]
     assert any(points_of(line)[:, 0].tolist() == [99.4, 99.4] for line in below.lines)
@@ -364,7 +368,7 @@ def test_steps_numbers_each_point_beside_it_and_covers_none(seeds: int) -> None:
     figure = figures.plot_steps(make_runs(*STEPS, seeds=seeds, sd=0.042))
     figure.savefig(io.BytesIO(), dpi=figure.dpi)
     above = figure.axes[0]
-    numbers = [text for text in above.texts if isinstance(text, Annotation)]
+    numbers = [text for text in above.texts if isinstance(text, Annotation) and text.get_text().isdigit()]
     points = {str(i): (params, accuracy) for i, (_, params, accuracy) in enumerate(sorted_steps(), start=1)}
     assert {text.get_text(): text.xy for text in numbers} == {i: pytest.approx(xy) for i, xy in points.items()}
     markers = [*points.values(), *(entry[:2] for entry in figures.PUBLIC_FIGURES)]
@@ -481,9 +485,11 @@ def test_names_are_drawn_as_plain_text(name: str, overridden: bool, monkeypatch:
 
 
 def test_a_free_text_among_the_public_figures_is_plain_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = figures.plot_steps(make_runs(STEPS[0]), public_figures=[(9_000, 99.5, "$\\frac{$")])
+    figure = figures.plot_steps(
+        make_runs(STEPS[0]), public_figures=[figures.PublicFigure(9_000, 99.5, "$\\frac{$", "b")]
+    )
 
-    assert "$\\frac{$" in [text.get_text() for text in drawn_texts(figure, monkeypatch)]
+    assert "$\\frac{$. a: 9,000, 99.50, b" in [text.get_text() for text in drawn_texts(figure, monkeypatch)]
 
 
 def test_learning_rates_that_are_no_numbers_are_left_out() -> None:

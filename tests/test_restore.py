@@ -130,7 +130,9 @@ def test_a_restored_run_is_what_was_published(published: Store, folder: Path, ot
 
 def test_which_images_were_wrong_comes_back(published: Store, folder: Path, other: str) -> None:
     quietly(folder, tracking_uri=other)
-    was, now = (results.run_table("step2_better", 2, tracking_uri=uri).iloc[0] for uri in (published.uri, other))
+    was, now = (
+        results.run_table("step2_better", 2, columns="all", tracking_uri=uri).iloc[0] for uri in (published.uri, other)
+    )
     said, back = (results.predictions(run["run_id"], tracking_uri=uri)
                   for run, uri in ((was, published.uri), (now, other)))  # fmt: skip
     wrong = said["truth"] != said["prediction"]
@@ -199,7 +201,7 @@ def test_only_what_the_files_say_otherwise_is_replaced(published: Store, folder:
     file = folder / "step2_better.csv"
     file.write_text(file.read_text().replace("99.34", "99.30"))
     assert quietly(folder, tracking_uri=other) == Restored(1, 1, there=6, removed=2, without_mistakes=0)
-    table = results.run_table("step2_better", tracking_uri=other).set_index("seed")
+    table = results.run_table("step2_better", columns="all", tracking_uri=other).set_index("seed")
     assert table["final_test_accuracy"].to_dict() == {0: 99.33, 1: 99.30, 2: 99.35}
     assert table["run_id"][0] == before["step2_better seed 0"].run_id
     parents = {mlflow.MlflowClient(other).get_run(run_id).data.tags[PARENT] for run_id in table["run_id"]}

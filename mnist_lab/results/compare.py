@@ -27,14 +27,18 @@ TARGETS = ("accuracy", "params", "epochs")
 
 
 def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the newest run of each step and seed in a run table, without those that other code computed.
+    """Return the newest run of each step and seed, without those that other code computed; the newest stand first.
 
+    runs: a run table with all columns (LabError if not).
     Other code: another `code_sha256` or number of parameters than the step's newest run. The column `left_out` says how
     many such runs the step has.
     """
+    if not {"start_time", "code_sha256", "overrides"} <= set(runs):
+        raise LabError('runs: all columns of a run table are needed, from results.run_table(columns="all")')
+    runs = runs.sort_values("start_time", ascending=False, kind="stable")
     experiment = [runs["step"], runs["overrides"]]
     code = runs["code_sha256"].fillna("") + " " + runs["num_params"].astype("str")
-    same = code == code.groupby(experiment).transform("first")  # the newest stand first
+    same = code == code.groupby(experiment).transform("first")
     left_out = (~same).groupby(experiment).transform("sum").astype("int64")
     return runs.assign(left_out=left_out)[same].drop_duplicates(["step", "overrides", "seed"])
 
@@ -60,7 +64,8 @@ def compare_table(
     Raises:
         LabError: if the store is missing or foreign, or no run has this protocol.
     """
-    table = run_table(include_overrides=include_overrides, holdout=holdout, tracking_uri=tracking_uri, loaded=loaded)
+    loaded = loaded or load_runs(tracking_uri)
+    table = run_table(columns="all", include_overrides=include_overrides, holdout=holdout, loaded=loaded)
     return summarise(newest_runs(table))
 
 
@@ -136,7 +141,7 @@ def compare(a: str, b: str, *, holdout: int = 0, tracking_uri: str | None = None
         LabError: if a step has no such run, their protocols differ, or one has a single seed and the other several.
     """
     loaded = load_runs(tracking_uri)
-    runs = newest_runs(run_table(holdout=holdout, loaded=loaded))
+    runs = newest_runs(run_table(columns="all", holdout=holdout, loaded=loaded))
     for step in (a, b):
         if step not in set(runs["step"]):
             raise LabError(_why_no_runs(step, holdout, loaded))
@@ -168,7 +173,7 @@ def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
     Raises:
         LabError: if the step has no such run.
     """
-    runs = newest_runs(run_table(step, tracking_uri=tracking_uri))
+    runs = newest_runs(run_table(step, columns="all", tracking_uri=tracking_uri))
     if runs.empty:
         raise LabError(f"steps: no finished run of {step!r} as declared")
     trained = runs[runs["restored"].isna()].sort_values(["final_test_accuracy", "seed"])
@@ -192,7 +197,7 @@ def compare_pairs(
         LabError: as `effects_table`.
     """
     loaded = loaded or load_runs(tracking_uri)
-    runs = newest_runs(run_table(holdout=holdout, loaded=loaded))
+    runs = newest_runs(run_table(columns="all", holdout=holdout, loaded=loaded))
     found, refused = [], []
     for pair in pairs:
         if {pair.a, pair.b} <= set(runs["step"]):

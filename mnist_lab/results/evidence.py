@@ -7,7 +7,9 @@ the CSVs alone, so that a test can make them again.
 from __future__ import annotations
 
 import html
+import io
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +19,12 @@ from statistics import median
 from typing import Any
 from urllib.parse import quote
 
+import matplotlib
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from mnist_lab.errors import LabError
+from mnist_lab.figures import plot_summary
 from mnist_lab.results.compare import TARGETS, summarise
 from mnist_lab.results.records import (
     COLUMNS,
@@ -38,10 +42,10 @@ from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.sqlite import PROJECT_ROOT
 from mnist_lab.verdicts.comparison import (
     PAIRS,
+    TOO_FEW,
     Comparison,
     adjust,
     compare_seeds,
-    interval_text,
     mean_interval_text,
     p_text,
     seeds_text,
@@ -64,6 +68,8 @@ EFFECT_COLUMNS = {
     "seeds": ("seeds", ""),
     "seeds_needed": ("seeds_needed", ""),
 }
+TABLES = ("summary", "results", "effects", "runs")
+PICTURE = "accuracy.svg"  # beside the CSVs: accuracy against parameters
 PUBLISHED = PROJECT_ROOT / "docs" / "results"
 EXPORTED_PAGE = """# The figures of the tracked runs
 
@@ -161,6 +167,7 @@ def prepare_publication(folder: Path, readme: Path, *, tracking_uri: str | None 
         files = {
             **records.csvs(folder, steps),
             folder / "effects.csv": _effects(records.runs),
+            folder / PICTURE: picture(records.runs),
             **{page: with_tables(page.read_text("utf-8"), made) for page in (readme, folder / "README.md")},
         }
     return Publication(*_changes(old.runs, records.runs), files)
@@ -220,25 +227,57 @@ def compare_rows(rows: Iterable[Row]) -> list[Comparison]:
     return adjust([compare_seeds(pair, last[pair.a], last[pair.b]) for pair in PAIRS if {pair.a, pair.b} <= several])
 
 
-def effect_rows(comparisons: Iterable[Comparison]) -> list[Row]:
-    """Return the rows of effects.csv."""
-    return cells([{**vars(comparison), "seeds": comparison.seeds} for comparison in comparisons], EFFECT_COLUMNS)
+def effect_rows(comparisons: Sequence[Comparison]) -> list[Row]:
+    """Return the rows of effects.csv; of too few seeds, without an interval."""
+    rows = [{**vars(comparison), "seeds": comparison.seeds} for comparison in comparisons]
+    for row, comparison in zip(rows, comparisons, strict=True):
+        if comparison.interval == TOO_FEW:
+            row |= {"low": math.nan, "high": math.nan}
+    return cells(rows, EFFECT_COLUMNS)
 
 
 # ---- the tables, in Markdown
 
 
-def tables(rows: Sequence[Row]) -> dict[str, str]:
-    """Return each table that is made of the rows of the CSVs, by the name of its template and its markers."""
+def summary_of(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return the rows of `compare_table` for the rows of the CSVs."""
     table = pd.DataFrame(rows, columns=["step", *COLUMNS], dtype="str").replace("", None)
     table = table.astype({name: "float64" for name in COLUMNS if name not in TEXTS}).assign(overrides="", left_out=0)
-    runs = table.rename(columns={name: column for name, (column, _) in COLUMNS.items()})
+    return summarise(table.rename(columns={name: column for name, (column, _) in COLUMNS.items()}))
+
+
+def tables(rows: Sequence[Row]) -> dict[str, str]:
+    """Return each table that is made of the rows of the CSVs, by the name of its template and its markers."""
     told = {
-        "experiments": summarise(runs).to_dict("records"),
+        "experiments": summary_of(rows).to_dict("records"),
         "comparisons": compare_rows(rows),
         "studies": {step: rows_of(step, rows) for step in dict.fromkeys(row["step"] for row in rows)},
     }
-    return {name: TEMPLATES.get_template(f"{name}.md").render(told).strip() for name in ("results", "effects", "runs")}
+    return {name: TEMPLATES.get_template(f"{name}.md").render(told).strip() for name in TABLES}
+
+
+def picture(rows: Sequence[Row]) -> str:
+    """Return the picture of accuracy against parameters as SVG; its description lists the points that are drawn.
+
+    Ablations, which are compared with their step elsewhere, and experiments without targets are left out.
+    """
+    summary = summary_of(rows)
+    ablations = {step for pair in PAIRS for step in (pair.a, pair.b) if not step.startswith("step")}
+    drawn = summary[summary["target_params"].notna() & ~summary["step"].isin(ablations)]
+    if drawn.empty:
+        drawn = summary
+    svg = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "mnist_lab"}):  # else each drawing has ids of its own
+        plot_summary(drawn).savefig(svg, format="svg", metadata={"Date": None, "Description": described(drawn)})
+    return svg.getvalue()
+
+
+def described(summary: pd.DataFrame) -> str:
+    """Return the points of a picture as text: the step, its parameters, its mean accuracy and its seeds."""
+    return "; ".join(
+        f"{row['step']}: {row['num_params']:,} parameters, {row['last']:.2f} %, seeds: {row['seeds']}"
+        for row in summary.to_dict("records")
+    )
 
 
 def with_tables(page: str, made: Mapping[str, str]) -> str:
@@ -267,6 +306,14 @@ def _verdict(row: Mapping[Any, Any]) -> str:
     return ", ".join(words.values()) or "no target stated"
 
 
+def _in_short(row: Mapping[Any, Any]) -> str:
+    """Return the verdicts in a few words: what is not met, or that all is."""
+    words = {name: row[f"verdict_{name}"] for name in TARGETS if row[f"verdict_{name}"] != "-"}
+    if not words:
+        return "none stated"
+    return ", ".join(f"{name} {word}" for name, word in words.items() if word != "met") or "all met"
+
+
 def _commit(row: Row) -> str:
     return markdown_cell(row["git_commit"][:10]) + (" + changes" if row["git_dirty"] == "True" else "")
 
@@ -285,7 +332,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.globals |= {"interval": interval_text, "mean_interval": mean_interval_text}
+TEMPLATES.globals |= {"mean_interval": mean_interval_text}
 TEMPLATES.filters |= {
     "percent": lambda value: "–" if value != value else f"{value:.2f}",
     "cell": markdown_cell,
@@ -300,4 +347,5 @@ TEMPLATES.filters |= {
     "p_text": p_text,
     "ranges": ranges,
     "verdict": _verdict,
+    "in_short": _in_short,
 }

@@ -121,7 +121,7 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
         LabError: if the store has no such runs.
     """
     loaded = load_runs(tracking_uri)
-    runs = _that_can_name_a_file(newest_runs(run_table(loaded=loaded)))
+    runs = _that_can_name_a_file(newest_runs(run_table(columns="all", loaded=loaded)))
     if not restored:
         runs = runs[runs["restored"].isna()]
     history = epoch_history(loaded=loaded, metrics=[*EPOCH_FORMATS])

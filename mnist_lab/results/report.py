@@ -10,9 +10,11 @@ import base64
 import hashlib
 import importlib.metadata
 import io
+import logging
 import platform
 import re
 from collections import Counter
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,12 @@ from numpy.typing import NDArray
 from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
-from mnist_lab.results.evidence import TEMPLATES
+from mnist_lab.results.evidence import PUBLISHED, TEMPLATES
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.sqlite import PROJECT_ROOT
 from mnist_lab.verdicts.comparison import step_order
+
+logger = logging.getLogger(__name__)
 
 HEADINGS = ("Target", "Change", "Result", "Analysis")
 PICTURES = "steps_files"  # the folder beside steps.md
@@ -79,6 +83,27 @@ class Result:
         return "met" in words and words <= {"met", "-"}
 
 
+@dataclass(frozen=True)
+class Chapter:
+    """What the report tells of one experiment.
+
+    copied_from: the script whose Result stands in this one's docstring word for word; "" if none does.
+    published: whether docs/results has figures of this script.
+    """
+
+    step: str
+    story: Story | None
+    result: Result | None
+    copied_from: str
+    published: bool
+
+    @property
+    def sections(self) -> list[tuple[str, str]]:
+        """The headings that are told, with their texts: what others measured is not this script's."""
+        sections = self.story.sections if self.story else []
+        return [one for one in sections if not self.copied_from or one[0] not in ("Result", "Analysis")]
+
+
 def write_report(
     folder: Path, *, tracking_uri: str | None = None, scripts: Path = PROJECT_ROOT / "experiments"
 ) -> tuple[Path, Path]:
@@ -94,7 +119,7 @@ def write_report(
         raise LabError(f"scripts: {scripts} is not a folder")
     stories = {script.stem: read_story(script) for script in scripts.glob("[!_]*.py")}
     loaded = results.load_runs(tracking_uri)
-    runs = results.newest_runs(results.run_table(include_overrides="if_none", loaded=loaded))
+    runs = results.newest_runs(results.run_table(columns="all", include_overrides="if_none", loaded=loaded))
     if runs.empty:
         raise LabError("no finished run to report on; train first, e.g. `make step1`")
     compared = results.compare_table(include_overrides="if_none", loaded=loaded)
@@ -103,12 +128,17 @@ def write_report(
 
     drawn: dict[str, Result] = {}
     for row in compared.to_dict("records"):
+        logger.info("Drawing %s", row["step"])
         mine = runs[runs["step"] == row["step"]]
         drawn[row["step"]] = draw(row, mine, history[history["run_id"].isin(mine["run_id"])], images, loaded.uri)
     steps = sorted({*stories, *drawn}, key=step_order)
+    published = {file.stem for file in PUBLISHED.glob("*.csv")}
+    copied = find_copies(stories, published)
     return _write(
         folder,
-        chapters=[(step, stories.get(step), drawn.get(step)) for step in steps],
+        chapters=[
+            Chapter(step, stories.get(step), drawn.get(step), copied.get(step, ""), step in published) for step in steps
+        ],
         results=[drawn[step] for step in steps if step in drawn],
         overview=draw_overview(runs),
         runs=sorted(runs.to_dict("records"), key=lambda run: (step_order(run["step"]), run["seed"])),
@@ -131,6 +161,21 @@ def read_story(script: Path) -> Story:
     title, _, opening = before.strip().partition("\n\n")
     texts = [text.strip() for text in parts[1::2]]
     return Story(" ".join(title.split()).removesuffix("."), opening, list(zip(parts[::2], texts, strict=True)))
+
+
+def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict[str, str]:
+    """Return which scripts have another's Result in their docstring, word for word, and whose.
+
+    stories: by script. published: the scripts that have published figures; of scripts with one Result, the first of
+    these wrote it, or the first in order. A Result without a figure says nothing of anybody.
+    """
+    authors: dict[str, str] = {}
+    copies = {}
+    for step in sorted(stories, key=lambda step: (step not in published, step_order(step))):
+        result = " ".join(dict(stories[step].sections).get("Result", "").split())
+        if any(letter.isdigit() for letter in result) and authors.setdefault(result, step) != step:
+            copies[step] = authors[result]
+    return copies
 
 
 def draw(row: dict[Any, Any], runs: pd.DataFrame, epochs: pd.DataFrame, images: NDArray[np.uint8], uri: str) -> Result:

@@ -1,7 +1,7 @@
 """Tracked runs as DataFrames, read from MLflow. Accuracies are in percent.
 
 from mnist_lab import results
-results.run_table(steps="step3_gap").to_markdown()
+results.run_table(steps="step3_gap")
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from mnist_lab.tracking.delivery import one_line
 from mnist_lab.tracking.sqlite import EXPERIMENT_NAME, check_readable, follow_move, without_password
 from mnist_lab.tracking.sqlite import tracking_uri as resolve_uri
 from mnist_lab.tracking.store import check_not_deleted
+from mnist_lab.verdicts.comparison import step_order
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,11 @@ COLUMNS = {
 # With a hold-out each epoch is validated on the held-out images, and the test images are read once, at the end.
 TESTED_COLUMNS = ("best_test_accuracy", "epochs_at_target")
 VALIDATION_COLUMNS = ("final_validation_accuracy", "best_validation_accuracy", "final_validation_loss")
+# What a reader needs most: of the last two accuracies a table has one.
+USEFUL_COLUMNS = (
+    *("step", "seed", "num_params", "epochs", "final_test_accuracy", "best_test_accuracy", "best_validation_accuracy"),
+    *("targets", "run_id"),
+)
 USUAL_HYPERPARAMETERS = ("batch_size", "epochs", "optimizer", "lr")  # of a table without runs
 
 
@@ -134,14 +140,20 @@ class Which(TypedDict, total=False):
 
 
 def run_table(
-    steps: Iterable[str] | str | None = None, seeds: Iterable[int] | int | None = None, **which: Unpack[Which]
+    steps: Iterable[str] | str | None = None,
+    seeds: Iterable[int] | int | None = None,
+    *,
+    columns: Literal["all"] | None = None,
+    **which: Unpack[Which],
 ) -> pd.DataFrame:
-    """Return one row per run, newest first, with typed columns.
+    """Return one row per run, by step and seed, with typed columns; of several runs of one seed the newest first.
 
     steps, seeds: only these. A step is named by its script, e.g. "step3_gap".
+    columns: "all" for every column; else the eight that a reader needs most, and `overrides` and `restored` where a run
+        has any.
     include_overrides, status, holdout, tracking_uri, loaded: as in `runs.Which`.
 
-    Columns: step, seed, holdout, every hyperparameter (missing where a run has none of that name), num_params,
+    All columns: step, seed, holdout, every hyperparameter (missing where a run has none of that name), num_params,
     accuracies in percent, verdicts, targets, reported figures, device, versions, commit, times, run_id. `final_` is the
     last epoch; `best_` was picked on the test images, or on the validation images where there are any. `restored` is
     the commit whose docs/results a run was restored from, and missing of runs that were trained into this store.
@@ -149,6 +161,8 @@ def run_table(
     Raises:
         LabError: if the store is missing or foreign, a step is unknown to it, or an argument is out of range.
     """
+    if columns not in (None, "all"):
+        raise LabError(f'columns: {columns!r} is not "all", nor None for the most useful ones')
     found = _find_runs(steps, seeds, **which).runs
     other_protocol = TESTED_COLUMNS if which.get("holdout") else VALIDATION_COLUMNS
     kinds = {name: kind for name, kind in COLUMNS.items() if name not in other_protocol}
@@ -156,7 +170,15 @@ def run_table(
     hyperparameters = [str(name) for name in shown if name not in COLUMNS]
     first, rest = list(kinds)[:3], list(kinds)[3:]
     table = found[[*first, *hyperparameters, *rest]].astype(kinds)
-    return table.assign(**{name: _typed(found[name]) for name in hyperparameters}).reset_index(drop=True)
+    table = table.assign(**{name: _typed(found[name]) for name in hyperparameters})
+    order = {step: place for place, step in enumerate(sorted(table["step"].unique(), key=step_order))}
+    by_seed = table.assign(place=table["step"].map(order)).sort_values(["place", "seed"], kind="stable")
+    table = by_seed.drop(columns="place").reset_index(drop=True)
+    if columns == "all":
+        return table
+    useful = [name for name in USEFUL_COLUMNS if name in table]
+    marks = [name for name in ("overrides", "restored") if table[name].fillna("").ne("").any()]
+    return table[[*useful[:2], *marks, *useful[2:]]]
 
 
 def epoch_history(

@@ -92,13 +92,16 @@ def run(
     """
     check_seed(seed)
     load = Load()
+    logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     sync(store.uri)
     close_abandoned(store)
     job = teaching.find(job, store, None if resume is None else resume.identity)
     experiment = teaching.load(job, store)
     use_float32(job.device)
+    logger.info("Reading MNIST")
     mnist = load_parts(job)
+    logger.info("Trying the declaration on a few batches")
     rehearsal = rehearse(experiment, mnist)
     if parent_run_id is None:  # else the study has said it
         rehearsal.notice()
@@ -241,6 +244,7 @@ def record(
         resume_run_id=None if resume is None else resume.run_id,
     ) as tracked:
         epochs = [] if resume is None else list(resume.epochs)
+        logger.info("Logging where the run comes from")
         if resume is None:
             tracked.log_data(mnist, find_data_dir(job.data_dir))
             tracked.log_text(summary + "\n", "model_summary.txt")
@@ -252,6 +256,7 @@ def record(
                 tracked.log_text(commit.diff, "source/uncommitted.diff")
         else:
             tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in epochs})
+        logger.info("Training, epoch by epoch")
         try:
             for metrics in train(tracked.run_id):
                 epochs.append(metrics)
@@ -280,6 +285,7 @@ def record(
         logged_once = LOGGED_ONCE_WITH_HOLD_OUT if job.holdout else LOGGED_ONCE
         tracked.log_once({name: measured[name] for name in logged_once if name in measured})
         tracked.set_tags({**graph_tags(), **verdict_tags(verdicts)})
+        logger.info("Logging predictions, figures and the model")
         tracked.log_predictions(mnist.test_labels, logits)
         tracked.log_figures(draw(experiment, mnist, epochs, logits, step=job.step, seed=seed, run_id=tracked.run_id))
         example = normalize(mnist.test_images[:2].float() / 255, experiment.normalize)

@@ -52,6 +52,7 @@ from mnist_lab.tracking.store import FinishedRun, Store, adopt, close_abandoned,
 from mnist_lab.tracking.store import search as find_runs
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, initial_network, num_params
+from mnist_lab.verdicts.comparison import mean_interval_text
 from mnist_lab.verdicts.statistics import Aggregate, aggregate, expected_maximum, sd_of_accuracy
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ def confirmed_table(confirmed: Sequence[Confirmed]) -> tuple[list[tuple[str, ...
                 str(a.n),
                 f"{a.mean:.2f}",
                 f"{a.sd:.3f}" if a.n > 1 else "-",
-                f"{a.low:.2f} to {a.high:.2f}" if a.n > 1 else "-",
+                mean_interval_text(a.n, a.low, a.high),
             )
         rows.append((str(one.trial.number), f"{one.trial.accuracy:.2f}", *shown, trial_text(one.trial.values)))
     return rows, ("trial", "in the search", "seeds", "mean", "sd", "95 % interval", "values")

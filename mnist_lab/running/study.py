@@ -95,6 +95,7 @@ def study(
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
     """
     _check(seeds, workers, job.device)
+    logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     sync(store.uri)
     close_abandoned(store)
@@ -104,6 +105,7 @@ def study(
     missing = [seed for seed in seeds if seed not in found]
     if missing:  # else there is nothing to refuse
         use_float32(job.device)
+        logger.info("Reading MNIST, and trying the declaration on a few batches")
         mnist = load_parts(job)
         rehearsal = rehearse(teaching.load(job, store), mnist)
         rehearsal.notice()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.delivery import briefly, one_line
-from mnist_lab.tracking.store import Store, quiet, search
+from mnist_lab.tracking.store import Store, quiet, search, store_failures
 
 RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
 STEP = re.compile(r"\w[\w.-]*")
@@ -66,6 +66,17 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
             f"the {holdout} that are held out here; train it with --holdout {holdout}"
         )
     return Teacher(model.model_id, run.info.run_id, sha256)
+
+
+def runs_with_a_model(store: Store) -> set[str]:
+    """Return the ids of the runs that have logged a model; raises LabError if the store does not answer."""
+    found, token = set(), None
+    with store_failures(store, "can't be read"), quiet(), briefly():
+        while True:
+            page = store.client.search_logged_models([store.experiment_id], page_token=token)
+            found |= {str(model.source_run_id) for model in page}
+            if not (token := page.token):
+                return found
 
 
 def load_teacher(

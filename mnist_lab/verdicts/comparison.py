@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, FEWEST_FOR_INTERVAL, MCNEMAR, Difference
 
+TOO_FEW = "too few seeds"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -54,6 +56,13 @@ class Comparison(Difference, Pair):
         return "1" if self.test == MCNEMAR else ", ".join(str(n) for n in self.n)
 
     @property
+    def interval(self) -> str:
+        """The 95 % interval as it is printed, e.g. "+0.10 to +0.25", or that there are too few seeds for one."""
+        if self.test != MCNEMAR and min(self.n) < FEWEST_FOR_INTERVAL:
+            return TOO_FEW
+        return interval_text(self.low, self.high, signed=True)
+
+    @property
     def word(self) -> str:
         """Whether `b` is "better" or "worse" than `a`, or "not shown"."""
         return "not shown" if not self.shown else "better" if self.effect > 0 else "worse"
@@ -76,8 +85,9 @@ class Comparison(Difference, Pair):
     @property
     def sentence(self) -> str:
         """The comparison in one sentence, with its figures."""
-        interval = interval_text(self.low, self.high, signed=True)
-        interval = "" if interval == "-" else f", 95 % interval {interval}"
+        interval = {"-": "", TOO_FEW: f", {TOO_FEW} for an interval"}.get(
+            self.interval, f", 95 % interval {self.interval}"
+        )
         unit = "test images" if self.test == MCNEMAR else "shared seeds" if len(self.n) == 1 else "seeds"
         counts = " and ".join(f"{n:,}" for n in self.n)
         return (
@@ -115,7 +125,7 @@ def effects_text(comparisons: Iterable[Comparison]) -> tuple[list[list[str]], li
         [
             f"{c.change}\n  {c.a} -> {c.b}",
             f"{c.effect:+.2f}",
-            interval_text(c.low, c.high, signed=True),
+            c.interval,
             p_text(c.p),
             p_text(c.p_holm),
             c.seeds,
@@ -135,7 +145,7 @@ def interval_text(low: float, high: float, *, signed: bool = False) -> str:
 
 def mean_interval_text(seeds: int, low: float, high: float) -> str:
     """Return the interval of a mean accuracy as it is printed, or that there are too few seeds for one."""
-    return interval_text(low, high) if seeds >= FEWEST_FOR_INTERVAL else "too few seeds"
+    return interval_text(low, high) if seeds >= FEWEST_FOR_INTERVAL else TOO_FEW
 
 
 def seeds_text(needed: int) -> str:

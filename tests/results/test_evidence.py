@@ -41,6 +41,13 @@ def test_the_committed_tables_are_made_of_the_committed_csvs(page: Path) -> None
     assert evidence.with_tables(text, evidence.tables(records.read_rows(RESULTS))) == text, "make publish"
 
 
+def test_the_committed_picture_is_drawn_from_the_committed_csvs() -> None:
+    made = evidence.picture(records.read_rows(RESULTS))
+    (points,) = re.findall(r"<dc:description>(.*?)</dc:description>", made, flags=re.DOTALL)
+    assert "step4_augment_steplr: 7,852 parameters, 99.41 %" in points
+    assert f"<dc:description>{points}</dc:description>" in (RESULTS / "accuracy.svg").read_text(), "make publish"
+
+
 def test_the_committed_effects_are_those_of_the_committed_seeds() -> None:
     made = evidence.effect_rows(evidence.compare_rows(records.read_rows(RESULTS)))
     assert rows_of(RESULTS / "effects.csv") == made
@@ -109,7 +116,7 @@ def store(uri: str) -> Store:
 def test_a_publication_has_a_row_per_seed(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
     written = publish(folder, readme, store.uri)
-    names = ["README.md", *(f"{name}.csv" for name in (*records.OTHER_FILES, *STEPS))]
+    names = ["README.md", "accuracy.svg", *(f"{name}.csv" for name in (*records.OTHER_FILES, *STEPS))]
     assert sorted(written) == sorted([readme, *(folder / name for name in names)])
     rows = rows_of(folder / "step1_baseline.csv")
     assert [row["seed"] for row in rows] == ["0", "1", "2"]
@@ -156,7 +163,7 @@ def test_the_page_gets_its_tables_and_keeps_its_prose(store: Store, pages: tuple
     assert (
         "| `step10_new` | 1 | **99.50** | too few seeds | 99.51 | 99.40 | 7,852 | 3 | accuracy met, params met" in page
     )
-    assert "| `step1_baseline` → `step2_dropout` | +0.20 | +0.15 to +0.25 |" in page
+    assert "| `step1_baseline` → `step2_dropout` | +0.20 | too few seeds |" in page
     assert "| better by 0.20 points |" in page
     assert "| `python experiments/step1_baseline.py --seed N` | 0-2 | abc |" in (folder / "README.md").read_text()
     (effect,) = rows_of(folder / "effects.csv")
@@ -212,7 +219,7 @@ def test_figures_that_were_not_recorded_are_empty(uri: str, pages: tuple[Path, P
 def test_a_page_without_markers_is_refused(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
     readme.write_text("# Page\n")
-    with pytest.raises(LabError, match="has no markers for a table: <!-- results -->"):
+    with pytest.raises(LabError, match="has no markers for a table: <!-- summary -->, <!-- results -->"):
         publish(folder, readme, store.uri)
     assert readme.read_text() == "# Page\n"
 

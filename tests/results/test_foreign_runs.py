@@ -128,13 +128,13 @@ def test_runs_without_a_step_or_a_seed_are_no_runs_of_the_lab(store: Store, capl
 def test_params_named_like_columns_do_not_replace_what_is_measured(store: Store) -> None:
     names = ("step", "final_test_accuracy", "status", "run_id", "start_time", "facts", "best_validation_accuracy")
     run_id = write_foreign_run(store, params=PARAMS | dict.fromkeys(names, "high"))
-    run = results.run_table("foreign", tracking_uri=store.uri).iloc[0]
+    run = results.run_table("foreign", columns="all", tracking_uri=store.uri).iloc[0]
     assert run[["step", "final_test_accuracy", "status", "run_id"]].tolist() == ["foreign", 99.1, "FINISHED", run_id]
 
 
 def test_a_hyperparameter_that_is_no_number_makes_its_column_text(store: Store) -> None:
     write_foreign_run(store, params=PARAMS | {"lr": "high", "momentum": "9" * 400, "gamma": "٣"})
-    table = results.run_table(tracking_uri=store.uri).set_index("step")
+    table = results.run_table(columns="all", tracking_uri=store.uri).set_index("step")
     assert table.loc["step1", "lr"].tolist() == ["0.1", "0.1"]
     assert table.loc["foreign", "momentum"] == math.inf
     assert table.loc["foreign", "gamma"] == "٣"
@@ -143,7 +143,7 @@ def test_a_hyperparameter_that_is_no_number_makes_its_column_text(store: Store) 
 def test_what_was_not_recorded_or_is_no_number_is_missing(store: Store) -> None:
     values = METRICS | {"test_loss": math.nan, "train_loss": math.inf, "lr": math.nan}
     write_foreign_run(store, tags=TAGS | {"git_dirty": "unknown"}, metrics=values)
-    run = results.run_table("foreign", tracking_uri=store.uri).iloc[0]
+    run = results.run_table("foreign", columns="all", tracking_uri=store.uri).iloc[0]
     assert all(pd.isna(run[name]) for name in ("git_commit", "git_dirty", "hardware", "final_test_loss"))
     epoch = results.epoch_history("foreign", tracking_uri=store.uri).iloc[0]
     assert math.isnan(epoch["test_loss"])
@@ -182,7 +182,7 @@ def test_reports_and_figures_show_the_others(store: Store, tmp_path: Path, caplo
         for include in (True, "if_none"):
             history = results.epoch_history(include_overrides=include, loaded=loaded)
             figures.plot_learning_rate(history).draw_without_rendering()
-            runs = results.run_table(include_overrides=include, loaded=loaded)
+            runs = results.run_table(columns="all", include_overrides=include, loaded=loaded)
             figures.plot_steps(results.newest_runs(runs)).draw_without_rendering()
 
     for page in (html.read_text("utf-8"), md.read_text("utf-8")):
@@ -280,7 +280,7 @@ def test_no_run_keeps_the_others_from_the_tables(shared_store: Store, run: dict[
         compared = results.compare_table(include_overrides=True, loaded=loaded)
         results.compare_text(compared)
         assert "step2" in set(compared["step"])
-        finished = results.newest_runs(results.run_table(include_overrides=True, loaded=loaded))
+        finished = results.newest_runs(results.run_table(columns="all", include_overrides=True, loaded=loaded))
         figures.plot_steps(finished)
         for _, of_step in results.epoch_history(include_overrides=True, loaded=loaded).groupby(["step", "overrides"]):
             figures.plot_training(of_step)

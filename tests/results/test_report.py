@@ -14,10 +14,11 @@ import mlflow
 import pandas as pd
 import pytest
 
+from helpers import ROOT
 from mnist_lab import results
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.results.report import Story, read_story, write_report
+from mnist_lab.results.report import Story, find_copies, read_story, write_report
 from mnist_lab.tracking.store import Store, open_store
 from report_store import STATED, T0, write_sample_store
 from run_writer import write_run
@@ -139,7 +140,7 @@ def expected_rows(store: Store) -> list[list[str]]:
     rows = []
     for row in results.compare_table(tracking_uri=store.uri).to_dict("records"):
         last = percent(row["last"]) + (f" ± {row['last_sd']:.3f}" if row["seeds"] > 1 else "")
-        cells = [row["step"], str(row["seeds"]), f"{row['num_params']:,}", str(row["epochs"]), last]
+        cells = [row["step"], last, f"{row['num_params']:,}", str(row["epochs"]), str(row["seeds"])]
         cells += [percent(row[name]) for name in ("best", "train")]
         reported = ("final_test_accuracy", "best_test_accuracy", "best_train_accuracy")
         rows.append(cells + [percent(row[f"reported_{name}"]) for name in reported])
@@ -148,7 +149,7 @@ def expected_rows(store: Store) -> list[list[str]]:
 
 def test_the_comparison_is_that_of_compare_table(report: Report, store: Store) -> None:
     _, _, *rows = report.page.tables[0]
-    judged = {2: "verdict_params", 3: "verdict_epochs", 4: "verdict_accuracy"}
+    judged = {1: "verdict_accuracy", 2: "verdict_params", 3: "verdict_epochs"}
     table = results.compare_table(tracking_uri=store.uri)
     assert list(table["step"]) == LINES
     shown = [[re.sub(r"[✓✗?].*", "", cell) for cell in row] for row in rows]
@@ -158,8 +159,8 @@ def test_the_comparison_is_that_of_compare_table(report: Report, store: Store) -
         assert words == {column: [line[name]] if line[name] != "-" else [] for column, name in judged.items()}
     assert "missed < 10,000" in rows[0][2]
     assert "met < 10,000" in rows[1][2]
-    assert "? not shown ≥ 99.4" in rows[0][4]  # two seeds at 98.97 and 98.83 don't refute it at p < 0.01
-    assert "✓ met ≥ 99.4" in rows[1][4]
+    assert "? not shown ≥ 99.4" in rows[0][1]  # two seeds at 98.97 and 98.83 don't refute it at p < 0.01
+    assert "✓ met ≥ 99.4" in rows[1][1]
 
 
 def test_the_comparison_in_markdown_has_the_same_figures(report: Report, store: Store) -> None:
@@ -184,7 +185,7 @@ def test_the_runs_behind_it_are_listed_with_hardware_and_commit(report: Report, 
         *(f"{step} seed {seed}" for step in LINES[:2] for seed in (0, 1)),
         f"{HOSTILE} seed 0",
     ]
-    newest = results.run_table("step2_better", 0, tracking_uri=store.uri).iloc[0]
+    newest = results.run_table("step2_better", 0, columns="all", tracking_uri=store.uri).iloc[0]
     assert rows[2][1] == "99.81"
     assert rows[2][2] == f"{newest['start_time']:%Y-%m-%d %H:%M}"
     assert rows[2][3:] == ["1.0", "cpu: a CPU", "abc", newest["run_id"]]
@@ -223,6 +224,28 @@ def test_the_experiments_stand_in_order(report: Report) -> None:
     assert re.findall(r"^Experiment (\w+)$", report.md, flags=re.MULTILINE) == [
         step for step in order if step != HOSTILE
     ]
+
+
+def test_a_result_is_told_under_the_script_that_it_belongs_to(tmp_path: Path, uri: str, mnist: Mnist) -> None:
+    write_run(open_store(uri), "mine", 0, [98.0], start_time=T0)
+    original = (ROOT / "experiments" / "step3_gap.py").read_text()
+    (tmp_path / "mine.py").write_text(original)
+    (tmp_path / "a_copy.py").write_text(original)
+    (tmp_path / "step3_gap.py").write_text(original)
+    (tmp_path / "changed.py").write_text(original.replace("99.12 +- 0.09", "99.00 +- 0.09"))
+    report = write(tmp_path / "reports", uri, tmp_path)
+    for page in (report.md, report.page.text):
+        page = " ".join(page.split())
+        assert page.count("99.12 +- 0.09 % in the last epoch") == 1
+        assert page.count("99.00 +- 0.09 % in the last epoch") == 1
+        assert page.count("This docstring was copied from step3_gap, so its Result and Analysis are not told") == 2
+        committed = "The figures under Result are the committed ones, of docs/results; no run in this store"
+        assert page.count(committed) == 1  # of step 3, which has no run here
+
+
+def test_a_result_without_a_figure_is_nobodys() -> None:
+    stories = {name: Story("", "", [("Result", "not trained yet")]) for name in ("a", "b")}
+    assert find_copies(stories, {"a"}) == {}
 
 
 def test_a_script_without_a_finished_run_says_how_to_make_one(report: Report) -> None:

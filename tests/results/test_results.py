@@ -72,10 +72,10 @@ def server(store: Store) -> Iterator[str]:
 
 
 def test_run_table_has_one_typed_row_per_finished_run(store: Store) -> None:
-    table = results.run_table(tracking_uri=store.uri)
-    assert table["step"].tolist() == ["my_idea", "step2", "step4", "step4", "step4"]  # newest first
+    table = results.run_table(columns="all", tracking_uri=store.uri)
+    assert table["step"].tolist() == ["step2", "step4", "step4", "step4", "my_idea"]
     assert table["seed"].tolist() == [0, 0, 0, 1, 0]
-    newest = table.iloc[2]
+    newest = table.iloc[1]  # of two runs of seed 0
     assert newest["final_test_accuracy"] == 99.5
     assert newest["best_test_accuracy"] == 99.6
     assert newest["best_epoch"] == 2
@@ -88,8 +88,19 @@ def test_run_table_has_one_typed_row_per_finished_run(store: Store) -> None:
     assert [kinds[name] for name in ("lr", "momentum", "gamma", "dropout")] == ["float64"] * 4
     assert kinds["start_time"].startswith("datetime64")
     assert kinds["git_dirty"] == "boolean"
-    assert pd.isna(table.iloc[1]["step_size"])  # step 2 has no schedule
-    assert table.iloc[1]["dropout"] == 0.1
+    assert pd.isna(table.iloc[0]["step_size"])  # step 2 has no schedule
+    assert table.iloc[0]["dropout"] == 0.1
+
+
+def test_run_table_shows_eight_columns_and_overrides_where_there_are_any(store: Store) -> None:
+    eight = ["step", "seed", "num_params", "epochs", "final_test_accuracy", "best_test_accuracy", "targets", "run_id"]
+    assert list(results.run_table(tracking_uri=store.uri)) == eight
+    overridden = results.run_table("step4", include_overrides=True, tracking_uri=store.uri)
+    assert list(overridden) == [*eight[:2], "overrides", *eight[2:]]
+    everything = results.run_table(columns="all", tracking_uri=store.uri)
+    assert {*eight, "lr", "hardware", "verdict_accuracy"} < {*everything}
+    with pytest.raises(LabError, match="^columns: 'some' is not \"all\", nor None"):
+        results.run_table(columns="some", tracking_uri=store.uri)  # type: ignore[arg-type]
 
 
 def test_run_table_filters(store: Store) -> None:
@@ -98,10 +109,10 @@ def test_run_table_filters(store: Store) -> None:
         return list(zip(table["step"], table["seed"], strict=True))
 
     assert ids(steps="step2") == [("step2", 0)]
-    assert ids(steps=["step2", "my_idea"]) == [("my_idea", 0), ("step2", 0)]
+    assert ids(steps=["my_idea", "step2"]) == [("step2", 0), ("my_idea", 0)]
     assert ids(steps="step4", seeds=1) == [("step4", 1)]
     assert ids(seeds=[1, 7]) == [("step4", 1)]
-    assert ids(steps="step4", include_overrides=True) == [("step4", 0), ("step4", 0), ("step4", 1), ("step4", 0)]
+    assert ids(steps="step4", include_overrides=True) == [("step4", 0), ("step4", 0), ("step4", 0), ("step4", 1)]
     assert ids(status="FAILED") == [("step4", 2)]
     assert ids(status="RUNNING") == [("step4", 3)]
     assert len(ids(status=None)) == 7
@@ -115,8 +126,8 @@ def test_overridden_runs_stand_in_where_a_step_has_no_run_as_declared(uri: str) 
     write_run(store, "step2", 0, [98.3], start_time=T0 + 3000)
     write_run(store, "step2", 0, [98.4], start_time=T0 + 4000, tags={"overrides": "epochs=1"})
     table = results.run_table(include_overrides="if_none", tracking_uri=store.uri)
-    assert table["final_test_accuracy"].tolist() == [98.3, 98.2, 98.1]
-    assert table["overrides"].tolist() == ["", "epochs=1", "epochs=1"]
+    assert table["final_test_accuracy"].tolist() == [98.1, 98.2, 98.3]
+    assert table["overrides"].tolist() == ["epochs=1", "epochs=1", ""]
     assert results.run_table(tracking_uri=store.uri)["final_test_accuracy"].tolist() == [98.3]
 
 
@@ -285,17 +296,17 @@ def write_held_out_run(
 
 
 def test_the_protocols_are_in_separate_tables(held_out: str) -> None:
-    tested = results.run_table(tracking_uri=held_out)
+    tested = results.run_table(columns="all", tracking_uri=held_out)
     assert tested[["holdout", "final_test_accuracy", "best_test_accuracy"]].to_numpy().tolist() == [[0, 99.0, 99.0]]
     assert "final_validation_accuracy" not in tested
-    (validated,) = results.run_table(holdout=10_000, tracking_uri=held_out).to_dict("records")
+    (validated,) = results.run_table(columns="all", holdout=10_000, tracking_uri=held_out).to_dict("records")
     shown = ("holdout", "overrides", "final_validation_accuracy", "best_validation_accuracy", "best_epoch")
     assert [validated[name] for name in shown] == [10_000, "", 98.8, 98.9, 2]
     assert (validated["final_test_accuracy"], validated["final_test_loss"]) == (98.7, 0.04)
     assert validated["final_validation_loss"] == pytest.approx(1.2 / 30)
     assert "best_test_accuracy" not in validated
     everything = results.run_table(holdout=10_000, include_overrides=True, tracking_uri=held_out)
-    assert everything["overrides"].tolist() == ["lr=0.5", ""]  # holding out is a protocol, with its own column
+    assert everything["overrides"].tolist() == ["", "lr=0.5"]  # holding out is a protocol, with its own column
 
 
 def test_epochs_of_validation_are_called_so(held_out: str) -> None:
@@ -482,7 +493,7 @@ def test_an_empty_store_says_what_to_run(uri: str) -> None:
 
 
 def test_no_matching_run_gives_an_empty_table_with_the_columns(store: Store) -> None:
-    table = results.run_table(seeds=77, tracking_uri=store.uri)
+    table = results.run_table(seeds=77, columns="all", tracking_uri=store.uri)
     assert table.empty
     assert {"step", "seed", "lr", "final_test_accuracy", "run_id"} <= set(table)
     assert results.epoch_history(seeds=77, tracking_uri=store.uri).empty

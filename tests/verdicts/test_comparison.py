@@ -51,8 +51,19 @@ def test_the_sentence_has_the_figures() -> None:
         "better against plain: no difference shown (needs about 40 seeds for 0.03 points); +0.03 points, "
         "95 % interval -0.01 to +0.07, p = 0.20 (paired t-test, 5 shared seeds)."
     )
-    without_interval = comparison(low=math.nan, high=math.nan, test="Welch's t-test", n=(2, 3))
-    assert without_interval.sentence.endswith("; +0.03 points, p = 0.20 (Welch's t-test, 2 and 3 seeds).")
+    without_interval = comparison(low=math.nan, high=math.nan, test="Welch's t-test", n=(4, 7))
+    assert without_interval.sentence.endswith("; +0.03 points, p = 0.20 (Welch's t-test, 4 and 7 seeds).")
+
+
+def test_a_difference_of_under_four_seeds_has_no_interval() -> None:
+    for test, n in (("paired t-test", (3,)), ("Welch's t-test", (10, 3))):
+        few = comparison(test=test, n=n)
+        assert few.interval == "too few seeds"
+        assert "; +0.03 points, too few seeds for an interval, p = 0.20 (" in few.sentence
+        ((_, _, interval, *_),) = effects_text([few])[0]
+        assert interval == "too few seeds"
+    assert comparison(n=(4,)).interval == "-0.01 to +0.07"
+    assert comparison(test="McNemar's exact test", n=(10_000,)).interval == "-0.01 to +0.07"
 
 
 def test_seeds_are_paired_by_their_numbers() -> None:
