@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from mnist_lab.errors import LabError
 
-START_TIMEOUT = 60  # seconds
+START_TIMEOUT = 120  # seconds; 4 on a quiet machine
 STOP_TIMEOUT = 5
 MARK = "Mnist-Lab"  # a header of the server's answers: another server may have taken the port in the meantime
 

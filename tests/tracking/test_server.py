@@ -173,7 +173,7 @@ def test_eight_writers_at_once_lose_no_point(team: Team) -> None:
 
 def test_a_study_whose_server_is_killed_and_comes_back_lacks_no_point(team: Team, tmp_path: Path) -> None:
     seeds, epochs = 2, 40
-    flags = ["--seeds", str(seeds), "--epochs", str(epochs), "--limit", "256", "--threads", "1"]
+    flags = ["--seeds", str(seeds), "--epochs", str(epochs), "--limit", "256"]
     first = partial(begin, tmp_path / "project")
     study = Program(TINY, *flags, "--tracking-uri", team.uri, cwd=tmp_path, first=first)
     of_seeds = "FROM metrics JOIN params USING (run_uuid) WHERE params.key = 'seed' AND metrics.key = 'test_accuracy'"
