@@ -68,6 +68,8 @@ from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost, close_orphan
 from mnist_lab.training.loop import EpochMetrics
 
 AUTO = "auto"
+# Ray takes 127.0.0.1 for a mistake and puts the address of the network in its place, but for a Mac.
+LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 ANSWER_SECONDS = 10  # that a cluster has to answer
 LOOK_AT_NODES_SECONDS = 180  # that all nodes have to show themselves; a first import of torch is slow
 TRIES = 3  # of a seed whose process or node is lost
@@ -356,7 +358,7 @@ def _join(address: str, code: Path) -> None:
                 address="local",
                 num_cpus=available_cores(),
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
+                _node_ip_address=LOOPBACK,
                 **settings,
             )
         except (RayError, RuntimeError, ValueError) as error:
