@@ -1,8 +1,8 @@
-"""Who trains the runs of a study or a search on a Ray cluster: a task of one core for each, on whatever node has it free.
+"""Who trains the runs of a study or a search on a Ray cluster: a task of one core for each, wherever one is free.
 
-The interface is that of `workers`. Ray Core runs the tasks and carries the script, the lab and MNIST to them. What a run
-says goes through a mailbox, an actor beside this process, where a trial waits for the word whether to go on. Ray would
-repeat a lost task by itself; here this process does, once the run that was lost is closed, so that it can go on.
+The interface is that of `workers`. Ray Core runs the tasks and carries the script, the lab and MNIST to them. What a
+run says goes through a mailbox, an actor beside this process, where a trial waits for the word whether to go on. Ray
+would repeat a lost task by itself; here this process does, once the run that was lost is closed, so that it can go on.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads these when it
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import (
     NodeDiedError,
     OutOfMemoryError,
@@ -68,8 +69,6 @@ from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost, close_orphan
 from mnist_lab.training.loop import EpochMetrics
 
 AUTO = "auto"
-# Ray takes 127.0.0.1 for a mistake and puts the address of the network in its place, but for a Mac.
-LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 ANSWER_SECONDS = 10  # that a cluster has to answer
 LOOK_AT_NODES_SECONDS = 180  # that all nodes have to show themselves; a first import of torch is slow
 TRIES = 3  # of a seed whose process or node is lost
@@ -126,7 +125,8 @@ class Mailbox:
         if isinstance(what, Notice):
             self.said.put_nowait((key, what))
             return True
-        answer = self.answers[key] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.answers[key] = answer
         self.said.put_nowait((key, what))
         return await answer
 
@@ -354,15 +354,24 @@ def _join(address: str, code: Path) -> None:
         except ConnectionError as error:
             if named != AUTO:
                 raise LabError(f"cluster: {named} can't be used: {one_line(error)}") from error
-            ray.init(
-                address="local",
-                num_cpus=available_cores(),
-                include_dashboard=False,
-                _node_ip_address=LOOPBACK,
-                **settings,
-            )
+            # Ray listens on loopback alone where it takes this machine for one that is in no cluster, as it does a Mac.
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            _start_here(settings)
         except (RayError, RuntimeError, ValueError) as error:
             raise LabError(f"cluster: {named} can't be used: {one_line(error)}") from error
+
+
+def _start_here(settings: Mapping[str, Any]) -> None:
+    """Start a cluster of this machine; raises LabError. Ray gives its own agents 15 seconds, too few on a busy one."""
+    for last in (False, True):
+        try:
+            ray.init(address="local", num_cpus=available_cores(), include_dashboard=False, **settings)
+        except Exception as error:  # Ray raises a bare one
+            ray.shutdown()
+            if last:
+                raise LabError(f"cluster: Ray can't be started on this machine: {one_line(error)[:200]}") from error
+        else:
+            return
 
 
 def _check_answers(address: str) -> None:

@@ -103,7 +103,7 @@ def own_files(uri: str) -> list[Path]:
 
 
 def own_folder(uri: str) -> Path:
-    """Return the lab's own folder for a store: that of the database, else MNIST_LAB_MLRUNS, else the project's `mlruns`."""
+    """Return the lab's own folder for a store: the database's, else MNIST_LAB_MLRUNS, else the project's `mlruns`."""
     database = sqlite_file(uri)
     return database.parent if database else Path(os.environ.get(OWN_FOLDER) or PROJECT_ROOT / "mlruns").absolute()
 

@@ -306,7 +306,7 @@ def search(store: Store, condition: str) -> list[Run]:
 
 
 def process_tag() -> str:
-    """Name this process: host, number, start; then the start of the system, and the machine; last, if it is so, "cluster".
+    """Name this process: host, number, start; then the start of the system, and the machine; "cluster" if it is one's.
 
     The run's lock tells whether the process has ended. Its number alone would not: containers number anew, and two
     machines can have one name.

@@ -72,12 +72,15 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
-        self.address = f"127.0.0.1:{self.port}"
+        self.address = f"127.0.0.2:{self.port}"
         self.head = self._start("--head", f"--port={self.port}", "--include-dashboard=false")
         self.nodes: list[Process] = []
 
     def _start(self, *flags: str) -> Process:
-        common = ("--node-ip-address=127.0.0.1", "--num-cpus=1", "--object-store-memory=150000000", "--block")
+        # Ray gives its agents 15 seconds to choose their ports, which a busy machine may need; so they are told.
+        agents = ("dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent", "metrics-export")
+        ports = [f"--{agent}-port={free_port()}" for agent in agents]
+        common = (*ports, "--node-ip-address=127.0.0.2", "--num-cpus=1", "--object-store-memory=150000000", "--block")
         process = Process(Path(sys.executable).with_name("ray"), "start", *flags, *common, cwd=self.folder, **RAY)
         wait_until(lambda: "Ray runtime started" in process.said or process.process.poll() is not None)
         assert process.process.poll() is None, process.said
