@@ -20,8 +20,15 @@ from forkserver import PATIENCE
 from helpers import TINY, TrackedRun, read_runs, wait_until
 
 PARENT = "mlflow.parentRunId"
+STARTS = 10  # of a node
 TOKEN = "a-token-of-the-tests-" + "0" * 32
-RAY = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+RAY = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": TOKEN,
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONDONTWRITEBYTECODE": "",
+}
 
 
 def free_port() -> int:
@@ -48,6 +55,10 @@ class Process:
     @property
     def said(self) -> str:
         return Path(self.output.name).read_text()
+
+    @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
 
     def wait(self) -> int:
         return self.process.wait(PATIENCE)
@@ -77,14 +88,15 @@ class Cluster:
         self.nodes: list[Process] = []
 
     def _start(self, *flags: str) -> Process:
-        # Ray gives its agents 15 seconds to choose their ports, which a busy machine may need; so they are told.
-        agents = ("dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent", "metrics-export")
-        ports = [f"--{agent}-port={free_port()}" for agent in agents]
-        common = (*ports, "--node-ip-address=127.0.0.2", "--num-cpus=1", "--object-store-memory=150000000", "--block")
-        process = Process(Path(sys.executable).with_name("ray"), "start", *flags, *common, cwd=self.folder, **RAY)
-        wait_until(lambda: "Ray runtime started" in process.said or process.process.poll() is not None)
-        assert process.process.poll() is None, process.said
-        return process
+        """Start a node; again where a busy machine did not start Ray's agents within the 15 seconds that Ray allows."""
+        common = ("--node-ip-address=127.0.0.2", "--num-cpus=1", "--object-store-memory=150000000", "--block")
+        command = (Path(sys.executable).with_name("ray"), "start", *flags, *common)
+        for _ in range(STARTS):
+            process = Process(*command, cwd=self.folder, **RAY)
+            wait_until(lambda started=process: "Ray runtime started" in started.said or started.has_ended)
+            if not process.has_ended:
+                return process
+        raise AssertionError(process.said)
 
     def add_node(self) -> Process:
         self.nodes.append(self._start(f"--address={self.address}"))
