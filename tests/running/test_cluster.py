@@ -19,6 +19,8 @@ import pytest
 from forkserver import PATIENCE
 from helpers import TINY, TrackedRun, read_runs, wait_until
 
+pytestmark = pytest.mark.long
+
 PARENT = "mlflow.parentRunId"
 STARTS = 10  # of a node
 TOKEN = "a-token-of-the-tests-" + "0" * 32
