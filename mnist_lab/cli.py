@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--he
     from optuna.distributions import BaseDistribution
 
     from mnist_lab.running.checkpoint import Checkpoint
+    from mnist_lab.running.cluster import Cluster
     from mnist_lab.running.job import Job
 
 logger = logging.getLogger(__name__)
@@ -114,8 +115,9 @@ def _parse(script: Path, argv: Sequence[str] | None) -> argparse.Namespace:
     several = [name for name in ("seeds", "search", "confirm") if getattr(arguments, name) is not None]
     if several and arguments.threads is not None:
         flags.error(f"argument --threads: not allowed with --{several[-1]}, whose processes have one thread each")
-    if not several and (arguments.workers is not None or arguments.again):
-        flags.error(f"argument --{'again' if arguments.again else 'workers'}: only allowed with --seeds or --search")
+    for name in ("workers", "again", "cluster"):
+        if not several and getattr(arguments, name):
+            flags.error(f"argument --{name}: only allowed with --seeds or --search")
     if arguments.resume is not None and several:
         flags.error(
             f"argument --{several[-1]}: not allowed with --resume: it goes on by itself where it was interrupted"
@@ -164,8 +166,12 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
     from mnist_lab.running.study import study
 
     consequence = "Runs that had begun are marked KILLED; the same command trains only the seeds that are missing."
-    with sentences(consequence), closing(StudyConsole(job.experiment.epochs)) as console:
-        result = study(job, arguments.seeds, console, workers=arguments.workers, again=arguments.again)
+    with (
+        sentences(consequence),
+        _cluster(arguments) as cluster,
+        closing(StudyConsole(job.experiment.epochs)) as console,
+    ):
+        result = study(job, arguments.seeds, console, workers=arguments.workers, again=arguments.again, cluster=cluster)
     print_study(result, job)
     if result.failed:
         print(f"Failed: seed {', '.join(map(str, result.failed))}; the same command tries again.", file=sys.stderr)
@@ -178,10 +184,10 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
     from mnist_lab.running import search
 
     consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
-    with sentences(consequence), closing(SearchConsole()) as console:
+    with sentences(consequence), _cluster(arguments) as cluster, closing(SearchConsole()) as console:
         if arguments.search is None:
             confirmed = search.confirm(
-                job, space, arguments.confirm, arguments.seeds, console, workers=arguments.workers
+                job, space, arguments.confirm, arguments.seeds, console, workers=arguments.workers, cluster=cluster
             )
         else:
             result = search.search(
@@ -192,6 +198,7 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
                 console,
                 workers=arguments.workers,
                 again=arguments.again,
+                cluster=cluster,
             )
     if arguments.search is None:
         print_confirmed(confirmed, job)
@@ -202,6 +209,18 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
     if failed:
         print("Failed: no trial has come to its end.", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def _cluster(arguments: argparse.Namespace) -> Iterator[Cluster | None]:
+    """Give the cluster that is asked for; it is connected to when there is something to train."""
+    if arguments.cluster is None:
+        yield None
+        return
+    from mnist_lab.running.cluster import Cluster
+
+    with closing(Cluster(arguments.cluster)) as cluster:
+        yield cluster
 
 
 @contextmanager
@@ -240,6 +259,11 @@ def parser(script: Path) -> argparse.ArgumentParser:
     add("--confirm", type=number_from(1, MAX_TRIALS), metavar="M", help=best)
     processes = "processes of a study or a search on a CPU (default: one per core)"
     add("--workers", type=number_from(1), metavar="N", help=processes)
+    cluster = (
+        "train a study or a search on this Ray cluster; auto: the one of RAY_ADDRESS, else the one of this machine, "
+        "else one that is started here for the time of the command (docs/cluster.md)"
+    )
+    add("--cluster", metavar="ADDRESS", help=cluster)
     which = "continue the newest interrupted run of this script that has the other flags, or this one"
     add("--resume", nargs="?", const="", metavar="RUN_ID", help=which)
     add("--again", action="store_true", help="train all seeds of a study, finished or not; begin a new search")

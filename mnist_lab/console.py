@@ -132,7 +132,7 @@ class StudyConsole(_WithBar):
             print(f"{name}: finished already, and not trained again: {reused}")
         if not missing:
             return
-        how = _at_a_time(workers) if device.type == "cpu" else "one after another"
+        how = _at_a_time(workers) if device.type == "cpu" or workers > 1 else "one after another"
         which = "seed" if len(missing) == 1 else "seeds"
         print(f"{name}: training {which} {', '.join(map(str, missing))}, {how}, on {device.type}", flush=True)
         if sys.stdout.isatty():
@@ -141,9 +141,10 @@ class StudyConsole(_WithBar):
             self.bar = _bar(len(missing) * self.epochs, self._seeds_done(), form, smoothing=0)
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
-        self.trained[seed] = metrics.epoch
+        before = self.trained.get(seed, metrics.epoch - 1)
+        self.trained[seed] = max(before, metrics.epoch)
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(max(0, metrics.epoch - before))  # a seed that a cluster's node took along begins again
         else:
             print(f"seed {seed:>{self.width}}  {epoch_line(metrics, self.epochs)}", flush=True)
 
@@ -186,7 +187,7 @@ class SearchConsole(_WithBar):
 
     def on_start(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
         self.wanted, self.done_before, self.began = wanted, done, time.monotonic()
-        how = f"{workers} at a time" if device.type == "cpu" else "one after another"
+        how = f"{workers} at a time" if device.type == "cpu" or workers > 1 else "one after another"
         before = f", {done} of them done before" if done else ""
         print(f"{name}: {wanted} in all{before}, {how}, on {device.type}", flush=True)
         if sys.stdout.isatty() and done < wanted:

@@ -20,7 +20,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -86,12 +86,22 @@ def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = 
     Raises:
         LabError: if files are missing and can't be fetched, or the data folder can't be written to.
     """
+    return parse_files(read_files(data_dir), device)
+
+
+def read_files(data_dir: Path | str | None = None) -> dict[str, bytes]:
+    """Return the verified bytes of the four IDX files by name; the folder and the errors are those of `load_mnist`."""
     folder = find_data_dir(data_dir)
     contents, faults = _read_good_files(folder, IDX_FILES)
     for fault in faults:
         logger.warning("not used: %s", fault)
     if missing := [file for file in IDX_FILES if file.name not in contents]:
         contents |= _complete(folder, missing)
+    return contents
+
+
+def parse_files(contents: Mapping[str, bytes], device: torch.device | str = "cpu") -> Mnist:
+    """Return the data of the four IDX files; their digest is taken anew."""
     in_order = [contents[file.name] for file in IDX_FILES]
     train_images, train_labels, test_images, test_labels = map(_parse, in_order, IDX_FILES)
     return Mnist(

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from mnist_lab.arguments import stable_text
+from mnist_lab.data import find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
-from mnist_lab.running import declaration
-from mnist_lab.running.sources import code_sha256, find_sources
+from mnist_lab.running import declaration, provenance
+from mnist_lab.running.provenance import Commit
+from mnist_lab.running.sources import SCRIPT, code_sha256, find_sources, place
+from mnist_lab.tracking.sqlite import PROJECT_ROOT, own_files
 from mnist_lab.tracking.teacher import Teacher
 
 MAX_SEED = 2**32 - 1
@@ -73,6 +76,16 @@ class Job:
     def code_sha256(self) -> str:
         return code_sha256(self.sources)
 
+    @cached_property
+    def commit(self) -> Commit:
+        """The state of the repository that holds the script."""
+        return provenance.commit(self.script, self.sources.values(), self.written_by_lab)
+
+    @property
+    def written_by_lab(self) -> list[Path]:
+        """The files and folders that do not count as changes to the project."""
+        return [*own_files(self.tracking_uri), find_data_dir(self.data_dir), PROJECT_ROOT / "reports"]
+
     def _read_params(self) -> dict[str, str]:
         held_out = {"holdout": str(self.holdout)} if self.holdout else {}
         declared = {name: stable_text(value) for name, value in self.experiment.hyperparameters().items()}
@@ -96,7 +109,15 @@ class Job:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the experiment behind: its network's class may live in the script, which the other process reads."""
-        return {**vars(self), "experiment": None, "code_sha256": self.code_sha256}
+        return {**vars(self), "experiment": None, "code_sha256": self.code_sha256, "sources": self.sources}
+
+    def lies_in(self, folder: Path, commit: Commit) -> None:
+        """Read the script and what it imports in this folder from now on, where they were sent by another machine.
+
+        commit: what `commit` is there. `script` stays, as it names the runs and is what their checkpoints go on with.
+        """
+        vars(self)["sources"] = {name: folder / place(name, file) for name, file in self.sources.items()}
+        vars(self)["commit"] = commit
 
     def read_experiment(self) -> None:
         """Read the experiment from the script, in a process that was sent this job.
@@ -106,7 +127,7 @@ class Job:
         """
         if code_sha256(self.sources) != self.code_sha256:
             raise LabError(f"{self.script.name} or what it imports was changed while the study ran")
-        vars(self)["experiment"], _ = declaration.read(self.script).override(self.overrides)
+        vars(self)["experiment"], _ = declaration.read(self.sources[SCRIPT]).override(self.overrides)
         if self._read_params() != self.params:
             raise LabError(
                 f"{self.script.name} does not declare the same experiment in a worker process; "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from mnist_lab.data import Mnist, find_data_dir, hold_out, load_mnist
+from mnist_lab.data import Mnist, find_data_dir, hold_out, load_mnist, parse_files
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint, provenance, teaching
@@ -23,11 +23,11 @@ from mnist_lab.running.memory import keep_freed_memory
 from mnist_lab.running.precision import use_float32
 from mnist_lab.running.rehearsal import Rehearsal, blame, blame_script, rehearse, without_exits
 from mnist_lab.running.schedule import report_without_effect, without_effect
+from mnist_lab.running.sources import place
 from mnist_lab.running.summary import summarize
 from mnist_lab.running.threads import Load, crowded, set_threads
 from mnist_lab.tracking.delivery import one_line, sync
 from mnist_lab.tracking.run import track
-from mnist_lab.tracking.sqlite import PROJECT_ROOT, own_files
 from mnist_lab.tracking.store import Store, close_abandoned, open_store
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, Training, evaluate, initial_network, normalize, num_params, predict
@@ -79,12 +79,19 @@ class RunResult:
 
 @blame_script()
 def run(
-    job: Job, seed: int, progress: Progress, *, parent_run_id: str | None = None, resume: Checkpoint | None = None
+    job: Job,
+    seed: int,
+    progress: Progress,
+    *,
+    parent_run_id: str | None = None,
+    resume: Checkpoint | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> RunResult:
     """Train and track one run.
 
     parent_run_id: the study's run that this one belongs to.
     resume: continue this run, in the same MLflow run; the job and the seed are those of that run.
+    files: MNIST's, where they were sent to this machine; else they are found as the job says.
 
     Raises:
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
@@ -100,7 +107,7 @@ def run(
     experiment = teaching.load(job, store)
     use_float32(job.device)
     logger.info("Reading MNIST")
-    mnist = load_parts(job)
+    mnist = load_parts(job, files=files)
     logger.info("Trying the declaration on a few batches")
     rehearsal = rehearse(experiment, mnist)
     if parent_run_id is None:  # else the study has said it
@@ -219,12 +226,11 @@ def record(
     """
     where = mnist.train_images.device
     experiment, run_name = job.experiment, run_name_of(job, f"seed {seed}")
-    commit = provenance.commit(job.script, job.sources.values(), written_by_lab(job))
     environment = environment or provenance.environment(where)
     no_effect = " ".join(without_effect(experiment, len(mnist.train_images)))
     tags = {
         **job.tags,
-        **commit.tags,
+        **job.commit.tags,
         "data_sha256": mnist.sha256,
         **{name: environment[name] for name in ("hardware", "torch", "threads")},
         "memory_format": "channels_last" if rehearsal.memory_format == torch.channels_last else "contiguous",
@@ -249,11 +255,10 @@ def record(
             tracked.log_data(mnist, find_data_dir(job.data_dir))
             tracked.log_text(summary + "\n", "model_summary.txt")
             for name, file in job.sources.items():  # `nets.blocks` goes to `source/nets`
-                packages = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
-                tracked.log_file(file, "/".join(["source", *packages]))
+                tracked.log_file(file, str(Path("source") / place(name, file).parent))
             tracked.log_json(environment, "environment.json")
-            if commit.diff:
-                tracked.log_text(commit.diff, "source/uncommitted.diff")
+            if job.commit.diff:
+                tracked.log_text(job.commit.diff, "source/uncommitted.diff")
         else:
             tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in epochs})
         logger.info("Training, epoch by epoch")
@@ -295,11 +300,6 @@ def record(
     return RunResult(tracked.run_id, epochs, measured, verdicts)
 
 
-def written_by_lab(job: Job) -> list[Path]:
-    """Return the files and folders that do not count as changes to the project."""
-    return [*own_files(job.tracking_uri), find_data_dir(job.data_dir), PROJECT_ROOT / "reports"]
-
-
 def final_logits(net: nn.Module, mnist: Mnist, experiment: Experiment) -> Tensor:
     """Return the trained network's logits (10000, 10) of the test images; raises LabError if they are not finite."""
     with blame("net"):
@@ -309,12 +309,13 @@ def final_logits(net: nn.Module, mnist: Mnist, experiment: Experiment) -> Tensor
     return logits
 
 
-def load_parts(job: Job, device: torch.device | None = None) -> Mnist:
+def load_parts(job: Job, device: torch.device | None = None, files: Mapping[str, bytes] | None = None) -> Mnist:
     """Load MNIST onto the device (the job's), hold out images for validation, and keep the first `limit` others.
 
     A trial of a search gets no test images, so that nothing can read them.
     """
-    mnist = load_mnist(job.data_dir, device or job.device)
+    device = device or job.device
+    mnist = load_mnist(job.data_dir, device) if files is None else parse_files(files, device)
     if job.holdout:
         mnist = hold_out(mnist, job.holdout)
     if job.search is not None:

@@ -10,11 +10,11 @@ import hashlib
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import matplotlib
 import optuna
@@ -31,9 +31,8 @@ from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job
 from mnist_lab.running.precision import use_float32
 from mnist_lab.running.rehearsal import rehearse
-from mnist_lab.running.run import Pruned, load_parts, run_name_of, written_by_lab
+from mnist_lab.running.run import load_parts, run_name_of
 from mnist_lab.running.schedule import report_without_effect
-from mnist_lab.running.threads import available_cores
 from mnist_lab.running.workers import (
     Epoch,
     Failed,
@@ -41,14 +40,23 @@ from mnist_lab.running.workers import (
     Message,
     Take,
     Task,
+    TrainTasks,
     check_workers,
-    train_one_by_one,
-    train_tasks,
+    choose_trainers,
 )
 from mnist_lab.tracking.delivery import one_line, sync
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import LOCKS, SEARCHES, own_folder
-from mnist_lab.tracking.store import FinishedRun, Store, adopt, close_abandoned, finished_runs, open_store, quiet
+from mnist_lab.tracking.store import (
+    FinishedRun,
+    Store,
+    adopt,
+    check_resumable,
+    close_abandoned,
+    finished_runs,
+    open_store,
+    quiet,
+)
 from mnist_lab.tracking.store import search as find_runs
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, initial_network, num_params
@@ -57,6 +65,8 @@ from mnist_lab.verdicts.statistics import Aggregate, aggregate, expected_maximum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from mnist_lab.running.cluster import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -133,47 +143,63 @@ def search(
     *,
     workers: int | None = None,
     again: bool = False,
+    cluster: Cluster | None = None,
 ) -> SearchResult:
     """Train trials until the search has `count` of them, each with the seeds 0 to `seeds` - 1.
 
     A search of the same script, code, settings and space goes on; `again` begins a new one. Trials that were
     interrupted go on too. One that fails counts; the others are still trained.
     workers: how many processes train at once on a CPU; by default one per core.
+    cluster: trains the trials in place of this machine; then `workers` is the number of its tasks at once.
 
     Raises:
         LabError: before any training, if the space, the declaration, the data or the store is unusable.
     """
-    check_workers(workers, job.device)
+    if cluster is None:
+        check_workers(workers, job.device)
     check_space(job, space)
     store = _open_store(job)
     with _storage_failures(job), _alone(job, store):
         study = _open_study(job, space, seeds, again)
         job = replace(job, search=study.study_name)
+        trainers, at_a_time = choose_trainers(job, store, workers, cluster)
         _rehearse(job, space, store)
         _take_up_interrupted(study)
-        on_cpu = job.device.type == "cpu"
-        processes = min((workers or available_cores()) if on_cpu else 1, count)
-        with _track(job, store, f"search of {count} trials", space) as tracked:
-            _adopt_earlier(study, store, tracked.run_id)
+        at_a_time = min(at_a_time, count)
+        earlier = _earlier_run(study, store)
+        with _track(job, store, f"search of {count} trials", space, earlier) as tracked:
+            if earlier is None:
+                study.set_user_attr("run_id", tracked.run_id)
+                study.set_user_attr("logged", 0)
+                _adopt_earlier(study, store, tracked.run_id)
             trials = _Trials(study, job, space, count, seeds, store, tracked.run_id, progress)
-            progress.on_start(study.study_name, count, trials.counts().done, processes, job.device)
-            _train(trials.take, trials.hear, trials.judge, processes, progress, store, on_cpu)
+            progress.on_start(study.study_name, count, trials.counts().done, at_a_time, job.device)
+            _train(trainers, trials.take, trials.hear, trials.judge, at_a_time, progress, store)
             result = _result(study, job, tracked.run_id, seeds, trials.counts())
             _log(tracked, study, job, result)
     return result
 
 
 def confirm(
-    job: Job, space: Space, best: int, seeds: Sequence[int], progress: Progress, *, workers: int | None = None
+    job: Job,
+    space: Space,
+    best: int,
+    seeds: Sequence[int],
+    progress: Progress,
+    *,
+    workers: int | None = None,
+    cluster: Cluster | None = None,
 ) -> list[Confirmed]:
     """Train the best trials of a search again, with seeds that had no part in choosing them; the best mean comes first.
 
     seeds: a range is counted from the first seed that the search has not used. Runs that have finished count.
+    workers, cluster: as in `search`.
 
     Raises:
         LabError: as `search`, and if there is no such search or one of the seeds was used in it.
     """
-    check_workers(workers, job.device)
+    if cluster is None:
+        check_workers(workers, job.device)
     check_space(job, space)
     store = _open_store(job)
     with _storage_failures(job), _alone(job, store):
@@ -187,8 +213,8 @@ def confirm(
         trials = {trial.number: trial for trial in _finished(study)[:best]}
         if not trials:
             raise LabError(f"confirm: no trial of {study.study_name} has finished")
+        trainers, at_a_time = choose_trainers(job, store, workers, cluster)
         _rehearse(job, space, store)
-        on_cpu = job.device.type == "cpu"
         with _track(job, store, f"{len(trials)} best trials, {len(seeds)} seeds", space) as tracked:
             runs: dict[int, dict[int, FinishedRun]] = {}
             waiting: deque[tuple[Task, int]] = deque()
@@ -202,8 +228,8 @@ def confirm(
                 task = Task(of_trial, tracked.run_id, False, trial.number)
                 waiting.extend((task, seed) for seed in seeds if seed not in found)
             done, wanted = sum(map(len, runs.values())), len(trials) * len(seeds)
-            processes = min((workers or available_cores()) if on_cpu else 1, max(1, len(waiting)))
-            progress.on_start(f"{study.study_name}, {len(trials)} best trials", wanted, done, processes, job.device)
+            at_a_time = min(at_a_time, max(1, len(waiting)))
+            progress.on_start(f"{study.study_name}, {len(trials)} best trials", wanted, done, at_a_time, job.device)
             failed = 0
 
             def hear(task: Task, message: Message) -> None:
@@ -223,7 +249,7 @@ def confirm(
             def take() -> tuple[Task, int] | None:
                 return waiting.popleft() if waiting else None
 
-            _train(take, hear, lambda task, metrics: True, processes, progress, store, on_cpu)
+            _train(trainers, take, hear, lambda task, metrics: True, at_a_time, progress, store)
             confirmed = [
                 Confirmed(trial, aggregate([run.metrics[FIGURE] for run in of_seeds.values()]) if of_seeds else None)
                 for trial, of_seeds in zip(trials.values(), runs.values(), strict=True)
@@ -488,6 +514,17 @@ def _take_up_interrupted(study: optuna.Study) -> None:
         study.tell(trial.number, state=TrialState.FAIL)
 
 
+def _earlier_run(study: optuna.Study, store: Store) -> str | None:
+    """Return the run that the search has had so far, unless it was deleted."""
+    run_id: str | None = study.user_attrs.get("run_id")
+    if run_id is not None:
+        try:
+            check_resumable(store, run_id, finished_too=True)
+        except LabError:
+            return None
+    return run_id
+
+
 def _adopt_earlier(study: optuna.Study, store: Store, parent_run_id: str) -> None:
     """Make the runs of earlier trials children of this run, but for those that were deleted since."""
     ended = {run_id for trial in study.get_trials(deepcopy=False) for run_id in trial.user_attrs.get("runs", [])}
@@ -511,29 +548,30 @@ def _num_params(job: Job) -> int | None:
 
 
 @contextmanager
-def _track(job: Job, store: Store, what: str, space: Space) -> Iterator[TrackedRun]:
-    """Open the run whose children are those of the trials."""
+def _track(job: Job, store: Store, what: str, space: Space, earlier: str | None = None) -> Iterator[TrackedRun]:
+    """Open the run whose children are those of the trials, or go on with the earlier one."""
     tags = {
         **job.tags,
-        **provenance.commit(job.script, written=written_by_lab(job)).tags,
+        **provenance.commit(job.script, written=job.written_by_lab).tags,
         "hardware": provenance.hardware(job.device),
     }
     params = {**job.params, **{name: str(distribution) for name, distribution in space.items()}}
-    with track(store, run_name_of(job, what), params=params, tags=tags) as tracked:
+    name = run_name_of(job, what)
+    with track(store, name, params=params, tags=tags, resume_run_id=earlier, reopen=True) as tracked:
         yield tracked
 
 
 def _train(
+    trainers: TrainTasks,
     take: Take,
-    hear: Any,
+    hear: Callable[[Task, Message], None],
     judge: Judge,
-    processes: int,
+    at_a_time: int,
     progress: Progress,
     store: Store,
-    on_cpu: bool,
 ) -> None:
     """Train what `take` gives until there is no more, and let `hear` know what comes of it."""
-    messages = train_tasks(take, processes, progress.on_time, judge) if on_cpu else _train_here(take, judge)
+    messages = trainers(take, at_a_time, progress.on_time, judge)
     try:
         with closing(messages):
             for task, message in messages:
@@ -541,19 +579,6 @@ def _train(
     finally:
         with suppress(LabError):  # a server that is away: the next run there closes them
             close_abandoned(store)  # the runs of workers that died
-
-
-def _train_here(take: Take, judge: Judge) -> Generator[tuple[Task, Message], None, None]:
-    """Train one run after another in this process."""
-    while (given := take()) is not None:
-        task, seed = given
-
-        def on_epoch(seed: int, metrics: EpochMetrics, task: Task = task) -> None:
-            if not judge(task, metrics):
-                raise Pruned
-
-        for message in train_one_by_one(task, [seed], on_epoch):
-            yield task, message
 
 
 def _finished(study: optuna.Study) -> list[Trial]:
@@ -585,7 +610,9 @@ def _log(tracked: TrackedRun, study: optuna.Study, job: Job, result: SearchResul
         rows, headers = best_table(result.best)
         tracked.set_tags({"mlflow.note.content": tabulate(rows, headers, tablefmt="github", disable_numparse=True)})
         tracked.log_text("\n".join(paste_lines(job, result.best[0].values)) + "\n", "best.txt")
-    tracked.log_once(metrics)
+    if study.user_attrs["logged"] != counts.done:  # a point can be repeated, not replaced
+        tracked.log_epoch(counts.done, metrics)
+        study.set_user_attr("logged", counts.done)
     with quiet():
         tracked.log_text(study.trials_dataframe().to_csv(index=False), "trials.csv")
     with quiet(), matplotlib.rc_context({"savefig.bbox": "tight"}):  # Optuna's labels do not fit their figures

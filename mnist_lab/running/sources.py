@@ -43,6 +43,14 @@ def find_sources(script: Path) -> dict[str, Path]:
     return {**_loaded_modules(script, found), **found}
 
 
+def place(name: str, file: Path) -> Path:
+    """Return where the file of this module is imported from, relative to the folder of the script."""
+    if name == SCRIPT:
+        return Path(file.name)
+    folders = name.split(".")
+    return Path(*folders, file.name) if file.name == "__init__.py" else Path(*folders[:-1], file.name)
+
+
 def code_sha256(sources: Mapping[str, Path]) -> str:
     """Return a SHA-256 over what the sources say to Python, and over `RECIPE`, what the lab makes of it.
 

@@ -2,7 +2,7 @@
 
 On a CPU the seeds train side by side in worker processes with one thread each: two such processes do nearly twice the
 work of one process with two threads. On a GPU they train in this process, stacked into one program where the optimizer
-allows that, else one after another.
+allows that, else one after another. A cluster trains them as tasks of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from tabulate import tabulate
@@ -24,16 +24,19 @@ from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.precision import use_float32
 from mnist_lab.running.rehearsal import Rehearsal, rehearse
-from mnist_lab.running.run import load_parts, run_name_of, target_tags, verdict_tags, written_by_lab
+from mnist_lab.running.run import load_parts, run_name_of, target_tags, verdict_tags
 from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.threads import available_cores
 from mnist_lab.running.workers import (
     Done,
     Epoch,
     Task,
+    TrainTasks,
     check_workers,
-    train_in_processes,
+    choose_trainers,
+    train_here,
     train_one_by_one,
+    train_seeds,
     train_stacked,
 )
 from mnist_lab.tracking.delivery import sync
@@ -44,6 +47,9 @@ from mnist_lab.training.stacked import why_not_stacked
 from mnist_lab.verdicts.comparison import mean_interval_text
 from mnist_lab.verdicts.statistics import Aggregate, aggregate
 from mnist_lab.verdicts.targets import Verdict, judge
+
+if TYPE_CHECKING:
+    from mnist_lab.running.cluster import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +88,13 @@ class StudyResult:
 
 
 def study(
-    job: Job, seeds: Sequence[int], progress: Progress, *, workers: int | None = None, again: bool = False
+    job: Job,
+    seeds: Sequence[int],
+    progress: Progress,
+    *,
+    workers: int | None = None,
+    again: bool = False,
+    cluster: Cluster | None = None,
 ) -> StudyResult:
     """Train and track the job with each of these seeds, and judge them together.
 
@@ -90,11 +102,14 @@ def study(
     its run becomes a child of this study. A restored run counts where it was made with the vector instructions that
     this processor has, or on the same GPU. When a seed fails, the others are still trained.
     workers: how many processes train at once on a CPU; by default one per core, and never more than seeds to train.
+    cluster: trains the seeds in place of this machine; then `workers` is the number of its tasks at once.
 
     Raises:
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
     """
-    _check(seeds, workers, job.device)
+    _check(seeds)
+    if cluster is None:
+        check_workers(workers, job.device)
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     sync(store.uri)
@@ -103,18 +118,20 @@ def study(
     found = {} if again else finished_runs(store, job.params, job.tags, hardware=provenance.hardware(job.device))
     runs = {seed: found[seed] for seed in seeds if seed in found}
     missing = [seed for seed in seeds if seed not in found]
+    trainers: TrainTasks = train_here
+    count = 0
     if missing:  # else there is nothing to refuse
+        trainers, count = choose_trainers(job, store, workers, cluster)
         use_float32(job.device)
         logger.info("Reading MNIST, and trying the declaration on a few batches")
         mnist = load_parts(job)
         rehearsal = rehearse(teaching.load(job, store), mnist)
         rehearsal.notice()
         report_without_effect(job.experiment, job.overrides, len(mnist.train_images))
-    on_cpu = job.device.type == "cpu"
-    count = min((workers or available_cores()) if on_cpu else 1, len(missing))
+    count = min(count, len(missing))
 
     name = run_name_of(job, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}")
-    commit = provenance.commit(job.script, written=written_by_lab(job))
+    commit = provenance.commit(job.script, written=job.written_by_lab)
     tags = {
         **{tag: text for tag, text in job.tags.items() if tag != "step"},
         "study": job.step,
@@ -130,8 +147,8 @@ def study(
             adopt(store, tracked.run_id, run.run_id)
         progress.on_start(name, seeds, missing, count, job.device)
         task = Task(job, tracked.run_id, again)
-        if on_cpu:
-            messages = train_in_processes(task, missing, count, progress.on_time)
+        if job.device.type == "cpu" or cluster is not None:
+            messages = train_seeds(trainers, task, missing, count, progress.on_time)
         elif missing and job.device.type == "cuda" and _stackable(job, mnist, rehearsal):
             messages = train_stacked(task, missing, mnist, rehearsal, available_cores(), progress.on_time)
         else:
@@ -174,14 +191,13 @@ def _stackable(job: Job, mnist: Mnist, rehearsal: Rehearsal) -> bool:
     return refusal is None
 
 
-def _check(seeds: Sequence[int], workers: int | None, device: torch.device) -> None:
+def _check(seeds: Sequence[int]) -> None:
     if not seeds:
         raise LabError("seeds: there is none; give at least one")
     for seed in seeds:
         check_seed(seed)
     if twice := [seed for seed in seeds if list(seeds).count(seed) > 1]:
         raise LabError(f"seeds: {twice[0]} is there twice")
-    check_workers(workers, device)
 
 
 def judge_runs(

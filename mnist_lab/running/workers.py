@@ -1,5 +1,7 @@
 """Who trains the runs of a study or a search: processes of one thread each on a CPU, this process on a GPU.
 
+`cluster` has the same interface for a Ray cluster; `choose_trainers` is the one place that knows of both.
+
 The processes are started by `multiprocessing` with "spawn": torch's threads don't survive a fork. They are no `Pool`:
 that breaks as a whole when one of its processes dies, while here only that seed fails.
 """
@@ -15,12 +17,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,10 +34,14 @@ from mnist_lab.running.job import Job
 from mnist_lab.running.output import lasting_output
 from mnist_lab.running.rehearsal import Rehearsal
 from mnist_lab.running.run import Pruned, RunResult, check_eval_loss, final_logits, load_parts, record, run
+from mnist_lab.running.threads import available_cores
 from mnist_lab.tracking.delivery import environment_variables
-from mnist_lab.tracking.store import FinishedRun, can_resume, open_store
+from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
 from mnist_lab.training.loop import EpochMetrics, initial_network
 from mnist_lab.training.stacked import StackedTraining
+
+if TYPE_CHECKING:  # Ray is imported where it is asked for only
+    from mnist_lab.running.cluster import Cluster
 
 LOOK_SECONDS = 1.0  # how often the display is told that time passes
 END_SECONDS = 20.0  # that a worker gets to close its run when the study is stopped
@@ -94,6 +100,30 @@ class Failed(NamedTuple):
 Message = Epoch | Done | Failed
 Take = Callable[[], tuple[Task, int] | None]  # gives the task and the seed to train next, or None for nothing now
 Judge = Callable[[Task, EpochMetrics], bool]  # says whether a trial's run is worth another epoch
+Messages = Generator[tuple[Task, Message], None, None]
+
+
+class TrainTasks(Protocol):
+    """Trains what `take` gives, `count` at a time, and yields each message with the task that it is about.
+
+    It asks for more when a message of an earlier one has been dealt with. However this ends, the trainings end before
+    it.
+    """
+
+    def __call__(self, take: Take, count: int, on_time: Callable[[], None], judge: Judge | None = None) -> Messages: ...
+
+
+def choose_trainers(
+    job: Job, store: Store, workers: int | None, cluster: Cluster | None = None
+) -> tuple[TrainTasks, int]:
+    """Return who trains the tasks, and how many at a time; raises LabError."""
+    if cluster is not None:
+        cluster.connect(job, store)
+        return cluster.train_tasks, cluster.at_a_time(workers)
+    check_workers(workers, job.device)
+    if job.device.type == "cpu":
+        return train_tasks, workers or available_cores()
+    return train_here, 1
 
 
 class EpochListener:
@@ -111,7 +141,7 @@ def train_one_by_one(
 ) -> Generator[Message, None, None]:
     """Train the seeds one after another in this process; their epochs go to `on_epoch` as they come."""
     for seed in seeds:
-        yield _outcome(seed, lambda seed: _train(task, seed, partial(on_epoch, seed)))
+        yield outcome_of(seed, lambda seed: train(task, seed, partial(on_epoch, seed)))
 
 
 def train_stacked(
@@ -151,9 +181,20 @@ def train_stacked(
             yield Failed(seed, _reason(error))
         else:
             waiting.append((task._replace(trained=trained), seed))
-    with closing(train_tasks(lambda: waiting.popleft() if waiting else None, count, on_time)) as messages:
-        for _, message in messages:
-            yield message
+    yield from _messages(train_tasks, waiting, count, on_time)
+
+
+def train_here(take: Take, count: int, on_time: Callable[[], None], judge: Judge | None = None) -> Messages:
+    """Train one run after another in this process; as `TrainTasks`, but that `judge` alone hears of the epochs."""
+    while (given := take()) is not None:
+        task, seed = given
+
+        def on_epoch(seed: int, metrics: EpochMetrics, task: Task = task) -> None:
+            if judge is not None and not judge(task, metrics):
+                raise Pruned
+
+        for message in train_one_by_one(task, [seed], on_epoch):
+            yield task, message
 
 
 def _bytes(state: object) -> bytes:
@@ -184,17 +225,20 @@ def _record(task: Task, seed: int, trained: Trained) -> RunResult:
     )
 
 
-def _train(task: Task, seed: int, on_epoch: Callable[[EpochMetrics], None]) -> RunResult:
-    """Train and track one seed, and go on with an interrupted run of it where there is one."""
+def train(
+    task: Task, seed: int, on_epoch: Callable[[EpochMetrics], None], files: Mapping[str, bytes] | None = None
+) -> RunResult:
+    """Train and track one seed, and go on with an interrupted run of it where there is one; `files` as in `run`."""
     resume = None
     if not task.again:
         store = open_store(task.job.tracking_uri)
         found = checkpoint.alike(store.uri, task.job.identity, seed)
         resume = next((one for one in found if can_resume(store, one.run_id)), None)
-    return run(task.job, seed, EpochListener(on_epoch), parent_run_id=task.parent_run_id, resume=resume)
+    listener = EpochListener(on_epoch)
+    return run(task.job, seed, listener, parent_run_id=task.parent_run_id, resume=resume, files=files)
 
 
-def _outcome(seed: int, train: Callable[[int], RunResult]) -> Done | Failed:
+def outcome_of(seed: int, train: Callable[[int], RunResult]) -> Done | Failed:
     """Return what comes of training a seed; an error fails this seed alone."""
     try:
         result = train(seed)
@@ -244,24 +288,23 @@ class _Worker:
             self.connection.send(what)
 
 
-def train_in_processes(
-    task: Task, seeds: Sequence[int], count: int, on_time: Callable[[], None]
+def train_seeds(
+    trainers: TrainTasks, task: Task, seeds: Sequence[int], count: int, on_time: Callable[[], None]
 ) -> Generator[Message, None, None]:
-    """Train the seeds in `count` processes at a time. However this ends, the processes end before it."""
-    waiting = deque(seeds)
-    with closing(train_tasks(lambda: (task, waiting.popleft()) if waiting else None, count, on_time)) as messages:
+    """Let the trainers train these seeds of one task."""
+    yield from _messages(trainers, deque((task, seed) for seed in seeds), count, on_time)
+
+
+def _messages(
+    trainers: TrainTasks, waiting: deque[tuple[Task, int]], count: int, on_time: Callable[[], None]
+) -> Generator[Message, None, None]:
+    with closing(trainers(lambda: waiting.popleft() if waiting else None, count, on_time)) as messages:
         for _, message in messages:
             yield message
 
 
-def train_tasks(
-    take: Take, count: int, on_time: Callable[[], None], judge: Judge | None = None
-) -> Generator[tuple[Task, Message], None, None]:
-    """Train what `take` gives in `count` processes at a time, and yield each message with the task that it is about.
-
-    It is asked for more when a message of an earlier one has been dealt with. However this ends, the processes end
-    before it.
-    """
+def train_tasks(take: Take, count: int, on_time: Callable[[], None], judge: Judge | None = None) -> Messages:
+    """Train in processes of this machine, as `TrainTasks` says."""
     workers: list[_Worker] = []
     started = 0
     try:
@@ -317,11 +360,11 @@ def _work(connection: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
-    def train(task: Task, seed: int) -> RunResult:
+    def train_given(task: Task, seed: int) -> RunResult:
         task.job.read_experiment()
         if task.trained is not None:
             return _record(task, seed, task.trained)
-        return _train(task, seed, partial(send, task, seed))
+        return train(task, seed, partial(send, task, seed))
 
     def send(task: Task, seed: int, metrics: EpochMetrics) -> None:
         try:
@@ -336,7 +379,7 @@ def _work(connection: Connection) -> None:
         with lasting_output():
             while (given := connection.recv()) is not None:
                 task, seed = given
-                connection.send(_outcome(seed, partial(train, task)))
+                connection.send(outcome_of(seed, partial(train_given, task)))
     except (KeyboardInterrupt, EOFError, OSError):  # stopped, or the study's process is gone
         os._exit(1)
 

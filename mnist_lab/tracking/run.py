@@ -252,6 +252,7 @@ def track(
     tags: Mapping[str, str],
     parent_run_id: str | None = None,
     resume_run_id: str | None = None,
+    reopen: bool = False,
 ) -> Iterator[TrackedRun]:
     """Open a run, and close it by how the block ends.
 
@@ -259,6 +260,7 @@ def track(
     `traceback.txt` unless it is a LabError.
     parent_run_id: the study's run that this one is a child of; that may be open in this process or in another.
     resume_run_id: go on with this run, with its name, params and tags.
+    reopen: that run may have finished too, and has this name and these tags from now on.
 
     Raises:
         LabError: if the run can't be opened or resumed, or the store fails on the way, e.g. because its disk is full. A
@@ -270,6 +272,8 @@ def track(
         with uninterrupted(), briefly():
             if resume_run_id is None:
                 tracked = _create_run(store, run_name, params, {**tags, **parent})
+            elif reopen:
+                tracked = _reopen_run(store, resume_run_id, {**tags, **parent}, run_name)
             else:
                 tracked = _reopen_run(store, resume_run_id, parent)
         yield tracked
@@ -310,17 +314,17 @@ def _create_run(store: Store, run_name: str, params: Mapping[str, object], tags:
     return tracked
 
 
-def _reopen_run(store: Store, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
+def _reopen_run(store: Store, run_id: str, tags: Mapping[str, str], new_name: str | None = None) -> TrackedRun:
     lock, reopened = take_lock(store, run_id), False
     try:
         _send_waiting_records(store, run_id)
-        check_resumable(store, run_id)
+        check_resumable(store, run_id, finished_too=new_name is not None)
         client = store.client
-        client.update_run(run_id, status="RUNNING")
+        client.update_run(run_id, status="RUNNING", name=new_name)
         reopened = True
         tracked = TrackedRun(store, run_id, lock, frozenset(client.get_run(run_id).data.metrics))
         all_tags = {**tags, "process": process_tag()}
-        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in all_tags.items()])
+        client.log_batch(run_id, tags=[RunTag(name, without_password(value)) for name, value in all_tags.items()])
     except BaseException:
         lock.release() if reopened else let_go(lock)
         raise

@@ -23,6 +23,7 @@ SQLITE = "sqlite:///"
 # Folders beside a SQLite database; all but the first are in the project's `mlruns` where a server has the runs.
 ARTIFACTS, CHECKPOINTS, OUTBOX, LOCKS = "artifacts", "checkpoints", "outbox", "locks"
 SEARCHES = "searches.db"  # Optuna's database, in the same place
+OWN_FOLDER = "MNIST_LAB_MLRUNS"  # names that folder for a server's runs, e.g. one that several machines share
 BUSY_TIMEOUT = 4  # seconds that a lock on the database is waited for
 ROOM = 4 * 2**20  # bytes that must be free before a run; one leaves about 1 MB, and the largest network's 5
 # What stands before the last @ of a URI: a user name and a password, as RFC 3986 has them written.
@@ -102,9 +103,9 @@ def own_files(uri: str) -> list[Path]:
 
 
 def own_folder(uri: str) -> Path:
-    """Return the lab's own folder for a store: that of the database, or this project's `mlruns`."""
+    """Return the lab's own folder for a store: the database's, else MNIST_LAB_MLRUNS, else the project's `mlruns`."""
     database = sqlite_file(uri)
-    return database.parent if database else PROJECT_ROOT / "mlruns"
+    return database.parent if database else Path(os.environ.get(OWN_FOLDER) or PROJECT_ROOT / "mlruns").absolute()
 
 
 def check_readable(uri: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import shutil
 import signal
@@ -57,6 +58,7 @@ MAX_RUNS = 50_000  # the most that MLflow gives at once
 RESTORED = "restored"  # the tag of a run that was not trained into this store: the commit that it comes from
 LOCK_TIMEOUT = 2  # seconds; who looks whether a run is abandoned has its lock for some milliseconds
 OLD_TAG, NEW_TAG = 3, 5  # words of the tag `process`, of earlier versions and now
+ON_CLUSTER = "MNIST_LAB_ON_CLUSTER"  # set in a cluster's worker, which ends when the process that gives it work does
 
 logger = logging.getLogger(__name__)
 
@@ -261,6 +263,48 @@ def close_abandoned(store: Store) -> None:
                     client.set_terminated(run.info.run_id, "KILLED")
 
 
+def close_lost(store: Store, parent_run_id: str, run_name: str) -> None:
+    """Mark the child of this name KILLED that stands as RUNNING, whose process is known to be lost; raises LabError."""
+    condition = f"attributes.status = 'RUNNING' AND tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}'"
+    with store_failures(store, "can't be written"):
+        for run in search(store, condition):
+            if run.info.run_name == run_name:
+                _kill_unless_locked(store, run)
+
+
+def close_orphans(store: Store) -> None:
+    """Mark the runs of a cluster's workers KILLED that stand as RUNNING though what gave them work has ended.
+
+    Such a worker ends with the process that wrote the parent's run, on whatever machine it is. Raises LabError.
+    """
+    with store_failures(store, "can't be written"):
+        for run in search(store, "attributes.status = 'RUNNING'"):
+            parent, tag = run.data.tags.get(MLFLOW_PARENT_RUN_ID), run.data.tags.get("process", "").split()
+            if parent is None or len(tag) <= NEW_TAG:
+                continue
+            with briefly():
+                status = store.client.get_run(parent).info.status
+            if status != "RUNNING":
+                _kill_unless_locked(store, run)
+
+
+def _kill_unless_locked(store: Store, run: Run) -> None:
+    """Mark a run KILLED, but for one that a process on this machine still writes."""
+    lock = lock_of(store, run.info.run_id)
+    there = Path(lock.lock_file).exists()
+    if there:
+        try:
+            lock.acquire()
+        except Timeout:
+            return
+    try:
+        with briefly():
+            store.client.set_terminated(run.info.run_id, "KILLED")
+    finally:
+        if there:
+            let_go(lock)
+
+
 def search(store: Store, condition: str) -> list[Run]:
     """Return the runs that meet the condition, newest first."""
     order = ["attributes.start_time DESC"]
@@ -269,13 +313,14 @@ def search(store: Store, condition: str) -> list[Run]:
 
 
 def process_tag() -> str:
-    """Name this process: host, number, start; then the start of the system, and the machine.
+    """Name this process: host, number, start; then the start of the system, and the machine; "cluster" if it is one's.
 
     The run's lock tells whether the process has ended. Its number alone would not: containers number anew, and two
     machines can have one name.
     """
     process = psutil.Process()
-    return f"{socket.gethostname()} {process.pid} {process.create_time()} {_boot()} {_machine()}"
+    words = [socket.gethostname(), process.pid, process.create_time(), _boot(), _machine()]
+    return " ".join(map(str, [*words, "cluster"] if os.environ.get(ON_CLUSTER) else words))
 
 
 def lock_of(store: Store, run_id: str) -> FileLock:
@@ -318,8 +363,8 @@ def _abandoned(store: Store, run: Run) -> Iterator[bool]:
     # A free lock counts under the same running system, in whatever container, and on the same machine after another
     # start. Another machine may reach the folder by a network that shows it no locks.
     gone = False
-    if len(tag) == NEW_TAG:
-        host, _, _, boot, machine = tag
+    if len(tag) >= NEW_TAG:
+        host, _, _, boot, machine = tag[:NEW_TAG]
         gone = boot == _boot() != "-" or (host, machine) == (socket.gethostname(), _machine())
     try:
         yield gone
@@ -367,7 +412,7 @@ def can_resume(store: Store, run_id: str) -> bool:
     return True
 
 
-def check_resumable(store: Store, run_id: str) -> None:
+def check_resumable(store: Store, run_id: str, *, finished_too: bool = False) -> None:
     """Refuse to go on with a run that is not there, was deleted, has finished, or is in training; raises LabError."""
     try:
         with briefly():
@@ -376,7 +421,7 @@ def check_resumable(store: Store, run_id: str) -> None:
         raise LabError(f"resume: run {run_id} can't be read from {store.name!r}: {one_line(error)}") from error
     if info.lifecycle_stage == LifecycleStage.DELETED:
         raise LabError(f"resume: run {run_id} was deleted in MLflow: restore it there, or train anew")
-    if info.status == "FINISHED":
+    if info.status == "FINISHED" and not finished_too:
         raise LabError(f"resume: run {run_id} has finished")
     if info.status == "RUNNING":
         raise LabError(

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from helpers import TINY, read_runs, wait_until
 from mnist_lab import Experiment, Targets
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.running import checkpoint
+from mnist_lab.running import checkpoint, workers
 from mnist_lab.running import run as runner
 from mnist_lab.running import search as module
 from mnist_lab.running.job import Job
@@ -79,11 +81,7 @@ def here(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let trials train in this process, on few images, beside test images that must not be read."""
     poisoned = dataclasses.replace(small_mnist, test_images=Poison(), test_labels=Poison())
     monkeypatch.setattr(runner, "load_mnist", lambda *_: poisoned)
-
-    def one_by_one(take: Any, count: int, on_time: Any, judge: Any) -> Any:
-        return module._train_here(take, judge)
-
-    monkeypatch.setattr(module, "train_tasks", one_by_one)
+    monkeypatch.setattr(workers, "train_tasks", workers.train_here)
 
 
 @pytest.fixture
@@ -120,7 +118,7 @@ def test_trials_are_trained_or_pruned_and_never_see_the_test_images(job: Job, da
     parent, *children = read_runs(database)
     assert parent.run_id == result.run_id
     assert parent.status == "FINISHED"
-    assert parent.metrics["trials"] == [(0, 8.0)]
+    assert parent.metrics["trials"] == [(8, 8.0)]
     figures = {file.stem for file in (parent.artifacts / "figures").iterdir()}
     assert figures == {"history", "importances", "parallel_coordinate"}
     assert {file.name for file in parent.artifacts.iterdir()} == {"figures", "trials.csv", "best.txt"}
@@ -198,7 +196,10 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
     assert again.user_attrs["replaces"] == cut.number
     assert again.params == cut.params
     runs = read_runs(database)
-    assert len(runs) == 2 + 3  # the search's two, and one a trial: the interrupted run went on
+    assert len(runs) == 1 + 3  # the search's, and one a trial: the interrupted runs went on
+    (parent,) = [run for run in runs if PARENT not in run.tags]
+    assert parent.run_id == result.run_id
+    assert parent.metrics["trials"] == [(3, 3.0)]
     children = [run for run in runs if PARENT in run.tags]
     assert {run.tags[PARENT] for run in children} == {result.run_id}
     assert {run.status for run in children} == {"FINISHED"}
@@ -207,6 +208,17 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
     more = search(job, SPACE, 4, 1, Listener())
     assert more.name == result.name
     assert more.counts.done == 4
+    assert more.run_id == result.run_id
+    (parent,) = [run for run in read_runs(database) if run.run_id == more.run_id]
+    assert parent.name.startswith("tiny search of 4 trials")
+    assert parent.status == "FINISHED"
+    assert parent.metrics["trials"] == [(3, 3.0), (4, 4.0)]
+
+    open_store(job.tracking_uri).client.delete_run(more.run_id)
+    anew = search(job, SPACE, 4, 1, Listener())
+    assert anew.run_id != more.run_id
+    there = [run for run in read_runs(database) if PARENT in run.tags and run.run_id != children[0].run_id]
+    assert {run.tags[PARENT] for run in there} == {anew.run_id}
 
 
 @pytest.mark.usefixtures("here")
@@ -344,3 +356,25 @@ def test_a_search_in_processes_that_is_killed_goes_on(database: Path, tmp_path: 
     assert not [run for run in runs if run.status == "RUNNING"]
     newest = [run for run in runs if PARENT not in run.tags][-1]
     assert len([run for run in runs if run.tags.get(PARENT) == newest.run_id and run.status == "FINISHED"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("range_", "said"),
+    [
+        ("FloatDistribution(0.5, 0.02, log=True)", "(low=0.5, high=0.02)"),
+        ("FloatDistribution(0.0, 0.5, log=True)", "(low=0.0, high=0.5)"),
+        ("CategoricalDistribution([])", "must contain one or more elements"),
+    ],
+)
+def test_a_range_that_is_none_is_one_sentence_with_the_line_of_the_script(
+    range_: str, said: str, tmp_path: Path
+) -> None:
+    text = "from mnist_lab import main\nfrom optuna.distributions import CategoricalDistribution, FloatDistribution\n\n"
+    (tmp_path / "idea.py").write_text(f'{text}SEARCH = {{\n    "lr": {range_},\n}}\nmain(None, search=SEARCH)\n')
+    command = [sys.executable, "idea.py", "--search", "2"]  # a copy of a process shows its errors by itself
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 1
+    (line,) = process.stderr.strip().splitlines()
+    assert line.startswith(f'error: search: "lr": {range_}: ')
+    assert said in line
+    assert line.endswith("(idea.py, line 5)")

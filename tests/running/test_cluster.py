@@ -1,0 +1,329 @@
+"""A study and a search over two Ray nodes, each of them real processes: nodes and drivers are killed in the middle."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+
+from forkserver import PATIENCE
+from helpers import TINY, TrackedRun, read_runs, wait_until
+
+pytestmark = pytest.mark.long
+
+PARENT = "mlflow.parentRunId"
+STARTS = 10  # of a node
+TOKEN = "a-token-of-the-tests-" + "0" * 32
+RAY = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": TOKEN,
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONDONTWRITEBYTECODE": "",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Process:
+    """A program in a session of its own, what it has printed, and all that it has started."""
+
+    def __init__(self, *command: str | Path, cwd: Path, **environment: str) -> None:
+        self.output = (cwd / f"output-{time.monotonic_ns()}.txt").open("w+")
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=cwd,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def said(self) -> str:
+        return Path(self.output.name).read_text()
+
+    @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def wait(self) -> int:
+        return self.process.wait(PATIENCE)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill it and all that it has started."""
+        with suppress(psutil.NoSuchProcess):
+            program = psutil.Process(self.process.pid)
+            every = [program, *program.children(recursive=True)]
+            for one in every:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(every, timeout=PATIENCE)
+        self.process.wait()
+
+
+class Cluster:
+    """A head and one more node, with a core each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.address = f"127.0.0.2:{self.port}"
+        self.head = self._start("--head", f"--port={self.port}", "--include-dashboard=false")
+        self.nodes: list[Process] = []
+
+    def _start(self, *flags: str) -> Process:
+        """Start a node; again where a busy machine did not start Ray's agents within the 15 seconds that Ray allows."""
+        common = ("--node-ip-address=127.0.0.2", "--num-cpus=1", "--object-store-memory=150000000", "--block")
+        command = (Path(sys.executable).with_name("ray"), "start", *flags, *common)
+        for _ in range(STARTS):
+            process = Process(*command, cwd=self.folder, **RAY)
+            wait_until(lambda started=process: "Ray runtime started" in started.said or started.has_ended)
+            if not process.has_ended:
+                return process
+        raise AssertionError(process.said)
+
+    def add_node(self) -> Process:
+        self.nodes.append(self._start(f"--address={self.address}"))
+        return self.nodes[-1]
+
+    def end(self) -> None:
+        for process in (*self.nodes, self.head):
+            process.kill()
+
+
+class Server:
+    """A tracking server over SQLite."""
+
+    def __init__(self, folder: Path) -> None:
+        self.database, port = folder / "mlflow.db", free_port()
+        self.uri = f"http://127.0.0.1:{port}"
+        flags = ["--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+        flags += ["--backend-store-uri", f"sqlite:///{self.database}"]
+        flags += ["--artifacts-destination", str(folder / "artifacts")]
+        light = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self.process = Process(sys.executable, "-m", "mlflow", "server", *flags, cwd=folder, **light)
+        wait_until(self._is_there)
+
+    def _is_there(self) -> bool:
+        with urllib.request.urlopen(f"{self.uri}/health", timeout=10):
+            return True
+
+    def runs(self) -> list[TrackedRun]:
+        return read_runs(self.database)
+
+
+@pytest.fixture(scope="module")
+def server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    # The template's experiment keeps its artifacts in a folder; let the server make one that it serves itself.
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    client.rename_experiment(client.get_experiment_by_name("mnist").experiment_id, "template")
+    server = Server(folder)
+    yield server
+    server.process.kill()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Return a cluster of one node, which the tests share; each adds the second one that it needs."""
+    cluster = Cluster(tmp_path_factory.mktemp("ray"))
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def cluster(head: Cluster) -> Iterator[Cluster]:
+    head.add_node()
+    yield head
+    while head.nodes:
+        head.nodes.pop().kill()
+
+
+@pytest.fixture
+def idea(tmp_path: Path) -> Path:
+    """Return a script with a space to search in, and a module that it imports, in a folder of its own."""
+    imported = "from optuna.distributions import FloatDistribution\n\nfrom parts.places import LOW\n"
+    space = 'SEARCH = {"lr": FloatDistribution(LOW, 1.0, log=True)}\n\n\n'
+    text = TINY.read_text().replace("main(EXPERIMENT)", "main(EXPERIMENT, search=SEARCH)")
+    text = text.replace("import torch\n", f"import torch\n{imported}", 1).replace("if __name__", f"{space}if __name__")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "places.py").write_text("LOW = 0.01\n")
+    (tmp_path / "idea.py").write_text(text)
+    return tmp_path / "idea.py"
+
+
+@pytest.fixture
+def start(idea: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Return what starts the script with flags."""
+    started = []
+
+    def start(*flags: str) -> Process:
+        started.append(Process(sys.executable, idea, *flags, cwd=tmp_path, MNIST_LAB_MLRUNS=str(tmp_path), **RAY))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def of_process(runs: list[TrackedRun]) -> set[str]:
+    return {run.tags["process"] for run in runs}
+
+
+def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, server: Server, start: Callable[..., Process]) -> None:
+    before = {run.run_id for run in server.runs()}
+
+    def children() -> list[TrackedRun]:
+        return [run for run in server.runs() if run.run_id not in before and PARENT in run.tags]
+
+    flags = ("--limit", "6000", "--epochs", "5", "--tracking-uri", server.uri)
+    program = start("--seeds", "6", "--cluster", cluster.address, *flags)
+    wait_until(lambda: len([run for run in children() if "test_accuracy" in run.metrics]) >= 2)
+    cluster.nodes[0].kill()
+    assert program.wait() == 0, program.said
+
+    assert "is trained again: its process was lost" in program.said
+    finished = [run for run in children() if run.status == "FINISHED"]
+    assert sorted(run.params["seed"] for run in finished) == ["0", "1", "2", "3", "4", "5"]
+    assert {run.status for run in server.runs()} <= {"FINISHED", "KILLED"}
+    for run in finished:  # each epoch once, though one run went on elsewhere
+        assert [epoch for epoch, _ in run.metrics["test_accuracy"]] == [1, 2, 3, 4, 5]
+    (parent,) = [run for run in server.runs() if run.run_id not in before and PARENT not in run.tags]
+    assert parent.metrics["seeds"] == [(0, 6.0)]
+
+    local = start("--seeds", "2", "--again", *flags)
+    assert local.wait() == 0, local.said
+    again = [
+        run for run in children() if run.run_id not in {one.run_id for one in finished} and run.status == "FINISHED"
+    ]
+    assert len(again) == 2
+    for run in again:  # to the last digit
+        (there,) = [one for one in finished if one.params["seed"] == run.params["seed"]]
+        assert run.metrics["test_loss"] == there.metrics["test_loss"]
+        assert run.tags["git_commit"] == there.tags["git_commit"]
+        assert run.tags["mlflow.source.name"] == there.tags["mlflow.source.name"]
+
+
+def test_a_search_whose_driver_is_killed_goes_on(
+    cluster: Cluster, server: Server, start: Callable[..., Process]
+) -> None:
+    before = {run.run_id for run in server.runs()}
+
+    def runs() -> list[TrackedRun]:
+        return [run for run in server.runs() if run.run_id not in before]
+
+    flags = ("--search", "6", "--limit", "3000", "--cluster", cluster.address, "--tracking-uri", server.uri)
+    program = start(*flags)
+    wait_until(lambda: [run for run in runs() if "final_validation_accuracy" in run.metrics])
+    program.signal(signal.SIGKILL)
+    program.wait()
+
+    again = start(*flags)
+    assert again.wait() == 0, again.said
+
+    assert "6 trials: " in again.said
+    assert {run.status for run in runs()} <= {"FINISHED", "KILLED"}
+    (parent,) = [run for run in runs() if PARENT not in run.tags]
+    assert parent.metrics["trials"] == [(6, 6.0)]
+    finished = [run for run in runs() if PARENT in run.tags and run.status == "FINISHED"]
+    assert len(finished) == 6
+    assert {run.tags[PARENT] for run in finished} == {parent.run_id}
+    assert not [name for run in finished for name in run.metrics if "test" in name]
+
+
+def test_ctrl_c_ends_the_tasks_in_order(cluster: Cluster, server: Server, start: Callable[..., Process]) -> None:
+    before = {run.run_id for run in server.runs()}
+
+    def runs() -> list[TrackedRun]:
+        return [run for run in server.runs() if run.run_id not in before]
+
+    flags = ("--seeds", "3", "--epochs", "50", "--cluster", cluster.address, "--tracking-uri", server.uri)
+    program = start(*flags)
+    wait_until(lambda: len([run for run in runs() if "test_accuracy" in run.metrics]) >= 2)
+    program.signal(signal.SIGINT)
+    assert program.wait() == 130, program.said
+
+    assert program.said.strip().endswith(
+        "Interrupted. Runs that had begun are marked KILLED; the same command trains only the seeds that are missing."
+    )
+    assert "Traceback" not in program.said
+    assert [run.status for run in runs()] == ["KILLED"] * 3  # the study's, and those of two seeds
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--cluster", "ray://127.0.0.1:10001"],
+            "error: cluster: ray://127.0.0.1:10001 is for Ray's client; give HOST",
+        ),
+        (["--cluster", "127.0.0.1"], "error: cluster: '127.0.0.1' is not HOST:PORT"),
+        (["--cluster", "HEAD", "--workers", "3"], "error: workers: 3 is not between 1 and 2, for which the cluster"),
+        (
+            ["--cluster", "HEAD", "--tracking-uri", "sqlite:///x.db"],
+            "2 nodes can't write to SQLite; start a server with",
+        ),
+    ],
+)
+def test_what_can_not_be(
+    flags: list[str], said: str, cluster: Cluster, server: Server, start: Callable[..., Process]
+) -> None:
+    program = start(
+        "--seeds", "2", "--tracking-uri", server.uri, *[flag.replace("HEAD", cluster.address) for flag in flags]
+    )
+
+    assert program.wait() == 1
+    assert said in program.said
+    assert "Traceback" not in program.said
+    assert len(program.said.strip().splitlines()) <= 2, program.said
+
+
+def test_a_cluster_that_does_not_answer(start: Callable[..., Process], uri: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        program = start("--seeds", "2", "--tracking-uri", uri, "--cluster", address)
+        assert program.wait() == 1
+    assert program.said.strip() == f"error: cluster: {address} does not answer as a Ray cluster within 10 seconds"
+
+
+def test_a_wrong_token(head: Cluster, start: Callable[..., Process], uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RAY, "RAY_AUTH_TOKEN", "b" * 40)
+    program = start("--seeds", "2", "--tracking-uri", uri, "--cluster", head.address)
+    assert program.wait() == 1
+    assert f"error: cluster: {head.address} refuses the token" in program.said
+    assert "Traceback" not in program.said
+
+
+def test_auto_starts_a_cluster_of_this_machine_on_loopback(
+    start: Callable[..., Process], uri: str, database: Path
+) -> None:
+    program = start("--seeds", "2", "--limit", "3000", "--epochs", "2", "--cluster", "auto", "--tracking-uri", uri)
+    assert program.wait() == 0, program.said
+    children = [run for run in read_runs(database) if PARENT in run.tags]
+    assert [run.status for run in children] == ["FINISHED"] * 2
+    assert {run.tags["process"].split()[-1] for run in children} == {"cluster"}
+
+
+def test_without_the_flag_nothing_of_ray_is_imported(tmp_path: Path) -> None:
+    code = "import sys, mnist_lab.running.study, mnist_lab.running.search; print(sorted({'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
