@@ -91,7 +91,7 @@ class Cluster:
 
     def _start(self, *flags: str) -> Process:
         """Start a node; again where a busy machine did not start Ray's agents within the 15 seconds that Ray allows."""
-        common = ("--node-ip-address=127.0.0.2", "--num-cpus=1", "--object-store-memory=150000000", "--block")
+        common = ("--node-ip-address=127.0.0.2", "--num-cpus=1", "--object-store-memory=500000000", "--block")
         command = (Path(sys.executable).with_name("ray"), "start", *flags, *common)
         for _ in range(STARTS):
             process = Process(*command, cwd=self.folder, **RAY)
