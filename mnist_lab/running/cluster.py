@@ -379,18 +379,27 @@ def _check_answers(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal()):
         raise LabError(f"cluster: {address!r} is not HOST:PORT, nor {AUTO}")
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    # `ray health-check`, in a process that can be ended; its imports take longer than the answer.
+    program = "import sys; from ray.scripts.scripts import cli; print(flush=True); cli(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "health-check", "--address", address]
     try:
         with socket.create_connection((host, int(port)), ANSWER_SECONDS):
             pass
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
     except (OSError, OverflowError) as error:
         raise LabError(f"cluster: nothing answers at {address}: {error}") from error
-    except subprocess.TimeoutExpired:
-        said = f"cluster: {address} does not answer as a Ray cluster within {ANSWER_SECONDS} seconds"
-        raise LabError(said) from None
-    if done.returncode != 0:
-        raise LabError(f"cluster: {address} can't be used: {(done.stderr.strip().splitlines() or ['no cluster'])[-1]}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asked:
+        assert asked.stdout is not None
+        asked.stdout.readline()
+        try:
+            _, said = asked.communicate(timeout=ANSWER_SECONDS)
+        except subprocess.TimeoutExpired:
+            asked.kill()
+            said = f"cluster: {address} does not answer as a Ray cluster within {ANSWER_SECONDS} seconds"
+            raise LabError(said) from None
+    if asked.returncode != 0:
+        if "token" in said.lower() or "unauthenticated" in said.lower():
+            raise LabError(f"cluster: {address} refuses the token: it must be that of the head (docs/cluster.md)")
+        raise LabError(f"cluster: {address} can't be used: {(said.strip().splitlines() or ['no cluster'])[-1]}")
 
 
 @contextmanager
@@ -480,6 +489,8 @@ def _train_there(
 
     def train_given(seed: int) -> RunResult:
         _settle(order)
+        if parse_files(contents).sha256 != order.sha256:
+            raise LabError("data: MNIST is not on this node as it was sent")
         task.job.lies_in(PROJECT_ROOT, order.commit)
         sys.argv = [str(task.job.script)]  # by which MLflow names a run's source
         task.job.read_experiment()
