@@ -129,6 +129,10 @@ champion: $(INSTALLED)  ## let the median seed of a step read pictures: STEP=ste
 ui: $(INSTALLED)  ## browse the runs in the MLflow UI
 	@$(PYTHON) -m mnist_lab ui $(ARGS)
 
+.PHONY: server
+server: $(INSTALLED)  ## serve MLflow to a team, on PostgreSQL: ARGS="--auth --host 0.0.0.0"
+	@$(PYTHON) -m mnist_lab server $(ARGS)
+
 .PHONY: report
 report: $(INSTALLED)  ## write reports/steps.html and reports/steps.md from the tracked runs
 	@$(PYTHON) -m mnist_lab report $(ARGS)

@@ -2,9 +2,9 @@
 
     python benchmarks [NAME ...] [FLAGS]
 
-NAME: training, augmentation, study, startup, tracking, memory, run_tables or gpu; all of them if none is given. FLAGS
-go to each of them: `--quick`, `--rounds N`, `--threads N` and `--out FOLDER` are known to all; `python benchmarks NAME
---help` shows those of one.
+NAME: training, augmentation, study, startup, tracking, memory, run_tables, gpu or server; all of them if none is given.
+FLAGS go to each of them: `--quick`, `--rounds N`, `--threads N` and `--out FOLDER` are known to all; `python benchmarks
+NAME --help` shows those of one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("training", "augmentation", "study", "startup", "tracking", "memory", "run_tables", "gpu")
+NAMES = ("training", "augmentation", "study", "startup", "tracking", "memory", "run_tables", "gpu", "server")
 
 
 def main() -> None:

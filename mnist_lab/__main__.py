@@ -180,7 +180,8 @@ def _print_readings(readings: Mapping[str, Reading], run_name: str, run_id: str)
 
 def draw(arguments: argparse.Namespace) -> None:
     """Serve a page on loopback to draw digits on."""
-    from mnist_lab.tracking.ui import check_port, free_port
+    from mnist_lab.tracking.serving import check_port
+    from mnist_lab.tracking.ui import free_port
 
     check_port(arguments.port)
 
@@ -223,21 +224,39 @@ def champion(arguments: argparse.Namespace) -> None:
 
 def ui(arguments: argparse.Namespace) -> None:
     """Serve the MLflow UI on loopback."""
-    from mnist_lab.tracking import ui as server
+    from mnist_lab.tracking import serving
+    from mnist_lab.tracking import ui as pages
 
     uri = tracking_uri(arguments.tracking_uri)
     if sqlite_file(uri) is None:
         raise LabError(f"tracking store {without_password(uri)!r} is a server already: open it in a browser")
-    server.check_port(arguments.port)
+    serving.check_port(arguments.port)
 
     from mnist_lab.tracking.store import open_store
 
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     store = open_store(arguments.tracking_uri)
-    port = server.free_port(arguments.port)
+    port = pages.free_port(arguments.port)
     if port != arguments.port:
         print(f"Port {arguments.port} is taken; using {port}.", file=sys.stderr)
-    server.serve(store.uri, store.experiment_id, port)
+    pages.serve(store.uri, store.experiment_id, port)
+
+
+def server(arguments: argparse.Namespace) -> None:
+    """Serve MLflow to a team, on PostgreSQL."""
+    from mnist_lab.tracking.server import Settings, serve
+
+    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
+    serve(
+        Settings(
+            folder=arguments.folder,
+            host=arguments.host,
+            port=arguments.port,
+            workers=arguments.workers,
+            auth=arguments.auth,
+            backend_store_uri=arguments.backend_store_uri or os.environ.get("MLFLOW_BACKEND_STORE_URI"),
+        )
+    )
 
 
 def sync(arguments: argparse.Namespace) -> None:
@@ -282,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
         """first: what the job is at for a while before it says anything."""
         command = jobs.add_parser(job.__name__, help=text, description=text)
         command.set_defaults(job=job, first=first)
-        if job is not data:
+        if job not in (data, server):
             uri = "MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)"
             command.add_argument("--tracking-uri", help=uri)
         return command
@@ -325,6 +344,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help=argparse.SUPPRESS)
     command = add(ui, "serve the MLflow UI on loopback")
     command.add_argument("--port", type=number_from(), default=5000, help="port to try first (default 5000)")
+    command = add(server, "serve MLflow to a team, on PostgreSQL", "Starting the database and the server")
+    uris = "postgresql://user@host:5432/database (default: MLFLOW_BACKEND_STORE_URI, else a database of its own)"
+    command.add_argument("--backend-store-uri", metavar="URI", help=uris)
+    folder = PROJECT_ROOT / "mlruns" / "server"
+    command.add_argument("--folder", type=Path, default=folder, help="of its artifacts (default: mlruns/server/)")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    command.add_argument("--port", type=number_from(), default=5000, help="port to listen on (default 5000)")
+    command.add_argument("--workers", type=number_from(1), default=2, help="processes that answer (default 2)")
+    command.add_argument("--auth", action="store_true", help="ask for a user name and a password")
     return parser
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Run, RunTag
@@ -187,6 +188,11 @@ def ask(uri: str) -> None:
         timeout=SERVER_TIMEOUT,
         max_retries=0,
     )
+    if answer.status_code == 403 and "Host header" in answer.text:
+        raise ValueError(
+            f"the server does not answer to the name {urlsplit(uri).netloc.rpartition('@')[2]!r}: call it by another "
+            "one, or start it with MLFLOW_SERVER_ALLOWED_HOSTS"
+        )
     if answer.status_code in (401, 403):
         raise ValueError(
             f"the server refuses you (HTTP {answer.status_code}): give MLFLOW_TRACKING_USERNAME and "

@@ -124,7 +124,7 @@ def check_readable(uri: str) -> None:
         if not {"alembic_version", "experiments", "runs"} <= tables:
             raise LabError(f"tracking store {file} is not an MLflow database")
         versions = [version for (version,) in connection.execute("SELECT version_num FROM alembic_version")]
-    if (known := _known_schemas()) and not known.issuperset(versions):
+    if (known := known_schemas()) and not known.issuperset(versions):
         raise LabError(
             f"tracking store {file} was last used by a newer MLflow than {importlib.metadata.version('mlflow')}, which "
             "can't read it: install that one, or go back to the copy made before (docs/metrics.md)"
@@ -198,7 +198,7 @@ def follow_move(uri: str) -> None:
         connection.execute("COMMIT")
 
 
-def _known_schemas() -> set[str]:
+def known_schemas() -> set[str]:
     """Return the versions of its database that the installed MLflow knows, without importing it; that takes seconds."""
     spec = importlib.util.find_spec("mlflow")
     assert spec is not None

@@ -99,7 +99,7 @@ def open_store(uri: str | None = None) -> Store:
         if database is None:
             ask(uri)
             with briefly():
-                return Store(uri, _experiment_id(uri))
+                return Store(uri, experiment_of(uri).experiment_id)
         check_writable(uri)  # before a lock file is left beside what is not ours
         database.parent.mkdir(parents=True, exist_ok=True)
         # Two processes that make the same new database at once would break it.
@@ -108,7 +108,7 @@ def open_store(uri: str | None = None) -> Store:
                 _create(database)
             check_readable(uri)
             follow_move(uri)
-            return Store(uri, _experiment_id(uri, database.parent / ARTIFACTS))
+            return Store(uri, experiment_of(uri, (database.parent / ARTIFACTS).as_uri()).experiment_id)
     except LabError:
         raise
     except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error, ValueError) as error:
@@ -122,7 +122,7 @@ def _create(database: Path) -> None:
     folder.mkdir()
     new = folder / f"{secrets.token_hex(4)}.db"  # MLflow takes a path that it has seen for one that it has made
     try:
-        _experiment_id(f"{SQLITE}{new}", database.parent / ARTIFACTS)
+        experiment_of(f"{SQLITE}{new}", (database.parent / ARTIFACTS).as_uri())
         with closing(sqlite3.connect(new)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # it stays so
         new.replace(database)
@@ -130,21 +130,29 @@ def _create(database: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _experiment_id(uri: str, artifacts: Path | None = None) -> str:
+def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.entities.Experiment:
+    """Return the experiment that holds all runs, made if it is not there.
+
+    artifact_location: of a new one; without it, a server chooses.
+
+    Raises:
+        LabError: if it was deleted.
+        MlflowException, SQLAlchemyError: if the store fails.
+    """
     with quiet():
         client = mlflow.MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
         if experiment is None:
-            location = artifacts.as_uri() if artifacts else None
             view = {f"mlflow.sharedViewState.{UI_VIEW}": json.dumps({"selectedColumns": UI_COLUMNS})}
             try:
-                return str(client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=view))
+                client.create_experiment(EXPERIMENT_NAME, artifact_location=artifact_location, tags=view)
             except MlflowException:  # another program that uses the server made it meanwhile
-                experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
-                if experiment is None:
+                if client.get_experiment_by_name(EXPERIMENT_NAME) is None:
                     raise
+            experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+            assert experiment is not None
     check_not_deleted(uri, experiment)
-    return str(experiment.experiment_id)
+    return experiment
 
 
 def check_not_deleted(uri: str, experiment: mlflow.entities.Experiment) -> None:

@@ -20,7 +20,7 @@ import pytest
 from forkserver import PATIENCE, Program, run_program
 from helpers import read_runs, wait_until
 from mnist_lab.errors import LabError
-from mnist_lab.tracking import ui
+from mnist_lab.tracking import serving, ui
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import open_store
 
@@ -36,7 +36,7 @@ def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
 
 
 def begin(first: Callable[[], None]) -> None:
-    ui.START_TIMEOUT = PATIENCE
+    serving.START_TIMEOUT = PATIENCE
     first()
 
 
