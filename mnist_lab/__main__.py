@@ -344,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help=argparse.SUPPRESS)
     command = add(ui, "serve the MLflow UI on loopback")
     command.add_argument("--port", type=number_from(), default=5000, help="port to try first (default 5000)")
-    command = add(server, "serve MLflow to a team, on PostgreSQL")
+    command = add(server, "serve MLflow to a team, on PostgreSQL", "Starting the database and the server")
     uris = "postgresql://user@host:5432/database (default: MLFLOW_BACKEND_STORE_URI, else a database of its own)"
     command.add_argument("--backend-store-uri", metavar="URI", help=uris)
     folder = PROJECT_ROOT / "mlruns" / "server"

@@ -36,10 +36,11 @@ REFRESH_SECONDS = 0.5  # reading the running figures waits for the device, so th
 
 
 def say_what_is_done() -> None:
-    """Let the lab's loggers say on a terminal what is being done, where it takes a while; elsewhere they stay quiet."""
+    """Let the lab's loggers give their notices, and on a terminal say what is being done, where it takes a while."""
+    logger = logging.getLogger("mnist_lab")
+    logger.setLevel(logging.WARNING)  # else the root's counts, which importing mlflow.pytorch raises to ERROR
     if not sys.stderr.isatty():
         return
-    logger = logging.getLogger("mnist_lab")
     if not logger.handlers:  # without one, Python shows warnings by itself
         logger.addHandler(logging.StreamHandler())
         logger.propagate = False

@@ -9,6 +9,7 @@ that breaks as a whole when one of its processes dies, while here only that seed
 from __future__ import annotations
 
 import io
+import logging
 import math
 import multiprocessing
 import os
@@ -357,6 +358,7 @@ def _ending(exitcode: int | None) -> str:
 def _work(connection: Connection) -> None:
     """Train the seeds that come over the connection, and send back what comes of them."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    logging.getLogger("mnist_lab").setLevel(logging.WARNING)  # a script that imports mlflow.pytorch raises the root's
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 

@@ -253,9 +253,11 @@ def is_away(uri: str, error: Exception) -> bool:
 def briefly() -> AbstractContextManager[None]:
     """Let MLflow ask a server once, and wait for it no longer than a training should, or as long as the user has said.
 
-    MLflow's own repetitions could write a thing twice; `send` looks first.
+    It prints nothing of its own meanwhile. MLflow's own repetitions could write a thing twice; `send` looks first.
     """
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    if "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT" not in os.environ:
+        limits["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for each run that ends on a server
     if "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ:
         limits["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(SERVER_TIMEOUT)
     return environment_variables(limits)

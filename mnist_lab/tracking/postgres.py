@@ -80,11 +80,11 @@ def own(folder: Path) -> Iterator[Database]:
             _create(folder, binaries, sockets, as_whom)
         log = folder.with_name(f"{folder.name}.log")
         begin = log.stat().st_size if log.exists() else 0
-        command = [binaries / "postgres", "-D", folder, "-k", sockets, "-c", "listen_addresses="]
+        command = [str(binaries / "postgres"), "-D", str(folder), "-k", sockets, "-c", "listen_addresses="]
         command += ["-c", "unix_socket_permissions=0700", "-c", f"max_connections={CONNECTIONS}"]
         with log.open("ab") as messages:
             process = subprocess.Popen(
-                command, cwd=sockets, stdout=messages, stderr=messages, start_new_session=True, **as_whom
+                command, cwd=sockets, stdout=messages, stderr=messages, text=False, start_new_session=True, **as_whom
             )
         try:
             url = sqlalchemy.URL.create(DRIVER, ROLE, database="postgres", query={"host": sockets})
@@ -104,7 +104,7 @@ def _create(folder: Path, binaries: Path, cwd: str, as_whom: Mapping[str, Any]) 
         new.mkdir(mode=0o700, parents=True)
         if as_whom:
             shutil.chown(new, as_whom["user"], as_whom["group"])
-        command = [binaries / "initdb", "-D", new, "--username", ROLE, "--encoding", "UTF8", "--no-locale"]
+        command = [str(binaries / "initdb"), "-D", str(new), "--username", ROLE, "--encoding", "UTF8", "--no-locale"]
         command += ["--auth-local", "trust", "--auth-host", "reject"]
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace", **as_whom)
         if done.returncode:

@@ -152,6 +152,7 @@ def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.enti
                 if client.get_experiment_by_name(EXPERIMENT_NAME) is None:
                     raise
             experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+            assert experiment is not None
     check_not_deleted(uri, experiment)
     return experiment
 
