@@ -4,10 +4,8 @@ An experiment script needs three names: `Experiment` and `Targets` to declare, `
 """
 
 import os
-import sys
 
 from mnist_lab.cli import main
-from mnist_lab.errors import show_uncaught
 from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.pictures import Predictions, predict
 
@@ -15,5 +13,3 @@ __all__ = ["Experiment", "Predictions", "Targets", "main", "predict"]
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads both once, when it is imported
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-if sys.excepthook is sys.__excepthook__:  # no other program's
-    sys.excepthook = show_uncaught

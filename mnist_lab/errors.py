@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import traceback
 from pathlib import Path
-from types import TracebackType
 
 
 class LabError(ValueError):
@@ -23,28 +21,8 @@ class LabError(ValueError):
 
 def script_line(error: BaseException) -> str:
     """Return the last line of the user's own code that an error went through: " (my_idea.py, line 7)", or nothing."""
-    frame = _script_frame(error)
-    return "" if frame is None else f" ({Path(frame.filename).name}, line {frame.lineno})"
-
-
-def show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show a LabError that nothing has caught as its sentence, as `sys.excepthook`.
-
-    So too what Optuna says of a space to search in: a script states it before it calls `main`, which could catch that.
-    """
-    frames, script = traceback.extract_tb(trace), _script_frame(error)
-    if isinstance(error, LabError):
-        print(f"error: {error}", file=sys.stderr)
-    elif isinstance(error, ValueError) and script and frames[-1].filename.endswith("optuna/distributions.py"):
-        said = " ".join(str(error).split()).rstrip(".")
-        print(f"error: search: {(script.line or '').rstrip(',')}: {said}{script_line(error)}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def _script_frame(error: BaseException) -> traceback.FrameSummary | None:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_script(Path(frame.filename))]
-    return frames[-1] if frames else None
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def is_script(file: Path) -> bool:

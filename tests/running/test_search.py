@@ -3,8 +3,6 @@
 import dataclasses
 import math
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -356,25 +354,3 @@ def test_a_search_in_processes_that_is_killed_goes_on(database: Path, tmp_path: 
     assert not [run for run in runs if run.status == "RUNNING"]
     newest = [run for run in runs if PARENT not in run.tags][-1]
     assert len([run for run in runs if run.tags.get(PARENT) == newest.run_id and run.status == "FINISHED"]) >= 3
-
-
-@pytest.mark.parametrize(
-    ("range_", "said"),
-    [
-        ("FloatDistribution(0.5, 0.02, log=True)", "(low=0.5, high=0.02)"),
-        ("FloatDistribution(0.0, 0.5, log=True)", "(low=0.0, high=0.5)"),
-        ("CategoricalDistribution([])", "must contain one or more elements"),
-    ],
-)
-def test_a_range_that_is_none_is_one_sentence_with_the_line_of_the_script(
-    range_: str, said: str, tmp_path: Path
-) -> None:
-    text = "from mnist_lab import main\nfrom optuna.distributions import CategoricalDistribution, FloatDistribution\n\n"
-    (tmp_path / "idea.py").write_text(f'{text}SEARCH = {{\n    "lr": {range_},\n}}\nmain(None, search=SEARCH)\n')
-    command = [sys.executable, "idea.py", "--search", "2"]  # a copy of a process shows its errors by itself
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 1
-    (line,) = process.stderr.strip().splitlines()
-    assert line.startswith(f'error: search: "lr": {range_}: ')
-    assert said in line
-    assert line.endswith("(idea.py, line 5)")
