@@ -19,7 +19,7 @@ import pytest
 from forkserver import PATIENCE
 from helpers import TINY, TrackedRun, read_runs, wait_until
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.load]  # Ray gives its own agents 15 seconds to start
 
 PARENT = "mlflow.parentRunId"
 STARTS = 10  # of a node
