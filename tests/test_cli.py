@@ -199,7 +199,9 @@ def test_a_terminal_shows_one_bar_for_all_seeds(monkeypatch: pytest.MonkeyPatch)
     done = {"final_test_accuracy": 99.1, "best_test_accuracy": 99.2, "best_epoch": 1.0}
 
     console.on_start("idea 3 seeds", [0, 1, 2], [1, 2], 2, torch.device("cpu"))
-    console.on_epoch(1, metrics("test"))
+    first = dataclasses.replace(metrics("test"), epoch=1)
+    console.on_epoch(1, first)
+    console.on_epoch(1, first)  # a node was lost, and the seed began again elsewhere: not an epoch more
     console.on_epoch(1, metrics("test"))
     console.on_seed(1, done)
     console.on_time()
