@@ -245,7 +245,8 @@ def test_a_search_whose_driver_is_killed_goes_on(
     (parent,) = [run for run in runs() if PARENT not in run.tags]
     assert parent.metrics["trials"] == [(6, 6.0)]
     finished = [run for run in runs() if PARENT in run.tags and run.status == "FINISHED"]
-    assert len(finished) == 6
+    # The run whose end was seen above had ended before the driver could note it, so its trial may have had another.
+    assert len(finished) in (6, 7)
     assert {run.tags[PARENT] for run in finished} == {parent.run_id}
     assert not [name for run in finished for name in run.metrics if "test" in name]
 
