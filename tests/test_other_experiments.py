@@ -344,6 +344,23 @@ def run_with(more: str, database: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+UNUSED = """
+import mlflow.pytorch  # which lets the root logger show errors only
+
+class Net(Net):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+"""
+
+
+def test_a_script_that_quiets_the_root_logger_gets_the_notices_of_the_lab(database: Path) -> None:
+    done = run_with(UNUSED, database)
+
+    assert done.returncode == 0, done.stderr
+    assert "no gradient reaches unused.bias, unused.weight" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
