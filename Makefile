@@ -46,7 +46,7 @@ endif
 $(INSTALLED): requirements.lock pyproject.toml | $(UV)
 	test ! -s $@ || test "$$(cat $@)" = "$(CURDIR)" || rm -rf .venv
 	test -x $(PYTHON) || $(UV) venv --quiet --python '>=3.11,<3.14' .venv
-	$(UV) pip sync --quiet --require-hashes requirements.lock
+	$(UV) pip sync --quiet --compile-bytecode --require-hashes requirements.lock
 	$(UV) pip install --quiet --no-deps --editable .
 	@echo "$(CURDIR)" > $@
 

@@ -79,7 +79,7 @@ class Team:
 
     def start(self) -> None:
         self.begin()
-        wait_until(lambda: "Ctrl-C stops the server." in self.process.stdout, self.process)
+        wait_until(lambda: "Ready. Ctrl-C stops the server." in self.process.stdout, self.process)
 
     def family(self) -> list[psutil.Process]:
         started = psutil.Process(self.process.pid)
@@ -144,7 +144,7 @@ def test_it_says_what_to_set_and_listens_on_one_port_of_loopback(team: Team) -> 
 
     assert re.match(rf"The runs: {team.uri}/#/experiments/\d+/runs\?", runs)
     assert export == f"export MLFLOW_TRACKING_URI={team.uri}"
-    assert last == "Ctrl-C stops the server."
+    assert last == "Ready. Ctrl-C stops the server."
     assert set(sockets) == {("127.0.0.1", team.port)}
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from conftest import FullRun
 from forkserver import PATIENCE
 from helpers import read_runs, read_value
-from mnist_lab.cli import interrupt_on_signals
+from mnist_lab.commandline import interrupt_on_signals
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.run import TrackedRun, track

@@ -162,7 +162,7 @@ def test_sigterm_ends_the_server_with_its_children(server: Server) -> None:
 
     assert server.process.wait() == 0
     wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"])
-    assert server.process.stdout == f"{server.first_line}\nCtrl-C stops the server.\n"
+    assert server.process.stdout == f"{server.first_line}\nReady. Ctrl-C stops the server.\n"
     assert "Traceback" not in server.process.stderr
     with pytest.raises(OSError, match="refused"):
         server.get("/health")
