@@ -116,6 +116,7 @@ def write_report(
         logger.info("Drawing %s", row["step"])
         mine = runs[runs["step"] == row["step"]]
         drawn[row["step"]] = draw(row, mine, history[history["run_id"].isin(mine["run_id"])], images, loaded.uri)
+    logger.info("Drawing the overview, and writing the page")
     steps = sorted({*stories, *drawn}, key=step_order)
     published = {file.stem for file in PUBLISHED.glob("*.csv")}
     copied = find_copies(stories, published)

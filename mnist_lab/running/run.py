@@ -282,6 +282,7 @@ def record(
             tracked.log_once(logged_once(measured, LOGGED_ONCE_WITH_HOLD_OUT))
             tracked.set_tags(graph_tags())
             return RunResult(tracked.run_id, epochs, measured, [])
+        logger.info("Evaluating the trained network")
         if logits is None:
             logits = final_logits(net, mnist, experiment)
         measured = measure(num_params(net, rehearsal.untrained), epochs, experiment)

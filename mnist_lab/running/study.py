@@ -179,6 +179,7 @@ def study(
                     failed[message.seed] = message.reason
                     progress.on_failure(message.seed, message.reason)
         finally:
+            logger.info("Ending the processes, and judging the seeds together")
             messages.close()  # ends the workers, before the study's run is closed
             with suppress(LabError):  # a server that is away: the next run there closes them
                 close_abandoned(store)  # the runs of workers that died
