@@ -264,7 +264,7 @@ def headline(rows: Sequence[Row]) -> pd.DataFrame:
     Ablations, which are compared with their step elsewhere, and experiments without targets are left out.
     """
     summary = summary_of(rows)
-    ablations = {step for pair in PAIRS for step in (pair.a, pair.b) if not step.startswith("step")}
+    ablations = {step for pair in PAIRS for step in (pair.a, pair.b) if not re.match(r"step\d+_", step)}
     chosen = summary[summary["target_params"].notna() & ~summary["step"].isin(ablations)]
     return summary if chosen.empty else chosen
 

@@ -16,7 +16,6 @@ import torch
 
 from forkserver import Program
 from helpers import ROOT, TrackedRun, read_runs, wait_until
-from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running import declaration, workers
 from mnist_lab.running import run as runner
@@ -404,17 +403,13 @@ def test_a_study_that_makes_no_sense_is_refused(
         run_study(job, seeds, Heard([]), workers=workers)
 
 
-def few_test_images(mnist: Mnist) -> Mnist:
-    return dataclasses.replace(mnist, test_images=mnist.test_images[:200], test_labels=mnist.test_labels[:200])
-
-
 def test_seeds_trained_as_one_program_are_tracked_as_runs_of_their_own(uri: str) -> None:
     """As on a GPU, though on the CPU here."""
     script = ROOT / "experiments" / "step2_dropout.py"
     job, store = job_of(script, uri, {"epochs": 2}), open_store(uri)
     with track(store, "a study", params={}, tags={}) as parent:
         task = Task(job, parent.run_id, again=False)
-        parts = few_test_images(runner.load_parts(job))
+        parts = runner.load_parts(job)
         messages = list(train_stacked(task, [4, 2], parts, rehearse(job.experiment, parts), 2, lambda: None))
 
     *epochs, done4, done2 = messages
@@ -449,7 +444,7 @@ def test_a_seed_that_gives_no_number_among_seeds_trained_as_one_program_fails_al
     store = open_store(uri)
     with track(store, "a study", params={}, tags={}) as parent:
         task = Task(job, parent.run_id, again=False)
-        parts = few_test_images(runner.load_parts(job))
+        parts = runner.load_parts(job)
         *_, failed, done = train_stacked(task, [4, 2], parts, rehearse(job.experiment, parts), 1, lambda: None)
 
     assert (failed.seed, failed.reason) == (4, reason)
