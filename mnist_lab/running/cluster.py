@@ -35,7 +35,7 @@ os.environ.setdefault("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "0")  # else tasks go
 
 import grpc
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
 from ray.exceptions import (
@@ -349,24 +349,33 @@ def _join(address: str, code: Path) -> None:
         "logging_level": logging.CRITICAL,
     }
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    named = os.environ.get("RAY_ADDRESS", AUTO) if address == AUTO else address
-    if named != AUTO:
+    named = _find_head() if address == AUTO else address
+    if named is not None:
         _check_answers(named)
     with _own_signals():
         try:
-            ray.init(address=named, **settings)
-        except ConnectionError as error:
-            if named != AUTO:
-                raise LabError(f"cluster: {named} can't be used: {one_line(error)}") from error
-            # Ray listens on loopback alone where it takes this machine for one that is in no cluster, as it does a Mac.
-            ray_constants.ENABLE_RAY_CLUSTER = False
-            _start_here(settings)
-        except (RayError, RuntimeError, ValueError) as error:
+            if named is None:
+                _start_here(settings)
+            else:
+                ray.init(address=named, **settings)
+        except (ConnectionError, RayError, RuntimeError, ValueError) as error:
             raise LabError(f"cluster: {named} can't be used: {one_line(error)}") from error
+
+
+def _find_head() -> str | None:
+    """Return the address of RAY_ADDRESS, else of a head that runs on this machine, else None."""
+    if named := os.environ.get("RAY_ADDRESS"):
+        return named
+    if not services.find_gcs_addresses():  # Ray's note of the last head outlives it, and Ray would wait for it
+        return None
+    head: str = services.get_ray_address_from_environment(AUTO, None)
+    return head
 
 
 def _start_here(settings: Mapping[str, Any]) -> None:
     """Start a cluster of this machine; raises LabError. Ray gives its own agents 15 seconds, too few on a busy one."""
+    # Ray listens on loopback alone where it takes this machine for one that is in no cluster, as it does a Mac.
+    ray_constants.ENABLE_RAY_CLUSTER = False
     for last in (False, True):
         try:
             ray.init(address="local", num_cpus=available_cores(), include_dashboard=False, **settings)
