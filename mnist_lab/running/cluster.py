@@ -364,7 +364,7 @@ def _join(address: str, code: Path) -> None:
 
 def _find_head() -> str | None:
     """Return the address of RAY_ADDRESS, else of a head that runs on this machine, else None."""
-    if named := os.environ.get("RAY_ADDRESS"):
+    if (named := os.environ.get("RAY_ADDRESS", AUTO)) != AUTO:
         return named
     if not services.find_gcs_addresses():  # Ray's note of the last head outlives it, and Ray would wait for it
         return None
