@@ -46,7 +46,7 @@ endif
 $(INSTALLED): requirements.lock pyproject.toml | $(UV)
 	test ! -s $@ || test "$$(cat $@)" = "$(CURDIR)" || rm -rf .venv
 	test -x $(PYTHON) || $(UV) venv --quiet --python '>=3.11,<3.14' .venv
-	$(UV) pip sync --quiet --require-hashes requirements.lock
+	$(UV) pip sync --quiet --compile-bytecode --require-hashes requirements.lock
 	$(UV) pip install --quiet --no-deps --editable .
 	@echo "$(CURDIR)" > $@
 
@@ -76,13 +76,13 @@ step%: $(INSTALLED)
 	@scripts=(experiments/step$*.py experiments/step$*_*.py); found=(); \
 	for script in "$${scripts[@]}"; do [[ -f $$script ]] && found+=("$$script"); done; \
 	case $${#found[@]} in \
-	  1) exec $(PYTHON) "$${found[0]}" $(FLAGS);; \
+	  1) if [[ -t 1 ]]; then echo "Starting $${found[0]}"; fi; exec $(PYTHON) "$${found[0]}" $(FLAGS);; \
 	  0) echo "make: there is no experiments/step$*.py and no experiments/step$*_*.py" >&2; exit 2;; \
 	  *) echo "make: step$* is not clear: $${found[*]}" >&2; exit 2;; \
 	esac
 
 %: experiments/%.py $(INSTALLED)
-	@$(PYTHON) $< $(FLAGS)
+	@if [[ -t 1 ]]; then echo "Starting $<"; fi; exec $(PYTHON) $< $(FLAGS)
 
 .DEFAULT:
 	@echo 'make: there is no experiments/$@.py, and no target $@: make help lists both' >&2; exit 2

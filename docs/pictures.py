@@ -21,12 +21,10 @@ NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 LIMIT = 300 * 1024  # bytes
 
 
-def take(browser: Browser, address: str, wait_for: str, picture: Path, height: int, *close: str) -> None:
-    page = browser.new_page(viewport={"width": 1280, "height": height})
+def take(browser: Browser, address: str, wait_for: str, picture: Path, height: int) -> None:
+    page = browser.new_page(viewport={"width": 1400, "height": height})
     page.goto(address)
     page.get_by_text(wait_for).first.wait_for()
-    for name in close:  # what MLflow puts beside and above its table
-        page.get_by_role("button", name=name, exact=True).click()
     page.wait_for_timeout(1000)
     page.screenshot(path=picture)
     if picture.stat().st_size > LIMIT:
@@ -51,7 +49,7 @@ def main() -> None:
                 browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
                 report, runs = Path(temporary, "steps.html").as_uri(), address.removeprefix("The runs: ").strip()
                 take(browser, report, "MNIST, step by step", IMAGES / "report.png", 1500)
-                take(browser, runs, "final_test_accuracy", IMAGES / "mlflow.png", 600, "Close", "Hide banner")
+                take(browser, runs, "step4_augment_steplr", IMAGES / "mlflow.png", 600)
                 browser.close()
         finally:
             os.killpg(ui.pid, signal.SIGTERM)

@@ -4,12 +4,23 @@ An experiment script needs three names: `Experiment` and `Targets` to declare, `
 """
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from mnist_lab.cli import main
-from mnist_lab.experiment import Experiment, Targets
-from mnist_lab.pictures import Predictions, predict
+if TYPE_CHECKING:
+    from mnist_lab.cli import main
+    from mnist_lab.experiment import Experiment, Targets
+    from mnist_lab.pictures import Predictions, predict
 
 __all__ = ["Experiment", "Predictions", "Targets", "main", "predict"]
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads both once, when it is imported
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+def __getattr__(name: str) -> object:
+    """Import a name when it is first asked for: torch takes seconds, and jobs such as `make ui` need none of it."""
+    modules = {"main": "cli", "Experiment": "experiment", "Targets": "experiment"}
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{modules.get(name, 'pictures')}"), name)

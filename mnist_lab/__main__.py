@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnist_lab.cli import interrupt_on_signals, number_from, sentences
+from mnist_lab.commandline import interrupt_on_signals, number_from, sentences
 from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.sqlite import PROJECT_ROOT, script_named, sqlite_file, tracking_uri, without_password
@@ -232,14 +232,12 @@ def ui(arguments: argparse.Namespace) -> None:
         raise LabError(f"tracking store {without_password(uri)!r} is a server already: open it in a browser")
     serving.check_port(arguments.port)
 
-    from mnist_lab.tracking.store import open_store
-
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
-    store = open_store(arguments.tracking_uri)
+    pages.make_ready(uri)
     port = pages.free_port(arguments.port)
     if port != arguments.port:
         print(f"Port {arguments.port} is taken; using {port}.", file=sys.stderr)
-    pages.serve(store.uri, store.experiment_id, port)
+    pages.serve(uri, port)
 
 
 def server(arguments: argparse.Namespace) -> None:
@@ -342,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("step", metavar="STEP", help="a script's name, or step8 for short")
     command.add_argument("--commit", action="store_true", help="also make it the champion of docs/results")
     command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help=argparse.SUPPRESS)
-    command = add(ui, "serve the MLflow UI on loopback")
+    command = add(ui, "serve the MLflow UI on loopback", "Starting MLflow's server")
     command.add_argument("--port", type=number_from(), default=5000, help="port to try first (default 5000)")
     command = add(server, "serve MLflow to a team, on PostgreSQL", "Starting the database and the server")
     uris = "postgresql://user@host:5432/database (default: MLFLOW_BACKEND_STORE_URI, else a database of its own)"

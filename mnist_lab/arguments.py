@@ -1,4 +1,4 @@
-"""The arguments that a script declares, as text that is the same in each process, and numbers read from text."""
+"""The arguments that a script declares, as text that is the same in each process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import enum
 import functools
 import hashlib
 import inspect
-import math
 import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -201,17 +200,3 @@ def _is_empty(cell: types.CellType) -> bool:
     except ValueError:
         return True
     return False
-
-
-def whole_number(text: str) -> int:
-    """Read a whole number in the digits 0 to 9; raises ValueError."""
-    if not re.fullmatch(r"[+-]?[0-9]+", text):
-        raise ValueError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def finite_number(text: str) -> float:
-    """Read a number in the digits 0 to 9, such as 0.05 or 5e-2; raises ValueError, also if it is too large."""
-    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) or math.isinf(float(text)):
-        raise ValueError(f"{text!r} is not a finite number")
-    return float(text)

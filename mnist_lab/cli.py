@@ -9,13 +9,13 @@ import signal
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from mnist_lab.arguments import whole_number
+from mnist_lab.commandline import interrupt_on_signals, number_from, sentences
 from mnist_lab.console import (
     Console,
     SearchConsole,
@@ -223,19 +223,6 @@ def _cluster(arguments: argparse.Namespace) -> Iterator[Cluster | None]:
         yield cluster
 
 
-@contextmanager
-def sentences(consequence: str = "") -> Iterator[None]:
-    """Show a LabError as its sentence, and Ctrl-C as a word with what follows from it; a bug keeps its traceback."""
-    try:
-        yield
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. {consequence}".rstrip(), file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-
-
 def parser(script: Path) -> argparse.ArgumentParser:
     """Return the flags that every experiment script takes; their help ends with what the script declares."""
     parser = argparse.ArgumentParser(
@@ -295,24 +282,6 @@ def _declaration(script: Path) -> str:
     return ""
 
 
-def number_from(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
-    """Return what reads a whole number for argparse and refuses another one, before anything slow is imported."""
-
-    def number(text: str) -> int:
-        try:
-            value = whole_number(text)
-            if least is not None and value < least:
-                raise ValueError
-        except ValueError:
-            bound = "" if least is None else f" of at least {least}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{bound}") from None
-        if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"{value} is more than {most:,}")
-        return value
-
-    return number
-
-
 def _seeds(text: str) -> Sequence[int]:
     """Read "10" as the seeds 0 to 9, and "3,7,9" as these."""
     parts = text.split(",")
@@ -333,14 +302,3 @@ def assignment(text: str) -> tuple[str, str]:
     if not (name and value):
         raise LabError(f"--set: {quoted(text)} is not NAME=VALUE, e.g. lr=0.05")
     return name, value
-
-
-def interrupt_on_signals(*signals: signal.Signals) -> None:
-    """Let these signals end the program as Ctrl-C does, so that what is open is closed in order.
-
-    A signal that is ignored stays so: `nohup` starts programs that way, to let them outlive the terminal.
-    """
-
-    for number in signals:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)

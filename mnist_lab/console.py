@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mnist_lab.experiment import SUMMARY_METRICS
 from mnist_lab.verdicts.measures import MEASURES
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
@@ -308,6 +307,8 @@ def print_result(result: RunResult, job: Job) -> None:
     """Print each target with its measured value and verdict, and the reported figures beside the measured ones."""
     from tabulate import tabulate
 
+    from mnist_lab.experiment import SUMMARY_METRICS
+
     measured = result.measured
     print()
     if result.verdicts:
@@ -344,9 +345,9 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     """Return the targets as text, one row each, with what was measured."""
     from tabulate import tabulate
 
-    measures = {"accuracy": "final_test_accuracy", "params": "num_params", "epochs": "epochs"}
-    rows = [(v.name, v.wanted, MEASURES[measures[v.name]].text(v.measured), v.word) for v in verdicts]
-    return tabulate(rows, headers=("target", "wanted", "measured", "verdict"), disable_numparse=True)
+    from mnist_lab.verdicts import targets
+
+    return tabulate(targets.rows(verdicts), headers=targets.HEADERS, disable_numparse=True)
 
 
 def _at_a_time(number: int) -> str:

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from mnist_lab.arguments import LAMBDA, finite_number, held, stable_text, whole_number
+from mnist_lab.arguments import LAMBDA, held, stable_text
 from mnist_lab.errors import LabError
+from mnist_lab.numerals import finite_number, whole_number
 
 # What is measured once per run; `reported` figures go by the same names, so that the two can stand side by side.
 SUMMARY_METRICS = (

@@ -9,6 +9,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import cycle, pairwise, product
 from typing import Any, NamedTuple
 
@@ -364,6 +365,54 @@ def run_figures(
     }
     if augmented is not None:
         figures["augmentation"] = plot_augmentation(*augmented)
+    return figures
+
+
+def plot_last_epochs(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
+    """Draw the last epoch's accuracy of each run of one step as a dot; equal ones are stacked.
+
+    history: as for `plot_training`. Beside the dots stand their mean, with its 95 % interval from four seeds on.
+    """
+    part = "validation" if "validation_accuracy" in history and "test_accuracy" not in history else "test"
+    metric = f"{part}_accuracy"
+    _require(history, "history", ["run_id", "step", "seed", "epoch", metric])
+    history = _first_runs(history)
+    last = history[history["epoch"] == history["epoch"].max()].sort_values([metric, "seed"])
+    last = last[np.isfinite(last[metric].astype("float64"))]
+    if last.empty:
+        raise LabError(f"history has no finite {metric} in its last epoch: there is nothing to draw")
+    values = last[metric].round(2)
+    heights = values.groupby(values).cumcount()
+    over_seeds = aggregate(last[metric].tolist())
+
+    figure = Figure(figsize=(7.5, 1.9 + 0.18 * int(heights.max())), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(values, heights, ls="none", marker="o", ms=7, color=BLUE, alpha=0.75, label="one seed")
+    mean: dict[str, Any] = {"marker": "D", "ms": 7, "color": RED, "ls": "none", "label": "mean"}
+    if over_seeds.n >= FEWEST_FOR_INTERVAL:
+        spread = [[over_seeds.mean - over_seeds.low], [over_seeds.high - over_seeds.mean]]
+        mean |= {"xerr": spread, "lw": 1.5, "capsize": 4, "label": "mean, 95 % interval"}
+    axes.errorbar([over_seeds.mean], [-1.2], **mean)
+    if target_accuracy is not None:
+        axes.axvline(target_accuracy, label=f"target {target_accuracy:g} %", **TARGET)
+    seeds = f"{over_seeds.n} seed{'s' if over_seeds.n > 1 else ''}"
+    axes.set(xlabel=f"{part} accuracy of the last epoch (%)", yticks=[], ylim=(-2.2, float(heights.max()) + 1))
+    axes.set_title(f"{_name(last['step'].iloc[0])}, {seeds}")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=SMALL)
+    return _plain(figure)
+
+
+def study_figures(history: Iterable[Mapping[str, object]], target_accuracy: float | None) -> dict[str, Figure]:
+    """Return the figures that are kept with a study, by name; one that can't be drawn is left out.
+
+    history: one record per run and epoch with the columns that `plot_training` needs.
+    """
+    frame = pd.DataFrame.from_records(list(history))
+    figures = {}
+    for name, plot in (("training", plot_training), ("last_epochs", plot_last_epochs)):
+        with suppress(LabError):
+            figures[name] = plot(frame, target_accuracy)
     return figures
 
 

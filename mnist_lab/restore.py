@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,10 +32,10 @@ from mnist_lab.results.records import (
     to_csv,
 )
 from mnist_lab.results.runs import MISTAKES, load_runs
-from mnist_lab.running.run import verdict_tags
-from mnist_lab.running.study import judge_runs, summary
+from mnist_lab.running.run import DESCRIPTION, describe, verdict_tags
+from mnist_lab.running.study import VERDICT, description, draw, judge_runs, mean_epochs, summary
 from mnist_lab.tracking.delivery import briefly
-from mnist_lab.tracking.sqlite import LOCKS, own_folder
+from mnist_lab.tracking.sqlite import LOCKS, PROJECT_ROOT, own_folder
 from mnist_lab.tracking.store import (
     RESTORED,
     FinishedRun,
@@ -45,6 +46,7 @@ from mnist_lab.tracking.store import (
     store_failures,
     uninterrupted,
 )
+from mnist_lab.verdicts.measures import short_figures
 from mnist_lab.verdicts.targets import judge
 
 DIGEST = "restored_sha256"
@@ -183,6 +185,7 @@ def _run(row: Row, epochs: Sequence[Row], settings: Sequence[Row], mistakes: Seq
     }
     if targets.accuracy is not None and len(epochs) == count:
         once["epochs_at_target"] = sum(float(epoch["test_accuracy"]) >= targets.accuracy for epoch in epochs)
+    once |= short_figures(once)
     metrics = [Metric(name, float(value), end, 0) for name, value in once.items()]
     for epoch in epochs:
         number = int(epoch["epoch"])
@@ -208,6 +211,7 @@ def _run(row: Row, epochs: Sequence[Row], settings: Sequence[Row], mistakes: Seq
             **{f"target_{name}": f"{value:.12g}" for name, value in vars(targets).items() if value is not None},
             **verdict_tags(verdicts),
             "model": NO_MODEL,
+            DESCRIPTION: describe(script_of(step), verdicts=verdicts),
         },
         targets=targets,
         seed=seed,
@@ -219,7 +223,14 @@ def _run(row: Row, epochs: Sequence[Row], settings: Sequence[Row], mistakes: Seq
 def _study(step: str, runs: Sequence[Committed]) -> Committed:
     """Return the study over the runs of a step; its params and tags are those that all of them share."""
     first = runs[0]
-    own = {"seed", "step", "targets", "model", *(name for name in first.tags if name.startswith("verdict_"))}
+    own = {
+        "seed",
+        "step",
+        "targets",
+        "model",
+        DESCRIPTION,
+        *(name for name in first.tags if name.startswith("verdict_")),
+    }
 
     def shared(kind: str) -> dict[str, str]:
         of_runs = [getattr(run, kind) for run in runs]
@@ -236,6 +247,25 @@ def _study(step: str, runs: Sequence[Committed]) -> Committed:
         targets=first.targets,
         over=runs,
     )
+
+
+def script_of(step: str) -> Path:
+    """Return where the script of a step is, or would be."""
+    return PROJECT_ROOT / "experiments" / f"{step}.py"
+
+
+def _history(runs: Sequence[Committed]) -> list[dict[str, object]]:
+    """Return a record of each epoch of these runs; what the files don't say is NaN."""
+    records: list[dict[str, object]] = []
+    for run in runs:
+        epochs: dict[int, dict[str, object]] = {}
+        for metric in run.metrics:
+            if metric.key in EPOCH_FORMATS:
+                empty = dict.fromkeys(EPOCH_FORMATS, math.nan)
+                identity = {"run_id": run.digest, "step": run.step, "seed": run.seed, "epoch": metric.step}
+                epochs.setdefault(metric.step, {**empty, **identity})[metric.key] = metric.value
+        records += epochs.values()
+    return records
 
 
 # ---- the store
@@ -334,10 +364,18 @@ def _fill(store: Store, run_id: str, run: Committed, ids: Sequence[str] = ()) ->
                 FinishedRun(one_id, one.seed, {metric.key: metric.value for metric in one.metrics})
                 for one_id, one in zip(ids, run.over, strict=True)
             ]
-            figures, tags = summary(judge_runs(run.targets, int(run.params["epochs"]), run_id, finished))
+            result = judge_runs(run.targets, int(run.params["epochs"]), run_id, finished)
+            figures, tags = summary(result)
             metrics = [Metric(name, value, run.end, 0) for name, value in figures.items()]
-            for name, text in tags.items():
+            described = description(result, script_of(run.step))
+            for name, text in {**tags, DESCRIPTION: described}.items():
                 client.set_tag(run_id, name, text)
+            client.log_text(run_id, described + "\n", VERDICT)
+            history = _history(run.over)
+            for epoch, means in mean_epochs(history).items():
+                metrics += [Metric(name, value, run.end, epoch) for name, value in means.items()]
+            for name, figure in draw(history, run.targets).items():
+                client.log_figure(run_id, figure, f"figures/{name}.png")
         client.log_batch(run_id, params=[Param(name, value) for name, value in run.params.items()])
         for first in range(0, len(metrics), METRICS_PER_CALL):
             client.log_batch(run_id, metrics=metrics[first : first + METRICS_PER_CALL])

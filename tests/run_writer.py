@@ -6,6 +6,7 @@ import mlflow
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from mnist_lab.tracking.store import Store
+from mnist_lab.verdicts.measures import short_figures
 
 STEP4 = {
     "batch_size": "128",
@@ -59,6 +60,7 @@ def write_run(
             "best_epoch": 1 + list(test_accuracies).index(max(test_accuracies)),
             "epochs_at_target": sum(accuracy >= 99.4 for accuracy in test_accuracies),
         }
+        once |= short_figures(once)
         metrics += [Metric(name, float(value), start_time + 99, 0) for name, value in once.items()]
     all_params = {**params, "epochs": str(max(1, len(test_accuracies))), "seed": str(seed)}
     client.log_batch(

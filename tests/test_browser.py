@@ -178,8 +178,26 @@ def test_the_mlflow_ui_shows_the_runs_with_their_accuracies(ui: Page, runs_addre
     for run in table.to_dict("records"):
         row = ui.locator(f"[role=row][row-id='{run['run_id']}']")  # in two halves: the one with the name stays in sight
         expect(row.get_by_text(f"{run['step']} seed {run['seed']}")).to_be_visible(timeout=PATIENCE)
-        cell = row.locator("[col-id*=final_test_accuracy]")
+        cell = row.locator("[col-id='metrics.`last`']")
         expect(cell).to_have_text(f"{run['final_test_accuracy']:g}", timeout=PATIENCE)
+
+
+def test_the_mlflow_ui_stays_with_model_training_from_page_to_page(ui: Page, runs_address: str) -> None:
+    """Else a click on a run leads to pages for language models, and an assistant takes a quarter of the window."""
+    ui.goto(runs_address)
+    ui.get_by_role("link", name="step2_better seed 1").click()
+    expect(ui.get_by_role("tab", name="Model metrics")).to_be_visible(timeout=PATIENCE)
+    expect(ui.get_by_placeholder("Ask a question")).not_to_be_visible()
+    ui.goto(runs_address.removesuffix("lab"))
+    expect(ui.get_by_role("link", name="Model registry")).to_be_visible(timeout=PATIENCE)
+
+
+def test_the_learning_curves_are_the_first_of_the_charts(ui: Page, runs_address: str) -> None:
+    ui.goto(runs_address)
+    ui.get_by_role("link", name="step2_better seed 1").wait_for()
+    ui.goto(f"{ui.url}&compareRunsMode=CHART")
+    expect(ui.get_by_text(re.compile(r"Learning curves|Model metrics \(")).first).to_contain_text("Learning curves")
+    expect(ui.get_by_text("test_accuracy", exact=True).first).to_be_visible(timeout=PATIENCE)
 
 
 def test_the_mlflow_ui_shows_a_runs_figure(ui: Page, runs_address: str) -> None:

@@ -25,7 +25,8 @@ import tiny
 from conftest import FullRun
 from forkserver import SIGNALS, Program, run_program
 from helpers import ROOT, TINY, Terminal, TrackedRun, copy_store, read_runs, wait_until
-from mnist_lab.cli import interrupt_on_signals, main
+from mnist_lab.cli import main
+from mnist_lab.commandline import interrupt_on_signals
 from mnist_lab.console import SUMMARY_METRICS_WITH_HOLD_OUT, StudyConsole, epoch_line, print_result
 from mnist_lab.experiment import SUMMARY_METRICS
 from mnist_lab.running.job import Job

@@ -273,14 +273,16 @@ def test_a_bad_picture_among_others_loses_none_of_them(
     assert shown.count("as the network sees it:") == 2
 
 
+@pytest.mark.parametrize("count", [50, pytest.param(COUNT, marks=pytest.mark.long)])
 def test_pictures_in_all_styles_are_read_as_the_test_images_are(
-    full_run: FullRun, digits: Pixels, mnist: Mnist, tmp_path: Path
+    count: int, full_run: FullRun, digits: Pixels, mnist: Mnist, tmp_path: Path
 ) -> None:
+    digits = digits[:count]
     reader = find_reader(f"runs:/{full_run.tracked.run_id}", tracking_uri=f"sqlite:///{full_run.database}")
 
     def right(prepared: list[Pixels]) -> float:
         read = [reading.digit for reading in reader.read(prepared)]
-        return sum(read[n] == mnist.test_labels[n] for n in range(COUNT)) / COUNT
+        return sum(read[n] == mnist.test_labels[n] for n in range(count)) / count
 
     tracked = right(list(digits))
     assert tracked > 0.95

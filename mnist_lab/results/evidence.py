@@ -103,6 +103,7 @@ def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
     if folder.resolve() == PUBLISHED.resolve():
         raise LabError(f"folder: {folder} holds the published figures; `make publish` adds to them")
     records = tracked_records(tracking_uri)
+    logger.info("Judging what each change is worth, and writing the tables")
     steps, page = {row["step"] for row in records.runs}, folder / "README.md"
     with _file_errors(folder):
         old = page.read_text("utf-8") if page.exists() else EXPORTED_PAGE
@@ -250,22 +251,30 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     """Return each table that is made of the rows of the CSVs, by the name of its template and its markers."""
     told = {
         "experiments": summary_of(rows).to_dict("records"),
+        "headline": headline(rows).to_dict("records"),
         "comparisons": compare_rows(rows),
         "studies": {step: rows_of(step, rows) for step in dict.fromkeys(row["step"] for row in rows)},
     }
     return {name: TEMPLATES.get_template(f"{name}.md").render(told).strip() for name in TABLES}
 
 
-def picture(rows: Sequence[Row]) -> str:
-    """Return the picture of accuracy against parameters as SVG; its description lists the points that are drawn.
+def headline(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return what `summary_of` says of the experiments that README shows; all of them where none has targets.
 
     Ablations, which are compared with their step elsewhere, and experiments without targets are left out.
     """
     summary = summary_of(rows)
-    ablations = {step for pair in PAIRS for step in (pair.a, pair.b) if not step.startswith("step")}
-    drawn = summary[summary["target_params"].notna() & ~summary["step"].isin(ablations)]
-    if drawn.empty:
-        drawn = summary
+    ablations = {step for pair in PAIRS for step in (pair.a, pair.b) if not re.match(r"step\d+_", step)}
+    chosen = summary[summary["target_params"].notna() & ~summary["step"].isin(ablations)]
+    return summary if chosen.empty else chosen
+
+
+def picture(rows: Sequence[Row]) -> str:
+    """Return the picture of accuracy against parameters as SVG; its description lists the points that are drawn.
+
+    The experiments are those of `headline`.
+    """
+    drawn = headline(rows)
     svg = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "mnist_lab"}):  # else each drawing has ids of its own
         plot_summary(drawn).savefig(svg, format="svg", metadata={"Date": None, "Description": described(drawn)})

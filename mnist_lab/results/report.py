@@ -5,14 +5,12 @@ Each experiment is told by its script's docstring, its tracked runs and their fi
 
 from __future__ import annotations
 
-import ast
 import base64
 import hashlib
 import importlib.metadata
 import io
 import logging
 import platform
-import re
 from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -29,30 +27,17 @@ from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.results.evidence import PUBLISHED, TEMPLATES
+from mnist_lab.story import Story, read_story
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.sqlite import PROJECT_ROOT
 from mnist_lab.verdicts.comparison import step_order
 
 logger = logging.getLogger(__name__)
 
-HEADINGS = ("Target", "Change", "Result", "Analysis")
 PICTURES = "steps_files"  # the folder beside steps.md
 MAX_NAME = 150  # characters of a picture's file name; file systems take 255 bytes
 PACKAGES = ("mlflow", "pandas", "numpy", "scipy", "matplotlib", "jinja2")
 PLAIN = " =:/;,.()-+*!?@_~"  # what may stand unquoted in the data URI of an SVG
-
-
-@dataclass(frozen=True)
-class Story:
-    """A script's docstring: its title, the text before the headings, and the headings with their texts."""
-
-    title: str
-    opening: str
-    sections: list[tuple[str, str]]
-
-    @property
-    def missing(self) -> list[str]:
-        return [heading for heading in HEADINGS if heading not in dict(self.sections)]
 
 
 @dataclass(frozen=True)
@@ -131,6 +116,7 @@ def write_report(
         logger.info("Drawing %s", row["step"])
         mine = runs[runs["step"] == row["step"]]
         drawn[row["step"]] = draw(row, mine, history[history["run_id"].isin(mine["run_id"])], images, loaded.uri)
+    logger.info("Drawing the overview, and writing the page")
     steps = sorted({*stories, *drawn}, key=step_order)
     published = {file.stem for file in PUBLISHED.glob("*.csv")}
     copied = find_copies(stories, published)
@@ -145,22 +131,6 @@ def write_report(
         software=[f"Python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)],
         system=platform.platform(),
     )
-
-
-def read_story(script: Path) -> Story:
-    """Read the story in a script's docstring, without importing the script. Headings may be missing.
-
-    Raises:
-        LabError: if the script can't be read or is not Python.
-    """
-    try:
-        docstring = ast.get_docstring(ast.parse(script.read_bytes(), script.name)) or ""
-    except (OSError, SyntaxError, ValueError) as error:
-        raise LabError(f"script {script} can't be read: {error}") from error
-    before, *parts = re.split(rf"^({'|'.join(HEADINGS)}):", docstring, flags=re.MULTILINE)
-    title, _, opening = before.strip().partition("\n\n")
-    texts = [text.strip() for text in parts[1::2]]
-    return Story(" ".join(title.split()).removesuffix("."), opening, list(zip(parts[::2], texts, strict=True)))
 
 
 def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict[str, str]:

@@ -28,15 +28,14 @@ import pandas as pd
 import sqlalchemy
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.rest_utils import http_request
 from scipy import special
 
-from mnist_lab.arguments import finite_number
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MAX_COUNT, SUMMARY_METRICS, quoted
+from mnist_lab.numerals import finite_number
 from mnist_lab.tracking.delivery import one_line
+from mnist_lab.tracking.points import read_points
 from mnist_lab.tracking.sqlite import EXPERIMENT_NAME, check_readable, follow_move, without_password
 from mnist_lab.tracking.sqlite import tracking_uri as resolve_uri
 from mnist_lab.tracking.store import check_not_deleted
@@ -50,11 +49,7 @@ MISTAKES = "mistakes.csv"  # an artifact of a restored run: image, prediction, c
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
 RUNS_PER_PAGE = 1000
 OF_THE_LAB = "tags.step LIKE '%' AND params.seed LIKE '%'"  # a study's own run, the parent of its seeds', has no seed
-RUNS_PER_QUERY = 500  # databases limit how many values a query may name
 LAST_TIME = 32_503_680_000_000  # milliseconds from 1970 to the year 3000
-# The limits of a tracking server's route for the histories of several runs.
-HISTORIES = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
-RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
 
 REPORTED = [f"reported_{name}" for name in SUMMARY_METRICS]
 COUNTS = {"num_params": 1, "best_epoch": 1, "epochs_at_target": 0}  # metrics that are whole numbers from these on
@@ -456,43 +451,10 @@ def _points(uri: str, epochs: dict[str, int], metrics: list[str]) -> pd.DataFram
     epochs: the runs' numbers of epochs by run id; they bound what a server is asked for at a time.
     """
     with _reading(uri):
-        read = _points_over_http if uri.startswith(("http://", "https://")) else _points_by_sql
-        points = pd.DataFrame(read(uri, epochs, metrics), columns=["run_id", "metric", "epoch", "value"])
+        points = pd.DataFrame(read_points(uri, epochs, metrics), columns=["run_id", "metric", "epoch", "value"])
     # MLflow keeps the largest float for infinity.
     largest = sys.float_info.max
     return points.astype({"value": "float64"}).replace({"value": {largest: math.inf, -largest: -math.inf}})
-
-
-def _points_by_sql(uri: str, epochs: dict[str, int], metrics: list[str]) -> list[tuple[str, str, int, float]]:
-    query = sqlalchemy.text(
-        "SELECT run_uuid, key, step, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics "
-        "WHERE run_uuid IN :run_ids AND key IN :keys ORDER BY timestamp"
-    ).bindparams(sqlalchemy.bindparam("run_ids", expanding=True), sqlalchemy.bindparam("keys", metrics, expanding=True))
-    engine = sqlalchemy.create_engine(uri)
-    run_ids = list(epochs)
-    try:
-        with engine.connect() as connection:
-            return [
-                tuple(row)
-                for first in range(0, len(run_ids), RUNS_PER_QUERY)
-                for row in connection.execute(query, {"run_ids": run_ids[first : first + RUNS_PER_QUERY]})
-            ]
-    finally:
-        engine.dispose()
-
-
-def _points_over_http(uri: str, epochs: dict[str, int], metrics: list[str]) -> Iterator[tuple[str, str, int, float]]:
-    # MLflow's client asks for one run and metric at a time; the route of its own UI takes many runs.
-    most = max(epochs.values(), default=1)
-    at_a_time = max(1, min(RUNS_PER_REQUEST, POINTS_PER_REQUEST // (2 * most)))
-    run_ids = list(epochs)
-    for first in range(0, len(run_ids), at_a_time):
-        for metric in metrics:
-            asked = {"run_id": run_ids[first : first + at_a_time], "metric_key": metric}
-            response = http_request(get_default_host_creds(uri), HISTORIES, "GET", params=asked)  # type: ignore[no-untyped-call]
-            response.raise_for_status()
-            for point in response.json()["metrics"]:
-                yield point["run_id"], point["key"], int(point["step"]), float(point["value"])
 
 
 @contextmanager

@@ -6,11 +6,13 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 
 from mnist_lab.data import Mnist, find_data_dir, hold_out, load_mnist, parse_files
@@ -26,6 +28,7 @@ from mnist_lab.running.schedule import report_without_effect, without_effect
 from mnist_lab.running.sources import place
 from mnist_lab.running.summary import summarize
 from mnist_lab.running.threads import Load, crowded, set_threads
+from mnist_lab.story import read_story
 from mnist_lab.tracking.delivery import one_line, sync
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import Store, close_abandoned, open_store
@@ -33,12 +36,15 @@ from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, Training, evaluate, initial_network, normalize, num_params, predict
 from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts import targets
+from mnist_lab.verdicts.measures import short_figures
 from mnist_lab.verdicts.targets import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
+
+DESCRIPTION = "mlflow.note.content"  # the tag whose text MLflow's UI shows as the run's description
 
 # What a run logs once. MLflow shows the last value of each epoch's metrics by itself; its UI slows down with many more.
 LOGGED_ONCE = ("num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target")
@@ -235,6 +241,7 @@ def record(
         **{name: environment[name] for name in ("hardware", "torch", "threads")},
         "memory_format": "channels_last" if rehearsal.memory_format == torch.channels_last else "contiguous",
         **({"no_effect": no_effect} if no_effect else {}),
+        DESCRIPTION: describe(job.script, job.tags["overrides"]),
         **target_tags(experiment),
         **{f"reported_{name}": str(figure) for name, figure in experiment.reported.items()},
     }
@@ -272,9 +279,10 @@ def record(
             return RunResult(tracked.run_id, epochs, {}, [])
         if job.search is not None:
             measured = measure(num_params(net, rehearsal.untrained), epochs, experiment)
-            tracked.log_once({name: measured[name] for name in LOGGED_ONCE_WITH_HOLD_OUT if name in measured})
+            tracked.log_once(logged_once(measured, LOGGED_ONCE_WITH_HOLD_OUT))
             tracked.set_tags(graph_tags())
             return RunResult(tracked.run_id, epochs, measured, [])
+        logger.info("Evaluating the trained network")
         if logits is None:
             logits = final_logits(net, mnist, experiment)
         measured = measure(num_params(net, rehearsal.untrained), epochs, experiment)
@@ -287,14 +295,14 @@ def record(
             num_params=int(measured["num_params"]),
             epochs=len(epochs),
         )
-        logged_once = LOGGED_ONCE_WITH_HOLD_OUT if job.holdout else LOGGED_ONCE
-        tracked.log_once({name: measured[name] for name in logged_once if name in measured})
-        tracked.set_tags({**graph_tags(), **verdict_tags(verdicts)})
+        tracked.log_once(logged_once(measured, LOGGED_ONCE_WITH_HOLD_OUT if job.holdout else LOGGED_ONCE))
+        described = {DESCRIPTION: describe(job.script, job.tags["overrides"], verdicts)}
+        tracked.set_tags({**graph_tags(), **verdict_tags(verdicts), **described})
         logger.info("Logging predictions, figures and the model")
         tracked.log_predictions(mnist.test_labels, logits)
         tracked.log_figures(draw(experiment, mnist, epochs, logits, step=job.step, seed=seed, run_id=tracked.run_id))
         example = normalize(mnist.test_images[:2].float() / 255, experiment.normalize)
-        refusal = tracked.log_model(net, example, experiment.normalize)
+        refusal = tracked.log_model(job.step, net, example, experiment.normalize)
         if refusal is not None:
             tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
     return RunResult(tracked.run_id, epochs, measured, verdicts)
@@ -337,6 +345,26 @@ def target_tags(experiment: Experiment) -> dict[str, str]:
 def verdict_tags(verdicts: Sequence[Verdict]) -> dict[str, str]:
     """Return the verdicts as tags: `targets`, and `verdict_accuracy` and so on."""
     return {"targets": targets.overall(verdicts), **{f"verdict_{verdict.name}": verdict.word for verdict in verdicts}}
+
+
+def describe(script: Path, overrides: str = "", verdicts: Sequence[Verdict] = (), more: str = "") -> str:
+    """Return what MLflow's UI shows as a run's description, in Markdown: verdicts, and the script's docstring.
+
+    Of an overridden run only what was planned is told: the Result in the docstring is not its own.
+    more: stands between the two.
+    """
+    rows = targets.rows(verdicts)
+    parts = [tabulate(rows, targets.HEADERS, tablefmt="github", disable_numparse=True)] if rows else []
+    parts += [more, f"**Overridden:** `{overrides}`" if overrides else ""]
+    with suppress(LabError):  # a script that was moved while it ran
+        story = read_story(script)
+        parts.append(story.markdown("Target", "Change") if overrides else story.markdown())
+    return "\n\n".join(part for part in parts if part)
+
+
+def logged_once(measured: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Return the figures of these names, and the accuracies among all of them under their short names too."""
+    return {name: measured[name] for name in names if name in measured} | short_figures(measured)
 
 
 def epoch_metrics(metrics: EpochMetrics) -> dict[str, float]:

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,7 +32,7 @@ from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job
 from mnist_lab.running.precision import use_float32
 from mnist_lab.running.rehearsal import rehearse
-from mnist_lab.running.run import load_parts, run_name_of
+from mnist_lab.running.run import DESCRIPTION, load_parts, run_name_of
 from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.workers import (
     Epoch,
@@ -256,7 +257,7 @@ def confirm(
             ]
             confirmed.sort(key=lambda one: one.accuracies.mean if one.accuracies else 0.0, reverse=True)
             rows, headers = confirmed_table(confirmed)
-            tracked.set_tags({"mlflow.note.content": tabulate(rows, headers, tablefmt="github", disable_numparse=True)})
+            tracked.set_tags({DESCRIPTION: tabulate(rows, headers, tablefmt="github", disable_numparse=True)})
     return confirmed
 
 
@@ -346,12 +347,27 @@ class _Trials:
         """Return the next seed of a trial, or the first one of a new trial."""
         if self.following:
             return self.following.popleft()
-        if self.left <= 0:
-            return None
-        self.left -= 1
-        trial, job = self._draw()
-        self.running[trial.number], self.runs[trial.number] = trial, []
-        return Task(job, self.parent_run_id, False, trial.number), 0
+        while self.left > 0:
+            self.left -= 1
+            trial, job = self._draw()
+            runs = self._runs_there(job)
+            self.running[trial.number], self.runs[trial.number] = trial, runs
+            if len(runs) == self.seeds:
+                self._finish(trial, runs)
+            else:
+                return Task(job, self.parent_run_id, False, trial.number), len(runs)
+        return None
+
+    def _runs_there(self, job: Job) -> list[FinishedRun]:
+        """Return the runs of the first seeds that were trained with these values already, to their end.
+
+        A trial may have ended in the moment in which its search was killed, and values can be drawn twice.
+        """
+        found = finished_runs(self.store, job.params, job.tags, FIGURE)
+        runs = [found[seed] for seed in takewhile(found.__contains__, range(self.seeds))]
+        for run in runs:
+            adopt(self.store, self.parent_run_id, run.run_id)
+        return runs
 
     def _draw(self) -> tuple[optuna.Trial, Job]:
         """Ask Optuna for values, again where they give a network with too many parameters."""
@@ -388,14 +404,19 @@ class _Trials:
             self._end(trial, TrialState.FAIL, f"failed: {message.reason}")
             return
         runs.append(message.run)
-        trial.set_user_attr("runs", [run.run_id for run in runs])
         if FIGURE not in message.run.metrics:
+            trial.set_user_attr("runs", [run.run_id for run in runs])
             self._end(trial, TrialState.PRUNED, "pruned")
         elif len(runs) < self.seeds:
+            trial.set_user_attr("runs", [run.run_id for run in runs])
             self.following.append((task, len(runs)))
         else:
-            accuracy = fmean(run.metrics[FIGURE] for run in runs)
-            self._end(trial, None, f"{accuracy:.2f} %", accuracy)
+            self._finish(trial, runs)
+
+    def _finish(self, trial: optuna.Trial, runs: Sequence[FinishedRun]) -> None:
+        trial.set_user_attr("runs", [run.run_id for run in runs])
+        accuracy = fmean(run.metrics[FIGURE] for run in runs)
+        self._end(trial, None, f"{accuracy:.2f} %", accuracy)
 
     def _end(self, trial: optuna.Trial, state: TrialState | None, outcome: str, accuracy: float | None = None) -> None:
         self.study.tell(trial, accuracy, state)
@@ -608,7 +629,7 @@ def _log(tracked: TrackedRun, study: optuna.Study, job: Job, result: SearchResul
         metrics["best_validation_accuracy"] = result.best[0].accuracy
         metrics["too_good"] = result.too_good
         rows, headers = best_table(result.best)
-        tracked.set_tags({"mlflow.note.content": tabulate(rows, headers, tablefmt="github", disable_numparse=True)})
+        tracked.set_tags({DESCRIPTION: tabulate(rows, headers, tablefmt="github", disable_numparse=True)})
         tracked.log_text("\n".join(paste_lines(job, result.best[0].values)) + "\n", "best.txt")
     if study.user_attrs["logged"] != counts.done:  # a point can be repeated, not replaced
         tracked.log_epoch(counts.done, metrics)

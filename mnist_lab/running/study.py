@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -24,7 +26,7 @@ from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.precision import use_float32
 from mnist_lab.running.rehearsal import Rehearsal, rehearse
-from mnist_lab.running.run import load_parts, run_name_of, target_tags, verdict_tags
+from mnist_lab.running.run import DESCRIPTION, describe, load_parts, run_name_of, target_tags, verdict_tags
 from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.threads import available_cores
 from mnist_lab.running.workers import (
@@ -39,20 +41,33 @@ from mnist_lab.running.workers import (
     train_seeds,
     train_stacked,
 )
-from mnist_lab.tracking.delivery import sync
+from mnist_lab.tracking.delivery import briefly, sync
+from mnist_lab.tracking.points import read_points
 from mnist_lab.tracking.run import track
-from mnist_lab.tracking.store import FinishedRun, adopt, close_abandoned, finished_runs, open_store
+from mnist_lab.tracking.store import (
+    FinishedRun,
+    Store,
+    adopt,
+    close_abandoned,
+    finished_runs,
+    open_store,
+    store_failures,
+)
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.training.stacked import why_not_stacked
 from mnist_lab.verdicts.comparison import mean_interval_text
+from mnist_lab.verdicts.measures import MEASURES, short_figures
 from mnist_lab.verdicts.statistics import Aggregate, aggregate
 from mnist_lab.verdicts.targets import Verdict, judge
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from mnist_lab.running.cluster import Cluster
 
 logger = logging.getLogger(__name__)
 
+VERDICT = "verdict.md"  # the artifact with the study's description
 # What is aggregated over the seeds: the last epoch first, then the best.
 FIGURES = ("final_test_accuracy", "best_test_accuracy")
 FIGURES_WITH_HOLD_OUT = ("final_test_accuracy", "final_validation_accuracy", "best_validation_accuracy")
@@ -164,6 +179,7 @@ def study(
                     failed[message.seed] = message.reason
                     progress.on_failure(message.seed, message.reason)
         finally:
+            logger.info("Ending the processes, and judging the seeds together")
             messages.close()  # ends the workers, before the study's run is closed
             with suppress(LabError):  # a server that is away: the next run there closes them
                 close_abandoned(store)  # the runs of workers that died
@@ -174,7 +190,18 @@ def study(
         result = replace(result, reused=[seed for seed in seeds if seed in found], failed=failed)
         metrics, words = summary(result)
         tracked.log_once(metrics)
-        tracked.set_tags(words)
+        described = description(result, job.script, job.tags["overrides"])
+        tracked.set_tags({**words, DESCRIPTION: described})
+        tracked.log_text(described + "\n", VERDICT)
+        logger.info("Drawing the curves of all seeds")
+        try:
+            history = _read_history(store, job, result.runs)
+        except LabError as error:  # a server that is away: what is written waits for it, what is read can't
+            logger.warning("the study has no figures: %s", error)
+        else:
+            for epoch, means in mean_epochs(history).items():
+                tracked.log_epoch(epoch, means)
+            tracked.log_figures(draw(history, job.experiment.targets))
         if failed:
             tracked.end_status = "FAILED"
     return result
@@ -221,7 +248,7 @@ def judge_runs(
 
 
 def summary(result: StudyResult) -> tuple[dict[str, float], dict[str, str]]:
-    """Return what a study's run keeps of its result: metrics, and tags with the verdicts and a description."""
+    """Return what a study's run keeps of its result: metrics, and tags with the verdicts."""
     metrics = {"seeds": float(len(result.runs))}
     for name, figures in result.aggregates.items():
         metrics |= {f"{name}_{key}": value for key, value in asdict(figures).items() if key != "n"}
@@ -233,9 +260,56 @@ def summary(result: StudyResult) -> tuple[dict[str, float], dict[str, str]]:
     tags = verdict_tags(result.verdicts)
     if result.failed:
         tags["seeds_failed"] = " ".join(map(str, result.failed))
-    text = "\n\n".join(tabulate(*table, tablefmt="github", disable_numparse=True) for table in tables(result))
-    tags["mlflow.note.content"] = text  # what MLflow's UI shows as the run's description
+    metrics |= short_figures({name: figures.mean for name, figures in result.aggregates.items()})
+    if result.runs:
+        metrics["sd"] = round(next(iter(result.aggregates.values())).sd, 3)
     return {name: value for name, value in metrics.items() if math.isfinite(value)}, tags
+
+
+def description(result: StudyResult, script: Path, overrides: str = "") -> str:
+    """Return what MLflow's UI shows as the study's description, in Markdown: verdicts, figures, the docstring."""
+    text = "\n\n".join(tabulate(*table, tablefmt="github", disable_numparse=True) for table in tables(result))
+    return describe(script, overrides, result.verdicts, text)
+
+
+def mean_epochs(history: Sequence[Mapping[str, object]]) -> dict[int, dict[str, float]]:
+    """Return the mean over the runs of each figure that all of them have, epoch by epoch: the study's own curves."""
+    runs = len({record["run_id"] for record in history})
+    epochs: dict[int, dict[str, list[float]]] = {}
+    for record in history:
+        values = epochs.setdefault(int(str(record["epoch"])), {})
+        for name, value in record.items():
+            if name in MEASURES and isinstance(value, float) and math.isfinite(value):
+                values.setdefault(name, []).append(value)
+    means = {
+        epoch: {name: fmean(of_runs) for name, of_runs in values.items() if len(of_runs) == runs}
+        for epoch, values in sorted(epochs.items())
+    }
+    return {epoch: values for epoch, values in means.items() if values}
+
+
+def draw(history: Sequence[Mapping[str, object]], targets: Targets) -> dict[str, Figure]:
+    """Draw the figures that are kept with a study; history: a record of each run and epoch."""
+    from mnist_lab.figures import (
+        study_figures,  # pandas and matplotlib take a second, which a refused study need not wait
+    )
+
+    return study_figures(history, targets.accuracy) if history else {}
+
+
+def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
+    """Return a record of each epoch of these runs, with the losses and accuracies; raises LabError."""
+    part = "validation" if job.holdout else "test"
+    names = ["train_loss", "train_accuracy", f"{part}_loss", f"{part}_accuracy"]
+    seeds = {run.run_id: run.seed for run in runs}
+    records: dict[tuple[str, int], dict[str, object]] = {}
+    with store_failures(store, "can't be read"), briefly():
+        for run_id, name, epoch, value in read_points(store.uri, dict.fromkeys(seeds, job.experiment.epochs), names):
+            identity = {"run_id": run_id, "step": job.step, "seed": seeds[run_id], "epoch": epoch}
+            empty = dict.fromkeys(names, math.nan)
+            record = records.setdefault((run_id, epoch), {**identity, **empty})
+            record[name] = math.nan if value is None else value
+    return list(records.values())
 
 
 def tables(result: StudyResult) -> list[tuple[list[tuple[str, ...]], tuple[str, ...]]]:

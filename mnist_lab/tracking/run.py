@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import re
 import tempfile
 import time
 import traceback
@@ -133,9 +134,10 @@ class TrackedRun:
                 logits=logits.float().cpu().numpy(),
             )
 
-    def log_model(self, net: nn.Module, images: Tensor, normalize: tuple[float, float]) -> str | None:
+    def log_model(self, step: str, net: nn.Module, images: Tensor, normalize: tuple[float, float]) -> str | None:
         """Log the trained network so that `mlflow.pytorch.load_model` gives it back, for any batch size.
 
+        step: which names it, as far as MLflow takes the name.
         images: a few of the network's inputs (N, 1, 28, 28), at least two, as the input example.
         normalize: the mean and standard deviation by which they were normalised, which the model's metadata keep.
         The format is torch.export's, which holds no pickle. Where it can't express the network, the weights are
@@ -169,7 +171,7 @@ class TrackedRun:
                 return one_line(error)
             finally:
                 _forget_exports()
-            self._write(Record("model", {"name": "model", "step": 0}, model))
+            self._write(Record("model", {"name": model_name(step), "step": 0}, model))
         return None
 
     @contextmanager
@@ -343,6 +345,11 @@ def _send_waiting_records(store: Store, run_id: str) -> None:
         send_waiting(store.client, outbox)
     finally:
         outbox.unlock()
+
+
+def model_name(step: str) -> str:
+    """Return the name of a step's models in MLflow, which takes none of the characters / : . % " '."""
+    return re.sub(r"[/:.%\"']", "_", step)
 
 
 @contextmanager

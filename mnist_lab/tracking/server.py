@@ -21,8 +21,8 @@ from pathlib import Path
 import psutil
 
 from mnist_lab.errors import LabError
-from mnist_lab.tracking import postgres, serving
-from mnist_lab.tracking.sqlite import ARTIFACTS, EXPERIMENT_NAME, UI_VIEW, without_password
+from mnist_lab.tracking import postgres, serving, ui, view
+from mnist_lab.tracking.sqlite import ARTIFACTS, EXPERIMENT_NAME, without_password
 
 PASSWORD_VARIABLE = "MLFLOW_AUTH_ADMIN_PASSWORD"  # noqa: S105 - the name of a variable, MLflow's own
 PASSWORD_FILE = "admin_password"  # noqa: S105 - the name of a file
@@ -107,7 +107,7 @@ def serve(settings: Settings) -> None:
             serving.serve(
                 settings.host,
                 settings.port,
-                [*flags, *(["--app-name", "basic-auth"] if admin else [])],
+                [*flags, "--app-name", "basic-auth" if admin else ui.APP],
                 {**environment, **more},
                 lambda: _lines(settings, experiment_id, admin),
                 {"PostgreSQL": database.process} if database.process else {},
@@ -214,11 +214,8 @@ def _is_known(settings: Settings, admin: _Admin) -> bool:
 
 def _lines(settings: Settings, experiment_id: str, admin: _Admin | None) -> list[str]:
     """Return what the user is told when the server is there."""
-    view = f"workflowType=machine_learning&viewStateShareKey={UI_VIEW}"
-    lines = [
-        f"The runs: {settings.address}/#/experiments/{experiment_id}/runs?{view}",
-        f"export MLFLOW_TRACKING_URI={settings.address}",
-    ]
+    runs = f"/#/experiments/{experiment_id}/runs?{view.VIEW}" if admin else ui.PATH
+    lines = [f"The runs: {settings.address}{runs}", f"export MLFLOW_TRACKING_URI={settings.address}"]
     if admin is not None:
         password = f'"{admin.in_shell}"'
         if not _is_known(settings, admin):

@@ -87,7 +87,7 @@ def serve(
     try:
         _wait_until_ready(server, url(host, port), mark)
         # In one piece: whoever reads the first line may be gone before there is another.
-        print("\n".join([*when_ready(), "Ctrl-C stops the server."]), flush=True)
+        print("\n".join([*when_ready(), "Ready. Ctrl-C stops the server."]), flush=True)
         while all(process.poll() is None for process in watched.values()):
             time.sleep(0.2)
         name, ended = next((name, one) for name, one in watched.items() if one.returncode is not None)

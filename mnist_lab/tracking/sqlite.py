@@ -9,7 +9,7 @@ import os
 import re
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -17,7 +17,6 @@ from urllib.parse import unquote, urlsplit
 from mnist_lab.errors import LabError
 
 EXPERIMENT_NAME = "mnist"  # the one MLflow experiment that holds all runs
-UI_VIEW = "lab"  # the name of the columns that the MLflow UI shows
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 SQLITE = "sqlite:///"
 # Folders beside a SQLite database; all but the first are in the project's `mlruns` where a server has the runs.
@@ -163,6 +162,24 @@ def check_writable(uri: str) -> None:
             raise LabError(
                 f"tracking store {file} can't be used: {folder} can't be written: {error.strerror}{_advice(error)}"
             ) from error
+
+
+def has_experiment(uri: str, tags: Mapping[str, str]) -> bool:
+    """Say whether a SQLite store is there, is where it was made, and has the lab's experiment with these tags.
+
+    Raises LabError if it can't be read or written.
+    """
+    file = sqlite_file(uri)
+    if file is None or not _is_there(file):
+        return False
+    check_writable(uri)
+    follow_move(uri)
+    query = (
+        "SELECT key, value FROM experiment_tags JOIN experiments USING (experiment_id) "
+        "WHERE name = ? AND lifecycle_stage = 'active'"
+    )
+    with _connection(file, "ro", "read") as connection:
+        return tags.items() <= dict(connection.execute(query, (EXPERIMENT_NAME,)).fetchall()).items()
 
 
 def follow_move(uri: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -14,7 +13,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,13 +27,13 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from mnist_lab.errors import LabError
+from mnist_lab.tracking import view
 from mnist_lab.tracking.delivery import ask, briefly, one_line, why_refused
 from mnist_lab.tracking.sqlite import (
     ARTIFACTS,
     EXPERIMENT_NAME,
     LOCKS,
     SQLITE,
-    UI_VIEW,
     check_readable,
     check_writable,
     follow_move,
@@ -48,12 +47,6 @@ from mnist_lab.tracking.sqlite import (
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a busy machine
-# MLflow's table shows no metric unless a view is chosen; this is its own way of sharing one, by name in the address.
-UI_COLUMNS = [
-    *(f"metrics.`{name}`" for name in ("final_test_accuracy", "best_test_accuracy", "train_accuracy", "num_params")),
-    *(f"metrics.`final_test_accuracy_{name}`" for name in ("mean", "sd")),  # of a study
-    "tags.`targets`",
-]
 MAX_RUNS = 50_000  # the most that MLflow gives at once
 RESTORED = "restored"  # the tag of a run that was not trained into this store: the commit that it comes from
 LOCK_TIMEOUT = 2  # seconds; who looks whether a run is abandoned has its lock for some milliseconds
@@ -145,15 +138,18 @@ def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.enti
         client = mlflow.MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
         if experiment is None:
-            view = {f"mlflow.sharedViewState.{UI_VIEW}": json.dumps({"selectedColumns": UI_COLUMNS})}
+            tags = {view.TAG: view.state()}
             try:
-                client.create_experiment(EXPERIMENT_NAME, artifact_location=artifact_location, tags=view)
+                client.create_experiment(EXPERIMENT_NAME, artifact_location=artifact_location, tags=tags)
             except MlflowException:  # another program that uses the server made it meanwhile
                 if client.get_experiment_by_name(EXPERIMENT_NAME) is None:
                     raise
             experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
             assert experiment is not None
     check_not_deleted(uri, experiment)
+    if experiment.tags.get(view.TAG) != view.state():  # of an earlier version of the lab
+        with quiet(), suppress(MlflowException):  # who may not change it still may read
+            client.set_experiment_tag(experiment.experiment_id, view.TAG, view.state())
     return experiment
 
 

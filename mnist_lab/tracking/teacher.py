@@ -187,10 +187,12 @@ def _find_model(client: mlflow.MlflowClient, store: Store, declared: str, holdou
 
 
 def _model_of(client: mlflow.MlflowClient, run: Run, name: str, called: str) -> LoggedModel:
-    """Return the model of that name that a run has logged."""
+    """Return the model of that name that a run has logged; "model" means the only one, whatever its name."""
     outputs = [] if run.outputs is None else run.outputs.model_outputs
     models = [client.get_logged_model(output.model_id) for output in outputs]
     found = next((model for model in models if model.name == name), None)
+    if found is None and name == "model" and len(models) == 1:
+        found = models[0]
     if found is None:
         raise LabError(f"{called}: run {run.info.run_id} ({run.info.status}) has no model {name!r}")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,3 +65,11 @@ _LABELS = {
     "minutes": "training time",
 }
 MEASURES = {name: Measure(_LABELS.get(name, name.replace("_", " ")), unit) for name, unit in _UNITS.items()}
+
+# The names under which MLflow's table shows a run's figure and a study's mean in one column, short enough for it.
+SHORT = {"last": "final_test_accuracy", "best": "best_test_accuracy", "validation": "final_validation_accuracy"}
+
+
+def short_figures(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return the accuracies among these figures under their short names, in percent with two digits."""
+    return {short: round(figures[name], 2) for short, name in SHORT.items() if name in figures}

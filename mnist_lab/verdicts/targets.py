@@ -9,8 +9,10 @@ from statistics import fmean
 from typing import Literal
 
 from mnist_lab.experiment import Targets
+from mnist_lab.verdicts.measures import MEASURES
 from mnist_lab.verdicts.statistics import judge_mean
 
+HEADERS = ("target", "wanted", "measured", "verdict")
 Word = Literal["met", "missed", "not shown"]
 
 
@@ -47,6 +49,12 @@ def judge(targets: Targets, *, accuracies: Sequence[float], num_params: int, epo
             word: Word = "met" if measured < limit else "missed"
             verdicts.append(Verdict(name, f"fewer than {limit:,}", measured, word, target=limit))
     return verdicts
+
+
+def rows(verdicts: Sequence[Verdict]) -> list[tuple[str, str, str, str]]:
+    """Return a row of text for each verdict, under HEADERS."""
+    measures = {"accuracy": "final_test_accuracy", "params": "num_params", "epochs": "epochs"}
+    return [(v.name, v.wanted, MEASURES[measures[v.name]].text(v.measured), v.word) for v in verdicts]
 
 
 def overall(verdicts: Sequence[Verdict]) -> str:

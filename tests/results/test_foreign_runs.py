@@ -264,7 +264,7 @@ def shared_store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.usefixtures("quiet")
 @given(run=FOREIGN)
 @example(run={"tags": TAGS | {"step": "step2"}, "start_time": T0 + 5})
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_run_keeps_the_others_from_the_tables(shared_store: Store, run: dict[str, Any]) -> None:
     try:
         run_id = write_foreign_run(shared_store, **run)

@@ -18,7 +18,8 @@ from helpers import ROOT
 from mnist_lab import results
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.results.report import Story, find_copies, read_story, write_report
+from mnist_lab.results.report import find_copies, write_report
+from mnist_lab.story import Story, read_story
 from mnist_lab.tracking.store import Store, open_store
 from report_store import STATED, T0, write_sample_store
 from run_writer import write_run

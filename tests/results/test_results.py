@@ -19,7 +19,8 @@ from forkserver import Program, run_program
 from helpers import copy_store, wait_until
 from mnist_lab import results
 from mnist_lab.errors import LabError
-from mnist_lab.results import runs as tracked
+from mnist_lab.results.runs import EPOCH_METRICS
+from mnist_lab.tracking import points
 from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.verdicts.comparison import Pair, seeds_text
 from mnist_lab.verdicts.statistics import compare_means, seeds_needed
@@ -133,7 +134,7 @@ def test_overridden_runs_stand_in_where_a_step_has_no_run_as_declared(uri: str) 
 
 def test_epoch_history_is_tidy(store: Store) -> None:
     history = results.epoch_history(tracking_uri=store.uri)
-    assert list(history.columns) == ["run_id", "step", "overrides", "seed", "epoch", *tracked.EPOCH_METRICS]
+    assert list(history.columns) == ["run_id", "step", "overrides", "seed", "epoch", *EPOCH_METRICS]
     assert len(history) == 3 + 3 + 3 + 2 + 1
     assert not history.isna().any().any()
     one = history[(history["step"] == "step4") & (history["seed"] == 1)]
@@ -157,14 +158,14 @@ def test_the_history_of_many_runs_takes_few_requests(
     store: Store, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    http_request = tracked.http_request
+    http_request = points.http_request
     monkeypatch.setattr(
-        tracked, "http_request", lambda *given, **more: asked.append(more) or http_request(*given, **more)
+        points, "http_request", lambda *given, **more: asked.append(more) or http_request(*given, **more)
     )
-    monkeypatch.setattr(tracked, "RUNS_PER_REQUEST", 3)
+    monkeypatch.setattr(points, "RUNS_PER_REQUEST", 3)
     history = results.epoch_history(status=None, include_overrides=True, tracking_uri=server)
     assert history["run_id"].nunique() == 8
-    assert len(asked) == math.ceil(8 / 3) * len(tracked.EPOCH_METRICS)
+    assert len(asked) == math.ceil(8 / 3) * len(EPOCH_METRICS)
 
 
 def test_a_point_logged_twice_counts_once_with_its_latest_value(uri: str) -> None:

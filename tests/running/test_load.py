@@ -47,7 +47,7 @@ FILES = {
     "figures/training.png",
 }
 EVERY_EPOCH = {"train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"}
-ONCE = {"num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target"}
+ONCE = {"num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target", "last", "best"}
 
 
 def run_at_once(target: Callable[..., None], arguments: Iterable[tuple[Any, ...]], timeout: float) -> list[int | None]:

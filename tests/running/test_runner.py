@@ -31,6 +31,7 @@ from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job, choose_device
 from mnist_lab.running.run import RunResult, first_images, measure
+from mnist_lab.story import read_story
 from mnist_lab.training.loop import EpochMetrics
 
 Load = Callable[[str], ModuleType]
@@ -61,12 +62,14 @@ def test_a_real_epoch_learns(full_run: FullRun) -> None:
     assert 0 < run.metrics["test_loss"][0][1] < run.metrics["train_loss"][0][1] < 1
 
 
-def test_each_epoch_has_six_metrics_and_the_run_five(full_run: FullRun) -> None:
+def test_each_epoch_has_six_metrics_and_the_run_seven(full_run: FullRun) -> None:
     metrics = full_run.tracked.metrics
 
     per_epoch = {"train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"}
     once = {"num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target"}
-    assert metrics.keys() == per_epoch | once
+    short = {"last": "final_test_accuracy", "best": "best_test_accuracy"}
+    assert metrics.keys() == per_epoch | once | short.keys()
+    assert all(metrics[name] == metrics[long] for name, long in short.items())
     assert all([step for step, _ in metrics[name]] == [1] for name in per_epoch)
     assert metrics["lr"] == [(1, 0.01)]
     assert metrics["num_params"] == [(0, 10_970)]
@@ -95,6 +98,25 @@ def test_the_run_is_finished_and_named_after_the_step_and_seed(full_run: FullRun
     assert (run.name, run.status) == ("step1_baseline seed 3 [epochs=1]", "FINISHED")
     assert (read_by_mlflow.info.run_id, read_by_mlflow.info.run_name) == (run.run_id, run.name)
     assert read_by_mlflow.data.metrics["test_accuracy"] == run.metrics["test_accuracy"][0][1]
+
+
+def test_the_description_is_the_verdict_and_what_was_planned_where_the_run_is_overridden(full_run: FullRun) -> None:
+    text = full_run.tracked.tags["mlflow.note.content"]
+    story = read_story(full_run.script)
+
+    assert re.search(r"^\| accuracy +\| at least 99.4 % +\| 9\d\.\d\d % +\| missed +\|$", text, re.MULTILINE)
+    assert "**Overridden:** `epochs=1`" in text
+    assert f"**{story.title}**" in text
+    assert f"**Target:** {dict(story.sections)['Target']}" in text
+    assert "**Result:**" not in text  # the docstring's Result is that of 14 epochs
+
+
+def test_the_description_of_a_run_as_declared_is_the_whole_docstring(tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text('"""Mine.\n\nTarget: much.\n\nResult: little."""')
+    assert runner.describe(script) == "**Mine**\n\n**Target:** much.\n\n**Result:** little."
+    assert runner.describe(script, "lr=1") == "**Overridden:** `lr=1`\n\n**Mine**\n\n**Target:** much."
+    assert runner.describe(tmp_path / "gone.py", "lr=1") == "**Overridden:** `lr=1`"
 
 
 def test_the_tags_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) -> None:
@@ -352,8 +374,10 @@ def test_the_epochs_of_a_hold_out_are_judged_on_validation_images(held_out: tupl
     assert run.metrics.keys() == {
         *("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr", "epoch_seconds"),
         *("num_params", "final_validation_accuracy", "best_validation_accuracy", "best_epoch"),
-        *("final_test_accuracy", "final_test_loss"),
+        *("final_test_accuracy", "final_test_loss", "last", "validation"),
     }
+    assert run.metrics["last"] == run.metrics["final_test_accuracy"]
+    assert run.metrics["validation"] == [(0, round(run.metrics["final_validation_accuracy"][0][1], 2))]
     accuracies = [accuracy for _, accuracy in run.metrics["validation_accuracy"]]
     assert accuracies == [100 * epoch.eval_correct / 500 for epoch in result.epochs]
     assert run.metrics["final_validation_accuracy"] == [(0, accuracies[-1])]

@@ -244,7 +244,28 @@ def test_the_aggregates_are_those_of_the_seeds(story: Story) -> None:
     assert study.metrics["p"][0][1] == judge_mean(last, 50.0).p
     assert study.tags["verdict_accuracy"] == judge_mean(last, 50.0).word
     assert f"last epoch, test       {np.mean(last):.2f}" in story.stdout
-    assert all(run.run_id in study.tags["mlflow.note.content"] for run in finished)
+    assert (study.metrics["last"], study.metrics["sd"]) == (
+        [(0, round(logged("mean"), 2))],
+        [(0, round(logged("sd"), 3))],
+    )
+
+
+def test_a_study_keeps_its_verdict_its_figures_and_the_mean_curves(story: Story) -> None:
+    study = [run for run in story.through if "study" in run.tags][-1]
+    finished = [run for run in story.through if run.status == "FINISHED"]
+
+    text = study.tags["mlflow.note.content"]
+    assert (study.artifacts / "verdict.md").read_text() == text + "\n"
+    assert f"mean at least 50 % | {np.mean([run.metrics['last'][0][1] for run in finished]):.2f} %" in " ".join(
+        text.split()
+    )
+    assert all(run.run_id in text for run in finished)
+    assert {file.name for file in (study.artifacts / "figures").iterdir()} == {"training.png", "last_epochs.png"}
+    for name in ("test_accuracy", "test_loss", "train_accuracy", "train_loss"):
+        curves = [[value for _, value in run.metrics[name]] for run in finished]
+        epochs, means = zip(*study.metrics[name], strict=True)
+        assert epochs == tuple(range(1, len(curves[0]) + 1))
+        assert means == pytest.approx(np.mean(curves, axis=0))
 
 
 def test_without_a_terminal_each_epoch_is_a_line_with_its_seed(story: Story) -> None:
@@ -424,7 +445,7 @@ def test_a_seed_that_gives_no_number_among_seeds_trained_as_one_program_fails_al
     with track(store, "a study", params={}, tags={}) as parent:
         task = Task(job, parent.run_id, again=False)
         parts = runner.load_parts(job)
-        *_, failed, done = train_stacked(task, [4, 2], parts, rehearse(job.experiment, parts), 2, lambda: None)
+        *_, failed, done = train_stacked(task, [4, 2], parts, rehearse(job.experiment, parts), 1, lambda: None)
 
     assert (failed.seed, failed.reason) == (4, reason)
     assert isinstance(done, Done)

@@ -40,7 +40,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with track(store, "step9 seed 0", params={"seed": 0}, tags={"step": "step9"}) as run:
         run.log_text("hello", "figures/hello.txt")
         run.log_predictions(torch.arange(10), torch.eye(10))
-        assert run.log_model(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), torch.zeros(2, 1, 28, 28), (0, 1)) is None
+        net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        assert run.log_model("step9", net, torch.zeros(2, 1, 28, 28), (0, 1)) is None
         return project, run.run_id
 
 
@@ -58,7 +59,7 @@ def check_found(project: Path, run_id: str) -> None:
     assert model.artifact_location == f"{here}/models/{model.model_id}/artifacts"
     assert client.get_experiment(run.info.experiment_id).artifact_location == here
     mlflow.set_tracking_uri(uri)
-    net = mlflow.pytorch.load_model(f"runs:/{run_id}/model")
+    net = mlflow.pytorch.load_model(f"runs:/{run_id}/{run.data.tags['step']}")
     assert net(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
 
 
@@ -87,8 +88,8 @@ def test_the_ui_shows_the_artifacts_of_a_copy(original: tuple[Path, str], tmp_pa
     shown.write_text("hello from the copy")
     process = Program("-m", "mnist_lab", "ui", "--tracking-uri", "sqlite:///copy ü/mlruns/mlflow.db", cwd=tmp_path)
     try:
-        wait_until(lambda: "/#" in process.stdout, process)
-        address = process.stdout.removeprefix("The runs: ").partition("/#")[0]
+        wait_until(lambda: "/lab" in process.stdout, process)
+        address = process.stdout.removeprefix("The runs: ").partition("/lab")[0]
         path = f"{address}/get-artifact?run_uuid={run_id}&path=figures%2Fhello.txt"
         with urllib.request.urlopen(path, timeout=PATIENCE) as answer:
             assert answer.read() == b"hello from the copy"

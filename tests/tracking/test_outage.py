@@ -168,7 +168,7 @@ def check_same(run: TrackedRun, whole: TrackedRun, server: Server) -> None:
     )
     mlflow.set_tracking_uri(server.uri)
     try:
-        nets = [mlflow.pytorch.load_model(f"runs:/{one.run_id}/model") for one in (run, whole)]
+        nets = [mlflow.pytorch.load_model(f"runs:/{one.run_id}/{one.tags['step']}") for one in (run, whole)]
     finally:
         mlflow.set_tracking_uri(None)
     images = torch.rand(3, 1, 28, 28)
@@ -421,7 +421,7 @@ def test_a_model_that_a_slow_server_made_twice_is_there_once(uri: str, monkeypat
 
     monkeypatch.setattr(mlflow.MlflowClient, "create_logged_model", twice)
     with track(open_store(uri), "a run", params={}, tags={}) as tracked:
-        assert tracked.log_model(torch.nn.Flatten(), torch.zeros(2, 1, 28, 28), (0, 1)) is None
+        assert tracked.log_model("a", torch.nn.Flatten(), torch.zeros(2, 1, 28, 28), (0, 1)) is None
 
     assert only_model(mlflow.MlflowClient(uri), tracked.run_id).status == "READY"
 

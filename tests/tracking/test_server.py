@@ -79,7 +79,7 @@ class Team:
 
     def start(self) -> None:
         self.begin()
-        wait_until(lambda: "Ctrl-C stops the server." in self.process.stdout, self.process)
+        wait_until(lambda: "Ready. Ctrl-C stops the server." in self.process.stdout, self.process)
 
     def family(self) -> list[psutil.Process]:
         started = psutil.Process(self.process.pid)
@@ -142,9 +142,9 @@ def test_it_says_what_to_set_and_listens_on_one_port_of_loopback(team: Team) -> 
         if connection.status == psutil.CONN_LISTEN
     ]
 
-    assert re.match(rf"The runs: {team.uri}/#/experiments/\d+/runs\?", runs)
+    assert runs == f"The runs: {team.uri}/lab"
     assert export == f"export MLFLOW_TRACKING_URI={team.uri}"
-    assert last == "Ctrl-C stops the server."
+    assert last == "Ready. Ctrl-C stops the server."
     assert set(sockets) == {("127.0.0.1", team.port)}
 
 
@@ -350,7 +350,7 @@ def test_a_user_whom_the_admin_adds_trains_and_compares(
     (run,) = client.search_runs([open_store(guarded.uri).experiment_id])
     assert run.info.status == "FINISHED"
     assert len(client.get_metric_history(run.info.run_id, "test_accuracy")) == 2
-    assert mlflow.pytorch.load_model(f"runs:/{run.info.run_id}/model") is not None
+    assert mlflow.pytorch.load_model(f"runs:/{run.info.run_id}/{run.data.tags['step']}") is not None
 
 
 def test_no_password_is_in_a_command_line_nor_in_what_is_printed_or_kept(guarded: Team, admin: str) -> None:

@@ -74,13 +74,14 @@ def test_a_teacher_is_found_by_its_run_its_registered_model_its_id_or_its_script
     model_id = client.get_run(run.run_id).outputs.model_outputs[0].model_id
     mlflow.set_tracking_uri(uri)  # MLflow looks for the model there, whatever the client's own store is
     try:
-        mlflow.register_model(f"runs:/{run.run_id}/model", "teacher")
+        mlflow.register_model(f"runs:/{run.run_id}/large", "teacher")
     finally:
         mlflow.set_tracking_uri(None)
     client.set_registered_model_alias("teacher", "best", "1")
 
     declared = [
         f"runs:/{run.run_id}/model",
+        f"runs:/{run.run_id}/large",
         "models:/teacher/1",
         "models:/teacher@best",
         f"models:/{model_id}",

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from conftest import FullRun
 from forkserver import PATIENCE
 from helpers import read_runs, read_value
-from mnist_lab.cli import interrupt_on_signals
+from mnist_lab.commandline import interrupt_on_signals
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.run import TrackedRun, track
@@ -586,7 +586,7 @@ def loaded(full_run: FullRun) -> nn.Module:
     before = os.environ.get("MLFLOW_TRACKING_URI")
     try:
         mlflow.set_tracking_uri(f"sqlite:///{full_run.database}")
-        return mlflow.pytorch.load_model(f"runs:/{full_run.tracked.run_id}/model")
+        return mlflow.pytorch.load_model(f"runs:/{full_run.tracked.run_id}/step1_baseline")
     finally:
         mlflow.set_tracking_uri(before)
 
@@ -645,7 +645,7 @@ def test_a_network_that_cannot_be_exported_is_kept_as_weights(
     net = DependsOnTheData().train()
     with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
         capfd.readouterr()
-        reason = tracked.log_model(net, torch.rand(2, 1, 28, 28), (0, 1))
+        reason = tracked.log_model("a.step", net, torch.rand(2, 1, 28, 28), (0, 1))
 
     assert capfd.readouterr() == ("", "")  # torch's own account of it is pages long
     assert reason is not None

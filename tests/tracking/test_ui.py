@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import urllib.request
@@ -20,8 +21,9 @@ import pytest
 from forkserver import PATIENCE, Program, run_program
 from helpers import read_runs, wait_until
 from mnist_lab.errors import LabError
-from mnist_lab.tracking import serving, ui
+from mnist_lab.tracking import serving, ui, view
 from mnist_lab.tracking.run import track
+from mnist_lab.tracking.sqlite import has_experiment
 from mnist_lab.tracking.store import open_store
 
 
@@ -59,7 +61,7 @@ class Server:
 
     @property
     def address(self) -> str:
-        return self.first_line.removeprefix("The runs: ").partition("/#")[0]
+        return self.first_line.removeprefix("The runs: ").removesuffix("/lab")
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"{self.address}{path}", timeout=PATIENCE) as answer:
@@ -91,7 +93,8 @@ def test_a_taken_port_gives_the_next_and_says_so(server: Server) -> None:
 
 
 def test_the_printed_address_is_that_of_the_runs_table(server: Server) -> None:
-    assert re.match(r"The runs: http://127\.0\.0\.1:\d+/#/experiments/1/runs\b", server.first_line)
+    assert re.fullmatch(r"The runs: http://127\.0\.0\.1:\d+/lab", server.first_line)
+    assert "<title>mnist_lab</title>" in server.get("/lab")  # leads to the runs, as test_browser sees
     assert "<title>MLflow</title>" in server.get("/")
 
 
@@ -162,7 +165,7 @@ def test_sigterm_ends_the_server_with_its_children(server: Server) -> None:
 
     assert server.process.wait() == 0
     wait_until(lambda: not [process for process in family if process.is_running() and process.status() != "zombie"])
-    assert server.process.stdout == f"{server.first_line}\nCtrl-C stops the server.\n"
+    assert server.process.stdout == f"{server.first_line}\nReady. Ctrl-C stops the server.\n"
     assert "Traceback" not in server.process.stderr
     with pytest.raises(OSError, match="refused"):
         server.get("/health")
@@ -270,3 +273,25 @@ def test_a_wrong_flag_is_refused_in_one_sentence(flags: list[str], sentence: str
 
     assert done.returncode == 1
     assert done.stderr == f"{sentence.format(folder=tmp_path)}\n"
+
+
+# ---- the view
+
+
+def test_a_store_with_the_view_of_an_earlier_version_gets_todays(uri: str) -> None:
+    store = open_store(uri)
+    store.client.set_experiment_tag(store.experiment_id, view.TAG, "{}")
+    assert not has_experiment(uri, {view.TAG: view.state()})
+    ui.make_ready(uri)
+    assert has_experiment(uri, {view.TAG: view.state()})
+
+
+def test_a_store_that_is_ready_is_served_without_importing_mlflow_or_torch(uri: str, tmp_path: Path) -> None:
+    """Each takes seconds, for which a person would wait."""
+    open_store(uri)
+    program = (
+        "import sys; from mnist_lab import __main__; from mnist_lab.tracking import front, ui; "
+        f"ui.make_ready({uri!r}); print([name for name in ('mlflow', 'torch') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "[]\n"

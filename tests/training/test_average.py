@@ -133,8 +133,8 @@ def test_a_run_logs_the_average_as_its_model_with_both_numbers_of_the_normalisat
     (run,) = read_runs(database)
     mlflow.set_tracking_uri(uri)
     try:
-        model = mlflow.pytorch.load_model(f"runs:/{run.run_id}/model")
-        metadata = mlflow.models.get_model_info(f"runs:/{run.run_id}/model").metadata
+        model = mlflow.pytorch.load_model(f"runs:/{run.run_id}/{run.tags['step']}")
+        metadata = mlflow.models.get_model_info(f"runs:/{run.run_id}/{run.tags['step']}").metadata
     finally:
         mlflow.set_tracking_uri(None)
     mean, deviation = metadata["normalize"]

@@ -108,7 +108,7 @@ def test_an_interval_that_is_not_there_is_a_dash() -> None:
 
 def test_experiments_are_in_natural_order() -> None:
     names = ["zero", "step10_b", "step2_a", "idea12", "idea3", "step2", "10th", "step"]
-    assert sorted(names, key=step_order) == ["step", "step2", "step2_a", "step10_b", "10th", "idea3", "idea12", "zero"]
+    assert sorted(names, key=step_order) == ["step2", "step2_a", "step10_b", "10th", "idea3", "idea12", "step", "zero"]
 
 
 def test_the_pairs_name_experiments_that_there_are() -> None:

@@ -1,0 +1,47 @@
+"""The story in a script's docstring: its title, and what it tells under Target, Change, Result and Analysis."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mnist_lab.errors import LabError
+
+HEADINGS = ("Target", "Change", "Result", "Analysis")
+
+
+@dataclass(frozen=True)
+class Story:
+    """A script's docstring: its title, the text before the headings, and the headings with their texts."""
+
+    title: str
+    opening: str
+    sections: list[tuple[str, str]]
+
+    @property
+    def missing(self) -> list[str]:
+        return [heading for heading in HEADINGS if heading not in dict(self.sections)]
+
+    def markdown(self, *headings: str) -> str:
+        """Return the story with a paragraph for each of these headings, of which none stands for all."""
+        title = f"**{self.title}**" if self.title else ""
+        sections = [f"**{name}:** {text}" for name, text in self.sections if name in (headings or HEADINGS)]
+        return "\n\n".join(part for part in (title, self.opening, *sections) if part)
+
+
+def read_story(script: Path) -> Story:
+    """Read the story in a script's docstring, without importing the script. Headings may be missing.
+
+    Raises:
+        LabError: if the script can't be read or is not Python.
+    """
+    try:
+        docstring = ast.get_docstring(ast.parse(script.read_bytes(), script.name)) or ""
+    except (OSError, SyntaxError, ValueError) as error:
+        raise LabError(f"script {script} can't be read: {error}") from error
+    before, *parts = re.split(rf"^({'|'.join(HEADINGS)}):", docstring, flags=re.MULTILINE)
+    title, _, opening = before.strip().partition("\n\n")
+    texts = [text.strip() for text in parts[1::2]]
+    return Story(" ".join(title.split()).removesuffix("."), opening, list(zip(parts[::2], texts, strict=True)))

@@ -1,0 +1,79 @@
+"""What MLflow's UI shows of the runs at first: the columns of its table and its charts.
+
+MLflow keeps a shared view as a tag of the experiment, and opens it by the name in the address.
+"""
+
+from __future__ import annotations
+
+import json
+
+NAME = "lab"
+TAG = f"mlflow.sharedViewState.{NAME}"
+VIEW = f"workflowType=machine_learning&viewStateShareKey={NAME}"  # in the address of the runs
+# The columns of the table in their order, and their widths in pixels. "Created" says how the run ended, too.
+COLUMNS = {
+    "attributes.`Run Name`": 260,
+    "metrics.`last`": 75,
+    "metrics.`sd`": 75,
+    "metrics.`best`": 75,
+    "metrics.`validation`": 90,
+    "metrics.`num_params`": 105,
+    "params.`seed`": 65,
+    "tags.`overrides`": 160,
+    "tags.`targets`": 95,
+    "runDateAndNestInfo": 140,
+    "duration": 85,
+    "attributes.`Models`": 200,
+}
+CURVES, OTHERS = "Learning curves", "Model metrics"  # the sections of the charts; the second is MLflow's own
+# The metrics whose curves come first, each with the least value of its axis: the first epochs would flatten the others.
+CHARTS = {
+    "test_accuracy": 98,
+    "validation_accuracy": 98,
+    "train_accuracy": 95,
+    "test_loss": None,
+    "train_loss": None,
+    "lr": None,
+}
+
+
+def state() -> str:
+    """Return the view as MLflow keeps it."""
+    charts = [
+        {
+            "uuid": metric,
+            "type": "LINE",
+            "metricKey": metric,
+            "metricSectionId": CURVES,
+            "runsCountToCompare": 10,
+            "deleted": False,
+            "isGenerated": True,
+            "xAxisKey": "step",
+            "xAxisScaleType": "linear",
+            "scaleType": "linear",
+            "lineSmoothness": 0,
+            "useGlobalXaxisKey": True,
+            "useGlobalLineSmoothing": True,
+            "selectedXAxisMetricKey": "",
+            "yAxisKey": "metric",
+            "yAxisExpressions": [],
+            "ignoreOutliers": False,
+            "range": {} if least is None else {"yMin": least, "yMax": 100},
+        }
+        for metric, least in CHARTS.items()
+    ]
+    sections = [
+        {"uuid": name, "name": name, "display": name == CURVES, "isReordered": True, "deleted": False}
+        for name in (CURVES, OTHERS)
+    ]
+    return json.dumps(
+        {
+            "selectedColumns": [*COLUMNS],
+            "columnOrder": [*COLUMNS],
+            "columnWidths": COLUMNS,
+            "compareRunCharts": charts,
+            "compareRunSections": sections,
+            "isAccordionReordered": True,
+            "hideEmptyCharts": True,
+        }
+    )
