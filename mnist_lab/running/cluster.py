@@ -416,7 +416,8 @@ def _ask_client_server(place: str) -> str | None:
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 return None
-            return error.details() or error.code().name
+            said: str = error.details() or error.code().name
+            return said
     return ""
 
 
