@@ -247,8 +247,9 @@ def parser(script: Path) -> argparse.ArgumentParser:
     processes = "processes of a study or a search on a CPU (default: one per core)"
     add("--workers", type=number_from(1), metavar="N", help=processes)
     cluster = (
-        "train a study or a search on this Ray cluster; auto: the one of RAY_ADDRESS, else the one of this machine, "
-        "else one that is started here for the time of the command (docs/cluster.md)"
+        "train a study or a search on this Ray cluster: HOST:PORT of its head, or ray://HOST:PORT from a machine that "
+        "is no node of it; auto: the one of RAY_ADDRESS, else the one of this machine, else one that is started here "
+        "for the time of the command (docs/cluster.md)"
     )
     add("--cluster", metavar="ADDRESS", help=cluster)
     which = "continue the newest interrupted run of this script that has the other flags, or this one"

@@ -21,6 +21,8 @@ import torch
 
 from forkserver import run_program
 from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.tracking import postgres
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -55,12 +57,20 @@ CASES = {  # flags and ratios
     "run_tables": (["--rounds", "3"], {"run_table: 4 runs / 2", "epoch_history: 4 runs / 2"}),
     "training": (["--steps", "step4_augment_steplr"], STEP4_RATIOS),
     "augmentation": ([], {"lab / write-ups (nearest pixel)", "lab / write-ups, bilinear"}),
+    "server": ([], set()),
+    "cluster": ([], {"cluster / processes"}),
 }
+MARKS = {"cluster": [pytest.mark.long, pytest.mark.load]}  # Ray gives its own agents 15 seconds to start
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in CASES])
 def test_a_benchmark_writes_its_figures_and_ratios(name: str, tmp_path: Path, mnist: Mnist) -> None:
     flags, wanted = CASES[name]
+    if name == "server":
+        try:
+            postgres.programs(Path("nowhere")), postgres.account()
+        except LabError as error:
+            pytest.skip(str(error))
 
     done = run_program(BENCHMARKS / f"{name}.py", "--quick", *flags, "--out", tmp_path, cwd=BENCHMARKS.parent)
 

@@ -3,6 +3,8 @@
 The interface is that of `workers`. Ray Core runs the tasks and carries the script, the lab and MNIST to them. What a
 run says goes through a mailbox, an actor beside this process, where a trial waits for the word whether to go on. Ray
 would repeat a lost task by itself; here this process does, once the run that was lost is closed, so that it can go on.
+
+A process on a machine that is no node joins by Ray's client: a process on the head does for it what it asks for.
 """
 
 from __future__ import annotations
@@ -29,9 +31,13 @@ import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads these when it is imported
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+os.environ.setdefault("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "0")  # else tasks go on when their command is dead
 
+import grpc
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
 from ray.exceptions import (
     NodeDiedError,
     OutOfMemoryError,
@@ -69,12 +75,14 @@ from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost, close_orphan
 from mnist_lab.training.loop import EpochMetrics
 
 AUTO = "auto"
+CLIENT = "ray://"  # begins an address of Ray's client
 ANSWER_SECONDS = 10  # that a cluster has to answer
 LOOK_AT_NODES_SECONDS = 180  # that all nodes have to show themselves; a first import of torch is slow
 TRIES = 3  # of a seed whose process or node is lost
 GPU_SHARE = 0.25  # of a GPU, that a task takes
 CALLS = 100_000  # that the mailbox can have open at once
 LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+NO_CLUSTER = (RayActorError, ConnectionError, grpc.RpcError)  # raised once it, or the way to it, is gone
 PACKAGES = ("torch", "torchvision", "numpy", "mlflow")  # of which each node must have the same version
 STATE = Path(".local") / "state" / "mnist_lab"  # in the home folder of a node that has no other place
 
@@ -142,8 +150,8 @@ class Mailbox:
 class Cluster:
     """A Ray cluster by its address. It is connected to when there is something to train, and left by `close`.
 
-    address: HOST:PORT of the head, or "auto": RAY_ADDRESS, else the cluster that runs on this machine, else one of this
-        machine's cores that is started, and ended by `close`.
+    address: HOST:PORT of the head where this machine is a node, else ray://HOST:PORT; or "auto": RAY_ADDRESS, else the
+        cluster that runs on this machine, else one of this machine's cores that is started, and ended by `close`.
     """
 
     def __init__(self, address: str) -> None:
@@ -162,6 +170,7 @@ class Cluster:
             _pack(job, Path(folder))
             _join(self.address, Path(folder))
         nodes = [node for node in ray.nodes() if node["Alive"]]
+        self._name = f"the cluster {ray.get_runtime_context().gcs_address}"
         self._check_store(nodes)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox = ray.remote(num_cpus=0, max_concurrency=CALLS)(Mailbox)
@@ -233,7 +242,7 @@ class Cluster:
                     else:
                         yield attempt.task, message
                 on_time()
-        except RayActorError as error:
+        except NO_CLUSTER as error:
             raise LabError(f"cluster: {self._name} is lost: {one_line(error)[:200]}") from error
         finally:
             self._stop(running)
@@ -241,10 +250,6 @@ class Cluster:
     def close(self) -> None:
         """Leave the cluster; one that was started for this command ends."""
         ray.shutdown()
-
-    @property
-    def _name(self) -> str:
-        return f"the cluster {ray.get_runtime_context().gcs_address}"
 
     @property
     def _unit(self) -> str:
@@ -314,12 +319,13 @@ class Cluster:
         """Interrupt the tasks, so that they close their runs; those that do not are killed."""
         if not running:
             return
-        for ref in running:
-            ray.cancel(ref)
-        _, left = ray.wait([*running], num_returns=len(running), timeout=END_SECONDS)
-        for ref in left:
-            ray.cancel(ref, force=True)
-            self._close_lost(running[ref])
+        with suppress(*NO_CLUSTER):  # the tasks of a cluster that is gone end by themselves
+            for ref in running:
+                ray.cancel(ref)
+            _, left = ray.wait([*running], num_returns=len(running), timeout=END_SECONDS)
+            for ref in left:
+                ray.cancel(ref, force=True)
+                self._close_lost(running[ref])
 
 
 # ---- to the cluster
@@ -336,8 +342,6 @@ def _pack(job: Job, folder: Path) -> None:
 
 def _join(address: str, code: Path) -> None:
     """Connect this process to the cluster, whose workers are given the code; raises LabError."""
-    if address.startswith("ray://"):
-        raise LabError(f"cluster: {address} is for Ray's client; give HOST:PORT, on a machine that is a node")
     settings: dict[str, Any] = {
         "runtime_env": {"working_dir": str(code)},
         "log_to_driver": False,
@@ -345,24 +349,33 @@ def _join(address: str, code: Path) -> None:
         "logging_level": logging.CRITICAL,
     }
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    named = os.environ.get("RAY_ADDRESS", AUTO) if address == AUTO else address
-    if named != AUTO:
+    named = _find_head() if address == AUTO else address
+    if named is not None:
         _check_answers(named)
     with _own_signals():
         try:
-            ray.init(address=named, **settings)
-        except ConnectionError as error:
-            if named != AUTO:
-                raise LabError(f"cluster: {named} can't be used: {one_line(error)}") from error
-            # Ray listens on loopback alone where it takes this machine for one that is in no cluster, as it does a Mac.
-            ray_constants.ENABLE_RAY_CLUSTER = False
-            _start_here(settings)
-        except (RayError, RuntimeError, ValueError) as error:
+            if named is None:
+                _start_here(settings)
+            else:
+                ray.init(address=named, **settings)
+        except (ConnectionError, RayError, RuntimeError, ValueError) as error:
             raise LabError(f"cluster: {named} can't be used: {one_line(error)}") from error
+
+
+def _find_head() -> str | None:
+    """Return the address of RAY_ADDRESS, else of a head that runs on this machine, else None."""
+    if (named := os.environ.get("RAY_ADDRESS", AUTO)) != AUTO:
+        return named
+    if not services.find_gcs_addresses():  # Ray's note of the last head outlives it, and Ray would wait for it
+        return None
+    head: str = services.get_ray_address_from_environment(AUTO, None)
+    return head
 
 
 def _start_here(settings: Mapping[str, Any]) -> None:
     """Start a cluster of this machine; raises LabError. Ray gives its own agents 15 seconds, too few on a busy one."""
+    # Ray listens on loopback alone where it takes this machine for one that is in no cluster, as it does a Mac.
+    ray_constants.ENABLE_RAY_CLUSTER = False
     for last in (False, True):
         try:
             ray.init(address="local", num_cpus=available_cores(), include_dashboard=False, **settings)
@@ -376,17 +389,43 @@ def _start_here(settings: Mapping[str, Any]) -> None:
 
 def _check_answers(address: str) -> None:
     """Refuse an address where no cluster answers in time; raises LabError. Ray itself would wait for minutes."""
-    host, _, port = address.rpartition(":")
+    place = address.removeprefix(CLIENT)
+    host, _, port = place.rpartition(":")
     if not (host and port.isdecimal()):
-        raise LabError(f"cluster: {address!r} is not HOST:PORT, nor {AUTO}")
-    # `ray health-check`, in a process that can be ended; its imports take longer than the answer.
-    program = "import sys; from ray.scripts.scripts import cli; print(flush=True); cli(sys.argv[1:])"
-    command = [sys.executable, "-c", program, "health-check", "--address", address]
+        raise LabError(f"cluster: {address!r} is not HOST:PORT, {CLIENT}HOST:PORT, nor {AUTO}")
     try:
         with socket.create_connection((host, int(port)), ANSWER_SECONDS):
             pass
     except (OSError, OverflowError) as error:
         raise LabError(f"cluster: nothing answers at {address}: {error}") from error
+    said = _ask_client_server(place) if address.startswith(CLIENT) else _ask_head(place)
+    if said is None:
+        raise LabError(f"cluster: {address} does not answer as a Ray cluster within {ANSWER_SECONDS} seconds")
+    if "token" in said.lower() or "unauthenticated" in said.lower():
+        raise LabError(f"cluster: {address} refuses the token: it must be that of the head (docs/cluster.md)")
+    if said:
+        raise LabError(f"cluster: {address} can't be used: {said.splitlines()[-1]}")
+
+
+def _ask_client_server(place: str) -> str | None:
+    """Return what the server of Ray's client at HOST:PORT objects to, if anything, or None if it does not answer."""
+    with init_grpc_channel(place) as channel:
+        ping = ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING)
+        try:
+            ray_client_pb2_grpc.RayletDriverStub(channel).ClusterInfo(ping, timeout=ANSWER_SECONDS)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                return None
+            said: str = error.details() or error.code().name
+            return said
+    return ""
+
+
+def _ask_head(place: str) -> str | None:
+    """Return what the head at HOST:PORT objects to, if anything, or None if it does not answer."""
+    # `ray health-check`, in a process that can be ended; its imports take longer than the answer.
+    program = "import sys; from ray.scripts.scripts import cli; print(flush=True); cli(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "health-check", "--address", place]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asked:
         assert asked.stdout is not None
         asked.stdout.readline()
@@ -394,12 +433,8 @@ def _check_answers(address: str) -> None:
             _, said = asked.communicate(timeout=ANSWER_SECONDS)
         except subprocess.TimeoutExpired:
             asked.kill()
-            said = f"cluster: {address} does not answer as a Ray cluster within {ANSWER_SECONDS} seconds"
-            raise LabError(said) from None
-    if asked.returncode != 0:
-        if "token" in said.lower() or "unauthenticated" in said.lower():
-            raise LabError(f"cluster: {address} refuses the token: it must be that of the head (docs/cluster.md)")
-        raise LabError(f"cluster: {address} can't be used: {(said.strip().splitlines() or ['no cluster'])[-1]}")
+            return None
+    return "" if asked.returncode == 0 else said.strip() or "no cluster"
 
 
 @contextmanager
