@@ -383,7 +383,8 @@ def test_a_password_that_is_not_the_admins_any_more_is_not_printed_as_such(
 def test_a_wrong_password_of_the_database_is_one_sentence(foreign: Foreign, tmp_path: Path) -> None:
     wrong = foreign.uri("wrong-password")
 
-    done = run_program("-m", "mnist_lab", "server", "--backend-store-uri", wrong, cwd=tmp_path)
+    flags = ["--port", str(free_port()), "--backend-store-uri", wrong]
+    done = run_program("-m", "mnist_lab", "server", *flags, cwd=tmp_path)
 
     assert done.returncode == 1
     shown = f"postgresql+psycopg://owner:***@127.0.0.1:{foreign.port}/postgres"
