@@ -34,11 +34,6 @@ if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of i
 EXPERIMENTS = ROOT / "experiments"
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Return how many processes test at once: many tests wait, for a server or a signal, and leave their core idle."""
-    return 1 + (os.cpu_count() or 1)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _signals_reach_the_processes_under_test() -> None:
     """Undo what `nohup` and a shell's `&` do: signals that are ignored here would be ignored in every process begun."""

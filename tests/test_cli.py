@@ -348,7 +348,7 @@ def test_what_argparse_can_judge_is_refused_before_anything_slow_is_imported(tmp
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
     assert done.returncode == 2
     assert "argument --seeds: the seed 3 is there twice in '3,3'" in done.stderr
-    assert "mnist_lab.cli" in imported
+    assert "mnist_lab.console" in imported
     assert not imported & {"mlflow", "pandas", "matplotlib", "torchvision"}
     assert list(tmp_path.iterdir()) == []
 
@@ -359,7 +359,7 @@ def test_help_names_the_flags_and_the_declaration() -> None:
     assert done.returncode == 0
     for shown in ("--seeds", "--holdout", "--set NAME=VALUE", "lr=0.1, momentum=0.9", "degrees=7.0"):
         assert shown in done.stdout
-    assert "mnist_lab.cli" in done.stderr
+    assert "mnist_lab.console" in done.stderr
     assert not re.search(r"\| +(mlflow|pandas|matplotlib)$", done.stderr, re.MULTILINE)
 
 
