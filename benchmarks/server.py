@@ -107,8 +107,11 @@ def record(uri: str, folder: Path, limit: int) -> None:
     runner.run(job, 0, Silent())
 
 
-def write(uri: str, folder: Path, begin: float, end: float) -> dict[str, Any]:
-    """Send the kept records as runs, from one moment to another; return how many runs, and the seconds of requests."""
+def write(uri: str, folder: Path) -> dict[str, Any]:
+    """Send the kept records as runs, from one moment to another; return how many runs, and the seconds of requests.
+
+    Both moments are read from stdin, once this process is ready and has said so.
+    """
     from mnist_lab.tracking.delivery import briefly, send
     from mnist_lab.tracking.outbox import Outbox
     from mnist_lab.tracking.run import track
@@ -120,9 +123,9 @@ def write(uri: str, folder: Path, begin: float, end: float) -> dict[str, Any]:
     tags = {f"tag_{number}": str(number) for number in range(20)}
     entries = outbox.waiting()
     requests = Requests()
+    print("ready", flush=True)
+    begin, end = map(float, input().split())
     time.sleep(max(0.0, begin - time.time()))
-    if time.time() > begin + 1:
-        sys.exit("server.py: a writer was not ready in time")
     runs = 0.0
     while time.time() < end:
         with track(store, "a run", params=params, tags=tags) as tracked:
@@ -147,12 +150,15 @@ class Load:
 
 
 def load(uri: str, records: Path, writers: int, seconds: float) -> Load:
-    begin = time.time() + 10 + writers  # until all of them have imported MLflow
-    flags = ["--uri", uri, "--records", str(records), "--begin", str(begin), "--end", str(begin + seconds)]
-    started = [
-        subprocess.Popen([sys.executable, __file__, "--write", *flags], stdout=subprocess.PIPE, text=True)
-        for _ in range(writers)
-    ]
+    command = [sys.executable, __file__, "--write", "--uri", uri, "--records", str(records)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, **pipes) for _ in range(writers)]
+    for one in started:
+        one.stdout.readline()
+    begin = time.time() + 1
+    for one in started:
+        one.stdin.write(f"{begin} {begin + seconds}\n")
+        one.stdin.flush()
     printed = [one.communicate(timeout=PATIENCE)[0] for one in started]
     if any(one.returncode for one in started):
         sys.exit("server.py: a writer failed")
@@ -173,13 +179,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--auth", action="store_true", help="with passwords")
     parser.add_argument("--writers", type=int, nargs="+", metavar="N", help="default 1 4 16, with --quick 1")
-    for flag, kind in {"uri": str, "records": Path, "begin": float, "end": float}.items():
+    for flag, kind in {"uri": str, "records": Path}.items():
         parser.add_argument(f"--{flag}", type=kind, help=argparse.SUPPRESS)
     for flag in ("--write", "--record"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     arguments = parse(parser, argv)
     if arguments.write:
-        print(json.dumps(write(arguments.uri, arguments.records, arguments.begin, arguments.end)))
+        print(json.dumps(write(arguments.uri, arguments.records)))
         return
     if arguments.record:
         requests = Requests()

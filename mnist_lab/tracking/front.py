@@ -8,6 +8,7 @@ mnist-lab` finds `make_app` by the entry point in pyproject.toml.
 from __future__ import annotations
 
 import json
+import logging
 from typing import TYPE_CHECKING
 
 from mnist_lab.tracking.sqlite import EXPERIMENT_NAME
@@ -35,6 +36,8 @@ def make_app() -> FastAPI:
     from mlflow.server import app as routes  # slow to import, and the command that starts the server looks in here too
     from mlflow.server.fastapi_app import app as served
 
+    # What two runs write at the same moment, one of them writes again (`delivery.send`).
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     routes.add_url_rule(PATH, "lab", lambda: PAGE)
     app: FastAPI = served
     return app
