@@ -25,7 +25,7 @@ def study(seeds: int, limit: int, *flags: str) -> tuple[float, float]:
     with temporary_store() as uri:
         common = ("--seeds", str(seeds), "--limit", str(limit), "--epochs", "1", "--tracking-uri", uri)
         process = run_fresh(script_of(STEP), *common, *flags)
-        runs = results.run_table(include_overrides=True, tracking_uri=uri)
+        runs = results.run_table(columns="all", include_overrides=True, tracking_uri=uri)
     assert len(runs) == seeds, f"{len(runs)} of {seeds} seeds have finished"
     return process.wall, 60 * float(pd.Series(runs["minutes"]).mean())
 
