@@ -9,7 +9,7 @@ from mnist_lab.results.compare import (
     median_run,
     newest_runs,
 )
-from mnist_lab.results.runs import epoch_history, load_runs, predictions, run_table
+from mnist_lab.results.runs import epoch_history, keeps_predictions, load_runs, predictions, run_table
 
 __all__ = [
     "compare",
@@ -18,6 +18,7 @@ __all__ = [
     "compare_text",
     "effects_table",
     "epoch_history",
+    "keeps_predictions",
     "load_runs",
     "median_run",
     "newest_runs",

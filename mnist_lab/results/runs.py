@@ -238,6 +238,15 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
     return table.join(pd.DataFrame(logits, columns=[f"logit_{digit}" for digit in range(10)]))
 
 
+def keeps_predictions(run_id: str, *, tracking_uri: str | None = None) -> bool:
+    """Say whether `predictions` has something to tell of a run; of some published ones it was not kept."""
+    try:
+        predictions(run_id, tracking_uri=tracking_uri)
+    except LabError:
+        return False
+    return True
+
+
 def _restored_predictions(client: mlflow.MlflowClient, run: Run, folder: Path) -> pd.DataFrame:
     """Return what a restored run's network said, as far as it is known: by its mistakes, and the labels of MNIST."""
     run_id = run.info.run_id
