@@ -60,7 +60,10 @@ CASES = {  # flags and ratios
     "server": ([], set()),
     "cluster": ([], {"cluster / processes"}),
 }
-MARKS = {"cluster": [pytest.mark.long, pytest.mark.load]}  # Ray gives its own agents 15 seconds to start
+MARKS = {
+    "cluster": [pytest.mark.long, pytest.mark.load],  # Ray gives its own agents 15 seconds to start
+    **dict.fromkeys(("study", "memory", "tracking", "server"), [pytest.mark.long]),  # each starts many programs
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in CASES])

@@ -376,6 +376,7 @@ def test_a_script_that_fails_before_it_declares_ends_as_any_program(more: str, s
     assert read_runs(database) == []
 
 
+@pytest.mark.long
 def test_fifty_million_parameters_are_trained(database: Path) -> None:
     done = run_with("WIDTH = 50_000_000 // 795", database)
 
