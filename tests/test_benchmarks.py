@@ -62,7 +62,7 @@ CASES = {  # flags and ratios
 }
 MARKS = {
     "cluster": [pytest.mark.long, pytest.mark.load],  # Ray gives its own agents 15 seconds to start
-    **dict.fromkeys(("study", "memory", "tracking", "server"), [pytest.mark.long]),  # each starts many programs
+    **{name: [pytest.mark.long] for name in ("study", "memory", "tracking", "server")},  # each starts many programs
 }
 
 
