@@ -74,6 +74,14 @@ def test_a_file_that_holds_no_predictions_is_refused_with_a_sentence(name: str, 
         results.predictions(run_id, tracking_uri=uri)
 
 
+def test_it_is_said_whether_a_run_keeps_predictions(uri: str, tmp_path: Path) -> None:
+    store = open_store(uri)
+    kept = log_predictions(store, "good", npz(), tmp_path)
+    lost = write_run(store, "bare", 0, [99.0], start_time=T0).info.run_id
+    said = [results.keeps_predictions(run_id, tracking_uri=uri) for run_id in (kept, lost, "0" * 32)]
+    assert said == [True, False, False]
+
+
 def test_predictions_of_other_images_are_not_compared(uri: str, tmp_path: Path) -> None:
     store = open_store(uri)
     log_predictions(store, "a", npz(), tmp_path)
