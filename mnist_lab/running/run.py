@@ -358,7 +358,8 @@ def describe(script: Path, overrides: str = "", verdicts: Sequence[Verdict] = ()
     parts += [more, f"**Overridden:** `{overrides}`" if overrides else ""]
     with suppress(LabError):  # a script that was moved while it ran
         story = read_story(script)
-        parts.append(story.markdown("Target", "Change") if overrides else story.markdown())
+        told = story.markdown("Target", "Change") if overrides else story.markdown()
+        parts += [f"The docstring of {script.name}:", told] if told else []
     return "\n\n".join(part for part in parts if part)
 
 

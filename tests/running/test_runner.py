@@ -114,8 +114,12 @@ def test_the_description_is_the_verdict_and_what_was_planned_where_the_run_is_ov
 def test_the_description_of_a_run_as_declared_is_the_whole_docstring(tmp_path: Path) -> None:
     script = tmp_path / "mine.py"
     script.write_text('"""Mine.\n\nTarget: much.\n\nResult: little."""')
-    assert runner.describe(script) == "**Mine**\n\n**Target:** much.\n\n**Result:** little."
-    assert runner.describe(script, "lr=1") == "**Overridden:** `lr=1`\n\n**Mine**\n\n**Target:** much."
+    assert runner.describe(script) == (
+        "The docstring of mine.py:\n\n**Mine**\n\n**Target:** much.\n\n**Result:** little."
+    )
+    assert runner.describe(script, "lr=1") == (
+        "**Overridden:** `lr=1`\n\nThe docstring of mine.py:\n\n**Mine**\n\n**Target:** much."
+    )
     assert runner.describe(tmp_path / "gone.py", "lr=1") == "**Overridden:** `lr=1`"
 
 

@@ -156,6 +156,18 @@ def test_a_space_without_a_small_network_is_refused(job: Job, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("here")
+def test_values_that_are_drawn_again_are_not_trained_to_the_end_again(job: Job, database: Path) -> None:
+    result = search(job, {"width": CategoricalDistribution([12, 14])}, 6, 1, Listener())
+
+    finished = [trial for trial in trials_of(job) if trial.state == optuna.trial.TrialState.COMPLETE]
+    whole = [run for run in read_runs(database) if "final_validation_accuracy" in run.metrics]
+    assert result.counts.done == 6
+    assert len(finished) > len({trial.params["width"] for trial in finished}) == len(whole)
+    assert {run_id for trial in finished for run_id in trial.user_attrs["runs"]} == {run.run_id for run in whole}
+    assert {run.tags[PARENT] for run in whole} == {result.run_id}
+
+
+@pytest.mark.usefixtures("here")
 def test_a_trial_that_fails_counts_and_the_others_go_on(job: Job, database: Path) -> None:
     listener = Listener()
     result = search(job, {"width": CategoricalDistribution([TOO_WIDE, 8])}, 6, 1, listener)
