@@ -56,6 +56,7 @@ CASES = {  # flags and ratios
     "startup": ([], {"step4 --help / import torch", "make compare's command / import torch, mlflow"}),
     "run_tables": (["--rounds", "3"], {"run_table: 4 runs / 2", "epoch_history: 4 runs / 2"}),
     "training": (["--steps", "step4_augment_steplr"], STEP4_RATIOS),
+    "time_to_accuracy": (["--steps", "quick"], {"quick / step4_augment_steplr"}),
     "augmentation": ([], {"lab / write-ups (nearest pixel)", "lab / write-ups, bilinear"}),
     "server": ([], set()),
     "cluster": ([], {"cluster / processes"}),

@@ -33,6 +33,11 @@ PAIRS = (
     Pair("step3_gap", "step4_augment_steplr", "step 4 as a whole"),
     Pair("steplr_alone", "step4_augment_steplr", "augmentation"),
     Pair("augment_alone", "step4_augment_steplr", "StepLR and lr 0.1"),
+    Pair("step4_augment_steplr", "step5_one_cycle", "one cycle by batch, Nesterov, no dropout"),
+    Pair("step5_one_cycle", "step6_affine", "affine augmentation"),
+    Pair("step6_affine", "step7_depth", "depth behind the first pool"),
+    Pair("step7_depth", "step8_averaging", "averaged weights"),
+    Pair("step8_averaging", "step9_distillation", "distillation"),
 )
 
 
