@@ -2,9 +2,9 @@
 
 Target: 98.6 % in the last epoch, with fewer than 1,000 parameters in fewer than 15 epochs.
 
-Change: step 8's layers have 8 channels each, and those behind the first share one 3x3 kernel. Each of its four uses
-has a batch norm of its own. The augmentation is weaker (5 degrees, 1 pixel, no scaling) and the learning rate 0.3, as
-in under_2k.
+Change: step 8's layers have 9 channels each, and those behind the first share one 3x3 kernel. Each of its four uses has
+a batch norm of its own, and the last layer has no bias: 990 parameters. The augmentation is weaker (5 degrees, 1 pixel,
+no scaling) and the learning rate 0.5, as in under_2k.
 
 Result: not trained yet with the seeds that a figure needs.
 
@@ -25,28 +25,28 @@ from mnist_lab.augmentation import random_affine
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        shared = nn.Conv2d(8, 8, 3, bias=False)
+        shared = nn.Conv2d(9, 9, 3, bias=False)
         self.layers = nn.Sequential(  # after each: output (channels, height, width), receptive field in pixels
-            nn.Conv2d(1, 8, 3, bias=False),  # (8, 26, 26), 3
-            nn.BatchNorm2d(8),
+            nn.Conv2d(1, 9, 3, bias=False),  # (9, 26, 26), 3
+            nn.BatchNorm2d(9),
             nn.ReLU(),
-            shared,  # (8, 24, 24), 5
-            nn.BatchNorm2d(8),
+            shared,  # (9, 24, 24), 5
+            nn.BatchNorm2d(9),
             nn.ReLU(),
-            nn.MaxPool2d(2),  # (8, 12, 12), 6
-            shared,  # (8, 10, 10), 10
-            nn.BatchNorm2d(8),
+            nn.MaxPool2d(2),  # (9, 12, 12), 6
+            shared,  # (9, 10, 10), 10
+            nn.BatchNorm2d(9),
             nn.ReLU(),
-            shared,  # (8, 8, 8), 14
-            nn.BatchNorm2d(8),
+            shared,  # (9, 8, 8), 14
+            nn.BatchNorm2d(9),
             nn.ReLU(),
-            nn.MaxPool2d(2),  # (8, 4, 4), 16
-            shared,  # (8, 2, 2), 24
-            nn.BatchNorm2d(8),
+            nn.MaxPool2d(2),  # (9, 4, 4), 16
+            shared,  # (9, 2, 2), 24
+            nn.BatchNorm2d(9),
             nn.ReLU(),
-            nn.AvgPool2d(2),  # (8, 1, 1), 28
+            nn.AvgPool2d(2),  # (9, 1, 1), 28
             nn.Flatten(),
-            nn.Linear(8, 10),
+            nn.Linear(9, 10, bias=False),
         )
 
     def forward(self, images: Tensor) -> Tensor:  # (N, 1, 28, 28) -> (N, 10)
@@ -58,7 +58,7 @@ EXPERIMENT = Experiment(
     epochs=14,
     batch_size=128,
     optimizer=partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-    scheduler=partial(OneCycleLR, max_lr=0.3, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False),
+    scheduler=partial(OneCycleLR, max_lr=0.5, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False),
     scheduler_interval="batch",
     augmentation=partial(random_affine, degrees=5.0, shift=1.0, scale=0.0),
     average=partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True),

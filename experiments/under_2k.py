@@ -1,9 +1,10 @@
-"""Under 2,000 parameters: step 8's network, narrower.
+"""Under 2,000 parameters: one convolution, used four times.
 
 Target: 99.2 % in the last epoch, with fewer than 2,000 parameters in fewer than 15 epochs.
 
-Change: step 8's widths become 5-6-8-8-7: 1,975 parameters. So small a network needs weaker augmentation (5 degrees,
-1 pixel, no scaling) and a higher learning rate (0.3).
+Change: step 8's layers have 13 channels each, and those behind the first share one 3x3 kernel. Each of its four uses
+has a batch norm of its own: 1,908 parameters. So small a network needs weaker augmentation (5 degrees, 1 pixel, no
+scaling) and a higher learning rate (0.5).
 
 Result: not trained yet with the seeds that a figure needs.
 
@@ -24,27 +25,28 @@ from mnist_lab.augmentation import random_affine
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        shared = nn.Conv2d(13, 13, 3, bias=False)
         self.layers = nn.Sequential(  # after each: output (channels, height, width), receptive field in pixels
-            nn.Conv2d(1, 5, 3, bias=False),  # (5, 26, 26), 3
-            nn.BatchNorm2d(5),
+            nn.Conv2d(1, 13, 3, bias=False),  # (13, 26, 26), 3
+            nn.BatchNorm2d(13),
             nn.ReLU(),
-            nn.Conv2d(5, 6, 3, bias=False),  # (6, 24, 24), 5
-            nn.BatchNorm2d(6),
+            shared,  # (13, 24, 24), 5
+            nn.BatchNorm2d(13),
             nn.ReLU(),
-            nn.MaxPool2d(2),  # (6, 12, 12), 6
-            nn.Conv2d(6, 8, 3, bias=False),  # (8, 10, 10), 10
-            nn.BatchNorm2d(8),
+            nn.MaxPool2d(2),  # (13, 12, 12), 6
+            shared,  # (13, 10, 10), 10
+            nn.BatchNorm2d(13),
             nn.ReLU(),
-            nn.Conv2d(8, 8, 3, bias=False),  # (8, 8, 8), 14
-            nn.BatchNorm2d(8),
+            shared,  # (13, 8, 8), 14
+            nn.BatchNorm2d(13),
             nn.ReLU(),
-            nn.MaxPool2d(2),  # (8, 4, 4), 16
-            nn.Conv2d(8, 7, 3, bias=False),  # (7, 2, 2), 24
-            nn.BatchNorm2d(7),
+            nn.MaxPool2d(2),  # (13, 4, 4), 16
+            shared,  # (13, 2, 2), 24
+            nn.BatchNorm2d(13),
             nn.ReLU(),
-            nn.AvgPool2d(2),  # (7, 1, 1), 28
+            nn.AvgPool2d(2),  # (13, 1, 1), 28
             nn.Flatten(),
-            nn.Linear(7, 10),
+            nn.Linear(13, 10),
         )
 
     def forward(self, images: Tensor) -> Tensor:  # (N, 1, 28, 28) -> (N, 10)
@@ -56,7 +58,7 @@ EXPERIMENT = Experiment(
     epochs=14,
     batch_size=128,
     optimizer=partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-    scheduler=partial(OneCycleLR, max_lr=0.3, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False),
+    scheduler=partial(OneCycleLR, max_lr=0.5, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False),
     scheduler_interval="batch",
     augmentation=partial(random_affine, degrees=5.0, shift=1.0, scale=0.0),
     average=partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True),
