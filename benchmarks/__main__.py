@@ -2,9 +2,9 @@
 
     python benchmarks [NAME ...] [FLAGS]
 
-NAME: training, time_to_accuracy, augmentation, study, cluster, startup, tracking, memory, run_tables, gpu or server; all
-of them if none is given. FLAGS go to each of them: `--quick`, `--rounds N`, `--threads N` and `--out FOLDER` are known
-to all; `python benchmarks NAME --help` shows those of one.
+NAME: training, time_to_accuracy, augmentation, study, cluster, startup, tracking, memory, run_tables, gpu or server;
+all of them if none is given. FLAGS go to each of them: `--quick`, `--rounds N`, `--threads N` and `--out FOLDER` are
+known to all; `python benchmarks NAME --help` shows those of one.
 """
 
 from __future__ import annotations

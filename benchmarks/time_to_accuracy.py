@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Sequence
 
 from measure import ROOT, Report, Sample, Setting, interleave, load_experiment, make_parser, parse, silenced
-from training import Task, first, lab, quiet
 
 from mnist_lab.data import load_mnist
+from training import Task, first, lab, quiet
 
 BASE = "step4_augment_steplr"
 STEPS = ("five_epochs", "three_epochs", "quick")
