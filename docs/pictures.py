@@ -49,7 +49,7 @@ def main() -> None:
                 browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
                 report, runs = Path(temporary, "steps.html").as_uri(), address.removeprefix("The runs: ").strip()
                 take(browser, report, "MNIST, step by step", IMAGES / "report.png", 1500)
-                take(browser, runs, "step4_augment_steplr", IMAGES / "mlflow.png", 600)
+                take(browser, runs, "10 seeds", IMAGES / "mlflow.png", 600)
                 browser.close()
         finally:
             os.killpg(ui.pid, signal.SIGTERM)
