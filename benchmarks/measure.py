@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -34,7 +34,8 @@ OUT = Path(__file__).resolve().parent / "out"
 TRAIN_IMAGES, TEST_IMAGES = 60_000, 10_000
 T = TypeVar("T")
 
-sys.path += [str(ROOT / "tests"), str(ROOT / "experiments")]  # run_writer, which fills a store with runs; the scripts
+sys.path.append(str(ROOT / "tests"))  # run_writer fills a store with runs
+sys.path.append(str(ROOT / "experiments"))  # where an ablation finds its step
 
 
 # ---- settings
@@ -89,7 +90,12 @@ def script_of(step: str) -> Path:
 
 def load_experiment(step: str) -> Experiment:
     """Return what experiments/<step>.py declares."""
-    return importlib.import_module(step).EXPERIMENT
+    spec = importlib.util.spec_from_file_location(f"experiments.{step}", script_of(step))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.EXPERIMENT
 
 
 # ---- measuring

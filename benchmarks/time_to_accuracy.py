@@ -5,13 +5,14 @@ The mean accuracy of the last epoch stands beside each, from the published seeds
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
 
 from measure import ROOT, Report, Sample, Setting, interleave, load_experiment, make_parser, parse, silenced
 
 from mnist_lab.data import load_mnist
+from mnist_lab.results.evidence import PUBLISHED
+from mnist_lab.results.records import read_rows, rows_of
 from training import Task, first, lab, quiet
 
 BASE = "step4_augment_steplr"
@@ -20,11 +21,9 @@ STEPS = ("five_epochs", "three_epochs", "quick")
 
 def published(step: str) -> str:
     """Return the mean accuracy of a step's published seeds as a text."""
-    file = ROOT / "docs" / "results" / f"{step}.csv"
-    if not file.exists():
+    last = [float(row["last"]) for row in rows_of(step, read_rows(PUBLISHED))]
+    if not last:
         return "no published seeds"
-    with file.open(newline="", encoding="utf-8") as rows:
-        last = [float(row["last"]) for row in csv.DictReader(rows)]
     return f"{statistics.mean(last):.2f} % over {len(last)} {'seed' if len(last) == 1 else 'seeds'}"
 
 

@@ -7,10 +7,10 @@ and is wide: 16-24-32-64 channels, 30,122 parameters. Three epochs, with smoothe
 (5 degrees, 1 pixel, no scaling). The weights are not averaged: that takes time and was not seen to help.
 
 Result: 99.47 +- 0.04 % in the last epoch (mean and sd of seeds 0 to 9, two cores of an AMD EPYC without AVX-512,
-torch 2.15), after 28 s of training on those two cores: 0.08 of the 354 s that step 4 trains there.
+torch 2.15); training accuracy 99.29. A training that has those two cores to itself takes 28 s, where step 4 takes 354.
 
-Analysis: the targets are met: the mean is shown to be above 99.4 (p = 0.0002). Width buys epochs, and the stride makes
-width cheap: three epochs of this network take less time than four of one with a quarter of its parameters.
+Analysis: the targets are met: the mean is shown to be above 99.4 (p = 0.0002). On held-out images, three
+epochs of this network end 0.2 points above four of one with a quarter of its parameters, in as much time.
 """
 
 from functools import partial

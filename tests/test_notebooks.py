@@ -40,6 +40,7 @@ def test_a_notebook_is_committed_executed(notebook: Path) -> None:
     code = [cell for cell in node.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert pictures(node) > 0
+    assert notebook.stat().st_size < 2**20
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
 
 
