@@ -146,6 +146,23 @@ def test_an_unknown_benchmark_is_refused() -> None:
     assert "'trainign' is none of training, " in done.stderr
 
 
+def test_the_time_of_a_recipe_is_that_of_all_its_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mnist: Mnist
+) -> None:
+    benchmark = load("time_to_accuracy")
+    seconds = {"step4_augment_steplr": (1.5, 0.5), "quick": (1.0, 0.25)}  # of an epoch's training and evaluation
+    monkeypatch.setattr(benchmark, "lab", lambda task: load("training").Epoch(*seconds[task.step]))
+
+    benchmark.main(["--quick", "--steps", "quick", "--out", str(tmp_path)])
+
+    (section,) = json.loads((tmp_path / "time_to_accuracy.json").read_text())["sections"].values()
+    assert {step: figure["median"] for step, figure in section["figures"].items()} == {
+        "step4_augment_steplr": 14 * 2.0,
+        "quick": 3 * 1.25,
+    }
+    assert section["ratios"]["quick / step4_augment_steplr"]["median"] == 3 * 1.25 / (14 * 2.0)
+
+
 # ---- the write-ups' way
 
 
