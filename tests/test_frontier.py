@@ -71,11 +71,13 @@ def test_a_result_is_that_of_the_committed_runs(step: str) -> None:
 @pytest.mark.parametrize("line", re.findall(r"^\|.* \+- .*$", PAGE, re.MULTILINE))
 def test_a_budget_has_the_figures_of_the_committed_runs(line: str) -> None:
     (step,) = re.findall(r"`(\w+)`", line)
-    _, _, _, seeds, accuracy, shown, _, _ = map(str.strip, line.split("|"))
+    _, _, _, seeds, accuracy, shown, reach, *_ = map(str.strip, line.split("|"))
     assert int(seeds) == len(figures(step))
     check_mean_and_sd(step, accuracy)
     assert re.fullmatch(r"\d+\.\d+ \(p [=<] [\d.]+\)", shown)
     check_shown(step, f"above {shown}")
+    for record, distance in re.findall(r"^([\d.]+): ([\d.]+) more$", reach):
+        assert float(distance) == pytest.approx(float(record) - statistics.mean(figures(step)), abs=0.0051)
 
 
 def test_each_script_with_several_seeds_beyond_step_4_has_its_budget() -> None:
