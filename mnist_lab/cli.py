@@ -66,6 +66,7 @@ def main(
         _refuse_second_call(script)
         arguments = _parse(script, argv)
         say_what_is_done()
+        _notice_draws()
         logger.info("Preparing %s: starting MLflow", script.stem)
         job, resume = make_job(experiment, script, arguments)
         interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
@@ -75,6 +76,16 @@ def main(
             _run(job, arguments.seed or 0, resume)
         else:
             _study(job, arguments)
+
+
+def _notice_draws() -> None:
+    from mnist_lab.training.generators import drawn_unseeded
+
+    if drawn_unseeded():
+        logger.warning(
+            "the script draws from torch before main(), which the run's seed does not decide: what is kept of that is "
+            "another in each run; draw in the network's __init__, or call torch.manual_seed first"
+        )
 
 
 def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace) -> tuple[Job, Checkpoint | None]:

@@ -70,7 +70,8 @@ class Experiment:
     epochs, batch_size: as everywhere. All training images are seen in each epoch; the last batch may be smaller.
     optimizer: called with the network's parameters, e.g. `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`.
     scheduler: called with the optimizer, e.g. `partial(StepLR, step_size=2, gamma=0.6)`. Where it has arguments named
-        `epochs` or `steps_per_epoch` (OneCycleLR) that are not given, the run's own are filled in.
+        `epochs` or `steps_per_epoch` (OneCycleLR) that are not given and have no default but None, the run's own are
+        filled in.
     scheduler_interval: whether the scheduler steps after each "epoch" (one step per epoch) or each "batch".
     augmentation: maps a batch of training images, float in [0, 1] of shape (N, 1, 28, 28), to another such batch, with
         a draw for each image. It runs on the images' device, before they are normalised. A transform of torchvision's
@@ -125,8 +126,8 @@ class Experiment:
             if part == "net" and isinstance(value, nn.Module):
                 name = type(value).__name__
                 raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
-            if part == "augmentation" and isinstance(_function(value), type):
-                raise LabError(f"augmentation: {_name(value)} is a class; give an object of it, {_name(value)}(...)")
+            if part in ("augmentation", "loss", "objective") and isinstance(_function(value), type):
+                raise LabError(f"{part}: {_name(value)} is a class; give an object of it, {_name(value)}(...)")
             if isinstance(value, functools.partial) and value.args:
                 raise LabError(f"{part}: give the arguments of partial({_name(value)}, ...) by keyword")
             if part != "net" and _name(value) == LAMBDA:
@@ -148,6 +149,8 @@ class Experiment:
         accuracy = self.targets.accuracy
         if accuracy is not None and not (_is_number(accuracy) and 0 < accuracy <= 100):
             raise LabError(f"targets.accuracy: {quoted(accuracy)} is not a percentage above 0 and up to 100")
+        if accuracy is not None and accuracy <= 1:
+            raise LabError(f"targets.accuracy: {quoted(accuracy)} is in percent; write {100 * accuracy:g}")
         for name in ("params", "epochs"):
             if (limit := getattr(self.targets, name)) is not None:
                 _check_count(f"targets.{name}", limit)

@@ -52,6 +52,8 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
             if not inside:
                 raise LabError(f"{shown(path)}: there is no picture in this folder ({', '.join(sorted(SUFFIXES))})")
             found += inside
+        elif path.exists() and not path.is_file():  # a pipe would be waited for
+            raise LabError(f"{shown(path)}: it is not a file")
         else:
             found.append(path)
     if not found:

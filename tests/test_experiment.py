@@ -147,6 +147,16 @@ def test_an_accuracy_that_is_no_percentage_is_refused(value: object) -> None:
         declare(targets=Targets(accuracy=value)).check()  # type: ignore[arg-type]
 
 
+def test_an_accuracy_that_is_a_fraction_is_refused() -> None:
+    with pytest.raises(LabError, match=r"^targets\.accuracy: 0\.994 is in percent; write 99\.4$"):
+        declare(targets=Targets(accuracy=0.994)).check()
+
+
+def test_the_class_of_a_loss_is_refused() -> None:
+    with pytest.raises(LabError, match=r"^loss: CrossEntropyLoss is a class; give .* CrossEntropyLoss\(\.\.\.\)"):
+        declare(loss=nn.CrossEntropyLoss).check()
+
+
 @pytest.mark.parametrize("limit", ["params", "epochs"])
 @pytest.mark.parametrize("value", [0, -1, 15.0, True, "15"])
 def test_a_target_that_is_no_count_is_refused(limit: str, value: object) -> None:

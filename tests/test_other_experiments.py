@@ -191,7 +191,7 @@ def later(change: Callable[[Tensor], Tensor], calls: int) -> type[nn.Module]:
         def __init__(self) -> None:
             super().__init__()
             self.calls = 0
-            self.in_rehearsal = not built
+            self.in_rehearsal = len(built) < 2  # it builds two
             built.append(self)
 
         def forward(self, images: Tensor) -> Tensor:
@@ -359,6 +359,14 @@ def test_a_script_that_quiets_the_root_logger_gets_the_notices_of_the_lab(databa
 
     assert done.returncode == 0, done.stderr
     assert "no gradient reaches unused.bias, unused.weight" in done.stderr
+
+
+@pytest.mark.parametrize(("seeded", "said"), [("", True), ("torch.manual_seed(3)", False)])
+def test_what_a_script_draws_when_it_is_read_is_said_unless_it_seeds(seeded: str, said: bool, database: Path) -> None:
+    done = run_with(f"{seeded}\nFILTERS = torch.randn(8, 1, 3, 3)", database)
+
+    assert done.returncode == 0, done.stderr
+    assert ("draws from torch before main(), which the run's seed does not decide" in done.stderr) == said
 
 
 @pytest.mark.parametrize(

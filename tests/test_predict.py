@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -155,6 +156,7 @@ def animation(file: Path) -> None:
         (lambda file: Image.new("L", (1, 1)).save(file), "there is no digit to see"),
         (Path.mkdir, "there is no picture in this folder"),
         (lambda file: None, "there is no such file"),
+        (os.mkfifo, "it is not a file"),
     ],
 )
 def test_what_is_no_picture_of_a_digit_is_refused_in_a_sentence(

@@ -22,6 +22,13 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, is_script, script_line
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.running.draws import check_draws
+from mnist_lab.running.network import (
+    Sharing,
+    check_registered,
+    notice_optimized,
+    notice_probabilities,
+    notice_same_start,
+)
 from mnist_lab.running.schedule import check_schedule
 from mnist_lab.training import loop as training
 from mnist_lab.training.dropout import SparseDropout
@@ -35,6 +42,7 @@ from mnist_lab.training.loop import (
     evaluation_part,
     initial_network,
     loss_and_logits,
+    minimises_cross_entropy,
     normalize,
     num_params,
     predict,
@@ -114,15 +122,20 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
 def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_format) -> Rehearsal:
     device, total = mnist.train_images.device, len(mnist.train_images)
     with blame("net"):
+        other = initial_network(experiment, SEED + 1, device, memory_format)
         net = initial_network(experiment, SEED, device, memory_format)
+        sharing = Sharing(net, other)
     if num_params(net) == 0:
         raise LabError("net: has no parameters to train")
+    notices = notice_same_start(net, other)
+    del other
     with blame("optimizer"):
         optimizer = build_optimizer(experiment, net.parameters())
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"gives a {type(optimizer).__name__}, not a torch.optim.Optimizer")
         if any("lr" not in group for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} has a parameter group without lr, which each epoch reports")
+        notices += notice_optimized(net, optimizer)
         again = evaluates_again(experiment, net)
     if experiment.augmentation is not None:
         with blame("augmentation"):
@@ -132,7 +145,6 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     last = total % experiment.batch_size or full
     for size in sorted({full, last}, reverse=True):
         _rehearse_batch(net, experiment, mnist, size)
-    notices: list[str] = []
     if experiment.augmentation is not None:
         with blame("augmentation"):
             notices += _rehearse_augmentation(experiment, experiment.augmentation, mnist, full)
@@ -143,7 +155,9 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     evaluated = evaluation_part(mnist)[1]
     with blame("net"):
         _check_evaluation(net, evaluated, {len(evaluated), len(mnist.test_images)}, experiment)
-        notices += _notice_log_probabilities(experiment, predict(net, evaluated[:2], experiment.normalize))
+        logits = predict(net, evaluated[:EVALUATION_BATCH_SIZE], experiment.normalize)
+        notices += _notice_log_probabilities(experiment, logits)
+        notices += notice_probabilities(logits, minimises_cross_entropy(experiment))
         notices += _notice_batches(net, evaluated[:EVALUATION_BATCH_SIZE], experiment)
     with blame("optimizer"):
         _rehearse_step(net, experiment, optimizer, again, mnist, full)
@@ -153,6 +167,7 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     with blame("net"):
         few = evaluated[:EVALUATION_BATCH_SIZE]
         _check_evaluated_again(net, few, predict(net, few, experiment.normalize), experiment)
+        sharing.check()
     with blame("scheduler"):
         check_schedule(experiment, net, total)
     return Rehearsal(memory_format, untrained, notices)
@@ -263,7 +278,9 @@ def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: 
     images = normalize(images, experiment.normalize)
     net.train()
     with blame("net"), SparseDropout():
-        _check_logits(net(images), size)
+        output = net(images)
+        if experiment.objective is None:  # else it is the objective's business
+            _check_logits(output, size)
     minimised = "loss" if experiment.objective is None else "objective"
     with blame(minimised):
         returned: object = loss_and_logits(net, images, labels, experiment)
@@ -278,6 +295,7 @@ def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: 
         if not loss.requires_grad:
             raise ValueError("has no gradient in the network's parameters, so it can't train them")
     with blame("net"):
+        check_registered(net, logits if logits.requires_grad else loss, images)
         loss.backward()  # type: ignore[no-untyped-call]
     if all(parameter.grad is None for parameter in net.parameters()):
         raise LabError(f"{minimised}: has no gradient in the network's parameters, so it can't train them")

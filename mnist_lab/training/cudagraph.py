@@ -170,8 +170,7 @@ class Captured:
         attributes = {
             (index, name): value
             for index, module in enumerate(modules)
-            for name, value in vars(module).items()
-            if isinstance(value, PLAIN)
+            for name, value in plain_attributes(module).items()
         }
         states = generator_states(self.device)
         on_host = {name: states[name] for name in ("python", "numpy", "cpu") if name != self.device.type}
@@ -205,6 +204,11 @@ class _State:
     generators: dict[str, Any]
     attributes: dict[tuple[int, str], Any]
     numbers: str
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the numbers and texts that a module keeps itself, such as a counter of batches."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, PLAIN)}
 
 
 def _distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

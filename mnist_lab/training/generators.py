@@ -18,6 +18,17 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def drawn_unseeded() -> bool:
+    """Say whether numbers were drawn from torch's generator before anything seeded it.
+
+    torch begins with a seed of 64 random bits; a smaller one is taken for somebody's own.
+    """
+    seed = torch.initial_seed()
+    if seed < 2**32:
+        return False
+    return not torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(seed).get_state())
+
+
 def generator_states(device: torch.device) -> dict[str, Any]:
     """Return the states of these generators, as tensors and plain values; of torch's, the CPU's and the device's."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS, Experiment
-from mnist_lab.training.cudagraph import Captured
+from mnist_lab.training.cudagraph import Captured, plain_attributes
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import generator_states, kept_generators, seed_generators, set_generator_states
 from mnist_lab.training.transforms import Augmentation
@@ -322,6 +322,7 @@ class Training(Loop):
         return {
             "epoch": self.epoch,
             "net": self.net.state_dict(),
+            "attributes": {name: plain_attributes(module) for name, module in self.net.named_modules()},
             **({} if self.average is None else {"average": self.average.state_dict()}),
             "optimizer": plain(self.optimizer.state_dict()),
             "scheduler": None if self.scheduler is None else plain(self.scheduler.state_dict()),
@@ -333,6 +334,8 @@ class Training(Loop):
         """Continue where the training that gave `state` stood; the generators that it draws from are set too."""
         self.epoch = state["epoch"]
         self.net.load_state_dict(state["net"])
+        for name, values in state.get("attributes", {}).items():  # checkpoints of earlier versions lack them
+            vars(self.net.get_submodule(name)).update(values)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -351,3 +351,139 @@ def test_every_size_that_is_evaluated_is_tried_with_a_hold_out_too(small_mnist: 
     )
     by_view = partial(Changing, by_view=lambda training, n: not training and n == len(held.test_images))
     assert rehearse(declare(net=by_view), held).memory_format == torch.contiguous_format
+
+
+SHARED = nn.Conv2d(1, 8, 3, stride=2)
+FILTERS = torch.ones(8, 1, 3, 3)
+
+
+class Head(nn.Module):
+    """What `features` gives, 8 channels of 13x13 pixels, and a linear layer."""
+
+    def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.features = features
+        self.linear = nn.Linear(8 * 13 * 13, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.features(images).relu().flatten(1))
+
+
+class Listed(Head):
+    """Keeps its convolution where torch does not look for layers."""
+
+    def __init__(self) -> None:
+        super().__init__(FLATTEN)
+        self.kept = [nn.Conv2d(1, 8, 3, stride=2)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.kept[0](images).relu().flatten(1))
+
+
+class Fixed(Head):
+    """Has filters that all networks share and none changes, and a frozen layer of which that is true."""
+
+    def __init__(self) -> None:
+        super().__init__(FLATTEN)
+        self.register_buffer("filters", FILTERS)
+        self.frozen = deepcopy(SHARED).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.conv2d(images, self.filters, stride=2) + self.frozen(images)
+        return self.linear(hidden.relu().flatten(1))
+
+
+STATISTICS = nn.BatchNorm2d(1, affine=False)
+SHARED_HEAD = Head(SHARED)
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (partial(Head, SHARED), "two networks built from it share features.weight, features.bias"),
+        (lambda: SHARED_HEAD, "share features.weight, features.bias, linear.weight and 1 more"),
+        (
+            partial(Head, nn.Sequential(STATISTICS, deepcopy(SHARED).requires_grad_(False))),
+            "share features.0.running_mean",
+        ),
+        (Listed, r"weights that it does not register, of shape \((8|8, 1, 3, 3)\), "),
+    ],
+)
+def test_weights_that_seeds_share_or_that_torch_does_not_know_are_refused(
+    net: Callable[..., nn.Module], said: str, small_mnist: Mnist
+) -> None:
+    with pytest.raises(LabError, match=f"^net: .*{said}"):
+        rehearse(declare(net=net), small_mnist)
+
+
+def test_fixed_weights_may_be_shared_and_images_may_want_a_gradient(small_mnist: Mnist) -> None:
+    def adversarial(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        change = torch.zeros_like(images, requires_grad=True)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(net(images + change), labels), change)
+        logits = net(images + 0.1 * gradient.sign() + change)
+        return F.cross_entropy(logits, labels), logits
+
+    assert rehearse(declare(net=Fixed, objective=adversarial), small_mnist).notices == []
+
+
+class SameStart(Convolutions):
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        super().__init__()
+
+
+class Ending(Convolutions):
+    def __init__(self, ending: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.ending = ending
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.ending(super().forward(images))
+
+
+def last_layer_only(parameters: Iterable[Tensor]) -> Optimizer:
+    return SGD(list(parameters)[-2:], lr=0.01)
+
+
+def binary(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy(logits, F.one_hot(labels, 10).float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"net": SameStart}, "net: begins with the same weights whatever the seed"),
+        ({"optimizer": last_layer_only}, "optimizer: it is not given first.weight, first.bias, second.weight and 1"),
+        ({"net": partial(Ending, partial(F.softmax, dim=1))}, "net: seems to end with softmax, and cross_entropy"),
+        ({"net": partial(Ending, torch.sigmoid), "loss": binary}, "net: seems to end with sigmoid, and the reported"),
+    ],
+)
+def test_what_trains_but_is_not_meant_is_said(changes: dict[str, Any], said: str, small_mnist: Mnist) -> None:
+    [notice] = rehearse(declare(**changes), small_mnist).notices
+    assert notice.startswith(said)
+
+
+def test_an_optimizer_of_another_network_is_refused(small_mnist: Mnist) -> None:
+    def another(parameters: Iterable[Tensor]) -> Optimizer:
+        return SGD(Convolutions().parameters(), lr=0.01)
+
+    with pytest.raises(LabError, match="^optimizer: has none of the network's parameters"):
+        rehearse(declare(optimizer=another), small_mnist)
+
+
+class Auxiliary(Convolutions):
+    """Gives two outputs in training, as GoogLeNet does."""
+
+    def forward(self, images: Tensor) -> Any:
+        logits = super().forward(images)
+        return (logits, logits) if self.training else logits
+
+
+def test_two_outputs_in_training_are_the_objectives_business(small_mnist: Mnist) -> None:
+    def both(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits, auxiliary = net(images)
+        return F.cross_entropy(logits, labels) + F.cross_entropy(auxiliary, labels), logits
+
+    assert rehearse(declare(net=Auxiliary, objective=both), small_mnist).notices == []
+    with pytest.raises(LabError, match="^net: gives a tuple"):
+        rehearse(declare(net=Auxiliary), small_mnist)

@@ -85,8 +85,29 @@ def test_averaging_leaves_the_training_as_it_is_and_both_accuracies_are_reported
     assert metrics.eval_loss != raw.eval_loss
 
 
-@pytest.mark.parametrize("changes", [{}, {"objective": partial(mixup, alpha=0.3)}, {"average": AveragedModel}])
-def test_a_training_that_is_taken_up_again_ends_with_the_same_average(changes: Any, small_mnist: Mnist) -> None:
+class WarmsUp(nn.Module):
+    """Counts its batches in an attribute of its own, and gives smaller logits in the first ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 10)
+        self.batches = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches += self.training
+        return self.linear(images.flatten(1)) * min(1.0, self.batches / 20)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"objective": partial(mixup, alpha=0.3)},
+        {"average": AveragedModel},
+        {"net": WarmsUp, "average": None},
+    ],
+)
+def test_a_training_that_is_taken_up_again_ends_as_if_never_broken_off(changes: Any, small_mnist: Mnist) -> None:
     experiment = declare(**changes)
     whole = start(experiment, small_mnist)
     epochs = list(whole.epochs())

@@ -1,0 +1,125 @@
+"""What may be wrong with a network though it trains: weights that are shared, not registered, or not optimized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+MAX_NAMES = 3  # of tensors in a sentence
+
+
+class Sharing:
+    """Compares a network with another that was built from the same declaration.
+
+    What is shared and changes in training would carry over from one seed to the next, and from the rehearsal to the
+    run. Frozen weights and fixed buffers may be shared.
+    """
+
+    def __init__(self, net: nn.Module, other: nn.Module) -> None:
+        own = {_place(tensor) for tensor in (*other.parameters(), *other.buffers())}
+        self.parameters = [name for name, p in net.named_parameters() if p.requires_grad and _place(p) in own]
+        self.buffers = [(name, b, b.clone()) for name, b in net.named_buffers() if _place(b) in own]
+
+    def check(self) -> None:
+        """Refuse what is shared, once batches were trained; raises ValueError."""
+        changed = [name for name, buffer, before in self.buffers if not torch.equal(buffer, before)]
+        if shared := self.parameters + changed:
+            raise ValueError(
+                f"two networks built from it share {_listed(shared)}, so a seed would go on with what another has "
+                "trained; build the layers anew for each network, in its __init__, or by copy.deepcopy"
+            )
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, int]:
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr() or id(tensor)
+
+
+def notice_same_start(net: nn.Module, other: nn.Module) -> list[str]:
+    """Return a notice if two seeds' networks begin with equal weights, as after `torch.manual_seed` in its code."""
+    pairs = zip(net.parameters(), other.parameters(), strict=True)
+    if not all(torch.equal(own, others) for own, others in pairs if own.requires_grad):
+        return []
+    return [
+        "net: begins with the same weights whatever the seed, so seeds differ in what is drawn later only, and their "
+        "spread says less; see whether its code seeds torch"
+    ]
+
+
+def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
+    """Refuse a network whose output depends on tensors that want a gradient and are not its parameters.
+
+    Layers in a list or dict of Python's are such: they would be neither trained nor counted.
+
+    output: with a graph that was not yet gone through backwards.
+    images: what the network was given. A leaf of their shape is a change to them, as adversarial training makes it.
+
+    Raises:
+        ValueError: if there are such tensors.
+    """
+    own = {id(parameter) for parameter in net.parameters()}
+    shapes = [
+        f"({', '.join(map(str, leaf.shape))})"
+        for leaf in _leaves(output)
+        if id(leaf) not in own and leaf.shape != images.shape
+    ]
+    if shapes:
+        raise ValueError(
+            f"uses weights that it does not register, of shape {_listed(shapes)}: they would be neither trained nor "
+            "counted; keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter"
+        )
+
+
+def _leaves(output: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that gradients are accumulated in when this one is gone through backwards."""
+    seen, todo = set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::AccumulateGrad":
+            yield node.variable  # type: ignore[attr-defined]
+        todo += [before for before, _ in node.next_functions]
+
+
+def notice_optimized(net: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Return a notice if the optimizer lacks some of the trainable parameters.
+
+    Raises:
+        ValueError: if it has none of them.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trainable = {name: id(parameter) for name, parameter in net.named_parameters() if parameter.requires_grad}
+    missing = [name for name, parameter in trainable.items() if parameter not in held]
+    if len(missing) == len(trainable):
+        raise ValueError("has none of the network's parameters; give it those that it is called with")
+    if not missing:
+        return []
+    return [f"optimizer: it is not given {_listed(missing)}, which are not trained, though they count as parameters"]
+
+
+def notice_probabilities(logits: Tensor, counts_as_logits: bool) -> list[str]:
+    """Return a notice if a network ends with softmax or sigmoid.
+
+    logits: what it gives for some images, (N, 10).
+    counts_as_logits: whether what is minimised is known to take logits.
+    """
+    if not bool(((logits > 0) & (logits < 1)).all()):
+        return []
+    sums = logits.sum(dim=1)
+    kind = "softmax" if torch.allclose(sums, torch.ones_like(sums), atol=1e-3) else "sigmoid"
+    if counts_as_logits:
+        return [f"net: seems to end with {kind}, and cross_entropy takes logits, so it trains badly; leave it out"]
+    return [
+        f"net: seems to end with {kind}, and the reported losses are the cross-entropy of its output taken as logits; "
+        "accuracies are not concerned"
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
