@@ -6,9 +6,11 @@ Change: the schedule. The learning rate rises linearly to 0.2 over the first fif
 0 over the rest; it changes after each batch. With it go Nesterov momentum and the end of dropout: a schedule that ends
 near 0 averages the weights by itself, and step 2's dropout of 0.7 % was not shown to help.
 
-Result: not trained yet with the seeds that a figure needs.
+Result: 99.48 +- 0.04 % in the last epoch (mean and sd of seeds 0 to 9, two cores of an AMD EPYC without AVX-512, torch
+2.15) and 99.49 at best; training accuracy 99.65. Each of the ten seeds ends at 99.41 or above.
 
-Analysis: none yet.
+Analysis: all targets are met, for the first time: the mean is shown to be above 99.4 (p = 0.0002). That is 0.07 points
+above step 4 (+0.02 to +0.11), by three changes at once; which of them does it was not tried.
 """
 
 from functools import partial
