@@ -44,7 +44,11 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
     """
     found = []
     for path in paths:
-        if path.is_dir():
+        try:
+            is_folder, is_file = path.is_dir(), path.is_file() or not path.exists()
+        except OSError:  # a name that is too long, a folder that is closed: opening it says so
+            is_folder, is_file = False, True
+        if is_folder:
             try:
                 inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
             except OSError as error:
@@ -52,10 +56,10 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
             if not inside:
                 raise LabError(f"{shown(path)}: there is no picture in this folder ({', '.join(sorted(SUFFIXES))})")
             found += inside
-        elif path.exists() and not path.is_file():  # a pipe would be waited for
-            raise LabError(f"{shown(path)}: it is not a file")
-        else:
+        elif is_file:
             found.append(path)
+        else:  # a pipe would be waited for
+            raise LabError(f"{shown(path)}: it is not a file")
     if not found:
         raise LabError("image: which one? e.g. `make predict IMAGE=photo.png`")
     return found

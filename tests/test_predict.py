@@ -179,6 +179,16 @@ def test_what_is_no_picture_of_a_digit_is_refused_in_a_sentence(
     assert [str(one.message) for one in recwarn if "image" in str(one.message).lower()] == []
 
 
+def test_a_name_that_is_too_long_is_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mnist_lab", "predict", "a" * 300])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "File name too long" in said
+
+
 def test_no_picture_at_all_is_asked_for() -> None:
     with pytest.raises(LabError, match="which one"):
         find_pictures([])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-MAX_NAMES = 3  # of tensors in a sentence
+MAX_NAMES = 5  # of tensors in a sentence
 
 
 class Sharing:
@@ -19,28 +19,33 @@ class Sharing:
     """
 
     def __init__(self, net: nn.Module, other: nn.Module) -> None:
-        own = {_place(tensor) for tensor in (*other.parameters(), *other.buffers())}
-        self.parameters = [name for name, p in net.named_parameters() if p.requires_grad and _place(p) in own]
-        self.buffers = [(name, b, b.clone()) for name, b in net.named_buffers() if _place(b) in own]
+        places = {_place(tensor) for tensor in (*other.parameters(), *other.buffers())}
+        self.parameters = [name for name, p in net.named_parameters() if p.requires_grad and _place(p) in places]
+        self.buffers = [
+            (name, buffer, buffer.clone())
+            for name, buffer in net.named_buffers()
+            if _place(buffer) in places and buffer.layout == torch.strided  # torch can't compare sparse ones
+        ]
 
     def check(self) -> None:
         """Refuse what is shared, once batches were trained; raises ValueError."""
         changed = [name for name, buffer, before in self.buffers if not torch.equal(buffer, before)]
         if shared := self.parameters + changed:
             raise ValueError(
-                f"two networks built from it share {_listed(shared)}, so a seed would go on with what another has "
+                f"two networks built from it share {listed(shared)}, so a seed would go on with what another has "
                 "trained; build the layers anew for each network, in its __init__, or by copy.deepcopy"
             )
 
 
 def _place(tensor: Tensor) -> tuple[torch.device, int]:
-    storage = tensor.untyped_storage()
-    return tensor.device, storage.data_ptr() or id(tensor)
+    """Return what tells apart tensors of different memory; one that has none, such as a sparse one, is itself."""
+    address = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+    return tensor.device, address or id(tensor)
 
 
 def notice_same_start(net: nn.Module, other: nn.Module) -> list[str]:
     """Return a notice if two seeds' networks begin with equal weights, as after `torch.manual_seed` in its code."""
-    pairs = zip(net.parameters(), other.parameters(), strict=True)
+    pairs = zip(net.parameters(), other.parameters(), strict=False)  # a seed may decide how many
     if not all(torch.equal(own, others) for own, others in pairs if own.requires_grad):
         return []
     return [
@@ -60,15 +65,15 @@ def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
     Raises:
         ValueError: if there are such tensors.
     """
-    own = {id(parameter) for parameter in net.parameters()}
+    registered = {id(parameter) for parameter in net.parameters()}
     shapes = [
         f"({', '.join(map(str, leaf.shape))})"
         for leaf in _leaves(output)
-        if id(leaf) not in own and leaf.shape != images.shape
+        if id(leaf) not in registered and leaf.shape != images.shape
     ]
     if shapes:
         raise ValueError(
-            f"uses weights that it does not register, of shape {_listed(shapes)}: they would be neither trained nor "
+            f"uses weights that it does not register, of shape {listed(shapes)}: they would be neither trained nor "
             "counted; keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter"
         )
 
@@ -99,7 +104,7 @@ def notice_optimized(net: nn.Module, optimizer: Optimizer) -> list[str]:
         raise ValueError("has none of the network's parameters; give it those that it is called with")
     if not missing:
         return []
-    return [f"optimizer: it is not given {_listed(missing)}, which are not trained, though they count as parameters"]
+    return [f"optimizer: it is not given {listed(missing)}, which are not trained, though they count as parameters"]
 
 
 def notice_probabilities(logits: Tensor, counts_as_logits: bool) -> list[str]:
@@ -120,6 +125,7 @@ def notice_probabilities(logits: Tensor, counts_as_logits: bool) -> list[str]:
     ]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return the first of these names for a sentence, and how many more there are."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more

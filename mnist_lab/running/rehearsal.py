@@ -25,6 +25,7 @@ from mnist_lab.running.draws import check_draws
 from mnist_lab.running.network import (
     Sharing,
     check_registered,
+    listed,
     notice_optimized,
     notice_probabilities,
     notice_same_start,
@@ -54,7 +55,6 @@ from mnist_lab.training.transforms import Augmentation, is_mixing, is_torchvisio
 logger = logging.getLogger(__name__)
 
 SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
-MAX_NAMES = 5  # of parameters in a notice
 OUTSIDE = 0.01  # by which an augmented pixel may lie outside [0, 1]: an interpolation may overshoot
 # Transforms of torchvision that code for other programs has, and what to do here.
 DONE_BY_THE_LAB = {
@@ -95,10 +95,9 @@ class Rehearsal:
         for notice in self.notices:
             logger.warning("%s", notice)
         if self.untrained:
-            more = f" and {len(self.untrained) - MAX_NAMES} more" if len(self.untrained) > MAX_NAMES else ""
             logger.warning(
                 "no gradient reaches %s: not trained, and not counted among the parameters",
-                ", ".join(sorted(self.untrained)[:MAX_NAMES]) + more,
+                listed(sorted(self.untrained)),
             )
 
 

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS, Experiment
-from mnist_lab.training.cudagraph import Captured, plain_attributes
+from mnist_lab.training.cudagraph import PLAIN, Captured, plain_attributes
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import generator_states, kept_generators, seed_generators, set_generator_states
 from mnist_lab.training.transforms import Augmentation
@@ -322,7 +322,7 @@ class Training(Loop):
         return {
             "epoch": self.epoch,
             "net": self.net.state_dict(),
-            "attributes": {name: plain_attributes(module) for name, module in self.net.named_modules()},
+            "attributes": {name: _kept_attributes(module) for name, module in self.net.named_modules()},
             **({} if self.average is None else {"average": self.average.state_dict()}),
             "optimizer": plain(self.optimizer.state_dict()),
             "scheduler": None if self.scheduler is None else plain(self.scheduler.state_dict()),
@@ -335,7 +335,8 @@ class Training(Loop):
         self.epoch = state["epoch"]
         self.net.load_state_dict(state["net"])
         for name, values in state.get("attributes", {}).items():  # checkpoints of earlier versions lack them
-            vars(self.net.get_submodule(name)).update(values)
+            module = self.net.get_submodule(name)
+            vars(module).update(dict(values.items() - _kept_attributes(module).items()))  # others keep their types
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -517,6 +518,11 @@ def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: in
 
 
 _EMPTY = inspect.Parameter.empty
+
+
+def _kept_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return those plain attributes that a checkpoint can be read back with; of numpy's numbers, what they are."""
+    return {name: value for name, value in plain(plain_attributes(module)).items() if type(value) in PLAIN}
 
 
 def plain(state: Any) -> Any:

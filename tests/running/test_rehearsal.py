@@ -355,6 +355,7 @@ def test_every_size_that_is_evaluated_is_tried_with_a_hold_out_too(small_mnist: 
 
 SHARED = nn.Conv2d(1, 8, 3, stride=2)
 FILTERS = torch.ones(8, 1, 3, 3)
+SPARSE = torch.eye(3).to_sparse()
 
 
 class Head(nn.Module):
@@ -386,6 +387,7 @@ class Fixed(Head):
     def __init__(self) -> None:
         super().__init__(FLATTEN)
         self.register_buffer("filters", FILTERS)
+        self.register_buffer("sparse", SPARSE)
         self.frozen = deepcopy(SHARED).requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -401,7 +403,7 @@ SHARED_HEAD = Head(SHARED)
     ("net", "said"),
     [
         (partial(Head, SHARED), "two networks built from it share features.weight, features.bias"),
-        (lambda: SHARED_HEAD, "share features.weight, features.bias, linear.weight and 1 more"),
+        (lambda: SHARED_HEAD, "share features.weight, features.bias, linear.weight, linear.bias"),
         (
             partial(Head, nn.Sequential(STATISTICS, deepcopy(SHARED).requires_grad_(False))),
             "share features.0.running_mean",
@@ -453,7 +455,10 @@ def binary(logits: Tensor, labels: Tensor) -> Tensor:
     ("changes", "said"),
     [
         ({"net": SameStart}, "net: begins with the same weights whatever the seed"),
-        ({"optimizer": last_layer_only}, "optimizer: it is not given first.weight, first.bias, second.weight and 1"),
+        (
+            {"optimizer": last_layer_only},
+            "optimizer: it is not given first.weight, first.bias, second.weight, second.bias, which",
+        ),
         ({"net": partial(Ending, partial(F.softmax, dim=1))}, "net: seems to end with softmax, and cross_entropy"),
         ({"net": partial(Ending, torch.sigmoid), "loss": binary}, "net: seems to end with sigmoid, and the reported"),
     ],
