@@ -59,7 +59,7 @@ def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
 
     Layers in a list or dict of Python's are such: they would be neither trained nor counted.
 
-    output: with a graph that was not yet gone through backwards.
+    output: with its graph, which may have been gone through backwards.
     images: what the network was given. A leaf of their shape is a change to them, as adversarial training makes it.
 
     Raises:

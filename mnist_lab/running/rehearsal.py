@@ -294,10 +294,11 @@ def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: 
         if not loss.requires_grad:
             raise ValueError("has no gradient in the network's parameters, so it can't train them")
     with blame("net"):
-        check_registered(net, logits if logits.requires_grad else loss, images)
         loss.backward()  # type: ignore[no-untyped-call]
     if all(parameter.grad is None for parameter in net.parameters()):
         raise LabError(f"{minimised}: has no gradient in the network's parameters, so it can't train them")
+    with blame("net"):
+        check_registered(net, logits if logits.requires_grad else loss, images)
 
 
 def _are_labels(labels: Tensor, size: int) -> bool:
