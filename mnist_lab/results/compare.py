@@ -118,6 +118,7 @@ def compare_text(table: pd.DataFrame, *, holdout: int = 0) -> tuple[list[list[st
             percent(mean) + ("" if pd.isna(sd) else f" +- {sd:.3f}")
             for mean, sd in table[["last", "last_sd"]].to_numpy()
         ],
+        "wanted": ["-" if pd.isna(value) else f"{value:g}" for value in table["target_accuracy"]],
         "verdict": table["verdict_accuracy"].tolist(),
         "seeds\nneeded": ["-" if pd.isna(n) else seeds_text(n) for n in table["seeds_needed"]],
         "best\nvalidation" if holdout else "best": [percent(value) for value in table["best"]],

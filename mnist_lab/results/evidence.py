@@ -344,6 +344,7 @@ TEMPLATES = Environment(
 TEMPLATES.globals |= {"mean_interval": mean_interval_text}
 TEMPLATES.filters |= {
     "percent": lambda value: "–" if value != value else f"{value:.2f}",
+    "wanted": lambda value: "–" if value != value else f"{value:g}",  # as the script states it
     "cell": markdown_cell,
     "md": lambda text: html.escape(text, quote=False),  # Markdown may hold HTML
     "paragraphs": lambda text: re.split(r"\n\s*\n", text),
