@@ -215,13 +215,14 @@ def test_the_verdict_on_several_seeds_is_what_their_mean_shows(uri: str) -> None
         "parameters",
         "epochs",
         "last",
+        "wanted",
         "verdict",
         "seeds\nneeded",
         "best",
         "train",
     ]
-    assert rows[2][4:7] == ["99.45 +- 0.150", "not shown", seeds_text(table.loc["near", "seeds_needed"])]
-    assert rows[3][4:7] == ["99.50", "met", "-"]
+    assert rows[2][4:8] == ["99.45 +- 0.150", "99.4", "not shown", seeds_text(table.loc["near", "seeds_needed"])]
+    assert rows[3][4:8] == ["99.50", "99.4", "met", "-"]
 
 
 def test_seeds_of_different_code_are_not_averaged(uri: str) -> None:
@@ -457,7 +458,7 @@ def test_compare_prints_the_tables_of_one_protocol(held_out: str, tmp_path: Path
         return done.stdout
 
     text = compare()
-    assert re.search(r"^step2_dropout +2 .*99\.05 \+- 0\.071 +not shown +4 ", text, re.MULTILINE)
+    assert re.search(r"^step2_dropout +2 .*99\.05 \+- 0\.071 +99\.4 +not shown +4 ", text, re.MULTILINE)
     assert re.search(r"^GAP alone +\+0\.15 +too few seeds ", text, re.MULTILINE)
     assert "step2_dropout -> gap_alone" in text
     assert "step3_gap against gap_alone is not compared: step3_gap has one seed and gap_alone has 2" in text
