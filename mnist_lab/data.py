@@ -139,8 +139,8 @@ def hold_out(mnist: Mnist, count: int) -> Mnist:
         if (sizes == 0).any():
             digit = int((sizes == 0).nonzero()[0])
             raise LabError(f"holdout: {count:,} leaves no image of the digit {digit} in the {part} part")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(HOLD_OUT_SEED))
-    chosen = torch.zeros(total, dtype=torch.bool)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(HOLD_OUT_SEED), device="cpu")
+    chosen = torch.zeros(total, dtype=torch.bool, device="cpu")
     for digit in range(10):
         chosen[order[labels[order] == digit][: held[digit]]] = True
     validation, training = (part.nonzero().flatten().to(mnist.train_images.device) for part in (chosen, ~chosen))

@@ -19,6 +19,11 @@ class LabError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+def text_of(error: BaseException) -> str:
+    """Return what an error says on one line, or its class's name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def script_line(error: BaseException) -> str:
     """Return the last line of the user's own code that an error went through: " (my_idea.py, line 7)", or nothing."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_script(Path(frame.filename))]

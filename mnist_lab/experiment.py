@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -106,6 +107,16 @@ class Experiment:
     normalize: tuple[float, float] = MNIST_PIXELS
     targets: Targets = Targets()
     reported: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take Python's numbers for numpy's, which neither a params' text nor JSON is made for."""
+        for name in ("epochs", "batch_size", "normalize"):
+            value = getattr(self, name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
+            elif isinstance(value, tuple):
+                numbers = tuple(one.item() if isinstance(one, np.generic) else one for one in value)
+                object.__setattr__(self, name, numbers)
 
     def check(self) -> None:
         """Refuse values that can't be right on their face. What only torch can judge, `rehearsal.rehearse` tries.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, text_of
 from mnist_lab.experiment import MNIST_PIXELS, quoted
 from mnist_lab.tracking.sqlite import check_readable, script_named, sqlite_file
 from mnist_lab.tracking.sqlite import tracking_uri as resolve_uri
@@ -247,7 +247,7 @@ def _open(file: Path | BytesIO) -> Image.Image:
     except FileNotFoundError as error:
         raise LabError(f"{shown(file)}: there is no such file") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # as Pillow says what is broken
-        raise LabError(f"{shown(file)}: it can't be read: {' '.join(str(error).split())}") from error
+        raise LabError(f"{shown(file)}: it can't be read: {text_of(error)}") from error
 
 
 @contextmanager

@@ -30,14 +30,16 @@ def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the newest run of each step and seed, without those that other code computed; the newest stand first.
 
     runs: a run table with all columns (LabError if not).
-    Other code: another `code_sha256` or number of parameters than the step's newest run. The column `left_out` says how
-    many such runs the step has.
+    Other code: another `code_sha256`, number of parameters or teacher than the step's newest run. The column `left_out`
+    says how many such runs the step has.
     """
     if not {"start_time", "code_sha256", "overrides"} <= set(runs):
         raise LabError('runs: all columns of a run table are needed, from results.run_table(columns="all")')
     runs = runs.sort_values("start_time", ascending=False, kind="stable")
     experiment = [runs["step"], runs["overrides"]]
     code = runs["code_sha256"].fillna("") + " " + runs["num_params"].astype("str")
+    if "teacher_sha256" in runs:
+        code += " " + runs["teacher_sha256"].fillna("")
     same = code == code.groupby(experiment).transform("first")
     left_out = (~same).groupby(experiment).transform("sum").astype("int64")
     return runs.assign(left_out=left_out)[same].drop_duplicates(["step", "overrides", "seed"])

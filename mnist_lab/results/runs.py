@@ -31,7 +31,7 @@ from mlflow.exceptions import MlflowException
 from scipy import special
 
 from mnist_lab.data import load_mnist
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, text_of
 from mnist_lab.experiment import MAX_COUNT, SUMMARY_METRICS, quoted
 from mnist_lab.numerals import finite_number
 from mnist_lab.tracking.delivery import one_line
@@ -78,6 +78,7 @@ COLUMNS = {
     "git_commit": "str",
     "git_dirty": "boolean",
     "code_sha256": "str",
+    "teacher_sha256": "str",
     "overrides": "str",
     "restored": "str",
     "status": "str",
@@ -231,8 +232,7 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
         try:
             truth, prediction, logits = _read_predictions(Path(file))
         except Exception as error:  # a file from elsewhere breaks zip, zlib and numpy in many ways
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise LabError(f"run {run_id}: its predictions.npz can't be read: {reason}") from error
+            raise LabError(f"run {run_id}: its predictions.npz can't be read: {text_of(error)}") from error
     table = pd.DataFrame({"truth": truth, "prediction": prediction}).astype("int64")
     table["confidence"] = special.softmax(logits, axis=1).max(axis=1)
     return table.join(pd.DataFrame(logits, columns=[f"logit_{digit}" for digit in range(10)]))
@@ -359,7 +359,7 @@ def _find_runs(
             raise LabError(f"steps: no run of {step!r} in {name}; there are runs of {', '.join(known)}")
     runs = runs[runs["step"].isin(wanted)]
     if seeds is not None:
-        runs = runs[runs["seed"].isin([seeds] if isinstance(seeds, int) else list(seeds))]
+        runs = runs[runs["seed"].isin(list(seeds) if isinstance(seeds, Iterable) else [seeds])]
     if status is not None:
         runs = runs[runs["status"] == status]
     counted: str | pd.Series[str] = ""

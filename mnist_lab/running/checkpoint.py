@@ -52,8 +52,9 @@ class Checkpoint:
 
     @property
     def description(self) -> str:
-        changes = {**self.changes, "limit": self.limit, "holdout": self.holdout}
-        return f"{self.step} seed {self.seed}" + "".join(f" {name}={value}" for name, value in changes.items() if value)
+        protocol = {"limit": self.limit, "holdout": self.holdout}
+        changes = {**self.changes, **{name: value for name, value in protocol.items() if value}}
+        return f"{self.step} seed {self.seed}" + "".join(f" {name}={value}" for name, value in changes.items())
 
 
 def folder(uri: str) -> Path:

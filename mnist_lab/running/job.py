@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +119,20 @@ class Job:
         """
         vars(self)["sources"] = {name: folder / place(name, file) for name, file in self.sources.items()}
         vars(self)["commit"] = commit
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on if the script, or what it imports, is another one than when this was first called.
+
+        What runs is what was read then, and its code's digest and sources are logged later.
+
+        Raises:
+            LabError: if a file was saved meanwhile.
+        """
+        known, now = self.code_sha256, ""
+        with suppress(OSError):
+            now = code_sha256(self.sources)
+        if now != known:
+            raise LabError(f"script: {self.script.name} or what it imports changed while the run began; start it again")
 
     def read_experiment(self) -> None:
         """Read the experiment from the script, in a process that was sent this job.

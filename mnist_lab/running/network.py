@@ -43,14 +43,22 @@ def _place(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, address or id(tensor)
 
 
-def notice_same_start(net: nn.Module, other: nn.Module) -> list[str]:
-    """Return a notice if two seeds' networks begin with equal weights, as after `torch.manual_seed` in its code."""
+def notice_same_start(net: nn.Module, other: nn.Module, seeds_itself: bool) -> list[str]:
+    """Return a notice if two seeds' networks begin with equal weights.
+
+    seeds_itself: whether torch's generator was in the same state after each was built.
+    """
     pairs = zip(net.parameters(), other.parameters(), strict=False)  # a seed may decide how many
     if not all(torch.equal(own, others) for own, others in pairs if own.requires_grad):
         return []
+    if seeds_itself and any(p.requires_grad for p in net.parameters()):
+        return [
+            "net: its code seeds torch, so all seeds begin with the same weights and draw the same dropout and "
+            "augmentation; they differ in the order of the images only, and their spread says less"
+        ]
     return [
         "net: begins with the same weights whatever the seed, so seeds differ in what is drawn later only, and their "
-        "spread says less; see whether its code seeds torch"
+        "spread says less"
     ]
 
 
@@ -65,17 +73,34 @@ def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
     Raises:
         ValueError: if there are such tensors.
     """
-    registered = {id(parameter) for parameter in net.parameters()}
-    shapes = [
-        f"({', '.join(map(str, leaf.shape))})"
-        for leaf in _leaves(output)
-        if id(leaf) not in registered and leaf.shape != images.shape
-    ]
-    if shapes:
+    if shapes := _unregistered(net, output, images):
         raise ValueError(
             f"uses weights that it does not register, of shape {listed(shapes)}: they would be neither trained nor "
             "counted; keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter"
         )
+
+
+def notice_own_weights(minimised: str, net: nn.Module, loss: Tensor, images: Tensor) -> list[str]:
+    """Return a notice if the loss depends on weights that are not the network's, as a learned temperature is.
+
+    minimised: "loss" or "objective".
+    """
+    if not (shapes := _unregistered(net, loss, images)):
+        return []
+    return [
+        f"{minimised}: has weights of its own, of shape {listed(shapes)}, which are not trained: the optimizer "
+        "is given the network's only; make them parameters of the network"
+    ]
+
+
+def _unregistered(net: nn.Module, output: Tensor, images: Tensor) -> list[str]:
+    """Return the shapes of what an output depends on and wants a gradient, without parameters and changed images."""
+    registered = {id(parameter) for parameter in net.parameters()}
+    return [
+        f"({', '.join(map(str, leaf.shape))})"
+        for leaf in _leaves(output)
+        if id(leaf) not in registered and leaf.shape != images.shape
+    ]
 
 
 def _leaves(output: Tensor) -> Iterator[Tensor]:

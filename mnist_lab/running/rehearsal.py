@@ -19,14 +19,16 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.data import Mnist
-from mnist_lab.errors import LabError, is_script, script_line
+from mnist_lab.errors import LabError, is_script, script_line, text_of
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.running.draws import check_draws
+from mnist_lab.running.fresh import Remembered, fresh
 from mnist_lab.running.network import (
     Sharing,
     check_registered,
     listed,
     notice_optimized,
+    notice_own_weights,
     notice_probabilities,
     notice_same_start,
 )
@@ -85,7 +87,8 @@ class Rehearsal:
         """
         parameters = dict(net.named_parameters())
         for name in self.untrained:
-            parameters[name].register_post_accumulate_grad_hook(partial(self._reached, name))  # type: ignore[no-untyped-call]
+            if name in parameters:  # the seed may decide which there are
+                parameters[name].register_post_accumulate_grad_hook(partial(self._reached, name))  # type: ignore[no-untyped-call]
 
     def _reached(self, name: str, parameter: Tensor) -> None:
         self.untrained.discard(name)
@@ -106,7 +109,8 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
 
     All is tried as it will be trained: on a CPU with the network in channels_last, which is faster there. Where that
     fails, and on other devices, it is tried with a contiguous one: `view` after a convolution works there, and LBFGS.
-    The random state and the data are left as they were.
+    The random state and the data are left as they were, and so is what the declaration holds, but for functions' own
+    variables.
 
     Raises:
         LabError: naming the field that is wrong and what torch, or the script's own code, said about it.
@@ -114,20 +118,23 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
     with kept_generators(mnist.train_images.device):
         if mnist.train_images.device.type == "cpu":
             with suppress(LabError):
-                return _rehearse(experiment, mnist, torch.channels_last)
-        return _rehearse(experiment, mnist, torch.contiguous_format)
+                return _rehearse(fresh(experiment), mnist, torch.channels_last)
+        return _rehearse(fresh(experiment), mnist, torch.contiguous_format)
 
 
 def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_format) -> Rehearsal:
     device, total = mnist.train_images.device, len(mnist.train_images)
     with blame("net"):
         other = initial_network(experiment, SEED + 1, device, memory_format)
+        numbers = torch.get_rng_state()
         net = initial_network(experiment, SEED, device, memory_format)
+        seeds_itself = torch.equal(numbers, torch.get_rng_state())
         sharing = Sharing(net, other)
     if num_params(net) == 0:
         raise LabError("net: has no parameters to train")
-    notices = notice_same_start(net, other)
+    notices = notice_same_start(net, other, seeds_itself)
     del other
+    remembered = Remembered(experiment)
     with blame("optimizer"):
         optimizer = build_optimizer(experiment, net.parameters())
         if not isinstance(optimizer, Optimizer):
@@ -143,13 +150,11 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     full = min(experiment.batch_size, total)
     last = total % experiment.batch_size or full
     for size in sorted({full, last}, reverse=True):
-        _rehearse_batch(net, experiment, mnist, size)
+        unlisted = _rehearse_batch(net, experiment, mnist, size)
+    notices += unlisted
     if experiment.augmentation is not None:
         with blame("augmentation"):
             notices += _rehearse_augmentation(experiment, experiment.augmentation, mnist, full)
-    if experiment.average is not None:
-        with blame("average"):
-            notices += _rehearse_average(experiment, net, evaluation_part(mnist)[1][:2])
     untrained = {name for name, p in net.named_parameters() if p.requires_grad and p.grad is None}
     evaluated = evaluation_part(mnist)[1]
     with blame("net"):
@@ -158,6 +163,9 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
         notices += _notice_log_probabilities(experiment, logits)
         notices += notice_probabilities(logits, minimises_cross_entropy(experiment))
         notices += _notice_batches(net, evaluated[:EVALUATION_BATCH_SIZE], experiment)
+    if experiment.average is not None:  # an activation that a network keeps can be copied after an evaluation only
+        with blame("average"):
+            notices += _rehearse_average(experiment, net, evaluated[:2])
     with blame("optimizer"):
         _rehearse_step(net, experiment, optimizer, again, mnist, full)
         if not predict(net, evaluated[:2], experiment.normalize).isfinite().all():
@@ -168,7 +176,8 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
         _check_evaluated_again(net, few, predict(net, few, experiment.normalize), experiment)
         sharing.check()
     with blame("scheduler"):
-        check_schedule(experiment, net, total)
+        notices += check_schedule(experiment, net, total)
+    notices += remembered.notices()
     return Rehearsal(memory_format, untrained, notices)
 
 
@@ -204,7 +213,7 @@ def _rehearse_augmentation(
 
     def drawn() -> Tensor:
         seed_generators(SEED)
-        return training_batch(mnist, batch, Augmentation(experiment.augmentation))[0]
+        return training_batch(mnist, batch, Augmentation(fresh(experiment).augmentation))[0]
 
     first = drawn()
     start = time.perf_counter()
@@ -260,7 +269,7 @@ def _rehearse_step(
     train_step(net, normalize(images, experiment.normalize), labels, experiment, optimizer, again)
 
 
-def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: int) -> None:
+def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: int) -> list[str]:
     batch = torch.arange(size, device=mnist.train_images.device)
     with blame("augmentation"):
         images, labels = training_batch(mnist, batch, Augmentation(experiment.augmentation))
@@ -299,6 +308,7 @@ def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: 
         raise LabError(f"{minimised}: has no gradient in the network's parameters, so it can't train them")
     with blame("net"):
         check_registered(net, logits if logits.requires_grad else loss, images)
+    return notice_own_weights(minimised, net, loss, images)
 
 
 def _are_labels(labels: Tensor, size: int) -> bool:
@@ -409,7 +419,7 @@ def blame(field: str) -> Iterator[None]:
 
 
 def _refusal(field: str, error: BaseException) -> LabError:
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = text_of(error)
     if isinstance(error, SystemExit):
         said = f"sys.exit({quoted(error.code)}) was called"
     elif _lacks_memory(error):

@@ -20,6 +20,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint, provenance, teaching
 from mnist_lab.running.checkpoint import Checkpoint
+from mnist_lab.running.fresh import fresh
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.memory import keep_freed_memory
 from mnist_lab.running.precision import use_float32
@@ -110,6 +111,7 @@ def run(
     sync(store.uri)
     close_abandoned(store)
     job = teaching.find(job, store, None if resume is None else resume.identity)
+    job.check_unchanged()
     experiment = teaching.load(job, store)
     use_float32(job.device)
     logger.info("Reading MNIST")
@@ -133,7 +135,7 @@ def run(
 
     net = initial_network(experiment, seed, job.device, rehearsal.memory_format)
     rehearsal.watch(net)
-    training = Training(net, experiment, mnist, seed=seed, on_batch=progress.on_batch)
+    training = Training(net, fresh(experiment), mnist, seed=seed, on_batch=progress.on_batch)
     if resume is not None:
         restore(training, resume)
 
@@ -231,7 +233,8 @@ def record(
     The other arguments are those of `run`.
     """
     where = mnist.train_images.device
-    experiment, run_name = job.experiment, run_name_of(job, f"seed {seed}")
+    experiment, run_name = fresh(job.experiment), run_name_of(job, f"seed {seed}")
+    job.check_unchanged()
     environment = environment or provenance.environment(where)
     no_effect = " ".join(without_effect(experiment, len(mnist.train_images)))
     tags = {
@@ -415,7 +418,7 @@ def draw(
     if experiment.augmentation is not None:
         augment = Augmentation(experiment.augmentation)
         images, labels = mnist.train_images[:10].float() / 255, mnist.train_labels[:10]
-        draws = torch.stack([augment(images, labels)[0] for _ in range(3)])
+        draws = torch.stack([augment(images.clone(), labels.clone())[0] for _ in range(3)])
         augmented = images.squeeze(1).cpu().numpy(), draws.squeeze(2).cpu().numpy()
     return run_figures(
         [{**identity, "epoch": metrics.epoch, **epoch_metrics(metrics)} for metrics in epochs],

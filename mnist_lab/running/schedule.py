@@ -17,7 +17,8 @@ from mnist_lab.arguments import stable_text
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.training.generators import kept_generators
-from mnist_lab.training.loop import build_optimizer, build_scheduler, plain, scheduler_steps_per_epoch
+from mnist_lab.training.loop import build_optimizer, build_scheduler, scheduler_steps_per_epoch
+from mnist_lab.training.states import plain
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,10 @@ MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
 MAX_LR = torch.finfo(torch.float32).max  # torch refuses to multiply a float32 parameter by more
 
 
-def check_schedule(experiment: Experiment, net: nn.Module, num_images: int) -> None:
+def check_schedule(experiment: Experiment, net: nn.Module, num_images: int) -> list[str]:
     """Step a scheduler of its own through the whole run: OneCycleLR, for one, fails only past its last step.
+
+    Returns a notice if the schedule is longer than the run.
 
     Raises:
         TypeError, ValueError: if it can't work.
@@ -34,7 +37,7 @@ def check_schedule(experiment: Experiment, net: nn.Module, num_images: int) -> N
     optimizer = build_optimizer(experiment, net.parameters())
     scheduler = build_scheduler(experiment, optimizer, num_images)
     if scheduler is None:
-        return
+        return []
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(f"gives a {type(scheduler).__name__}, not a torch.optim.lr_scheduler.LRScheduler")
     _check_state(scheduler)
@@ -43,20 +46,28 @@ def check_schedule(experiment: Experiment, net: nn.Module, num_images: int) -> N
     if isinstance(scheduler, ReduceLROnPlateau):
         if experiment.scheduler_interval == "batch":
             raise ValueError("ReduceLROnPlateau needs scheduler_interval='epoch': it follows the epoch's training loss")
-        return
+        return []
     _check_lr(optimizer)  # building a schedule sets the rate of the first step
-    for _ in _walk(optimizer, scheduler, min(MAX_SCHEDULE_STEPS, _steps(experiment, num_images))):
-        _check_lr(optimizer)
+    steps = _steps(experiment, num_images)
+    with warnings.catch_warnings():  # of an optimizer that has not stepped yet
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        for _ in _walk(scheduler, min(MAX_SCHEDULE_STEPS, steps)):
+            _check_lr(optimizer)
     _check_state(scheduler)
+    planned = getattr(scheduler, "total_steps", None)
+    if not isinstance(planned, int) or planned <= steps:
+        return []
+    return [
+        f"scheduler: {type(scheduler).__name__} is made for {planned:,} steps and the run has {steps:,}, so it does "
+        "not come to its end; leave out epochs, steps_per_epoch and total_steps, and they are filled in"
+    ]
 
 
 def _steps(experiment: Experiment, num_images: int) -> int:
     return experiment.epochs * scheduler_steps_per_epoch(experiment, num_images)
 
 
-def _walk(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> Iterator[None]:
-    optimizer.zero_grad()
-    optimizer.step(lambda: 0.0)  # a schedule warns where its optimizer has not taken a step before it
+def _walk(scheduler: LRScheduler, steps: int) -> Iterator[None]:
     for _ in range(steps):
         scheduler.step()
         yield
@@ -170,7 +181,7 @@ def _held_in_the_run(experiment: Experiment, net: nn.Module, num_images: int) ->
     if isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError("it follows the loss, so there is nothing to walk")
     yield _values(optimizer, keys)
-    for _ in _walk(optimizer, scheduler, _steps(experiment, num_images) - 1):
+    for _ in _walk(scheduler, _steps(experiment, num_images) - 1):
         yield _values(optimizer, keys)
 
 

@@ -161,6 +161,7 @@ def search(
     check_space(job, space)
     store = _open_store(job)
     with _storage_failures(job), _alone(job, store):
+        job = teaching.find(job, store)
         study = _open_study(job, space, seeds, again)
         job = replace(job, search=study.study_name)
         trainers, at_a_time = choose_trainers(job, store, workers, cluster)
@@ -204,6 +205,7 @@ def confirm(
     check_space(job, space)
     store = _open_store(job)
     with _storage_failures(job), _alone(job, store):
+        job = teaching.find(job, store)
         study = _open_study(job, space, None, again=False)
         job = replace(job, search=study.study_name)
         used = study.user_attrs["seeds"]
@@ -524,7 +526,7 @@ def _rehearse(job: Job, space: Space, store: Store) -> None:
     """Try the declaration as it stands before any trial; raises LabError."""
     use_float32(job.device)
     mnist = load_parts(job)
-    rehearse(teaching.load(teaching.find(job, store), store), mnist).notice()
+    rehearse(teaching.load(job, store), mnist).notice()
     report_without_effect(job.experiment, {**job.overrides, **space}, len(mnist.train_images))
 
 
@@ -556,7 +558,9 @@ def _adopt_earlier(study: optuna.Study, store: Store, parent_run_id: str) -> Non
 
 def _with_values(job: Job, values: Mapping[str, object], store: Store) -> Job:
     experiment, overrides = job.experiment.override(values)
-    return teaching.find(replace(job, experiment=experiment, overrides={**job.overrides, **overrides}), store)
+    teacher = None if "teacher" in values else job.teacher
+    changed = replace(job, experiment=experiment, overrides={**job.overrides, **overrides}, teacher=teacher)
+    return teaching.find(changed, store)
 
 
 def _num_params(job: Job) -> int | None:

@@ -13,10 +13,11 @@ import torchsummary
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from mnist_lab.errors import text_of
+from mnist_lab.running.network import listed
 from mnist_lab.training.loop import num_params
 
 IMAGE_SIZE = 28
-MAX_NAMES = 6  # of parameters that a sentence lists
 Hook = Callable[[nn.Module, object, object], None]
 
 
@@ -36,8 +37,7 @@ def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
             parameter.requires_grad_(parameter.requires_grad and name not in untrained)
         return _draw(net)
     except Exception as error:
-        said = " ".join(str(error).split())
-        reason = f"torchsummary can't draw this network ({type(error).__name__}: {said})"
+        reason = f"torchsummary can't draw this network ({type(error).__name__}: {text_of(error)})"
     try:
         return f"{_layer_table(net)}\nNo receptive fields: {reason}."
     except Exception:
@@ -102,13 +102,13 @@ def _why(net: nn.Module) -> str:
 
     _run_watched(net, torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE), _layers(net), count)
     reasons = [
-        f"counts {_listed(name for name in times if times[name] == n)} {n} times"
+        f"counts {listed([name for name in times if times[name] == n])} {n} times"
         for n in sorted({*times.values()} - {1})
     ]
     if foreign:
-        reasons.append(f"counts {_listed(foreign)}, not a parameter,")
+        reasons.append(f"counts {listed(list(foreign))}, not a parameter,")
     if left_out := [name for name in names.values() if name not in times]:
-        reasons.append(f"leaves out {_listed(left_out)}")
+        reasons.append(f"leaves out {listed(left_out)}")
     return " and ".join(reasons) or "takes each layer as its weight is, trainable or not"
 
 
@@ -136,7 +136,7 @@ def _layer_table(net: nn.Module) -> str:
     ]
     lines += [f"{name}: {figure}" for name, figure in _totals(net).items()]
     if outside := [f"{name} ({p.numel():,})" for name, p in net.named_parameters() if id(p) not in counted]:
-        lines.append(f"Params in none of these layers: {_listed(outside)}")
+        lines.append(f"Params in none of these layers: {listed(outside)}")
     return "\n".join(lines)
 
 
@@ -149,12 +149,6 @@ def _shape(output: object) -> str:
     if isinstance(output, list | tuple):
         return f"({', '.join(map(_shape, output))})"
     return "None" if output is None else type(output).__name__
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = [f"{len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []
-    return ", ".join(names[:MAX_NAMES] + more)
 
 
 @torch.inference_mode()

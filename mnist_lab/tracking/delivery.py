@@ -23,7 +23,7 @@ from mlflow.utils.rest_utils import http_request
 from requests import RequestException, Timeout
 from urllib3.exceptions import ResponseError
 
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, text_of
 from mnist_lab.tracking.outbox import Outbox, Record, all_outboxes
 from mnist_lab.tracking.sqlite import EXPERIMENT_NAME, sqlite_file, without_password
 
@@ -277,4 +277,4 @@ def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
 
 def one_line(error: Exception) -> str:
     """Return an error's text as one line, without the passwords of URIs in it."""
-    return without_password(" ".join(str(error).split()))[:500]
+    return without_password(text_of(error))[:500]

@@ -143,21 +143,20 @@ class TrackedRun:
         The format is torch.export's, which holds no pickle. Where it can't express the network, the weights are
         logged as `state_dict.pt`, and the reason is returned.
         """
-        net = copy.deepcopy(net).cpu().eval()
         example = images.cpu()
-        with torch.inference_mode():
-            output = net(example)
-        signature = infer_signature(example.numpy(), output.numpy())
         packages = [f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")]
         with store_failures(self._store, "failed during the run"), tempfile.TemporaryDirectory() as temporary:
             model = Path(temporary) / "model"
             try:
                 # torch.export prints the graph that it can't express, and takes long enough for a Ctrl-C to come in it.
                 with uninterrupted(), quiet(), _own_logging(), redirect_stderr(io.StringIO()):
+                    on_cpu = copy.deepcopy(net).cpu().eval()  # one that names its device fails there
+                    with torch.inference_mode():
+                        output = on_cpu(example)
                     mlflow.pytorch.save_model(
-                        net,
+                        on_cpu,
                         str(model),
-                        signature=signature,
+                        signature=infer_signature(example.numpy(), output.numpy()),
                         input_example=example.numpy(),
                         pip_requirements=packages,
                         metadata={"normalize": list(normalize)},

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, text_of
 from mnist_lab.tracking import postgres, serving, ui, view
 from mnist_lab.tracking.sqlite import ARTIFACTS, EXPERIMENT_NAME, without_password
 
@@ -128,7 +128,7 @@ def _experiment(uri: str) -> str:
     try:
         experiment = experiment_of(uri, f"mlflow-artifacts:/{EXPERIMENT_NAME}")
     except (MlflowException, SQLAlchemyError) as error:
-        said = without_password(" ".join(str(error).split()))
+        said = without_password(text_of(error))
         raise LabError(f"backend store {name!r} can't be used: {said}") from error
     location = experiment.artifact_location
     if location.startswith("file:") or ":" not in location:

@@ -10,6 +10,7 @@ another tensor in a buffer's place) would be frozen, so each graph is first trie
 from __future__ import annotations
 
 import logging
+import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist_lab.arguments import stable_text
-from mnist_lab.errors import LabError, script_line
+from mnist_lab.errors import LabError, script_line, text_of
 from mnist_lab.training.generators import generator_states, set_generator_states
+from mnist_lab.training.states import outer_variables, plain_attributes
 
 logger = logging.getLogger(__name__)
 
 TRIED = 3  # batches, both ways
 NOISE = 4  # times what two eager trainings differ by, that a graph may differ from one; nothing where these are equal
-PLAIN = (bool, int, float, complex, str, type(None))
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Captured:
     work: sets the gradients of the optimizer's parameters, and adds to `sums` in place. Where it can't be recorded,
         or a graph of it computes something else, it is called as it is, and `refused` and a notice say why.
     nets: the networks in it, whose buffers and plain attributes it may change.
+    holders: other objects in it, such as an objective that counts, whose plain attributes it may change.
     buffers: those that belong to no network.
     """
 
@@ -52,12 +54,13 @@ class Captured:
         self,
         work: Callable[[Tensor], None],
         nets: Sequence[nn.Module],
+        holders: Sequence[object],
         optimizer: Optimizer,
         buffers: Sequence[Tensor],
         sums: Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        self.work, self.nets, self.optimizer, self.device = work, nets, optimizer, device
+        self.work, self.nets, self.holders, self.optimizer, self.device = work, nets, holders, optimizer, device
         self.buffers, self.sums = buffers, sums
         self.refused = ""
         self.graphs: dict[Hashable, Graph] = {}
@@ -105,7 +108,7 @@ class Captured:
             self._restore(before)
             refused = self._difference(graph, batch, before)
         except Exception as error:  # a network, loss or augmentation that looks at values, each in its own words
-            refused = " ".join(str(error).split())[:200] + script_line(error)
+            refused = text_of(error)[:200] + script_line(error)
         try:
             self._restore(before)
         except RuntimeError as error:  # torch's generator, after a recording that failed
@@ -143,10 +146,16 @@ class Captured:
             return [*seen, *self._buffers()], self._state()
 
         own, after = tried(lambda: self._work(batch))
-        changed = [key[1] for key, value in after.attributes.items() if value != before.attributes.get(key)]
-        if changed or after.numbers != before.numbers:
-            what = f"the network changes its attribute {changed[0]!r}" if changed else "numbers are drawn on the CPU"
-            return f"{what}, which a graph would repeat for all batches"
+        changed = [key for key, value in after.attributes.items() if value != before.attributes.get(key)]
+        if changed:
+            index, name = changed[0]
+            holder = after.holders[index]
+            whose = "the network" if isinstance(holder, nn.Module) and index < len(after.modules) else _name(holder)
+            return f"{whose} changes its attribute {name!r}, which a graph would repeat for all batches"
+        if changed_outside := [name for name, text in after.outside.items() if text != before.outside[name]]:
+            return f"{changed_outside[0]!r} changes from batch to batch, which a graph would freeze"
+        if after.numbers != before.numbers:
+            return "numbers are drawn on the CPU, which a graph would repeat for all batches"
         graphs, _ = tried(lambda: self._launch(graph, batch))
         distance = _distance(own, graphs)
         if distance > 0 and distance > NOISE * _distance(own, tried(lambda: self._work(batch))[0]):
@@ -166,16 +175,19 @@ class Captured:
             for name, tensor in {**module._parameters, **module._buffers}.items()
             if tensor is not None
         }
+        holders = [*modules, *self.holders]
         tensors = [*slots.values(), *self.parameters, *self.buffers, *self.sums]
         attributes = {
             (index, name): value
-            for index, module in enumerate(modules)
-            for name, value in plain_attributes(module).items()
+            for index, holder in enumerate(holders)
+            for name, value in plain_attributes(holder).items()
         }
         states = generator_states(self.device)
         on_host = {name: states[name] for name in ("python", "numpy", "cpu") if name != self.device.type}
         copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        return _State(modules, slots, copies, states, attributes, stable_text(on_host))
+        functions = [holder for holder in self.holders if isinstance(holder, types.FunctionType)]
+        outside = {name: stable_text(value) for one in functions for name, value in outer_variables(one).items()}
+        return _State(modules, holders, slots, copies, states, attributes, outside, stable_text(on_host))
 
     @torch.no_grad()
     def _restore(self, state: _State) -> None:
@@ -184,7 +196,7 @@ class Captured:
         for tensor, value in state.tensors:
             tensor.copy_(value)
         for (index, name), value in state.attributes.items():
-            setattr(state.modules[index], name, value)
+            vars(state.holders[index])[name] = value
         set_generator_states(state.generators, self.device)
 
 
@@ -194,21 +206,24 @@ class _State:
 
     slots: which tensor is a parameter or buffer, by module and name.
     tensors: each with a copy of its values.
-    attributes: numbers and texts of the modules, by the module's place among `modules` and their name.
+    holders: these modules and what else keeps numbers.
+    attributes: numbers and texts of the holders, by the holder's place and their name.
+    outside: variables that functions among the holders have from outside, as text.
     numbers: what is different once a number was drawn on the CPU.
     """
 
     modules: list[nn.Module]
+    holders: list[object]
     slots: dict[tuple[nn.Module, str], Tensor]
     tensors: list[tuple[Tensor, Tensor]]
     generators: dict[str, Any]
     attributes: dict[tuple[int, str], Any]
+    outside: dict[str, str]
     numbers: str
 
 
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the numbers and texts that a module keeps itself, such as a counter of batches."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, PLAIN)}
+def _name(holder: object) -> str:
+    return getattr(holder, "__qualname__", type(holder).__qualname__)
 
 
 def _distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -20,7 +20,8 @@ class SparseDropout(TorchFunctionMode):
 
     The gaps between the zeros of independent draws are geometrically distributed, so drawing the gaps gives the same
     masks with the same probabilities from p times as many random numbers. They come from torch's default generator.
-    On another device, in evaluation mode, in place, or with p above MAX_P, `F.dropout` is as it was.
+    On another device, in evaluation mode, in place, with p above MAX_P, and where torch.utils.checkpoint may call it,
+    `F.dropout` is as it was.
     """
 
     def __torch_function__(
@@ -30,9 +31,18 @@ class SparseDropout(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.dropout:
+        if func is F.dropout and not _is_called_again():
             return _dropout(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _is_called_again() -> bool:
+    """Say whether torch.utils.checkpoint may call this part again in the backward pass, where no context holds.
+
+    It calls it without gradients first, or saves tensors in its own way. Both calls must draw the same zeros.
+    """
+    saves = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return saves is not None or not torch.is_grad_enabled()
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -53,7 +63,7 @@ def draw_zeros(total: int, p: float) -> Tensor:
     parts: list[Tensor] = []
     last = -1.0
     while last < total:
-        gaps = torch.empty(at_once).exponential_(rate).floor_().add_(1)
+        gaps = torch.empty(at_once, device="cpu").exponential_(rate).floor_().add_(1)
         parts.append(gaps.cumsum(0, dtype=torch.float64).add_(last))  # float64 counts exactly up to 2^53
         last = parts[-1][-1].item()
     drawn = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -34,7 +34,7 @@ def generator_states(device: torch.device) -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "python": random.getstate(),
-        "numpy": (str(name), torch.tensor(keys.tolist()), *rest),  # type: ignore[union-attr]
+        "numpy": (str(name), torch.tensor(keys.tolist(), device="cpu"), *rest),  # type: ignore[union-attr]
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "mps": torch.mps.get_rng_state() if device.type == "mps" else None,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +21,20 @@ from torch.optim.swa_utils import AveragedModel
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS, Experiment
-from mnist_lab.training.cudagraph import PLAIN, Captured, plain_attributes
+from mnist_lab.training.cudagraph import Captured
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import generator_states, kept_generators, seed_generators, set_generator_states
+from mnist_lab.training.states import (
+    held_optimizers,
+    holders,
+    kept_attributes,
+    load_network_state,
+    load_optimizer_state,
+    network_state,
+    optimizer_state,
+    plain,
+    put_back,
+)
 from mnist_lab.training.transforms import Augmentation
 
 EVALUATION_BATCH_SIZE = 500
@@ -147,9 +157,11 @@ class Loop(ABC):
         batches = math.ceil(len(mnist.train_images) / experiment.batch_size)
         self.losses = torch.zeros(batches, *shape, device=self.device)  # what is minimised, of this epoch's batches
         self.batch = torch.zeros(1, dtype=torch.int64, device=self.device)  # how many there were so far
+        self.holders = holders(experiment.loss, experiment.objective, experiment.augmentation)
         self.captured = Captured(
             self._compute_gradients,
             nets,
+            self.holders,
             self.optimizer,
             buffers,
             [self.loss_sum, self.correct, self.losses, self.batch],
@@ -224,7 +236,7 @@ class Loop(ABC):
     def _train_epoch(self) -> None:
         """Train on all images in a new order, and sum up loss and correct predictions."""
         total = len(self.mnist.train_images)
-        orders = torch.stack([torch.randperm(total, generator=generator) for generator in self.shuffling])
+        orders = torch.stack([torch.randperm(total, generator=generator, device="cpu") for generator in self.shuffling])
         self.loss_sum.zero_()
         self.correct.zero_()
         self.batch.zero_()
@@ -256,7 +268,9 @@ class Loop(ABC):
         self.losses.index_copy_(0, self.batch, loss.view(1, *self.shape).to(self.losses.dtype))
         self.batch += 1
         if not minimises_cross_entropy(self.experiment):
-            losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(0, batch.ndim - 1), reduction="none")
+            losses = F.cross_entropy(
+                without_half(logits).flatten(0, -2), labels.flatten(0, batch.ndim - 1), reduction="none"
+            )
             loss = losses.view(batch.shape).mean(dim=-1)
         if labels.ndim > batch.ndim:  # probabilities: the digit that an image shows most of
             labels = labels.argmax(dim=-1)
@@ -321,10 +335,10 @@ class Training(Loop):
         """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it."""
         return {
             "epoch": self.epoch,
-            "net": self.net.state_dict(),
-            "attributes": {name: _kept_attributes(module) for name, module in self.net.named_modules()},
-            **({} if self.average is None else {"average": self.average.state_dict()}),
-            "optimizer": plain(self.optimizer.state_dict()),
+            **network_state(self.net),
+            **({} if self.average is None else {"average": network_state(self.average)}),
+            "declared": [kept_attributes(holder) for holder in self.holders],
+            "optimizer": optimizer_state(self.optimizer),
             "scheduler": None if self.scheduler is None else plain(self.scheduler.state_dict()),
             "shuffling": [generator.get_state() for generator in self.shuffling],
             "generators": generator_states(self.device),
@@ -333,13 +347,13 @@ class Training(Loop):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the training that gave `state` stood; the generators that it draws from are set too."""
         self.epoch = state["epoch"]
-        self.net.load_state_dict(state["net"])
-        for name, values in state.get("attributes", {}).items():  # checkpoints of earlier versions lack them
-            module = self.net.get_submodule(name)
-            vars(module).update(dict(values.items() - _kept_attributes(module).items()))  # others keep their types
+        load_network_state(self.net, state, self.device)
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            average = state["average"]  # of an earlier version, its state_dict alone
+            load_network_state(self.average, average if "net" in average else {"net": average}, self.device)
+        for holder, kept in zip(self.holders, state.get("declared", []), strict=False):  # some come into being in use
+            put_back(holder, kept, self.device)
+        load_optimizer_state(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         for generator, shuffling in zip(self.shuffling, state["shuffling"], strict=True):
@@ -409,8 +423,13 @@ def loss_and_logits(
     with SparseDropout():
         if experiment.objective is not None:
             return experiment.objective(net, images, labels)
-        logits = net(images)
+        logits = without_half(net(images))
     return (experiment.loss or F.cross_entropy)(logits, labels), logits
+
+
+def without_half(logits: Tensor) -> Tensor:
+    """Return logits of float16 as float32: a loss of them would be a multiple of 1/512."""
+    return logits.float() if logits.dtype == torch.float16 else logits
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
@@ -418,8 +437,7 @@ def needs_closure(optimizer: Optimizer) -> bool:
     steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
     if any(map(_requires_argument, steps)):
         return True
-    held = [value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer]
-    return any(map(needs_closure, held))
+    return any(map(needs_closure, held_optimizers(optimizer).values()))
 
 
 def evaluates_again(experiment: Experiment, net: nn.Module) -> bool:
@@ -471,7 +489,7 @@ def predict(net: nn.Module, images: Tensor, normalize_by: tuple[float, float] = 
     net.eval()
     try:
         batches = torch.split(images, EVALUATION_BATCH_SIZE)
-        return torch.cat([net(normalize(batch.float() / 255, normalize_by)) for batch in batches])
+        return without_half(torch.cat([net(normalize(batch.float() / 255, normalize_by)) for batch in batches]))
     finally:
         for module, training in modes:
             module.training = training
@@ -497,6 +515,9 @@ def build_average(experiment: Experiment, net: nn.Module) -> AveragedModel | Non
     average = experiment.average(net)
     if isinstance(average, AveragedModel):
         average.n_averaged = average.n_averaged.cpu()  # it is read for each batch
+        own = dict(net.named_parameters())
+        for name, parameter in average.module.named_parameters():  # one that is frozen still counts what is trained
+            parameter.requires_grad_(name in own and own[name].requires_grad)
     return average
 
 
@@ -518,20 +539,6 @@ def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: in
 
 
 _EMPTY = inspect.Parameter.empty
-
-
-def _kept_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return those plain attributes that a checkpoint can be read back with; of numpy's numbers, what they are."""
-    return {name: value for name, value in plain(plain_attributes(module)).items() if type(value) in PLAIN}
-
-
-def plain(state: Any) -> Any:
-    """Return a state with Python's numbers for numpy's, which a checkpoint is not read back with."""
-    if isinstance(state, np.generic):
-        return state.item()
-    if type(state) is dict:
-        return {name: plain(value) for name, value in state.items()}
-    return type(state)(map(plain, state)) if type(state) in (list, tuple) else state
 
 
 def scheduler_steps_per_epoch(experiment: Experiment, num_images: int) -> int:

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.overrides import TorchFunctionMode
 
 from mnist_lab.data import Mnist
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, text_of
 from mnist_lab.experiment import Experiment
 from mnist_lab.training.generators import kept_generators, seed_generators
 from mnist_lab.training.loop import EpochMetrics, Loop, build_optimizer, build_scheduler, fit, initial_network
@@ -106,7 +106,7 @@ def _why_not_alike(experiment: Experiment, mnist: Mnist) -> str | None:
             for seed, net in enumerate(alone):
                 list(fit(net, tried, few, seed=seed))
     except Exception as error:  # vmap has many ways to say that it can't express a network
-        return " ".join(str(error).split())[:200]
+        return text_of(error)[:200]
     for one, other in zip(stacked, alone, strict=True):
         for name, value in one.state_dict().items():
             if not torch.allclose(value, other.state_dict()[name], rtol=1e-8, atol=1e-10):

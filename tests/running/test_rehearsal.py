@@ -14,14 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from helpers import read_runs
 from mnist_lab import Experiment
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running import run as runner
+from mnist_lab.running.fresh import fresh
 from mnist_lab.running.job import Job
 from mnist_lab.running.rehearsal import rehearse
+from mnist_lab.training import dropout
 from mnist_lab.training.loop import fit, initial_network, num_params
 
 FLATTEN = partial(torch.flatten, start_dim=1)
@@ -324,8 +329,9 @@ class SAM(Optimizer):
         self.base.step()
 
 
-def test_an_optimizer_that_evaluates_a_second_time_trains(small_mnist: Mnist) -> None:
-    experiment = declare(optimizer=partial(SAM, lr=0.05))
+@pytest.mark.parametrize("scheduler", [None, partial(StepLR, step_size=1)])
+def test_an_optimizer_that_evaluates_a_second_time_trains(scheduler: Any, small_mnist: Mnist) -> None:
+    experiment = declare(optimizer=partial(SAM, lr=0.05), scheduler=scheduler)
 
     rehearsal = rehearse(experiment, small_mnist)
     first, second = fit(initial_network(experiment, 0, CPU, rehearsal.memory_format), experiment, small_mnist, seed=0)
@@ -434,6 +440,47 @@ class SameStart(Convolutions):
         super().__init__()
 
 
+class Constant(nn.Module):
+    def __init__(self, inner: type[nn.Module]) -> None:
+        super().__init__()
+        self.inner = inner()
+        for parameter in self.inner.parameters():
+            nn.init.constant_(parameter, 0.5)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.inner(images)
+
+
+class Temperature(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits / self.value, labels)
+
+
+def counting_outside() -> Callable[..., tuple[Tensor, Tensor]]:
+    batches = 0
+
+    def objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal batches
+        batches += 1
+        logits = net(images)
+        return F.cross_entropy(logits, labels) * min(1.0, batches / 10), logits
+
+    return objective
+
+
+BATCHES = 0
+
+
+def counting_globally(logits: Tensor, labels: Tensor) -> Tensor:
+    global BATCHES
+    BATCHES += 1
+    return F.cross_entropy(logits, labels) * min(1.0, BATCHES / 10)
+
+
 class Ending(Convolutions):
     def __init__(self, ending: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -454,7 +501,18 @@ def binary(logits: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"net": SameStart}, "net: begins with the same weights whatever the seed"),
+        ({"net": SameStart}, "net: its code seeds torch, so all seeds begin with the same weights and draw the same"),
+        ({"net": partial(Constant, Convolutions)}, "net: begins with the same weights whatever the seed"),
+        ({"loss": Temperature()}, "loss: has weights of its own, of shape (), which are not trained"),
+        (
+            {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=99), "scheduler_interval": "batch"},
+            "scheduler: OneCycleLR is made for 99 steps and the run has ",
+        ),
+        (
+            {"objective": counting_outside()},
+            "objective: changes batches, outside of it, from batch to batch",
+        ),
+        ({"loss": counting_globally}, "loss: changes BATCHES, outside of it, from batch to batch"),
         (
             {"optimizer": last_layer_only},
             "optimizer: it is not given first.weight, first.bias, second.weight, second.bias, which",
@@ -474,6 +532,85 @@ def test_an_optimizer_of_another_network_is_refused(small_mnist: Mnist) -> None:
 
     with pytest.raises(LabError, match="^optimizer: has none of the network's parameters"):
         rehearse(declare(optimizer=another), small_mnist)
+
+
+class MeanTeacher:
+    """Keeps a copy of the first network that it sees, and counts."""
+
+    def __init__(self) -> None:
+        self.batches, self.teacher = 0, None
+
+    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self.batches += 1
+        self.teacher = deepcopy(net).requires_grad_(False) if self.teacher is None else self.teacher
+        logits = net(images)
+        return F.cross_entropy(logits, labels) + F.mse_loss(logits, self.teacher(images)), logits
+
+
+def test_an_objective_that_remembers_begins_each_run_anew(small_mnist: Mnist) -> None:
+    experiment = declare(objective=MeanTeacher())
+
+    def train() -> list[float]:
+        net = initial_network(experiment, 5, CPU)
+        return [epoch.train_loss for epoch in fit(net, fresh(experiment), small_mnist, seed=5)]
+
+    untouched = train()
+    notices = rehearse(experiment, small_mnist).notices
+    assert (experiment.objective.batches, experiment.objective.teacher) == (0, None)
+    assert train() == untouched
+    (notice,) = notices  # the count is kept in a checkpoint, the network is not
+    assert notice.startswith("objective: changes its teacher from batch to batch, which `--resume`")
+
+
+class KeepsActivation(Convolutions):
+    def forward(self, images: Tensor) -> Tensor:
+        self.kept = super().forward(images)
+        return self.kept
+
+
+def test_the_average_of_a_network_that_keeps_an_activation_is_taken(small_mnist: Mnist) -> None:
+    experiment = declare(net=KeepsActivation, average=partial(AveragedModel, use_buffers=True))
+    assert rehearse(experiment, small_mnist).notices == []
+    assert len(list(fit(initial_network(experiment, 0, CPU), experiment, small_mnist, seed=0))) == 2
+
+
+class Recomputed(Convolutions):
+    """Computes its activations again in the backward pass, as memory-saving networks do."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, images: Tensor) -> Tensor:
+        return checkpoint(super().forward, images.requires_grad_(), use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_computed_again_has_the_same_dropout(
+    use_reentrant: bool, small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recomputed = declare(net=partial(Recomputed, use_reentrant))
+    assert rehearse(recomputed, small_mnist).notices == []
+
+    def train(experiment: Experiment) -> list[float]:
+        net = initial_network(experiment, 0, CPU)
+        return [epoch.train_loss for epoch in fit(net, experiment, small_mnist, seed=0)]
+
+    losses = train(recomputed)
+    monkeypatch.setattr(dropout, "MAX_P", -1.0)  # torch's own dropout in either pass
+    assert losses == pytest.approx(train(declare()), abs=1e-6)
+
+
+class Half(Convolutions):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).half()
+
+
+def test_losses_of_half_precision_logits_are_not_rounded(small_mnist: Mnist) -> None:
+    experiment = declare(net=Half)
+    for epoch in fit(initial_network(experiment, 0, CPU), experiment, small_mnist, seed=0):
+        assert epoch.eval_loss * 1024 % 1 != 0
+        assert epoch.train_loss * 1024 % 1 != 0
 
 
 class Auxiliary(Convolutions):

@@ -1,7 +1,7 @@
 """Averaged weights are what is evaluated, judged, kept and logged; the network itself is trained on as it is."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,10 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from helpers import read_runs
@@ -21,9 +23,10 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import mixup
 from mnist_lab.running import run as runner
+from mnist_lab.running.fresh import fresh
 from mnist_lab.running.job import Job
 from mnist_lab.running.rehearsal import rehearse
-from mnist_lab.training.loop import Training, evaluate, fit, initial_network, predict
+from mnist_lab.training.loop import Training, evaluate, fit, initial_network, num_params, predict
 
 CPU = torch.device("cpu")
 EMA = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
@@ -51,7 +54,7 @@ def declare(**changes: Any) -> Experiment:
 
 
 def start(experiment: Experiment, mnist: Mnist) -> Training:
-    return Training(initial_network(experiment, 0, CPU), experiment, mnist, seed=0)
+    return Training(initial_network(experiment, 0, CPU), fresh(experiment), mnist, seed=0)
 
 
 def test_the_average_is_torchs_over_the_batches(small_mnist: Mnist) -> None:
@@ -105,6 +108,49 @@ class WarmsUp(nn.Module):
         return self.linear(images.flatten(1)) * min(1.0, self.batches * self.rate * self.mode)
 
 
+class Centred(nn.Module):
+    """Keeps a mean in a buffer that its state_dict leaves out, and a bias in a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 10)
+        self.register_buffer("mean", torch.zeros(784), persistent=False)
+        self.bias = torch.zeros(10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = images.flatten(1)
+        if self.training:
+            self.mean.lerp_(pixels.mean(0), 0.1)
+            self.bias = 0.9 * self.bias + 0.1 * self.linear.bias.detach()
+        return self.linear(pixels - self.mean) + self.bias
+
+
+class Holds(Optimizer):
+    """Steps by an optimizer that it holds, whose groups are its own, as SAM and Lookahead do."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self.base = SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.base.step()
+
+
+class Ramp:
+    """Weighs the loss by how many batches there were, and its running mean."""
+
+    def __init__(self) -> None:
+        self.batches, self.mean = 0, torch.ones(())
+
+    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = net(images)
+        loss = F.cross_entropy(logits, labels)
+        self.batches += 1
+        self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+        return loss * min(1.0, self.batches / 20) / self.mean, logits
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -112,6 +158,10 @@ class WarmsUp(nn.Module):
         {"objective": partial(mixup, alpha=0.3)},
         {"average": AveragedModel},
         {"net": WarmsUp, "average": None},
+        {"net": Centred, "average": None},
+        {"net": Centred},
+        {"optimizer": partial(Holds, lr=0.05), "scheduler": partial(StepLR, step_size=1, gamma=0.3)},
+        {"objective": Ramp()},
     ],
 )
 def test_a_training_that_is_taken_up_again_ends_as_if_never_broken_off(changes: Any, small_mnist: Mnist) -> None:
@@ -151,6 +201,17 @@ def job(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.Monkey
         return Job(script=script, experiment=declare(**changes), tracking_uri=uri, threads=1)
 
     return make
+
+
+def frozen(net: nn.Module) -> AveragedModel:
+    average = AveragedModel(net)
+    average.requires_grad_(False)
+    return average
+
+
+def test_a_frozen_average_counts_what_is_trained(small_mnist: Mnist) -> None:
+    training = start(declare(average=frozen), small_mnist)
+    assert num_params(training.result) == num_params(training.net) > 0
 
 
 def test_a_run_logs_the_average_as_its_model_with_both_numbers_of_the_normalisation(

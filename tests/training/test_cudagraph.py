@@ -15,6 +15,7 @@ import graph_emulator
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, StepLR
@@ -24,6 +25,7 @@ from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.objectives import mixup
+from mnist_lab.running.fresh import fresh
 from mnist_lab.training import cudagraph
 from mnist_lab.training.loop import EpochMetrics, Training, initial_network
 from mnist_lab.training.stacked import StackedTraining
@@ -88,10 +90,10 @@ def compare(few: Mnist, monkeypatch: pytest.MonkeyPatch) -> Callable[[Experiment
 
     def compare(experiment: Experiment) -> Training:
         monkeypatch.setattr(graph_emulator.dropout, "MAX_P", -1.0)
-        eager = train(experiment, few)
+        eager = train(fresh(experiment), few)
         with monkeypatch.context() as patched:
             graph_emulator.install(patched)
-            graphed = train(experiment, few)
+            graphed = train(fresh(experiment), few)
         assert outcome(graphed) == outcome(eager)
         return graphed
 
@@ -272,6 +274,28 @@ class NormOfAll(nn.Module):
         return self.layers(images)
 
 
+class Ramp:
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self.batches += 1
+        logits = net(images)
+        return F.cross_entropy(logits, labels) * min(1.0, self.batches / 20), logits
+
+
+def ramp() -> Callable[..., tuple[Tensor, Tensor]]:
+    batches = 0
+
+    def objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal batches
+        batches += 1
+        logits = net(images)
+        return F.cross_entropy(logits, labels) * min(1.0, batches / 20), logits
+
+    return objective
+
+
 def darkened(images: Tensor) -> Tensor:
     return torch.stack([image * random.choice([0.5, 1.0]) for image in images])
 
@@ -279,6 +303,7 @@ def darkened(images: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Python's random": ({"net": partial(Draws, draw=random.random)}, "numbers are drawn on the CPU"),
     "numpy's random": ({"net": partial(Draws, draw=np.random.rand)}, "numbers are drawn on the CPU"),
+    "an objective that counts": ({"objective": Ramp()}, "Ramp changes its attribute 'batches'"),
     "a count": ({"net": Counts}, "the network changes its attribute 'calls'"),
     "a value that is read": ({"net": Looks}, r"reads a value.* \(\w+\.py, line \d+\)"),
     "another buffer": ({"net": PutsAnotherBuffer}, "it computes something else"),
@@ -316,6 +341,12 @@ def test_nothing_is_recorded_of_a_network_that_reads_values(few: Mnist, monkeypa
 def test_an_optimizer_that_evaluates_by_itself_has_no_graph(compare: Callable[[Experiment], Training]) -> None:
     training = compare(declare(optimizer=partial(LBFGS, lr=0.1, max_iter=2), scheduler=None, augmentation=None))
     assert training.captured.graphs == {}
+
+
+def test_a_count_in_an_outer_function_refuses_a_graph(few: Mnist, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_emulator.install(monkeypatch)
+    refused = train(declare(objective=ramp(), epochs=1), few).captured.refused
+    assert refused == "'batches' changes from batch to batch, which a graph would freeze"
 
 
 def test_a_refused_graph_is_tagged(few: Mnist, monkeypatch: pytest.MonkeyPatch) -> None:
