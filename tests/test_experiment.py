@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,14 @@ def declare(**changes: object) -> Experiment:
 
 
 # ---- fields
+
+
+def test_numbers_of_numpys_are_taken_as_pythons() -> None:
+    declared = declare(epochs=np.int64(3), batch_size=np.int32(50), normalize=(np.float64(0.13), np.float32(0.5)))
+    declared.check()
+    fields = (declared.epochs, declared.batch_size, *declared.normalize)
+    assert fields == (3, 50, 0.13, 0.5)
+    assert [type(one) for one in fields] == [int, int, float, float]
 
 
 def test_a_misspelt_field_is_pythons_own_error() -> None:

@@ -240,6 +240,14 @@ def test_seeds_of_different_code_are_not_averaged(uri: str) -> None:
     }
 
 
+def test_seeds_of_different_teachers_are_not_averaged(uri: str) -> None:
+    store = open_store(uri)
+    for start, (seed, accuracy, teacher) in enumerate([(0, 98.0, "a"), (1, 98.1, "a"), (0, 99.0, "b")]):
+        write_run(store, "student", seed, [accuracy], start_time=T0 + start, tags={"teacher_sha256": teacher})
+    (row,) = results.compare_table(tracking_uri=uri).to_dict("records")
+    assert (row["seeds"], row["left_out"], row["last"]) == (1, 2, 99.0)
+
+
 def test_experiments_stand_in_their_natural_order(uri: str) -> None:
     store = open_store(uri)
     for step in ("step10_late", "zero", "step2_early", "another"):

@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,16 @@ def test_a_job_is_sent_without_its_experiment_and_read_anew(script: Path, uri: s
     (script.parent / "nets" / "sizes.py").write_text("WIDTH = 8\n")
     with pytest.raises(LabError, match=r"^my_idea\.py or what it imports was changed while the study ran$"):
         pickle.loads(pickle.dumps(job)).read_experiment()  # noqa: S301
+
+
+def test_a_script_that_is_saved_while_its_run_begins_is_refused(script: Path, uri: str) -> None:
+    job = job_of(script, uri)
+    job.check_unchanged()
+    (script.parent / "nets" / "sizes.py").write_text("# a remark\nWIDTH = 4\n")
+    job.check_unchanged()
+    (script.parent / "nets" / "sizes.py").write_text("WIDTH = 8\n")
+    with pytest.raises(LabError, match=r"^script: my_idea\.py or what it imports changed while the run began"):
+        job.check_unchanged()
 
 
 WITH_CALLABLES = """
@@ -252,6 +263,13 @@ def test_the_flags_choose_the_interrupted_run(
     flags: str, resumed: str, interrupted: None, script: Path, uri: str
 ) -> None:
     assert choose(script, uri, flags).run_id == resumed.replace(" ", "_")
+
+
+def test_an_override_of_nothing_is_named_among_those_that_can_go_on(interrupted: None, script: Path, uri: str) -> None:
+    found = choose(script, uri, "--seed 12")
+    assert replace(found, changes={"dropout": 0.0, "nesterov": False}, holdout=0, limit=None).description == (
+        "my_idea seed 12 dropout=0.0 nesterov=False"
+    )
 
 
 def test_the_same_command_with_resume_goes_on(command: Command, database: Path) -> None:

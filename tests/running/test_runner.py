@@ -326,6 +326,23 @@ def test_augmented_images_are_among_the_figures(runs: Runs) -> None:
     assert (runs.tracked(runs.silent).artifacts / "figures" / "augmentation.png").exists()
 
 
+def brightened(images: Tensor) -> Tensor:
+    return images.mul_(0.5).add_(torch.rand(len(images), 1, 1, 1) / 2)
+
+
+def test_the_figure_of_an_augmentation_in_place_shows_the_images_as_they_were(
+    small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr("mnist_lab.figures.run_figures", lambda *arguments: drawn.append(arguments[-1]) or {})
+    experiment = Experiment(net=nn.Flatten, epochs=1, batch_size=10, optimizer=torch.optim.SGD, augmentation=brightened)
+    runner.draw(experiment, small_mnist, [], torch.zeros(len(small_mnist.test_images), 10), seed=0)
+
+    ((before, draws),) = drawn
+    np.testing.assert_array_equal(before, small_mnist.train_images[:10, 0].numpy() / np.float32(255))
+    assert not np.array_equal(draws[0], draws[1])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_order_of_images_is_the_same_on_a_gpu(load_script: Load, uri: str, database: Path) -> None:

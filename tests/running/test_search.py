@@ -19,12 +19,14 @@ from helpers import TINY, read_runs, wait_until
 from mnist_lab import Experiment, Targets
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.running import checkpoint, workers
+from mnist_lab.objectives import distillation
+from mnist_lab.running import checkpoint, teaching, workers
 from mnist_lab.running import run as runner
 from mnist_lab.running import search as module
 from mnist_lab.running.job import Job
 from mnist_lab.running.search import Counts, SearchResult, check_space, confirm, paste_lines, search
 from mnist_lab.tracking.store import open_store
+from mnist_lab.tracking.teacher import Teacher
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
 
 PARENT = "mlflow.parentRunId"
@@ -133,6 +135,19 @@ def test_trials_are_trained_or_pruned_and_never_see_the_test_images(job: Job, da
         assert run.tags["pruned"] == f"after epoch {len(run.metrics['validation_accuracy'])} of 4"
         assert "final_validation_accuracy" not in run.metrics
     assert not list((database.parent / "checkpoints").glob("*.pt"))
+
+
+@pytest.mark.usefixtures("here")
+def test_all_trials_of_a_search_have_one_teacher(job: Job, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = iter(Teacher(f"m-{number}", f"run {number}", "0" * 64) for number in range(9))
+    monkeypatch.setattr(teaching, "find_teacher", lambda *_: next(newest))
+    monkeypatch.setattr(teaching, "load_teacher", lambda *_: Net(16))
+    objective = partial(distillation, teacher="large", temperature=2.0, weight=0.5)
+    taught = dataclasses.replace(job, experiment=dataclasses.replace(job.experiment, objective=objective))
+
+    search(taught, {"lr": SPACE["lr"]}, 3, 1, Listener())
+
+    assert {run.tags["teacher_run_id"] for run in read_runs(database)} == {"run 0"}
 
 
 @pytest.mark.usefixtures("here")

@@ -659,6 +659,33 @@ def test_a_network_that_cannot_be_exported_is_kept_as_weights(
     assert net.training  # it is the script's own and stays as it was
 
 
+class NamesItsDevice(DependsOnTheData):
+    """Stands for a network whose code is right on the device that it was trained on only."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return super().forward(images)
+
+
+class Locked(DependsOnTheData):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()  # which can't be copied
+
+
+@pytest.mark.parametrize(("net", "said"), [(NamesItsDevice, "on the same device"), (Locked, "cannot pickle")])
+def test_a_network_that_does_not_work_on_a_cpu_is_kept_as_weights(
+    net: type[nn.Module], said: str, uri: str, database: Path
+) -> None:
+    with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
+        reason = tracked.log_model("a.step", net().train(), torch.rand(2, 1, 28, 28), (0, 1))
+
+    assert said in str(reason)
+    (run,) = read_runs(database)
+    assert (run.artifacts / "state_dict.pt").exists()
+
+
 def test_predictions_are_kept_without_pickle(uri: str, database: Path) -> None:
     logits = torch.randn(5, 10)
     truth = torch.tensor([3, 1, 4, 1, 5])
