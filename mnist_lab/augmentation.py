@@ -67,6 +67,9 @@ def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Te
 
     angles, scales: (N,), in degrees, and as factors.
     shifts: (2, N), in pixels: to the right, and down.
+
+    Raises:
+        AssertionError: if the images are not square.
     """
     size = images.shape[-1]
     across, down = (shifts * (2 / size)).view(2, -1, 1, 1)
@@ -78,6 +81,9 @@ def rotate(images: Tensor, angles: Tensor) -> Tensor:
     """Rotate square images (N, C, S, S) counter-clockwise by angles (N,) in degrees: bilinear, filled with 0.
 
     The same as torchvision's `functional.rotate(image, angle, InterpolationMode.BILINEAR)` on each image.
+
+    Raises:
+        AssertionError: if the images are not square.
     """
     return _sample(images, angles, lambda x, y: (x, y))
 

@@ -78,8 +78,9 @@ class Experiment:
         a draw for each image. It runs on the images' device, before they are normalised. A transform of torchvision's
         is applied image by image. One that needs the labels, such as torchvision's MixUp, or a function with an
         argument named `labels`, maps images and labels (N,) to images and labels: (N,) again, or probabilities (N, 10).
-    loss: maps logits (N, 10) and labels to a scalar that training minimises; the cross-entropy if not given. The
-        reported losses are the cross-entropy whatever is minimised.
+    loss: maps logits (N, 10) and labels to a scalar that training minimises; the cross-entropy if not given. Labels are
+        digits (N,), or probabilities (N, 10) where the augmentation makes them such. The reported losses are the
+        cross-entropy whatever is minimised.
     objective: in place of `loss`, for what needs the network or the images: maps the network, normalised images
         (N, 1, 28, 28) and labels to the scalar that training minimises and the batch's logits (N, 10). It runs in
         training only. An argument of it named `teacher` that is text names a trained network: `runs:/<id>/model`,

@@ -130,8 +130,8 @@ class Loop(ABC):
     shape: () for one network; (S,) for S networks, each with an order of the images of its own. Sums, losses and
         batches have it as their first dimensions.
     The order of the images depends on the seed and the epoch alone and is the same on every device.
-    Nothing in an epoch's batches waits for the device, unless `on_batch` does. With a hold-out, each epoch is evaluated
-    on the validation images, and the test images are not read.
+    Nothing in an epoch's batches waits for the device, unless `on_batch` does, or a graph is tried. With a hold-out,
+    each epoch is evaluated on the validation images, and the test images are not read.
     """
 
     def __init__(

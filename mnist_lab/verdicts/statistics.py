@@ -78,19 +78,29 @@ class Difference:
 
 
 def expected_maximum(n: int) -> float:
-    """Return by how many standard deviations the largest of n normal draws exceeds their mean, on average."""
+    """Return by how many standard deviations the largest of n >= 1 normal draws exceeds their mean, on average.
+
+    It is the integral of n x phi(x) Phi(x)^(n - 1) over x (David and Nagaraja, Order Statistics, 2003, section 3.1).
+    """
     from scipy.stats import norm
 
     return float(norm.expect(lambda x: n * x * norm.cdf(x) ** (n - 1)))
 
 
 def sd_of_accuracy(accuracy: float, images: int) -> float:
-    """Return the standard deviation of an accuracy in percent that was counted on so many images."""
+    """Return the standard deviation, in points, of an accuracy in percent that was counted on so many images.
+
+    That of a binomial share: each image is right or wrong by a draw of its own.
+    """
     return math.sqrt(accuracy * (100 - accuracy) / images)
 
 
 def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate:
-    """Describe one figure, in percent, over seeds."""
+    """Describe one figure, in percent, over seeds.
+
+    Raises:
+        AssertionError: if there are no values, or not all are finite.
+    """
     x = _numbers(values)
     low, high = np.clip(_interval(x), 0.0, 100.0)
     return Aggregate(
@@ -110,6 +120,9 @@ def judge_mean(values: Sequence[float], target: float) -> StudyVerdict:
     """Judge the mean over seeds by a one-sided one-sample t-test: "met" needs mean > target at p < ALPHA_TARGET.
 
     Values without any spread are judged by the sign test, by which 7 seeds on one side of the target show it.
+
+    Raises:
+        AssertionError: as `aggregate`.
     """
     x = _numbers(values)
     if len(x) == 1:
