@@ -67,7 +67,7 @@ def _callable(value: Any, text: Callable[[object], str]) -> str:
     owner = getattr(value, "__self__", None)
     if isinstance(owner, types.ModuleType | type) or owner is None:
         name = value.__name__ if isinstance(value, types.BuiltinFunctionType) else value.__qualname__
-        return _call(name, _pairs(held(value), text)) if held(value) else str(name)
+        return _call(name, _pairs(held(value, text), text)) if held(value, text) else str(name)
     return f"{text(owner)}.{value.__name__}"
 
 
@@ -75,7 +75,7 @@ def _module(value: nn.Module, text: Callable[[object], str]) -> str:
     """Return a module's class, its own settings and its children, but not its weights: they are drawn anew."""
     name, settings = type(value).__qualname__, _plain(value.extra_repr())
     if type(value).extra_repr is nn.Module.extra_repr or ADDRESS.search(settings):
-        return _call(name, _pairs(held(value), text))
+        return _call(name, _pairs(held(value, text), text))
     return _call(name, [*([settings] if settings else []), *_pairs(dict(value.named_children()), text)])
 
 
@@ -166,10 +166,11 @@ def _has_functions(value: object, outer: tuple[int, ...] = ()) -> bool:
     return any(_has_functions(item, (*outer, id(value))) for item in items)
 
 
-def held(value: object) -> dict[str, object]:
+def held(value: object, text: Callable[[object], str] = stable_text) -> dict[str, object]:
     """Return what a callable holds by name: a local function's outer variables and defaults, an object's attributes.
 
     Attributes that begin with an underscore are left out, and those that are as the class's defaults have them.
+    text: what makes text of these to compare.
     """
     while isinstance(value, functools.partial):
         value = value.func
@@ -182,16 +183,16 @@ def held(value: object) -> dict[str, object]:
         defaults = {p.name: p.default for p in inspect.signature(inner).parameters.values() if p.default is not p.empty}
         return {**outer, **defaults}
     if isinstance(value, types.MethodType) and not isinstance(value.__self__, type):
-        return held(value.__self__)
+        return held(value.__self__, text)
     if isinstance(value, type) or isinstance(getattr(value, "__qualname__", None), str):
         return {}
     try:
         parameters = inspect.signature(type(value)).parameters
     except (TypeError, ValueError):
         parameters = {}  # type: ignore[assignment]
-    usual = {name: stable_text(p.default) for name, p in parameters.items()}
+    usual = {name: text(p.default) for name, p in parameters.items()}
     own = {name: item for name, item in _own(value).items() if not name.startswith("_")}
-    return {name: item for name, item in own.items() if stable_text(item) != usual.get(name)}
+    return {name: item for name, item in own.items() if name not in usual or text(item) != usual[name]}
 
 
 def _is_empty(cell: types.CellType) -> bool:

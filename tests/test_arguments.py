@@ -209,6 +209,26 @@ def test_a_text_is_that_of_what_an_argument_holds_and_no_other(make: Callable[[i
     assert len(first) <= MAX_TEXT
 
 
+class Chooses(nn.Module):
+    """Holds a method of its own, and a part that holds it."""
+
+    def __init__(self, choose: Callable[..., object] | None = None, part: "Chooses | None" = None) -> None:
+        super().__init__()
+        self.choose = choose or self.either
+        vars(self)["part"] = part
+
+    def either(self) -> int:
+        return 1
+
+
+def test_what_holds_itself_has_a_text() -> None:
+    inner = Chooses()
+    assert stable_text(inner) == "Chooses(choose=....either)"
+    outer = Chooses(part=inner)
+    vars(inner)["part"] = outer
+    assert stable_text(outer) == "Chooses(choose=....either, part=Chooses(choose=....either, part=...))"
+
+
 def test_what_a_part_holds_is_what_its_class_does_not_give_by_default() -> None:
     assert held(nn.CrossEntropyLoss()) == {}
     assert held(nn.CrossEntropyLoss(label_smoothing=0.1)) == {"label_smoothing": 0.1}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 PLAIN = (bool, int, float, complex, str, type(None))
@@ -74,7 +75,9 @@ def holders(*declared: object) -> list[object]:
         elif isinstance(value, dict):
             inner = list(value.values())
         elif isinstance(value, nn.Module):
-            found |= {id(module): module for module in value.modules()}
+            if not isinstance(value, GraphModule):  # as a teacher is: it keeps nothing
+                found[id(value)] = value
+                inner = list(value.children())
         elif callable(value) and hasattr(value, "__dict__"):
             found[id(value)] = value
             inner = [item for item in vars(value).values() if callable(item) or isinstance(item, list | tuple | dict)]
