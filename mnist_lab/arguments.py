@@ -6,6 +6,7 @@ import enum
 import functools
 import hashlib
 import inspect
+import logging
 import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -55,6 +56,8 @@ def _text(value: object, outer: tuple[int, ...]) -> str:
         return _call(text(value.func), [*map(text, value.args), *_pairs(value.keywords, text)])
     if isinstance(value, types.ModuleType):
         return value.__name__
+    if isinstance(value, logging.Logger):  # which holds all others
+        return f"Logger({value.name!r})"
     if callable(value) and isinstance(getattr(value, "__qualname__", None), str):
         return _callable(value, text)
     if isinstance(value, nn.Module) and type(value).__repr__ is nn.Module.__repr__:
@@ -159,7 +162,7 @@ def _has_functions(value: object, outer: tuple[int, ...] = ()) -> bool:
     """Say whether there are functions among what a value holds, or among what that holds in turn."""
     if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
         return True
-    if id(value) in outer or isinstance(value, type | types.ModuleType | Tensor | np.ndarray):
+    if id(value) in outer or isinstance(value, type | types.ModuleType | logging.Logger | Tensor | np.ndarray):
         return False
     items: Iterable[object] = value if isinstance(value, list | tuple | set | frozenset) else _own(value).values()
     items = value.values() if isinstance(value, Mapping) else items

@@ -117,6 +117,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
         limit=arguments.limit,
         holdout=arguments.holdout or (HELD_OUT if searching else 0),
     )
+    job.check_unchanged()
     return job, resume
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -108,6 +109,13 @@ class Job:
         """Params and tags together, as text."""
         return {**self.params, **self.tags}
 
+    def replaced(self, **changes: Any) -> Job:
+        """Return the job with other fields, and the code that was read for it."""
+        changed = dataclasses.replace(self, **changes)
+        read = ("sources", "code_sha256", "commit")
+        vars(changed).update({name: value for name, value in vars(self).items() if name in read})
+        return changed
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave the experiment behind: its network's class may live in the script, which the other process reads."""
         return {**vars(self), "experiment": None, "code_sha256": self.code_sha256, "sources": self.sources}
@@ -123,7 +131,7 @@ class Job:
     def check_unchanged(self) -> None:
         """Refuse to go on if the script, or what it imports, is another one than when this was first called.
 
-        What runs is what was read then, and its code's digest and sources are logged later.
+        The command line calls it when it has read the script. Digest and sources are logged later.
 
         Raises:
             LabError: if a file was saved meanwhile.
@@ -132,7 +140,7 @@ class Job:
         with suppress(OSError):
             now = code_sha256(self.sources)
         if now != known:
-            raise LabError(f"script: {self.script.name} or what it imports changed while the run began; start it again")
+            raise LabError(f"script: {self.script.name} or what it imports was changed since it was read; start again")
 
     def read_experiment(self) -> None:
         """Read the experiment from the script, in a process that was sent this job.

@@ -22,7 +22,6 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, is_script, script_line, text_of
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.running.draws import check_draws
-from mnist_lab.running.fresh import Remembered, fresh
 from mnist_lab.running.network import (
     Sharing,
     check_registered,
@@ -32,6 +31,7 @@ from mnist_lab.running.network import (
     notice_probabilities,
     notice_same_start,
 )
+from mnist_lab.running.remembered import Remembered
 from mnist_lab.running.schedule import check_schedule
 from mnist_lab.training import loop as training
 from mnist_lab.training.dropout import SparseDropout
@@ -49,9 +49,11 @@ from mnist_lab.training.loop import (
     normalize,
     num_params,
     predict,
+    remembering,
     train_step,
     training_batch,
 )
+from mnist_lab.training.states import left_as_they_are
 from mnist_lab.training.transforms import Augmentation, is_mixing, is_torchvision, parts
 
 logger = logging.getLogger(__name__)
@@ -109,17 +111,22 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
 
     All is tried as it will be trained: on a CPU with the network in channels_last, which is faster there. Where that
     fails, and on other devices, it is tried with a contiguous one: `view` after a convolution works there, and LBFGS.
-    The random state and the data are left as they were, and so is what the declaration holds, but for functions' own
-    variables.
+    The random state and the data are left as they were, and so are the numbers that loss, objective and augmentation
+    keep.
 
     Raises:
         LabError: naming the field that is wrong and what torch, or the script's own code, said about it.
     """
+
+    def tried(memory_format: torch.memory_format) -> Rehearsal:
+        with left_as_they_are(*remembering(experiment)):
+            return _rehearse(experiment, mnist, memory_format)
+
     with kept_generators(mnist.train_images.device):
         if mnist.train_images.device.type == "cpu":
             with suppress(LabError):
-                return _rehearse(fresh(experiment), mnist, torch.channels_last)
-        return _rehearse(fresh(experiment), mnist, torch.contiguous_format)
+                return tried(torch.channels_last)
+        return tried(torch.contiguous_format)
 
 
 def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_format) -> Rehearsal:
@@ -150,8 +157,10 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     full = min(experiment.batch_size, total)
     last = total % experiment.batch_size or full
     for size in sorted({full, last}, reverse=True):
-        unlisted = _rehearse_batch(net, experiment, mnist, size)
-    notices += unlisted
+        own_weights = _rehearse_batch(net, experiment, mnist, size)
+        if size == full:
+            remembered.first_batch()
+    notices += own_weights
     if experiment.augmentation is not None:
         with blame("augmentation"):
             notices += _rehearse_augmentation(experiment, experiment.augmentation, mnist, full)
@@ -213,7 +222,8 @@ def _rehearse_augmentation(
 
     def drawn() -> Tensor:
         seed_generators(SEED)
-        return training_batch(mnist, batch, Augmentation(fresh(experiment).augmentation))[0]
+        with left_as_they_are(experiment.augmentation):
+            return training_batch(mnist, batch, Augmentation(experiment.augmentation))[0]
 
     first = drawn()
     start = time.perf_counter()

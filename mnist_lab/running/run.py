@@ -20,7 +20,6 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint, provenance, teaching
 from mnist_lab.running.checkpoint import Checkpoint
-from mnist_lab.running.fresh import fresh
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.memory import keep_freed_memory
 from mnist_lab.running.precision import use_float32
@@ -34,7 +33,17 @@ from mnist_lab.tracking.delivery import one_line, sync
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import Store, close_abandoned, open_store
 from mnist_lab.training.generators import kept_generators
-from mnist_lab.training.loop import EpochMetrics, Training, evaluate, initial_network, normalize, num_params, predict
+from mnist_lab.training.loop import (
+    EpochMetrics,
+    Training,
+    evaluate,
+    initial_network,
+    normalize,
+    num_params,
+    predict,
+    remembering,
+)
+from mnist_lab.training.states import left_as_they_are
 from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts import targets
 from mnist_lab.verdicts.measures import short_figures
@@ -135,9 +144,7 @@ def run(
 
     net = initial_network(experiment, seed, job.device, rehearsal.memory_format)
     rehearsal.watch(net)
-    training = Training(net, fresh(experiment), mnist, seed=seed, on_batch=progress.on_batch)
-    if resume is not None:
-        restore(training, resume)
+    training = Training(net, experiment, mnist, seed=seed, on_batch=progress.on_batch)
 
     def train(run_id: str) -> Iterator[EpochMetrics]:
         epochs = [] if resume is None else list(resume.epochs)
@@ -162,19 +169,22 @@ def run(
             )
             yield metrics
 
-    result = record(
-        job,
-        seed,
-        train,
-        training.result,
-        mnist,
-        store,
-        progress,
-        rehearsal=rehearsal,
-        graph_tags=lambda: training.captured.tags,
-        parent_run_id=parent_run_id,
-        resume=resume,
-    )
+    with left_as_they_are(*remembering(experiment)):  # another seed may follow in this process
+        if resume is not None:
+            restore(training, resume)
+        result = record(
+            job,
+            seed,
+            train,
+            training.result,
+            mnist,
+            store,
+            progress,
+            rehearsal=rehearsal,
+            graph_tags=lambda: training.captured.tags,
+            parent_run_id=parent_run_id,
+            resume=resume,
+        )
     checkpoint.remove_alike(store.uri, job.identity, seed)
     return result
 
@@ -233,7 +243,7 @@ def record(
     The other arguments are those of `run`.
     """
     where = mnist.train_images.device
-    experiment, run_name = fresh(job.experiment), run_name_of(job, f"seed {seed}")
+    experiment, run_name = job.experiment, run_name_of(job, f"seed {seed}")
     job.check_unchanged()
     environment = environment or provenance.environment(where)
     no_effect = " ".join(without_effect(experiment, len(mnist.train_images)))

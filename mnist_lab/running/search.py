@@ -12,7 +12,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
@@ -163,7 +163,7 @@ def search(
     with _storage_failures(job), _alone(job, store):
         job = teaching.find(job, store)
         study = _open_study(job, space, seeds, again)
-        job = replace(job, search=study.study_name)
+        job = job.replaced(search=study.study_name)
         trainers, at_a_time = choose_trainers(job, store, workers, cluster)
         _rehearse(job, space, store)
         _take_up_interrupted(study)
@@ -207,7 +207,7 @@ def confirm(
     with _storage_failures(job), _alone(job, store):
         job = teaching.find(job, store)
         study = _open_study(job, space, None, again=False)
-        job = replace(job, search=study.study_name)
+        job = job.replaced(search=study.study_name)
         used = study.user_attrs["seeds"]
         if isinstance(seeds, range):
             seeds = [seed + used for seed in seeds]
@@ -559,7 +559,7 @@ def _adopt_earlier(study: optuna.Study, store: Store, parent_run_id: str) -> Non
 def _with_values(job: Job, values: Mapping[str, object], store: Store) -> Job:
     experiment, overrides = job.experiment.override(values)
     teacher = None if "teacher" in values else job.teacher
-    changed = replace(job, experiment=experiment, overrides={**job.overrides, **overrides}, teacher=teacher)
+    changed = job.replaced(experiment=experiment, overrides={**job.overrides, **overrides}, teacher=teacher)
     return teaching.find(changed, store)
 
 

@@ -27,7 +27,7 @@ def find(job: Job, store: Store, interrupted: Mapping[str, str] | None = None) -
         return job
     if interrupted and "teacher_run_id" in interrupted and ":/" not in declared:
         declared = f"runs:/{interrupted['teacher_run_id']}/model"
-    return dataclasses.replace(job, teacher=find_teacher(store, declared, job.holdout))
+    return job.replaced(teacher=find_teacher(store, declared, job.holdout))
 
 
 def load(job: Job, store: Store) -> Experiment:

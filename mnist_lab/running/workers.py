@@ -31,7 +31,6 @@ from torch import Tensor
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running import checkpoint, declaration, provenance
-from mnist_lab.running.fresh import fresh
 from mnist_lab.running.job import Job
 from mnist_lab.running.output import lasting_output
 from mnist_lab.running.rehearsal import Rehearsal
@@ -39,9 +38,9 @@ from mnist_lab.running.run import Pruned, RunResult, check_eval_loss, final_logi
 from mnist_lab.running.threads import available_cores
 from mnist_lab.tracking.delivery import environment_variables
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
-from mnist_lab.training.loop import EpochMetrics, initial_network
+from mnist_lab.training.loop import EpochMetrics, initial_network, remembering
 from mnist_lab.training.stacked import StackedTraining
-from mnist_lab.training.states import load_network_state, network_state
+from mnist_lab.training.states import left_as_they_are, load_network_state, network_state
 
 if TYPE_CHECKING:  # Ray is imported where it is asked for only
     from mnist_lab.running.cluster import Cluster
@@ -155,11 +154,12 @@ def train_stacked(
     nets = [initial_network(experiment, seed, device, rehearsal.memory_format) for seed in seeds]
     epochs: list[list[EpochMetrics]] = []
     try:
-        training = StackedTraining(nets, fresh(experiment), mnist, seeds)
-        for metrics_of_seeds in training.epochs_of_seeds():
-            epochs.append(metrics_of_seeds)
-            for seed, metrics in zip(seeds, metrics_of_seeds, strict=True):
-                yield Epoch(seed, metrics)
+        training = StackedTraining(nets, experiment, mnist, seeds)
+        with left_as_they_are(*remembering(experiment)):
+            for metrics_of_seeds in training.epochs_of_seeds():
+                epochs.append(metrics_of_seeds)
+                for seed, metrics in zip(seeds, metrics_of_seeds, strict=True):
+                    yield Epoch(seed, metrics)
     except Exception as error:  # they stand or fall together
         for seed in seeds:
             yield Failed(seed, _reason(error))
@@ -211,7 +211,7 @@ def _record(task: Task, seed: int, trained: Trained) -> RunResult:
     """Track a seed that was trained with others."""
     job, device = task.job, torch.device("cpu")
     net = initial_network(job.experiment, seed, device, trained.rehearsal.memory_format)
-    load_network_state(net, torch.load(io.BytesIO(trained.state), weights_only=True), device)
+    load_network_state(net, torch.load(io.BytesIO(trained.state), map_location=device, weights_only=True), device)
     return record(
         job,
         seed,

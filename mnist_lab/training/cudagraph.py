@@ -10,7 +10,6 @@ another tensor in a buffer's place) would be frozen, so each graph is first trie
 from __future__ import annotations
 
 import logging
-import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 from mnist_lab.arguments import stable_text
 from mnist_lab.errors import LabError, script_line, text_of
 from mnist_lab.training.generators import generator_states, set_generator_states
-from mnist_lab.training.states import outer_variables, plain_attributes
+from mnist_lab.training.states import PLAIN, set_variable, variables
 
 logger = logging.getLogger(__name__)
 
@@ -150,10 +149,9 @@ class Captured:
         if changed:
             index, name = changed[0]
             holder = after.holders[index]
-            whose = "the network" if isinstance(holder, nn.Module) and index < len(after.modules) else _name(holder)
-            return f"{whose} changes its attribute {name!r}, which a graph would repeat for all batches"
-        if changed_outside := [name for name, text in after.outside.items() if text != before.outside[name]]:
-            return f"{changed_outside[0]!r} changes from batch to batch, which a graph would freeze"
+            of_network = any(holder is module for net in self.nets for module in net.modules())
+            whose = "the network" if of_network else getattr(holder, "__qualname__", type(holder).__qualname__)
+            return f"{whose} changes {name!r}, which a graph would repeat for all batches"
         if after.numbers != before.numbers:
             return "numbers are drawn on the CPU, which a graph would repeat for all batches"
         graphs, _ = tried(lambda: self._launch(graph, batch))
@@ -169,6 +167,7 @@ class Captured:
 
     def _state(self) -> _State:
         modules = [module for net in self.nets for module in net.modules()]
+        modules += [holder for holder in self.holders if isinstance(holder, nn.Module)]
         slots = {
             (module, name): tensor
             for module in modules
@@ -180,14 +179,13 @@ class Captured:
         attributes = {
             (index, name): value
             for index, holder in enumerate(holders)
-            for name, value in plain_attributes(holder).items()
+            for name, value in variables(holder).items()
+            if isinstance(value, PLAIN)
         }
         states = generator_states(self.device)
         on_host = {name: states[name] for name in ("python", "numpy", "cpu") if name != self.device.type}
         copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        functions = [holder for holder in self.holders if isinstance(holder, types.FunctionType)]
-        outside = {name: stable_text(value) for one in functions for name, value in outer_variables(one).items()}
-        return _State(modules, holders, slots, copies, states, attributes, outside, stable_text(on_host))
+        return _State(modules, holders, slots, copies, states, attributes, stable_text(on_host))
 
     @torch.no_grad()
     def _restore(self, state: _State) -> None:
@@ -196,7 +194,7 @@ class Captured:
         for tensor, value in state.tensors:
             tensor.copy_(value)
         for (index, name), value in state.attributes.items():
-            vars(state.holders[index])[name] = value
+            set_variable(state.holders[index], name, value)
         set_generator_states(state.generators, self.device)
 
 
@@ -208,7 +206,6 @@ class _State:
     tensors: each with a copy of its values.
     holders: these modules and what else keeps numbers.
     attributes: numbers and texts of the holders, by the holder's place and their name.
-    outside: variables that functions among the holders have from outside, as text.
     numbers: what is different once a number was drawn on the CPU.
     """
 
@@ -218,12 +215,7 @@ class _State:
     tensors: list[tuple[Tensor, Tensor]]
     generators: dict[str, Any]
     attributes: dict[tuple[int, str], Any]
-    outside: dict[str, str]
     numbers: str
-
-
-def _name(holder: object) -> str:
-    return getattr(holder, "__qualname__", type(holder).__qualname__)
 
 
 def _distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

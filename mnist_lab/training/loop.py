@@ -27,13 +27,14 @@ from mnist_lab.training.generators import generator_states, kept_generators, see
 from mnist_lab.training.states import (
     held_optimizers,
     holders,
-    kept_attributes,
+    kept,
     load_network_state,
     load_optimizer_state,
     network_state,
     optimizer_state,
     plain,
     put_back,
+    variables,
 )
 from mnist_lab.training.transforms import Augmentation
 
@@ -124,6 +125,11 @@ def normalize(images: Tensor, by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
     return (images - mean) / deviation
 
 
+def remembering(experiment: Experiment) -> tuple[object, ...]:
+    """Return the declared parts that may keep numbers from batch to batch, for `states.holders`."""
+    return experiment.loss, experiment.objective, experiment.augmentation
+
+
 class Loop(ABC):
     """The epochs of one network, or of several seeds' networks at once. A subclass says what a training step is.
 
@@ -157,7 +163,7 @@ class Loop(ABC):
         batches = math.ceil(len(mnist.train_images) / experiment.batch_size)
         self.losses = torch.zeros(batches, *shape, device=self.device)  # what is minimised, of this epoch's batches
         self.batch = torch.zeros(1, dtype=torch.int64, device=self.device)  # how many there were so far
-        self.holders = holders(experiment.loss, experiment.objective, experiment.augmentation)
+        self.holders = holders(*remembering(experiment))
         self.captured = Captured(
             self._compute_gradients,
             nets,
@@ -337,7 +343,7 @@ class Training(Loop):
             "epoch": self.epoch,
             **network_state(self.net),
             **({} if self.average is None else {"average": network_state(self.average)}),
-            "declared": [kept_attributes(holder) for holder in self.holders],
+            "declared": [kept(variables(holder)) for holder in self.holders],
             "optimizer": optimizer_state(self.optimizer),
             "scheduler": None if self.scheduler is None else plain(self.scheduler.state_dict()),
             "shuffling": [generator.get_state() for generator in self.shuffling],
@@ -351,8 +357,8 @@ class Training(Loop):
         if self.average is not None:
             average = state["average"]  # of an earlier version, its state_dict alone
             load_network_state(self.average, average if "net" in average else {"net": average}, self.device)
-        for holder, kept in zip(self.holders, state.get("declared", []), strict=False):  # some come into being in use
-            put_back(holder, kept, self.device)
+        for holder, values in zip(self.holders, state.get("declared", []), strict=False):
+            put_back(holder, values, self.device)
         load_optimizer_state(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -428,7 +434,7 @@ def loss_and_logits(
 
 
 def without_half(logits: Tensor) -> Tensor:
-    """Return logits of float16 as float32: a loss of them would be a multiple of 1/512."""
+    """Return logits of float16 as float32: a loss of them would be rounded to 11 bits."""
     return logits.float() if logits.dtype == torch.float16 else logits
 
 

@@ -26,7 +26,16 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, text_of
 from mnist_lab.experiment import Experiment
 from mnist_lab.training.generators import kept_generators, seed_generators
-from mnist_lab.training.loop import EpochMetrics, Loop, build_optimizer, build_scheduler, fit, initial_network
+from mnist_lab.training.loop import (
+    EpochMetrics,
+    Loop,
+    build_optimizer,
+    build_scheduler,
+    fit,
+    initial_network,
+    remembering,
+)
+from mnist_lab.training.states import left_as_they_are
 from mnist_lab.training.transforms import takes_labels
 
 TRIED, TRIED_BATCH = 70, 32  # images, which make two full batches and a short one
@@ -102,9 +111,11 @@ def _why_not_alike(experiment: Experiment, mnist: Mnist) -> str | None:
     try:
         with kept_generators(mnist.train_images.device), _NoDropout():
             stacked, alone = nets(), nets()
-            list(fit_stacked(stacked, tried, few, (0, 1)))
+            with left_as_they_are(*remembering(tried)):
+                list(fit_stacked(stacked, tried, few, (0, 1)))
             for seed, net in enumerate(alone):
-                list(fit(net, tried, few, seed=seed))
+                with left_as_they_are(*remembering(tried)):
+                    list(fit(net, tried, few, seed=seed))
     except Exception as error:  # vmap has many ways to say that it can't express a network
         return text_of(error)[:200]
     for one, other in zip(stacked, alone, strict=True):

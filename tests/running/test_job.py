@@ -134,7 +134,7 @@ def test_a_script_that_is_saved_while_its_run_begins_is_refused(script: Path, ur
     (script.parent / "nets" / "sizes.py").write_text("# a remark\nWIDTH = 4\n")
     job.check_unchanged()
     (script.parent / "nets" / "sizes.py").write_text("WIDTH = 8\n")
-    with pytest.raises(LabError, match=r"^script: my_idea\.py or what it imports changed while the run began"):
+    with pytest.raises(LabError, match=r"^script: my_idea\.py or what it imports was changed since it was read"):
         job.check_unchanged()
 
 

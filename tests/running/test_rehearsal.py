@@ -23,11 +23,11 @@ from mnist_lab import Experiment
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running import run as runner
-from mnist_lab.running.fresh import fresh
 from mnist_lab.running.job import Job
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training import dropout
-from mnist_lab.training.loop import fit, initial_network, num_params
+from mnist_lab.training.loop import fit, initial_network, num_params, remembering
+from mnist_lab.training.states import left_as_they_are
 
 FLATTEN = partial(torch.flatten, start_dim=1)
 CPU = torch.device("cpu")
@@ -460,25 +460,21 @@ class Temperature(nn.Module):
         return F.cross_entropy(logits / self.value, labels)
 
 
-def counting_outside() -> Callable[..., tuple[Tensor, Tensor]]:
-    batches = 0
-
-    def objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal batches
-        batches += 1
-        logits = net(images)
-        return F.cross_entropy(logits, labels) * min(1.0, batches / 10), logits
-
-    return objective
+SEEN: list[int] = []
 
 
-BATCHES = 0
+def listing(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    SEEN.append(len(images))
+    logits = net(images)
+    return F.cross_entropy(logits, labels), logits
 
 
-def counting_globally(logits: Tensor, labels: Tensor) -> Tensor:
-    global BATCHES
-    BATCHES += 1
-    return F.cross_entropy(logits, labels) * min(1.0, BATCHES / 10)
+class OwnGenerator:
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(0)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images * torch.from_numpy(self.generator.uniform(0.5, 1, (len(images), 1, 1, 1))).float()
 
 
 class Ending(Convolutions):
@@ -509,10 +505,10 @@ def binary(logits: Tensor, labels: Tensor) -> Tensor:
             "scheduler: OneCycleLR is made for 99 steps and the run has ",
         ),
         (
-            {"objective": counting_outside()},
-            "objective: changes batches, outside of it, from batch to batch",
+            {"objective": listing},
+            "objective: changes what is in SEEN from batch to batch: a run begins",
         ),
-        ({"loss": counting_globally}, "loss: changes BATCHES, outside of it, from batch to batch"),
+        ({"augmentation": OwnGenerator()}, "the run's seed does not decide what augmentation draws"),
         (
             {"optimizer": last_layer_only},
             "optimizer: it is not given first.weight, first.bias, second.weight, second.bias, which",
@@ -552,14 +548,15 @@ def test_an_objective_that_remembers_begins_each_run_anew(small_mnist: Mnist) ->
 
     def train() -> list[float]:
         net = initial_network(experiment, 5, CPU)
-        return [epoch.train_loss for epoch in fit(net, fresh(experiment), small_mnist, seed=5)]
+        with left_as_they_are(*remembering(experiment)):
+            return [epoch.train_loss for epoch in fit(net, experiment, small_mnist, seed=5)]
 
     untouched = train()
     notices = rehearse(experiment, small_mnist).notices
     assert (experiment.objective.batches, experiment.objective.teacher) == (0, None)
     assert train() == untouched
     (notice,) = notices  # the count is kept in a checkpoint, the network is not
-    assert notice.startswith("objective: changes its teacher from batch to batch, which `--resume`")
+    assert notice == "objective: makes teacher in a batch, which `--resume` does not go on with"
 
 
 class KeepsActivation(Convolutions):
@@ -607,10 +604,10 @@ class Half(Convolutions):
 
 
 def test_losses_of_half_precision_logits_are_not_rounded(small_mnist: Mnist) -> None:
-    experiment = declare(net=Half)
+    experiment = declare(net=Half, batch_size=len(small_mnist.train_images))  # so the loss is that of one batch
     for epoch in fit(initial_network(experiment, 0, CPU), experiment, small_mnist, seed=0):
-        assert epoch.eval_loss * 1024 % 1 != 0
-        assert epoch.train_loss * 1024 % 1 != 0
+        assert epoch.eval_loss * 512 % 1 != 0
+        assert epoch.train_loss * 512 % 1 != 0
 
 
 class Auxiliary(Convolutions):

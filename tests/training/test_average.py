@@ -23,10 +23,10 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import mixup
 from mnist_lab.running import run as runner
-from mnist_lab.running.fresh import fresh
 from mnist_lab.running.job import Job
 from mnist_lab.running.rehearsal import rehearse
-from mnist_lab.training.loop import Training, evaluate, fit, initial_network, num_params, predict
+from mnist_lab.training.loop import Training, evaluate, fit, initial_network, num_params, predict, remembering
+from mnist_lab.training.states import left_as_they_are
 
 CPU = torch.device("cpu")
 EMA = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
@@ -54,7 +54,7 @@ def declare(**changes: Any) -> Experiment:
 
 
 def start(experiment: Experiment, mnist: Mnist) -> Training:
-    return Training(initial_network(experiment, 0, CPU), fresh(experiment), mnist, seed=0)
+    return Training(initial_network(experiment, 0, CPU), experiment, mnist, seed=0)
 
 
 def test_the_average_is_torchs_over_the_batches(small_mnist: Mnist) -> None:
@@ -151,6 +151,56 @@ class Ramp:
         return loss * min(1.0, self.batches / 20) / self.mean, logits
 
 
+def ramp() -> Callable[..., tuple[Tensor, Tensor]]:
+    batches = 0
+
+    def objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal batches
+        batches += 1
+        logits = net(images)
+        return F.cross_entropy(logits, labels) * min(1.0, batches / 20), logits
+
+    return objective
+
+
+BATCHES = 0
+
+
+def globally(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    global BATCHES
+    BATCHES += 1
+    logits = net(images)
+    return F.cross_entropy(logits, labels) * min(1.0, BATCHES / 20), logits
+
+
+class Normed(nn.Module):
+    """A loss that divides by a mean in a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels)
+        self.mean.mul_(0.9).add_(0.1 * loss.detach())
+        return loss / self.mean
+
+
+class LazyGrid(Net):
+    """Makes a buffer in its first batch, and changes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", None, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.grid is None:
+            self.grid = torch.ones(10)
+        if self.training:
+            self.grid = self.grid * 0.99
+        return super().forward(images) * self.grid
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -162,17 +212,24 @@ class Ramp:
         {"net": Centred},
         {"optimizer": partial(Holds, lr=0.05), "scheduler": partial(StepLR, step_size=1, gamma=0.3)},
         {"objective": Ramp()},
+        {"objective": Ramp().__call__},
+        {"objective": ramp()},
+        {"objective": globally},
+        {"loss": Normed()},
+        {"net": LazyGrid, "average": None},
     ],
 )
 def test_a_training_that_is_taken_up_again_ends_as_if_never_broken_off(changes: Any, small_mnist: Mnist) -> None:
     experiment = declare(**changes)
-    whole = start(experiment, small_mnist)
-    epochs = list(whole.epochs())
+    with left_as_they_are(*remembering(experiment)):
+        whole = start(experiment, small_mnist)
+        epochs = list(whole.epochs())
 
-    first = start(experiment, small_mnist)
-    next(first.epochs())
-    kept = io.BytesIO()
-    torch.save(first.state_dict(), kept)
+    with left_as_they_are(*remembering(experiment)):
+        first = start(experiment, small_mnist)
+        next(first.epochs())
+        kept = io.BytesIO()
+        torch.save(first.state_dict(), kept)
     kept.seek(0)
     second = start(experiment, small_mnist)
     second.load_state_dict(torch.load(kept, weights_only=True))
