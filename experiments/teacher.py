@@ -5,9 +5,11 @@ Target: to make few mistakes, whatever the number of parameters. What it knows i
 Change: against step 8, widths of 32-32-64-64-64: 102,826 parameters. Stronger augmentation (12 degrees, 2 pixels, 10 %)
 and half as many epochs.
 
-Result: not trained yet with the seeds that a figure needs.
+Result: 99.63 % in the last epoch and 99.68 at best; training accuracy 99.58. It is one run (seed 0, two cores of an AMD
+EPYC without AVX-512, torch 2.15).
 
-Analysis: none yet.
+Analysis: ten times step 8's parameters bring 0.07 points, as far as one run can tell: 37 mistakes for 44, and 7 of them
+are on labels that most people doubt (docs/frontier.md).
 """
 
 from functools import partial
