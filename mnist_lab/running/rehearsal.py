@@ -119,7 +119,7 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
     """
 
     def tried(memory_format: torch.memory_format) -> Rehearsal:
-        with left_as_they_are(*remembering(experiment)):
+        with left_as_they_are(*remembering(experiment).values()):
             return _rehearse(experiment, mnist, memory_format)
 
     with kept_generators(mnist.train_images.device):

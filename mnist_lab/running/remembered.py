@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import types
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mnist_lab.experiment import Experiment
+from mnist_lab.training.loop import remembering
 from mnist_lab.training.states import PLAIN, holders, variables
 
-PARTS = ("loss", "objective", "augmentation")
 CONTAINERS = (list, dict, set, deque)
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 MAX_ITEMS = 100  # of a container that is compared item by item
@@ -28,17 +29,18 @@ class Remembered:
     """
 
     def __init__(self, experiment: Experiment) -> None:
-        self.holders = {part: holders(getattr(experiment, part)) for part in PARTS}
+        self.holders = {part: holders(declared) for part, declared in remembering(experiment).items()}
         self.made = self._look(_made)
         self.inside = self._look(_inside)
 
-    def _look(self, at: Any) -> dict[tuple[str, int, str], object]:
+    def _look(self, at: Callable[[Any], object]) -> dict[tuple[str, int, str], object]:
         return {
-            (part, place, name): at(value)
+            (part, place, name): seen
             for part, found in self.holders.items()
             for place, holder in enumerate(found)
             for name, value in _reached(holder).items()
-            if at(value) is not None and not (part == "augmentation" and isinstance(value, GENERATORS))
+            if not (part == "augmentation" and isinstance(value, GENERATORS))  # of these the rehearsal says more
+            and (seen := at(value)) is not None
         }
 
     def first_batch(self) -> None:

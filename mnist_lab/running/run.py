@@ -169,7 +169,7 @@ def run(
             )
             yield metrics
 
-    with left_as_they_are(*remembering(experiment)):  # another seed may follow in this process
+    with left_as_they_are(*remembering(experiment).values()):  # another seed may follow in this process
         if resume is not None:
             restore(training, resume)
         result = record(

@@ -155,7 +155,7 @@ def train_stacked(
     epochs: list[list[EpochMetrics]] = []
     try:
         training = StackedTraining(nets, experiment, mnist, seeds)
-        with left_as_they_are(*remembering(experiment)):
+        with left_as_they_are(*remembering(experiment).values()):
             for metrics_of_seeds in training.epochs_of_seeds():
                 epochs.append(metrics_of_seeds)
                 for seed, metrics in zip(seeds, metrics_of_seeds, strict=True):

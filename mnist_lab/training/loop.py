@@ -125,9 +125,9 @@ def normalize(images: Tensor, by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
     return (images - mean) / deviation
 
 
-def remembering(experiment: Experiment) -> tuple[object, ...]:
-    """Return the declared parts that may keep numbers from batch to batch, for `states.holders`."""
-    return experiment.loss, experiment.objective, experiment.augmentation
+def remembering(experiment: Experiment) -> dict[str, object]:
+    """Return the declared parts, by field, that may keep numbers from batch to batch: see `states.holders`."""
+    return {name: getattr(experiment, name) for name in ("loss", "objective", "augmentation")}
 
 
 class Loop(ABC):
@@ -163,7 +163,7 @@ class Loop(ABC):
         batches = math.ceil(len(mnist.train_images) / experiment.batch_size)
         self.losses = torch.zeros(batches, *shape, device=self.device)  # what is minimised, of this epoch's batches
         self.batch = torch.zeros(1, dtype=torch.int64, device=self.device)  # how many there were so far
-        self.holders = holders(*remembering(experiment))
+        self.holders = holders(*remembering(experiment).values())
         self.captured = Captured(
             self._compute_gradients,
             nets,

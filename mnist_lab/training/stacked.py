@@ -111,10 +111,10 @@ def _why_not_alike(experiment: Experiment, mnist: Mnist) -> str | None:
     try:
         with kept_generators(mnist.train_images.device), _NoDropout():
             stacked, alone = nets(), nets()
-            with left_as_they_are(*remembering(tried)):
+            with left_as_they_are(*remembering(tried).values()):
                 list(fit_stacked(stacked, tried, few, (0, 1)))
             for seed, net in enumerate(alone):
-                with left_as_they_are(*remembering(tried)):
+                with left_as_they_are(*remembering(tried).values()):
                     list(fit(net, tried, few, seed=seed))
     except Exception as error:  # vmap has many ways to say that it can't express a network
         return text_of(error)[:200]

@@ -38,11 +38,13 @@ def holders(*declared: object) -> list[object]:
     and the callables among its attributes, in lists and dicts too.
     """
     found: dict[int, object] = {}
+    seen: dict[int, object] = {}  # a list may hold itself
     todo = list(reversed(declared))
     while todo:
         value = todo.pop()
-        if id(value) in found or isinstance(value, type | types.ModuleType | GraphModule):  # a teacher keeps nothing
+        if id(value) in seen or isinstance(value, type | types.ModuleType | GraphModule):  # a teacher keeps nothing
             continue
+        seen[id(value)] = value
         inner: list[object] = []
         if isinstance(value, functools.partial):
             inner = [value.func, *value.args, *value.keywords.values()]
@@ -80,12 +82,15 @@ def variables(holder: object) -> dict[str, Any]:
     Those of a function are the variables of functions around it, and the globals that it sets.
     """
     if isinstance(holder, nn.Module):
-        own = {name: value for name, value in vars(holder).items() if name not in INTERNAL}
-        return {**own, **holder._parameters, **holder._buffers}
+        return {**_attributes(holder), **holder._parameters, **holder._buffers}
     if not isinstance(holder, types.FunctionType):
         return dict(vars(holder))
     outer = {name: cell.cell_contents for name, cell in _cells(holder).items() if cell != types.CellType()}
     return {**vars(holder), **outer, **{name: holder.__globals__.get(name) for name in _stored_globals(holder)}}
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in INTERNAL}
 
 
 def _cells(function: types.FunctionType) -> dict[str, types.CellType]:
@@ -183,10 +188,6 @@ def load_network_state(net: nn.Module, state: Mapping[str, Any], device: torch.d
         put_back(net.get_submodule(module), {leaf: value}, device)
     for name, values in state.get("attributes", {}).items():
         put_back(net.get_submodule(name), values, device)
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in INTERNAL}
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:

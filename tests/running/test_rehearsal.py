@@ -548,7 +548,7 @@ def test_an_objective_that_remembers_begins_each_run_anew(small_mnist: Mnist) ->
 
     def train() -> list[float]:
         net = initial_network(experiment, 5, CPU)
-        with left_as_they_are(*remembering(experiment)):
+        with left_as_they_are(*remembering(experiment).values()):
             return [epoch.train_loss for epoch in fit(net, experiment, small_mnist, seed=5)]
 
     untouched = train()
@@ -557,6 +557,19 @@ def test_an_objective_that_remembers_begins_each_run_anew(small_mnist: Mnist) ->
     assert train() == untouched
     (notice,) = notices  # the count is kept in a checkpoint, the network is not
     assert notice == "objective: makes teacher in a batch, which `--resume` does not go on with"
+
+
+def test_an_objective_that_holds_itself_is_tried(small_mnist: Mnist) -> None:
+    class Tree:
+        def __init__(self) -> None:
+            self.parts: list[object] = [self]
+            self.parts.append(self.parts)
+
+        def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            logits = net(images)
+            return F.cross_entropy(logits, labels), logits
+
+    assert rehearse(declare(objective=Tree()), small_mnist).notices == []
 
 
 class KeepsActivation(Convolutions):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import Ramp, globally, ramp
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import StepLR
@@ -137,40 +138,17 @@ class Holds(Optimizer):
         return self.base.step()
 
 
-class Ramp:
-    """Weighs the loss by how many batches there were, and its running mean."""
+class Means:
+    """Divides the loss by its running mean."""
 
     def __init__(self) -> None:
-        self.batches, self.mean = 0, torch.ones(())
+        self.mean = torch.ones(())
 
     def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = net(images)
         loss = F.cross_entropy(logits, labels)
-        self.batches += 1
         self.mean = 0.9 * self.mean + 0.1 * loss.detach()
-        return loss * min(1.0, self.batches / 20) / self.mean, logits
-
-
-def ramp() -> Callable[..., tuple[Tensor, Tensor]]:
-    batches = 0
-
-    def objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal batches
-        batches += 1
-        logits = net(images)
-        return F.cross_entropy(logits, labels) * min(1.0, batches / 20), logits
-
-    return objective
-
-
-BATCHES = 0
-
-
-def globally(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    global BATCHES
-    BATCHES += 1
-    logits = net(images)
-    return F.cross_entropy(logits, labels) * min(1.0, BATCHES / 20), logits
+        return loss / self.mean, logits
 
 
 class Normed(nn.Module):
@@ -215,17 +193,18 @@ class LazyGrid(Net):
         {"objective": Ramp().__call__},
         {"objective": ramp()},
         {"objective": globally},
+        {"objective": Means()},
         {"loss": Normed()},
         {"net": LazyGrid, "average": None},
     ],
 )
 def test_a_training_that_is_taken_up_again_ends_as_if_never_broken_off(changes: Any, small_mnist: Mnist) -> None:
     experiment = declare(**changes)
-    with left_as_they_are(*remembering(experiment)):
+    with left_as_they_are(*remembering(experiment).values()):
         whole = start(experiment, small_mnist)
         epochs = list(whole.epochs())
 
-    with left_as_they_are(*remembering(experiment)):
+    with left_as_they_are(*remembering(experiment).values()):
         first = start(experiment, small_mnist)
         next(first.epochs())
         kept = io.BytesIO()

@@ -15,7 +15,7 @@ import graph_emulator
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from counting import Ramp, ramp
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, StepLR
@@ -74,7 +74,7 @@ def few(small_mnist: Mnist) -> Mnist:
 def train(experiment: Experiment, mnist: Mnist, seed: int = 0) -> Training:
     net = initial_network(experiment, seed, mnist.train_images.device)
     training = Training(net, experiment, mnist, seed=seed)
-    with left_as_they_are(*remembering(experiment)):
+    with left_as_they_are(*remembering(experiment).values()):
         training.seen = list(training.epochs())  # type: ignore[attr-defined]
     return training
 
@@ -273,28 +273,6 @@ class NormOfAll(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
-
-
-class Ramp:
-    def __init__(self) -> None:
-        self.batches = 0
-
-    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        self.batches += 1
-        logits = net(images)
-        return F.cross_entropy(logits, labels) * min(1.0, self.batches / 20), logits
-
-
-def ramp() -> Callable[..., tuple[Tensor, Tensor]]:
-    batches = 0
-
-    def objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal batches
-        batches += 1
-        logits = net(images)
-        return F.cross_entropy(logits, labels) * min(1.0, batches / 20), logits
-
-    return objective
 
 
 def darkened(images: Tensor) -> Tensor:
