@@ -36,7 +36,8 @@ SMALL, MEDIUM = 9, 11  # font sizes in points; elsewhere matplotlib's, which are
 POINT = ["num_params", "mean", "low", "high"]  # of a table; the last two are the ends of the bar
 Point = tuple[float, float, float, float]
 MAX_NAME = 60  # characters of a name; it is free text to the store
-ACCURACY_TICKS = (0, 50, 80, 90, 95, 97, 98, 99, 99.4, 99.6, 99.8, 100)
+# Of two that are too near to each other, the first is drawn.
+ACCURACY_TICKS = (0, 50, 90, 95, 98, 99, 100, 99.4, 99.6, 99.8, 80, 97, 98.5, 99.2, 99.5)
 
 ONE_RUN = "public: one run, not picked on the test images"
 PICKED = "public: one run, picked on the test images"
@@ -252,7 +253,7 @@ def plot_summary(
     """
     _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
     table = table.sort_values("step", key=lambda steps: steps.map(step_order))
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    figure = Figure(figsize=(9, 6.6), layout="constrained")
     axes = figure.subplots()
     largest = 1.5 * max(int(table["num_params"].max()), target_params or 0)
     public = [one for one in public_figures if one.num_params <= largest]
@@ -280,6 +281,7 @@ def plot_summary(
     axes.set(xlabel=MEASURES["num_params"].axis, ylabel="test accuracy of the last epoch (%)")
     axes.margins(0.1)  # for the names beside the points
     _log_scale(axes.xaxis)
+    _stretch(axes.yaxis, 0.5)
     axes.grid(alpha=0.3)
     path = table[is_step][["num_params", "last"]].itertuples(index=False, name=None)
     for start, end in pairwise(path):
@@ -576,19 +578,23 @@ def _log_scale(axis: Axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _stretch(axis: Axis) -> None:
-    """Stretch an accuracy axis that spans more than 1.5 points towards 100 %, by the asinh of the error.
+def _stretch(axis: Axis, span: float = 1.5) -> None:
+    """Stretch an accuracy axis that spans more than `span` points towards 100 %, by the asinh of the error.
 
     Far from 100 % this is logarithmic in the error; unlike a logarithm it has a place for no error at all.
     """
     low, high = axis.get_view_interval()
-    if high - low <= 1.5:
+    if high - low <= span:
         return
     scale = lambda accuracy: -np.arcsinh((100 - accuracy) / 0.2)  # noqa: E731
     inverse = lambda place: 100 + 0.2 * np.sinh(place)  # noqa: E731
     _set_scale(axis, "function", functions=(scale, inverse))
     low, high = axis.get_view_interval()
-    ticks = [tick for tick in ACCURACY_TICKS if low <= tick <= high]
+    start, end = scale(low), scale(high)
+    ticks: list[float] = []
+    for tick in ACCURACY_TICKS:
+        if low <= tick <= high and all(abs(scale(tick) - scale(other)) > 0.05 * (end - start) for other in ticks):
+            ticks.append(tick)
     axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axis.set_label_text(f"{axis.get_label_text()}, stretched towards 100")
 

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from mnist_lab import figures
 from mnist_lab.errors import LabError
+from mnist_lab.results import records
+from mnist_lab.results.evidence import PUBLISHED, headline
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (60, 28, 28), dtype=np.uint8)
@@ -148,6 +150,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "steps, long names and a bad one": lambda: figures.plot_steps(
         make_runs(*STEPS, (LONG, 7_852, 99.46), ("linear", 7_850, 30.0))
     ),
+    "README's": lambda: figures.plot_summary(headline(records.read_rows(PUBLISHED))),
     "confusion": confusion,
     "mistakes": lambda: mistakes(50, limit=20),
     "one mistake": lambda: mistakes(1),
