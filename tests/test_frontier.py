@@ -86,6 +86,14 @@ def test_each_script_with_several_seeds_beyond_step_4_has_its_budget() -> None:
     assert told == beyond
 
 
+def test_the_candidates_are_counted() -> None:
+    tried, _, _ = PAGE.partition("## On all training images")
+    lines = re.findall(r"^\| .* \|$", tried, re.MULTILINE)
+    heads = re.findall(r"^\|---", tried, re.MULTILINE)
+    (said,) = re.findall(r"^(\d+) candidates were compared", PAGE, re.MULTILINE)
+    assert int(said) == len(lines) - len(heads)
+
+
 def test_the_mistakes_are_those_of_the_committed_runs() -> None:
     (numbers,) = re.findall(r"chose the label: images ([\d,\s]+ and \d+)\.", PAGE)
     doubtful = {int(number) for number in re.findall(r"\d+", numbers)}
