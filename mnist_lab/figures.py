@@ -281,7 +281,7 @@ def plot_summary(
     axes.set(xlabel=MEASURES["num_params"].axis, ylabel="test accuracy of the last epoch (%)")
     axes.margins(0.1)  # for the names beside the points
     _log_scale(axes.xaxis)
-    _stretch(axes.yaxis, 0.5)
+    _stretch(axes.yaxis)
     axes.grid(alpha=0.3)
     path = table[is_step][["num_params", "last"]].itertuples(index=False, name=None)
     for start, end in pairwise(path):
@@ -578,16 +578,21 @@ def _log_scale(axis: Axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _stretch(axis: Axis, span: float = 1.5) -> None:
-    """Stretch an accuracy axis that spans more than `span` points towards 100 %, by the asinh of the error.
+def _stretch(axis: Axis) -> None:
+    """Stretch an accuracy axis that spans more than half a point towards 100 %, by the asinh of the error.
 
     Far from 100 % this is logarithmic in the error; unlike a logarithm it has a place for no error at all.
     """
     low, high = axis.get_view_interval()
-    if high - low <= span:
+    if high - low <= 0.5:
         return
-    scale = lambda accuracy: -np.arcsinh((100 - accuracy) / 0.2)  # noqa: E731
-    inverse = lambda place: 100 + 0.2 * np.sinh(place)  # noqa: E731
+
+    def scale(accuracy: ArrayLike) -> NDArray[np.float64]:
+        return -np.arcsinh((100 - np.asarray(accuracy)) / 0.2)
+
+    def inverse(place: ArrayLike) -> NDArray[np.float64]:
+        return 100 + 0.2 * np.sinh(place)
+
     _set_scale(axis, "function", functions=(scale, inverse))
     low, high = axis.get_view_interval()
     start, end = scale(low), scale(high)
