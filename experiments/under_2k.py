@@ -10,8 +10,9 @@ Result: 99.19 +- 0.06 % in the last epoch (mean and sd of seeds 0 to 9, two core
 2.15) and 99.24 at best; training accuracy 99.02. The mean is shown to be above 99.10 (p = 0.0004).
 
 Analysis: the target is neither met nor missed by what ten seeds show: the mean is 0.01 points below it, and about 1,000
-seeds would be needed. So another recipe is needed for it, not more seeds of this one. Eight were compared with it on
-held-out images since, deeper ones and residual ones among them (docs/frontier.md), and none ended above it.
+seeds would be needed. So another recipe is needed for it, not more seeds of this one. Eight others have
+been compared with it on held-out images since, a deeper one and two residual ones among them (docs/frontier.md). None
+ended above it, most with one seed.
 """
 
 from functools import partial

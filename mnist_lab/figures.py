@@ -36,8 +36,8 @@ SMALL, MEDIUM = 9, 11  # font sizes in points; elsewhere matplotlib's, which are
 POINT = ["num_params", "mean", "low", "high"]  # of a table; the last two are the ends of the bar
 Point = tuple[float, float, float, float]
 MAX_NAME = 60  # characters of a name; it is free text to the store
-# Of two that are too near to each other, the first is drawn.
-ACCURACY_TICKS = (0, 50, 90, 95, 98, 99, 100, 99.4, 99.6, 99.8, 80, 97, 98.5, 99.2, 99.5)
+# By importance: one that is too near to another before it is left out.
+ACCURACY_TICKS = (99, 99.4, 100, 98, 95, 90, 50, 0, 99.6, 99.8, 99.2, 99.5, 80, 97)
 
 ONE_RUN = "public: one run, not picked on the test images"
 PICKED = "public: one run, picked on the test images"
@@ -250,6 +250,7 @@ def plot_summary(
     table: one row per experiment with `step, num_params, seeds, last, low, high`, accuracies in percent, as
     `results.compare_table` gives it. The bars are 95 % intervals of the mean, of four or more seeds. A step is named
     by its number, and another experiment by its name. Public figures are of networks no larger than the largest here.
+    The axis of accuracies is stretched towards 100 % where they span more than half a point.
     """
     _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
     table = table.sort_values("step", key=lambda steps: steps.map(step_order))
@@ -595,10 +596,11 @@ def _stretch(axis: Axis) -> None:
 
     _set_scale(axis, "function", functions=(scale, inverse))
     low, high = axis.get_view_interval()
-    start, end = scale(low), scale(high)
+    height_or_width = 0.05 if axis is axis.axes.yaxis else 0.08  # of a label, and some room
+    apart = height_or_width * (scale(high) - scale(low))
     ticks: list[float] = []
-    for tick in ACCURACY_TICKS:
-        if low <= tick <= high and all(abs(scale(tick) - scale(other)) > 0.05 * (end - start) for other in ticks):
+    for tick in (*ACCURACY_TICKS, *MaxNLocator(5).tick_values(low, high)):
+        if low <= tick <= high and all(abs(scale(tick) - scale(other)) > apart for other in ticks):
             ticks.append(tick)
     axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axis.set_label_text(f"{axis.get_label_text()}, stretched towards 100")

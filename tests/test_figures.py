@@ -150,7 +150,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "steps, long names and a bad one": lambda: figures.plot_steps(
         make_runs(*STEPS, (LONG, 7_852, 99.46), ("linear", 7_850, 30.0))
     ),
-    "README's": lambda: figures.plot_summary(headline(records.read_rows(PUBLISHED))),
+    "README's picture": lambda: figures.plot_summary(headline(records.read_rows(PUBLISHED))),
     "confusion": confusion,
     "mistakes": lambda: mistakes(50, limit=20),
     "one mistake": lambda: mistakes(1),
@@ -273,6 +273,27 @@ def test_the_accuracy_axis_gives_the_last_tenths_room() -> None:
     height = {y: accuracy.transAxes.inverted().transform(accuracy.transData.transform((1, y)))[1] for y in (99, 99.4)}
     assert height[99.4] - height[99] > 0.1  # linear from 92 to 99.4 it would be 0.05
     assert "stretched" in accuracy.get_ylabel()
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(99.0, 99.55), (98.7, 99.6), (97.1, 97.9), (82.0, 88.0), (10.0, 99.6), (0.0, 99.9)]
+)
+def test_an_accuracy_axis_has_ticks_to_read_it_by(low: float, high: float) -> None:
+    figure = figures.plot_steps(make_runs(("step1", 6_000, low), ("step2", 9_000, high), sd=0.0), None, None, ())
+    figure.canvas.draw()
+    above, below = figure.axes[:2]
+    for axis, (start, end) in ((above.yaxis, above.get_ylim()), (below.xaxis, below.get_xlim())):
+        ticks = zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)
+        labels = [label for label, place in ticks if start <= place <= end]
+        assert len(labels) >= 3
+        for one, other in combinations(labels, 2):
+            assert not one.get_window_extent().overlaps(other.get_window_extent())
+        assert "stretched" in axis.get_label_text()
+
+
+def test_an_accuracy_axis_of_half_a_point_is_not_stretched() -> None:
+    figure = figures.plot_steps(make_runs(("step1", 6_000, 99.2), ("step2", 9_000, 99.5), sd=0.0), None, None, ())
+    assert figure.axes[0].get_yscale() == "linear"
 
 
 def test_of_several_runs_of_one_seed_the_first_counts() -> None:

@@ -87,6 +87,7 @@ def test_each_script_with_several_seeds_beyond_step_4_has_its_budget() -> None:
 
 
 def test_the_candidates_are_counted() -> None:
+    # A candidate is a line of a table above that section.
     tried, _, _ = PAGE.partition("## On all training images")
     lines = re.findall(r"^\| .* \|$", tried, re.MULTILINE)
     heads = re.findall(r"^\|---", tried, re.MULTILINE)
@@ -104,11 +105,13 @@ def test_the_mistakes_are_those_of_the_committed_runs() -> None:
 
     (teacher,) = wrong["teacher"].values()
     numbers_of = r" \| ".join([r"([\d.]+)"] * 6)
-    lines = re.findall(rf"^\| `(\w+)`(?:, seeds \d+ to \d+)? \| {numbers_of} \|$", PAGE, re.MULTILINE)
+    lines = re.findall(rf"^\| `(\w+)`(?:, seeds (\d+) to (\d+))? \| {numbers_of} \|$", PAGE, re.MULTILINE)
 
     assert {step for step, *_ in lines} == {step for step in wrong if len(wrong[step]) >= 10}
-    for step, *told in lines:
-        by_seed = [wrong[step][seed] for seed in sorted(wrong[step], key=int)[:10]]
+    for step, first, last, *told in lines:
+        seeds = sorted(wrong[step], key=int)[:10]
+        assert (first, last) == (("", "") if len(wrong[step]) == 10 else (seeds[0], seeds[-1]))
+        by_seed = [wrong[step][seed] for seed in seeds]
         assert len(by_seed) == 10
         seeds_of = Counter(image for images in by_seed for image in images)
         assert told == [
