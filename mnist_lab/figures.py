@@ -596,8 +596,8 @@ def _stretch(axis: Axis) -> None:
 
     _set_scale(axis, "function", functions=(scale, inverse))
     low, high = axis.get_view_interval()
-    height_or_width = 0.05 if axis is axis.axes.yaxis else 0.08  # of a label, and some room
-    apart = height_or_width * (scale(high) - scale(low))
+    part_of_a_label = 0.05 if axis is axis.axes.yaxis else 0.08  # of the axis: labels are wider than high
+    apart = part_of_a_label * (scale(high) - scale(low))
     ticks: list[float] = []
     for tick in (*ACCURACY_TICKS, *MaxNLocator(5).tick_values(low, high)):
         if low <= tick <= high and all(abs(scale(tick) - scale(other)) > apart for other in ticks):

@@ -62,6 +62,12 @@ def test_a_result_is_that_of_the_committed_runs(step: str) -> None:
         assert float(train) == pytest.approx(statistics.mean(figures(step, "train")), abs=0.0051)
     for least in re.findall(r"ends at (\d+\.\d+) or above", result):
         assert float(least) == min(figures(step))
+    for least, most in re.findall(r"(?:from|between) (\d+\.\d+) (?:to|and) (\d+\.\d+)", result):
+        assert (float(least), float(most)) == (min(figures(step)), max(figures(step)))
+    for raw in re.findall(r"[Ww]ithout (?:averaging|it) the same ten networks end at (\d+\.\d+)", told):
+        (final,) = {row["epochs"] for row in records.rows_of(step, RECORDS.runs)}
+        last = [row for row in RECORDS.epochs if row["step"] == step and row["epoch"] == final]
+        assert float(raw) == pytest.approx(statistics.mean(float(row["raw_test_accuracy"]) for row in last), abs=0.0051)
     check_shown(step, told)
 
 
