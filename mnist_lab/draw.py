@@ -18,7 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from mnist_lab import results
 from mnist_lab.errors import LabError
-from mnist_lab.pictures import Reader, find_reader, read_digit
+from mnist_lab.pictures import NoDigit, Reader, find_reader, read_digit
 from mnist_lab.tracking.sqlite import sqlite_file, tracking_uri
 from mnist_lab.tracking.store import open_store
 from mnist_lab.tracking.teacher import runs_with_a_model
@@ -73,8 +73,14 @@ class Networks:
             return self._readers[name]
 
     def read(self, name: str, picture: bytes) -> dict[str, Any]:
-        """Return what a network reads in a picture: ten probabilities, and the 28x28 that it saw, one byte a pixel."""
-        digit = read_digit(io.BytesIO(picture))
+        """Return what a network reads in a picture: ten probabilities, and the 28x28 that it saw, one byte a pixel.
+
+        Both are None where there is no digit yet.
+        """
+        try:
+            digit = read_digit(io.BytesIO(picture))
+        except NoDigit:
+            return {"probabilities": None, "image": None}
         return {
             "probabilities": self.reader(name).probabilities(digit[None])[0].tolist(),
             "image": base64.b64encode(digit.tobytes()).decode(),

@@ -36,6 +36,10 @@ IMAGES_AT_ONCE = 1_000  # that the network is given
 SHADES = " .:-=+*#%@"
 
 
+class NoDigit(LabError):
+    """A picture without a digit in it."""
+
+
 def find_pictures(paths: Iterable[Path]) -> list[Path]:
     """Return the files, and for each folder the pictures in it, by their names.
 
@@ -72,16 +76,16 @@ def read_digit(file: Path | BytesIO) -> NDArray[np.uint8]:
     and its centre of mass is put at the centre of the 28x28.
 
     Raises:
-        LabError: if the file can't be read as one picture, or there is nothing to see in it.
+        LabError: if the file can't be read as one picture; NoDigit if there is nothing to see in it.
     """
     return _prepared(_open(file), shown(file))
 
 
 def _prepared(image: Image.Image, name: str) -> NDArray[np.uint8]:
-    """Return the digit in an image of RGB as MNIST has it; raises LabError if there is none."""
+    """Return the digit in an image of RGB as MNIST has it; raises NoDigit if there is none."""
     ink = _ink(image)
     if ink is None:
-        raise LabError(f"{name}: there is no digit to see: it has nearly one colour all over")
+        raise NoDigit(f"{name}: there is no digit to see: it has nearly one colour all over")
     return _as_mnist(ink)
 
 

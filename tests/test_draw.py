@@ -102,11 +102,10 @@ def test_a_picture_is_read_as_predict_reads_it(served: Served, mnist: Mnist) -> 
     [
         ("read", b"hello", 422, "picture: it is not a picture that can be read"),
         ("read", b"", 422, "picture: it is not a picture that can be read"),
-        ("read", png(np.zeros((28, 28), dtype=np.uint8)), 422, "picture: there is no digit to see"),
         ("read", bytes(MOST_BYTES + 1), 413, "a drawing has at most 1,048,576 bytes"),
         ("read?network=models:/other", png(np.eye(28, dtype=np.uint8) * 255), 422, "network: 'models:/other' is none"),
     ],
-    ids=["text", "nothing", "blank", "too large", "another network"],
+    ids=["text", "nothing", "too large", "another network"],
 )
 def test_what_cant_be_read_is_answered_by_a_sentence(
     served: Served, path: str, picture: bytes, status: int, sentence: str
@@ -114,6 +113,11 @@ def test_what_cant_be_read_is_answered_by_a_sentence(
     answer = requests.post(f"{served.address}{path}", data=picture, timeout=PATIENCE)
     assert answer.status_code == status
     assert answer.json()["sentence"].startswith(sentence)
+
+
+def test_a_drawing_without_a_digit_is_an_answer(served: Served) -> None:
+    blank = requests.post(f"{served.address}read", data=png(np.zeros((28, 28), dtype=np.uint8)), timeout=PATIENCE)
+    assert (blank.status_code, blank.json()) == (200, {"probabilities": None, "image": None})
 
 
 def test_the_server_listens_on_loopback_and_answers_to_no_other_name(served: Served) -> None:
@@ -254,6 +258,20 @@ def test_the_bars_move_while_the_pen_is_down_and_clear_empties_all(page: Page) -
     assert shares(page) == [0] * 10
     assert image(page).max() == 0
     expect(page.get_by_text("Draw here")).to_be_visible()
+
+
+@pytest.mark.browser
+@in_chromium
+def test_a_dot_leaves_ink_and_is_not_read(page: Page) -> None:
+    hand = Hand(page)
+    hand.draw([(0.5, 0.5)])
+    ink = "pad => pad.getContext('2d').getImageData(200, 200, 1, 1).data[3]"
+    assert page.locator("#pad").evaluate(ink) == 255
+    page.wait_for_function("document.querySelector('main').ariaBusy === 'false'")
+    expect(page.locator("#said")).to_have_text("–")
+    (one,) = STROKES[1]
+    hand.draw(one)
+    wait_for_the_answer(page)
 
 
 @pytest.mark.browser
