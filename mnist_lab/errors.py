@@ -14,6 +14,11 @@ class LabError(ValueError):
     Every other exception is a bug and keeps its traceback.
     """
 
+    @property
+    def field(self) -> str:
+        """What the sentence is about, which is what stands before its first colon: "epochs", "targets.accuracy"."""
+        return str(self).partition(": ")[0]
+
     def _render_traceback_(self) -> list[str]:
         """Return what IPython shows in place of a traceback."""
         return [f"{type(self).__name__}: {self}"]
