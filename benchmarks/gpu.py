@@ -1,4 +1,4 @@
-"""Step 4 on a CUDA device: one seed, many seeds stacked, and the write-ups' way on the same machine.
+"""Step 4 on a CUDA device: the lab's way and the write-ups' on the same machine.
 
 Compilation and the first use of the device are measured apart, as a training of one epoch before the rounds.
 """
@@ -18,7 +18,6 @@ from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.experiment import Experiment
 from mnist_lab.running.run import initial_network
 from mnist_lab.training.loop import fit
-from mnist_lab.training.stacked import fit_stacked
 
 STEP = "step4_augment_steplr"
 ONE, WRITE_UPS = "lab, 1 seed", "write-ups, 1 seed"
@@ -40,13 +39,6 @@ def train_one(experiment: Experiment, mnist: Mnist) -> None:
         pass
 
 
-def train_stacked(experiment: Experiment, mnist: Mnist, seeds: int) -> None:
-    """Train several seeds as one program."""
-    nets = [initial_network(experiment, seed, mnist.train_images.device) for seed in range(seeds)]
-    for _ in fit_stacked(nets, experiment, mnist, range(seeds)):
-        pass
-
-
 def write_ups(epochs: int, whole: int) -> float:
     """Return the seconds of `whole` epochs in the write-ups' way, scaled from `epochs` of them after a first one."""
     process = run_fresh("benchmarks/writeups.py", STEP, "--epochs", str(1 + epochs))
@@ -60,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         __doc__,
         rounds=Setting(3, 1, "rounds"),
         epochs=Setting(14, 1, "epochs of the lab's trainings"),
-        seeds=Setting(32, 2, "seeds that are stacked"),
         write_up_epochs=Setting(2, 1, "epochs of the write-ups' training, scaled to those of the lab"),
     )
     arguments = parse(parser, argv)
@@ -71,20 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report(arguments, device)
     mnist = load_mnist(device=device)
     experiment = dataclasses.replace(load_experiment(STEP), epochs=arguments.epochs)
-    one_epoch = dataclasses.replace(experiment, epochs=1)
-    many = f"lab, {arguments.seeds} seeds stacked"
-    trainings: dict[str, Callable[[Experiment], None]] = {
-        ONE: lambda experiment: train_one(experiment, mnist),
-        many: lambda experiment: train_stacked(experiment, mnist, arguments.seeds),
-    }
-    first = {f"{name}: first epoch": Sample((seconds(partial(train, one_epoch)),)) for name, train in trainings.items()}
-    report.section("compilation and first use", first, {}, unit="s")
+    first = seconds(partial(train_one, dataclasses.replace(experiment, epochs=1), mnist))
+    report.section("compilation and first use", {f"{ONE}: first epoch": Sample((first,))}, {}, unit="s")
     ways: dict[str, Callable[[], float]] = {
-        name: partial(seconds, partial(train, experiment)) for name, train in trainings.items()
+        ONE: partial(seconds, partial(train_one, experiment, mnist)),
+        WRITE_UPS: partial(write_ups, arguments.write_up_epochs, arguments.epochs),
     }
-    ways[WRITE_UPS] = lambda: write_ups(arguments.write_up_epochs, arguments.epochs)
     walls = {name: Sample(tuple(rounds)) for name, rounds in interleave(ways, arguments.rounds).items()}
-    ratios = {f"{WRITE_UPS} / {ONE}": walls[WRITE_UPS].per(walls[ONE]), f"{many} / {ONE}": walls[many].per(walls[ONE])}
+    ratios = {f"{WRITE_UPS} / {ONE}": walls[WRITE_UPS].per(walls[ONE])}
     report.section(f"{arguments.epochs} epochs", walls, ratios, unit="s")
     report.write()
 

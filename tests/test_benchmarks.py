@@ -111,7 +111,6 @@ def test_the_gpu_benchmark(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert set(content["sections"]["1 epochs"]["ratios"]) == {
         "write-ups, 1 seed / lab, 1 seed",
-        "lab, 2 seeds stacked / lab, 1 seed",
     }
 
 

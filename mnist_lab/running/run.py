@@ -228,8 +228,6 @@ def record(
     *,
     rehearsal: Rehearsal,
     graph_tags: Callable[[], Mapping[str, str]],
-    logits: Tensor | None = None,
-    environment: Mapping[str, str] | None = None,
     parent_run_id: str | None,
     resume: Checkpoint | None = None,
 ) -> RunResult:
@@ -238,14 +236,12 @@ def record(
     train: given the run's id in MLflow, trains `net` and returns the epochs that are left.
     rehearsal: what it found out about the network.
     graph_tags: says of the training's graphs what `Captured.tags` does.
-    logits: of the test images, where they are known.
-    environment: in which the network was trained, where that was another process.
     The other arguments are those of `run`.
     """
     where = mnist.train_images.device
     experiment, run_name = job.experiment, run_name_of(job, f"seed {seed}")
     job.check_unchanged()
-    environment = environment or provenance.environment(where)
+    environment = provenance.environment(where)
     no_effect = " ".join(without_effect(experiment, len(mnist.train_images)))
     tags = {
         **job.tags,
@@ -296,8 +292,7 @@ def record(
             tracked.set_tags(graph_tags())
             return RunResult(tracked.run_id, epochs, measured, [])
         logger.info("Evaluating the trained network")
-        if logits is None:
-            logits = final_logits(net, mnist, experiment)
+        logits = final_logits(net, mnist, experiment)
         measured = measure(num_params(net, rehearsal.untrained), epochs, experiment)
         if job.holdout:
             loss, correct = evaluate(logits, mnist.test_labels)

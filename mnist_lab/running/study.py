@@ -1,8 +1,8 @@
 """One experiment trained with several seeds: what is missing is trained, and all of it is judged together.
 
 On a CPU the seeds train side by side in worker processes with one thread each: two such processes do nearly twice the
-work of one process with two threads. On a GPU they train in this process, stacked into one program where the optimizer
-allows that, else one after another. A cluster trains them as tasks of its own.
+work of one process with two threads. On a GPU they train in this process, one after another. A
+cluster trains them as tasks of its own.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from tabulate import tabulate
 
-from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.precision import use_float32
-from mnist_lab.running.rehearsal import Rehearsal, rehearse
+from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import DESCRIPTION, describe, load_parts, run_name_of, target_tags, verdict_tags
 from mnist_lab.running.schedule import report_without_effect
-from mnist_lab.running.threads import available_cores
 from mnist_lab.running.workers import (
     Done,
     Epoch,
@@ -39,7 +37,6 @@ from mnist_lab.running.workers import (
     train_here,
     train_one_by_one,
     train_seeds,
-    train_stacked,
 )
 from mnist_lab.tracking.delivery import briefly, sync
 from mnist_lab.tracking.points import read_points
@@ -54,7 +51,6 @@ from mnist_lab.tracking.store import (
     store_failures,
 )
 from mnist_lab.training.loop import EpochMetrics
-from mnist_lab.training.stacked import why_not_stacked
 from mnist_lab.verdicts.comparison import mean_interval_text
 from mnist_lab.verdicts.measures import MEASURES, short_figures
 from mnist_lab.verdicts.statistics import Aggregate, aggregate
@@ -140,8 +136,7 @@ def study(
         use_float32(job.device)
         logger.info("Reading MNIST, and trying the declaration on a few batches")
         mnist = load_parts(job)
-        rehearsal = rehearse(teaching.load(job, store), mnist)
-        rehearsal.notice()
+        rehearse(teaching.load(job, store), mnist).notice()
         report_without_effect(job.experiment, job.overrides, len(mnist.train_images))
     count = min(count, len(missing))
 
@@ -164,8 +159,6 @@ def study(
         task = Task(job, tracked.run_id, again)
         if job.device.type == "cpu" or cluster is not None:
             messages = train_seeds(trainers, task, missing, count, progress.on_time)
-        elif missing and job.device.type == "cuda" and _stackable(job, mnist, rehearsal):
-            messages = train_stacked(task, missing, mnist, rehearsal, available_cores(), progress.on_time)
         else:
             messages = train_one_by_one(task, missing, progress.on_epoch)
         try:
@@ -205,17 +198,6 @@ def study(
         if failed:
             tracked.end_status = "FAILED"
     return result
-
-
-def _stackable(job: Job, mnist: Mnist, rehearsal: Rehearsal) -> bool:
-    """Say whether the seeds can be trained as one program; why not is shown."""
-    if rehearsal.untrained:  # stacked, these would have zeros for gradients, and so decay
-        refusal: str | None = f"no gradient reaches {', '.join(sorted(rehearsal.untrained))}"
-    else:
-        refusal = why_not_stacked(job.experiment, mnist)
-    if refusal is not None:
-        logger.warning("the seeds are trained one after another, which takes longer: %s", refusal)
-    return refusal is None
 
 
 def _check(seeds: Sequence[int]) -> None:

@@ -8,9 +8,7 @@ that breaks as a whole when one of its processes dies, while here only that seed
 
 from __future__ import annotations
 
-import io
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -28,19 +26,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.running import checkpoint, declaration, provenance
+from mnist_lab.running import checkpoint, declaration
 from mnist_lab.running.job import Job
 from mnist_lab.running.output import lasting_output
-from mnist_lab.running.rehearsal import Rehearsal
-from mnist_lab.running.run import Pruned, RunResult, check_eval_loss, final_logits, load_parts, record, run
+from mnist_lab.running.run import Pruned, RunResult, run
 from mnist_lab.running.threads import available_cores
 from mnist_lab.tracking.delivery import environment_variables
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
-from mnist_lab.training.loop import EpochMetrics, initial_network, remembering
-from mnist_lab.training.stacked import StackedTraining
-from mnist_lab.training.states import left_as_they_are, load_network_state, network_state
+from mnist_lab.training.loop import EpochMetrics
 
 if TYPE_CHECKING:  # Ray is imported where it is asked for only
     from mnist_lab.running.cluster import Cluster
@@ -49,34 +43,18 @@ LOOK_SECONDS = 1.0  # how often the display is told that time passes
 END_SECONDS = 20.0  # that a worker gets to close its run when the study is stopped
 
 
-class Trained(NamedTuple):
-    """A network whose training has ended, and what is to be tracked of it.
-
-    state, logits: of the network, and of the test images as its device gave them, by `torch.save`.
-    """
-
-    epochs: list[EpochMetrics]
-    state: bytes
-    logits: bytes
-    rehearsal: Rehearsal
-    graph_tags: dict[str, str]
-    environment: dict[str, str]
-
-
 class Task(NamedTuple):
     """What all seeds of a study, or of a trial, have in common.
 
     parent_run_id: the run of the study or the search.
     again: whether to begin anew where a run was interrupted.
     trial: its number in a search, whose runs are asked about after each epoch: see `Judge`.
-    trained: what is only to be tracked, as it was trained with others.
     """
 
     job: Job
     parent_run_id: str
     again: bool
     trial: int | None = None
-    trained: Trained | None = None
 
 
 class Epoch(NamedTuple):
@@ -146,47 +124,6 @@ def train_one_by_one(
         yield outcome_of(seed, lambda seed: train(task, seed, partial(on_epoch, seed)))
 
 
-def train_stacked(
-    task: Task, seeds: Sequence[int], mnist: Mnist, rehearsal: Rehearsal, count: int, on_time: Callable[[], None]
-) -> Generator[Message, None, None]:
-    """Train all seeds at once on the device of `mnist`, then track each as a run of its own, in `count` processes."""
-    experiment, device = task.job.experiment, mnist.train_images.device
-    nets = [initial_network(experiment, seed, device, rehearsal.memory_format) for seed in seeds]
-    epochs: list[list[EpochMetrics]] = []
-    try:
-        training = StackedTraining(nets, experiment, mnist, seeds)
-        with left_as_they_are(*remembering(experiment).values()):
-            for metrics_of_seeds in training.epochs_of_seeds():
-                epochs.append(metrics_of_seeds)
-                for seed, metrics in zip(seeds, metrics_of_seeds, strict=True):
-                    yield Epoch(seed, metrics)
-    except Exception as error:  # they stand or fall together
-        for seed in seeds:
-            yield Failed(seed, _reason(error))
-        return
-    waiting: deque[tuple[Task, int]] = deque()
-    for seed, net, own in zip(seeds, nets, zip(*epochs, strict=True), strict=True):
-        diverged = [metrics.epoch for metrics in own if not math.isfinite(metrics.train_loss)]
-        try:
-            if diverged:
-                raise LabError(f"loss: is not finite in epoch {diverged[0]} of {len(own)}; the training has diverged")
-            for metrics in own:
-                check_eval_loss(metrics)
-            trained = Trained(
-                list(own),
-                _bytes(network_state(net.cpu())),
-                _bytes(final_logits(net.to(device), mnist, experiment).cpu()),
-                rehearsal,
-                training.captured.tags,
-                provenance.environment(device),
-            )
-        except Exception as error:
-            yield Failed(seed, _reason(error))
-        else:
-            waiting.append((task._replace(trained=trained), seed))
-    yield from _messages(train_tasks, waiting, count, on_time)
-
-
 def train_here(take: Take, count: int, on_time: Callable[[], None], judge: Judge | None = None) -> Messages:
     """Train one run after another in this process; as `TrainTasks`, but that `judge` alone hears of the epochs."""
     while (given := take()) is not None:
@@ -198,34 +135,6 @@ def train_here(take: Take, count: int, on_time: Callable[[], None], judge: Judge
 
         for message in train_one_by_one(task, [seed], on_epoch):
             yield task, message
-
-
-def _bytes(state: object) -> bytes:
-    """Return tensors as they are sent to another process: torch would share their memory."""
-    stream = io.BytesIO()
-    torch.save(state, stream)
-    return stream.getvalue()
-
-
-def _record(task: Task, seed: int, trained: Trained) -> RunResult:
-    """Track a seed that was trained with others."""
-    job, device = task.job, torch.device("cpu")
-    net = initial_network(job.experiment, seed, device, trained.rehearsal.memory_format)
-    load_network_state(net, torch.load(io.BytesIO(trained.state), map_location=device, weights_only=True), device)
-    return record(
-        job,
-        seed,
-        lambda run_id: trained.epochs,
-        net,
-        load_parts(job, device),
-        open_store(job.tracking_uri),
-        EpochListener(lambda metrics: None),
-        rehearsal=trained.rehearsal,
-        graph_tags=lambda: trained.graph_tags,
-        logits=torch.load(io.BytesIO(trained.logits), weights_only=True),
-        environment=trained.environment,
-        parent_run_id=task.parent_run_id,
-    )
 
 
 def train(
@@ -366,8 +275,6 @@ def _work(connection: Connection) -> None:
 
     def train_given(task: Task, seed: int) -> RunResult:
         task.job.read_experiment()
-        if task.trained is not None:
-            return _record(task, seed, task.trained)
         return train(task, seed, partial(send, task, seed))
 
     def send(task: Task, seed: int, metrics: EpochMetrics) -> None:

@@ -20,14 +20,10 @@ from mnist_lab.errors import LabError
 from mnist_lab.running import declaration, workers
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
-from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import RunResult
 from mnist_lab.running.study import study as run_study
-from mnist_lab.running.workers import Done, EpochListener, Failed, Task, train_one_by_one, train_stacked
-from mnist_lab.tracking.run import track
-from mnist_lab.tracking.store import FinishedRun, finished_runs, open_store
-from mnist_lab.training.loop import EpochMetrics
-from mnist_lab.training.stacked import StackedTraining
+from mnist_lab.running.workers import Done, EpochListener, Failed, Task, train_one_by_one
+from mnist_lab.tracking.store import FinishedRun
 from mnist_lab.verdicts.statistics import judge_mean
 
 NO_CHANGES: dict[str, object] = {}
@@ -401,52 +397,3 @@ def test_a_study_that_makes_no_sense_is_refused(
 
     with pytest.raises(LabError, match=f"^{sentence}$"):
         run_study(job, seeds, Heard([]), workers=workers)
-
-
-def test_seeds_trained_as_one_program_are_tracked_as_runs_of_their_own(uri: str) -> None:
-    """As on a GPU, though on the CPU here."""
-    script = ROOT / "experiments" / "step2_dropout.py"
-    job, store = job_of(script, uri, {"epochs": 2}), open_store(uri)
-    with track(store, "a study", params={}, tags={}) as parent:
-        task = Task(job, parent.run_id, again=False)
-        parts = runner.load_parts(job)
-        messages = list(train_stacked(task, [4, 2], parts, rehearse(job.experiment, parts), 2, lambda: None))
-
-    *epochs, done4, done2 = messages
-    assert [(type(message).__name__, message.seed) for message in epochs] == [("Epoch", 4), ("Epoch", 2)] * 2
-    assert [(type(message).__name__, message.run.seed) for message in (done4, done2)] == [("Done", 4), ("Done", 2)]
-    found = finished_runs(store, job.params, job.tags)
-    assert set(found) == {2, 4}  # a study on this device would not train them again
-    assert found[2].metrics["train_loss"] != found[4].metrics["train_loss"]
-    history = mlflow.MlflowClient(tracking_uri=uri).get_metric_history(found[4].run_id, "test_accuracy")
-    assert [point.step for point in history] == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("loss", "reason"),
-    [
-        ("train_loss", "loss: is not finite in epoch 2 of 2; the training has diverged"),
-        ("eval_loss", "net: its test loss is nan in epoch 2"),
-    ],
-)
-def test_a_seed_that_gives_no_number_among_seeds_trained_as_one_program_fails_alone(
-    loss: str, reason: str, uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = ROOT / "experiments" / "step2_dropout.py"
-    job = job_of(script, uri, {"epochs": 2}, limit=64)
-
-    class OneGivesNan(StackedTraining):
-        def epochs_of_seeds(self) -> Iterator[list[EpochMetrics]]:
-            for epoch, metrics in enumerate(super().epochs_of_seeds(), 1):
-                yield [dataclasses.replace(metrics[0], **{loss: math.nan}) if epoch == 2 else metrics[0], metrics[1]]
-
-    monkeypatch.setattr(workers, "StackedTraining", OneGivesNan)
-    store = open_store(uri)
-    with track(store, "a study", params={}, tags={}) as parent:
-        task = Task(job, parent.run_id, again=False)
-        parts = runner.load_parts(job)
-        *_, failed, done = train_stacked(task, [4, 2], parts, rehearse(job.experiment, parts), 1, lambda: None)
-
-    assert (failed.seed, failed.reason) == (4, reason)
-    assert isinstance(done, Done)
-    assert done.run.seed == 2

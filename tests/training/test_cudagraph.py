@@ -27,7 +27,6 @@ from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.objectives import mixup
 from mnist_lab.training import cudagraph
 from mnist_lab.training.loop import EpochMetrics, Training, initial_network, remembering
-from mnist_lab.training.stacked import StackedTraining
 from mnist_lab.training.states import left_as_they_are
 
 Load = Callable[[str], ModuleType]
@@ -210,21 +209,6 @@ def test_a_resumed_training_goes_on_by_graphs_as_it_would_have(few: Mnist, monke
     assert second.captured.tags == {"cuda_graph": "used"}
 
 
-def test_stacked_seeds_train_by_graphs_as_without(few: Mnist, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes = []
-    for install in (lambda patch: None, graph_emulator.install):
-        with monkeypatch.context() as patched:
-            install(patched)
-            experiment = declare(augmentation=None)
-            nets = [initial_network(experiment, seed, CPU) for seed in (0, 1)]
-            training = StackedTraining(nets, experiment, few, (0, 1))
-            epochs = [[dataclasses.replace(m, epoch_seconds=0.0) for m in of] for of in training.epochs_of_seeds()]
-            outcomes.append([epochs, [value.tolist() for net in nets for value in net.state_dict().values()]])
-            refused = training.captured.refused
-    assert refused == ""
-    assert outcomes[0] == outcomes[1]
-
-
 # ---- what a graph would freeze
 
 
@@ -397,16 +381,3 @@ def test_what_a_graph_would_freeze_is_trained_without_one_on_cuda(
     changes: dict[str, Any], reason: str, on_cuda: Mnist
 ) -> None:
     assert train(declare(epochs=1, **changes), on_cuda).captured.refused
-
-
-@needs_cuda
-@pytest.mark.gpu
-def test_stacked_seeds_train_as_separate_ones_on_cuda(load_script: Load, on_cuda: Mnist) -> None:
-    script = load_script("step4_augment_steplr")
-    still = {"net": partial(script.Net, dropout=0.0), "augmentation": None, "epochs": 2}
-    experiment = dataclasses.replace(script.EXPERIMENT, **still)
-    nets = [initial_network(experiment, seed, torch.device("cuda")) for seed in (0, 1)]
-    *_, stacked = StackedTraining(nets, experiment, on_cuda, (0, 1)).epochs_of_seeds()
-    for seed, metrics in zip((0, 1), stacked, strict=True):
-        alone = train(experiment, on_cuda, seed).seen[-1]  # type: ignore[attr-defined]
-        assert metrics.train_loss == pytest.approx(alone.train_loss, rel=2e-2)

@@ -22,7 +22,6 @@ from mnist_lab.running.provenance import hardware
 from mnist_lab.running.run import first_images, initial_network
 from mnist_lab.training import RECIPE
 from mnist_lab.training.loop import Training
-from mnist_lab.training.stacked import fit_stacked
 
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = ("step1_baseline", "step2_dropout", "step3_gap", "step4_augment_steplr", "four_conv", "under_20k")
@@ -63,18 +62,6 @@ def losses(experiment: Experiment, mnist: Mnist) -> list[float]:
     return [*training.losses.tolist(), metrics.eval_loss]
 
 
-def stacked_losses(experiment: Experiment, mnist: Mnist) -> list[float]:
-    few = first_images(mnist, BATCHES * experiment.batch_size)
-    few = dataclasses.replace(few, test_images=mnist.test_images[:500], test_labels=mnist.test_labels[:500])
-    nets = [initial_network(experiment, seed, torch.device("cpu")) for seed in (0, 1)]
-    return [
-        loss
-        for epoch in fit_stacked(nets, experiment, few, (0, 1))
-        for m in epoch
-        for loss in (m.train_loss, m.eval_loss)
-    ]
-
-
 def computed(load_script: Callable[[str], ModuleType], mnist: Mnist) -> Iterator[tuple[str, list[float]]]:
     for step in STEPS:
         yield step, losses(load_script(step).EXPERIMENT, mnist)
@@ -87,7 +74,6 @@ def computed(load_script: Callable[[str], ModuleType], mnist: Mnist) -> Iterator
     yield "small, 10,000 held out", losses(SMALL, few)
     by_batch = dataclasses.replace(SMALL, scheduler=partial(OneCycleLR, max_lr=0.1), scheduler_interval="batch")
     yield "small, a schedule by batch", losses(by_batch, mnist)
-    yield "small, two seeds stacked", stacked_losses(SMALL, mnist)
 
 
 def where() -> str:

@@ -19,7 +19,6 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training.loop import fit, initial_network
-from mnist_lab.training.stacked import why_not_stacked
 from mnist_lab.training.transforms import Augmentation, takes_labels
 
 CPU = torch.device("cpu")
@@ -116,7 +115,6 @@ def test_an_augmentation_may_take_the_labels_too(augmentation: Any, small_mnist:
     assert takes_labels(augmentation)
     assert 0 < metrics.train_loss < 10
     assert 0 <= metrics.train_correct <= 500
-    assert why_not_stacked(experiment, small_mnist)  # it would mix images of different seeds
 
 
 def test_it_is_said_of_a_function_that_takes_labels_that_its_draws_are_not_tried(small_mnist: Mnist) -> None:
