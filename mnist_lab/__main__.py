@@ -8,12 +8,21 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnist_lab.commandline import interrupt_on_signals, number_from, sentences
+from mnist_lab.commandline import (
+    DATA_DIR,
+    TRACKING_URI,
+    Flag,
+    add_flags,
+    flag,
+    interrupt_on_signals,
+    number_from,
+    sentences,
+)
 from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.sqlite import PROJECT_ROOT, script_named, sqlite_file, tracking_uri, without_password
@@ -21,24 +30,54 @@ from mnist_lab.tracking.sqlite import PROJECT_ROOT, script_named, sqlite_file, t
 if TYPE_CHECKING:
     from mnist_lab.pictures import Reading
 
-
 logger = logging.getLogger("mnist_lab.jobs")
 
+RESULTS = PROJECT_ROOT / "docs" / "results"
 READING = "Reading the tracked runs"
+NETWORKS = "runs:/<id>, models:/<name>@<alias> or a script's name (default: models:/mnist@champion, else docs/results)"
+DATABASE = "postgresql://user@host:5432/database (default: MLFLOW_BACKEND_STORE_URI, else a database of its own)"
+
+Run = Callable[[argparse.Namespace], None]
+JOBS: dict[str, tuple[Run, str, Sequence[Flag]]] = {}
+
+
+def job(begins: str, *flags: Flag) -> Callable[[Run], Run]:
+    """List a function as a job: its docstring is its help; `begins` is what it is at before it says anything."""
+
+    def listed(run: Run) -> Run:
+        JOBS[run.__name__] = run, begins, flags
+        return run
+
+    return listed
+
+
+def folder(default: str, what: str) -> Flag:
+    return flag("--folder", f"{what} (default: {default}/)", type=Path, default=PROJECT_ROOT / default)
+
+
+def port(default: int, what: str) -> Flag:
+    return flag("--port", f"{what} (default {default})", type=number_from(), default=default)
 
 
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `compare | head` ends quietly
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a step's name may have letters that a locale has not
-    arguments = _parser().parse_args()
+    parser = argparse.ArgumentParser(prog="python -m mnist_lab", description="Jobs that belong to no experiment.")
+    jobs = parser.add_subparsers(required=True, metavar="JOB", dest="job")
+    for name, (run, _, flags) in JOBS.items():
+        text = str(run.__doc__).rstrip(".")
+        add_flags(jobs.add_parser(name, help=text, description=text), flags)
+    arguments = parser.parse_args()
+    run, begins, _ = JOBS[arguments.job]
     with sentences():
-        if arguments.first:
+        if begins:
             say_what_is_done()
-            logger.info(arguments.first)
-        arguments.job(arguments)
+            logger.info(begins)
+        run(arguments)
 
 
+@job("Looking for MNIST", DATA_DIR)
 def data(arguments: argparse.Namespace) -> None:
     """Fetch and verify MNIST."""
     from mnist_lab.data import find_data_dir, load_mnist
@@ -47,6 +86,12 @@ def data(arguments: argparse.Namespace) -> None:
     print(f"MNIST is complete and verified in {find_data_dir(arguments.data_dir)}: 60,000 + 10,000 images")
 
 
+@job(
+    READING,
+    TRACKING_URI,
+    flag("--include-overrides", "also runs with overridden hyperparameters", action="store_true"),
+    flag("--holdout", "runs that hold out N training images (default 0)", type=number_from(), default=0, metavar="N"),
+)
 def compare(arguments: argparse.Namespace) -> None:
     """Print one row per experiment, and what each single change is worth."""
     from tabulate import tabulate
@@ -83,16 +128,18 @@ def compare(arguments: argparse.Namespace) -> None:
         print(sentence)
 
 
+@job(READING, TRACKING_URI, folder("reports/results", "where to"))
 def export(arguments: argparse.Namespace) -> None:
-    """Write the tracked runs' figures for oneself: CSVs and the tables made of them."""
+    """Write the tracked runs' figures to reports/results."""
     from mnist_lab.results.evidence import export_runs
 
     for file in export_runs(arguments.folder, tracking_uri=arguments.tracking_uri):
         print(f"Written: {file}")
 
 
+@job("Reading the committed runs", TRACKING_URI, folder("docs/results", "where the CSVs are"))
 def restore(arguments: argparse.Namespace) -> None:
-    """Put the committed runs into the store."""
+    """Put the committed runs of docs/results into the store."""
     print(f"Reading the runs in {arguments.folder} ...", flush=True)
 
     from mnist_lab.restore import restore as restore_runs
@@ -116,8 +163,15 @@ def restore(arguments: argparse.Namespace) -> None:
         print("`make ui` shows them, `make compare` and `make report` tell of them.")
 
 
+@job(
+    READING,
+    TRACKING_URI,
+    folder("docs/results", "where the CSVs are"),
+    flag("--readme", "the page with the tables", type=Path, default=PROJECT_ROOT / "README.md"),
+    flag("--replace", "also replace published rows and mix hardware", action="store_true"),
+)
 def publish(arguments: argparse.Namespace) -> None:
-    """Put the tracked runs' figures among those that are committed, and say what that changes."""
+    """Put the tracked runs' figures into docs/results and README."""
     from mnist_lab.results.evidence import prepare_publication
 
     publication = prepare_publication(arguments.folder, arguments.readme, tracking_uri=arguments.tracking_uri)
@@ -129,14 +183,23 @@ def publish(arguments: argparse.Namespace) -> None:
         print(f"Written: {file}")
 
 
+@job(READING, TRACKING_URI, folder("reports", "where to"))
 def report(arguments: argparse.Namespace) -> None:
-    """Write the report of the tracked runs."""
+    """Write steps.html and steps.md from the tracked runs."""
     from mnist_lab.results.report import write_report
 
     for file in write_report(arguments.folder, tracking_uri=arguments.tracking_uri):
         print(f"Written: {file}")
 
 
+@job(
+    "Loading the network",
+    TRACKING_URI,
+    flag("images", "a file, or a folder of pictures", nargs="*", type=Path, metavar="PICTURE"),
+    flag("--model", NETWORKS),
+    flag("--show", "also print the 28x28 that the network sees", either="form", action="store_true"),
+    flag("--csv", "print CSV", either="form", action="store_true"),
+)
 def predict(arguments: argparse.Namespace) -> None:
     """Say which digits are in pictures."""
     import csv
@@ -156,8 +219,8 @@ def predict(arguments: argparse.Namespace) -> None:
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(["picture", "digit", "probability", "runner_up", "runner_up_probability", "run"])
             for name, r in readings.items():
-                shares = (f"{share:.6f}" for share in (r.probability, r.runner_up_probability))
-                writer.writerow([name, r.digit, next(shares), r.runner_up, next(shares), reader.run_id])
+                second = f"{r.runner_up_probability:.6f}"
+                writer.writerow([name, r.digit, f"{r.probability:.6f}", r.runner_up, second, reader.run_id])
         else:
             _print_readings(readings, reader.run_name, reader.run_id)
             if arguments.show:
@@ -178,10 +241,10 @@ def _print_readings(readings: Mapping[str, Reading], run_name: str, run_id: str)
     print(f"\nRead by {run_name}, run {run_id}.")
 
 
+@job("Loading the network", TRACKING_URI, flag("--model", NETWORKS), port(5050, "port to try first"))
 def draw(arguments: argparse.Namespace) -> None:
     """Serve a page on loopback to draw digits on."""
     from mnist_lab.tracking.serving import check_port
-    from mnist_lab.tracking.ui import free_port
 
     check_port(arguments.port)
 
@@ -189,14 +252,18 @@ def draw(arguments: argparse.Namespace) -> None:
 
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     networks = page.Networks(arguments.model, store=arguments.tracking_uri)
-    port = free_port(arguments.port)
-    if port != arguments.port:
-        print(f"Port {arguments.port} is taken; using {port}.", file=sys.stderr)
-    page.serve(networks, port)
+    page.serve(networks, _free_port(arguments.port))
 
 
+@job(
+    "",
+    TRACKING_URI,
+    flag("step", "a script's name, or step8 for short", metavar="STEP"),
+    flag("--commit", "also make it the champion of docs/results", action="store_true"),
+    flag("--folder", argparse.SUPPRESS, type=Path, default=RESULTS),
+)
 def champion(arguments: argparse.Namespace) -> None:
-    """Register the median seed of a step as models:/mnist@champion, which reads pictures from then on."""
+    """Let the median seed of a step read pictures: models:/mnist@champion."""
     from mnist_lab import results
     from mnist_lab.tracking import champion as champions
     from mnist_lab.tracking.store import open_store
@@ -222,6 +289,7 @@ def champion(arguments: argparse.Namespace) -> None:
             print(f"Written: {file}")
 
 
+@job("Starting MLflow's server", TRACKING_URI, port(5000, "port to try first"))
 def ui(arguments: argparse.Namespace) -> None:
     """Serve the MLflow UI on loopback."""
     from mnist_lab.tracking import serving
@@ -234,12 +302,27 @@ def ui(arguments: argparse.Namespace) -> None:
 
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     pages.make_ready(uri)
-    port = pages.free_port(arguments.port)
-    if port != arguments.port:
-        print(f"Port {arguments.port} is taken; using {port}.", file=sys.stderr)
-    pages.serve(uri, port)
+    pages.serve(uri, _free_port(arguments.port))
 
 
+def _free_port(wanted: int) -> int:
+    from mnist_lab.tracking.ui import free_port
+
+    port = free_port(wanted)
+    if port != wanted:
+        print(f"Port {wanted} is taken; using {port}.", file=sys.stderr)
+    return port
+
+
+@job(
+    "Starting the database and the server",
+    flag("--backend-store-uri", DATABASE, metavar="URI"),
+    folder("mlruns/server", "of its artifacts"),
+    flag("--host", "address to listen on (default: this machine only)", default="127.0.0.1"),
+    port(5000, "port to listen on"),
+    flag("--workers", "processes that answer (default 2)", type=number_from(1), default=2),
+    flag("--auth", "ask for a user name and a password", action="store_true"),
+)
 def server(arguments: argparse.Namespace) -> None:
     """Serve MLflow to a team, on PostgreSQL."""
     from mnist_lab.tracking.server import Settings, serve
@@ -257,6 +340,7 @@ def server(arguments: argparse.Namespace) -> None:
     )
 
 
+@job("", TRACKING_URI)
 def sync(arguments: argparse.Namespace) -> None:
     """Send what runs logged while their tracking server was away."""
     from mnist_lab.tracking import delivery
@@ -272,8 +356,9 @@ def sync(arguments: argparse.Namespace) -> None:
         raise LabError("not all could be sent; what waits stays on disk, and the same command tries again")
 
 
+@job("", TRACKING_URI, flag("run_id", "of MLflow", nargs="?", metavar="RUN_ID"))
 def resume(arguments: argparse.Namespace) -> None:
-    """Go on with an interrupted run, whatever script it is of."""
+    """Go on with the newest interrupted run, or the one named."""
     from mnist_lab.running import checkpoint
 
     uri = tracking_uri(arguments.tracking_uri)
@@ -289,69 +374,6 @@ def resume(arguments: argparse.Namespace) -> None:
     print(f"Going on with {found.step} seed {found.seed} after epoch {found.epochs[-1].epoch}.", flush=True)
     os.environ["MLFLOW_TRACKING_URI"] = uri  # other users can read a command line, and there may be a password in it
     os.execv(sys.executable, [sys.executable, str(script), "--resume", found.run_id])  # noqa: S606 - a script of this project
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mnist_lab", description="Jobs that belong to no experiment.")
-    jobs = parser.add_subparsers(required=True, metavar="JOB")
-
-    def add(job: Callable[[argparse.Namespace], None], text: str, first: str = "") -> argparse.ArgumentParser:
-        """first: what the job is at for a while before it says anything."""
-        command = jobs.add_parser(job.__name__, help=text, description=text)
-        command.set_defaults(job=job, first=first)
-        if job not in (data, server):
-            uri = "MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)"
-            command.add_argument("--tracking-uri", help=uri)
-        return command
-
-    command = add(data, "fetch and verify MNIST", "Looking for MNIST")
-    command.add_argument("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
-    command = add(resume, "go on with the newest interrupted run, or the one named")
-    command.add_argument("run_id", nargs="?", metavar="RUN_ID", help="of MLflow")
-    add(sync, "send what runs logged while their tracking server was away")
-    command = add(compare, "print one row per experiment from the tracked runs", READING)
-    command.add_argument("--include-overrides", action="store_true", help="also runs with overridden hyperparameters")
-    held_out = "runs that hold out N training images (default 0)"
-    command.add_argument("--holdout", type=number_from(), default=0, metavar="N", help=held_out)
-    command = add(export, "write the tracked runs' figures to reports/results", READING)
-    folder = PROJECT_ROOT / "reports" / "results"
-    command.add_argument("--folder", type=Path, default=folder, help="where to (default: reports/results/)")
-    command = add(publish, "put the tracked runs' figures into docs/results and README", READING)
-    command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
-    command.add_argument("--readme", type=Path, default=PROJECT_ROOT / "README.md", help="the page with the tables")
-    command.add_argument("--replace", action="store_true", help="also replace published rows and mix hardware")
-    command = add(restore, "put the committed runs of docs/results into the store", "Reading the committed runs")
-    command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help="where the CSVs are")
-    command = add(report, "write steps.html and steps.md from the tracked runs", READING)
-    command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "reports", help="where to (default: reports/)")
-    command = add(predict, "say which digits are in pictures", "Loading the network")
-    command.add_argument("images", nargs="*", type=Path, metavar="PICTURE", help="a file, or a folder of pictures")
-    networks = (
-        "runs:/<id>, models:/<name>@<alias> or a script's name (default: models:/mnist@champion, else docs/results)"
-    )
-    command.add_argument("--model", help=networks)
-    form = command.add_mutually_exclusive_group()
-    form.add_argument("--show", action="store_true", help="also print the 28x28 that the network sees")
-    form.add_argument("--csv", action="store_true", help="print CSV")
-    command = add(draw, "serve a page on loopback to draw digits on", "Loading the network")
-    command.add_argument("--model", help=networks)
-    command.add_argument("--port", type=number_from(), default=5050, help="port to try first (default 5050)")
-    command = add(champion, "let the median seed of a step read pictures: models:/mnist@champion")
-    command.add_argument("step", metavar="STEP", help="a script's name, or step8 for short")
-    command.add_argument("--commit", action="store_true", help="also make it the champion of docs/results")
-    command.add_argument("--folder", type=Path, default=PROJECT_ROOT / "docs" / "results", help=argparse.SUPPRESS)
-    command = add(ui, "serve the MLflow UI on loopback", "Starting MLflow's server")
-    command.add_argument("--port", type=number_from(), default=5000, help="port to try first (default 5000)")
-    command = add(server, "serve MLflow to a team, on PostgreSQL", "Starting the database and the server")
-    uris = "postgresql://user@host:5432/database (default: MLFLOW_BACKEND_STORE_URI, else a database of its own)"
-    command.add_argument("--backend-store-uri", metavar="URI", help=uris)
-    folder = PROJECT_ROOT / "mlruns" / "server"
-    command.add_argument("--folder", type=Path, default=folder, help="of its artifacts (default: mlruns/server/)")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    command.add_argument("--port", type=number_from(), default=5000, help="port to listen on (default 5000)")
-    command.add_argument("--workers", type=number_from(1), default=2, help="processes that answer (default 2)")
-    command.add_argument("--auth", action="store_true", help="ask for a user name and a password")
-    return parser
 
 
 if __name__ == "__main__":

@@ -5,11 +5,33 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from mnist_lab.errors import LabError
 from mnist_lab.numerals import whole_number
+
+
+class Flag(NamedTuple):
+    """A flag or argument of a command line; of those with one name in `either`, only one may be given."""
+
+    name: str
+    options: dict[str, Any]
+    either: str = ""
+
+
+def flag(name: str, text: str, either: str = "", **options: Any) -> Flag:
+    return Flag(name, {"help": text, **options}, either)
+
+
+def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
+    groups: dict[str, argparse._MutuallyExclusiveGroup] = {}
+    for name, options, either in flags:
+        if either and either not in groups:
+            groups[either] = parser.add_mutually_exclusive_group()
+        (groups[either] if either else parser).add_argument(name, **options)
 
 
 @contextmanager
@@ -48,7 +70,10 @@ def interrupt_on_signals(*signals: signal.Signals) -> None:
 
     A signal that is ignored stays so: `nohup` starts programs that way, to let them outlive the terminal.
     """
-
     for number in signals:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
+
+
+DATA_DIR = flag("--data-dir", "where MNIST is kept (default: MNIST_LAB_DATA, else data/)", type=Path)
+TRACKING_URI = flag("--tracking-uri", "MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
