@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mnist_lab.verdicts.measures import MEASURES
+from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
     import torch
@@ -22,15 +22,6 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from mnist_lab.training.loop import EpochMetrics
     from mnist_lab.verdicts.targets import Verdict
 
-SUMMARY_METRICS_WITH_HOLD_OUT = (
-    "final_train_accuracy",
-    "best_train_accuracy",
-    "final_validation_accuracy",
-    "best_validation_accuracy",
-    "best_epoch",
-    "final_test_accuracy",
-    "final_test_loss",
-)
 REFRESH_SECONDS = 0.5  # reading the running figures waits for the device, so the bar does it this often only
 
 
@@ -150,11 +141,11 @@ class StudyConsole(_WithBar):
 
     def on_seed(self, seed: int, metrics: Mapping[str, float]) -> None:
         self.done += 1
-        part = "validation" if "best_validation_accuracy" in metrics else "test"
-        last, best = (MEASURES[name].text(metrics[name]) for name in ("final_test_accuracy", f"best_{part}_accuracy"))
+        protocol = HELD_OUT if HELD_OUT.best in metrics else TESTED
+        last, best = (MEASURES[name].text(metrics[name]) for name in ("final_test_accuracy", protocol.best))
         self._write(
             f"seed {seed:>{self.width}}  done: test accuracy {last} in the last epoch; "
-            f"best {part} accuracy {best} in epoch {metrics['best_epoch']:.0f}  "
+            f"best {protocol.part} accuracy {best} in epoch {metrics['best_epoch']:.0f}  "
             f"({self._seeds_done()})"
         )
 
@@ -307,18 +298,15 @@ def print_result(result: RunResult, job: Job) -> None:
     """Print each target with its measured value and verdict, and the reported figures beside the measured ones."""
     from tabulate import tabulate
 
-    from mnist_lab.experiment import SUMMARY_METRICS
-
     measured = result.measured
     print()
     if result.verdicts:
         print(verdict_table(result.verdicts) + "\n")
-    held_out = "final_validation_accuracy" in measured
-    names = SUMMARY_METRICS_WITH_HOLD_OUT if held_out else SUMMARY_METRICS
+    held_out = HELD_OUT.best in measured
     reported = job.experiment.reported
     rows = [
         (MEASURES[name].label, MEASURES[name].text(measured[name]), MEASURES[name].text(reported.get(name)))
-        for name in names
+        for name in (HELD_OUT if held_out else TESTED).summary
     ]
     print(tabulate(rows, headers=("", "measured", "reported"), disable_numparse=True))
     if held_out:

@@ -46,7 +46,7 @@ from mnist_lab.training.loop import (
 from mnist_lab.training.states import left_as_they_are
 from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts import targets
-from mnist_lab.verdicts.measures import short_figures
+from mnist_lab.verdicts.measures import HELD_OUT, protocol, short_figures
 from mnist_lab.verdicts.targets import Verdict
 
 if TYPE_CHECKING:
@@ -55,17 +55,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "mlflow.note.content"  # the tag whose text MLflow's UI shows as the run's description
-
-# What a run logs once. MLflow shows the last value of each epoch's metrics by itself; its UI slows down with many more.
-LOGGED_ONCE = ("num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target")
-LOGGED_ONCE_WITH_HOLD_OUT = (
-    "num_params",
-    "final_validation_accuracy",
-    "best_validation_accuracy",
-    "best_epoch",
-    "final_test_accuracy",
-    "final_test_loss",
-)
 
 
 class Progress(Protocol):
@@ -288,7 +277,7 @@ def record(
             return RunResult(tracked.run_id, epochs, {}, [])
         if job.search is not None:
             measured = measure(num_params(net, rehearsal.untrained), epochs, experiment)
-            tracked.log_once(logged_once(measured, LOGGED_ONCE_WITH_HOLD_OUT))
+            tracked.log_once(logged_once(measured, HELD_OUT.once))
             tracked.set_tags(graph_tags())
             return RunResult(tracked.run_id, epochs, measured, [])
         logger.info("Evaluating the trained network")
@@ -303,7 +292,7 @@ def record(
             num_params=int(measured["num_params"]),
             epochs=len(epochs),
         )
-        tracked.log_once(logged_once(measured, LOGGED_ONCE_WITH_HOLD_OUT if job.holdout else LOGGED_ONCE))
+        tracked.log_once(logged_once(measured, protocol(job.holdout).once))
         described = {DESCRIPTION: describe(job.script, job.tags["overrides"], verdicts)}
         tracked.set_tags({**graph_tags(), **verdict_tags(verdicts), **described})
         logger.info("Logging predictions, figures and the model")

@@ -52,7 +52,7 @@ from mnist_lab.tracking.store import (
 )
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.comparison import mean_interval_text
-from mnist_lab.verdicts.measures import MEASURES, short_figures
+from mnist_lab.verdicts.measures import MEASURES, percent, protocol, short_figures
 from mnist_lab.verdicts.statistics import Aggregate, aggregate
 from mnist_lab.verdicts.targets import Verdict, judge
 
@@ -64,9 +64,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERDICT = "verdict.md"  # the artifact with the study's description
-# What is aggregated over the seeds: the last epoch first, then the best.
-FIGURES = ("final_test_accuracy", "best_test_accuracy")
-FIGURES_WITH_HOLD_OUT = ("final_test_accuracy", "final_validation_accuracy", "best_validation_accuracy")
 
 
 class Progress(Protocol):
@@ -218,8 +215,10 @@ def judge_runs(
     """
     aggregates, verdicts = {}, []
     if runs:
-        figures = FIGURES_WITH_HOLD_OUT if holdout else FIGURES
-        aggregates = {name: aggregate([run.metrics[name] for run in runs], targets.accuracy) for name in figures}
+        aggregates = {
+            name: aggregate([run.metrics[name] for run in runs], targets.accuracy)
+            for name in protocol(holdout).over_seeds
+        }
         verdicts = judge(
             targets,
             accuracies=[run.metrics["final_test_accuracy"] for run in runs],
@@ -281,8 +280,7 @@ def draw(history: Sequence[Mapping[str, object]], targets: Targets) -> dict[str,
 
 def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
     """Return a record of each epoch of these runs, with the losses and accuracies; raises LabError."""
-    part = "validation" if job.holdout else "test"
-    names = ["train_loss", "train_accuracy", f"{part}_loss", f"{part}_accuracy"]
+    names = protocol(job.holdout).curves
     seeds = {run.run_id: run.seed for run in runs}
     records: dict[tuple[str, int], dict[str, object]] = {}
     with store_failures(store, "can't be read"), briefly():
@@ -301,11 +299,11 @@ def tables(result: StudyResult) -> list[tuple[list[tuple[str, ...]], tuple[str, 
     over_seeds: list[tuple[str, ...]] = [
         (
             _label(name),
-            f"{a.mean:.2f}",
+            percent(a.mean),
             f"{a.sd:.3f}" if math.isfinite(a.sd) else "-",
             mean_interval_text(a.n, a.low, a.high),
-            f"{a.minimum:.2f}",
-            f"{a.median:.2f}",
+            percent(a.minimum),
+            percent(a.median),
             f"{round(a.share_at_target * a.n)} of {a.n}" if math.isfinite(a.share_at_target) else "-",
         )
         for name, a in result.aggregates.items()

@@ -1,4 +1,4 @@
-"""What is measured: how each figure is called and written, by its name in MLflow, in tables and among `reported`."""
+"""What is measured: the name of each figure in MLflow, in tables and among `reported`; and which run logs it where."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal["%", "cross-entropy", "", "s", "min", "rate"]
+Unit = Literal["%", "cross-entropy", "", "s", "min", "number"]
+Part = Literal["test", "validation"]
+HALF = 1e-9  # added before rounding, so that the mean of 99.25 and 99.26 is 99.26 whatever the last bit of the sum
 
 
 @dataclass(frozen=True)
@@ -15,16 +17,20 @@ class Measure:
     """One figure of a run or an epoch.
 
     label: in words, for a table or an axis.
-    unit: "%", "cross-entropy" (mean per image, in nats), "" for a count, "s", "min", or "rate" for a learning rate.
+    unit: "%", "cross-entropy" (mean per image, in nats), "" for a count, "s", "min", or "number" without a unit.
+    better: the direction in which it improves; "" where neither is better.
+    cell: its format in a CSV.
     """
 
     label: str
     unit: Unit
+    better: Literal["higher", "lower", ""] = ""
+    cell: str = ""
 
     @property
     def axis(self) -> str:
         """The label with its unit, e.g. "test accuracy (%)"."""
-        return self.label if self.unit in ("", "rate") else f"{self.label} ({self.unit})"
+        return self.label if self.unit in ("", "number") else f"{self.label} ({self.unit})"
 
     def text(self, value: float | None) -> str:
         """Return a value as it is printed: "99.41 %", "7,852", "0.0182", or "-" where there is none."""
@@ -32,10 +38,10 @@ class Measure:
             return "-"
         match self.unit:
             case "%":
-                return f"{value:.2f} %"
+                return f"{percent(value)} %"
             case "cross-entropy":
                 return f"{value:.4f}"
-            case "rate":
+            case "number":
                 return f"{value:.3g}"
             case "":
                 return f"{value:,.0f}"
@@ -43,28 +49,106 @@ class Measure:
                 return f"{value:.1f} {self.unit}"
 
 
-_PARTS = ("train", "validation", "test")
-_UNITS: dict[str, Unit] = {
+def _accuracy(label: str, cell: str = ".2f") -> Measure:
+    return Measure(f"{label} accuracy", "%", "higher", cell)
+
+
+def _loss(label: str) -> Measure:
+    return Measure(f"{label} loss", "cross-entropy", "lower", ".5f")
+
+
+MEASURES = {
     # of each epoch
-    **{f"{part}_loss": "cross-entropy" for part in _PARTS},
-    **{f"{part}_accuracy": "%" for part in _PARTS},
-    **{f"raw_{part}_accuracy": "%" for part in ("validation", "test")},
-    "lr": "rate",
-    "epoch_seconds": "s",
+    "train_loss": _loss("train"),
+    "train_accuracy": _accuracy("train", ".3f"),
+    "test_loss": _loss("test"),
+    "test_accuracy": _accuracy("test"),
+    "validation_loss": _loss("validation"),
+    "validation_accuracy": _accuracy("validation"),
+    "raw_test_accuracy": Measure("test accuracy without averaging", "%", "higher", ".2f"),
+    "raw_validation_accuracy": Measure("validation accuracy without averaging", "%", "higher", ".2f"),
+    "objective": Measure("objective", "number", "lower", ".5f"),
+    "lr": Measure("learning rate", "number", "", ".6g"),
+    "lr_1": Measure("learning rate of group 1", "number", "", ".6g"),
+    "lr_2": Measure("learning rate of group 2", "number", "", ".6g"),
+    "epoch_seconds": Measure("time of an epoch", "s", "lower", ".1f"),
     # of a run
-    **{f"{which}_{part}_accuracy": "%" for which in ("final", "best") for part in _PARTS},
-    **{f"final_{part}_loss": "cross-entropy" for part in ("validation", "test")},
-    **dict.fromkeys(("best_epoch", "num_params", "epochs", "epochs_at_target"), ""),
-    "minutes": "min",
+    "final_train_accuracy": _accuracy("final train", ".3f"),
+    "best_train_accuracy": _accuracy("best train", ".3f"),
+    "final_test_accuracy": _accuracy("final test"),
+    "best_test_accuracy": _accuracy("best test"),
+    "final_test_loss": _loss("final test"),
+    "final_validation_accuracy": _accuracy("final validation"),
+    "best_validation_accuracy": _accuracy("best validation"),
+    "final_validation_loss": _loss("final validation"),
+    "best_epoch": Measure("best epoch", ""),
+    "epochs_at_target": Measure("epochs at target", "", "higher"),
+    "num_params": Measure("parameters", "", "lower"),
+    "epochs": Measure("epochs", "", "lower"),
+    "minutes": Measure("training time", "min", "lower", ".1f"),
 }
-_LABELS = {
-    **{f"raw_{part}_accuracy": f"{part} accuracy without averaging" for part in ("validation", "test")},
-    "lr": "learning rate",
-    "epoch_seconds": "time of an epoch",
-    "num_params": "parameters",
-    "minutes": "training time",
-}
-MEASURES = {name: Measure(_LABELS.get(name, name.replace("_", " ")), unit) for name, unit in _UNITS.items()}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the runs of one protocol measure, by the names of MEASURES.
+
+    part: the images that each epoch is evaluated on.
+    each_epoch, at_times: a point per epoch; the latter of some experiments only.
+    once: logged at the end. MLflow shows the last value of each epoch's metrics by itself, so few are logged again.
+    summary: printed at the end.
+    over_seeds: aggregated over the seeds of a study, the last epoch first.
+    """
+
+    part: Part
+    each_epoch: tuple[str, ...]
+    at_times: tuple[str, ...]
+    once: tuple[str, ...]
+    summary: tuple[str, ...]
+    over_seeds: tuple[str, ...]
+
+    @property
+    def best(self) -> str:
+        """The accuracy that the best epoch is chosen by."""
+        return f"best_{self.part}_accuracy"
+
+    @property
+    def curves(self) -> list[str]:
+        """What the curves of a training show."""
+        return ["train_loss", f"{self.part}_loss", "train_accuracy", f"{self.part}_accuracy"]
+
+
+TESTED = Protocol(  # on the test images after each epoch: the protocol of the write-ups
+    part="test",
+    each_epoch=("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"),
+    at_times=("raw_test_accuracy", "objective", "lr_1", "lr_2"),
+    once=("num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target"),
+    summary=(
+        *("final_train_accuracy", "best_train_accuracy", "final_test_accuracy", "best_test_accuracy", "best_epoch"),
+        "final_test_loss",
+    ),
+    over_seeds=("final_test_accuracy", "best_test_accuracy"),
+)
+HELD_OUT = Protocol(  # validated on training images held out, and tested once
+    part="validation",
+    each_epoch=("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr", "epoch_seconds"),
+    at_times=("raw_validation_accuracy", "objective", "lr_1", "lr_2"),
+    once=(
+        *("num_params", "final_validation_accuracy", "best_validation_accuracy", "best_epoch"),
+        *("final_test_accuracy", "final_test_loss"),
+    ),
+    summary=(
+        *("final_train_accuracy", "best_train_accuracy", "final_validation_accuracy", "best_validation_accuracy"),
+        *("best_epoch", "final_test_accuracy", "final_test_loss"),
+    ),
+    over_seeds=("final_test_accuracy", "final_validation_accuracy", "best_validation_accuracy"),
+)
+
+
+def protocol(holdout: int) -> Protocol:
+    """Return the protocol of a run that holds out so many training images."""
+    return HELD_OUT if holdout else TESTED
+
 
 # The names under which MLflow's table shows a run's figure and a study's mean in one column, short enough for it.
 SHORT = {"last": "final_test_accuracy", "best": "best_test_accuracy", "validation": "final_validation_accuracy"}
@@ -72,4 +156,9 @@ SHORT = {"last": "final_test_accuracy", "best": "best_test_accuracy", "validatio
 
 def short_figures(figures: Mapping[str, float]) -> dict[str, float]:
     """Return the accuracies among these figures under their short names, in percent with two digits."""
-    return {short: round(figures[name], 2) for short, name in SHORT.items() if name in figures}
+    return {short: round(figures[name] + HALF, 2) for short, name in SHORT.items() if name in figures}
+
+
+def percent(accuracy: float, missing: str = "-") -> str:
+    """Return an accuracy as it is printed, e.g. "99.41"."""
+    return missing if math.isnan(accuracy) else f"{accuracy + HALF:.2f}"

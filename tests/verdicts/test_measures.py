@@ -1,22 +1,24 @@
-"""The list of measures: every name in use is on it, and values are written one way."""
+"""The list of measures: what is logged and shown is on it, and values are written one way."""
 
 import math
 
 import pytest
 
-from mnist_lab.console import SUMMARY_METRICS_WITH_HOLD_OUT
+from helpers import ROOT
 from mnist_lab.experiment import SUMMARY_METRICS
-from mnist_lab.results.runs import COLUMNS, EPOCH_METRICS, HELD_OUT_METRICS, VALIDATION_COLUMNS
-from mnist_lab.running.run import LOGGED_ONCE, LOGGED_ONCE_WITH_HOLD_OUT
-from mnist_lab.running.study import FIGURES, FIGURES_WITH_HOLD_OUT
-from mnist_lab.verdicts.measures import MEASURES
+from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, SHORT, TESTED, Protocol, short_figures
 
 
-def test_every_measured_figure_is_on_the_list() -> None:
-    names = {*SUMMARY_METRICS, *SUMMARY_METRICS_WITH_HOLD_OUT, *LOGGED_ONCE, *LOGGED_ONCE_WITH_HOLD_OUT}
-    names |= {*FIGURES, *FIGURES_WITH_HOLD_OUT, *EPOCH_METRICS, *HELD_OUT_METRICS}
-    names |= {name for name in (*COLUMNS, *VALIDATION_COLUMNS) if name.startswith(("final_", "best_", "epochs_"))}
-    assert names <= set(MEASURES)
+@pytest.mark.parametrize("protocol", [TESTED, HELD_OUT], ids=lambda protocol: protocol.part)
+def test_every_figure_that_is_logged_or_shown_is_on_the_list_and_in_the_docs(protocol: Protocol) -> None:
+    logged = {*protocol.each_epoch, *protocol.at_times, *protocol.once}
+    assert logged | {*protocol.summary, *protocol.over_seeds, protocol.best, *protocol.curves} <= set(MEASURES)
+    docs = (ROOT / "docs" / "metrics.md").read_text() + (ROOT / "docs" / "studies.md").read_text()
+    assert {name for name in logged if f"`{name}`" not in docs} == set()
+
+
+def test_what_may_be_reported_is_what_is_printed_beside_it() -> None:
+    assert TESTED.summary == SUMMARY_METRICS
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,12 @@ def test_every_measured_figure_is_on_the_list() -> None:
 )
 def test_a_value_is_written_with_its_unit(name: str, value: float | None, text: str) -> None:
     assert MEASURES[name].text(value) == text
+
+
+@pytest.mark.parametrize("mean", [99.255, 99.25500000000001, 99.25499999999998])
+def test_a_mean_between_two_digits_is_rounded_one_way_everywhere(mean: float) -> None:
+    assert MEASURES["best_test_accuracy"].text(mean) == "99.26 %"
+    assert short_figures(dict.fromkeys(SHORT.values(), mean)) == dict.fromkeys(SHORT, 99.26)
 
 
 def test_an_axis_names_the_unit() -> None:
