@@ -14,7 +14,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
-from mnist_lab.tracking.sqlite import PROJECT_ROOT
+from mnist_lab.paths import PROJECT_ROOT
 
 IMAGES = PROJECT_ROOT / "docs" / "images"
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))

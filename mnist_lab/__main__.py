@@ -24,8 +24,8 @@ from mnist_lab.commandline import (
     sentences,
 )
 from mnist_lab.console import say_what_is_done
-from mnist_lab.errors import LabError
-from mnist_lab.tracking.sqlite import PROJECT_ROOT, script_named, sqlite_file, tracking_uri, without_password
+from mnist_lab.errors import LabError, without_password
+from mnist_lab.paths import PROJECT_ROOT, script_named, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
     from mnist_lab.pictures import Reading

@@ -28,9 +28,9 @@ from mnist_lab.console import (
 )
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, quoted
+from mnist_lab.paths import tracking_uri
 from mnist_lab.running import declaration
 from mnist_lab.running.output import lasting_output
-from mnist_lab.tracking.sqlite import tracking_uri
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--help` needs none of it
     from optuna.distributions import BaseDistribution

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 import traceback
 from pathlib import Path
+
+# A user name and a password in a URI, alone or in the midst of a text; and what else may be secret in one.
+CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]*://)([^\s'\"/?#:@]*)(:[^\s'\"]*)?@", re.IGNORECASE)
+SECRET_PARAMETER = re.compile(
+    r"([?&;][^\s'\"=&;]*(?:pass|pwd|secret|token|key|odbc_connect)[^\s'\"=&;]*=)[^\s'\"&;#]+", re.IGNORECASE
+)
 
 
 class LabError(ValueError):
@@ -27,6 +34,23 @@ class LabError(ValueError):
 def text_of(error: BaseException) -> str:
     """Return what an error says on one line, or its class's name where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text as one line, without the passwords of URIs in it."""
+    return without_password(text_of(error))[:500]
+
+
+def without_password(text: str) -> str:
+    """Return a URI, or a text with URIs, with *** in place of each password and token."""
+
+    def hide(found: re.Match[str]) -> str:
+        scheme, user, password = found.groups()
+        if password is None:  # a token stands alone before a server; before a database, it is a user name
+            return f"{scheme}***@" if scheme.lower() in ("http://", "https://") else found[0]
+        return f"{scheme}{user}:***@"
+
+    return SECRET_PARAMETER.sub(r"\1***", CREDENTIALS.sub(hide, text))
 
 
 def script_line(error: BaseException) -> str:

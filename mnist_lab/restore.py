@@ -21,6 +21,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME, M
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
+from mnist_lab.paths import LOCKS, PROJECT_ROOT, own_folder
 from mnist_lab.results.records import (
     EPOCH_FORMATS,
     MISTAKE_COLUMNS,
@@ -35,7 +36,6 @@ from mnist_lab.results.runs import MISTAKES, load_runs
 from mnist_lab.running.run import DESCRIPTION, describe, verdict_tags
 from mnist_lab.running.study import VERDICT, description, draw, judge_runs, mean_epochs, summary
 from mnist_lab.tracking.delivery import briefly
-from mnist_lab.tracking.sqlite import LOCKS, PROJECT_ROOT, own_folder
 from mnist_lab.tracking.store import (
     RESTORED,
     FinishedRun,

@@ -171,7 +171,7 @@ def test_resume_starts_nothing_but_the_experiments(place: str, tmp_path: Path, m
 def test_a_password_is_not_in_the_command_line_of_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(jobs.os, "execv", lambda program, arguments: started.append(arguments))
-    monkeypatch.setattr("mnist_lab.tracking.sqlite.PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr("mnist_lab.paths.PROJECT_ROOT", tmp_path)
     uri = "http://bob:pass-word@127.0.0.1:9"
     save(uri, "abc", str(ROOT / "experiments" / "step1_baseline.py"))
 

@@ -25,6 +25,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from mnist_lab.errors import LabError
 from mnist_lab.figures import plot_summary
+from mnist_lab.paths import PROJECT_ROOT
 from mnist_lab.results.compare import TARGETS, summarise
 from mnist_lab.results.records import (
     COLUMNS,
@@ -39,7 +40,6 @@ from mnist_lab.results.records import (
     tracked_records,
 )
 from mnist_lab.tracking.disk import replace_files
-from mnist_lab.tracking.sqlite import PROJECT_ROOT
 from mnist_lab.verdicts.comparison import (
     PAIRS,
     TOO_FEW,

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
+from mnist_lab.paths import PROJECT_ROOT
 from mnist_lab.results.evidence import PUBLISHED, TEMPLATES
 from mnist_lab.story import Story, read_story
 from mnist_lab.tracking.disk import replace_files
-from mnist_lab.tracking.sqlite import PROJECT_ROOT
 from mnist_lab.verdicts.comparison import step_order
 
 logger = logging.getLogger(__name__)

@@ -31,13 +31,13 @@ from mlflow.exceptions import MlflowException
 from scipy import special
 
 from mnist_lab.data import load_mnist
-from mnist_lab.errors import LabError, text_of
+from mnist_lab.errors import LabError, one_line, text_of, without_password
 from mnist_lab.experiment import MAX_COUNT, SUMMARY_METRICS, quoted
 from mnist_lab.numerals import finite_number
-from mnist_lab.tracking.delivery import one_line
+from mnist_lab.paths import EXPERIMENT_NAME
+from mnist_lab.paths import tracking_uri as resolve_uri
 from mnist_lab.tracking.points import read_points
-from mnist_lab.tracking.sqlite import EXPERIMENT_NAME, check_readable, follow_move, without_password
-from mnist_lab.tracking.sqlite import tracking_uri as resolve_uri
+from mnist_lab.tracking.sqlite import check_readable, follow_move
 from mnist_lab.tracking.store import check_not_deleted
 from mnist_lab.verdicts.comparison import step_order
 

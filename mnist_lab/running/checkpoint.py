@@ -14,10 +14,9 @@ from typing import Any, get_type_hints
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from mnist_lab.errors import LabError
-from mnist_lab.tracking.delivery import one_line
+from mnist_lab.errors import LabError, one_line
+from mnist_lab.paths import CHECKPOINTS, PROJECT_ROOT, own_folder
 from mnist_lab.tracking.disk import replace_files
-from mnist_lab.tracking.sqlite import CHECKPOINTS, PROJECT_ROOT, own_folder
 from mnist_lab.tracking.store import is_deleted
 from mnist_lab.training.loop import EpochMetrics
 

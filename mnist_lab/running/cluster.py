@@ -49,7 +49,8 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_lab.data import parse_files, read_files
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, one_line
+from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
 from mnist_lab.running import provenance
 from mnist_lab.running.job import Job
 from mnist_lab.running.provenance import Commit
@@ -69,8 +70,6 @@ from mnist_lab.running.workers import (
     outcome_of,
     train,
 )
-from mnist_lab.tracking.delivery import one_line
-from mnist_lab.tracking.sqlite import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
 from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost, close_orphans, open_store
 from mnist_lab.training.loop import EpochMetrics
 

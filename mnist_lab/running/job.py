@@ -16,10 +16,10 @@ from mnist_lab.arguments import stable_text
 from mnist_lab.data import find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
+from mnist_lab.paths import PROJECT_ROOT, own_files
 from mnist_lab.running import declaration, provenance
 from mnist_lab.running.provenance import Commit
 from mnist_lab.running.sources import SCRIPT, code_sha256, find_sources, place
-from mnist_lab.tracking.sqlite import PROJECT_ROOT, own_files
 from mnist_lab.tracking.teacher import Teacher
 
 MAX_SEED = 2**32 - 1

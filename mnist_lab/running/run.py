@@ -16,7 +16,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from mnist_lab.data import Mnist, find_data_dir, hold_out, load_mnist, parse_files
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint, provenance, teaching
 from mnist_lab.running.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ from mnist_lab.running.sources import place
 from mnist_lab.running.summary import summarize
 from mnist_lab.running.threads import Load, crowded, set_threads
 from mnist_lab.story import read_story
-from mnist_lab.tracking.delivery import one_line, sync
+from mnist_lab.tracking.delivery import sync
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import Store, close_abandoned, open_store
 from mnist_lab.training.generators import kept_generators

@@ -26,8 +26,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from tabulate import tabulate
 
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import quoted
+from mnist_lab.paths import LOCKS, SEARCHES, own_folder
 from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job
 from mnist_lab.running.precision import use_float32
@@ -45,9 +46,8 @@ from mnist_lab.running.workers import (
     check_workers,
     choose_trainers,
 )
-from mnist_lab.tracking.delivery import one_line, sync
+from mnist_lab.tracking.delivery import sync
 from mnist_lab.tracking.run import TrackedRun, track
-from mnist_lab.tracking.sqlite import LOCKS, SEARCHES, own_folder
 from mnist_lab.tracking.store import (
     FinishedRun,
     Store,

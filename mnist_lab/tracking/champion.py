@@ -13,11 +13,11 @@ from mlflow.exceptions import MlflowException
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import MNIST_PIXELS
-from mnist_lab.tracking.delivery import briefly, environment_variables, one_line
+from mnist_lab.paths import PROJECT_ROOT
+from mnist_lab.tracking.delivery import briefly, environment_variables
 from mnist_lab.tracking.disk import replace_files
-from mnist_lab.tracking.sqlite import PROJECT_ROOT
 from mnist_lab.tracking.store import Store, quiet, store_failures
 from mnist_lab.tracking.teacher import find_exported, find_teacher, load_exported
 

@@ -23,9 +23,9 @@ from mlflow.utils.rest_utils import http_request
 from requests import RequestException, Timeout
 from urllib3.exceptions import ResponseError
 
-from mnist_lab.errors import LabError, text_of
+from mnist_lab.errors import LabError, one_line
+from mnist_lab.paths import EXPERIMENT_NAME, sqlite_file
 from mnist_lab.tracking.outbox import Outbox, Record, all_outboxes
-from mnist_lab.tracking.sqlite import EXPERIMENT_NAME, sqlite_file, without_password
 
 SERVER_TIMEOUT = 4  # seconds that a training waits for a server; MLflow's own two minutes would hold it up
 
@@ -273,8 +273,3 @@ def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's text as one line, without the passwords of URIs in it."""
-    return without_password(text_of(error))[:500]

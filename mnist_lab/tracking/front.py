@@ -11,7 +11,7 @@ import json
 import logging
 from typing import TYPE_CHECKING
 
-from mnist_lab.tracking.sqlite import EXPERIMENT_NAME
+from mnist_lab.paths import EXPERIMENT_NAME
 from mnist_lab.tracking.ui import PATH
 from mnist_lab.tracking.view import VIEW
 

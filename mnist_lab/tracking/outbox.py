@@ -11,9 +11,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, without_password
+from mnist_lab.paths import OUTBOX, own_folder
 from mnist_lab.tracking.disk import replace_files, sync_to_disk
-from mnist_lab.tracking.sqlite import OUTBOX, own_folder, without_password
 
 RECORD = "record.json"
 TARGET = "target.json"

@@ -19,9 +19,10 @@ from typing import Any
 import sqlalchemy
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, without_password
+from mnist_lab.paths import tracking_uri
 from mnist_lab.tracking import serving
-from mnist_lab.tracking.sqlite import known_schemas, tracking_uri, without_password
+from mnist_lab.tracking.sqlite import known_schemas
 
 DRIVER = "postgresql+psycopg"
 SCHEMES = ("postgresql", "postgres", DRIVER)  # the second is what hosting providers give

@@ -30,10 +30,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from torch import Tensor, nn
 
 from mnist_lab.data import Mnist
-from mnist_lab.errors import LabError
-from mnist_lab.tracking.delivery import briefly, is_away, one_line, send, send_waiting
+from mnist_lab.errors import LabError, one_line, without_password
+from mnist_lab.tracking.delivery import briefly, is_away, send, send_waiting
 from mnist_lab.tracking.outbox import Outbox, Record
-from mnist_lab.tracking.sqlite import without_password
 from mnist_lab.tracking.store import (
     Store,
     check_resumable,

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import psutil
 
-from mnist_lab.errors import LabError, text_of
+from mnist_lab.errors import LabError, text_of, without_password
+from mnist_lab.paths import ARTIFACTS, EXPERIMENT_NAME
 from mnist_lab.tracking import postgres, serving, ui, view
-from mnist_lab.tracking.sqlite import ARTIFACTS, EXPERIMENT_NAME, without_password
 
 PASSWORD_VARIABLE = "MLFLOW_AUTH_ADMIN_PASSWORD"  # noqa: S105 - the name of a variable, MLflow's own
 PASSWORD_FILE = "admin_password"  # noqa: S105 - the name of a file

@@ -1,4 +1,4 @@
-"""Where the runs are kept, and whether a SQLite store can be read and written. Standard library only."""
+"""Whether a SQLite store can be read and written, and is where it was made. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import importlib.metadata
 import importlib.util
 import os
-import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,23 +14,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from mnist_lab.errors import LabError
+from mnist_lab.paths import ARTIFACTS, CHECKPOINTS, EXPERIMENT_NAME, LOCKS, sqlite_file
 
-EXPERIMENT_NAME = "mnist"  # the one MLflow experiment that holds all runs
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
-SQLITE = "sqlite:///"
-# Folders beside a SQLite database; all but the first are in the project's `mlruns` where a server has the runs.
-ARTIFACTS, CHECKPOINTS, OUTBOX, LOCKS = "artifacts", "checkpoints", "outbox", "locks"
-SEARCHES = "searches.db"  # Optuna's database, in the same place
-OWN_FOLDER = "MNIST_LAB_MLRUNS"  # names that folder for a server's runs, e.g. one that several machines share
 BUSY_TIMEOUT = 4  # seconds that a lock on the database is waited for
 ROOM = 4 * 2**20  # bytes that must be free before a run; one leaves about 1 MB, and the largest network's 5
-# What stands before the last @ of a URI: a user name and a password, as RFC 3986 has them written.
-USER_INFO = re.compile(r"[\w.~!$&()*+,;=:%-]*", re.ASCII)
-# A user name and a password in a URI, alone or in the midst of a text; and what else may be secret in one.
-CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]*://)([^\s'\"/?#:@]*)(:[^\s'\"]*)?@", re.IGNORECASE)
-SECRET_PARAMETER = re.compile(
-    r"([?&;][^\s'\"=&;]*(?:pass|pwd|secret|token|key|odbc_connect)[^\s'\"=&;]*=)[^\s'\"&;#]+", re.IGNORECASE
-)
 # Where MLflow records paths of artifacts.
 LOCATIONS = {
     "experiments": ["artifact_location"],
@@ -39,72 +25,6 @@ LOCATIONS = {
     "logged_models": ["artifact_location"],
     "model_versions": ["source", "storage_location"],
 }
-
-
-def tracking_uri(given: str | None = None) -> str:
-    """Return the URI given, else MLFLOW_TRACKING_URI, else the project's own `mlruns/mlflow.db`.
-
-    A SQLite path comes back absolute: it means the same file whatever the current folder is later.
-
-    Raises:
-        LabError: if a SQLite URI names no file, or one that MLflow would read as another; if a user name or password
-            holds characters that a URI can't.
-    """
-    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
-    file = sqlite_file(uri)
-    if file is None:
-        if uri.startswith("sqlite:"):
-            raise LabError(f"tracking store {uri!r} names no file; give {SQLITE}<path>/mlflow.db")
-        user_info = uri.partition("://")[2].rpartition("@")[0]
-        if not USER_INFO.fullmatch(user_info):
-            scheme = uri.partition(":")[0]
-            raise LabError(
-                f"tracking store {scheme}://...: write other characters than letters, digits and _.~!$&()*+,;=- in its "
-                "user name and password as %XX, e.g. %40 for @"
-            )
-        return uri
-    if "%" in str(file) or "?" in str(file):
-        said = "% and ? have a meaning of their own in a URI; choose another path"
-        raise LabError(f"tracking store {str(file)!r}: {said}")
-    return f"{SQLITE}{file}"
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """Return the absolute path of a SQLite store's database, or None for a store of another kind."""
-    path = uri.removeprefix(SQLITE)
-    return Path(path).absolute() if path and path != uri else None
-
-
-def script_named(name: str) -> str:
-    """Return the name of the script that "step4" is short for, where there is one such script; else the name itself."""
-    scripts = list((PROJECT_ROOT / "experiments").glob(f"{name}_*.py")) if re.fullmatch(r"step\d+", name) else []
-    return scripts[0].stem if len(scripts) == 1 else name
-
-
-def without_password(text: str) -> str:
-    """Return a URI, or a text with URIs, with *** in place of each password and token."""
-
-    def hide(found: re.Match[str]) -> str:
-        scheme, user, password = found.groups()
-        if password is None:  # a token stands alone before a server; before a database, it is a user name
-            return f"{scheme}***@" if scheme.lower() in ("http://", "https://") else found[0]
-        return f"{scheme}{user}:***@"
-
-    return SECRET_PARAMETER.sub(r"\1***", CREDENTIALS.sub(hide, text))
-
-
-def own_files(uri: str) -> list[Path]:
-    """Return the files and folders, there or not, that MLflow and the lab write for a store."""
-    folders = [own_folder(uri) / name for name in (ARTIFACTS, CHECKPOINTS, OUTBOX, LOCKS)]
-    databases = [database for database in (sqlite_file(uri), own_folder(uri) / SEARCHES) if database]
-    endings = ("", "-wal", "-shm", "-journal", ".lock", ".new")
-    return folders + [database.with_name(database.name + ending) for database in databases for ending in endings]
-
-
-def own_folder(uri: str) -> Path:
-    """Return the lab's own folder for a store: the database's, else MNIST_LAB_MLRUNS, else the project's `mlruns`."""
-    database = sqlite_file(uri)
-    return database.parent if database else Path(os.environ.get(OWN_FOLDER) or PROJECT_ROOT / "mlruns").absolute()
 
 
 def check_readable(uri: str) -> None:

@@ -26,22 +26,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, one_line, without_password
+from mnist_lab.paths import ARTIFACTS, EXPERIMENT_NAME, LOCKS, SQLITE, own_folder, sqlite_file, tracking_uri
 from mnist_lab.tracking import view
-from mnist_lab.tracking.delivery import ask, briefly, one_line, why_refused
-from mnist_lab.tracking.sqlite import (
-    ARTIFACTS,
-    EXPERIMENT_NAME,
-    LOCKS,
-    SQLITE,
-    check_readable,
-    check_writable,
-    follow_move,
-    own_folder,
-    sqlite_file,
-    tracking_uri,
-    without_password,
-)
+from mnist_lab.tracking.delivery import ask, briefly, why_refused
+from mnist_lab.tracking.sqlite import check_readable, check_writable, follow_move
 
 # MLflow shows each error of the database with its traceback, and raises it too; one sentence is made of that.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)

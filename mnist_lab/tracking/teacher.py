@@ -14,8 +14,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from torch import Tensor, nn
 
-from mnist_lab.errors import LabError
-from mnist_lab.tracking.delivery import briefly, one_line
+from mnist_lab.errors import LabError, one_line
+from mnist_lab.tracking.delivery import briefly
 from mnist_lab.tracking.store import Store, quiet, search, store_failures
 
 RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")

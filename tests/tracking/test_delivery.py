@@ -112,7 +112,7 @@ def test_records_of_another_run_than_their_folder_says_stay(uri: str) -> None:
 def test_a_password_is_not_kept_and_the_records_find_their_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnist_lab.tracking.sqlite.PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr("mnist_lab.paths.PROJECT_ROOT", tmp_path)
     uri = "postgresql://bob:pass-word@host/runs"
 
     outbox = waiting(uri, "abc")

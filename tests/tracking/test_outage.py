@@ -33,12 +33,13 @@ import tiny
 from forkserver import PATIENCE, Program, processes
 from helpers import TINY, TrackedRun, read_runs, wait_until, within
 from mnist_lab import __main__ as jobs
+from mnist_lab import paths
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
-from mnist_lab.tracking import delivery, sqlite
+from mnist_lab.tracking import delivery
 from mnist_lab.tracking import run as tracking
 from mnist_lab.tracking.outbox import Outbox, Record, all_outboxes
 from mnist_lab.tracking.run import track
@@ -109,7 +110,7 @@ def server(one_server: Server) -> Server:
 @pytest.fixture(autouse=True)
 def outboxes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Keep what waits in this test's own folder, and ask a server that is away again at once."""
-    monkeypatch.setattr("mnist_lab.tracking.sqlite.PROJECT_ROOT", tmp_path / "project")
+    monkeypatch.setattr("mnist_lab.paths.PROJECT_ROOT", tmp_path / "project")
     monkeypatch.setattr(tracking, "ASK_AGAIN_SECONDS", 0)
     return tmp_path / "project" / "mlruns" / "outbox"
 
@@ -306,7 +307,7 @@ def die() -> None:
 
 
 def die_without_a_server(experiment: Experiment, uri: str, server_pid: int, project: Path) -> None:
-    sqlite.PROJECT_ROOT = project
+    paths.PROJECT_ROOT = project
     tracking.ASK_AGAIN_SECONDS = 0
     train(experiment, uri, After(epoch_1=lambda: os.kill(server_pid, signal.SIGKILL), epoch_3=die))
 

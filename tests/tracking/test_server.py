@@ -24,8 +24,9 @@ import forkserver
 from forkserver import PATIENCE, Program, processes, run_program
 from helpers import TINY, wait_until
 from load_workers import log_points, value
+from mnist_lab import paths
 from mnist_lab.errors import LabError
-from mnist_lab.tracking import postgres, serving, sqlite
+from mnist_lab.tracking import postgres, serving
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.server import Settings
 from mnist_lab.tracking.store import open_store
@@ -57,7 +58,7 @@ def free_port() -> int:
 
 def begin(project: Path, *, anew: bool = False) -> None:
     serving.START_TIMEOUT = postgres.START_TIMEOUT = PATIENCE
-    sqlite.PROJECT_ROOT = project
+    paths.PROJECT_ROOT = project
     if anew:  # MLflow's module of passwords can't be loaded in a copy of a process that has MLflow
         forkserver._can_be_copied = lambda: False
 
@@ -128,7 +129,7 @@ def team(one_team: Team) -> Team:
 
 @pytest.fixture(autouse=True)
 def _nothing_waits_in_the_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("mnist_lab.tracking.sqlite.PROJECT_ROOT", tmp_path / "project")
+    monkeypatch.setattr("mnist_lab.paths.PROJECT_ROOT", tmp_path / "project")
     for name in ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_AUTH_ADMIN_USERNAME"):
         monkeypatch.delenv(name, raising=False)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mnist_lab.errors import LabError
-from mnist_lab.tracking.sqlite import check_readable, sqlite_file, tracking_uri, without_password
+from mnist_lab.errors import LabError, without_password
+from mnist_lab.paths import sqlite_file, tracking_uri
+from mnist_lab.tracking.sqlite import check_readable
 from mnist_lab.tracking.store import quiet
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,73 @@
+"""Where things are: the project, the tracking store, and the lab's own folders beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from mnist_lab.errors import LabError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+SQLITE = "sqlite:///"
+EXPERIMENT_NAME = "mnist"  # the one MLflow experiment that holds all runs
+# Folders beside a SQLite database; all but the first are in the project's `mlruns` where a server has the runs.
+ARTIFACTS, CHECKPOINTS, OUTBOX, LOCKS = "artifacts", "checkpoints", "outbox", "locks"
+SEARCHES = "searches.db"  # Optuna's database, in the same place
+OWN_FOLDER = "MNIST_LAB_MLRUNS"  # names that folder for a server's runs, e.g. one that several machines share
+# What stands before the last @ of a URI: a user name and a password, as RFC 3986 has them written.
+USER_INFO = re.compile(r"[\w.~!$&()*+,;=:%-]*", re.ASCII)
+
+
+def tracking_uri(given: str | None = None) -> str:
+    """Return the URI given, else MLFLOW_TRACKING_URI, else the project's own `mlruns/mlflow.db`.
+
+    A SQLite path comes back absolute: it means the same file whatever the current folder is later.
+
+    Raises:
+        LabError: if a SQLite URI names no file, or one that MLflow would read as another; if a user name or password
+            holds characters that a URI can't.
+    """
+    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
+    file = sqlite_file(uri)
+    if file is None:
+        if uri.startswith("sqlite:"):
+            raise LabError(f"tracking store {uri!r} names no file; give {SQLITE}<path>/mlflow.db")
+        user_info = uri.partition("://")[2].rpartition("@")[0]
+        if not USER_INFO.fullmatch(user_info):
+            scheme = uri.partition(":")[0]
+            raise LabError(
+                f"tracking store {scheme}://...: write other characters than letters, digits and _.~!$&()*+,;=- in its "
+                "user name and password as %XX, e.g. %40 for @"
+            )
+        return uri
+    if "%" in str(file) or "?" in str(file):
+        message = "% and ? have a meaning of their own in a URI; choose another path"
+        raise LabError(f"tracking store {str(file)!r}: {message}")
+    return f"{SQLITE}{file}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the absolute path of a SQLite store's database, or None for a store of another kind."""
+    path = uri.removeprefix(SQLITE)
+    return Path(path).absolute() if path and path != uri else None
+
+
+def own_folder(uri: str) -> Path:
+    """Return the lab's own folder for a store: the database's, else MNIST_LAB_MLRUNS, else the project's `mlruns`."""
+    database = sqlite_file(uri)
+    return database.parent if database else Path(os.environ.get(OWN_FOLDER) or PROJECT_ROOT / "mlruns").absolute()
+
+
+def own_files(uri: str) -> list[Path]:
+    """Return the files and folders, there or not, that MLflow and the lab write for a store."""
+    folders = [own_folder(uri) / name for name in (ARTIFACTS, CHECKPOINTS, OUTBOX, LOCKS)]
+    databases = [database for database in (sqlite_file(uri), own_folder(uri) / SEARCHES) if database]
+    endings = ("", "-wal", "-shm", "-journal", ".lock", ".new")
+    return folders + [database.with_name(database.name + ending) for database in databases for ending in endings]
+
+
+def script_named(name: str) -> str:
+    """Return the name of the script that "step4" is short for, where there is one such script; else the name itself."""
+    scripts = list((PROJECT_ROOT / "experiments").glob(f"{name}_*.py")) if re.fullmatch(r"step\d+", name) else []
+    return scripts[0].stem if len(scripts) == 1 else name
