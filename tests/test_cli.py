@@ -27,10 +27,11 @@ from forkserver import SIGNALS, Program, run_program
 from helpers import ROOT, TINY, Terminal, TrackedRun, copy_store, read_runs, wait_until
 from mnist_lab.cli import main
 from mnist_lab.commandline import interrupt_on_signals
-from mnist_lab.console import SUMMARY_METRICS_WITH_HOLD_OUT, StudyConsole, epoch_line, print_result
+from mnist_lab.console import StudyConsole, epoch_line, print_result
 from mnist_lab.experiment import SUMMARY_METRICS
 from mnist_lab.running.job import Job
 from mnist_lab.training.loop import EpochMetrics
+from mnist_lab.verdicts.measures import HELD_OUT
 
 Load = Callable[[str], ModuleType]
 STEP1 = ROOT / "experiments" / "step1_baseline.py"
@@ -186,7 +187,7 @@ def test_the_end_of_a_run_names_the_comparison_that_has_it(
 ) -> None:
     from mnist_lab.running.run import RunResult
 
-    names = SUMMARY_METRICS_WITH_HOLD_OUT if "holdout" in given else SUMMARY_METRICS
+    names = HELD_OUT.summary if "holdout" in given else SUMMARY_METRICS
     measured = dict.fromkeys(names, 1.0)
     print_result(RunResult("abc", [], measured, []), dataclasses.replace(declared_by(STEP1, load_script), **given))
     assert f"{command} sets it beside the others." in capsys.readouterr().out
