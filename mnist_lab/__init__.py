@@ -16,6 +16,7 @@ __all__ = ["Experiment", "Predictions", "Targets", "main", "predict"]
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads both once, when it is imported
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # else GitPython can't be imported where there is no git
 
 
 def __getattr__(name: str) -> object:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import logging
+import re
 import signal
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, nullcontext
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from mnist_lab.commandline import interrupt_on_signals, number_from, sentences
+from mnist_lab.arguments import stable_text
+from mnist_lab.commandline import DATA_DIR, TRACKING_URI, add_flags, interrupt_on_signals, number_from, sentences
 from mnist_lab.console import (
     Console,
     SearchConsole,
@@ -26,8 +28,9 @@ from mnist_lab.console import (
     print_study,
     say_what_is_done,
 )
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, is_script
 from mnist_lab.experiment import Experiment, quoted
+from mnist_lab.mistakes import explain_mistakes
 from mnist_lab.paths import tracking_uri
 from mnist_lab.running import declaration
 from mnist_lab.running.output import lasting_output
@@ -45,6 +48,11 @@ MAX_SEEDS = 10_000  # of one study
 MAX_TRIALS = 100_000  # of one search
 HELD_OUT = 10_000  # images that a search is judged by, unless told otherwise
 MAX_THREADS = 1_024  # starting very many ends the process
+CLUSTER = (
+    "train a study or a search on this Ray cluster: HOST:PORT of its head, or ray://HOST:PORT from a machine that "
+    "is no node of it; auto: the one of RAY_ADDRESS, else the one of this machine, else one that is started here "
+    "for the time of the command (docs/cluster.md)"
+)
 
 
 def main(
@@ -62,9 +70,9 @@ def main(
     if declaration.only_read(experiment):
         return
     with lasting_output(), sentences():
-        script = Path(sys.argv[0]).resolve()
-        _refuse_second_call(script)
-        arguments = _parse(script, argv)
+        script = _started_script(sys._getframe(1).f_code.co_filename)
+        experiment.check()
+        arguments = _parse(script, experiment, argv)
         say_what_is_done()
         _notice_draws()
         logger.info("Preparing %s: starting MLflow", script.stem)
@@ -72,10 +80,36 @@ def main(
         interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
         if arguments.search is not None or arguments.confirm is not None:
             _search(job, search, arguments)
-        elif arguments.seeds is None:
-            _run(job, arguments.seed or 0, resume)
-        else:
+        elif arguments.seeds is not None:
             _study(job, arguments)
+        else:
+            _run(job, arguments.seed or 0, resume)
+
+
+def _started_script(caller: str) -> Path:
+    """Return the script that was started; `caller` is the file of the code that calls `main`.
+
+    Raises:
+        LabError: if there is none, as in a notebook, or if it has called `main` before: a run is told by its script.
+    """
+    script = Path(sys.argv[0]).resolve()
+    if not (is_script(script) and Path(caller).exists()):
+        raise LabError(
+            "main: is not called from a script, whose name and code tell its runs from others; save the cell as "
+            "experiments/NAME.py (%%writefile experiments/NAME.py) and start it by `make NAME`"
+        )
+    program = sys.modules["__main__"]
+    if Path(getattr(program, "__file__", None) or "").resolve() == script:  # else a program has called it
+        if program in _have_called_main:
+            raise LabError(
+                f"script: {script.name} calls main a second time; its runs would not be told apart. "
+                "Give each experiment a script of its own, or vary a value with --set"
+            )
+        _have_called_main.add(program)
+    return script
+
+
+_have_called_main: weakref.WeakSet[ModuleType] = weakref.WeakSet()
 
 
 def _notice_draws() -> None:
@@ -93,19 +127,18 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     from mnist_lab.running import checkpoint
     from mnist_lab.running.job import Job, choose_device
 
-    experiment.check()
     changes: dict[str, object] = dict(assignment(text) for text in arguments.set)
     given = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
     changes |= {name: value for name, value in given.items() if value is not None}
     changed, overrides = experiment.override(changes)
     resume, uri = None, tracking_uri(arguments.tracking_uri)
-    if arguments.resume is not None:
+    searching = arguments.search is not None or arguments.confirm is not None
+    if arguments.resume is not None and arguments.seeds is None and not searching:  # these go on by themselves
         wanted = {name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")}
         wanted_changes = {name: overrides.get(name) for name in changes}  # None: as declared
         resume = checkpoint.find(uri, script.stem, arguments.resume, changes=wanted_changes, **wanted)
         changed, overrides = experiment.override(resume.changes)
         arguments.seed, arguments.limit, arguments.holdout = resume.seed, resume.limit, resume.holdout
-    searching = arguments.search is not None or arguments.confirm is not None
     job = Job(
         script=script,
         experiment=changed,
@@ -121,45 +154,37 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     return job, resume
 
 
-def _parse(script: Path, argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = parser(script)
+def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> argparse.Namespace:
+    flags = parser(script, experiment)
     arguments = flags.parse_args(argv)
-    several = [name for name in ("seeds", "search", "confirm") if getattr(arguments, name) is not None]
-    if several and arguments.threads is not None:
-        flags.error(f"argument --threads: not allowed with --{several[-1]}, whose processes have one thread each")
-    for name in ("workers", "again", "cluster"):
-        if not several and getattr(arguments, name):
-            flags.error(f"argument --{name}: only allowed with --seeds or --search")
-    if arguments.resume is not None and several:
-        flags.error(
-            f"argument --{several[-1]}: not allowed with --resume: it goes on by itself where it was interrupted"
-        )
-    if arguments.search_seeds is not None and arguments.search is None:
-        flags.error("argument --search-seeds: only allowed with --search")
-    if arguments.confirm is not None and (arguments.seeds is None or arguments.again):
-        flags.error("argument --confirm: give --seeds N with it, and no --again")
-    for name, value in vars(arguments).items():
-        for text in map(str, value if isinstance(value, list) else [value]):
-            # Bytes that are no UTF-8 come as lone surrogates, which neither a file name nor a database can hold.
-            if "\0" in text or text != text.encode("utf-8", "ignore").decode("utf-8"):
-                flags.error(f"argument --{name.replace('_', '-')}: {text!r} is not text in UTF-8")
+    for refusal in (*_wrong_combinations(arguments), *_wrong_texts(arguments)):
+        flags.error(f"argument --{refusal}")
     return arguments
 
 
-def _refuse_second_call(script: Path) -> None:
-    """Refuse to train a second experiment under the name of one script; raises LabError."""
-    program = sys.modules["__main__"]
-    if Path(getattr(program, "__file__", None) or "").resolve() != script:  # in a notebook, or called by a program
-        return
-    if program in _have_called_main:
-        raise LabError(
-            f"script: {script.name} calls main a second time; its runs would not be told apart. "
-            "Give each experiment a script of its own, or vary a value with --set"
-        )
-    _have_called_main.add(program)
+def _wrong_combinations(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield the flags that don't go with the others, and why."""
+    given = [name for name, value in vars(arguments).items() if value not in (None, False)]
+    several = [name for name in ("seeds", "search", "confirm") if name in given]
+    if not several:
+        alone = [name for name in ("workers", "again", "cluster") if name in given]
+        yield from (f"{name}: only allowed with --seeds or --search" for name in alone)
+    if several and arguments.resume:
+        yield f"resume: --{several[-1]} goes on by itself where it stopped, not with the run {arguments.resume}"
+    if "threads" in given and "cluster" in given:
+        yield "threads: not allowed with --cluster, whose tasks have one thread each"
+    if "search_seeds" in given and "search" not in given:
+        yield "search-seeds: only allowed with --search"
+    if "confirm" in given and ("seeds" not in given or arguments.again):
+        yield "confirm: give --seeds N with it, and no --again"
 
 
-_have_called_main: weakref.WeakSet[ModuleType] = weakref.WeakSet()
+def _wrong_texts(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield the flags whose text neither a file name nor a database can hold."""
+    for name, value in vars(arguments).items():
+        for text in map(str, value if isinstance(value, list) else [value]):
+            if "\0" in text or text != text.encode("utf-8", "ignore").decode("utf-8"):
+                yield f"{name.replace('_', '-')}: {text!r} is not text in UTF-8"
 
 
 def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
@@ -180,7 +205,7 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
     consequence = "Runs that had begun are marked KILLED; the same command trains only the seeds that are missing."
     with (
         sentences(consequence),
-        _cluster(arguments) as cluster,
+        _cluster(arguments.cluster) as cluster,
         closing(StudyConsole(job.experiment.epochs)) as console,
     ):
         result = study(job, arguments.seeds, console, workers=arguments.workers, again=arguments.again, cluster=cluster)
@@ -196,7 +221,7 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
     from mnist_lab.running import search
 
     consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
-    with sentences(consequence), _cluster(arguments) as cluster, closing(SearchConsole()) as console:
+    with sentences(consequence), _cluster(arguments.cluster) as cluster, closing(SearchConsole()) as console:
         if arguments.search is None:
             confirmed = search.confirm(
                 job, space, arguments.confirm, arguments.seeds, console, workers=arguments.workers, cluster=cluster
@@ -223,32 +248,29 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
         sys.exit(1)
 
 
-@contextmanager
-def _cluster(arguments: argparse.Namespace) -> Iterator[Cluster | None]:
+def _cluster(address: str | None) -> AbstractContextManager[Cluster | None]:
     """Give the cluster that is asked for; it is connected to when there is something to train."""
-    if arguments.cluster is None:
-        yield None
-        return
+    if address is None:
+        return nullcontext()
     from mnist_lab.running.cluster import Cluster
 
-    with closing(Cluster(arguments.cluster)) as cluster:
-        yield cluster
+    return closing(Cluster(address))
 
 
-def parser(script: Path) -> argparse.ArgumentParser:
+def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     """Return the flags that every experiment script takes; their help ends with what the script declares."""
+    declared = (f"{name}={stable_text(value)}" for name, value in experiment.hyperparameters().items())
     parser = argparse.ArgumentParser(
         prog=script.name,
         description=f"Train {script.stem} on MNIST and track the run in MLflow.",
-        epilog=_declaration(script),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"declared: {' '.join(declared)}".replace("%", "%%"),
     )
     add = parser.add_argument
     add("--epochs", type=number_from(), help="epochs to train (an override)")
     add("--batch-size", type=number_from(), help="images per batch (an override)")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=number_from(0), help="of weights, order, dropout, augmentation (default 0)")
-    several = "a study: so many seeds, from 0 on, or these seeds (3,7,9); finished ones are not trained again"
+    several = "a study: so many seeds, from 0 on, or these (3,7,9 or 0-9); finished ones are not trained again"
     seeds.add_argument("--seeds", type=_seeds, metavar="N", help=several)
     trials = "a search: train N trials of the script's SEARCH, judged on held-out images; the same command goes on"
     seeds.add_argument("--search", type=number_from(1, MAX_TRIALS), metavar="N", help=trials)
@@ -256,22 +278,16 @@ def parser(script: Path) -> argparse.ArgumentParser:
     add("--search-seeds", type=number_from(1, MAX_SEEDS), metavar="K", help=per_trial)
     best = "train the best M trials of a search again, with --seeds N that it has not used"
     add("--confirm", type=number_from(1, MAX_TRIALS), metavar="M", help=best)
-    processes = "processes of a study or a search on a CPU (default: one per core)"
+    processes = "processes of a study or a search on a CPU (default: one per core, fewer with --threads)"
     add("--workers", type=number_from(1), metavar="N", help=processes)
-    cluster = (
-        "train a study or a search on this Ray cluster: HOST:PORT of its head, or ray://HOST:PORT from a machine that "
-        "is no node of it; auto: the one of RAY_ADDRESS, else the one of this machine, else one that is started here "
-        "for the time of the command (docs/cluster.md)"
-    )
-    add("--cluster", metavar="ADDRESS", help=cluster)
+    add("--cluster", metavar="ADDRESS", help=CLUSTER)
     which = "continue the newest interrupted run of this script that has the other flags, or this one"
     add("--resume", nargs="?", const="", metavar="RUN_ID", help=which)
     add("--again", action="store_true", help="train all seeds of a study, finished or not; begin a new search")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    threads = "of torch on a CPU (default: one per core; give 1 beside other work)"
+    threads = "of torch on a CPU (default: one per core, or 1 in a study or search; give 1 beside other work)"
     add("--threads", type=number_from(1, MAX_THREADS), metavar="N", help=threads)
-    add("--data-dir", type=Path, help="where MNIST is kept (default: MNIST_LAB_DATA, else data/)")
-    add("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
+    add_flags(parser, (DATA_DIR, TRACKING_URI))
     add("--limit", type=number_from(1), metavar="N", help="train on the first N images, for a quick look")
     held_out = "hold out N training images for validation; the test images are read once, at the end"
     add("--holdout", type=number_from(1), metavar="N", help=held_out)
@@ -280,32 +296,28 @@ def parser(script: Path) -> argparse.ArgumentParser:
     return parser
 
 
-def _declaration(script: Path) -> str:
-    """Return the lines of a script that say `... = Experiment(...)`."""
-    try:
-        source = script.read_text(encoding="utf-8")
-        statements = ast.parse(source).body
-    except (OSError, SyntaxError, ValueError):  # a program without a file, or one in another encoding
-        return ""
-    for statement in statements:
-        call = statement.value if isinstance(statement, ast.Assign) else None
-        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("Experiment"):
-            return f"declared here:\n{ast.get_source_segment(source, statement)}"
-    return ""
-
-
 def _seeds(text: str) -> Sequence[int]:
-    """Read "10" as the seeds 0 to 9, and "3,7,9" as these."""
-    parts = text.split(",")
-    count = len(parts) if len(parts) > 1 else number_from(1)(text)
-    if count > MAX_SEEDS:
+    """Read "10" as the seeds 0 to 9, "3,7,9" as these, and "0-4,9" as those from 0 to 4, and 9."""
+    if re.fullmatch("[^-,]*|-.*", text):
+        ranges = [range(number_from(1)(text))]
+    else:
+        ranges = [_seeds_from_to(part.strip()) for part in text.split(",")]
+    if (count := sum(map(len, ranges))) > MAX_SEEDS:
         raise argparse.ArgumentTypeError(f"{count:,} seeds are more than {MAX_SEEDS:,}")
-    if len(parts) == 1:
-        return range(count)
-    seeds = [number_from(0)(part.strip()) for part in parts]
+    seeds = [*chain(*ranges)]
     if twice := [seed for seed, times in Counter(seeds).items() if times > 1]:
         raise argparse.ArgumentTypeError(f"the seed {twice[0]} is there twice in {text!r}")
     return seeds
+
+
+def _seeds_from_to(text: str) -> range:
+    first, dash, last = text.partition("-")
+    if not (first and dash):
+        return range(seed := number_from(0)(text), seed + 1)
+    low, high = number_from(0)(first), number_from(0)(last)
+    if high < low:
+        raise argparse.ArgumentTypeError(f"{text!r} ends before it begins")
+    return range(low, high + 1)
 
 
 def assignment(text: str) -> tuple[str, str]:
@@ -314,3 +326,6 @@ def assignment(text: str) -> tuple[str, str]:
     if not (name and value):
         raise LabError(f"--set: {quoted(text)} is not NAME=VALUE, e.g. lr=0.05")
     return name, value
+
+
+explain_mistakes()  # a script imports this module before it declares anything

@@ -61,7 +61,8 @@ def script_line(error: BaseException) -> str:
 
 def is_script(file: Path) -> bool:
     """Say whether a file is the user's own code: neither the lab's nor a library's."""
-    lab, standard_library = Path(__file__).parent, Path(inspect.__file__).parent
-    if file.is_relative_to(lab) or file.is_relative_to(standard_library):
+    file = file.resolve()
+    libraries = Path(__file__).resolve().parent, Path(inspect.__file__).resolve().parent
+    if any(map(file.is_relative_to, libraries)) or {"site-packages", "dist-packages"} & {*file.parts}:
         return False
-    return "site-packages" not in file.parts and file.suffix == ".py" and file.exists()
+    return file.suffix == ".py" and file.is_file()

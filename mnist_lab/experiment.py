@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from operator import attrgetter
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch.nn.functional as F
+from pydantic import Field, InstanceOf, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from mnist_lab.arguments import LAMBDA, held, stable_text
+from mnist_lab.arguments import LAMBDA, defaults, held, stable_text
 from mnist_lab.errors import LabError
+from mnist_lab.mistakes import did_you_mean, unknown_argument
 from mnist_lab.numerals import finite_number, whole_number
 
 # What is measured once per run; `reported` figures go by the same names, so that the two can stand side by side.
@@ -33,7 +35,7 @@ SUMMARY_METRICS = (
     "final_test_loss",
 )
 
-# The declared parts that take arguments. Only for these do default values count as declared:
+# The declared parts that take arguments. Only for PARTS_WITH_DEFAULTS do default values count as declared:
 # their signatures are the script's or the lab's own, while a torch optimiser has a dozen defaults that nobody chose.
 PARTS = ("optimizer", "scheduler", "loss", "net", "augmentation", "objective", "average")
 PARTS_WITH_DEFAULTS = ("net", "augmentation", "objective")
@@ -113,11 +115,8 @@ class Experiment:
         """Take Python's numbers for numpy's, which neither a params' text nor JSON is made for."""
         for name in ("epochs", "batch_size", "normalize"):
             value = getattr(self, name)
-            if isinstance(value, np.generic):
-                object.__setattr__(self, name, value.item())
-            elif isinstance(value, tuple):
-                numbers = tuple(one.item() if isinstance(one, np.generic) else one for one in value)
-                object.__setattr__(self, name, numbers)
+            plain = tuple(map(_plain_number, value)) if isinstance(value, tuple) else _plain_number(value)
+            object.__setattr__(self, name, plain)
 
     def check(self) -> None:
         """Refuse values that can't be right on their face. What only torch can judge, `rehearsal.rehearse` tries.
@@ -125,54 +124,24 @@ class Experiment:
         Raises:
             LabError: naming the field, its value and what is allowed.
         """
-        _check_count("epochs", self.epochs)
-        _check_count("batch_size", self.batch_size)
+        for name, (allowed, words) in ALLOWED.items():
+            value = attrgetter(name)(self)
+            try:
+                allowed.validate_python(value, strict=True)
+            except ValidationError:
+                raise LabError(f"{name}: {quoted(value)} is not {words}") from None
+        accuracy = self.targets.accuracy
+        if accuracy is not None and accuracy <= 1:
+            raise LabError(f"targets.accuracy: {quoted(accuracy)} is in percent; write {100 * accuracy:g}")
         for part in PARTS:
             value = getattr(self, part)
-            if value is None and part in OPTIONAL_PARTS:
-                continue
-            if not callable(value):
-                raise LabError(
-                    f"{part}: {quoted(value)} can't be called; give a class or function, or a partial of one"
-                )
-            if part == "net" and isinstance(value, nn.Module):
-                name = type(value).__name__
-                raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
-            if part in ("augmentation", "loss", "objective") and isinstance(_function(value), type):
-                raise LabError(f"{part}: {_name(value)} is a class; give an object of it, {_name(value)}(...)")
-            if isinstance(value, functools.partial) and value.args:
-                raise LabError(f"{part}: give the arguments of partial({_name(value)}, ...) by keyword")
-            if part != "net" and _name(value) == LAMBDA:
-                raise LabError(f"{part}: is a lambda; {NAME_IT}")
-            for name, argument in _logged(part, value).items():
-                if not isinstance(argument, str) and LAMBDA in (text := stable_text(argument)):
-                    raise LabError(f"{part}: {name} {'is' if text == LAMBDA else 'holds'} a lambda; {NAME_IT}")
+            if value is not None or part not in OPTIONAL_PARTS:
+                _check_part(part, value)
         if self.loss is not None and self.objective is not None:
             raise LabError(
                 f"objective: {_name(self.objective)} and the loss {_name(self.loss)} are both declared; "
                 "give one of them, as the objective returns the loss itself"
             )
-        _check_normalize(self.normalize)
-        interval: object = self.scheduler_interval
-        if not (isinstance(interval, str) and interval in ("epoch", "batch")):
-            raise LabError(f"scheduler_interval: {quoted(interval)} is neither 'epoch' nor 'batch'")
-        if not isinstance(self.targets, Targets):
-            raise LabError(f"targets: {quoted(self.targets)} is not a Targets(accuracy=..., params=..., epochs=...)")
-        accuracy = self.targets.accuracy
-        if accuracy is not None and not (_is_number(accuracy) and 0 < accuracy <= 100):
-            raise LabError(f"targets.accuracy: {quoted(accuracy)} is not a percentage above 0 and up to 100")
-        if accuracy is not None and accuracy <= 1:
-            raise LabError(f"targets.accuracy: {quoted(accuracy)} is in percent; write {100 * accuracy:g}")
-        for name in ("params", "epochs"):
-            if (limit := getattr(self.targets, name)) is not None:
-                _check_count(f"targets.{name}", limit)
-        if not isinstance(self.reported, Mapping):
-            raise LabError(f"reported: {quoted(self.reported)} is not a dict of figures by name")
-        for name, figure in self.reported.items():
-            if name not in SUMMARY_METRICS:
-                raise LabError(f"reported: unknown figure {quoted(name)}; allowed are {', '.join(SUMMARY_METRICS)}")
-            if not _is_number(figure):
-                raise LabError(f"reported: {name}={quoted(figure)} is not a number")
 
     def hyperparameters(self) -> dict[str, object]:
         """Return every declared hyperparameter, flat: `batch_size epochs optimizer lr momentum scheduler ...`.
@@ -211,27 +180,19 @@ class Experiment:
         fields: dict[str, Any] = {}
         different: dict[str, object] = {}
         for name, given in changes.items():
-            if name in NAMES_OF_PARTS:
-                raise LabError(f"{name}: can't be set from the command line; copy the script and declare it there")
-            if name not in declared:
-                settable = [key for key in declared if key not in NAMES_OF_PARTS]
-                raise LabError(
-                    f"{_plain(name)}: not a hyperparameter of this experiment{_did_you_mean(name, settable)}; "
-                    f"declared are {', '.join(settable)}"
-                )
+            _check_settable(name, declared)
             value = _like(name, given, declared[name])
             if stable_text(value) == stable_text(declared[name]):
                 continue
             different[name] = value
             part, argument = self.where(name)
-            if part is not None and argument not in _arguments(part, getattr(self, part)):
-                raise LabError(
-                    f"{name}: {_name(getattr(self, part))} was made with it; copy the script and declare it there"
-                )
             if part is None:
                 fields[argument] = value
-            else:
-                fields[part] = functools.partial(fields.get(part, getattr(self, part)), **{argument: value})
+                continue
+            declared_part = getattr(self, part)
+            if argument not in _arguments(part, declared_part):
+                raise LabError(f"{name}: {_name(declared_part)} was made with it; copy the script and declare it there")
+            fields[part] = functools.partial(fields.get(part, declared_part), **{argument: value})
         return dataclasses.replace(self, **fields), different
 
     def where(self, name: str) -> tuple[str | None, str]:
@@ -263,54 +224,7 @@ def _arguments(part: str, value: Callable[..., object] | None) -> dict[str, obje
     if value is None:
         return {}
     given: dict[str, object] = dict(value.keywords) if isinstance(value, functools.partial) else {}
-    if part not in PARTS_WITH_DEFAULTS:
-        return given
-    try:
-        parameters = inspect.signature(value).parameters.values()
-    except (TypeError, ValueError):  # a callable written in C has no signature
-        return given
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return {**defaults, **given}
-
-
-def _like(name: str, given: object, declared: object) -> object:
-    """Return a given value in the declared value's type, or refuse it."""
-    value = _read(given, declared) if isinstance(given, str) and not isinstance(declared, str) else given
-    if isinstance(declared, float):
-        if _is_number(value):
-            return float(value)  # type: ignore[arg-type]
-    elif declared is None or type(value) is type(declared):
-        return value
-    kind = {"int": "a whole number", "float": "a finite number", "bool": "True or False", "tuple": "a tuple"}
-    wanted = kind.get(type(declared).__name__, f"a {type(declared).__name__}")
-    raise LabError(f"{name}: {quoted(given)} is not {wanted} (the declared value is {quoted(declared)})")
-
-
-def _read(text: str, declared: object) -> object:
-    """Return the value that a text from the command line stands for, or the text itself."""
-    try:
-        if isinstance(declared, int | float) and not isinstance(declared, bool):
-            return whole_number(text) if isinstance(declared, int) else finite_number(text)
-        return ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise LabError(f"{name}: {quoted(value)} is not a whole number of at least 1")
-    if value > MAX_COUNT:
-        raise LabError(f"{name}: {quoted(value)} is more than {MAX_COUNT:,}")
-
-
-def _check_normalize(value: object) -> None:
-    pair = isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
-    if not (isinstance(value, tuple) and pair and value[1] > 0):
-        raise LabError(f"normalize: {quoted(value)} is not a pair (mean, standard deviation), the latter above 0")
+    return {**defaults(value), **given} if part in PARTS_WITH_DEFAULTS else given
 
 
 def quoted(value: object) -> str:
@@ -322,11 +236,109 @@ def quoted(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def _plain(name: str) -> str:
-    """Return a name as it is if it can be printed, else what `quoted` makes of it."""
-    return name if name.isprintable() and 0 < len(name) <= MAX_SHOWN else quoted(name)
+def _check_settable(name: str, declared: Mapping[str, object]) -> None:
+    if name in NAMES_OF_PARTS:
+        raise LabError(f"{name}: can't be set from the command line; copy the script and declare it there")
+    if name not in declared:
+        settable = [key for key in declared if key not in NAMES_OF_PARTS]
+        raise LabError(
+            f"{name if name.isprintable() and len(name) < 100 else quoted(name)}: not a hyperparameter of this "
+            f"experiment{did_you_mean(name, settable)}; declared are {', '.join(settable)}"
+        )
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _like(name: str, given: object, declared: object) -> object:
+    """Return a given value in the declared value's type, or refuse it."""
+    value = _read(given, type(declared)) if isinstance(given, str) and not isinstance(declared, str) else given
+    if isinstance(declared, float):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+            return float(value)
+    elif declared is None or type(value) is type(declared):
+        return value
+    kind = {"int": "a whole number", "float": "a finite number", "bool": "True or False", "tuple": "a tuple"}
+    wanted = kind.get(type(declared).__name__, f"a {type(declared).__name__}")
+    raise LabError(f"{name}: {quoted(given)} is not {wanted} (the declared value is {quoted(declared)})")
+
+
+def _read(text: str, kind: type) -> object:
+    """Return the value that a text from the command line stands for, or the text itself."""
+    readers: dict[type, Callable[[str], object]] = {int: whole_number, float: finite_number}
+    read: Callable[[str], object] = readers.get(kind, ast.literal_eval)
+    try:
+        return read(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _plain_number(value: object) -> object:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_part(part: str, value: Any) -> None:
+    """Refuse what can't be called as this part, and arguments that it can't be given; raises LabError."""
+    name = _name(value)
+    if part == "net" and isinstance(value, nn.Module):
+        raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
+    if not callable(value):
+        raise LabError(f"{part}: {quoted(value)} can't be called; give a class or function, or a partial of one")
+    if part in ("augmentation", "loss", "objective") and isinstance(_function(value), type):
+        raise LabError(f"{part}: {name} is a class; give an object of it, {name}(...)")
+    if isinstance(value, functools.partial) and value.args:
+        raise LabError(f"{part}: give the arguments of partial({name}, ...) by keyword")
+    if part != "net" and name == LAMBDA:
+        raise LabError(f"{part}: is a lambda; {NAME_IT}")
+    for argument, given in _logged(part, value).items():
+        if not isinstance(given, str) and LAMBDA in (text := stable_text(given)):
+            raise LabError(f"{part}: {argument} {'is' if text == LAMBDA else 'holds'} a lambda; {NAME_IT}")
+    _check_arguments(part, value)
+
+
+def _check_arguments(part: str, value: Callable[..., object]) -> None:
+    """Refuse arguments of a partial that its function does not have, and numbers written as text."""
+    if not isinstance(value, functools.partial):
+        return
+    try:
+        parameters = inspect.signature(_function(value)).parameters
+    except (TypeError, ValueError):  # a callable written in C has no signature
+        return
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name, given in value.keywords.items():
+        if name not in parameters and not takes_any:
+            raise LabError(f"{part}: {unknown_argument(_name(value), list(parameters)[1:], name, quoted(given))}")
+        usual = parameters[name].default if name in parameters else None
+        if isinstance(given, str) and not isinstance(usual, str) and _is_number(given):
+            raise LabError(f"{part}: {name}={given!r} is text; write {name}={given.strip()}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        finite_number(text.strip())
+    except ValueError:
+        return False
+    return True
+
+
+def _allowed(kind: Any, words: str) -> tuple[TypeAdapter[Any], str]:
+    return TypeAdapter(kind), words
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+A_COUNT = f"a whole number of at least 1 and at most {MAX_COUNT:,}"
+
+# What is allowed in each field that is no part, and in words. In the order in which they are checked.
+ALLOWED = {
+    "epochs": _allowed(Count, A_COUNT),
+    "batch_size": _allowed(Count, A_COUNT),
+    "normalize": _allowed(tuple[Number, Positive], "a pair (mean, standard deviation), the latter above 0"),
+    "scheduler_interval": _allowed(Literal["epoch", "batch"], "'epoch' or 'batch'"),
+    "targets": _allowed(InstanceOf[Targets], "a Targets(accuracy=..., params=..., epochs=...)"),
+    "targets.accuracy": _allowed(Annotated[Positive, Field(le=100)] | None, "a percentage above 0 and up to 100"),
+    "targets.params": _allowed(Count | None, A_COUNT),
+    "targets.epochs": _allowed(Count | None, A_COUNT),
+    "reported": _allowed(
+        Mapping[Literal[SUMMARY_METRICS], Number],  # type: ignore[valid-type]
+        f"a dict of numbers, by names among {', '.join(SUMMARY_METRICS)}",
+    ),
+}

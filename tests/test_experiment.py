@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import pickle
-import re
 from collections.abc import Callable
 from functools import partial
 
@@ -20,6 +19,7 @@ from mnist_lab import Experiment, Targets
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import quoted
+from mnist_lab.objectives import mixup
 
 
 class Net(nn.Module):
@@ -48,7 +48,7 @@ def declare(**changes: object) -> Experiment:
     return Experiment(**(fields | changes))
 
 
-# ---- fields
+# ---- fields and check()
 
 
 def test_numbers_of_numpys_are_taken_as_pythons() -> None:
@@ -59,135 +59,14 @@ def test_numbers_of_numpys_are_taken_as_pythons() -> None:
     assert [type(one) for one in fields] == [int, int, float, float]
 
 
-def test_a_misspelt_field_is_pythons_own_error() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'batchsize'"):
-        declare(batchsize=1)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'acuracy'"):
-        Targets(acuracy=99.4)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'net'"):
-        Experiment(epochs=1, batch_size=1, optimizer=SGD)  # type: ignore[call-arg]
-
-
-def test_a_declaration_does_not_change() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        declare().epochs = 3  # type: ignore[misc]
-
-
-def test_a_declaration_can_be_copied_and_pickled() -> None:
+def test_a_declaration_does_not_change_and_can_be_copied_and_pickled() -> None:
     experiment = declare(augmentation=crop_and_rotate, targets=Targets(accuracy=99.4))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        experiment.epochs = 3  # type: ignore[misc]
 
-    for twin in (copy.copy(experiment), copy.deepcopy(experiment), pickle.loads(pickle.dumps(experiment))):  # noqa: S301
-        assert twin is not experiment
+    for twin in (copy.deepcopy(experiment), pickle.loads(pickle.dumps(experiment))):  # noqa: S301
         assert twin.hyperparameters() == experiment.hyperparameters()
         assert twin.targets == experiment.targets
-
-
-# ---- check()
-
-
-def test_what_scripts_declare_passes() -> None:
-    declare().check()
-    declare(scheduler=None, augmentation=None).check()
-    declare(optimizer=Adam, loss=nn.NLLLoss(), net=lambda: Net(), scheduler_interval="batch").check()
-    declare(targets=Targets(accuracy=100, params=1, epochs=1)).check()
-    declare(reported={"best_test_accuracy": 99.46, "best_epoch": 11, "final_test_loss": 0.0204}).check()
-
-
-@pytest.mark.parametrize("field", ["epochs", "batch_size"])
-@pytest.mark.parametrize("value", [0, -1, 1.0, 14.5, True, "14", None])
-def test_a_count_that_is_none_is_refused(field: str, value: object) -> None:
-    with pytest.raises(LabError, match=f"^{field}: {re.escape(repr(value))} is not a whole number"):
-        declare(**{field: value}).check()
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("net", None),
-        ("net", "Net"),
-        ("optimizer", None),
-        ("optimizer", 0.1),
-        ("optimizer", SGD([nn.Parameter(torch.zeros(1))], lr=0.1)),
-        ("scheduler", "StepLR"),
-        ("augmentation", 7),
-        ("loss", "cross_entropy"),
-    ],
-)
-def test_a_part_that_cannot_be_called_is_refused(field: str, value: object) -> None:
-    with pytest.raises(LabError, match=f"^{field}: {re.escape(quoted(value))} can't be called"):
-        declare(**{field: value}).check()
-
-
-def test_a_network_instead_of_its_class_is_refused() -> None:
-    with pytest.raises(LabError, match=r"^net: .*class"):
-        declare(net=Net()).check()
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "name"),
-    [
-        ("net", partial(Net, 0.2), "Net"),
-        ("optimizer", partial(SGD, [], lr=0.1), "SGD"),
-        ("scheduler", partial(StepLR, 2), "StepLR"),
-        ("augmentation", partial(random_rotation, 7), "random_rotation"),
-        ("loss", partial(F.cross_entropy, None), "cross_entropy"),
-    ],
-)
-def test_positional_arguments_of_a_partial_are_refused(field: str, value: object, name: str) -> None:
-    with pytest.raises(LabError, match=rf"^{field}: .*partial\({name}, \.\.\.\) by keyword"):
-        declare(**{field: value}).check()
-
-
-@pytest.mark.parametrize("value", ["step", "batches", None, 1])
-def test_an_unknown_interval_is_refused(value: object) -> None:
-    with pytest.raises(LabError, match=f"^scheduler_interval: {value!r} is neither"):
-        declare(scheduler_interval=value).check()
-
-
-@pytest.mark.parametrize("targets", [None, 99.4, {"accuracy": 99.4}])
-def test_targets_of_another_type_are_refused(targets: object) -> None:
-    with pytest.raises(LabError, match=f"^targets: {re.escape(repr(targets))} is not"):
-        declare(targets=targets).check()
-
-
-@pytest.mark.parametrize("value", [0, -1, 100.1, float("nan"), float("inf"), True, "99.4"])
-def test_an_accuracy_that_is_no_percentage_is_refused(value: object) -> None:
-    with pytest.raises(LabError, match=rf"^targets\.accuracy: {re.escape(repr(value))} is not a percentage"):
-        declare(targets=Targets(accuracy=value)).check()  # type: ignore[arg-type]
-
-
-def test_an_accuracy_that_is_a_fraction_is_refused() -> None:
-    with pytest.raises(LabError, match=r"^targets\.accuracy: 0\.994 is in percent; write 99\.4$"):
-        declare(targets=Targets(accuracy=0.994)).check()
-
-
-def test_the_class_of_a_loss_is_refused() -> None:
-    with pytest.raises(LabError, match=r"^loss: CrossEntropyLoss is a class; give .* CrossEntropyLoss\(\.\.\.\)"):
-        declare(loss=nn.CrossEntropyLoss).check()
-
-
-@pytest.mark.parametrize("limit", ["params", "epochs"])
-@pytest.mark.parametrize("value", [0, -1, 15.0, True, "15"])
-def test_a_target_that_is_no_count_is_refused(limit: str, value: object) -> None:
-    with pytest.raises(LabError, match=rf"^targets\.{limit}: {re.escape(repr(value))} is not a whole number"):
-        declare(targets=Targets(**{limit: value})).check()  # type: ignore[arg-type]
-
-
-def test_reported_figures_have_known_names() -> None:
-    with pytest.raises(LabError, match=r"^reported: unknown figure 'best_accuracy'; allowed are .*best_test_accuracy"):
-        declare(reported={"best_accuracy": 99.46}).check()
-
-
-@pytest.mark.parametrize("value", ["99.46", None, True, float("nan")])
-def test_reported_figures_are_numbers(value: object) -> None:
-    with pytest.raises(LabError, match=f"^reported: best_test_accuracy={re.escape(repr(value))} is not a number"):
-        declare(reported={"best_test_accuracy": value}).check()
-
-
-@pytest.mark.parametrize("value", [None, 99.46, ["best_test_accuracy"]])
-def test_reported_is_a_dict(value: object) -> None:
-    with pytest.raises(LabError, match=f"^reported: {re.escape(repr(value))} is not a dict"):
-        declare(reported=value).check()
 
 
 def named_factor(epoch: int) -> float:
@@ -214,29 +93,78 @@ class NetOf(Net):
         super().__init__()
 
 
+ALLOWED: list[dict[str, object]] = [
+    {},
+    {"scheduler": None, "augmentation": None},
+    {"optimizer": Adam, "loss": nn.NLLLoss(), "net": lambda: Net(), "scheduler_interval": "batch"},
+    {"targets": Targets(accuracy=100, params=1, epochs=1)},
+    {"reported": {"best_test_accuracy": 99.46, "best_epoch": 11, "final_test_loss": 0.0204}},
+    {"scheduler": partial(LambdaLR, lr_lambda=[named_factor]), "net": partial(NetOf, act=F.gelu)},
+    {"scheduler": partial(LambdaLR, lr_lambda=factor_of(named_factor)), "augmentation": Transform("<lambda>")},
+    {"net": partial(Net, name="7")},
+]
+
+
+@pytest.mark.parametrize("changes", ALLOWED, ids=lambda changes: " ".join(changes))
+def test_what_scripts_declare_passes(changes: dict[str, object]) -> None:
+    declare(**changes).check()
+
+
+COUNTS = [0, -1, 1.0, True, "14", 10**10]
+# What is refused, by the field that the sentence names, and what else stands in it.
+REFUSED: list[tuple[str, object, str]] = [
+    *((field, value, repr(value)) for field in ("epochs", "batch_size") for value in [*COUNTS, None]),
+    *((f"targets.{limit}", value, repr(value)) for limit in ("params", "epochs") for value in COUNTS),
+    *(("targets.accuracy", value, repr(value)) for value in (0, -1, 100.1, float("nan"), float("inf"), True, "99.4")),
+    ("targets.accuracy", 0.994, "99.4"),
+    *(("targets", value, repr(value)) for value in (None, 99.4, {"accuracy": 99.4})),
+    *(("scheduler_interval", value, repr(value)) for value in ("step", None, 1)),
+    *(("normalize", value, repr(value)) for value in (0.5, (0.5,), (0.5, 0), ("0.1", 0.3), [0.1, 0.3])),
+    *(("reported", value, repr(value)) for value in (None, 99.46, ["best_test_accuracy"])),
+    ("reported", {"best_accuracy": 99.46}, "best_test_accuracy"),
+    *(("reported", {"best_test_accuracy": value}, repr(value)) for value in ("99.46", None, True, float("nan"))),
+    *(("net", value, repr(value)) for value in (None, "Net")),
+    ("net", Net(), "class"),
+    *(("optimizer", value, quoted(value)) for value in (None, 0.1, SGD([nn.Parameter(torch.zeros(1))], lr=0.1))),
+    *(("scheduler", "StepLR", "'StepLR'"), ("augmentation", 7, "7"), ("loss", "cross_entropy", "'cross_entropy'")),
+    ("loss", nn.CrossEntropyLoss, "CrossEntropyLoss(...)"),
+    *(("net", partial(Net, 0.2), "Net"), ("optimizer", partial(SGD, [], lr=0.1), "SGD")),
+    ("scheduler", partial(LambdaLR, lr_lambda=lambda epoch: 1.0), "lr_lambda"),
+    ("scheduler", partial(LambdaLR, lr_lambda=[named_factor, lambda epoch: 1.0]), "lr_lambda"),
+    ("scheduler", partial(LambdaLR, lr_lambda=factor_of(lambda epoch: 1.0)), "lr_lambda"),
+    ("optimizer", lambda parameters: SGD(parameters, lr=0.1), "lambda"),
+    ("loss", partial(lambda logits, labels, p: logits.mean(), p=1), "lambda"),
+    ("augmentation", Transform([lambda images: images]), "change"),
+    ("net", partial(NetOf, act={"first": partial(lambda x, y: x, y=1)}), "act"),
+    ("optimizer", partial(SGD, lr="0.1"), "lr=0.1"),
+    ("scheduler", partial(StepLR, step_size=2, gamma="6e-1"), "gamma=6e-1"),
+    ("net", partial(Net, dropout="0.2"), "dropout=0.2"),
+    ("augmentation", partial(random_rotation, degrees=" 7"), "degrees=7"),
+    ("optimizer", partial(SGD, lr=0.1, momentun=0.9), "'momentum'"),
+    ("optimizer", partial(SGD, learning_rate=0.01), "learning_rate=0.01"),
+    ("net", partial(Net, widht=8), "'width'"),
+]
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("scheduler", partial(LambdaLR, lr_lambda=lambda epoch: 1.0), "lr_lambda is"),
-        ("scheduler", partial(LambdaLR, lr_lambda=[named_factor, lambda epoch: 1.0]), "lr_lambda holds"),
-        ("scheduler", partial(LambdaLR, lr_lambda=factor_of(lambda epoch: 1.0)), "lr_lambda holds"),
-        ("scheduler", lambda optimizer: StepLR(optimizer, 1), "is"),
-        ("optimizer", lambda parameters: SGD(parameters, lr=0.1), "is"),
-        ("loss", partial(lambda logits, labels, p: logits.mean(), p=1), "is"),
-        ("augmentation", lambda images: images, "is"),
-        ("augmentation", Transform([lambda images: images]), "change holds"),
-        ("net", partial(NetOf, act=lambda x: x), "act is"),
-        ("net", partial(NetOf, act={"first": partial(lambda x, y: x, y=1)}), "act holds"),
-    ],
+    ("field", "value", "named"), REFUSED, ids=[f"{field}-{named}"[:40] for field, _, named in REFUSED]
 )
-def test_a_lambda_is_refused(field: str, value: object, said: str) -> None:
-    with pytest.raises(LabError, match=rf"^{field}: {said} a lambda; name the function \(def \.\.\.\)"):
-        declare(**{field: value}).check()
+def test_a_declaration_that_cannot_be_right_is_refused_by_its_field(field: str, value: object, named: str) -> None:
+    part, _, limit = field.partition(".")
+    experiment = declare(**{part: Targets(**{limit: value}) if limit else value})  # type: ignore[arg-type]
+
+    with pytest.raises(LabError) as refusal:
+        experiment.check()
+
+    assert refusal.value.field == field
+    assert named in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
-def test_a_named_function_passes_wherever_it_stands() -> None:
-    declare(scheduler=partial(LambdaLR, lr_lambda=[named_factor]), net=partial(NetOf, act=F.gelu)).check()
-    declare(scheduler=partial(LambdaLR, lr_lambda=factor_of(named_factor)), augmentation=Transform("<lambda>")).check()
+def test_a_loss_beside_an_objective_is_refused() -> None:
+    with pytest.raises(LabError) as refusal:
+        declare(loss=F.cross_entropy, objective=mixup).check()
+    assert refusal.value.field == "objective"
 
 
 # ---- hyperparameters()
@@ -266,35 +194,15 @@ def test_hyperparameters_are_flat_and_in_torchs_words() -> None:
 def test_what_is_not_declared_is_none_or_left_out() -> None:
     flat = declare(scheduler=None, augmentation=None, net=lambda: Net()).hyperparameters()
 
-    assert flat == {
-        "batch_size": 128,
-        "epochs": 14,
-        "optimizer": "SGD",
-        "lr": 0.1,
-        "momentum": 0.9,
-        "scheduler": "none",
-        "loss": "cross_entropy",
-        "augmentation": "none",
-    }
+    assert (flat["scheduler"], flat["augmentation"]) == ("none", "none")
+    assert {"scheduler_interval", "step_size", "degrees", "dropout"}.isdisjoint(flat)
 
 
-def test_default_values_of_the_scripts_own_functions_count_as_declared() -> None:
-    flat = declare(augmentation=crop_and_rotate, net=partial(Net, dropout=0.3)).hyperparameters()
+def test_given_arguments_and_defaults_of_the_scripts_own_functions_are_declared() -> None:
+    loss = partial(F.cross_entropy, label_smoothing=0.1)
+    flat = declare(augmentation=crop_and_rotate, net=partial(Net, dropout=0.3), loss=loss).hyperparameters()
 
-    assert {name: flat[name] for name in ("augmentation", "size", "p", "degrees", "dropout")} == {
-        "augmentation": "crop_and_rotate",
-        "size": 22,
-        "p": 0.1,
-        "degrees": 15.0,
-        "dropout": 0.3,
-    }
-
-
-def test_arguments_of_the_loss_are_declared() -> None:
-    flat = declare(loss=partial(F.cross_entropy, label_smoothing=0.1)).hyperparameters()
-
-    assert flat["loss"] == "cross_entropy"
-    assert flat["label_smoothing"] == 0.1
+    assert {"size": 22, "p": 0.1, "degrees": 15.0, "dropout": 0.3, "label_smoothing": 0.1}.items() <= flat.items()
 
 
 def test_what_a_part_holds_is_declared_too() -> None:
@@ -363,18 +271,13 @@ def test_a_value_is_read_in_the_declared_values_type(name: str, given: object, v
     assert changed.hyperparameters() == declare().hyperparameters() | {name: value}
 
 
-def test_a_tuple_is_read_as_one() -> None:
-    changed, overrides = declare(optimizer=partial(Adam, betas=(0.9, 0.999))).override({"betas": "(0.8, 0.99)"})
+def test_a_tuple_is_read_as_one_and_what_is_declared_as_none_takes_any_value() -> None:
+    experiment = declare(optimizer=partial(Adam, betas=(0.9, 0.999), foreach=None))
 
-    assert overrides == {"betas": (0.8, 0.99)}
+    changed, overrides = experiment.override({"betas": "(0.8, 0.99)", "foreach": "True"})
+
+    assert overrides == {"betas": (0.8, 0.99), "foreach": True}
     assert changed.optimizer(Net().parameters()).param_groups[0]["betas"] == (0.8, 0.99)
-
-
-def test_a_value_declared_as_none_takes_any() -> None:
-    experiment = declare(optimizer=partial(SGD, lr=0.1, foreach=None))
-
-    assert experiment.override({"foreach": "True"})[1] == {"foreach": True}
-    assert experiment.override({"foreach": "None"})[1] == {}
 
 
 def test_overrides_reach_what_is_built() -> None:
@@ -427,34 +330,28 @@ def test_values_equal_to_the_declared_are_no_overrides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "wanted"),
-    [
-        ("epochs", "2.5", "a whole number"),
-        ("epochs", 2.0, "a whole number"),
-        ("epochs", True, "a whole number"),
-        ("epochs", "two", "a whole number"),
-        ("lr", "fast", "a finite number"),
-        ("lr", "nan", "a finite number"),
-        ("lr", float("nan"), "a finite number"),
-        ("lr", "1e999", "a finite number"),
-        ("lr", "1" + "0" * 400, "a finite number"),
-        ("lr", "True", "a finite number"),
-        ("lr", "None", "a finite number"),
-        ("lr", "{[]: 1}", "a finite number"),
-        ("bias", "1", "True or False"),
-        ("bias", "yes", "True or False"),
-        ("name", 7, "a str"),
-    ],
+    ("name", "values"),
+    {
+        "epochs": ["2.5", 2.0, True, "two", "٣", "1_0"],
+        "lr": ["fast", "nan", float("nan"), "1e999", "1" + "0" * 400, "True", "None", "{[]: 1}", "1_0.5", "٣"],
+        "bias": ["1", "yes"],
+        "name": [7],
+    }.items(),
 )
-def test_a_value_of_another_type_is_refused(name: str, given: object, wanted: str) -> None:
-    with pytest.raises(LabError, match=f"^{name}: {re.escape(repr(given))} is not {wanted} .*the declared value is"):
-        declare().override({name: given})
+def test_a_value_of_another_type_is_refused(name: str, values: list[object]) -> None:
+    for given in values:
+        with pytest.raises(LabError) as refusal:
+            declare().override({name: given})
+        assert refusal.value.field == name
+        assert quoted(given) in str(refusal.value)
+        assert quoted(declare().hyperparameters()[name]) in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["optimizer", "scheduler", "scheduler_interval", "loss", "augmentation"])
 def test_a_part_itself_cannot_be_overridden(name: str) -> None:
-    with pytest.raises(LabError, match=f"^{name}: can't be set from the command line; copy the script"):
+    with pytest.raises(LabError) as refusal:
         declare().override({name: "Adam"})
+    assert refusal.value.field == name
 
 
 @pytest.mark.parametrize(
@@ -462,22 +359,18 @@ def test_a_part_itself_cannot_be_overridden(name: str) -> None:
     [("droput", "dropout"), ("learning_rate", None), ("optimizer.lr", None), ("scheduler.step_size", "step_size")],
 )
 def test_an_unknown_name_is_refused_with_what_there_is(name: str, meant: str | None) -> None:
-    with pytest.raises(LabError, match=f"^{name}: not a hyperparameter") as refusal:
+    with pytest.raises(LabError) as refusal:
         declare().override({name: 1})
 
+    assert refusal.value.field == name
     assert "batch_size, epochs, lr, momentum, step_size, gamma, dropout" in str(refusal.value)
     assert meant is None or f"did you mean {meant!r}?" in str(refusal.value)
 
 
-@pytest.mark.parametrize(("name", "given"), [("epochs", "٣"), ("epochs", "1_0"), ("lr", "1_0.5"), ("lr", "٣")])
-def test_numbers_are_written_in_the_digits_0_to_9(name: str, given: str) -> None:
-    with pytest.raises(LabError, match=f"^{name}: '{given}' is not a "):
-        declare().override({name: given})
-
-
 def test_what_a_part_was_made_with_cannot_be_overridden() -> None:
-    with pytest.raises(LabError, match="^degrees: RandomRotation was made with it; copy the script"):
+    with pytest.raises(LabError) as refusal:
         declare(augmentation=RandomRotation(30)).override({"degrees": "[0, 1]"})
+    assert refusal.value.field == "degrees"
 
 
 def test_functions_and_tensors_can_stand_beside_an_override() -> None:
@@ -487,10 +380,3 @@ def test_functions_and_tensors_can_stand_beside_an_override() -> None:
 
     assert overrides == {"lr": 0.2}
     assert changed.hyperparameters()["act"] is torch.relu
-
-
-def test_what_an_override_gives_is_checked_like_a_declaration() -> None:
-    changed, _ = declare().override({"epochs": "0"})
-
-    with pytest.raises(LabError, match=r"^epochs: 0"):
-        changed.check()

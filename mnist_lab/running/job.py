@@ -81,7 +81,7 @@ class Job:
     @cached_property
     def commit(self) -> Commit:
         """The state of the repository that holds the script."""
-        return provenance.commit(self.script, self.sources.values(), self.written_by_lab)
+        return provenance.commit(self.script, self.written_by_lab)
 
     @property
     def written_by_lab(self) -> list[Path]:

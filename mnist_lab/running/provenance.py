@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -16,14 +15,16 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from git import Git, GitCommandError, GitError, InvalidGitRepositoryError, Repo
 
 DIFF = (  # one that `git apply` takes, however the user's git shows diffs
-    *("diff", "--no-ext-diff", "--no-color", "--no-renames", "--no-textconv"),
+    *("--no-ext-diff", "--no-color", "--no-renames", "--no-textconv"),
     *("--submodule=short", "--src-prefix=a/", "--dst-prefix=b/"),
 )
 PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pandas", "matplotlib")
 MAX_DIFF = 1_000_000  # characters; what is beyond is named
 MAX_NAMED = 20  # files that are left out
+EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # what git compares with before the first commit
 # Names of files that hold keys and passwords: their text must not get into a store, which others may read.
 SECRET_FILES = (
     *(".env", ".env.*", "*.env", ".envrc", ".netrc", "_netrc", ".pgpass", ".pypirc", ".npmrc", ".htpasswd"),
@@ -54,55 +55,58 @@ class Commit:
         return {"git_commit": self.sha, "git_dirty": "unknown" if self.dirty is None else str(self.dirty).lower()}
 
 
-def commit(script: Path, imported: Iterable[Path] = (), written: Iterable[Path] = ()) -> Commit:
+def commit(script: Path, written: Iterable[Path] = ()) -> Commit:
     """Return the state of the repository that `script` lies in.
 
-    The diff has changed files and, of new ones, those beside the script and those `imported`. Files that may hold keys
-    or passwords are left out.
+    The diff has changed files and, of new ones, those beside the script. Files that may hold keys or passwords are left
+    out.
     written: files and folders that the lab itself writes or fetches, such as a tracking store. They are no changes.
     """
     folder = script.resolve().parent
     try:
-        root = Path(_git(folder, "rev-parse", "--show-toplevel").removesuffix("\n"))
-    except _Refusal as refusal:
-        if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
-            return Commit("none", dirty=False, diff="")
-        _say_once(f"commit and changes of {folder} are recorded as unknown: {refusal}")
+        return _state(Repo(folder, search_parent_directories=True), folder, written)
+    except InvalidGitRepositoryError:
+        return Commit("none", dirty=False, diff="")
+    except GitError as error:
+        reason = next(iter(re.findall("fatal: .*", str(error))), f"git can't be used: {error}")
+        _warn_once(f"commit and changes of {folder} are recorded as unknown: {reason}")
         return Commit("unknown", dirty=None, diff="")
-    try:
-        sha = _git(folder, "rev-parse", "--verify", "HEAD").strip()
-    except _Refusal:  # before the first commit
-        sha = "none"
+
+
+def _state(repository: Repo, folder: Path, written: Iterable[Path]) -> Commit:
+    git, root = repository.git, Path(str(repository.working_dir))
     own = [path for path in map(Path.resolve, written) if path.is_relative_to(root) and not folder.is_relative_to(path)]
-    others = ["--", ":/", *(f":(top,exclude,literal){path.relative_to(root)}" for path in own)]
+    others = [":/", *(f":(top,exclude,literal){path.relative_to(root)}" for path in own)]
+    new = _names(git.ls_files("-z", "--others", "--exclude-standard", "--", *others))  # fails where git refuses
     try:
-        status = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all")  # -z: names as they are
-        changes = _git(root, *status, *others)
-        if not changes:
-            return Commit(sha, dirty=False, diff="")
-        against = ("HEAD",) if sha != "none" else ("--cached",)
-        changed = _git(root, "diff", "--name-only", "--no-renames", "-z", *against, *others).split("\0")
-        left_out = {name: "may hold keys or passwords" for name in changed if _is_secret(name)}
-        secret = [f":(top,exclude,literal){name}" for name in left_out]
-        diff = _git(root, *DIFF, *against, *others, *secret)
-        diffs = [part for part in re.split(r"^(?=diff --git )", diff, flags=re.MULTILINE) if part]
-        sources = {file.resolve() for file in imported}
-        for name in (entry[3:] for entry in changes.split("\0") if entry.startswith("?? ")):
-            file = root / name
-            if _is_secret(name):
-                left_out[name] = "may hold keys or passwords"
-            elif file.parent != folder and file.resolve() not in sources:
-                left_out[name] = "new, and not beside the script"
-            elif file.is_symlink() or not file.is_file():
-                left_out[name] = "no file"
-            elif file.stat().st_size > MAX_DIFF:
-                left_out[name] = "too large"
-            else:
-                diffs.append(_git(root, *DIFF, "--no-index", "--", os.devnull, name))
-    except _Refusal as refusal:
-        _say_once(f"git does not say what has changed in {root}: {refusal}")
-        return Commit(sha, dirty=None, diff="")
-    return Commit(sha, dirty=True, diff=_limited(diffs, left_out))
+        sha = against = git.rev_parse("--verify", "HEAD")
+    except GitCommandError:  # before the first commit
+        sha, against = "none", EMPTY_TREE
+    changed = _names(git.diff("-z", "--name-only", "--no-renames", against, "--", *others))
+    left_out = {name: "may hold keys or passwords" for name in (*changed, *new) if _is_secret(name)}
+    secret = [f":(top,exclude,literal){name}" for name in changed if name in left_out]
+    diffs = _diff(git, against, "--", *others, *secret)
+    for name in [name for name in new if name not in left_out]:
+        file = root / name
+        if file.parent != folder or file.is_symlink() or not file.is_file():
+            left_out[name] = "new, and not beside the script"
+        elif file.stat().st_size > MAX_DIFF:
+            left_out[name] = "too large"
+        else:
+            diffs += _diff(git, "--no-index", "--", os.devnull, name, with_exceptions=False)  # it exits with 1
+    return Commit(sha, dirty=bool(changed or new), diff=_limited(diffs, left_out))
+
+
+def _names(listed: str) -> list[str]:
+    return [name for name in listed.split("\0") if name]
+
+
+def _diff(git: Git, *arguments: str, with_exceptions: bool = True) -> list[str]:
+    """Return the diff of each file."""
+    whole = git.diff(
+        *DIFF, *arguments, stdout_as_string=False, strip_newline_in_stdout=False, with_exceptions=with_exceptions
+    ).decode("utf-8", "replace")
+    return [part for part in re.split(r"^(?=diff --git )", whole, flags=re.MULTILINE) if part]
 
 
 def _is_secret(name: str) -> bool:
@@ -155,23 +159,7 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
-class _Refusal(Exception):
-    """Why git gives no answer."""
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
-    except OSError as error:  # no git on this machine
-        raise _Refusal(f"git can't be started: {error.strerror}") from error
-    # `git diff --no-index` exits with 1 where the files differ, which is the case it is asked for.
-    if done.returncode not in (0, 1):
-        raise _Refusal(next(iter(done.stderr.splitlines()), f"git ended with code {done.returncode}"))
-    return done.stdout
-
-
 @cache
-def _say_once(sentence: str) -> None:
+def _warn_once(sentence: str) -> None:
     if multiprocessing.parent_process() is None:  # else the study that began this process has said it
         logger.warning(sentence)

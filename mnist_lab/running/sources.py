@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import site
 import sys
-import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import resolve_name
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
+from mnist_lab.errors import is_script
 from mnist_lab.training import RECIPE
 
 LAB = Path(__file__).resolve().parents[1]
@@ -35,11 +34,10 @@ def find_sources(script: Path) -> dict[str, Path]:
     while waiting:
         package, file = waiting.pop()
         for name in _imported_names(file, package):
-            if name not in found and (spec := _find_spec(name, path)) is not None and _is_own(spec.origin):
-                assert spec.origin is not None
+            spec = None if name in found else _find_spec(name, path)
+            if spec is not None and spec.origin is not None and is_script(Path(spec.origin)):
                 found[name] = Path(spec.origin)
-                is_package = spec.submodule_search_locations is not None
-                waiting.append((name if is_package else name.rpartition(".")[0], found[name]))
+                waiting.append((name if spec.submodule_search_locations else name.rpartition(".")[0], found[name]))
     return {**_loaded_modules(script, found), **found}
 
 
@@ -102,29 +100,22 @@ def _imported_names(file: Path, package: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level:
-                try:
-                    module = resolve_name("." * node.level + module, package)
-                except ImportError:
-                    continue
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]  # each may be a module of its own
+            with suppress(ImportError):  # beyond the outermost package
+                module = resolve_name("." * node.level + (node.module or ""), package)
+                names = [module, *(f"{module}.{alias.name}" for alias in node.names)]  # each may be a module
         for name in names:
             yield from _with_parents(name)
 
 
 def _find_spec(name: str, path: list[str]) -> ModuleSpec | None:
     """Find a module by its dotted name without importing it or its parents."""
-    spec: ModuleSpec | None = None
-    search: Iterable[str] | None = path
-    for full in _with_parents(name):
-        try:
-            spec = None if search is None else PathFinder.find_spec(full, list(search))
-        except (ImportError, ValueError):
-            return None
-        if spec is None:
-            return None
-        search = spec.submodule_search_locations
+    spec = None
+    with suppress(ImportError, ValueError):
+        for full in _with_parents(name):
+            spec = PathFinder.find_spec(full, path)
+            if spec is None:
+                return None
+            path = list(spec.submodule_search_locations or [])
     return spec
 
 
@@ -135,49 +126,25 @@ def _with_parents(name: str) -> Iterator[str]:
 
 def _loaded_modules(script: Path, found: Mapping[str, Path]) -> dict[str, Path]:
     """Return what the running script has loaded of its folder besides `found`; nothing where another program runs."""
-    running = getattr(sys.modules["__main__"], "__file__", None)
-    if running is None or Path(running).resolve() != script.resolve():
+    files = {name: Path(getattr(module, "__file__", None) or "").resolve() for name, module in [*sys.modules.items()]}
+    if files.pop("__main__") != script.resolve():
         return {}
-    folder, known = script.resolve().parent, {file.resolve() for file in found.values()}
-    loaded = {name: Path(getattr(module, "__file__", None) or "").resolve() for name, module in [*sys.modules.items()]}
-    return {
-        name: file
-        for name, file in sorted(loaded.items())
-        if file.is_relative_to(folder) and _is_own(str(file)) and file not in known
-    }
-
-
-def _is_own(origin: str | None) -> bool:
-    """Say whether a module's file is Python that is part of no library and not of the lab."""
-    if origin is None or not origin.endswith(".py"):
-        return False
-    file = Path(origin).resolve()
-    return file.is_file() and not any(file.is_relative_to(folder) for folder in (LAB, *_library_folders()))
-
-
-def _library_folders() -> set[Path]:
-    names = ("stdlib", "platstdlib", "purelib", "platlib")
-    standard = Path(ast.__file__).parent  # of an environment, that of the Python it was made with
-    folders = {*map(sysconfig.get_path, names), *site.getsitepackages(), site.getusersitepackages(), str(standard)}
-    return {Path(folder).resolve() for folder in folders}
+    known = {file.resolve() for file in found.values()}
+    own = {name: file for name, file in sorted(files.items()) if file.is_relative_to(script.resolve().parent)}
+    return {name: file for name, file in own.items() if file not in known and is_script(file)}
 
 
 def _canonical(node: object) -> str:
     """Write a syntax tree as text, without docstrings and without what differs between versions of Python."""
-    if isinstance(node, ast.AST):
-        fields = ((name, _canonical(value)) for name, value in _fields(node) if value not in (None, []))
-        return f"{type(node).__name__}({','.join(f'{name}={text}' for name, text in fields)})"
     if isinstance(node, list):
         return f"[{','.join(_canonical(item) for item in node if not _is_text_alone(item))}]"
-    return repr(node)
-
-
-def _fields(node: ast.AST) -> Iterator[tuple[str, Any]]:
-    for name, value in ast.iter_fields(node):
-        if isinstance(node, ast.JoinedStr) and name == "values":  # Pythons split the text of f-strings differently
-            value = _joined(value)
-        if name not in SILENT_FIELDS:
-            yield name, value
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if name not in SILENT_FIELDS}
+    if isinstance(node, ast.JoinedStr):  # Pythons split the text of f-strings differently
+        fields["values"] = _joined(node.values)
+    told = (f"{name}={_canonical(value)}" for name, value in fields.items() if value not in (None, []))
+    return f"{type(node).__name__}({','.join(told)})"
 
 
 def _joined(parts: list[ast.expr]) -> list[ast.expr]:

@@ -102,7 +102,7 @@ def choose_trainers(
         return cluster.train_tasks, cluster.at_a_time(workers)
     check_workers(workers, job.device)
     if job.device.type == "cpu":
-        return train_tasks, workers or available_cores()
+        return train_tasks, workers or max(1, available_cores() // (job.threads or 1))
     return train_here, 1
 
 

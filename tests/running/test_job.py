@@ -241,8 +241,9 @@ def interrupted(script: Path, uri: str) -> None:
 
 
 def choose(script: Path, uri: str, flags: str) -> checkpoint.Checkpoint:
-    arguments = parser(script).parse_args([*flags.split(), "--resume", "--tracking-uri", uri])
-    _, resume = make_job(declaration.read(script), script, arguments)
+    experiment = declaration.read(script)
+    arguments = parser(script, experiment).parse_args([*flags.split(), "--resume", "--tracking-uri", uri])
+    _, resume = make_job(experiment, script, arguments)
     assert resume is not None
     return resume
 

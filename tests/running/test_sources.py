@@ -11,17 +11,17 @@ import pytest
 from mnist_lab.running import sources
 from mnist_lab.running.sources import code_sha256, find_sources
 
-# Puts the lab's recipe in the place of the lab, which needs torch, and prints the digests of the scripts named.
+# Puts the lab's recipe in the place of its training, which needs torch, and prints the digest of the script.
 ON_ANOTHER_PYTHON = """
-import importlib.util, sys, types
+import sys, types
 from pathlib import Path
-training = types.ModuleType("mnist_lab.training")
-training.RECIPE = {recipe}
-sys.modules.update({{"mnist_lab": types.ModuleType("mnist_lab"), "mnist_lab.training": training}})
-spec = importlib.util.spec_from_file_location("sources", {file!r})
-sources = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sources)
-print(sources.code_sha256(sources.find_sources(Path({script!r}))))
+lab, training = types.ModuleType("mnist_lab"), types.ModuleType("mnist_lab.training")
+lab.__path__, training.RECIPE = [{lab!r}], {recipe}
+running = types.ModuleType("mnist_lab.running")
+running.__path__ = [{lab!r} + "/running"]
+sys.modules.update({{"mnist_lab": lab, "mnist_lab.training": training, "mnist_lab.running": running}})
+from mnist_lab.running.sources import code_sha256, find_sources
+print(code_sha256(find_sources(Path({script!r}))))
 """
 # What the syntax trees of Python 3.11 to 3.13 differ in, among others: f-strings, empty lists, type parameters.
 ODD_SCRIPT = '''
@@ -82,24 +82,32 @@ def test_the_sources_are_what_the_script_imports_wherever_the_import_stands(scri
     }
 
 
-@pytest.mark.parametrize("name", ["idea.py", "nets/__init__.py", "nets/blocks.py", "nets/sizes.py", "late.py"])
-def test_a_change_in_any_source_is_another_digest(name: str, script: Path) -> None:
+def test_a_change_in_any_source_is_another_digest_and_one_elsewhere_is_not(script: Path, tmp_path: Path) -> None:
     before = digest(script)
-    file = script.parent / name
-    file.write_text(file.read_text() + "CHANGED = True\n")
-
-    assert digest(script) != before
-
-
-def test_a_change_elsewhere_is_not(script: Path, tmp_path: Path) -> None:
-    before = digest(script)
-    (script.parent / "other.py").write_text("LR = 0.3\n")
-    (script.parent / "nets" / "unused.py").write_text("WIDTH = 10\n")
-    assert digest(script) == before
+    for name in ("idea.py", "nets/__init__.py", "nets/blocks.py", "nets/sizes.py", "late.py", "other.py"):
+        file = script.parent / name
+        text = file.read_text()
+        file.write_text(text + "CHANGED = True\n")
+        assert (digest(script) == before) == (name == "other.py"), name
+        file.write_text(text)
 
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(script.parent, elsewhere, ignore=shutil.ignore_patterns("elsewhere"))
     assert digest(elsewhere / "idea.py") == before
+
+
+def test_a_package_without_init_and_a_module_outside_the_folder_count(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (script.parent / "nets" / "__init__.py").unlink()
+    (tmp_path / "far").mkdir()
+    (script.parent / "tricks.py").rename(tmp_path / "far" / "tricks.py")
+    monkeypatch.syspath_prepend(str(tmp_path / "far"))
+
+    found = find_sources(script)
+
+    assert {"nets.deep", "nets.sizes", "tricks"} < found.keys()
+    assert "nets" not in found
 
 
 def test_comments_docstrings_and_layout_do_not_count(tmp_path: Path) -> None:
@@ -145,7 +153,7 @@ def test_what_the_running_script_loads_by_other_means_counts_too(script: Path) -
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_the_digest_is_the_same_on_every_supported_python(version: str, script: Path) -> None:
     script.write_text(script.read_text() + ODD_SCRIPT)
-    program = ON_ANOTHER_PYTHON.format(recipe=sources.RECIPE, file=sources.__file__, script=str(script))
+    program = ON_ANOTHER_PYTHON.format(recipe=sources.RECIPE, lab=str(sources.LAB), script=str(script))
     python = _find_python(version)
     if python is None:
         pytest.skip(f"there is no Python {version} on this machine")
