@@ -69,8 +69,10 @@ def main(
     """
     if declaration.only_read(experiment):
         return
+    script = _started_script(
+        sys._getframe(1).f_code.co_filename
+    )  # a notebook shows the sentence of a LabError by itself
     with lasting_output(), sentences():
-        script = _started_script(sys._getframe(1).f_code.co_filename)
         experiment.check()
         arguments = _parse(script, experiment, argv)
         say_what_is_done()

@@ -60,8 +60,7 @@ def _about_refused_call(error: BaseException) -> str | None:
     call = _call_at(step)
     with suppress(AttributeError, KeyError, TypeError, ValueError):
         first, *more = ast.unparse(call.func).split(".")
-        function = reduce(getattr, more, frame.f_globals[first])
-        sentence = _about(call, function, list(inspect.signature(function).parameters))
+        sentence = _about(call, reduce(getattr, more, frame.f_globals[first]))
         return sentence and sentence + script_line(error)
     return None
 
@@ -75,17 +74,20 @@ def _call_at(step: traceback.FrameSummary) -> ast.Call:
     raise KeyError(place)
 
 
-def _about(call: ast.Call, function: Callable[..., object], known: list[str]) -> str | None:
+def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
     """Return the sentence about a call of a class that declares, or of a function that is to be declared."""
-    name = ast.unparse(call.func)
-    given = {str(keyword.arg): ast.unparse(keyword.value) for keyword in call.keywords}
+    name, parameters = ast.unparse(call.func), inspect.signature(function).parameters
+    known, given = list(parameters), {str(keyword.arg): ast.unparse(keyword.value) for keyword in call.keywords}
     if function.__module__ == "mnist_lab.experiment":
-        for unknown in [one for one in given if one not in known]:
+        for unknown in [argument for argument in given if argument not in known]:
             return f"{unknown}: {unknown_argument(name, known, unknown, given[unknown])}"
-        return f"{name}: give all that it needs, by name: {', '.join(known)}"
+        missing = [argument for argument in known if parameters[argument].default is inspect.Parameter.empty]
+        return f"{name}: takes its fields by name, and needs {', '.join(missing)}"
     for module, field in DECLARED_AS.items():
         if function.__module__.startswith(module):
             named = dict(zip(known[1:], map(ast.unparse, call.args), strict=False)) | given
             arguments = "".join(f", {argument}={value}" for argument, value in named.items())
-            return f"{field}: {ast.unparse(call)} is a call, which the lab makes; write partial({name}{arguments})"
+            return (
+                f"{field}: {ast.unparse(call)} is called here, but each run calls it; write partial({name}{arguments})"
+            )
     return None

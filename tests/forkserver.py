@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import termios
-import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,7 +193,7 @@ def _carry_out(command: Sequence[str]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         sys.exit(1)
     finally:
         atexit._run_exitfuncs()

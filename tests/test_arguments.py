@@ -127,7 +127,6 @@ TEXTS = [
     (torch.Generator(), "Generator()"),
     (random.Random(3), "Random(gauss_next=None)"),
     (NoText(), "NoText"),
-    (torch.tensor(2.5), "Tensor(2.5, dtype=float32)"),
     (
         transforms.RandomRotation(30),
         "RandomRotation(degrees=[-30.0, 30.0], interpolation=nearest, expand=False, fill=0)",
@@ -188,7 +187,6 @@ class ShowsItsNumber:
         lambda number: transforms.Compose([transforms.Lambda(scale_by(number))]),
         lambda number: scales(0.5, number),
         lambda number: nn.CrossEntropyLoss(weight=torch.full((10,), float(number))),
-        lambda number: 10**5000 + number,
         lambda number: [*range(9000), number],
         lambda number: ShowsItsNumber(number),
     ],
@@ -197,7 +195,6 @@ class ShowsItsNumber:
         "in two",
         "a default",
         "a buffer",
-        "digits",
         "a long list",
         "a number of its own",
     ],

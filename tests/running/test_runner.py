@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from conftest import FullRun
 from helpers import ROOT, TrackedRun, copy_store, open_terminal, read_runs
 from mnist_lab.cli import Console
-from mnist_lab.cli import main as run_command_line
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
@@ -468,19 +467,6 @@ def test_a_seed_out_of_range_is_refused(seed: int, load_script: Load, uri: str, 
 
     with pytest.raises(LabError, match=f"^seed: {seed} is not between 0 and 4294967295$"):
         runner.run(Job(script=Path(__file__), experiment=experiment, tracking_uri=uri), seed, Silent())
-
-    assert read_runs(database) == []
-
-
-def test_a_run_that_no_script_declares_is_refused(
-    load_script: Load, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["-c"])  # as in `python -c`
-
-    with pytest.raises(SystemExit, match="1"):
-        run_command_line(load_script("step1_baseline").EXPERIMENT, ["--tracking-uri", uri])
-
-    assert re.fullmatch("error: script: .* is not a file; a run is named after its script\n", capsys.readouterr().err)
 
     assert read_runs(database) == []
 

@@ -341,10 +341,8 @@ def test_the_best_of_n_is_too_good() -> None:
     [
         (["--search", "0"], "argument --search: '0' is not a whole number of at least 1"),
         (["--search", "2", "--seeds", "2"], "not allowed with argument"),
-        (["--search", "2", "--threads", "2"], "argument --threads: not allowed with --search"),
         (["--search-seeds", "2"], "argument --search-seeds: only allowed with --search"),
         (["--confirm", "2"], "argument --confirm: give --seeds N with it"),
-        (["--search", "2", "--resume"], "argument --search: not allowed with --resume"),
         (
             ["--search", "2"],
             "error: search: tiny.py declares no space; hand one over by main(EXPERIMENT, search=SEARCH)",
