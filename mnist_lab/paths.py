@@ -33,6 +33,8 @@ def tracking_uri(given: str | None = None) -> str:
     if file is None:
         if uri.startswith("sqlite:"):
             raise LabError(f"tracking store {uri!r} names no file; give {SQLITE}<path>/mlflow.db")
+        if "://" not in uri and uri != "databricks":  # it is not shown, as it may be a database's words with a password
+            raise LabError(f"tracking store: is no URI; give {SQLITE}<path>/mlflow.db or http://<host>:<port>")
         user_info = uri.partition("://")[2].rpartition("@")[0]
         if not USER_INFO.fullmatch(user_info):
             scheme = uri.partition(":")[0]

@@ -68,6 +68,7 @@ def test_a_run_prints_plain_lines_and_a_verdict_beside_targets_and_reported_figu
     assert re.search(r"^params +fewer than 10,000 +10,970 +missed$", output, re.MULTILINE)
     assert re.search(r"^epochs +fewer than 15 +1 +met$", output, re.MULTILINE)
     assert re.search(rf"^best test accuracy +{accuracy:.2f} % +99\.29 %$", output, re.MULTILINE)
+    assert "targets.params: " in full_run.stderr  # before the training: it has too many
     assert "Overridden (epochs=1)" in output
     assert f"MLflow run {full_run.tracked.run_id}" in output
 
@@ -325,6 +326,14 @@ def test_a_store_that_is_none_is_refused(place: str, refused: Callable[[Path, li
     assert sentence.startswith("error: tracking store ")
     assert uri.removeprefix("sqlite:///") in sentence
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("words", ["host=db password=SECRET", "postgresql:bob:SECRET@db/x", "SECRET"])
+def test_what_is_no_uri_is_not_shown(words: str, refused: Callable[[Path, list[str]], str]) -> None:
+    sentence = refused(STEP1, ["--tracking-uri", words])
+
+    assert sentence.startswith("error: tracking store: ")
+    assert "SECRET" not in sentence
 
 
 @pytest.mark.parametrize("flags", ["--help", "--seeds 3,3"])
@@ -616,10 +625,9 @@ def check_that_it_ends_in_order(training: Training, number: signal.Signals) -> N
     assert run.status == "KILLED"
     assert len(run.metrics["test_accuracy"]) >= 1  # what was trained by then is kept
     assert training.process.returncode == 130
-    assert training.process.stderr == (
-        "\nInterrupted. A run that had begun is marked KILLED; its finished epochs are in MLflow. "
-        "The same command with --resume goes on after the last of them.\n"
-    )
+    assert "Interrupted" in training.process.stderr
+    assert "--resume" in training.process.stderr
+    assert "Traceback" not in training.process.stderr
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

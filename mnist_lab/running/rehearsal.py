@@ -55,6 +55,7 @@ from mnist_lab.training.loop import (
 )
 from mnist_lab.training.states import left_as_they_are
 from mnist_lab.training.transforms import Augmentation, is_mixing, is_torchvision, parts
+from mnist_lab.verdicts.targets import out_of_reach
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +188,7 @@ def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_
     with blame("scheduler"):
         notices += check_schedule(experiment, net, total)
     notices += remembered.notices()
+    notices += out_of_reach(experiment.targets, num_params(net, untrained), experiment.epochs)
     return Rehearsal(memory_format, untrained, notices)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
@@ -49,6 +49,17 @@ def judge(targets: Targets, *, accuracies: Sequence[float], num_params: int, epo
             word: Word = "met" if measured < limit else "missed"
             verdicts.append(Verdict(name, f"fewer than {limit:,}", measured, word, target=limit))
     return verdicts
+
+
+def out_of_reach(targets: Targets, num_params: int, epochs: int) -> list[str]:
+    """Return sentences about the targets that are missed before any training."""
+    counts = judge(replace(targets, accuracy=None), accuracies=[], num_params=num_params, epochs=epochs)
+    return [
+        f"targets.{count.name}: {count.wanted} {count.name} are wanted, and there are {count.measured:,}: "
+        "missed, whatever the accuracy"
+        for count in counts
+        if count.word == "missed"
+    ]
 
 
 def rows(verdicts: Sequence[Verdict]) -> list[tuple[str, str, str, str]]:

@@ -141,7 +141,7 @@ def test_a_process_killed_while_it_makes_the_store_blocks_nobody(tmp_path: Path)
         ("sqlite:////dev/null/mlflow.db", "can't be used: "),
         ("sqlite://", "names no file"),
         ("foo://x", "can't be used: .*unsupported URI 'foo://x'"),
-        ("runs", "can't be used: .*filesystem tracking backend"),
+        ("runs", "is no URI"),
         ("sqlite+foo:///x.db", "can't be used: .*sqlite.foo"),
         ("mssql://nobody@127.0.0.1:1/runs", "can't be used: "),  # its driver is not installed
         ("http://127.0.0.1:9", "can't be used: .*Connection refused"),
@@ -154,7 +154,7 @@ def test_a_store_that_cannot_be_used_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("my notes\n")
 
-    with pytest.raises(LabError, match=f"^tracking store .*{reason}"):
+    with pytest.raises(LabError, match=f"^tracking store.*{reason}"):
         open_store(uri.format(folder=tmp_path))
 
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"notes.txt": "my notes\n"}

@@ -8,7 +8,7 @@ import pytest
 from mnist_lab.experiment import Targets
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.statistics import judge_mean
-from mnist_lab.verdicts.targets import judge, overall
+from mnist_lab.verdicts.targets import judge, out_of_reach, overall
 
 STEP = Targets(accuracy=99.4, params=10_000, epochs=15)
 
@@ -106,3 +106,12 @@ def test_no_target_gives_no_verdict() -> None:
 
     assert verdicts == []
     assert overall(verdicts) == "none"
+
+
+def test_targets_that_no_training_can_meet_are_named_before_it() -> None:
+    assert out_of_reach(STEP, num_params=9_999, epochs=14) == []
+    assert out_of_reach(Targets(accuracy=99.4), num_params=10**9, epochs=10**9) == []
+    params, epochs = out_of_reach(STEP, num_params=10_000, epochs=15)
+    assert params.startswith("targets.params: ")
+    assert "10,000" in params
+    assert epochs.startswith("targets.epochs: ")
