@@ -6,8 +6,10 @@ import argparse
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -89,18 +91,19 @@ def data(arguments: argparse.Namespace) -> None:
 @job(
     READING,
     TRACKING_URI,
+    flag("steps", "only these, e.g. step3 step4 my_idea", nargs="*", metavar="STEP"),
     flag("--include-overrides", "also runs with overridden hyperparameters", action="store_true"),
     flag("--holdout", "runs that hold out N training images (default 0)", type=number_from(), default=0, metavar="N"),
 )
 def compare(arguments: argparse.Namespace) -> None:
     """Print one row per experiment, and what each single change is worth."""
-    from tabulate import tabulate
-
     from mnist_lab import results
-    from mnist_lab.verdicts.comparison import effects_text
+    from mnist_lab.verdicts.comparison import PAIRS, effects_text
 
-    holdout, loaded = arguments.holdout, results.load_runs(arguments.tracking_uri)
-    table = results.compare_table(include_overrides=arguments.include_overrides, holdout=holdout, loaded=loaded)
+    holdout, steps, loaded = arguments.holdout, arguments.steps or None, results.load_runs(arguments.tracking_uri)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    overridden = arguments.include_overrides
+    table = results.compare_table(steps, include_overrides=overridden, holdout=holdout, loaded=loaded)
     if table.empty:
         if not results.compare_table(include_overrides=True, holdout=holdout, loaded=loaded).empty:
             flags = "--include-overrides" + (f" --holdout {holdout}" if holdout else "")
@@ -108,21 +111,23 @@ def compare(arguments: argparse.Namespace) -> None:
                 f'the finished runs in {loaded.name} are all overridden; `make compare ARGS="{flags}"` shows them'
             )
         raise LabError(f"no finished runs in {loaded.name}; train first, e.g. `make step1`")
-    print(tabulate(*results.compare_text(table, holdout=holdout), disable_numparse=True))
     best = f"on the {holdout:,} training images held out" if holdout else "on the test images"
-    print(
-        "\nTest accuracies in %. last: of the last epoch, mean +- sd over seeds; it is what the verdict judges.\n"
-        "verdict: of one run, its figure by itself. Of several seeds, what their mean shows at p < 0.01.\n"
-        f"best: of the best epoch, picked {best}. train: training accuracy of the last epoch.\n"
-        "seeds needed: about so many would show a difference of the observed size, with 80 % power.\n"
-        "One run on 10,000 images is known to about +- 0.15 points (95 %) at 99.4."
-    )
+    lines = [
+        "Test accuracies in %. last: of the last epoch, mean +- sd over seeds; it is what the verdict judges.",
+        "verdict: of one run, its figure by itself. Of several seeds, what their mean shows at p < 0.01.",
+        f"best: of the best epoch, picked {best}. train: training accuracy of the last epoch.",
+        "seeds needed: about so many would show a difference of the observed size, with 80 % power.",
+        "One run on 10,000 images is known to about +- 0.15 points (95 %) at 99.4.",
+    ]
     for row in table[table["left_out"] > 0].to_dict("records"):
-        print(f"{row['step']}: {row['left_out']} older runs by other code (code_sha256) are left out.")
-    comparisons, refused = results.compare_pairs(holdout=holdout, loaded=loaded)
+        lines.append(f"{row['step']}: {row['left_out']} older runs by other code (code_sha256) are left out.")
+    print(results.compare_text(table, holdout=holdout, width=width), end="\n\n")
+    print("\n".join(textwrap.fill(line, width) if width else line for line in lines))
+    pairs = [pair for pair in PAIRS if {pair.a, pair.b} <= set(table["step"])]
+    comparisons, refused = results.compare_pairs(pairs, holdout=holdout, loaded=loaded)
     if comparisons:
         print("\nWhat each change is worth: test accuracy of the last epoch, in points, with 95 % interval\n")
-        print(tabulate(*effects_text(comparisons), disable_numparse=True))
+        print(effects_text(comparisons, width))
         print("\np (Holm) is adjusted for the rows of this table; a difference is shown where it is below 0.05.")
     for sentence in refused:
         print(sentence)

@@ -303,12 +303,14 @@ def print_result(result: RunResult, job: Job) -> None:
     if result.verdicts:
         print(verdict_table(result.verdicts) + "\n")
     held_out = HELD_OUT.best in measured
-    reported = job.experiment.reported
+    protocol = HELD_OUT if held_out else TESTED
+    reported = {name: f for name, f in job.experiment.reported.items() if name in protocol.summary}
     rows = [
         (MEASURES[name].label, MEASURES[name].text(measured[name]), MEASURES[name].text(reported.get(name)))
-        for name in (HELD_OUT if held_out else TESTED).summary
+        for name in protocol.summary
     ]
-    print(tabulate(rows, headers=("", "measured", "reported"), disable_numparse=True))
+    headers = ("", "measured", "reported") if reported else ("", "measured")
+    print(tabulate([row[: len(headers)] for row in rows], headers=headers, disable_numparse=True))
     if held_out:
         print("\nThe accuracy that counts is the final test accuracy: the test images were read once, at the end.")
     else:

@@ -22,6 +22,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME, M
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import LOCKS, PROJECT_ROOT, own_folder
+from mnist_lab.results.predictions import MISTAKES
 from mnist_lab.results.records import (
     EPOCH_FORMATS,
     MISTAKE_COLUMNS,
@@ -32,7 +33,7 @@ from mnist_lab.results.records import (
     run_of,
     to_csv,
 )
-from mnist_lab.results.runs import MISTAKES, load_runs
+from mnist_lab.results.runs import load_runs
 from mnist_lab.running.run import DESCRIPTION, describe, verdict_tags
 from mnist_lab.running.study import VERDICT, description, draw, judge_runs, mean_epochs, summary
 from mnist_lab.tracking.delivery import briefly

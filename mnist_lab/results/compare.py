@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from statistics import fmean
 from typing import Any, Literal
 
 import pandas as pd
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
-from mnist_lab.results.runs import LoadedRuns, load_runs, predictions, run_table
+from mnist_lab.results.predictions import predictions
+from mnist_lab.results.runs import TARGETS, LoadedRuns, full_names, load_runs, run_table
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import (
     PAIRS,
@@ -20,10 +22,10 @@ from mnist_lab.verdicts.comparison import (
     compare_seeds,
     seeds_text,
     step_order,
+    table_text,
 )
+from mnist_lab.verdicts.measures import HELD_OUT, TESTED, percent
 from mnist_lab.verdicts.targets import judge
-
-TARGETS = ("accuracy", "params", "epochs")
 
 
 def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -46,6 +48,7 @@ def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_table(
+    steps: Iterable[str] | str | None = None,
     *,
     include_overrides: bool | Literal["if_none"] = False,
     holdout: int = 0,
@@ -54,7 +57,7 @@ def compare_table(
 ) -> pd.DataFrame:
     """Return one row per experiment: the mean over its seeds, of the finished runs that `newest_runs` leaves.
 
-    include_overrides, holdout, tracking_uri, loaded: as for `run_table`.
+    steps, include_overrides, holdout, tracking_uri, loaded: as for `run_table`.
 
     Columns: step, overrides, seeds (their number), left_out (runs of other code), num_params, epochs, last, last_sd,
     low and high (95 % interval of the mean; missing for one seed, as last_sd is), best, train, the targets, the
@@ -64,17 +67,17 @@ def compare_table(
     A verdict is "met" or "missed", "-" where no target was stated; of several seeds' accuracy, also "not shown".
 
     Raises:
-        LabError: if the store is missing or foreign, or no run has this protocol.
+        LabError: as `run_table`.
     """
     loaded = loaded or load_runs(tracking_uri)
-    table = run_table(columns="all", include_overrides=include_overrides, holdout=holdout, loaded=loaded)
+    table = run_table(steps, columns="all", include_overrides=include_overrides, holdout=holdout, loaded=loaded)
     return summarise(newest_runs(table))
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `compare_table` for these runs, the newest of each seed."""
     facts = [str(name) for name in runs if str(name).startswith(("target_", "reported_"))]
-    best = "best_validation_accuracy" if "best_validation_accuracy" in runs else "best_test_accuracy"
+    best = (HELD_OUT if HELD_OUT.best in runs else TESTED).best
     counts = ["seeds", "left_out", "num_params", "epochs"]
     columns = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "best", "train", *facts]
     columns += [*(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
@@ -89,7 +92,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         row = {
             **newest[["step", "overrides", "left_out", "num_params", "epochs", *facts]],
             **{"seeds": last.n, "last": last.mean, "last_sd": last.sd, "low": last.low, "high": last.high},
-            "best": sum(group[best]) / last.n,
+            "best": fmean(group[best]),
             "train": group["final_train_accuracy"].mean(),
             **{f"verdict_{name}": "-" for name in TARGETS},
         }
@@ -103,33 +106,24 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return table.astype({"num_params": "Int64", "epochs": "Int64", "p": "float64", "seeds_needed": "Int64"})
 
 
-def compare_text(table: pd.DataFrame, *, holdout: int = 0) -> tuple[list[list[str]], list[str]]:
-    """Return the rows and headers of `compare_table` as text to print, without reported figures that no row has."""
-
-    def percent(value: float) -> str:
-        return "-" if pd.isna(value) else f"{value:.2f}"
-
+def compare_text(table: pd.DataFrame, *, holdout: int = 0, width: int | None = None) -> str:
+    """Return `compare_table` as text, without columns that no row has a value in; width: as for `table_text`."""
+    rows = table.to_dict("records")
     columns = {
-        "experiment": [
-            " ".join(f"{step} {overrides}".split()) for step, overrides in table[["step", "overrides"]].to_numpy()
-        ],
-        "seeds": [str(n) for n in table["seeds"]],
-        "parameters": [f"{n:,} {word}" for n, word in table[["num_params", "verdict_params"]].to_numpy()],
-        "epochs": [f"{n} {word}" for n, word in table[["epochs", "verdict_epochs"]].to_numpy()],
-        "last": [
-            percent(mean) + ("" if pd.isna(sd) else f" +- {sd:.3f}")
-            for mean, sd in table[["last", "last_sd"]].to_numpy()
-        ],
-        "wanted": ["-" if pd.isna(value) else f"{value:g}" for value in table["target_accuracy"]],
-        "verdict": table["verdict_accuracy"].tolist(),
-        "seeds\nneeded": ["-" if pd.isna(n) else seeds_text(n) for n in table["seeds_needed"]],
-        "best\nvalidation" if holdout else "best": [percent(value) for value in table["best"]],
-        "train": [percent(value) for value in table["train"]],
-        "reported\nlast": [percent(value) for value in table["reported_final_test_accuracy"]],
-        "reported\nbest": [percent(value) for value in table["reported_best_test_accuracy"]],
+        "experiment": [" ".join(f"{row['step']} {row['overrides']}".split()) for row in rows],
+        "last": [percent(row["last"]) + ("" if row["seeds"] == 1 else f" +- {row['last_sd']:.3f}") for row in rows],
+        "verdict": [row["verdict_accuracy"] for row in rows],
+        "seeds": [str(row["seeds"]) for row in rows],
+        "wanted": ["-" if pd.isna(row["target_accuracy"]) else f"{row['target_accuracy']:g}" for row in rows],
+        "parameters": [f"{row['num_params']:,} {row['verdict_params']}" for row in rows],
+        "epochs": [f"{row['epochs']} {row['verdict_epochs']}" for row in rows],
+        "seeds\nneeded": ["-" if pd.isna(row["seeds_needed"]) else seeds_text(row["seeds_needed"]) for row in rows],
+        "best\nvalidation" if holdout else "best": [percent(row["best"]) for row in rows],
+        "train": [percent(row["train"]) for row in rows],
+        "reported\nlast": [percent(row["reported_final_test_accuracy"]) for row in rows],
+        "reported\nbest": [percent(row["reported_best_test_accuracy"]) for row in rows],
     }
-    shown = {name: cells for name, cells in columns.items() if "reported" not in name or {*cells} != {"-"}}
-    return [list(row) for row in zip(*shown.values(), strict=True)], list(shown)
+    return table_text(columns, width)
 
 
 def compare(a: str, b: str, *, holdout: int = 0, tracking_uri: str | None = None) -> Comparison:
@@ -144,10 +138,8 @@ def compare(a: str, b: str, *, holdout: int = 0, tracking_uri: str | None = None
         LabError: if a step has no such run, their protocols differ, or one has a single seed and the other several.
     """
     loaded = load_runs(tracking_uri)
-    runs = newest_runs(run_table(columns="all", holdout=holdout, loaded=loaded))
-    for step in (a, b):
-        if step not in set(runs["step"]):
-            raise LabError(_why_no_runs(step, holdout, loaded))
+    a, b = full_names([a, b], loaded, holdout)
+    runs = newest_runs(run_table([a, b], columns="all", holdout=holdout, loaded=loaded))
     pair = next((pair for pair in PAIRS if (pair.a, pair.b) == (a, b)), Pair(a, b, change=""))
     return _compare(pair, runs, loaded.uri)
 
@@ -177,8 +169,6 @@ def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
         LabError: if the step has no such run.
     """
     runs = newest_runs(run_table(step, columns="all", tracking_uri=tracking_uri))
-    if runs.empty:
-        raise LabError(f"steps: no finished run of {step!r} as declared")
     trained = runs[runs["restored"].isna()].sort_values(["final_test_accuracy", "seed"])
     if trained.empty:
         raise LabError(f"steps: all runs of {step!r} were restored, and these have no network; train it")
@@ -226,18 +216,3 @@ def _compare(pair: Pair, runs: pd.DataFrame, uri: str) -> Comparison:
             f'e.g. `make {single} ARGS="--seed 1"`'
         )
     return compare_seeds(pair, *(dict(zip(of["seed"], of["final_test_accuracy"], strict=True)) for of in (of_a, of_b)))
-
-
-def _why_no_runs(step: str, holdout: int, loaded: LoadedRuns) -> str:
-    """Say why a step has no run to compare: none at all, or none of this protocol, or none that counts."""
-    runs = loaded.runs[(loaded.runs["step"] == step) & (loaded.runs["status"] == "FINISHED")]
-    if runs.empty:
-        return f"steps: no finished run of {step!r} in {loaded.name}"
-    protocols = sorted(runs["holdout"].unique())
-    if holdout not in protocols:
-        held = " or ".join(f"{number:,}" for number in protocols)
-        return (
-            f"holdout: the runs of {step!r} hold out {held} training images, not {holdout:,}; runs of different "
-            "protocols are not compared"
-        )
-    return f"steps: the runs of {step!r} in {loaded.name} are overridden on the command line: they are not that step"

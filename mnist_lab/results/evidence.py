@@ -26,7 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from mnist_lab.errors import LabError
 from mnist_lab.figures import plot_summary
 from mnist_lab.paths import PROJECT_ROOT
-from mnist_lab.results.compare import TARGETS, summarise
+from mnist_lab.results.compare import summarise
 from mnist_lab.results.records import (
     COLUMNS,
     OTHER_FILES,
@@ -39,6 +39,7 @@ from mnist_lab.results.records import (
     to_csv,
     tracked_records,
 )
+from mnist_lab.results.runs import TARGETS
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.verdicts.comparison import (
     PAIRS,

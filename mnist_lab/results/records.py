@@ -21,7 +21,8 @@ import pandas as pd
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import quoted
 from mnist_lab.results.compare import newest_runs
-from mnist_lab.results.runs import LoadedRuns, epoch_history, load_runs, predictions, run_table
+from mnist_lab.results.predictions import predictions
+from mnist_lab.results.runs import LoadedRuns, epoch_history, load_runs, run_table
 from mnist_lab.verdicts.comparison import step_order
 
 logger = logging.getLogger(__name__)

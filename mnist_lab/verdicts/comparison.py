@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from numpy.typing import ArrayLike
+from tabulate import tabulate
 
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, FEWEST_FOR_INTERVAL, MCNEMAR, Difference
@@ -124,22 +126,36 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [dataclasses.replace(comparison, p_holm=p) for comparison, p in zip(comparisons, adjusted, strict=True)]
 
 
-def effects_text(comparisons: Iterable[Comparison]) -> tuple[list[list[str]], list[str]]:
-    """Return the rows and headers of a table of comparisons, as text to print."""
-    rows = [
-        [
-            f"{c.change}\n  {c.a} -> {c.b}",
-            f"{c.effect:+.2f}",
-            c.interval,
-            p_text(c.p),
-            p_text(c.p_holm),
-            c.seeds,
-            c.word,
-            "-" if c.seeds_needed is None else seeds_text(c.seeds_needed),
-        ]
-        for c in comparisons
-    ]
-    return rows, ["change", "points", "95 % interval", "p", "p\n(Holm)", "seeds", "verdict", "seeds\nneeded"]
+def effects_text(comparisons: Sequence[Comparison], width: int | None = None) -> str:
+    """Return a table of comparisons as text to print; width: as for `table_text`."""
+    columns = {
+        "change": [f"{c.change}\n  {c.a} -> {c.b}" for c in comparisons],
+        "points": [f"{c.effect:+.2f}" for c in comparisons],
+        "verdict": [c.word for c in comparisons],
+        "95 % interval": [c.interval for c in comparisons],
+        "p\n(Holm)": [p_text(c.p_holm) for c in comparisons],
+        "seeds": [c.seeds for c in comparisons],
+        "seeds\nneeded": ["-" if c.seeds_needed is None else seeds_text(c.seeds_needed) for c in comparisons],
+        "p": [p_text(c.p) for c in comparisons],
+    }
+    return table_text(columns, width)
+
+
+def table_text(columns: Mapping[str, Sequence[str]], width: int | None = None) -> str:
+    """Return a table as text, without columns of "-" alone.
+
+    width: of the terminal; the last columns that it has no place for are left out, and named below the table.
+    """
+    shown = {name: cells for name, cells in columns.items() if {*cells} != {"-"}}
+    left_out: list[str] = []
+    while True:
+        text = tabulate(list(zip(*shown.values(), strict=True)), list(shown), disable_numparse=True)
+        if width is None or len(shown) == 1 or max(map(len, text.splitlines())) <= width:
+            break
+        left_out.insert(0, " ".join(shown.popitem()[0].split()))
+    if left_out and width is not None:
+        text += "\n" + textwrap.fill(f"A wider terminal also shows: {', '.join(left_out)}.", width)
+    return text
 
 
 def interval_text(low: float, high: float, *, signed: bool = False) -> str:

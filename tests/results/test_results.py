@@ -19,10 +19,10 @@ from forkserver import Program, run_program
 from helpers import copy_store, wait_until
 from mnist_lab import results
 from mnist_lab.errors import LabError
-from mnist_lab.results.runs import EPOCH_METRICS
 from mnist_lab.tracking import points
 from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.verdicts.comparison import Pair, seeds_text
+from mnist_lab.verdicts.measures import TESTED
 from mnist_lab.verdicts.statistics import compare_means, seeds_needed
 from run_writer import STEP4, write_run
 
@@ -97,7 +97,7 @@ def test_run_table_shows_eight_columns_and_overrides_where_there_are_any(store: 
     eight = ["step", "seed", "num_params", "epochs", "final_test_accuracy", "best_test_accuracy", "targets", "run_id"]
     assert list(results.run_table(tracking_uri=store.uri)) == eight
     overridden = results.run_table("step4", include_overrides=True, tracking_uri=store.uri)
-    assert list(overridden) == [*eight[:2], "overrides", *eight[2:]]
+    assert list(overridden) == [*eight, "overrides"]
     everything = results.run_table(columns="all", tracking_uri=store.uri)
     assert {*eight, "lr", "hardware", "verdict_accuracy"} < {*everything}
     with pytest.raises(LabError, match="^columns: 'some' is not \"all\", nor None"):
@@ -119,6 +119,35 @@ def test_run_table_filters(store: Store) -> None:
     assert len(ids(status=None)) == 7
 
 
+def test_a_step_without_a_run_as_declared_says_so(uri: str) -> None:
+    store = open_store(uri)
+    for seed in (0, 1):
+        write_run(store, "my_idea", seed, [98.0], start_time=T0, tags={"overrides": "epochs=1"})
+    write_run(store, "begun", 0, [98.0], start_time=T0, status=None)
+    with pytest.raises(LabError, match="^my_idea: its 2 runs are overridden; include_overrides=True"):
+        results.run_table(steps="my_idea", tracking_uri=uri)
+    with pytest.raises(LabError, match="^steps: no finished run of 'begun'; .*RUNNING"):
+        results.run_table(steps="begun", tracking_uri=uri)
+    assert len(results.run_table(steps="my_idea", include_overrides=True, tracking_uri=uri)) == 2
+
+
+def test_a_short_name_of_a_step_will_do(uri: str) -> None:
+    store = open_store(uri)
+    for number, step in enumerate(("step3_gap", "step4_augment_steplr", "step44_a", "step44_b")):
+        for seed in (0, 1):
+            write_run(store, step, seed, [99.0 + number / 10 + seed / 100], start_time=T0)
+    assert results.run_table("step4", tracking_uri=uri)["step"].tolist() == ["step4_augment_steplr"] * 2
+    assert results.epoch_history(["step3"], tracking_uri=uri)["step"].unique().tolist() == ["step3_gap"]
+    assert results.compare("step3", "step4", tracking_uri=uri).change == "step 4 as a whole"
+    assert results.compare_table(steps=["step4", "step3"], tracking_uri=uri)["step"].tolist() == [
+        "step3_gap",
+        "step4_augment_steplr",
+    ]
+    assert results.median_run("step4", tracking_uri=uri)["step"] == "step4_augment_steplr"
+    with pytest.raises(LabError, match="^steps: 'step44' is not clear: step44_a, step44_b"):
+        results.run_table("step44", tracking_uri=uri)
+
+
 def test_overridden_runs_stand_in_where_a_step_has_no_run_as_declared(uri: str) -> None:
     store = open_store(uri)
     write_run(store, "step1", 0, [98.0], start_time=T0, tags={"overrides": "epochs=9"})
@@ -134,7 +163,7 @@ def test_overridden_runs_stand_in_where_a_step_has_no_run_as_declared(uri: str) 
 
 def test_epoch_history_is_tidy(store: Store) -> None:
     history = results.epoch_history(tracking_uri=store.uri)
-    assert list(history.columns) == ["run_id", "step", "overrides", "seed", "epoch", *EPOCH_METRICS]
+    assert list(history.columns) == ["run_id", "step", "overrides", "seed", "epoch", *TESTED.each_epoch]
     assert len(history) == 3 + 3 + 3 + 2 + 1
     assert not history.isna().any().any()
     one = history[(history["step"] == "step4") & (history["seed"] == 1)]
@@ -165,7 +194,7 @@ def test_the_history_of_many_runs_takes_few_requests(
     monkeypatch.setattr(points, "RUNS_PER_REQUEST", 3)
     history = results.epoch_history(status=None, include_overrides=True, tracking_uri=server)
     assert history["run_id"].nunique() == 8
-    assert len(asked) == math.ceil(8 / 3) * len(EPOCH_METRICS)
+    assert len(asked) == math.ceil(8 / 3) * len(TESTED.each_epoch)
 
 
 def test_a_point_logged_twice_counts_once_with_its_latest_value(uri: str) -> None:
@@ -208,21 +237,35 @@ def test_the_verdict_on_several_seeds_is_what_their_mean_shows(uri: str) -> None
     assert table["verdict_accuracy"].to_dict() == {"above": "met", "below": "missed", "near": "not shown", "one": "met"}
     assert table.loc["near", "seeds_needed"] == seeds_needed(0.05 / 0.15, arms=1, tail=0.01)
     assert table["seeds_needed"].isna().tolist() == [True, True, False, True]
-    rows, headers = results.compare_text(table.reset_index())
-    assert headers == [
+    text = results.compare_text(table.reset_index())
+    header, _, _, _, *rows = [re.split(r"  +", line) for line in text.splitlines()]
+    assert header == [
         "experiment",
+        "last",
+        "verdict",
         "seeds",
+        "wanted",
         "parameters",
         "epochs",
-        "last",
-        "wanted",
-        "verdict",
-        "seeds\nneeded",
+        "seeds",
         "best",
         "train",
     ]
-    assert rows[2][4:8] == ["99.45 +- 0.150", "99.4", "not shown", seeds_text(table.loc["near", "seeds_needed"])]
-    assert rows[3][4:8] == ["99.50", "99.4", "met", "-"]
+    assert rows[1][1:5] == ["99.45 +- 0.150", "not shown", "3", "99.4"]
+    assert rows[1][7] == seeds_text(table.loc["near", "seeds_needed"])
+    assert rows[2][1:4] == ["99.50", "met", "1"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_comparison_fits_the_terminal_and_names_what_it_has_no_place_for(store: Store, width: int) -> None:
+    table = results.compare_table(tracking_uri=store.uri)
+    text = results.compare_text(table, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "reported" not in text  # no row has such a figure
+    everything = results.compare_text(table).splitlines()[0].split()
+    shown, _, left_out = text.partition("A wider terminal also shows:")
+    assert set(everything) <= {*shown.split(), *re.findall(r"\w+", left_out)}
+    assert "99.40 +- 0.141" in shown
 
 
 def test_seeds_of_different_code_are_not_averaged(uri: str) -> None:
@@ -331,9 +374,8 @@ def test_compare_tables_say_validation_where_it_is_validation(held_out: str) -> 
     assert table[["last", "best"]].to_numpy().tolist() == [
         [98.7, 98.9]
     ]  # the last epoch is measured on the test images
-    _, headers = results.compare_text(table, holdout=10_000)
-    assert "best\nvalidation" in headers
-    assert "best" in results.compare_text(results.compare_table(tracking_uri=held_out))[1]
+    assert "validation" in results.compare_text(table, holdout=10_000)
+    assert "validation" not in results.compare_text(results.compare_table(tracking_uri=held_out))
 
 
 def test_a_protocol_without_runs_is_refused(held_out: str) -> None:
@@ -426,12 +468,12 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> No
     write_held_out_run(store, "held", 0, [99.0], final_test_accuracy=98.7, start_time=T0)
     write_run(store, "changed", 0, [99.0], start_time=T0, tags={"overrides": "lr=9"})
     for a, b, sentence in (
-        ("step1", "nothing", "steps: no finished run of 'nothing' in "),
-        ("step1", "held", "holdout: the runs of 'held' hold out 10,000 training images, not 0; .* different protocols"),
+        ("step1", "nothing", "steps: no run of 'nothing' in "),
+        ("step1", "held", "holdout: the runs of 'held' hold out 10,000 training images, not 0"),
         ("step1", "several", 'step1 has one seed and several has 2: .*`make step1 ARGS="--seed 1"`'),
         ("several", "step1", "step1 has one seed and several has 2"),
         ("step1", "step1", "has no predictions"),
-        ("step1", "changed", "steps: the runs of 'changed' in .* are overridden"),
+        ("step1", "changed", "changed: its run is overridden; include_overrides=True"),
     ):
         with pytest.raises(LabError, match=sentence):
             results.compare(a, b, tracking_uri=held_out)
@@ -466,12 +508,15 @@ def test_compare_prints_the_tables_of_one_protocol(held_out: str, tmp_path: Path
         return done.stdout
 
     text = compare()
-    assert re.search(r"^step2_dropout +2 .*99\.05 \+- 0\.071 +99\.4 +not shown +4 ", text, re.MULTILINE)
-    assert re.search(r"^GAP alone +\+0\.15 +too few seeds ", text, re.MULTILINE)
+    assert re.search(r"^step2_dropout +99\.05 \+- 0\.071 +not shown +2 .* 4 ", text, re.MULTILINE)
+    assert re.search(r"^GAP alone +\+0\.15 +not shown +too few seeds ", text, re.MULTILINE)
     assert "step2_dropout -> gap_alone" in text
     assert "step3_gap against gap_alone is not compared: step3_gap has one seed and gap_alone has 2" in text
     assert "validation" not in text
     assert max(map(len, text.splitlines()[:8])) <= 120
+    text = compare("step2_dropout", "gap_alone")
+    assert "step2_dropout -> gap_alone" in text
+    assert "step3_gap" not in text
     text = compare("--holdout", "10000")
     assert re.search(r"best\s.*\n.*validation", text)
     assert "98.70" in text
@@ -491,9 +536,7 @@ def test_compare_names_the_flag_where_all_runs_are_overridden(uri: str, tmp_path
 def test_a_finished_run_without_a_result_is_left_out_with_a_warning(uri: str, caplog: pytest.LogCaptureFixture) -> None:
     run = write_run(open_store(uri), "step1", 0, [], start_time=T0)
     assert results.run_table(tracking_uri=uri).empty
-    assert caplog.messages == [
-        f"left out: run {run.info.run_id}: it is FINISHED but has no result: num_params is missing"
-    ]
+    assert caplog.messages == [f"left out: run {run.info.run_id}: it is FINISHED but has no parameters or accuracy"]
 
 
 def test_an_empty_store_says_what_to_run(uri: str) -> None:
