@@ -15,19 +15,21 @@ INSTALLED := .venv/.installed
 export UV_PYTHON_DOWNLOADS ?= never
 export MLFLOW_DISABLE_TELEMETRY := true
 
-STEPS := step1 step2 step3 step4
+# In order; the network that teaches step 9 is trained before it.
+STEPS := step1 step2 step3 step4 step5 step6 step7 step8 teacher step9
 
 .PHONY: help
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
-	@echo 'Experiments, by the names of their scripts:'
+	@awk -F':.*## ' '/^# ---- / {printf "\n%s\n", substr($$0, 8)} /^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' \
+	  $(MAKEFILE_LIST)
+	@echo; echo 'the experiments, by the names of their scripts'
 	@for script in experiments/*.py; do \
 	  name=$$(basename "$$script" .py); \
 	  [[ $$name =~ ^step[0-9]+_ ]] && alike=(experiments/$${name%%_*}.py experiments/$${name%%_*}_*.py) && \
 	    [[ $$(ls "$${alike[@]}" 2>/dev/null | wc -l) == 1 ]] && name=$${name%%_*}; \
 	  printf '  %-16s %s\n' "$$name" "$$(sed -n '1s/^"""//p' "$$script")"; \
 	done
-	@echo 'Flags pass through: make step3 ARGS="--epochs 2 --seed 7 --set lr=0.05"'
+	@echo; echo 'Flags pass through: make step3 ARGS="--epochs 2 --seed 7 --set lr=0.05"'
 	@echo 'A study of ten seeds: make step3 SEEDS=10'
 
 # ---- set-up
@@ -43,16 +45,24 @@ folder-has-moved: ;
 endif
 endif
 
+# On stderr, as what was asked for may be written to a file.
 $(INSTALLED): requirements.lock pyproject.toml | $(UV)
-	test ! -s $@ || test "$$(cat $@)" = "$(CURDIR)" || rm -rf .venv
-	test -x $(PYTHON) || $(UV) venv --quiet --python '>=3.11,<3.14' .venv
-	$(UV) pip sync --quiet --compile-bytecode --require-hashes requirements.lock
-	$(UV) pip install --quiet --no-deps --editable .
+	@test ! -s $@ || test "$$(cat $@)" = "$(CURDIR)" || rm -rf .venv
+	@test -x $(PYTHON) || { echo 'Set-up: making the environment .venv' >&2; \
+	  $(UV) venv --quiet --python '>=3.11,<3.14' .venv; }
+	@echo 'Set-up: fetching and installing the packages of requirements.lock, a minute or two' >&2
+	@$(UV) pip sync --quiet --compile-bytecode --require-hashes requirements.lock & \
+	  while sleep 1; kill -0 $$! 2>/dev/null; do (( SECONDS % 10 )) || \
+	    echo "Set-up: $$SECONDS s, $$(ls -d .venv/lib/python3*/site-packages/*.dist-info 2>/dev/null | wc -l) packages" >&2; \
+	  done; wait $$!
+	@$(UV) pip install --quiet --no-deps --editable .
 	@echo "$(CURDIR)" > $@
+	@echo 'Set-up: done' >&2
 
 .uv/bin/uv:
-	python3 -m venv .uv
-	.uv/bin/pip install --quiet --disable-pip-version-check uv
+	@echo 'Set-up: fetching uv, which installs packages' >&2
+	@python3 -m venv .uv
+	@.uv/bin/pip install --quiet --disable-pip-version-check uv
 
 .PHONY: lock
 lock: | $(UV)  ## renew requirements.lock from pyproject.toml
@@ -61,12 +71,12 @@ lock: | $(UV)  ## renew requirements.lock from pyproject.toml
 
 .PHONY: data
 data: $(INSTALLED)  ## fetch and verify MNIST
-	$(PYTHON) -m mnist_lab data $(ARGS)
+	@$(PYTHON) -m mnist_lab data $(ARGS)
 
 # ---- experiments
 
 .PHONY: steps
-steps: $(STEPS)  ## train steps 1 to 4, one after another
+steps: $(STEPS)  ## train all nine steps, one after another
 
 step:
 	@echo 'make: step needs its number, e.g. make step1; make help lists them' >&2; exit 2
