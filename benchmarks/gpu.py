@@ -16,8 +16,7 @@ from measure import Report, Sample, Setting, interleave, load_experiment, make_p
 
 from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.experiment import Experiment
-from mnist_lab.running.run import initial_network
-from mnist_lab.training.loop import fit
+from mnist_lab.training.loop import fit, initial_network
 
 STEP = "step4_augment_steplr"
 ONE, WRITE_UPS = "lab, 1 seed", "write-ups, 1 seed"

@@ -48,6 +48,7 @@ def one_run(limit: int, epochs: int) -> dict[str, float]:
 
     from mnist_lab.running import run as runner
     from mnist_lab.running.job import Job
+    from mnist_lab.running.progress import Progress
 
     peaks = {"imports": peak()}
 
@@ -63,9 +64,7 @@ def one_run(limit: int, epochs: int) -> dict[str, float]:
 
     runner.load_mnist = load_and_note
 
-    class Noting:
-        def on_start(self, *ignored: object, **named: object) -> None: ...
-
+    class Noting(Progress):
         def on_batch(self, *ignored: object) -> None:
             note("first batch")
 

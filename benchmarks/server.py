@@ -87,6 +87,7 @@ def record(uri: str, folder: Path, limit: int) -> None:
     """Train and track in this process, and keep each record that is sent."""
     from mnist_lab.running import run as runner
     from mnist_lab.running.job import Job
+    from mnist_lab.running.progress import Progress
     from mnist_lab.tracking import run as tracking
     from mnist_lab.tracking.outbox import Outbox, Record
 
@@ -98,13 +99,8 @@ def record(uri: str, folder: Path, limit: int) -> None:
 
     tracking.send = keep
 
-    class Silent:
-        def on_start(self, *ignored: object, **named: object) -> None: ...
-        def on_batch(self, *ignored: object) -> None: ...
-        def on_epoch(self, metrics: object) -> None: ...
-
     job = Job(script=script_of(STEP), experiment=load_experiment(STEP), limit=limit, tracking_uri=uri)
-    runner.run(job, 0, Silent())
+    runner.run(job, 0, Progress())
 
 
 def write(uri: str, folder: Path) -> dict[str, Any]:

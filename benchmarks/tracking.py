@@ -87,29 +87,29 @@ def one_run(limit: int, epochs: int) -> dict[str, Any]:
         import mlflow  # noqa: F401
 
         import mnist_lab.tracking.run
+    from mnist_lab.running import record
     from mnist_lab.running import run as runner
     from mnist_lab.running.job import Job
+    from mnist_lab.running.progress import Progress
 
-    for name, value in list(vars(runner).items()):
+    for module, (name, value) in [(m, item) for m in (runner, record) for item in vars(m).items()]:
         if inspect.isfunction(value) and value.__module__ in ("mnist_lab.tracking.run", "mnist_lab.tracking.delivery"):
-            setattr(runner, name, clock.around(name, value))
+            setattr(module, name, clock.around(name, value))
     for name, value in list(vars(mnist_lab.tracking.run.TrackedRun).items()):
         if inspect.isfunction(value) and not name.startswith("_"):
             setattr(mnist_lab.tracking.run.TrackedRun, name, clock.around(name, value))
-    runner.draw = clock.around("draw figures", runner.draw)
+    record.draw = clock.around("draw figures", record.draw)
 
     declared = load_experiment(STEP)
     experiment = dataclasses.replace(declared, epochs=epochs)
     full: list[float] = []
     laps = Laps()
 
-    class Timing:
-        def on_start(self, *ignored: object, **named: object) -> None: ...
-
+    class Timing(Progress):
         def on_batch(self, *ignored: object) -> None:
             laps.lap()
 
-        def on_epoch(self, metrics: Any) -> None:
+        def on_epoch(self, seed: int, metrics: Any) -> None:
             # The seconds that the epoch took, plus those of the batches that a full one has more.
             more = TRAIN_IMAGES / experiment.batch_size - len(laps.laps)
             full.append(metrics.epoch_seconds + more * laps.batch)

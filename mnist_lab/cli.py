@@ -23,9 +23,8 @@ from mnist_lab.console import (
     SearchConsole,
     StudyConsole,
     print_confirmed,
-    print_result,
+    print_run_id,
     print_search,
-    print_study,
     say_what_is_done,
 )
 from mnist_lab.errors import LabError, is_script
@@ -196,9 +195,9 @@ def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
         "A run that had begun is marked KILLED; its finished epochs are in MLflow. "
         "The same command with --resume goes on after the last of them."
     )
-    with sentences(consequence), closing(Console(job.experiment.epochs)) as console:
+    with sentences(consequence), closing(Console(job)) as console:
         result = run(job, seed, console, resume=resume)
-    print_result(result, job)
+    print_run_id(result.run_id, job)
 
 
 def _study(job: Job, arguments: argparse.Namespace) -> None:
@@ -208,10 +207,10 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
     with (
         sentences(consequence),
         _cluster(arguments.cluster) as cluster,
-        closing(StudyConsole(job.experiment.epochs)) as console,
+        closing(StudyConsole(job)) as console,
     ):
         result = study(job, arguments.seeds, console, workers=arguments.workers, again=arguments.again, cluster=cluster)
-    print_study(result, job)
+    print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the seeds below it.", flush=True)
     if result.failed:
         print(f"Failed: seed {', '.join(map(str, result.failed))}; the same command tries again.", file=sys.stderr)
         sys.exit(1)

@@ -1,14 +1,16 @@
-"""What is printed: a run or a study as it goes, and its verdict at the end."""
+"""What is printed: a run or a study as it goes, and its verdict."""
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED
+from mnist_lab.running.progress import Progress
+from mnist_lab.verdicts.measures import MEASURES, protocol
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
     import torch
@@ -16,13 +18,14 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from tqdm import tqdm
 
     from mnist_lab.running.job import Job
-    from mnist_lab.running.run import RunResult
+    from mnist_lab.running.record import RunResult
     from mnist_lab.running.search import Confirmed, Counts, SearchResult
     from mnist_lab.running.study import StudyResult
     from mnist_lab.training.loop import EpochMetrics
     from mnist_lab.verdicts.targets import Verdict
 
 REFRESH_SECONDS = 0.5  # reading the running figures waits for the device, so the bar does it this often only
+LAGS = 0.1  # the share of first weights from which the accuracy of an average says little
 
 
 def say_what_is_done() -> None:
@@ -37,10 +40,17 @@ def say_what_is_done() -> None:
     logger.setLevel(logging.INFO)
 
 
-class _WithBar:
+class _Display(Progress):
     """Has a bar on a terminal while something goes on."""
 
     bar: tqdm[NoReturn] | None = None
+
+    def start_bar(self, total: int, text: str, bar_format: str, **settings: Any) -> tqdm[NoReturn]:
+        from tqdm import tqdm
+
+        settings |= {"desc": text, "bar_format": bar_format, "file": sys.stdout}
+        self.bar = tqdm(total=total, leave=False, dynamic_ncols=True, **settings)
+        return self.bar
 
     def close(self) -> None:
         """Take the bar away, so that what is printed next starts on a line of its own."""
@@ -48,88 +58,101 @@ class _WithBar:
             self.bar.close()
             self.bar = None
 
-
-def _bar(total: int, text: str, bar_format: str, **settings: Any) -> tqdm[NoReturn]:
-    from tqdm import tqdm
-
-    return tqdm(
-        total=total, desc=text, bar_format=bar_format, file=sys.stdout, leave=False, dynamic_ncols=True, **settings
-    )
+    def on_time(self) -> None:
+        if self.bar is not None:
+            self.bar.refresh()
 
 
-class Console(_WithBar):
-    """Shows a run as it goes: a bar on a terminal, and a line per epoch everywhere."""
+class _TrainingDisplay(_Display):
+    """Has a line for each epoch."""
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-        self.epoch = 1
-        self.num_images = 0
-        self.shown_at = 0.0
-        self.on_terminal = sys.stdout.isatty()
+    def __init__(self, job: Job) -> None:
+        from mnist_lab.training.averaging import FirstWeights
 
-    def on_start(self, run_name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None:
+        self.job, self.epochs = job, job.experiment.epochs
+        self.first_weights = FirstWeights(job.experiment)
+
+    def epoch_line(self, metrics: EpochMetrics) -> str:
+        return (
+            f"epoch {metrics.epoch:>{len(str(self.epochs))}}/{self.epochs}  "
+            f"train loss {metrics.train_loss:.4f}, "
+            f"accuracy {metrics.train_correct}/{metrics.train_images} ({metrics.train_accuracy:.2f}%)  "
+            f"{metrics.evaluated_on} loss {metrics.eval_loss:.4f}, "
+            f"accuracy {metrics.eval_correct}/{metrics.eval_images} ({metrics.eval_accuracy:.2f}%)"
+            f"{self._raw_accuracy(metrics)}  lr {metrics.lr:.3g}  {metrics.epoch_seconds:.1f} s"
+        )
+
+    def _raw_accuracy(self, metrics: EpochMetrics) -> str:
+        """Return the accuracy without averaging, and whether it says more than that of the average."""
+        if metrics.raw_accuracy is None:
+            return ""
+        raw = f"raw weights {metrics.raw_accuracy:.2f}%"
+        share = self.first_weights.share(
+            metrics.epoch * math.ceil(metrics.train_images / self.job.experiment.batch_size)
+        )
+        if share < LAGS:
+            return f" ({raw})"
+        return f" ({raw}; the average says little yet: it is {share:.0%} the first weights)"
+
+
+class Console(_TrainingDisplay):
+    """Shows a run as it goes, a bar on a terminal and a line per epoch everywhere, and its verdict."""
+
+    epoch = 1
+    num_images = 0
+    shown_at = 0.0
+
+    def on_run(self, name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None:
         self.num_images = num_images
-        if self.on_terminal:
+        if sys.stdout.isatty():
             print(summary)
-        print(f"{run_name}: {num_params:,} parameters, {num_images:,} training images, on {device.type}")
+        print(f"{name}: {num_params:,} parameters, {num_images:,} training images, on {device.type}")
 
     def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
-        if not self.on_terminal:
-            return
         if self.bar is None:
+            if not sys.stdout.isatty():
+                return
             form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
-            self.bar = _bar(self.num_images, f"epoch {self.epoch}/{self.epochs}", form, unit=" images")
+            self.start_bar(self.num_images, f"epoch {self.epoch}/{self.epochs}", form, unit=" images")
         now = time.monotonic()
-        if now - self.shown_at >= REFRESH_SECONDS:
+        if self.bar is not None and now - self.shown_at >= REFRESH_SECONDS:
             self.shown_at = now
-            self.bar.set_postfix_str(
-                f"loss {loss_sum.item() / seen:.4f}, accuracy {100 * correct.item() / seen:.2f} %", refresh=False
-            )
+            loss, accuracy = loss_sum.item() / seen, 100 * correct.item() / seen
+            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f} %", refresh=False)
             self.bar.update(seen - self.bar.n)
 
-    def on_epoch(self, metrics: EpochMetrics) -> None:
+    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
         self.close()
         self.epoch = metrics.epoch + 1
-        print(epoch_line(metrics, self.epochs), flush=True)
+        print(self.epoch_line(metrics), flush=True)
+
+    def on_verdict(self, result: RunResult) -> None:
+        print_result(result, self.job)
 
 
-def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
-    """Return the line that stands for a finished epoch."""
-    raw = "" if metrics.raw_accuracy is None else f" (raw weights {metrics.raw_accuracy:.2f}%)"
-    return (
-        f"epoch {metrics.epoch:>{len(str(epochs))}}/{epochs}  "
-        f"train loss {metrics.train_loss:.4f}, "
-        f"accuracy {_share(metrics.train_correct, metrics.train_images)}  "
-        f"{metrics.evaluated_on} loss {metrics.eval_loss:.4f}, "
-        f"accuracy {_share(metrics.eval_correct, metrics.eval_images)}{raw}  "
-        f"lr {metrics.lr:.3g}  {metrics.epoch_seconds:.1f} s"
-    )
-
-
-class StudyConsole(_WithBar):
+class StudyConsole(_TrainingDisplay):
     """Shows a study as it goes: one bar for all seeds on a terminal, else a line per epoch; and a line per seed."""
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
         self.trained: dict[int, int] = {}  # epochs by seed
         self.done = self.wanted = self.width = 0
 
-    def on_start(
+    def on_study(
         self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
     ) -> None:
         self.wanted, self.done, self.width = len(seeds), len(seeds) - len(missing), len(str(max(seeds)))
-        reused = ", ".join(str(seed) for seed in seeds if seed not in missing)
-        if reused:
+        if reused := ", ".join(str(seed) for seed in seeds if seed not in missing):
             print(f"{name}: finished already, and not trained again: {reused}")
         if not missing:
             return
-        how = _at_a_time(workers) if device.type == "cpu" or workers > 1 else "one after another"
+        how = f"{workers} at a time" if device.type == "cpu" or workers > 1 else "one after another"
         which = "seed" if len(missing) == 1 else "seeds"
-        print(f"{name}: training {which} {', '.join(map(str, missing))}, {how}, on {device.type}", flush=True)
+        print(f"{name}: training {which} {', '.join(map(str, missing))} ({how}, on {device.type})", flush=True)
         if sys.stdout.isatty():
             form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left]"
             # The seeds' epochs end in bursts: only the mean speed, smoothing=0, says when all is done.
-            self.bar = _bar(len(missing) * self.epochs, self._seeds_done(), form, smoothing=0)
+            self.start_bar(len(missing) * self.epochs, self._seeds_done(), form, smoothing=0)
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
         before = self.trained.get(seed, metrics.epoch - 1)
@@ -137,16 +160,15 @@ class StudyConsole(_WithBar):
         if self.bar is not None:
             self.bar.update(max(0, metrics.epoch - before))  # a seed that a cluster's node took along begins again
         else:
-            print(f"seed {seed:>{self.width}}  {epoch_line(metrics, self.epochs)}", flush=True)
+            print(f"seed {seed:>{self.width}}  {self.epoch_line(metrics)}", flush=True)
 
     def on_seed(self, seed: int, metrics: Mapping[str, float]) -> None:
         self.done += 1
-        protocol = HELD_OUT if HELD_OUT.best in metrics else TESTED
-        last, best = (MEASURES[name].text(metrics[name]) for name in ("final_test_accuracy", protocol.best))
+        measures = protocol(self.job.holdout)
+        last, best = (MEASURES[name].text(metrics[name]) for name in ("final_test_accuracy", measures.best))
         self._write(
             f"seed {seed:>{self.width}}  done: test accuracy {last} in the last epoch; "
-            f"best {protocol.part} accuracy {best} in epoch {metrics['best_epoch']:.0f}  "
-            f"({self._seeds_done()})"
+            f"best {measures.part} accuracy {best} in epoch {metrics['best_epoch']:.0f}  ({self._seeds_done()})"
         )
 
     def on_failure(self, seed: int, reason: str) -> None:
@@ -154,9 +176,9 @@ class StudyConsole(_WithBar):
             self.bar.total -= self.epochs - self.trained.get(seed, 0)  # they will not be trained
         self._write(f"seed {seed:>{self.width}}  failed: {reason}")
 
-    def on_time(self) -> None:
-        if self.bar is not None:
-            self.bar.refresh()
+    def on_study_verdict(self, result: StudyResult) -> None:
+        self.close()
+        print_study(result, self.job)
 
     def _seeds_done(self) -> str:
         return f"{self.done}/{self.wanted} seeds"
@@ -169,21 +191,21 @@ class StudyConsole(_WithBar):
             self.bar.write(line, file=sys.stdout)
 
 
-class SearchConsole(_WithBar):
+class SearchConsole(_Display):
     """Shows a search as it goes: a line per trial, with where the search stands, which a terminal has in a bar."""
 
     def __init__(self) -> None:
         self.wanted = self.done_before = self.trained = 0
         self.began = time.monotonic()
 
-    def on_start(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
+    def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
         self.wanted, self.done_before, self.began = wanted, done, time.monotonic()
         how = f"{workers} at a time" if device.type == "cpu" or workers > 1 else "one after another"
         before = f", {done} of them done before" if done else ""
         print(f"{name}: {wanted} in all{before}, {how}, on {device.type}", flush=True)
         if sys.stdout.isatty() and done < wanted:
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
-            self.bar = _bar(wanted, "", form, smoothing=0, initial=done)
+            self.start_bar(wanted, "", form, smoothing=0, initial=done)
 
     def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None:
         from mnist_lab.running.search import trial_text
@@ -202,10 +224,6 @@ class SearchConsole(_WithBar):
         left = (time.monotonic() - self.began) / self.trained * (self.wanted - counts.done)
         progress = ", ".join(filter(None, [f"{counts.done}/{self.wanted}", stand, f"{_duration(left)} left"]))
         print(f"{line}  ({progress})", flush=True)
-
-    def on_time(self) -> None:
-        if self.bar is not None:
-            self.bar.refresh()
 
 
 def _duration(seconds: float) -> str:
@@ -261,6 +279,35 @@ def _print_lines(job: Job, values: Mapping[str, object]) -> None:
     print("\n".join(f"    {line}" for line in paste_lines(job, values)) + "\n")
 
 
+def print_result(result: RunResult, job: Job) -> None:
+    """Print each target with its measured value and verdict, and the reported figures beside the measured ones."""
+    from tabulate import tabulate
+
+    print()
+    if result.verdicts:
+        print(verdict_table(result.verdicts) + "\n")
+    names, reported = protocol(job.holdout).summary, job.experiment.reported
+    rows = [
+        (MEASURES[name].label, MEASURES[name].text(result.measured[name]), MEASURES[name].text(reported.get(name)))
+        for name in names
+    ]
+    headers = ("", "measured", "reported") if reported.keys() & {*names} else ("", "measured")
+    print(tabulate([row[: len(headers)] for row in rows], headers=headers, disable_numparse=True))
+    if job.holdout:
+        print("\nThe accuracy that counts is the final test accuracy: the test images were read once, at the end.")
+    else:
+        print("\nThe accuracy that counts is the last epoch's. The best epoch was picked on the test images.")
+    _print_overrides(job)
+
+
+def print_run_id(run_id: str, job: Job) -> None:
+    """Print where to find the run, and the comparison that has it."""
+    flags = ["--include-overrides"] if job.tags["overrides"] else []
+    flags += ["--holdout", str(job.holdout)] if job.holdout else []
+    compare = f'make compare ARGS="{" ".join(flags)}"' if flags else "make compare"
+    print(f"MLflow run {run_id}; `make ui` shows it, `{compare}` sets it beside the others.", flush=True)
+
+
 def print_study(result: StudyResult, job: Job) -> None:
     """Print what the seeds show together: the figures over the seeds, those of each seed, and the verdict."""
     from tabulate import tabulate
@@ -275,7 +322,6 @@ def print_study(result: StudyResult, job: Job) -> None:
         if verdict.name == "accuracy":
             print(f"\n{how_sure(verdict)}")
     _print_overrides(job)
-    print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the seeds below it.")
 
 
 def how_sure(verdict: Verdict) -> str:
@@ -294,38 +340,6 @@ def how_sure(verdict: Verdict) -> str:
     return f"{text}, which does not show it; about {needed} seeds would, if the mean stays where it is."
 
 
-def print_result(result: RunResult, job: Job) -> None:
-    """Print each target with its measured value and verdict, and the reported figures beside the measured ones."""
-    from tabulate import tabulate
-
-    measured = result.measured
-    print()
-    if result.verdicts:
-        print(verdict_table(result.verdicts) + "\n")
-    held_out = HELD_OUT.best in measured
-    protocol = HELD_OUT if held_out else TESTED
-    reported = {name: f for name, f in job.experiment.reported.items() if name in protocol.summary}
-    rows = [
-        (MEASURES[name].label, MEASURES[name].text(measured[name]), MEASURES[name].text(reported.get(name)))
-        for name in protocol.summary
-    ]
-    headers = ("", "measured", "reported") if reported else ("", "measured")
-    print(tabulate([row[: len(headers)] for row in rows], headers=headers, disable_numparse=True))
-    if held_out:
-        print("\nThe accuracy that counts is the final test accuracy: the test images were read once, at the end.")
-    else:
-        print("\nThe accuracy that counts is the last epoch's. The best epoch was picked on the test images.")
-    _print_overrides(job)
-    print(f"MLflow run {result.run_id}; `make ui` shows it, `{_compare_command(job)}` sets it beside the others.")
-
-
-def _compare_command(job: Job) -> str:
-    """Return the command whose table has the runs of this job."""
-    flags = ["--include-overrides"] if job.tags["overrides"] else []
-    flags += ["--holdout", str(job.holdout)] if job.holdout else []
-    return f'make compare ARGS="{" ".join(flags)}"' if flags else "make compare"
-
-
 def _print_overrides(job: Job) -> None:
     if overrides := job.tags["overrides"]:
         print(f"Overridden ({overrides}): tagged so, and left out of the tables of results.")
@@ -338,13 +352,3 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     from mnist_lab.verdicts import targets
 
     return tabulate(targets.rows(verdicts), headers=targets.HEADERS, disable_numparse=True)
-
-
-def _at_a_time(number: int) -> str:
-    """Say how many, in a word where there is one, since digits would look like one more seed."""
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-    return f"{words[number - 1] if number <= len(words) else f'up to {number}'} at a time"
-
-
-def _share(correct: int, total: int) -> str:
-    return f"{correct}/{total} ({100 * correct / total:.2f}%)"

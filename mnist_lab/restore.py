@@ -34,7 +34,7 @@ from mnist_lab.results.records import (
     to_csv,
 )
 from mnist_lab.results.runs import load_runs
-from mnist_lab.running.run import DESCRIPTION, describe, verdict_tags
+from mnist_lab.running.record import DESCRIPTION, describe, verdict_tags
 from mnist_lab.running.study import VERDICT, description, draw, judge_runs, mean_epochs, summary
 from mnist_lab.tracking.delivery import briefly
 from mnist_lab.tracking.store import (

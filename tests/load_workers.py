@@ -15,19 +15,11 @@ from forkserver import PATIENCE
 from mnist_lab.running import declaration
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
+from mnist_lab.running.progress import Progress
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import Store
-from mnist_lab.training.loop import EpochMetrics
 
 LIMIT = 256
-
-
-class _Silent:
-    """Listens to a run."""
-
-    def on_start(self, run_name: str, device: torch.device, net: nn.Module, summary: str, num_images: int) -> None: ...
-    def on_batch(self, seen: int, loss_sum: torch.Tensor, correct: torch.Tensor) -> None: ...
-    def on_epoch(self, metrics: EpochMetrics) -> None: ...
 
 
 def train_one_after_another(script: Path, uri: str, seeds: range, report: Path) -> None:
@@ -37,7 +29,7 @@ def train_one_after_another(script: Path, uri: str, seeds: range, report: Path) 
     for seed in seeds:
         measure = _yardstick()
         cpu, wall = time.process_time(), time.perf_counter()
-        runner.run(job, seed, _Silent())
+        runner.run(job, seed, Progress())
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         measure += _yardstick()
         gc.collect()

@@ -1,6 +1,5 @@
 """What a user types and sees: flags, refusals, signals, the terminal and its absence."""
 
-import dataclasses
 import io
 import os
 import re
@@ -16,10 +15,8 @@ from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
 
 import pytest
-import torch
 
 import tiny
 from conftest import FullRun
@@ -27,12 +24,7 @@ from forkserver import SIGNALS, Program, run_program
 from helpers import ROOT, TINY, Terminal, TrackedRun, copy_store, read_runs, wait_until
 from mnist_lab.cli import _parse, main
 from mnist_lab.commandline import interrupt_on_signals
-from mnist_lab.console import StudyConsole, epoch_line, print_result
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import SUMMARY_METRICS
-from mnist_lab.running.job import Job
-from mnist_lab.training.loop import EpochMetrics
-from mnist_lab.verdicts.measures import HELD_OUT
 
 Load = Callable[[str], ModuleType]
 STEP1 = ROOT / "experiments" / "step1_baseline.py"
@@ -84,130 +76,6 @@ def test_nothing_is_left_in_the_current_folder(full_run: FullRun) -> None:
     names = {path.name for path in (folder / "store").iterdir()}
     assert {"mlflow.db", "artifacts"} < names <= {"mlflow.db", "artifacts", "checkpoints", *BESIDE_THE_DATABASE}
     assert list((folder / "store" / "checkpoints").iterdir()) == []  # the run has finished
-
-
-def declared_by(script: Path, load_script: Load) -> Job:
-    return Job(script=script, experiment=load_script(script.stem).EXPERIMENT, tracking_uri="sqlite:///none.db")
-
-
-def test_without_targets_there_is_no_verdict(load_script: Load, capsys: pytest.CaptureFixture[str]) -> None:
-    from mnist_lab.running.run import RunResult
-
-    measured = dict.fromkeys(SUMMARY_METRICS, 99.0)
-    print_result(RunResult("abc", [], measured, []), declared_by(STEP1, load_script))
-
-    shown = capsys.readouterr().out
-    assert "verdict" not in shown
-    assert "Overridden" not in shown
-    assert "best test accuracy    99.00 %     99.29 %" in shown
-    assert "MLflow run abc;" in shown
-
-
-def metrics(evaluated_on: Literal["test", "validation"]) -> EpochMetrics:
-    return EpochMetrics(
-        epoch=2,
-        train_loss=0.5,
-        train_correct=900,
-        train_images=1000,
-        eval_loss=0.25,
-        eval_correct=470,
-        eval_images=500,
-        lr=0.1,
-        epoch_seconds=1.5,
-        evaluated_on=evaluated_on,
-    )
-
-
-@pytest.mark.parametrize("part", ["test", "validation"])
-def test_an_epochs_line_says_what_it_was_evaluated_on(part: Literal["test", "validation"]) -> None:
-    assert epoch_line(metrics(part), 14) == (
-        "epoch  2/14  train loss 0.5000, accuracy 900/1000 (90.00%)  "
-        f"{part} loss 0.2500, accuracy 470/500 (94.00%)  lr 0.1  1.5 s"
-    )
-
-
-def test_the_result_of_a_hold_out_says_validation(load_script: Load, capsys: pytest.CaptureFixture[str]) -> None:
-    from mnist_lab.running.run import RunResult
-
-    measured = dict.fromkeys((*SUMMARY_METRICS, "final_validation_accuracy", "best_validation_accuracy"), 99.0)
-    print_result(RunResult("abc", [], measured, []), declared_by(STEP1, load_script))
-
-    shown = capsys.readouterr().out
-    assert "best validation accuracy" in shown
-    assert "best test accuracy" not in shown
-    assert "the test images were read once, at the end." in shown
-
-
-# ---- the display of a study
-
-
-class Screen(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(
-    ("missing", "workers", "device", "said"),
-    [
-        ([0, 1, 2], 2, "cpu", "training seeds 0, 1, 2, two at a time, on cpu"),
-        ([7], 1, "cpu", "training seed 7, one at a time, on cpu"),
-        ([*range(20)], 16, "cpu", "18, 19, up to 16 at a time, on cpu"),
-        ([0, 1], 1, "cuda", "training seeds 0, 1, one after another, on cuda"),
-    ],
-)
-def test_a_study_says_which_seeds_it_trains(
-    missing: list[int], workers: int, device: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    StudyConsole(epochs=2).on_start("idea", missing, missing, workers, torch.device(device))
-    assert capsys.readouterr().out.endswith(said + "\n")
-
-
-@pytest.mark.parametrize(
-    ("given", "command"),
-    [
-        ({}, "`make compare`"),
-        ({"overrides": {"lr": 0.2}}, '`make compare ARGS="--include-overrides"`'),
-        ({"limit": 100, "holdout": 500}, '`make compare ARGS="--include-overrides --holdout 500"`'),
-        ({"holdout": 500}, '`make compare ARGS="--holdout 500"`'),
-    ],
-)
-def test_the_end_of_a_run_names_the_comparison_that_has_it(
-    given: dict[str, Any], command: str, load_script: Load, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from mnist_lab.running.run import RunResult
-
-    names = HELD_OUT.summary if "holdout" in given else SUMMARY_METRICS
-    measured = dict.fromkeys(names, 1.0)
-    print_result(RunResult("abc", [], measured, []), dataclasses.replace(declared_by(STEP1, load_script), **given))
-    assert f"{command} sets it beside the others." in capsys.readouterr().out
-
-
-def test_a_terminal_shows_one_bar_for_all_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = Screen()
-    monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setenv("COLUMNS", "100")
-    console = StudyConsole(epochs=2)
-    done = {"final_test_accuracy": 99.1, "best_test_accuracy": 99.2, "best_epoch": 1.0}
-
-    console.on_start("idea 3 seeds", [0, 1, 2], [1, 2], 2, torch.device("cpu"))
-    first = dataclasses.replace(metrics("test"), epoch=1)
-    console.on_epoch(1, first)
-    console.on_epoch(1, first)  # a node was lost, and the seed began again elsewhere: not an epoch more
-    console.on_epoch(1, metrics("test"))
-    console.on_seed(1, done)
-    console.on_time()
-    console.on_failure(2, "bad luck")
-    console.on_time()
-    console.close()
-
-    shown = screen.getvalue()
-    assert "idea 3 seeds: finished already, and not trained again: 0\n" in shown
-    assert "1/3 seeds   0%|" in shown
-    assert re.search(r"2/3 seeds  50%\|[^|]*\| 2/4 epochs \[\d\d:\d\d, \d\d:\d\d left\]", shown)
-    assert "seed 1  done: test accuracy 99.10 % in the last epoch; best test accuracy 99.20 % in epoch 1" in shown
-    assert "seed 2  failed: bad luck" in shown
-    assert "| 2/2 epochs" in shown  # those of the failed seed will not come
-    assert "train loss" not in shown
 
 
 # ---- what is refused, quickly and in one sentence

@@ -21,17 +21,8 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
-from mnist_lab.running.run import RunResult
-from mnist_lab.training.loop import EpochMetrics
-
-
-class Silent:
-    """Listens to a run and does nothing."""
-
-    def on_start(self, run_name: str, device: torch.device, net: nn.Module, summary: str, num_images: int) -> None: ...
-    def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...
-    def on_epoch(self, metrics: EpochMetrics) -> None: ...
-
+from mnist_lab.running.progress import Progress
+from mnist_lab.running.record import RunResult
 
 Train = Callable[..., RunResult]
 
@@ -47,7 +38,7 @@ def train(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch, uri: str) -> Trai
     def train(net: Callable[..., object], **fields: object) -> RunResult:
         declared = {"epochs": 2, "batch_size": 64, "optimizer": partial(SGD, lr=0.01)}
         experiment = Experiment(net=net, **(declared | fields))
-        return runner.run(Job(script=Path(__file__), experiment=experiment, tracking_uri=uri), 0, Silent())
+        return runner.run(Job(script=Path(__file__), experiment=experiment, tracking_uri=uri), 0, Progress())
 
     return train
 

@@ -25,6 +25,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.pictures import find_pictures, find_reader, picture_of, read_digit
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
+from mnist_lab.running.progress import Progress
 from mnist_lab.tracking.champion import load_committed, register
 from mnist_lab.tracking.store import open_store
 
@@ -206,12 +207,6 @@ class Net(nn.Module):
         return self.linear(images.flatten(1))
 
 
-class Silent:
-    def on_start(self, *_: object) -> None: ...
-    def on_batch(self, *_: object) -> None: ...
-    def on_epoch(self, *_: object) -> None: ...
-
-
 @pytest.fixture
 def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Return a function that trains a network of one layer for an epoch, and gives the id of its run."""
@@ -222,7 +217,7 @@ def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.Monk
         script.touch()
         experiment = Experiment(net=Net, epochs=1, batch_size=100, optimizer=partial(SGD, lr=lr))
         job = Job(script=script, experiment=experiment, tracking_uri=uri, threads=1, **given)
-        return runner.run(job, seed, Silent()).run_id
+        return runner.run(job, seed, Progress()).run_id
 
     return train
 

@@ -13,6 +13,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.running import declaration
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
+from mnist_lab.running.progress import Progress
 
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
 RECIPES = {
@@ -21,12 +22,6 @@ RECIPES = {
     if (code := re.search(r"```python\n(.*?)```", section, re.DOTALL))
 }
 KAGGLE = "A submission to Kaggle"
-
-
-class Silent:
-    def on_start(self, *_: object) -> None: ...
-    def on_batch(self, *_: object) -> None: ...
-    def on_epoch(self, *_: object) -> None: ...
 
 
 Train = Callable[..., SimpleNamespace]
@@ -43,7 +38,7 @@ def train(small_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytes
         script.write_text(text)
         experiment, _ = declaration.read(script).override({"epochs": 1})
         job = Job(script=script, experiment=experiment, tracking_uri=f"sqlite:///{database}", threads=1)
-        runner.run(job, 0, Silent())
+        runner.run(job, 0, Progress())
         return read_runs(database)[-1]
 
     return train

@@ -53,8 +53,9 @@ from mnist_lab.errors import LabError, one_line
 from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
 from mnist_lab.running import provenance
 from mnist_lab.running.job import Job
+from mnist_lab.running.progress import Pruned
 from mnist_lab.running.provenance import Commit
-from mnist_lab.running.run import Pruned, RunResult, run_name_of
+from mnist_lab.running.record import RunResult, run_name_of
 from mnist_lab.running.sources import LAB, place
 from mnist_lab.running.threads import available_cores
 from mnist_lab.running.workers import (

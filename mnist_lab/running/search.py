@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from statistics import fmean
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import matplotlib
 import optuna
@@ -32,8 +32,10 @@ from mnist_lab.paths import LOCKS, SEARCHES, own_folder
 from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job
 from mnist_lab.running.precision import use_float32
+from mnist_lab.running.progress import Progress
+from mnist_lab.running.record import DESCRIPTION, run_name_of
 from mnist_lab.running.rehearsal import rehearse
-from mnist_lab.running.run import DESCRIPTION, load_parts, run_name_of
+from mnist_lab.running.run import load_parts
 from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.workers import (
     Epoch,
@@ -76,14 +78,6 @@ FIGURE = "final_validation_accuracy"
 REDUCTION = 2  # after the epochs 1, 2, 4, 8 and so on, the better half of the trials goes on
 MAX_DRAWS = 100  # in a row that have too many parameters
 BEST = 5  # trials that are shown at the end
-
-
-class Progress(Protocol):
-    """Who listens to a search."""
-
-    def on_start(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None: ...
-    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None: ...
-    def on_time(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -175,7 +169,7 @@ def search(
                 study.set_user_attr("logged", 0)
                 _adopt_earlier(study, store, tracked.run_id)
             trials = _Trials(study, job, space, count, seeds, store, tracked.run_id, progress)
-            progress.on_start(study.study_name, count, trials.counts().done, at_a_time, job.device)
+            progress.on_search(study.study_name, count, trials.counts().done, at_a_time, job.device)
             _train(trainers, trials.take, trials.hear, trials.judge, at_a_time, progress, store)
             result = _result(study, job, tracked.run_id, seeds, trials.counts())
             _log(tracked, study, job, result)
@@ -232,7 +226,7 @@ def confirm(
                 waiting.extend((task, seed) for seed in seeds if seed not in found)
             done, wanted = sum(map(len, runs.values())), len(trials) * len(seeds)
             at_a_time = min(at_a_time, max(1, len(waiting)))
-            progress.on_start(f"{study.study_name}, {len(trials)} best trials", wanted, done, at_a_time, job.device)
+            progress.on_search(f"{study.study_name}, {len(trials)} best trials", wanted, done, at_a_time, job.device)
             failed = 0
 
             def hear(task: Task, message: Message) -> None:

@@ -14,9 +14,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import torch
 from tabulate import tabulate
 
 from mnist_lab.errors import LabError
@@ -24,8 +23,10 @@ from mnist_lab.experiment import Targets
 from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.precision import use_float32
+from mnist_lab.running.progress import Progress
+from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
 from mnist_lab.running.rehearsal import rehearse
-from mnist_lab.running.run import DESCRIPTION, describe, load_parts, run_name_of, target_tags, verdict_tags
+from mnist_lab.running.run import load_parts
 from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.workers import (
     Done,
@@ -50,7 +51,6 @@ from mnist_lab.tracking.store import (
     open_store,
     store_failures,
 )
-from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.comparison import mean_interval_text
 from mnist_lab.verdicts.measures import MEASURES, percent, protocol, short_figures
 from mnist_lab.verdicts.statistics import Aggregate, aggregate
@@ -64,18 +64,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERDICT = "verdict.md"  # the artifact with the study's description
-
-
-class Progress(Protocol):
-    """Who listens to a study."""
-
-    def on_start(
-        self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
-    ) -> None: ...
-    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None: ...
-    def on_seed(self, seed: int, metrics: Mapping[str, float]) -> None: ...
-    def on_failure(self, seed: int, reason: str) -> None: ...
-    def on_time(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -152,7 +140,7 @@ def study(
     with track(store, name, params=job.params, tags=tags) as tracked:
         for run in runs.values():
             adopt(store, tracked.run_id, run.run_id)
-        progress.on_start(name, seeds, missing, count, job.device)
+        progress.on_study(name, seeds, missing, count, job.device)
         task = Task(job, tracked.run_id, again)
         if job.device.type == "cpu" or cluster is not None:
             messages = train_seeds(trainers, task, missing, count, progress.on_time)
@@ -183,6 +171,7 @@ def study(
         described = description(result, job.script, job.tags["overrides"])
         tracked.set_tags({**words, DESCRIPTION: described})
         tracked.log_text(described + "\n", VERDICT)
+        progress.on_study_verdict(result)
         logger.info("Drawing the curves of all seeds")
         try:
             history = _read_history(store, job, result.runs)

@@ -24,13 +24,14 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from mnist_lab.errors import LabError
 from mnist_lab.running import checkpoint, declaration
 from mnist_lab.running.job import Job
 from mnist_lab.running.output import lasting_output
-from mnist_lab.running.run import Pruned, RunResult, run
+from mnist_lab.running.progress import Progress, Pruned
+from mnist_lab.running.record import RunResult
+from mnist_lab.running.run import run
 from mnist_lab.running.threads import available_cores
 from mnist_lab.tracking.delivery import environment_variables
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
@@ -106,14 +107,14 @@ def choose_trainers(
     return train_here, 1
 
 
-class EpochListener:
+class EpochListener(Progress):
     """Listens to one seed's run and passes its epochs on."""
 
-    def __init__(self, on_epoch: Callable[[EpochMetrics], None]) -> None:
-        self.on_epoch = on_epoch
+    def __init__(self, report: Callable[[EpochMetrics], None]) -> None:
+        self.report = report
 
-    def on_start(self, run_name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None: ...
-    def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...
+    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
+        self.report(metrics)
 
 
 def train_one_by_one(

@@ -24,6 +24,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
+from mnist_lab.running.progress import Progress
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training import dropout
 from mnist_lab.training.loop import fit, initial_network, num_params, remembering
@@ -143,15 +144,9 @@ def job(small_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytest.
     return make
 
 
-class Silent:
-    def on_start(self, *_: object) -> None: ...
-    def on_batch(self, *_: object) -> None: ...
-    def on_epoch(self, *_: object) -> None: ...
-
-
 def test_the_layout_is_tagged(job: Callable[..., Job], database: Path) -> None:
-    runner.run(job(), 0, Silent())
-    runner.run(job(net=partial(Convolutions, flatten=view)), 0, Silent())
+    runner.run(job(), 0, Progress())
+    runner.run(job(net=partial(Convolutions, flatten=view)), 0, Progress())
 
     assert sorted(run.tags["memory_format"] for run in read_runs(database)) == ["channels_last", "contiguous"]
     assert all(run.status == "FINISHED" for run in read_runs(database))
@@ -249,7 +244,7 @@ def test_a_run_says_which_parameters_get_no_gradient(job: Callable[..., Job], ca
             self.more = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(7)])
 
     with caplog.at_level(logging.WARNING):
-        runner.run(job(net=Unused), 0, Silent())
+        runner.run(job(net=Unused), 0, Progress())
     said = [message for message in caplog.messages if "no gradient" in message]
     assert len(said) == 1
     assert "more.4 and 2 more: not trained, and not counted" in said[0]
@@ -269,12 +264,12 @@ def test_a_copy_does_not_count_and_a_layer_that_is_trained_later_does(job: Calla
             logits = super().forward(images)
             return self.late(logits) if Late.late_is_used else logits
 
-    class UseLate(Silent):
-        def on_start(self, *_: object) -> None:
+    class UseLate(Progress):
+        def on_run(self, *_: object) -> None:
             Late.late_is_used = True
 
     own = num_params(Convolutions())
-    assert runner.run(job(net=Late), 0, Silent()).measured["num_params"] == own
+    assert runner.run(job(net=Late), 0, Progress()).measured["num_params"] == own
     assert runner.run(job(net=Late), 1, UseLate()).measured["num_params"] == own + 110
     summary = (read_runs(database)[0].artifacts / "model_summary.txt").read_text()
     assert f"Trainable params: {own:,}" in summary

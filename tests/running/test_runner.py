@@ -29,21 +29,15 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job, choose_device
-from mnist_lab.running.run import RunResult, first_images, measure
+from mnist_lab.running.progress import Progress
+from mnist_lab.running.record import RunResult, describe, draw, measure
+from mnist_lab.running.run import first_images
 from mnist_lab.story import read_story
 from mnist_lab.training.loop import EpochMetrics
 
 Load = Callable[[str], ModuleType]
 CPU = torch.device("cpu")
 NO_OVERRIDES: dict[str, object] = {}
-
-
-class Silent:
-    """Listens to a run and does nothing."""
-
-    def on_start(self, run_name: str, device: torch.device, net: nn.Module, summary: str, num_images: int) -> None: ...
-    def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...
-    def on_epoch(self, metrics: EpochMetrics) -> None: ...
 
 
 # ---- one epoch of step 1 on all of MNIST, through its script
@@ -113,13 +107,11 @@ def test_the_description_is_the_verdict_and_what_was_planned_where_the_run_is_ov
 def test_the_description_of_a_run_as_declared_is_the_whole_docstring(tmp_path: Path) -> None:
     script = tmp_path / "mine.py"
     script.write_text('"""Mine.\n\nTarget: much.\n\nResult: little."""')
-    assert runner.describe(script) == (
-        "The docstring of mine.py:\n\n**Mine**\n\n**Target:** much.\n\n**Result:** little."
-    )
-    assert runner.describe(script, "lr=1") == (
+    assert describe(script) == ("The docstring of mine.py:\n\n**Mine**\n\n**Target:** much.\n\n**Result:** little.")
+    assert describe(script, "lr=1") == (
         "**Overridden:** `lr=1`\n\nThe docstring of mine.py:\n\n**Mine**\n\n**Target:** much."
     )
-    assert runner.describe(tmp_path / "gone.py", "lr=1") == "**Overridden:** `lr=1`"
+    assert describe(tmp_path / "gone.py", "lr=1") == "**Overridden:** `lr=1`"
 
 
 def test_the_tags_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) -> None:
@@ -248,15 +240,15 @@ def runs(load_script: Load, mnist: Mnist, empty_store: Path, tmp_path_factory: p
     changes = {"lr": 0.05, "gamma": 0.5, "step_size": 1, "epochs": 2}
     experiment, overrides = load_script(script.stem).EXPERIMENT.override(changes)
 
-    def run(progress: runner.Progress, experiment: Experiment, seed: int) -> RunResult:
+    def run(make_progress: Callable[[Job], Progress], seed: int) -> RunResult:
         uri = f"sqlite:///{database}"
         job = Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=2000)
-        return runner.run(job, seed, progress)
+        return runner.run(job, seed, make_progress(job))
 
-    silent = run(Silent(), experiment, 1)
+    silent = run(lambda job: Progress(), 1)
     with stdout_on_a_terminal() as written:
-        on_terminal = run(Console(experiment.epochs), experiment, 1)
-    other_seed = run(Silent(), experiment, 2)
+        on_terminal = run(Console, 1)
+    other_seed = run(lambda job: Progress(), 2)
     return Runs(silent, on_terminal, written[0], other_seed, database)
 
 
@@ -335,7 +327,7 @@ def test_the_figure_of_an_augmentation_in_place_shows_the_images_as_they_were(
     drawn = []
     monkeypatch.setattr("mnist_lab.figures.run_figures", lambda *arguments: drawn.append(arguments[-1]) or {})
     experiment = Experiment(net=nn.Flatten, epochs=1, batch_size=10, optimizer=torch.optim.SGD, augmentation=brightened)
-    runner.draw(experiment, small_mnist, [], torch.zeros(len(small_mnist.test_images), 10), seed=0)
+    draw(experiment, small_mnist, [], torch.zeros(len(small_mnist.test_images), 10), seed=0)
 
     ((before, draws),) = drawn
     np.testing.assert_array_equal(before, small_mnist.train_images[:10, 0].numpy() / np.float32(255))
@@ -352,7 +344,7 @@ def test_the_order_of_images_is_the_same_on_a_gpu(load_script: Load, uri: str, d
     def run(device: str) -> tuple[RunResult, list[tuple[int, float]]]:
         losses: list[tuple[int, float]] = []
 
-        class Listening(Silent):
+        class Listening(Progress):
             def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
                 losses.append((seen, loss_sum.item()))
 
@@ -381,7 +373,7 @@ def held_out(
     experiment = dataclasses.replace(load_script(script.stem).EXPERIMENT, epochs=2)
     uri = f"sqlite:///{database}"
     job = Job(script=script, experiment=experiment, tracking_uri=uri, limit=1000, holdout=500)
-    result = runner.run(job, 0, Silent())
+    result = runner.run(job, 0, Progress())
     (run,) = read_runs(database)
     return result, run
 
@@ -466,7 +458,7 @@ def test_a_seed_out_of_range_is_refused(seed: int, load_script: Load, uri: str, 
     experiment = load_script("step1_baseline").EXPERIMENT
 
     with pytest.raises(LabError, match=f"^seed: {seed} is not between 0 and 4294967295$"):
-        runner.run(Job(script=Path(__file__), experiment=experiment, tracking_uri=uri), seed, Silent())
+        runner.run(Job(script=Path(__file__), experiment=experiment, tracking_uri=uri), seed, Progress())
 
     assert read_runs(database) == []
 

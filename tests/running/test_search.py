@@ -66,7 +66,7 @@ class Listener:
         self.outcomes: list[tuple[int, str]] = []
         self.counts: list[Counts] = []
 
-    def on_start(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
+    def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
         self.done_before = done
 
     def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None:

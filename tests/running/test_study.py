@@ -5,14 +5,13 @@ import math
 import os
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import psutil
 import pytest
-import torch
 
 from forkserver import Program
 from helpers import ROOT, TrackedRun, read_runs, wait_until
@@ -20,9 +19,10 @@ from mnist_lab.errors import LabError
 from mnist_lab.running import declaration, workers
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
-from mnist_lab.running.run import RunResult
+from mnist_lab.running.progress import Progress
+from mnist_lab.running.record import RunResult
 from mnist_lab.running.study import study as run_study
-from mnist_lab.running.workers import Done, EpochListener, Failed, Task, train_one_by_one
+from mnist_lab.running.workers import Done, Failed, Task, train_one_by_one
 from mnist_lab.tracking.store import FinishedRun
 from mnist_lab.verdicts.statistics import judge_mean
 
@@ -200,7 +200,7 @@ def test_the_same_command_trains_only_what_is_missing(story: Story) -> None:
     assert sorted(run.params["seed"] for run in finished) == ["0", "1", "2"]
     assert finished[0].run_id == story.killed[1].run_id
     assert "finished already, and not trained again: 0\n" in story.stdout
-    assert "training seeds 1, 2, 3, two at a time, on cpu\n" in story.stdout
+    assert "training seeds 1, 2, 3 (2 at a time, on cpu)\n" in story.stdout
 
 
 def test_all_finished_seeds_are_children_of_the_newest_study(story: Story) -> None:
@@ -281,7 +281,7 @@ def test_a_seed_of_a_study_is_the_run_of_that_seed(
     script = folder / "my_idea.py"
     in_study = next(run for run in story.through if states([run]) == [("2", "FINISHED")])
 
-    runner.run(job_of(script, uri), 2, EpochListener(lambda metrics: None))
+    runner.run(job_of(script, uri), 2, Progress())
 
     (alone,) = read_runs(database)
     kept = [np.load(run.artifacts / "predictions.npz")["logits"] for run in (in_study, alone)]
@@ -296,18 +296,11 @@ def job_of(script: Path, uri: str, changes: Mapping[str, object] = NO_CHANGES, l
 
 
 @dataclasses.dataclass
-class Heard:
-    """Listens to a study."""
-
+class Heard(Progress):
     missing: list[int]
 
-    def on_start(self, name: str, seeds: object, missing: list[int], workers: int, device: torch.device) -> None:
+    def on_study(self, name: str, seeds: object, missing: Sequence[int], *_: object) -> None:
         self.missing = list(missing)
-
-    def on_epoch(self, seed: int, metrics: object) -> None: ...
-    def on_seed(self, seed: int, metrics: object) -> None: ...
-    def on_failure(self, seed: int, reason: str) -> None: ...
-    def on_time(self) -> None: ...
 
 
 def test_finished_seeds_need_no_training_at_all(
@@ -339,7 +332,7 @@ def test_runs_of_another_declaration_do_not_count(
         pass
 
     class Stopping(Heard):
-        def on_start(self, *arguments: object) -> None:
+        def on_study(self, *arguments: object) -> None:
             self.missing = list(arguments[2])  # type: ignore[call-overload]
             raise Stop
 

@@ -1,14 +1,11 @@
 """What a study's seeds show together, in a word and in a sentence."""
 
-import re
-
 import pytest
 
-from mnist_lab.console import how_sure
 from mnist_lab.experiment import Targets
 from mnist_lab.running.study import StudyResult, judge_runs, tables
 from mnist_lab.tracking.store import FinishedRun
-from mnist_lab.verdicts.targets import judge, overall
+from mnist_lab.verdicts.targets import overall
 
 
 def finished(accuracies: list[float]) -> list[FinishedRun]:
@@ -56,17 +53,3 @@ def test_under_four_seeds_there_are_too_few_for_an_interval(accuracies: list[flo
 
     (over_seeds, headers), _ = tables(result)
     assert over_seeds[0][headers.index("95 % interval")] == "too few seeds"
-
-
-def test_how_sure_a_verdict_is() -> None:
-    def how_sure_of(*accuracies: float) -> str:
-        (verdict,) = judge(Targets(accuracy=99.4), accuracies=accuracies, num_params=1, epochs=1)
-        return how_sure(verdict)
-
-    assert how_sure_of(99.45, 99.46, 99.47) == "That the mean is at least 99.4 %: p = 0.0046, from 3 seeds."
-    assert re.fullmatch(
-        r"That the mean is at least 99\.4 %: p = 0\.\d+, which does not show it; "
-        r"about [1-9]0* seeds would, if the mean stays where it is\.",
-        how_sure_of(99.45, 99.46, 99.38),
-    )
-    assert how_sure_of(99.5) == "One seed shows nothing about the mean: train more of them."

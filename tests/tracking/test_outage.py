@@ -39,6 +39,7 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
+from mnist_lab.running.progress import Progress
 from mnist_lab.tracking import delivery
 from mnist_lab.tracking import run as tracking
 from mnist_lab.tracking.outbox import Outbox, Record, all_outboxes
@@ -115,18 +116,16 @@ def outboxes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "project" / "mlruns" / "outbox"
 
 
-class After:
+class After(Progress):
     """Listens to a run, and does something after each of its epochs."""
 
     def __init__(self, **deeds: Callable[[], None]) -> None:
         self.deeds = deeds
 
-    def on_start(self, *_: object) -> None:
+    def on_run(self, *_: object) -> None:
         self.deeds.get("start", lambda: None)()
 
-    def on_batch(self, *_: object) -> None: ...
-
-    def on_epoch(self, metrics: EpochMetrics) -> None:
+    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
         self.deeds.get(f"epoch_{metrics.epoch}", lambda: None)()
 
 

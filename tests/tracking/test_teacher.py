@@ -19,6 +19,7 @@ from mnist_lab.objectives import distillation
 from mnist_lab.running import run as runner
 from mnist_lab.running import teaching
 from mnist_lab.running.job import Job
+from mnist_lab.running.progress import Progress
 from mnist_lab.tracking.store import open_store
 from mnist_lab.tracking.teacher import Teacher, find_teacher, load_teacher
 
@@ -34,12 +35,6 @@ class Net(nn.Module):
         return self.linear(images.flatten(1))
 
 
-class Silent:
-    def on_start(self, *_: object) -> None: ...
-    def on_batch(self, *_: object) -> None: ...
-    def on_epoch(self, *_: object) -> None: ...
-
-
 @pytest.fixture
 def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrackedRun]:
     """Return a function that trains a network of one layer for an epoch, and gives its run."""
@@ -51,7 +46,7 @@ def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.Monk
         script.touch()
         fields: dict[str, Any] = {"net": Net, "epochs": 1, "batch_size": 100, "optimizer": partial(SGD, lr=0.05)}
         experiment = Experiment(**(fields | changes))
-        runner.run(Job(script=script, experiment=experiment, tracking_uri=uri, threads=1), seed, Silent())
+        runner.run(Job(script=script, experiment=experiment, tracking_uri=uri, threads=1), seed, Progress())
         run = read_runs(Path(uri.removeprefix("sqlite:///")))[-1]
         if holdout:
             client = mlflow.MlflowClient(tracking_uri=uri)

@@ -25,6 +25,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.objectives import mixup
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
+from mnist_lab.running.progress import Progress
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training.loop import Training, evaluate, fit, initial_network, num_params, predict, remembering
 from mnist_lab.training.states import left_as_they_are
@@ -221,12 +222,6 @@ def test_a_training_that_is_taken_up_again_ends_as_if_never_broken_off(changes: 
         assert torch.equal(value, second.result.state_dict()[name])
 
 
-class Silent:
-    def on_start(self, *_: object) -> None: ...
-    def on_batch(self, *_: object) -> None: ...
-    def on_epoch(self, *_: object) -> None: ...
-
-
 @pytest.fixture
 def job(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
     monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
@@ -253,7 +248,7 @@ def test_a_frozen_average_counts_what_is_trained(small_mnist: Mnist) -> None:
 def test_a_run_logs_the_average_as_its_model_with_both_numbers_of_the_normalisation(
     job: Callable[..., Job], uri: str, database: Path, small_mnist: Mnist
 ) -> None:
-    result = runner.run(job(normalize=(0.5, 0.5)), 0, Silent())
+    result = runner.run(job(normalize=(0.5, 0.5)), 0, Progress())
 
     (run,) = read_runs(database)
     mlflow.set_tracking_uri(uri)

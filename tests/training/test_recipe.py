@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from mnist_lab import Experiment
 from mnist_lab.data import Mnist, hold_out, load_mnist
 from mnist_lab.running.provenance import hardware
-from mnist_lab.running.run import first_images, initial_network
+from mnist_lab.running.run import first_images
 from mnist_lab.training import RECIPE
-from mnist_lab.training.loop import Training
+from mnist_lab.training.loop import Training, initial_network
 
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = ("step1_baseline", "step2_dropout", "step3_gap", "step4_augment_steplr", "four_conv", "under_20k")

@@ -1,0 +1,175 @@
+"""What a run and a study print while they go on, and at the end."""
+
+import dataclasses
+import io
+import re
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import tiny
+from helpers import TINY
+from mnist_lab.console import Console, StudyConsole, how_sure, print_result, print_run_id
+from mnist_lab.experiment import Targets
+from mnist_lab.running.job import Job
+from mnist_lab.running.record import RunResult
+from mnist_lab.training.averaging import FirstWeights
+from mnist_lab.training.loop import EpochMetrics
+from mnist_lab.verdicts.measures import HELD_OUT, TESTED
+from mnist_lab.verdicts.targets import judge
+
+CPU = torch.device("cpu")
+SECOND_EPOCH = EpochMetrics(
+    epoch=2,
+    train_loss=0.5,
+    train_correct=900,
+    train_images=1000,
+    eval_loss=0.25,
+    eval_correct=470,
+    eval_images=500,
+    lr=0.1,
+    epoch_seconds=1.5,
+)
+
+
+def job_of(averaged_by: float | None = None, **given: Any) -> Job:
+    experiment = tiny.EXPERIMENT
+    if averaged_by is not None:
+        average = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(averaged_by))
+        experiment = dataclasses.replace(experiment, average=average)
+    return Job(script=TINY, experiment=experiment, tracking_uri="sqlite:///none.db", **given)
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+# ---- a run
+
+
+def test_an_epoch_is_a_line_that_says_what_it_was_evaluated_on() -> None:
+    line = (
+        "epoch 2/2  train loss 0.5000, accuracy 900/1000 (90.00%)  "
+        "{} loss 0.2500, accuracy 470/500 (94.00%)  lr 0.1  1.5 s"
+    )
+    validated = dataclasses.replace(SECOND_EPOCH, evaluated_on="validation")
+
+    assert Console(job_of()).epoch_line(SECOND_EPOCH) == line.format("test")
+    assert Console(job_of()).epoch_line(validated) == line.format("validation")
+
+
+@pytest.mark.parametrize(("decay", "lags"), [(0.998, "94% the first weights"), (0.9, None)])
+def test_the_line_says_whether_the_average_or_the_raw_weights_mean_something(decay: float, lags: str | None) -> None:
+    averaged = dataclasses.replace(SECOND_EPOCH, raw_correct=480)
+
+    shown = Console(job_of(decay)).epoch_line(averaged)  # after 2 epochs of 16 batches
+
+    assert "raw weights 96.00%" in shown
+    assert ("the average says little yet" in shown) == (lags is not None)
+    assert lags is None or lags in shown
+
+
+def test_the_share_of_the_first_weights_is_that_of_the_declared_rule() -> None:
+    exponential = FirstWeights(job_of(0.9).experiment)
+    assert [exponential.share(batches) for batches in (3, 1, 11)] == pytest.approx([0.81, 1, 0.9**10])
+    equal = FirstWeights(dataclasses.replace(tiny.EXPERIMENT, average=AveragedModel))
+    assert equal.share(8) == pytest.approx(1 / 8)
+    unknown = FirstWeights(dataclasses.replace(tiny.EXPERIMENT, average=lambda net: AveragedModel(net.layers)))
+    assert unknown.share(8) == 0
+
+
+def test_a_run_without_targets_has_no_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result(RunResult("abc", [], dict.fromkeys(TESTED.summary, 99.0), []), job_of())
+
+    shown = capsys.readouterr().out
+    assert "verdict" not in shown
+    assert "Overridden" not in shown
+    assert "reported" not in shown
+    assert re.search(r"^best test accuracy +99\.00 %$", shown, re.MULTILINE)
+
+
+def test_the_result_of_a_hold_out_says_validation(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result(RunResult("abc", [], dict.fromkeys(HELD_OUT.summary, 99.0), []), job_of(holdout=500))
+
+    shown = capsys.readouterr().out
+    assert "best validation accuracy" in shown
+    assert "best test accuracy" not in shown
+    assert "read once" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        ({}, "`make compare`"),
+        ({"overrides": {"lr": 0.2}}, '`make compare ARGS="--include-overrides"`'),
+        ({"limit": 100, "holdout": 500}, '`make compare ARGS="--include-overrides --holdout 500"`'),
+        ({"holdout": 500}, '`make compare ARGS="--holdout 500"`'),
+    ],
+)
+def test_the_end_of_a_run_names_the_comparison_that_has_it(
+    given: dict[str, Any], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_run_id("abc", job_of(**given))
+    shown = capsys.readouterr().out
+    assert "run abc;" in shown
+    assert command in shown
+
+
+# ---- a study
+
+
+@pytest.mark.parametrize(
+    ("missing", "workers", "device", "said"),
+    [
+        ([0, 1, 2], 2, "cpu", "training seeds 0, 1, 2 (2 at a time, on cpu)"),
+        ([7], 1, "cpu", "training seed 7 (1 at a time, on cpu)"),
+        ([0, 1], 1, "cuda", "training seeds 0, 1 (one after another, on cuda)"),
+    ],
+)
+def test_a_study_says_which_seeds_it_trains(
+    missing: list[int], workers: int, device: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    StudyConsole(job_of()).on_study("idea", missing, missing, workers, torch.device(device))
+    assert capsys.readouterr().out.endswith(said + "\n")
+
+
+def test_a_terminal_shows_one_bar_for_all_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "100")
+    console = StudyConsole(job_of())
+    first = dataclasses.replace(SECOND_EPOCH, epoch=1)
+
+    console.on_study("idea 3 seeds", [0, 1, 2], [1, 2], 2, CPU)
+    console.on_epoch(1, first)
+    console.on_epoch(1, first)  # a node was lost, and the seed began again elsewhere: not an epoch more
+    console.on_epoch(1, SECOND_EPOCH)
+    console.on_seed(1, {"final_test_accuracy": 99.1, "best_test_accuracy": 99.2, "best_epoch": 1.0})
+    console.on_time()
+    console.on_failure(2, "bad luck")
+    console.on_time()
+    console.close()
+
+    shown = screen.getvalue()
+    assert "idea 3 seeds: finished already, and not trained again: 0\n" in shown
+    assert "1/3 seeds   0%|" in shown
+    assert re.search(r"2/3 seeds  50%\|[^|]*\| 2/4 epochs \[\d\d:\d\d, \d\d:\d\d left\]", shown)
+    assert "seed 1  done: test accuracy 99.10 % in the last epoch; best test accuracy 99.20 % in epoch 1" in shown
+    assert "seed 2  failed: bad luck" in shown
+    assert "| 2/2 epochs" in shown  # those of the failed seed will not come
+    assert "train loss" not in shown
+
+
+def test_how_sure_a_verdict_is() -> None:
+    def how_sure_of(*accuracies: float) -> str:
+        (verdict,) = judge(Targets(accuracy=99.4), accuracies=accuracies, num_params=1, epochs=1)
+        return how_sure(verdict)
+
+    assert how_sure_of(99.45, 99.46, 99.47) == "That the mean is at least 99.4 %: p = 0.0046, from 3 seeds."
+    assert re.search(r"at least 99\.4 %: p = 0\.\d+, .*; about [1-9]0* seeds would", how_sure_of(99.45, 99.46, 99.38))
+    assert "One seed" in how_sure_of(99.5)
