@@ -237,26 +237,24 @@ def test_what_a_part_holds_is_what_its_class_does_not_give_by_default() -> None:
     assert held(F.cross_entropy) == held(nn.ReLU) == held(None) == {}
 
 
-@pytest.mark.parametrize(("text", "number"), [("3", 3), ("+3", 3), ("-3", -3), ("003", 3)])
-def test_a_whole_number_is_read(text: str, number: int) -> None:
-    assert whole_number(text) == number
+@pytest.mark.parametrize("text", ["3", "+3", "-3", "003"])
+def test_a_whole_number_is_read(text: str) -> None:
+    assert whole_number(text) == int(text)
 
 
-ODD = ["", "٣", "３", "1_0", " 3", "3\n", "0x10", "two", "--3"]
+@pytest.mark.parametrize("text", ["3", "-.5", "5e-2", "2."])
+def test_a_finite_number_is_read(text: str) -> None:
+    assert finite_number(text) == float(text)
 
 
-@pytest.mark.parametrize("text", [*ODD, "3.0", "1e3"])
+@pytest.mark.parametrize("text", ["", "٣", "３", "1_0", " 3", "3\n", "0x10", "two", "--3", "nan", "inf", "1e999", "."])
+def test_what_is_no_number_is_refused(text: str) -> None:
+    for read in (whole_number, finite_number):
+        with pytest.raises(ValueError, match="is not a"):
+            read(text)
+
+
+@pytest.mark.parametrize("text", ["3.0", "1e3"])
 def test_what_is_no_whole_number_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a whole number"):
         whole_number(text)
-
-
-@pytest.mark.parametrize(("text", "number"), [("3", 3.0), ("-.5", -0.5), ("5e-2", 0.05), ("2.", 2.0)])
-def test_a_finite_number_is_read(text: str, number: float) -> None:
-    assert finite_number(text) == number
-
-
-@pytest.mark.parametrize("text", [*ODD, "nan", "inf", "1e999", "1_0.5", "٣.٥", "."])
-def test_what_is_no_finite_number_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a finite number"):
-        finite_number(text)

@@ -148,12 +148,11 @@ class Job:
         Raises:
             LabError: if the script, or what it imports, is another one now or declares another experiment.
         """
-        if code_sha256(self.sources) != self.code_sha256:
-            raise LabError(f"{self.script.name} or what it imports was changed while the study ran")
+        self.check_unchanged()
         vars(self)["experiment"], _ = declaration.read(self.sources[SCRIPT]).override(self.overrides)
         if self._read_params() != self.params:
             raise LabError(
-                f"{self.script.name} does not declare the same experiment in a worker process; "
+                f"script: {self.script.name} does not declare the same experiment in a worker process; "
                 "a study needs a script that declares one experiment"
             )
 
