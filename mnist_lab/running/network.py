@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -132,22 +134,69 @@ def notice_optimized(net: nn.Module, optimizer: Optimizer) -> list[str]:
     return [f"optimizer: it is not given {listed(missing)}, which are not trained, though they count as parameters"]
 
 
-def notice_probabilities(logits: Tensor, counts_as_logits: bool) -> list[str]:
-    """Return a notice if a network ends with softmax or sigmoid.
+def notice_outputs(
+    logits: Tensor, minimised: str, of_shifted: Callable[[float], float], is_cross_entropy: bool
+) -> Iterator[str]:
+    """Yield a notice if a network ends with softmax or sigmoid, or not with the log-probabilities that its loss takes.
 
     logits: what it gives for some images, (N, 10).
-    counts_as_logits: whether what is minimised is known to take logits.
+    minimised: "loss" or "objective".
+    of_shifted: returns what is minimised if a number is added to all logits of a batch. It tells losses apart, however
+        they are declared: those that take logits don't change, those that take log-probabilities fall in proportion.
+    is_cross_entropy: whether it is the lab's own loss.
     """
+    ends_with = _ending(logits)
+    if is_cross_entropy and not ends_with:
+        return
+    takes = "logits" if is_cross_entropy else _takes(of_shifted)
+    if ends_with and takes == "logits":
+        yield f"net: seems to end with {ends_with}, and the {minimised} takes logits, so it trains badly; leave it out"
+    elif ends_with:
+        yield (
+            f"net: seems to end with {ends_with}, and the reported losses are the cross-entropy of its output taken as "
+            "logits; accuracies are not concerned"
+        )
+    elif takes == "log-probabilities" and not _sums_to_one(logits.exp()):
+        yield (
+            f"{minimised}: takes log-probabilities, and the network gives others: their exponentials do not sum to 1 "
+            "for each image; use cross_entropy, or end the network with log_softmax(dim=1)"
+        )
+
+
+def _ending(logits: Tensor) -> str:
     if not bool(((logits > 0) & (logits < 1)).all()):
-        return []
-    sums = logits.sum(dim=1)
-    kind = "softmax" if torch.allclose(sums, torch.ones_like(sums), atol=1e-3) else "sigmoid"
-    if counts_as_logits:
-        return [f"net: seems to end with {kind}, and cross_entropy takes logits, so it trains badly; leave it out"]
-    return [
-        f"net: seems to end with {kind}, and the reported losses are the cross-entropy of its output taken as logits; "
-        "accuracies are not concerned"
-    ]
+        return ""
+    return "softmax" if _sums_to_one(logits) else "sigmoid"
+
+
+def _sums_to_one(numbers: Tensor) -> bool:
+    return torch.allclose(numbers.sum(dim=1), torch.ones_like(numbers[:, 0]), atol=1e-3)
+
+
+def _takes(of_shifted: Callable[[float], float]) -> str:
+    """Return what a loss takes: "logits", "log-probabilities", or nothing where that does not show."""
+    try:
+        at_rest, by_one, by_two = map(of_shifted, (0.0, 1.0, 2.0))
+    except Exception:  # some take numbers between 0 and 1 only
+        return ""
+    if math.isclose(by_one, at_rest, rel_tol=1e-4, abs_tol=1e-4):
+        return "logits"
+    falls = by_one < at_rest and math.isclose(by_two - at_rest, 2 * (by_one - at_rest), rel_tol=1e-3)
+    return "log-probabilities" if falls else ""
+
+
+def failing_layer(error: BaseException, net: nn.Module) -> str:
+    """Return the innermost layer of the network that an error went through, and the shape that reached it."""
+    names = {id(module): name for name, module in net.named_modules()}
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        layer, given = frame.f_locals.get("self"), frame.f_locals.get("args")
+        if frame.f_code is not nn.Module._call_impl.__code__ or not names.get(id(layer)):
+            continue
+        if isinstance(layer, nn.Module) and given and isinstance(given[0], Tensor):
+            kind = type(layer).__name__ if [*layer.children()] else repr(layer)
+            found = f"{names[id(layer)]}, {kind}, is given {tuple(given[0].shape)}: "
+    return found
 
 
 def listed(names: Sequence[str]) -> str:

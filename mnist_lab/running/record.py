@@ -22,7 +22,6 @@ from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
 from mnist_lab.running.rehearsal import Rehearsal, blame
-from mnist_lab.running.schedule import without_effect
 from mnist_lab.running.sources import place
 from mnist_lab.running.summary import summarize
 from mnist_lab.story import read_story
@@ -99,7 +98,7 @@ class Record:
 
     def _tags(self, environment: Mapping[str, str]) -> dict[str, str]:
         job, experiment = self.job, self.job.experiment
-        no_effect = " ".join(without_effect(experiment, len(self.mnist.train_images)))
+        no_effect = " ".join(self.rehearsal.no_effect)
         is_channels_last = self.rehearsal.memory_format == torch.channels_last
         return {
             **job.tags,

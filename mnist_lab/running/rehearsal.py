@@ -6,14 +6,13 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -21,20 +20,21 @@ from torch.optim.swa_utils import AveragedModel
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, is_script, script_line, text_of
 from mnist_lab.experiment import Experiment, quoted
+from mnist_lab.running.average import notice_slow_average
 from mnist_lab.running.draws import check_draws
 from mnist_lab.running.network import (
     Sharing,
     check_registered,
+    failing_layer,
     listed,
     notice_optimized,
+    notice_outputs,
     notice_own_weights,
-    notice_probabilities,
     notice_same_start,
 )
 from mnist_lab.running.remembered import Remembered
-from mnist_lab.running.schedule import check_schedule
+from mnist_lab.running.schedule import check_schedule, without_effect
 from mnist_lab.training import loop as training
-from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import kept_generators, seed_generators
 from mnist_lab.training.loop import (
     EVALUATION_BATCH_SIZE,
@@ -45,7 +45,6 @@ from mnist_lab.training.loop import (
     evaluation_part,
     initial_network,
     loss_and_logits,
-    minimises_cross_entropy,
     normalize,
     num_params,
     predict,
@@ -54,13 +53,14 @@ from mnist_lab.training.loop import (
     training_batch,
 )
 from mnist_lab.training.states import left_as_they_are
-from mnist_lab.training.transforms import Augmentation, is_mixing, is_torchvision, parts
+from mnist_lab.training.transforms import Augmentation, is_mixing, is_torchvision
 from mnist_lab.verdicts.targets import out_of_reach
 
 logger = logging.getLogger(__name__)
 
 SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
 OUTSIDE = 0.01  # by which an augmented pixel may lie outside [0, 1]: an interpolation may overshoot
+FEW = 100  # images, where any will do
 # Transforms of torchvision that code for other programs has, and what to do here.
 DONE_BY_THE_LAB = {
     "Normalize": "is the lab's own business: declare normalize=(mean, deviation) in its place",
@@ -74,13 +74,14 @@ class Rehearsal:
     """What a rehearsal found out; it depends on the declaration, the data and the device only.
 
     memory_format: channels_last, or torch.contiguous_format where the network or its optimizer fails with that.
-    seed_decides: whether one seed always gives the same augmented images.
     untrained: the names of parameters that no gradient has reached, in the rehearsal or where `watch` was asked to.
+    no_effect: the hyperparameters that change nothing in this run, each with a sentence.
     notices: sentences about what the user may not expect.
     """
 
     memory_format: torch.memory_format
     untrained: set[str]
+    no_effect: Mapping[str, str]
     notices: list[str]
 
     def watch(self, net: nn.Module) -> None:
@@ -96,8 +97,12 @@ class Rehearsal:
     def _reached(self, name: str, parameter: Tensor) -> None:
         self.untrained.discard(name)
 
-    def notice(self) -> None:
-        """Warn of what the user may not expect, such as parameters that get no gradient."""
+    def notice(self, overrides: Mapping[str, object]) -> None:
+        """Warn of what the user may not expect, such as parameters that get no gradient.
+
+        Raises:
+            LabError: if one of the overrides has no effect.
+        """
         for notice in self.notices:
             logger.warning("%s", notice)
         if self.untrained:
@@ -105,6 +110,56 @@ class Rehearsal:
                 "no gradient reaches %s: not trained, and not counted among the parameters",
                 listed(sorted(self.untrained)),
             )
+        for name, sentence in self.no_effect.items():
+            if name in overrides:
+                raise LabError(sentence)
+            logger.warning("%s", sentence)
+
+
+@dataclass
+class Trial:
+    """A declaration that is tried: what its checks make for the ones after them, and what they find out."""
+
+    experiment: Experiment
+    mnist: Mnist
+    memory_format: torch.memory_format
+    net: nn.Module = field(init=False)
+    sharing: Sharing = field(init=False)
+    optimizer: Optimizer = field(init=False)
+    again: bool = False  # see `evaluates_again`
+    images: Tensor = field(init=False)  # of the first batch, augmented, in [0, 1]
+    labels: Tensor = field(init=False)
+    untrained: set[str] = field(default_factory=set)
+    no_effect: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def minimised(self) -> str:
+        """The field that says what is minimised."""
+        return "loss" if self.experiment.objective is None else "objective"
+
+    @property
+    def batch_size(self) -> int:
+        return min(self.experiment.batch_size, len(self.mnist.train_images))
+
+    @cached_property
+    def augment(self) -> Augmentation:
+        return Augmentation(self.experiment.augmentation)
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return the first training images and their labels as a training draws them."""
+        indices = torch.arange(size, device=self.mnist.train_images.device)
+        return training_batch(self.mnist, indices, self.augment)
+
+    def evaluated(self, size: int) -> Tensor:
+        """Return so many of the images that the epochs are evaluated on, some of them twice where there are too few."""
+        images = evaluation_part(self.mnist)[1]
+        return images[torch.arange(size, device=images.device) % len(images)]
+
+    def logits(self, images: Tensor, net: nn.Module | None = None) -> Tensor:
+        """Return the logits of images in evaluation mode; raises TypeError or ValueError if they are none."""
+        logits = predict(self.net if net is None else net, images, self.experiment.normalize)
+        _check_logits(logits, len(images))
+        return logits
 
 
 def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
@@ -121,7 +176,7 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
 
     def tried(memory_format: torch.memory_format) -> Rehearsal:
         with left_as_they_are(*remembering(experiment).values()):
-            return _rehearse(experiment, mnist, memory_format)
+            return _rehearse(Trial(experiment, mnist, memory_format))
 
     with kept_generators(mnist.train_images.device):
         if mnist.train_images.device.type == "cpu":
@@ -130,197 +185,177 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
         return tried(torch.contiguous_format)
 
 
-def _rehearse(experiment: Experiment, mnist: Mnist, memory_format: torch.memory_format) -> Rehearsal:
-    device, total = mnist.train_images.device, len(mnist.train_images)
-    with blame("net"):
-        other = initial_network(experiment, SEED + 1, device, memory_format)
-        numbers = torch.get_rng_state()
-        net = initial_network(experiment, SEED, device, memory_format)
-        seeds_itself = torch.equal(numbers, torch.get_rng_state())
-        sharing = Sharing(net, other)
-    if num_params(net) == 0:
-        raise LabError("net: has no parameters to train")
-    notices = notice_same_start(net, other, seeds_itself)
-    del other
-    remembered = Remembered(experiment)
-    with blame("optimizer"):
-        optimizer = build_optimizer(experiment, net.parameters())
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"gives a {type(optimizer).__name__}, not a torch.optim.Optimizer")
-        if any("lr" not in group for group in optimizer.param_groups):
-            raise ValueError(f"{type(optimizer).__name__} has a parameter group without lr, which each epoch reports")
-        notices += notice_optimized(net, optimizer)
-        again = evaluates_again(experiment, net)
-    if experiment.augmentation is not None:
-        with blame("augmentation"):
-            _check_transforms(experiment.augmentation)
-    # Both sizes that will come up: some networks fail on a last batch of one image only.
-    full = min(experiment.batch_size, total)
-    last = total % experiment.batch_size or full
-    for size in sorted({full, last}, reverse=True):
-        own_weights = _rehearse_batch(net, experiment, mnist, size)
-        if size == full:
+def _rehearse(trial: Trial) -> Rehearsal:
+    remembered = Remembered(trial.experiment)
+    notices: list[str] = []
+    for blamed, check in CHECKS:
+        with blame(trial.minimised if blamed == "loss" else blamed, trial):
+            notices += check(trial)
+        if check is _check_gradients:
             remembered.first_batch()
-    notices += own_weights
-    if experiment.augmentation is not None:
-        with blame("augmentation"):
-            notices += _rehearse_augmentation(experiment, experiment.augmentation, mnist, full)
-    untrained = {name for name, p in net.named_parameters() if p.requires_grad and p.grad is None}
-    evaluated = evaluation_part(mnist)[1]
-    with blame("net"):
-        _check_evaluation(net, evaluated, {len(evaluated), len(mnist.test_images)}, experiment)
-        logits = predict(net, evaluated[:EVALUATION_BATCH_SIZE], experiment.normalize)
-        notices += _notice_log_probabilities(experiment, logits)
-        notices += notice_probabilities(logits, minimises_cross_entropy(experiment))
-        notices += _notice_batches(net, evaluated[:EVALUATION_BATCH_SIZE], experiment)
-    if experiment.average is not None:  # an activation that a network keeps can be copied after an evaluation only
-        with blame("average"):
-            notices += _rehearse_average(experiment, net, evaluated[:2])
-    with blame("optimizer"):
-        _rehearse_step(net, experiment, optimizer, again, mnist, full)
-        if not predict(net, evaluated[:2], experiment.normalize).isfinite().all():
-            raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
-        _rehearse_step(net, experiment, optimizer, again, mnist, last)  # a second one finds what the first has left
-    with blame("net"):
-        few = evaluated[:EVALUATION_BATCH_SIZE]
-        _check_evaluated_again(net, few, predict(net, few, experiment.normalize), experiment)
-        sharing.check()
-    with blame("scheduler"):
-        notices += check_schedule(experiment, net, total)
     notices += remembered.notices()
-    notices += out_of_reach(experiment.targets, num_params(net, untrained), experiment.epochs)
-    return Rehearsal(memory_format, untrained, notices)
+    return Rehearsal(trial.memory_format, trial.untrained, trial.no_effect, notices)
 
 
-def _check_transforms(augmentation: Callable[..., object]) -> None:
-    """Refuse transforms of torchvision that do what the lab does itself; raises ValueError."""
-    for name in (type(transform).__name__ for _, transform in parts(augmentation) if is_torchvision(transform)):
+# ---- the checks, in the order in which they are made: each returns notices, and raises what the field is blamed for
+
+
+def _check_building(trial: Trial) -> Iterator[str]:
+    device = trial.mnist.train_images.device
+    other = initial_network(trial.experiment, SEED + 1, device, trial.memory_format)
+    numbers = torch.get_rng_state()
+    trial.net = initial_network(trial.experiment, SEED, device, trial.memory_format)
+    if num_params(trial.net) == 0:
+        raise ValueError("has no parameters to train")
+    trial.sharing = Sharing(trial.net, other)
+    yield from notice_same_start(trial.net, other, seeds_itself=torch.equal(numbers, torch.get_rng_state()))
+
+
+def _check_optimizer(trial: Trial) -> Iterator[str]:
+    trial.optimizer = build_optimizer(trial.experiment, trial.net.parameters())
+    name = type(trial.optimizer).__name__
+    if not isinstance(trial.optimizer, Optimizer):
+        raise TypeError(f"gives a {name}, not a torch.optim.Optimizer")
+    if any("lr" not in group for group in trial.optimizer.param_groups):
+        raise ValueError(f"{name} has a parameter group without lr, which each epoch reports")
+    yield from notice_optimized(trial.net, trial.optimizer)
+    trial.again = evaluates_again(trial.experiment, trial.net)
+
+
+def _check_augmentation(trial: Trial) -> Iterator[str]:
+    declared = trial.experiment.augmentation
+    for name in (type(transform).__name__ for _, transform in trial.augment.parts if is_torchvision(transform)):
         if name in DONE_BY_THE_LAB:
             raise ValueError(f"{name} {DONE_BY_THE_LAB[name]}")
-
-
-def _rehearse_augmentation(
-    experiment: Experiment, augmentation: Callable[..., object], mnist: Mnist, size: int
-) -> list[str]:
-    """Refuse an augmentation that draws once for a whole batch; return notices of what else it does.
-
-    Raises:
-        ValueError: if it draws so.
-    """
-    notices = []
-    for given, transform in parts(augmentation):
-        name = type(transform).__name__
-        if given == "batch":
-            check_draws(transform, mnist.train_images[0].float() / 255, len(mnist.train_images))
-        elif given == "labels" and is_mixing(transform):
-            own = "; mnist_lab.objectives.mixup draws one for each image" if name == "MixUp" else ""
-            notices.append(f"augmentation: torchvision's {name} draws once for all images of a batch{own}")
-        elif given == "labels":
-            notices.append(
-                "augmentation: takes the labels, so it may mix images, and it can't be tried out whether it draws for "
-                "each image; see that it does"
-            )
-    batch = torch.arange(size, device=mnist.train_images.device)
-
-    def drawn() -> Tensor:
-        seed_generators(SEED)
-        with left_as_they_are(experiment.augmentation):
-            return training_batch(mnist, batch, Augmentation(experiment.augmentation))[0]
-
-    first = drawn()
     start = time.perf_counter()
-    again = drawn()
-    seconds = math.ceil((time.perf_counter() - start) * len(mnist.train_images) / size)
-    if any(given == "image" for given, _ in parts(augmentation)):
-        notices.append(
-            f"augmentation: torchvision's transforms draw once per call, so they are applied image by image, some "
-            f"{seconds} s of an epoch; those of mnist_lab.augmentation take a batch at once"
-        )
-    if not torch.allclose(first, again, atol=1e-5):
-        notices.append(
-            "the run's seed does not decide what augmentation draws: it has a generator or numbers of its own, "
-            "which a resumed run does not go on with either; draw from torch, random or np.random themselves"
-        )
-    low, high = first.min().item(), first.max().item()
-    if low < -OUTSIDE or high > 1 + OUTSIDE:
-        notices.append(
-            f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
-        )
-    return notices
+    seed_generators(SEED)
+    try:
+        with left_as_they_are(declared):
+            trial.images, trial.labels = trial.batch(trial.batch_size)
+        _check_batch(trial.images, trial.labels, trial.batch_size)
+    except Exception as error:
+        raise ValueError(f"{text_of(error)}{_image_by_image(trial, error)}").with_traceback(
+            error.__traceback__
+        ) from error
+    if declared is not None:
+        yield from _notice_transforms(trial, time.perf_counter() - start)
+        yield from _notice_images(trial)
 
 
-def _rehearse_average(experiment: Experiment, net: nn.Module, images: Tensor) -> list[str]:
-    """Refuse an average that is not of this network; return notices.
+def _check_gradients(trial: Trial) -> Iterator[str]:
+    """Try the forward and the backward pass of a batch, and look through the graph between them."""
+    net, images = trial.net.train(), normalize(trial.images, trial.experiment.normalize)
+    with _checked_output(trial, len(images)):
+        returned: object = loss_and_logits(net, images, trial.labels, trial.experiment)
+    loss, logits = _checked_loss(returned, len(images))
+    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = dict(net.named_parameters())
+    trial.untrained = {name for name, p in parameters.items() if p.requires_grad and p.grad is None}
+    if all(parameter.grad is None for parameter in parameters.values()):
+        raise ValueError("has no gradient in the network's parameters, so it can't train them")
+    with blame("net", trial):
+        check_registered(net, logits if logits.requires_grad else loss, images)
+    yield from notice_own_weights(trial.minimised, net, loss, images)
 
-    Raises:
-        TypeError, ValueError: if it is none, or of another network.
-    """
-    average = build_average(experiment, net)
+
+def _check_evaluation(trial: Trial) -> Iterator[str]:
+    """Try every number of images that is evaluated at once: one, and the two that the model is logged with, too."""
+    totals = {len(evaluation_part(trial.mnist)[1]), len(trial.mnist.test_images)}
+    sizes = {1, 2, *(min(EVALUATION_BATCH_SIZE, total) for total in totals)}
+    sizes |= {total % EVALUATION_BATCH_SIZE for total in totals} - {0}
+    for size in sorted(sizes - {0}):
+        logits = trial.logits(trial.evaluated(size))
+    images = trial.evaluated(size)
+    _check_alike(trial.logits(images), logits)
+    few = max(1, size // 3)
+    if not torch.allclose(trial.logits(images[:few]), logits[:few], rtol=1e-2, atol=1e-2):
+        yield (
+            f"net: gives an image other logits beside other images, so its accuracy depends on the batches of "
+            f"{EVALUATION_BATCH_SIZE} that it is evaluated in; see for dim=0 where dim=1 is meant"
+        )
+    yield from notice_outputs(logits, trial.minimised, partial(_minimised, trial), trial.experiment.loss is None)
+
+
+def _check_average(trial: Trial) -> Iterator[str]:
+    if trial.experiment.average is None:
+        return
+    average = build_average(trial.experiment, trial.net)
     if not isinstance(average, AveragedModel):
         raise TypeError(f"gives a {type(average).__name__}, not a torch.optim.swa_utils.AveragedModel")
-    own, averaged = net.state_dict(), average.module.state_dict()
+    own, averaged = trial.net.state_dict(), average.module.state_dict()
     if own.keys() != averaged.keys() or not all(torch.equal(own[name], averaged[name]) for name in own):
         raise ValueError("is of another network than the one that it is given")
-    average.update_parameters(net)
-    average.update_parameters(net)  # the first call copies
-    _check_logits(predict(average.module, images, experiment.normalize), len(images))
-    if not average.use_buffers and any(True for _ in net.buffers()):
-        return [
+    average.update_parameters(trial.net)
+    average.update_parameters(trial.net)  # the first call copies
+    trial.logits(trial.evaluated(2), average.module)
+    if not average.use_buffers and any(True for _ in trial.net.buffers()):
+        yield (
             "average: takes the network's buffers, such as the statistics of batch norm, as they are after the last "
             "batch; AveragedModel(..., use_buffers=True) averages them too"
-        ]
-    return []
+        )
+    yield from notice_slow_average(trial.experiment, trial.net, len(trial.mnist.train_images))
 
 
-def _rehearse_step(
-    net: nn.Module, experiment: Experiment, optimizer: Optimizer, again: bool, mnist: Mnist, size: int
-) -> None:
-    batch = torch.arange(size, device=mnist.train_images.device)
-    net.train()
-    images, labels = training_batch(mnist, batch, Augmentation(experiment.augmentation))
-    train_step(net, normalize(images, experiment.normalize), labels, experiment, optimizer, again)
+def _check_steps(trial: Trial) -> Iterator[str]:
+    """Train both batch sizes that will come up: some networks fail on a last batch of one image only."""
+    last = len(trial.mnist.train_images) % trial.experiment.batch_size or trial.batch_size
+    for size in (trial.batch_size, last):
+        trial.net.train()
+        images, labels = trial.batch(size)
+        images = normalize(images, trial.experiment.normalize)
+        train_step(trial.net, images, labels, trial.experiment, trial.optimizer, trial.again)
+        trial.untrained -= {name for name, p in trial.net.named_parameters() if p.grad is not None}
+        if not predict(trial.net, trial.evaluated(2), trial.experiment.normalize).isfinite().all():
+            raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
+    yield from ()
 
 
-def _rehearse_batch(net: nn.Module, experiment: Experiment, mnist: Mnist, size: int) -> list[str]:
-    batch = torch.arange(size, device=mnist.train_images.device)
-    with blame("augmentation"):
-        images, labels = training_batch(mnist, batch, Augmentation(experiment.augmentation))
-        if not isinstance(images, Tensor):
-            raise TypeError(f"gives a {type(images).__name__}, not a tensor of images")
-        if images.shape != (size, 1, 28, 28) or images.dtype != torch.float32:
-            given = f"{images.dtype} images of shape {tuple(images.shape)}"
-            raise ValueError(f"gives {given}, not torch.float32 of shape ({size}, 1, 28, 28)")
-        if not images.isfinite().all():
-            raise ValueError("gives pixels that are not finite")
-        if not isinstance(labels, Tensor) or not _are_labels(labels, size):
-            given = f"{labels.dtype} labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else labels
-            raise ValueError(f"gives {given}, not digits of shape ({size},) or probabilities of shape ({size}, 10)")
-    images = normalize(images, experiment.normalize)
-    net.train()
-    with blame("net"), SparseDropout():
-        output = net(images)
-        if experiment.objective is None:  # else it is the objective's business
-            _check_logits(output, size)
-    minimised = "loss" if experiment.objective is None else "objective"
-    with blame(minimised):
-        returned: object = loss_and_logits(net, images, labels, experiment)
-        if not isinstance(returned, tuple) or len(returned) != 2:
-            raise TypeError(f"gives {_kind(returned)}, not a loss and the batch's logits: return loss, logits")
-        loss, logits = returned
-        if not isinstance(loss, Tensor) or loss.shape != ():
-            raise ValueError(f"gives {_kind(loss)} for the loss, not a single number")
-        _check_logits(logits, size)
-        if not loss.isfinite():
-            raise ValueError(f"is {loss.item()} on the first batch")
-        if not loss.requires_grad:
-            raise ValueError("has no gradient in the network's parameters, so it can't train them")
-    with blame("net"):
-        loss.backward()  # type: ignore[no-untyped-call]
-    if all(parameter.grad is None for parameter in net.parameters()):
-        raise LabError(f"{minimised}: has no gradient in the network's parameters, so it can't train them")
-    with blame("net"):
-        check_registered(net, logits if logits.requires_grad else loss, images)
-    return notice_own_weights(minimised, net, loss, images)
+def _check_trained(trial: Trial) -> Iterator[str]:
+    images = trial.evaluated(FEW)
+    _check_alike(trial.logits(images), trial.logits(images))
+    trial.sharing.check()
+    yield from ()
+
+
+def _check_scheduler(trial: Trial) -> Iterator[str]:
+    yield from check_schedule(trial.experiment, trial.net, len(trial.mnist.train_images))
+    trial.no_effect = without_effect(trial.experiment, trial.net, len(trial.mnist.train_images))
+
+
+def _check_targets(trial: Trial) -> Iterator[str]:
+    params = num_params(trial.net, trial.untrained)
+    yield from out_of_reach(trial.experiment.targets, params, trial.experiment.epochs)
+
+
+Check = Callable[[Trial], Iterable[str]]
+CHECKS: tuple[tuple[str, Check], ...] = (  # "loss" stands for the objective where one is declared
+    ("net", _check_building),
+    ("optimizer", _check_optimizer),
+    ("augmentation", _check_augmentation),
+    ("loss", _check_gradients),
+    ("net", _check_evaluation),
+    ("average", _check_average),  # after an evaluation: an activation that a network keeps can be copied then only
+    ("optimizer", _check_steps),
+    ("net", _check_trained),
+    ("scheduler", _check_scheduler),
+    ("targets", _check_targets),
+)
+
+
+# ---- what the checks are made of
+
+
+def _check_batch(images: object, labels: object, size: int) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"gives a {type(images).__name__}, not a tensor of images")
+    if images.shape != (size, 1, 28, 28) or images.dtype != torch.float32:
+        given = f"{images.dtype} images of shape {tuple(images.shape)}"
+        raise ValueError(f"gives {given}, not torch.float32 of shape ({size}, 1, 28, 28)")
+    if not images.isfinite().all():
+        raise ValueError("gives pixels that are not finite")
+    if not isinstance(labels, Tensor) or not _are_labels(labels, size):
+        given = f"{labels.dtype} labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else str(labels)
+        raise ValueError(f"gives {given}, not digits of shape ({size},) or probabilities of shape ({size}, 10)")
 
 
 def _are_labels(labels: Tensor, size: int) -> bool:
@@ -330,57 +365,68 @@ def _are_labels(labels: Tensor, size: int) -> bool:
     return labels.shape == (size, 10) and labels.is_floating_point()
 
 
-def _kind(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def _image_by_image(trial: Trial, error: Exception) -> str:
+    """Return what to do about an augmentation that may be one for single images."""
+    for transform in (transform for given, transform in trial.augment.parts if given == "batch"):
+        alone: object = None
+        with suppress(Exception):
+            alone = transform(trial.mnist.train_images[0].float() / 255)
+        raised = any(
+            frame.f_code is Augmentation.__call__.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)
+        )
+        if raised or (isinstance(alone, Tensor) and alone.shape == (1, 28, 28)):
+            return (
+                f"; it is given a batch ({trial.batch_size}, 1, 28, 28); image by image: "
+                "partial(image_by_image, transform=...) from mnist_lab.augmentation"
+            )
+    return ""
 
 
-def _check_evaluation(net: nn.Module, images: Tensor, totals: set[int], experiment: Experiment) -> None:
-    """Try every number of images that is evaluated at once, and the two that the model is logged with.
-
-    totals: of images in the parts that are evaluated, which may be more than there are in `images`.
-    """
-    sizes = {2} | {
-        size for total in totals for size in (min(EVALUATION_BATCH_SIZE, total), total % EVALUATION_BATCH_SIZE)
-    }
-    for size in sorted(sizes - {0}):
-        few = images[torch.arange(size, device=images.device) % len(images)]
-        logits = predict(net, few, experiment.normalize)
-        _check_logits(logits, size)
-        _check_evaluated_again(net, few, logits, experiment)
-
-
-def _check_evaluated_again(net: nn.Module, images: Tensor, logits: Tensor, experiment: Experiment) -> None:
-    """Refuse a network that gives these images other logits than before, but for what a GPU may round differently."""
-    again = predict(net, images, experiment.normalize)
-    if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise ValueError(
-            "gives other logits when it is evaluated on the same images again; turn off in evaluation mode what draws "
-            "or keeps numbers, e.g. F.dropout(x, training=self.training)"
+def _notice_transforms(trial: Trial, seconds: float) -> Iterator[str]:
+    """Refuse what draws once for a whole batch, and say which can't be tried; seconds: that one batch took."""
+    images = trial.mnist.train_images
+    for given, transform in trial.augment.parts:
+        name = type(transform).__name__
+        if given == "batch":
+            check_draws(transform, images[0].float() / 255, len(images))
+        elif given == "labels" and is_mixing(transform):
+            own = "; mnist_lab.objectives.mixup draws one for each image" if name == "MixUp" else ""
+            yield f"augmentation: torchvision's {name} draws once for all images of a batch{own}"
+        elif given == "labels":
+            yield (
+                "augmentation: takes the labels, so it may mix images, and it can't be tried out whether it draws for "
+                "each image; see that it does"
+            )
+    if any(given == "image" for given, _ in trial.augment.parts):
+        yield (
+            f"augmentation: torchvision's transforms draw once per call, so they are applied image by image, some "
+            f"{math.ceil(seconds * len(images) / trial.batch_size)} s of an epoch; those of mnist_lab.augmentation "
+            "take a batch at once"
         )
 
 
-def _notice_batches(net: nn.Module, images: Tensor, experiment: Experiment) -> list[str]:
-    """Return a notice if the logits of an image depend on what other images are evaluated with it."""
-    few = max(1, len(images) // 3)
-    alone = predict(net, images[:few], experiment.normalize)
-    if torch.allclose(predict(net, images, experiment.normalize)[:few], alone, rtol=1e-2, atol=1e-2):
-        return []
-    return [
-        f"net: gives an image other logits beside other images, so its accuracy depends on the batches of "
-        f"{EVALUATION_BATCH_SIZE} that it is evaluated in; see for dim=0 where dim=1 is meant"
-    ]
+def _notice_images(trial: Trial) -> Iterator[str]:
+    seed_generators(SEED)
+    again, _ = trial.batch(trial.batch_size)
+    if not torch.allclose(trial.images, again, atol=1e-5):
+        yield (
+            "the run's seed does not decide what augmentation draws: it has a generator or numbers of its own, "
+            "which a resumed run does not go on with either; draw from torch, random or np.random themselves"
+        )
+    low, high = trial.images.min().item(), trial.images.max().item()
+    if low < -OUTSIDE or high > 1 + OUTSIDE:
+        yield f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
 
 
-def _notice_log_probabilities(experiment: Experiment, logits: Tensor) -> list[str]:
-    """Return a notice if a loss that takes log-probabilities is given other numbers."""
-    loss = experiment.loss.func if isinstance(experiment.loss, partial) else experiment.loss
-    takes = loss is F.nll_loss or isinstance(loss, nn.NLLLoss)
-    if not takes or torch.allclose(logits.exp().sum(dim=1), torch.ones_like(logits[:, 0]), atol=1e-3):
-        return []
-    return [
-        "loss: nll_loss takes log-probabilities, and the network gives others: their exponentials do not sum to 1 "
-        "for each image; use cross_entropy, or end the network with log_softmax(dim=1)"
-    ]
+@contextmanager
+def _checked_output(trial: Trial, size: int) -> Iterator[None]:
+    """Check what the network gives before a loss is made of it; else it is the objective's business."""
+    check = None if trial.experiment.objective else _check_logits
+    hook = trial.net.register_forward_hook(lambda module, given, output: check and check(output, size))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _check_logits(logits: object, size: int) -> None:
@@ -394,6 +440,48 @@ def _check_logits(logits: object, size: int) -> None:
         )
     if not logits.isfinite().all():
         raise ValueError("gives logits that are not finite on the first batch")
+
+
+def _checked_loss(returned: object, size: int) -> tuple[Tensor, Tensor]:
+    """Return loss and logits if these are what was returned."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise TypeError(f"gives {_kind(returned)}, not a loss and the batch's logits: return loss, logits")
+    loss, logits = returned
+    if not isinstance(loss, Tensor) or loss.shape != ():
+        raise ValueError(f"gives {_kind(loss)} for the loss, not a single number")
+    _check_logits(logits, size)
+    if not loss.isfinite():
+        raise ValueError(f"is {loss.item()} on the first batch")
+    if not loss.requires_grad:
+        raise ValueError("has no gradient in the network's parameters, so it can't train them")
+    return loss, logits
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _check_alike(again: Tensor, logits: Tensor) -> None:
+    """Refuse a network that gives these images other logits than before, but for what a GPU may round differently."""
+    if not torch.allclose(again, logits, rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            "gives other logits when it is evaluated on the same images again; turn off in evaluation mode what draws "
+            "or keeps numbers, e.g. F.dropout(x, training=self.training)"
+        )
+
+
+def _minimised(trial: Trial, added: float) -> float:
+    """Return what is minimised of the first batch if a number is added to all logits."""
+    seed_generators(SEED)
+    hook = trial.net.train().register_forward_hook(lambda module, given, output: output + added)
+    try:
+        images = normalize(trial.images, trial.experiment.normalize)
+        return loss_and_logits(trial.net, images, trial.labels, trial.experiment)[0].item()
+    finally:
+        hook.remove()
+
+
+# ---- who is to blame
 
 
 @contextmanager
@@ -420,23 +508,42 @@ def without_exits(epochs: Iterable[EpochMetrics]) -> Iterator[EpochMetrics]:
 
 
 @contextmanager
-def blame(field: str) -> Iterator[None]:
-    """Turn whatever the declared code raises into one sentence that names the field and the line in the script."""
+def blame(blamed: str, trial: Trial | None = None) -> Iterator[None]:
+    """Turn whatever the declared code raises into one sentence that names the field and the line in the script.
+
+    trial: whose own parts may be called within: the innermost one that an error went through is blamed.
+    """
     try:
         yield
     except LabError:
         raise
     except (Exception, SystemExit) as error:
-        raise _refusal(field, error) from error
+        if trial is None or not hasattr(trial, "net"):
+            raise _refusal(blamed, error) from error
+        innermost = _innermost(trial, error) or blamed
+        raise _refusal(innermost, error, failing_layer(error, trial.net) if innermost == "net" else "") from error
 
 
-def _refusal(field: str, error: BaseException) -> LabError:
-    said = text_of(error)
+def _innermost(trial: Trial, error: BaseException) -> str:
+    """Return the field of the innermost part that an error went through, or nothing."""
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is Augmentation.__call__.__code__:
+            found = "augmentation"
+        elif frame.f_code is loss_and_logits.__code__:
+            found = trial.minimised
+        elif frame.f_code is Tensor.backward.__code__ or frame.f_locals.get("self") is trial.net:
+            found = "net"
+    return found
+
+
+def _refusal(blamed: str, error: BaseException, where: str = "") -> LabError:
+    message = text_of(error)
     if isinstance(error, SystemExit):
-        said = f"sys.exit({quoted(error.code)}) was called"
+        message = f"sys.exit({quoted(error.code)}) was called"
     elif _lacks_memory(error):
-        said = f"needs more memory than there is: {said}"
-    return LabError(f"{field}: {said}{script_line(error)}")
+        message = f"needs more memory than there is: {message}"
+    return LabError(f"{blamed}: {where}{message}{script_line(error)}")
 
 
 def _lacks_memory(error: BaseException) -> bool:

@@ -19,7 +19,6 @@ from mnist_lab.running.precision import use_float32
 from mnist_lab.running.progress import Progress, Pruned
 from mnist_lab.running.record import Record, RunResult
 from mnist_lab.running.rehearsal import blame_script, rehearse, without_exits
-from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.threads import Load, crowded, set_threads
 from mnist_lab.tracking.delivery import sync
 from mnist_lab.tracking.store import close_abandoned, open_store
@@ -63,8 +62,7 @@ def run(
     logger.info("Trying the declaration on a few batches")
     rehearsal = rehearse(experiment, mnist)
     if parent_run_id is None:  # else the study has said it
-        rehearsal.notice()
-        report_without_effect(job.experiment, job.overrides, len(mnist.train_images))
+        rehearsal.notice(job.overrides)
     if resume is not None:
         _check_same(job, resume)
     _choose_threads(job, resume, load)

@@ -1,12 +1,12 @@
-"""Walks a schedule through a whole run before any training: what can't work is refused, what does nothing is found."""
+"""Walks a schedule through a whole run before any training: what can't work is refused, what does little is said."""
 
 from __future__ import annotations
 
 import io
-import logging
+import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from itertools import zip_longest
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mnist_lab.arguments import stable_text
-from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, quoted
-from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import build_optimizer, build_scheduler, scheduler_steps_per_epoch
 from mnist_lab.training.states import plain
 
-logger = logging.getLogger(__name__)
-
 MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
 MAX_LR = torch.finfo(torch.float32).max  # torch refuses to multiply a float32 parameter by more
+NOTHING = 1e-3  # of a schedule's largest learning rate: trained with less, a network stands still
+LONG = 100  # steps: few schedules are meant to take more epochs for half of their way
+
+Values = list[dict[str, object]]  # what an optimizer holds, by parameter group
 
 
 def check_schedule(experiment: Experiment, net: nn.Module, num_images: int) -> list[str]:
     """Step a scheduler of its own through the whole run: OneCycleLR, for one, fails only past its last step.
 
-    Returns a notice if the schedule is longer than the run.
+    Returns notices of what the schedule does in this run and is hardly meant to do.
 
     Raises:
         TypeError, ValueError: if it can't work.
@@ -38,45 +38,44 @@ def check_schedule(experiment: Experiment, net: nn.Module, num_images: int) -> l
     scheduler = build_scheduler(experiment, optimizer, num_images)
     if scheduler is None:
         return []
-    if not isinstance(scheduler, LRScheduler):
-        raise TypeError(f"gives a {type(scheduler).__name__}, not a torch.optim.lr_scheduler.LRScheduler")
+    _check_kind(experiment, scheduler)
     _check_state(scheduler)
-    if getattr(scheduler, "mode", None) == "max":
-        raise ValueError("mode='max' waits for a figure that rises, but it is given the training loss; use mode='min'")
     if isinstance(scheduler, ReduceLROnPlateau):
-        if experiment.scheduler_interval == "batch":
-            raise ValueError("ReduceLROnPlateau needs scheduler_interval='epoch': it follows the epoch's training loss")
         return []
-    _check_lr(optimizer)  # building a schedule sets the rate of the first step
     steps = _steps(experiment, num_images)
+    rates = [_rates(optimizer)]  # building a schedule sets the rate of the first step
     with warnings.catch_warnings():  # of an optimizer that has not stepped yet
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        for _ in _walk(scheduler, min(MAX_SCHEDULE_STEPS, steps)):
-            _check_lr(optimizer)
-    _check_state(scheduler)
+        for _ in range(min(MAX_SCHEDULE_STEPS, steps)):
+            scheduler.step()
+            rates.append(_rates(optimizer))
+        _check_state(scheduler)
+        largest = max(map(max, [*rates, *_intended(scheduler)]))
+        notices = [
+            notice
+            for one in zip(*rates[:steps], strict=True)
+            if (
+                notice := _notice_unit(
+                    experiment, scheduler, one, largest, math.ceil(num_images / experiment.batch_size)
+                )
+            )
+        ]
     planned = getattr(scheduler, "total_steps", None)
-    if not isinstance(planned, int) or planned <= steps:
-        return []
-    return [
-        f"scheduler: {type(scheduler).__name__} is made for {planned:,} steps and the run has {steps:,}, so it does "
-        "not come to its end; leave out epochs, steps_per_epoch and total_steps, and they are filled in"
-    ]
+    if isinstance(planned, int) and planned > steps:
+        notices.append(
+            f"scheduler: {type(scheduler).__name__} is made for {planned:,} steps and the run has {steps:,}, so it "
+            "does not come to its end; leave out epochs, steps_per_epoch and total_steps, and they are filled in"
+        )
+    return notices[:1]
 
 
-def _steps(experiment: Experiment, num_images: int) -> int:
-    return experiment.epochs * scheduler_steps_per_epoch(experiment, num_images)
-
-
-def _walk(scheduler: LRScheduler, steps: int) -> Iterator[None]:
-    for _ in range(steps):
-        scheduler.step()
-        yield
-
-
-def _check_lr(optimizer: Optimizer) -> None:
-    for lr in (float(group["lr"]) for group in optimizer.param_groups):
-        if not abs(lr) <= MAX_LR:
-            raise ValueError(f"the learning rate becomes {lr}, which is no float32 number")
+def _check_kind(experiment: Experiment, scheduler: object) -> None:
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(f"gives a {type(scheduler).__name__}, not a torch.optim.lr_scheduler.LRScheduler")
+    if getattr(scheduler, "mode", None) == "max":
+        raise ValueError("mode='max' waits for a figure that rises, but it is given the training loss; use mode='min'")
+    if isinstance(scheduler, ReduceLROnPlateau) and experiment.scheduler_interval == "batch":
+        raise ValueError("ReduceLROnPlateau needs scheduler_interval='epoch': it follows the epoch's training loss")
 
 
 def _check_state(scheduler: LRScheduler) -> None:
@@ -93,7 +92,95 @@ def _check_state(scheduler: LRScheduler) -> None:
         ) from error
 
 
-def without_effect(experiment: Experiment, num_images: int) -> dict[str, str]:
+def _steps(experiment: Experiment, num_images: int) -> int:
+    return experiment.epochs * scheduler_steps_per_epoch(experiment, num_images)
+
+
+def _rates(optimizer: Optimizer) -> list[float]:
+    """Return each group's learning rate; raises ValueError if one is no float32 number."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    for rate in rates:
+        if not abs(rate) <= MAX_LR:
+            raise ValueError(f"the learning rate becomes {rate}, which is no float32 number")
+    return rates
+
+
+# ---- schedules in the wrong unit
+
+
+def _intended(scheduler: LRScheduler) -> list[list[float]]:
+    """Return the learning rates that a schedule was given, whether the run reaches them or not."""
+    groups = scheduler.optimizer.param_groups
+    return [[float(group[name]) for group in groups if name in group] or [0.0] for name in ("initial_lr", "max_lr")]
+
+
+def _notice_unit(
+    experiment: Experiment, scheduler: LRScheduler, rates: Sequence[float], largest: float, batches: int
+) -> str:
+    """Return a notice if one group's rates look like those of a schedule that was meant for the other interval.
+
+    largest: learning rate of the schedule. batches: in an epoch.
+    """
+    name = type(scheduler).__name__
+    if experiment.scheduler_interval == "batch":
+        fault = _swings(rates, largest, experiment.epochs) or _rests(rates, largest, batches)
+        if not fault:
+            return ""
+        what, steps = fault
+        return (
+            f"scheduler: {name} {what} {steps:,} batches, which are {steps / batches:.2g} epochs, as it steps after "
+            f"each batch; with scheduler_interval='epoch' they would be {steps:,} epochs"
+        )
+    if (idle := sum(rate < NOTHING * largest for rate in rates)) * 3 >= len(rates):
+        return (
+            f"scheduler: {name} leaves {idle} of the run's {len(rates)} epochs a learning rate of at most "
+            f"{max(rate for rate in rates if rate < NOTHING * largest):.2g}, and its largest is {largest:.2g}: it "
+            f"steps once per epoch, {len(rates)} times in the run; is scheduler_interval='batch' meant?"
+        )
+    if max(rates) - min(rates) > 0.1 * largest:
+        return ""
+    steps = _half_way(scheduler, [*rates], len(rates) * batches)
+    if steps < max(2 * len(rates), min(LONG, batches)):
+        return ""
+    return (
+        f"scheduler: {name} has come half of its way after {steps:,} steps, which are {steps:,} epochs, as it steps "
+        f"once per epoch, and the run has {len(rates)}; with scheduler_interval='batch' they would be "
+        f"{steps / batches:.2g} epochs"
+    )
+
+
+def _swings(rates: Sequence[float], largest: float, epochs: int) -> tuple[str, int] | None:
+    """Return the period, in steps, of a schedule that goes up and down more than once in an epoch."""
+    changes = [after - before for before, after in pairwise(rates) if abs(after - before) > 1e-9 * largest]
+    turns = sum(before * after < 0 for before, after in pairwise(changes))
+    return ("goes up and down every", round(2 * len(rates) / turns)) if turns > 2 * epochs else None
+
+
+def _rests(rates: Sequence[float], largest: float, batches: int) -> tuple[str, int] | None:
+    """Return the steps after which a schedule changes no more, where these are very few."""
+    steps = len(rates)
+    while steps and abs(rates[steps - 1] - rates[-1]) <= NOTHING * largest:
+        steps -= 1
+    few = min(batches, len(rates) / 4) if rates[-1] < largest / 2 else batches / 10  # or is it a warm-up?
+    return (f"comes to rest, at {rates[-1]:.2g}, after", steps) if 0 < steps < few else None
+
+
+def _half_way(scheduler: LRScheduler, rates: list[float], steps: int) -> int:
+    """Return after how many steps a rate has moved by half of what it moves in so many; 0 if that is not known."""
+    try:
+        for _ in range(len(rates), min(steps, MAX_SCHEDULE_STEPS)):
+            scheduler.step()
+            rates += _rates(scheduler.optimizer)[:1]
+    except Exception:  # it ends with the run
+        return 0
+    moved = [abs(rate - rates[0]) for rate in rates]
+    return next((step for step, way in enumerate(moved) if 2 * way >= max(moved) > 0), 0)
+
+
+# ---- what has no effect
+
+
+def without_effect(experiment: Experiment, net: nn.Module, num_images: int) -> dict[str, str]:
     """Return the hyperparameters of optimizer and scheduler that change nothing in this run, each with a sentence.
 
     Each number is changed a little, and the schedule walked with and without the change: what the optimizer holds
@@ -102,33 +189,29 @@ def without_effect(experiment: Experiment, num_images: int) -> dict[str, str]:
     if experiment.scheduler is None or _steps(experiment, num_images) > MAX_SCHEDULE_STEPS:
         return {}
     found: dict[str, str] = {}
-    with kept_generators(torch.device("cpu")), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        net = experiment.net()
+        try:
+            declared = list(_held(experiment, net, num_images))
+        except TypeError:  # it follows the loss
+            return {}
         for name, value in experiment.hyperparameters().items():
             part, _ = experiment.where(name)
             changes = _changes(name, value) if part in ("optimizer", "scheduler") else {}
-            reasons = {
-                label: _no_effect(experiment, {name: changed}, net, num_images, part == "optimizer")
-                for label, changed in changes.items()
-            }
+            reasons: dict[str, str] = {}
+            for label, changed in changes.items():
+                try:
+                    other, _ = experiment.override({name: changed})
+                    reasons[label] = _no_effect(
+                        experiment, declared, _held(other, net, num_images), part == "optimizer"
+                    )
+                except Exception:  # that value is not allowed, which is a difference
+                    reasons[label] = ""
             if reasons and all(reasons.values()):
                 found[name] = f"{name}: {quoted(value)} has no effect: {next(iter(reasons.values()))}"
             else:
                 found |= {label: f"{label} has no effect: {reason}" for label, reason in reasons.items() if reason}
     return found
-
-
-def report_without_effect(experiment: Experiment, overrides: Mapping[str, object], num_images: int) -> None:
-    """Say in a notice what has no effect in this run; refuse what was set for it.
-
-    Raises:
-        LabError: naming the hyperparameter, and what sets it in its place.
-    """
-    for name, sentence in without_effect(experiment, num_images).items():
-        if name in overrides:
-            raise LabError(sentence)
-        logger.warning("%s", sentence)
 
 
 def _changes(name: str, value: object) -> dict[str, object]:
@@ -148,50 +231,37 @@ def _changes(name: str, value: object) -> dict[str, object]:
     return {}
 
 
-def _no_effect(
-    experiment: Experiment, change: Mapping[str, object], net: nn.Module, num_images: int, of_optimizer: bool
-) -> str:
+def _no_effect(experiment: Experiment, declared: list[Values], changed: Iterator[Values], of_optimizer: bool) -> str:
     """Return why a change makes no difference, or nothing if it makes one."""
-    try:
-        changed, _ = experiment.override(change)
-        before, after = _held_at_first(experiment, net), _held_at_first(changed, net)
-        keys = sorted({key for one, other in zip(before, after, strict=True) for key in one if one[key] != other[key]})
-        if of_optimizer and not keys:  # no schedule is needed for that: the optimizer keeps it elsewhere
-            return ""
-        walks = (_held_in_the_run(one, net, num_images) for one in (experiment, changed))
-        if any(one != other for one, other in zip_longest(*walks)):
-            return ""
-    except Exception:  # that value is not allowed, which is a difference, or the schedule can't be foreseen
+    built = next(changed)
+    keys = sorted({key for one, other in zip(declared[0], built, strict=True) for key in one if one[key] != other[key]})
+    if of_optimizer and not keys:  # the optimizer keeps it elsewhere
+        return ""
+    if any(one != other for one, other in zip_longest(declared[1:], changed)):
         return ""
     if of_optimizer:
         return f"{stable_text(experiment.scheduler)} sets {' and '.join(keys)}"
     return f"the schedule of this run's {experiment.epochs} epochs is the same with another value"
 
 
-def _held_at_first(experiment: Experiment, net: nn.Module) -> list[dict[str, object]]:
-    return _values(build_optimizer(experiment, net.parameters()), None)
-
-
-def _held_in_the_run(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[list[dict[str, object]]]:
-    """Yield what the optimizer holds before each step of the scheduler."""
+def _held(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[Values]:
+    """Yield what the optimizer holds when it is built, and then before each step of the scheduler."""
     optimizer = build_optimizer(experiment, net.parameters())
-    keys = set(optimizer.param_groups[0])
+    keys = [key for key in optimizer.param_groups[0] if key != "params"]  # a scheduler keeps others there
+
+    def values() -> Values:
+        return [{key: _number(group[key]) for key in keys} for group in optimizer.param_groups]
+
+    yield values()
     scheduler = build_scheduler(experiment, optimizer, num_images)
-    assert scheduler is not None
     if isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError("it follows the loss, so there is nothing to walk")
-    yield _values(optimizer, keys)
-    for _ in _walk(scheduler, _steps(experiment, num_images) - 1):
-        yield _values(optimizer, keys)
+    assert scheduler is not None
+    yield values()
+    for _ in range(_steps(experiment, num_images) - 1):
+        scheduler.step()
+        yield values()
 
 
-def _values(optimizer: Optimizer, keys: Collection[str] | None) -> list[dict[str, object]]:
-    """Return the values in each group, those of `keys` only if given: a scheduler keeps values of its own there."""
-    return [
-        {
-            key: value.tolist() if isinstance(value, Tensor) else value
-            for key, value in group.items()
-            if key != "params" and (keys is None or key in keys)
-        }
-        for group in optimizer.param_groups
-    ]
+def _number(value: object) -> object:
+    return value.tolist() if isinstance(value, Tensor) else value

@@ -36,7 +36,6 @@ from mnist_lab.running.progress import Progress
 from mnist_lab.running.record import DESCRIPTION, run_name_of
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import load_parts
-from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.workers import (
     Epoch,
     Failed,
@@ -520,8 +519,7 @@ def _rehearse(job: Job, space: Space, store: Store) -> None:
     """Try the declaration as it stands before any trial; raises LabError."""
     use_float32(job.device)
     mnist = load_parts(job)
-    rehearse(teaching.load(job, store), mnist).notice()
-    report_without_effect(job.experiment, {**job.overrides, **space}, len(mnist.train_images))
+    rehearse(teaching.load(job, store), mnist).notice({**job.overrides, **space})
 
 
 def _take_up_interrupted(study: optuna.Study) -> None:

@@ -27,7 +27,6 @@ from mnist_lab.running.progress import Progress
 from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import load_parts
-from mnist_lab.running.schedule import report_without_effect
 from mnist_lab.running.workers import (
     Done,
     Epoch,
@@ -121,8 +120,7 @@ def study(
         use_float32(job.device)
         logger.info("Reading MNIST, and trying the declaration on a few batches")
         mnist = load_parts(job)
-        rehearse(teaching.load(job, store), mnist).notice()
-        report_without_effect(job.experiment, job.overrides, len(mnist.train_images))
+        rehearse(teaching.load(job, store), mnist).notice(job.overrides)
     count = min(count, len(missing))
 
     name = run_name_of(job, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}")

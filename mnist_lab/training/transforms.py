@@ -25,10 +25,11 @@ class Augmentation:
     """
 
     def __init__(self, declared: Callable[..., Any] | None) -> None:
-        self.stages: list[tuple[Given, list[Any]]] = []
-        if declared is not None:
-            for given, transforms in groupby(parts(declared), key=lambda part: part[0]):
-                self.stages.append((given, [transform for _, transform in transforms]))
+        self.parts = [] if declared is None else list(parts(declared))
+        self.stages: list[tuple[Given, list[Any]]] = [
+            (given, [transform for _, transform in transforms])
+            for given, transforms in groupby(self.parts, key=lambda part: part[0])
+        ]
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         for given, chain in self.stages:

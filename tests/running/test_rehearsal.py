@@ -227,7 +227,7 @@ def test_parameters_that_get_no_gradient_are_named_and_not_counted(
 
     assert rehearsal.untrained == {"average.weight", "average.bias"}
     with caplog.at_level(logging.WARNING):
-        rehearsal.notice()
+        rehearsal.notice({})
     assert caplog.messages[0].startswith(
         "no gradient reaches average.bias, average.weight: not trained, and not counted"
     )
@@ -294,9 +294,9 @@ def test_an_augmentation_with_a_generator_of_its_own_is_named(
     small_mnist: Mnist, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        rehearse(declare(augmentation=from_the_seeded), small_mnist).notice()
+        rehearse(declare(augmentation=from_the_seeded), small_mnist).notice({})
         assert not caplog.messages
-        rehearse(declare(augmentation=from_its_own), small_mnist).notice()
+        rehearse(declare(augmentation=from_its_own), small_mnist).notice({})
     assert "seed does not decide what augmentation draws" in caplog.text
 
 
