@@ -208,7 +208,7 @@ def test_it_is_said_where_logits_depend_on_the_batch_or_are_no_log_probabilities
     (said,) = rehearse(declare(net=OverTheBatch), small_mnist).notices
     assert said.startswith("net: gives an image other logits beside other images")
     (said,) = rehearse(declare(loss=F.nll_loss), small_mnist).notices
-    assert said.startswith("loss: nll_loss takes log-probabilities, and the network gives others")
+    assert said.startswith("loss: takes log-probabilities")
     assert rehearse(declare(), small_mnist).notices == []
 
 
@@ -508,7 +508,7 @@ def binary(logits: Tensor, labels: Tensor) -> Tensor:
             {"optimizer": last_layer_only},
             "optimizer: it is not given first.weight, first.bias, second.weight, second.bias, which",
         ),
-        ({"net": partial(Ending, partial(F.softmax, dim=1))}, "net: seems to end with softmax, and cross_entropy"),
+        ({"net": partial(Ending, partial(F.softmax, dim=1))}, "net: seems to end with softmax, and the loss takes"),
         ({"net": partial(Ending, torch.sigmoid), "loss": binary}, "net: seems to end with sigmoid, and the reported"),
     ],
 )

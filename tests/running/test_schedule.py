@@ -1,7 +1,6 @@
 """What a schedule overrides, what changes nothing in a run, and what a checkpoint can keep."""
 
 import io
-import logging
 from functools import partial
 from typing import Any
 
@@ -34,7 +33,7 @@ from mnist_lab import Experiment
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running.rehearsal import rehearse
-from mnist_lab.running.schedule import report_without_effect, without_effect
+from mnist_lab.running.schedule import check_schedule, without_effect
 from mnist_lab.training.loop import Training
 
 IMAGES = 1_000
@@ -113,31 +112,91 @@ NO_EFFECT = {
 
 @pytest.mark.parametrize(("optimizer", "scheduler", "names", "said"), NO_EFFECT.values(), ids=NO_EFFECT)
 def test_what_has_no_effect_is_found(optimizer: Any, scheduler: Any, names: list[str], said: str) -> None:
-    found = without_effect(declare(optimizer, scheduler), IMAGES)
+    found = without_effect(declare(optimizer, scheduler), Net(), IMAGES)
 
     assert list(found) == names
     assert all(said in sentence and sentence.startswith(name) for name, sentence in found.items())
 
 
 def test_what_has_no_effect_is_found_where_the_schedule_steps_after_each_batch() -> None:
-    assert list(without_effect(declare(sgd, partial(OneCycleLR, max_lr=1.0), 2, "batch"), IMAGES)) == ["lr", "momentum"]
-    assert list(without_effect(declare(sgd, partial(StepLR, step_size=14), 2, "batch"), IMAGES)) == []
+    one_cycle, step = partial(OneCycleLR, max_lr=1.0), partial(StepLR, step_size=14)
+    assert list(without_effect(declare(sgd, one_cycle, 2, "batch"), Net(), IMAGES)) == ["lr", "momentum"]
+    assert list(without_effect(declare(sgd, step, 2, "batch"), Net(), IMAGES)) == []
 
 
-def test_what_has_no_effect_is_said_and_what_was_set_for_it_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_has_no_effect_is_said_and_what_was_set_for_it_is_refused(
+    small_mnist: Mnist, caplog: pytest.LogCaptureFixture
+) -> None:
     experiment = declare(partial(AdamW, lr=5.0), partial(OneCycleLR, max_lr=0.01))
 
-    with caplog.at_level(logging.WARNING):
-        report_without_effect(experiment, {}, IMAGES)
-    assert caplog.messages == ["lr: 5.0 has no effect: OneCycleLR(max_lr=0.01) sets lr"]
-    with pytest.raises(LabError, match=r"^lr: 4\.0 has no effect: OneCycleLR\(max_lr=0\.01\) sets lr$"):
-        report_without_effect(*experiment.override({"lr": "4"}), IMAGES)
-    report_without_effect(*experiment.override({"max_lr": "0.1", "epochs": "3"}), IMAGES)
-    stepped = declare(sgd, partial(StepLR, step_size=1, gamma=0.5))
-    with pytest.raises(
-        LabError, match=r"^step_size: 99 has no effect: the schedule of this run's \d+ epochs is the same"
-    ):
-        report_without_effect(*stepped.override({"step_size": "99"}), IMAGES)
+    rehearsal = rehearse(experiment, small_mnist)
+    rehearsal.notice({"max_lr": 0.01})
+    assert any(message.startswith("lr: 5.0 has no effect") for message in caplog.messages)
+    with pytest.raises(LabError) as refusal:
+        rehearsal.notice({"lr": 5.0})
+    assert refusal.value.field == "lr"
+
+
+# ---- schedules in the wrong unit
+
+
+def in_batches(step: int) -> float:
+    return min(1.0, (step + 1) / 500)
+
+
+# By batch or epoch, the epochs of 469 batches, and the two numbers of steps and epochs that the notice gives.
+WRONG = {
+    "cosine in epochs": (
+        "batch",
+        10,
+        partial(CosineAnnealingLR, T_max=10),
+        ("20 batches", "20 epochs"),
+    ),
+    "cosine in batches": ("epoch", 10, partial(CosineAnnealingLR, T_max=4690), ("2,344 epochs", "5 epochs")),
+    "cycles in epochs": (
+        "batch",
+        14,
+        partial(CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=5),
+        ("10 batches", "10 epochs"),
+    ),
+    "restarts in epochs": ("batch", 14, partial(CosineAnnealingWarmRestarts, T_0=5), ("5 batches", "5 epochs")),
+    "steps in epochs": ("batch", 14, partial(StepLR, step_size=6), ("24 batches", "24 epochs")),
+    "steps in batches": ("epoch", 14, partial(StepLR, step_size=2814), ("2,813 epochs", "6 epochs")),
+    "milestones in epochs": ("batch", 14, partial(MultiStepLR, milestones=[5, 10]), ("10 batches", "10 epochs")),
+    "warm-up in epochs": ("batch", 14, partial(LinearLR, total_iters=5), ("5 batches", "5 epochs")),
+    "warm-up in batches": ("epoch", 14, partial(LambdaLR, lr_lambda=in_batches), ("249 epochs", "0.53 epochs")),
+    **{
+        f"one cycle in {epochs}": ("epoch", epochs, partial(OneCycleLR, max_lr=0.1), ("4e-07", "'batch'"))
+        for epochs in (1, 2, 3)
+    },
+}
+
+
+@pytest.mark.parametrize(("interval", "epochs", "scheduler", "said"), WRONG.values(), ids=WRONG)
+def test_a_schedule_in_the_wrong_unit_is_named_in_both(
+    interval: str, epochs: int, scheduler: Any, said: tuple[str, ...]
+) -> None:
+    (notice,) = check_schedule(declare(sgd, scheduler, epochs, interval), Net(), 60_000)
+
+    assert notice.startswith("scheduler: ")
+    assert all(words in notice for words in said)
+
+
+RIGHT = {
+    "cosine": ("epoch", 10, partial(CosineAnnealingLR, T_max=10)),
+    "cosine by batch": ("batch", 10, partial(CosineAnnealingLR, T_max=4690)),
+    "one cycle": ("batch", 1, partial(OneCycleLR, max_lr=0.1)),
+    "a quick look": ("epoch", 1, partial(StepLR, step_size=15)),
+    "steps by batch": ("batch", 14, partial(StepLR, step_size=938)),
+    "warm-up by batch": ("batch", 14, partial(LambdaLR, lr_lambda=in_batches)),
+    "cycles by batch": ("batch", 14, partial(CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=2000)),
+    "slow decay": ("epoch", 150, partial(ExponentialLR, gamma=0.98)),
+}
+
+
+@pytest.mark.parametrize(("interval", "epochs", "scheduler"), RIGHT.values(), ids=RIGHT)
+def test_nothing_is_said_of_a_schedule_in_its_unit(interval: str, epochs: int, scheduler: Any) -> None:
+    assert check_schedule(declare(sgd, scheduler, epochs, interval), Net(), 60_000) == []
 
 
 @pytest.mark.parametrize("scheduler", [partial(ReduceLROnPlateau, mode="max"), LossUp])

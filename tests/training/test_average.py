@@ -296,4 +296,4 @@ def test_an_average_that_is_none_of_this_network_is_refused(average: Any, senten
 def test_it_is_said_where_the_statistics_of_batch_norm_are_not_averaged(small_mnist: Mnist) -> None:
     (said,) = rehearse(declare(average=AveragedModel), small_mnist).notices
     assert "use_buffers=True" in said
-    assert rehearse(declare(), small_mnist).notices == []
+    assert "use_buffers" not in str(rehearse(declare(), small_mnist).notices)
