@@ -40,7 +40,7 @@ def explain_mistakes() -> None:
     show_traceback = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        sentence = str(error) if isinstance(error, LabError) else _about_refused_call(error)
+        sentence = str(error) if isinstance(error, LabError) else sentence_about(error)
         if sentence:
             print(f"error: {sentence}", file=sys.stderr)
         else:
@@ -49,7 +49,7 @@ def explain_mistakes() -> None:
     sys.excepthook = show
 
 
-def _about_refused_call(error: BaseException) -> str | None:
+def sentence_about(error: BaseException) -> str | None:
     """Return the sentence about a call in a script, outside its functions, that is no mistake elsewhere."""
     trace = error.__traceback__
     steps = zip(traceback.walk_tb(trace), traceback.extract_tb(trace), strict=True)
