@@ -238,12 +238,16 @@ def predict(arguments: argparse.Namespace) -> None:
 def _print_readings(readings: Mapping[str, Reading], run_name: str, run_id: str) -> None:
     from tabulate import tabulate
 
+    from mnist_lab.pictures import UNSURE
+
     rows = [
         (name, r.digit, f"{100 * r.probability:.2f} %", f"{r.runner_up} ({100 * r.runner_up_probability:.2f} %)")
         for name, r in readings.items()
     ]
     print(tabulate(rows, headers=("picture", "digit", "probability", "runner-up"), disable_numparse=True))
     print(f"\nRead by {run_name}, run {run_id}.")
+    for name in (name for name, r in readings.items() if r.probability < UNSURE):
+        logger.warning("%s: the network is not sure of it; it may be no digit, or more than one", name)
 
 
 @job("Loading the network", TRACKING_URI, flag("--model", NETWORKS), port(5050, "port to try first"))

@@ -18,8 +18,9 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from mnist_lab import results
 from mnist_lab.errors import LabError
+from mnist_lab.ink import NoDigit
 from mnist_lab.paths import sqlite_file, tracking_uri
-from mnist_lab.pictures import NoDigit, Reader, find_reader, read_digit
+from mnist_lab.pictures import Reader, find_reader, read_digit
 from mnist_lab.tracking.store import open_store
 from mnist_lab.tracking.teacher import runs_with_a_model
 from mnist_lab.tracking.ui import HOST

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mnist_lab.errors import LabError, text_of
 from mnist_lab.experiment import MNIST_PIXELS, quoted
+from mnist_lab.ink import LEAST_CONTRAST, ONE_COLOUR, NoDigit, digit_on
 from mnist_lab.paths import script_named, sqlite_file
 from mnist_lab.paths import tracking_uri as resolve_uri
 from mnist_lab.tracking.sqlite import check_readable
@@ -28,17 +29,13 @@ if TYPE_CHECKING:  # a file that is no picture is refused before MLflow and torc
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 MOST_PIXELS = 60_000_000  # as many as a telephone's camera makes
-WORKING_SIZE = 1024  # the longer side; a digit ends at 20 pixels
-LEAST_CONTRAST = 0.08  # between ink and paper, of all that there can be
+WORKING_SIZE = 640  # the longer side; a digit ends at 20 pixels
 FAINTEST_INK = 0.05  # of the darkest: what is fainter doesn't count for the box around a digit
 BOX, FIELD = 20, 28  # pixels: a digit of MNIST, and the image that it is centred in
 THINNEST, USUAL = 1.5, 2.5  # pixels: the width of a stroke in MNIST
 IMAGES_AT_ONCE = 1_000  # that the network is given
+UNSURE = 0.5  # probability of the likeliest digit below which a picture may show something else
 SHADES = " .:-=+*#%@"
-
-
-class NoDigit(LabError):
-    """A picture without a digit in it."""
 
 
 def find_pictures(paths: Iterable[Path]) -> list[Path]:
@@ -73,8 +70,9 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
 def read_digit(file: Path | BytesIO) -> NDArray[np.uint8]:
     """Return the digit in a picture, a file or its content, as MNIST has it: (28, 28), light ink on black.
 
-    The ink is what differs from the colour of the picture's edge. Its box is scaled to 20x20, keeping its proportions,
-    and its centre of mass is put at the centre of the 28x28.
+    In a picture of at most 112x112 the ink is what differs from the colour of the edge; in a larger one, which may be a
+    photo, it is found by `ink.digit_on`. Its box is scaled to 20x20, keeping its proportions, and its centre of mass is
+    put at the centre of the 28x28.
 
     Raises:
         LabError: if the file can't be read as one picture; NoDigit if there is nothing to see in it.
@@ -84,10 +82,7 @@ def read_digit(file: Path | BytesIO) -> NDArray[np.uint8]:
 
 def _prepared(image: Image.Image, name: str) -> NDArray[np.uint8]:
     """Return the digit in an image of RGB as MNIST has it; raises NoDigit if there is none."""
-    ink = _ink(image)
-    if ink is None:
-        raise NoDigit(f"{name}: there is no digit to see: it has nearly one colour all over")
-    return _as_mnist(ink)
+    return _as_mnist(_ink(image, name))
 
 
 class Predictions(NamedTuple):
@@ -285,16 +280,17 @@ def _flat(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(paper, image).convert("RGB")
 
 
-def _ink(image: Image.Image) -> NDArray[np.float64] | None:
-    """Return how much ink each pixel has, 0 to 1; None where there is next to no contrast."""
+def _ink(image: Image.Image, name: str) -> NDArray[np.float64]:
+    """Return how much ink each pixel has, 0 to 1; raises NoDigit where there is none."""
     pixels = np.asarray(image, dtype=np.float64) / 255
+    if max(image.size) > 4 * FIELD:
+        return digit_on(pixels, name)
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    paper = np.median(edge, axis=0)
-    ink: NDArray[np.float64] = np.abs(pixels - paper).max(axis=2)
-    noise = float(np.percentile(np.abs(edge - paper).max(axis=1), 75))  # of the paper; what is on the edge may be ink
-    ink = np.clip(ink - 2 * noise, 0, None)
-    darkest = float(ink.max())
-    return ink / darkest if darkest >= LEAST_CONTRAST else None
+    ink: NDArray[np.float64] = np.abs(pixels - np.median(edge, axis=0)).max(axis=2)
+    if ink.max() < LEAST_CONTRAST:
+        raise NoDigit(f"{name}: {ONE_COLOUR}")
+    share: NDArray[np.float64] = ink / ink.max()
+    return share
 
 
 def _thickened(box: NDArray[np.float64]) -> NDArray[np.float64]:

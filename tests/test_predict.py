@@ -126,6 +126,74 @@ def test_the_image_is_shown_as_text(digits: Pixels) -> None:
     assert lines[0].strip() == ""
 
 
+# ---- photos: a digit on a sheet of 450x350, as a telephone sees it
+
+
+def sheet(digit: Pixels, rng: np.random.Generator, *, ink: float = 0.2, paper: float = 0.88) -> NDArray[np.float64]:
+    """Return a sheet with the digit at some place on it, (350, 450), in light from 0 to 1."""
+    size = int(rng.integers(80, 165))
+    top, left = int(rng.integers(70, 280 - size)), int(rng.integers(60, 390 - size))
+    light = np.full((350, 450), paper)
+    share = np.clip(np.asarray(enlarged(digit, size), float) / 200, 0, 1)
+    light[top : top + size, left : left + size] += share * (ink - paper)
+    return light
+
+
+def on_a_desk(light: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    paper = Image.fromarray(light.astype(np.float32)).resize((290, 226))
+    turned = paper.rotate(rng.uniform(-6, 6), expand=True, fillcolor=0.3)
+    desk = Image.new("F", (450, 350), 0.3)
+    desk.paste(turned, (int(rng.integers(10, 120)), int(rng.integers(10, 90))))
+    return np.asarray(desk, float)
+
+
+def ruled(light: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    lines, apart = np.ones_like(light), int(rng.integers(18, 30))
+    lines[apart // 2 :: apart] = lines[:, apart // 2 :: apart] = 0.75
+    return light * lines
+
+
+def with_specks(light: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    for row, column, size in rng.integers(1, (350, 450, 6), size=(25, 3)):
+        light[row : row + size, column : column + size] = 0.15
+    return light
+
+
+ACROSS = np.linspace(0, 1, 450)
+FROM_THE_CENTRE = np.hypot(*np.meshgrid(np.linspace(-1, 1, 350), np.linspace(-1, 1, 450), indexing="ij"))
+PHOTOS: dict[str, Callable[[NDArray[np.float64], np.random.Generator], NDArray[np.float64]]] = {
+    "on a darker desk": on_a_desk,
+    "dark corners": lambda light, rng: light * (1 - 0.4 * np.clip(FROM_THE_CENTRE - 0.4, 0, 1)),
+    "squared paper": ruled,
+    "specks": with_specks,
+    "light from one side": lambda light, rng: light * (0.45 + 0.6 * ACROSS),
+    "half in shadow": lambda light, rng: light * np.clip(20 * (rng.uniform(0.4, 0.6) - ACROSS) + 0.75, 0.5, 1),
+    "chalk on a board": lambda light, rng: (1.1 - light) * (0.6 + 0.5 * ACROSS),
+}
+
+
+def photo(light: NDArray[np.float64], rng: np.random.Generator) -> Image.Image:
+    noisy = light + rng.normal(0, 0.015, light.shape)
+    return Image.fromarray((255 * np.clip(noisy, 0, 1)).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_digits_in_photos_are_read(name: str, digits: Pixels, mnist: Mnist) -> None:
+    taken = [
+        (rng := np.random.default_rng(n)) and photo(PHOTOS[name](sheet(digits[n], rng), rng), rng) for n in range(20)
+    ]
+    read = mnist_lab.predict(taken).digits
+    assert (read == mnist.test_labels[:20].numpy()).sum() >= 18
+
+
+def test_two_digits_in_one_picture_are_refused(digits: Pixels) -> None:
+    light = np.full((200, 300), 0.9)
+    for digit, left in ((digits[0], 20), (digits[2], 160)):  # a 7 and a 1
+        light[40:160, left : left + 120] -= 0.7 * np.asarray(enlarged(digit, 120), float) / 255
+    with pytest.raises(LabError, match="more than one digit"):
+        mnist_lab.predict(photo(light, np.random.default_rng(0)))
+
+
 # ---- what is refused
 
 
