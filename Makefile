@@ -101,10 +101,6 @@ step%: $(INSTALLED)
 resume: $(INSTALLED)  ## go on with the newest interrupted run, after its last finished epoch
 	@$(PYTHON) -m mnist_lab resume $(ARGS)
 
-.PHONY: sync
-sync: $(INSTALLED)  ## send what runs logged while their tracking server was away
-	@$(PYTHON) -m mnist_lab sync $(ARGS)
-
 # ---- what the runs say
 
 .PHONY: compare

@@ -83,41 +83,59 @@ class Requests:
         requests.Session.send = counted  # type: ignore[method-assign]
 
 
+WRITES = ("_log_points", "set_tags", "log_file", "_log_input", "_publish_model")  # by which a run writes all it leaves
+CALLS = "calls.json"
+
+
 def record(uri: str, folder: Path, limit: int) -> None:
-    """Train and track in this process, and keep each record that is sent."""
+    """Train and track in this process, and keep each thing that is written, with its files."""
     from mnist_lab.running import run as runner
     from mnist_lab.running.job import Job
     from mnist_lab.running.progress import Progress
-    from mnist_lab.tracking import run as tracking
-    from mnist_lab.tracking.outbox import Outbox, Record
+    from mnist_lab.tracking.run import TrackedRun
 
-    kept, send = Outbox(folder), tracking.send
+    calls: list[tuple[str, list[Any], dict[str, Any]]] = []
 
-    def keep(client: Any, run_id: str, record: Record) -> None:
-        kept.add(uri, record)
-        send(client, run_id, record)
+    def keep(value: Any) -> Any:
+        if not isinstance(value, Path):
+            return value
+        kept = folder / str(len(calls)) / value.name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if value.is_dir() else shutil.copy)(value, kept)
+        return {"path": str(kept.relative_to(folder))}
 
-    tracking.send = keep
+    def keeping(name: str, write: Callable[..., None]) -> Callable[..., None]:
+        def kept(tracked: TrackedRun, *arguments: Any, **named: Any) -> None:
+            calls.append((name, [keep(value) for value in arguments], named))
+            write(tracked, *arguments, **named)
+
+        return kept
+
+    for name in WRITES:
+        setattr(TrackedRun, name, keeping(name, getattr(TrackedRun, name)))
 
     job = Job(script=script_of(STEP), experiment=load_experiment(STEP), limit=limit, tracking_uri=uri)
     runner.run(job, 0, Progress())
+    (folder / CALLS).write_text(json.dumps(calls))
 
 
 def write(uri: str, folder: Path) -> dict[str, Any]:
-    """Send the kept records as runs, from one moment to another; return how many runs, and the seconds of requests.
+    """Write what was kept as runs, from one moment to another; return how many runs, and the seconds of requests.
 
     Both moments are read from stdin, once this process is ready and has said so.
     """
-    from mnist_lab.tracking.delivery import briefly, send
-    from mnist_lab.tracking.outbox import Outbox
     from mnist_lab.tracking.run import track
     from mnist_lab.tracking.store import open_store
 
-    own = Path(shutil.copytree(folder, f"{folder}.{os.getpid()}"))  # sending a model changes its files
-    store, outbox = open_store(uri), Outbox(own)
+    own = Path(shutil.copytree(folder, f"{folder}.{os.getpid()}"))  # publishing a model changes its files
+    store = open_store(uri)
     params = {f"param_{number}": number for number in range(15)}
     tags = {f"tag_{number}": str(number) for number in range(20)}
-    entries = outbox.waiting()
+    calls = json.loads((own / CALLS).read_text())
+
+    def there(value: Any) -> Any:
+        return own / value["path"] if isinstance(value, dict) and value.keys() == {"path"} else value
+
     requests = Requests()
     print("ready", flush=True)
     begin, end = map(float, input().split())
@@ -125,14 +143,12 @@ def write(uri: str, folder: Path) -> dict[str, Any]:
     runs = 0.0
     while time.time() < end:
         with track(store, "a run", params=params, tags=tags) as tracked:
-            for entry in entries:
+            for name, arguments, named in calls:
                 if time.time() > end:
                     break
-                with briefly():
-                    record = outbox.read(entry)
-                    if record.kind != "end":  # which is sent where the block ends
-                        send(store.client, tracked.run_id, record)
-                runs += 1 / len(entries)
+                here = [there(value) for value in arguments]
+                getattr(tracked, name)(*here, **named)
+                runs += 1 / len(calls)
     return {"runs": runs, "seconds": requests.seconds, "end": time.time()}
 
 

@@ -93,7 +93,10 @@ def one_run(limit: int, epochs: int) -> dict[str, Any]:
     from mnist_lab.running.progress import Progress
 
     for module, (name, value) in [(m, item) for m in (runner, record) for item in vars(m).items()]:
-        if inspect.isfunction(value) and value.__module__ in ("mnist_lab.tracking.run", "mnist_lab.tracking.delivery"):
+        if inspect.isfunction(value) and value.__module__ in (
+            "mnist_lab.tracking.run",
+            "mnist_lab.tracking.connection",
+        ):
             setattr(module, name, clock.around(name, value))
     for name, value in list(vars(mnist_lab.tracking.run.TrackedRun).items()):
         if inspect.isfunction(value) and not name.startswith("_"):

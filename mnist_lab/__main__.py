@@ -1,4 +1,4 @@
-"""The jobs that belong to no experiment: `python -m mnist_lab data | resume | sync | compare | publish | ...`."""
+"""The jobs that belong to no experiment: `python -m mnist_lab data | resume | compare | publish | ...`."""
 
 from __future__ import annotations
 
@@ -347,22 +347,6 @@ def server(arguments: argparse.Namespace) -> None:
             backend_store_uri=arguments.backend_store_uri or os.environ.get("MLFLOW_BACKEND_STORE_URI"),
         )
     )
-
-
-@job("", TRACKING_URI)
-def sync(arguments: argparse.Namespace) -> None:
-    """Send what runs logged while their tracking server was away."""
-    from mnist_lab.tracking import delivery
-
-    deliveries = delivery.sync(tracking_uri(arguments.tracking_uri))
-    for one in deliveries:
-        left = f"; {one.waiting} wait still: {one.reason}" if one.waiting else ""
-        where = f" on {one.target}" if one.target else ""
-        print(f"run {one.run_id}{where}: {one.sent} records sent{left}")
-    if not deliveries:
-        print("Nothing waits for a tracking server.")
-    if any(one.waiting for one in deliveries):
-        raise LabError("not all could be sent; what waits stays on disk, and the same command tries again")
 
 
 @job("", TRACKING_URI, flag("run_id", "of MLflow", nargs="?", metavar="RUN_ID"))

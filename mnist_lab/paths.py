@@ -12,7 +12,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 SQLITE = "sqlite:///"
 EXPERIMENT_NAME = "mnist"  # the one MLflow experiment that holds all runs
 # Folders beside a SQLite database; all but the first are in the project's `mlruns` where a server has the runs.
-ARTIFACTS, CHECKPOINTS, OUTBOX, LOCKS = "artifacts", "checkpoints", "outbox", "locks"
+ARTIFACTS, CHECKPOINTS, LOCKS = "artifacts", "checkpoints", "locks"
 SEARCHES = "searches.db"  # Optuna's database, in the same place
 OWN_FOLDER = "MNIST_LAB_MLRUNS"  # names that folder for a server's runs, e.g. one that several machines share
 # What stands before the last @ of a URI: a user name and a password, as RFC 3986 has them written.
@@ -61,9 +61,14 @@ def own_folder(uri: str) -> Path:
     return database.parent if database else Path(os.environ.get(OWN_FOLDER) or PROJECT_ROOT / "mlruns").absolute()
 
 
+def artifacts_of(database: Path) -> str:
+    """Return the location of the artifacts that belong to a SQLite database: a folder beside it."""
+    return (database.resolve().parent / ARTIFACTS).as_uri()
+
+
 def own_files(uri: str) -> list[Path]:
     """Return the files and folders, there or not, that MLflow and the lab write for a store."""
-    folders = [own_folder(uri) / name for name in (ARTIFACTS, CHECKPOINTS, OUTBOX, LOCKS)]
+    folders = [own_folder(uri) / name for name in (ARTIFACTS, CHECKPOINTS, LOCKS)]
     databases = [database for database in (sqlite_file(uri), own_folder(uri) / SEARCHES) if database]
     endings = ("", "-wal", "-shm", "-journal", ".lock", ".new")
     return folders + [database.with_name(database.name + ending) for database in databases for ending in endings]

@@ -36,7 +36,7 @@ from mnist_lab.results.records import (
 from mnist_lab.results.runs import load_runs
 from mnist_lab.running.record import DESCRIPTION, describe, verdict_tags
 from mnist_lab.running.study import VERDICT, description, draw, judge_runs, mean_epochs, summary
-from mnist_lab.tracking.delivery import briefly
+from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.store import (
     RESTORED,
     FinishedRun,
@@ -113,7 +113,7 @@ def restore(
     """
     committed = _read(folder)
     store = open_store(tracking_uri)
-    with store_failures(store, "can't be written"), _alone(store), briefly():
+    with store_failures(store, "can't be written"), _alone(store), short_timeouts():
         trained = _trained_here(store)
         steps: dict[str, list[Committed]] = {}
         for row, run in committed:

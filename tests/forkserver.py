@@ -42,7 +42,7 @@ processes.set_forkserver_preload(
         "mnist_lab.results.report",
         "mnist_lab.running.run",
         "mnist_lab.running.study",
-        "mnist_lab.tracking.delivery",
+        "mnist_lab.tracking.connection",
         "mnist_lab.tracking.ui",
         "mnist_lab.figures",
         "pytest",

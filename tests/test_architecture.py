@@ -62,9 +62,7 @@ def test_make_help_lists_every_target() -> None:
     targets = re.findall(r"^\.PHONY: ([a-z-]+)$", makefile, flags=re.MULTILINE)
     help_text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     steps = [script.stem for script in SCRIPTS if not script.stem.startswith("step")]
-    jobs = (
-        "data steps resume sync compare export publish restore predict draw champion report notebooks pictures lab ui"
-    )
+    jobs = "data steps resume compare export publish restore predict draw champion report notebooks pictures lab ui"
     checks = "setup test test-long lint format clean"
     assert {*jobs.split(), *checks.split()} <= set(targets)
     for name in [*targets, "step1", "step2", "step3", "step4", *steps]:

@@ -20,8 +20,7 @@ from mnist_lab.running.progress import Progress, Pruned
 from mnist_lab.running.record import Record, RunResult
 from mnist_lab.running.rehearsal import blame_script, rehearse, without_exits
 from mnist_lab.running.threads import Load, crowded, set_threads
-from mnist_lab.tracking.delivery import sync
-from mnist_lab.tracking.store import close_abandoned, open_store
+from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics, Training, initial_network, remembering
 from mnist_lab.training.states import left_as_they_are
 
@@ -52,8 +51,6 @@ def run(
     load = Load()
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
-    sync(store.uri)
-    close_abandoned(store)
     job = teaching.find(job, store, None if resume is None else resume.identity)
     experiment = teaching.load(job, store)
     use_float32(job.device)
@@ -80,6 +77,7 @@ def run(
                     check_eval_loss(metrics)
                     record.epochs.append(metrics)
                     # First here, then in MLflow: what is missing there is logged when the run goes on.
+                    store.check_in_place()
                     checkpoint.save(_checkpoint(record, run_id), store.uri)
                     record.log_epoch(metrics)
                     progress.on_epoch(seed, metrics)

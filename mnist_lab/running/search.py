@@ -47,7 +47,6 @@ from mnist_lab.running.workers import (
     check_workers,
     choose_trainers,
 )
-from mnist_lab.tracking.delivery import sync
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import (
     FinishedRun,
@@ -152,7 +151,7 @@ def search(
     if cluster is None:
         check_workers(workers, job.device)
     check_space(job, space)
-    store = _open_store(job)
+    store = open_store(job.tracking_uri)
     with _storage_failures(job), _alone(job, store):
         job = teaching.find(job, store)
         study = _open_study(job, space, seeds, again)
@@ -196,7 +195,7 @@ def confirm(
     if cluster is None:
         check_workers(workers, job.device)
     check_space(job, space)
-    store = _open_store(job)
+    store = open_store(job.tracking_uri)
     with _storage_failures(job), _alone(job, store):
         job = teaching.find(job, store)
         study = _open_study(job, space, None, again=False)
@@ -431,13 +430,6 @@ class _Trials:
             too_large=sum("num_params" in trial.user_attrs for trial in trials),
             best=next(iter(_finished(self.study)), None),
         )
-
-
-def _open_store(job: Job) -> Store:
-    store = open_store(job.tracking_uri)
-    sync(store.uri)
-    close_abandoned(store)
-    return store
 
 
 def _open_study(job: Job, space: Space, seeds: int | None, again: bool) -> optuna.Study:

@@ -38,7 +38,7 @@ from mnist_lab.running.workers import (
     train_one_by_one,
     train_seeds,
 )
-from mnist_lab.tracking.delivery import briefly, sync
+from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.points import read_points
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import (
@@ -107,8 +107,6 @@ def study(
         check_workers(workers, job.device)
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
-    sync(store.uri)
-    close_abandoned(store)
     job = teaching.find(job, store)
     found = {} if again else finished_runs(store, job.params, job.tags, hardware=provenance.hardware(job.device))
     runs = {seed: found[seed] for seed in seeds if seed in found}
@@ -270,7 +268,7 @@ def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> list[d
     names = protocol(job.holdout).curves
     seeds = {run.run_id: run.seed for run in runs}
     records: dict[tuple[str, int], dict[str, object]] = {}
-    with store_failures(store, "can't be read"), briefly():
+    with store_failures(store, "can't be read"), short_timeouts():
         for run_id, name, epoch, value in read_points(store.uri, dict.fromkeys(seeds, job.experiment.epochs), names):
             identity = {"run_id": run_id, "step": job.step, "seed": seeds[run_id], "epoch": epoch}
             empty = dict.fromkeys(names, math.nan)

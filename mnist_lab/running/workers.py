@@ -33,7 +33,7 @@ from mnist_lab.running.progress import Progress, Pruned
 from mnist_lab.running.record import RunResult
 from mnist_lab.running.run import run
 from mnist_lab.running.threads import available_cores
-from mnist_lab.tracking.delivery import environment_variables
+from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, open_store
 from mnist_lab.training.loop import EpochMetrics
 

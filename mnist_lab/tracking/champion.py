@@ -16,7 +16,7 @@ from torch import nn
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import MNIST_PIXELS
 from mnist_lab.paths import PROJECT_ROOT
-from mnist_lab.tracking.delivery import briefly, environment_variables
+from mnist_lab.tracking.connection import environment_variables, short_timeouts
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.store import Store, quiet, store_failures
 from mnist_lab.tracking.teacher import find_exported, find_teacher, load_exported
@@ -59,7 +59,7 @@ def register(store: Store, run_id: str) -> str:
     found = find_teacher(store, f"runs:/{run_id}/model", holdout=0, called="model")
     client = store.client
     here = environment_variables({"MLFLOW_TRACKING_URI": store.uri})  # where MLflow looks for the model's files
-    with store_failures(store, "can't be written"), quiet(), briefly(), here:
+    with store_failures(store, "can't be written"), quiet(), short_timeouts(), here:
         try:
             client.create_registered_model(NAME)
         except MlflowException as error:
@@ -75,7 +75,7 @@ def register(store: Store, run_id: str) -> str:
 
 def is_registered(store: Store) -> bool:
     """Say whether the store has a `models:/mnist@champion`. Raises LabError if it can't be read."""
-    with store_failures(store, "can't be read"), quiet(), briefly():
+    with store_failures(store, "can't be read"), quiet(), short_timeouts():
         try:
             store.client.get_model_version_by_alias(NAME, ALIAS)
         except MlflowException as error:

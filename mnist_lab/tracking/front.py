@@ -36,7 +36,7 @@ def make_app() -> FastAPI:
     from mlflow.server import app as routes  # slow to import, and the command that starts the server looks in here too
     from mlflow.server.fastapi_app import app as served
 
-    # What two runs write at the same moment, one of them writes again (`delivery.send`).
+    # What two runs write at the same moment, one of them writes again (`TrackedRun._log_input`).
     logging.getLogger("psycopg").setLevel(logging.ERROR)
     routes.add_url_rule(PATH, "lab", lambda: PAGE)
     app: FastAPI = served

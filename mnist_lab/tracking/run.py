@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,43 @@ import numpy as np
 import torch
 from filelock import FileLock
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.entities import Param, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModel,
+    LoggedModelOutput,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
-from mlflow.models import infer_signature
+from mlflow.models import Model, infer_signature
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
+from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, one_line, without_password
-from mnist_lab.tracking.delivery import briefly, is_away, send, send_waiting
-from mnist_lab.tracking.outbox import Outbox, Record
+from mnist_lab.paths import CHECKPOINTS, own_folder
+from mnist_lab.tracking.connection import is_server, patience, short_timeouts, why_refused
 from mnist_lab.tracking.store import (
     Store,
     check_resumable,
-    let_go,
     process_tag,
     quiet,
+    release,
     store_failures,
     take_lock,
     uninterrupted,
 )
 
 MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
-ASK_AGAIN_SECONDS = 30  # after a server gave no answer
+MODEL_STEP = 0  # a model belongs to the metrics that a run has one value of
+PAUSES = (0.05, 0.2, 0.5)  # seconds until what another run was writing at the same moment is written
+THERE_ALREADY = ("unique constraint", "duplicate entry", "duplicate key")  # in the words of the databases
 
 logger = logging.getLogger(__name__)
 
@@ -53,31 +66,29 @@ logger = logging.getLogger(__name__)
 class TrackedRun:
     """One run being written. Made by `track`. Signals that end the program wait until what is being logged is.
 
-    What a tracking server that is away does not take waits on disk (`outbox`) and is sent when it is back. With a
-    SQLite store an error ends the run.
+    A tracking server that goes away is waited for, and a signal then ends the wait. Where it stays away, or the store
+    fails, a LabError ends the run, and it can go on from its checkpoint.
     end_status: the status that the run gets when its block comes to its end.
     """
 
-    def __init__(self, store: Store, run_id: str, lock: FileLock, logged_once: frozenset[str] = frozenset()) -> None:
-        self.run_id = run_id
+    def __init__(self, store: Store, run: Run, lock: FileLock, *, resumed: bool = False) -> None:
+        self.run_id: str = run.info.run_id
         self.end_status = "FINISHED"
         self._store = store
         self._lock = lock
-        self._logged_once = logged_once
+        self._logged_once = frozenset(run.data.metrics) if resumed else frozenset()
         self._client = store.client
-        self._outbox = Outbox.of_run(store.uri, run_id)
-        self._waiting = False  # whether the outbox has records: then what comes next waits behind them
-        self._ask_again = 0.0  # when, by the monotonic clock
+        self._began: int = max(run.info.start_time, int(1000 * time.time()))
+        self._clock = time.monotonic()
 
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Log one point of each metric at `step=epoch`."""
-        self._write(_metrics(metrics, step=epoch))
+        self._log_points(metrics, step=epoch)
 
-    @uninterrupted()
     def log_missing(self, epochs: Mapping[int, Mapping[str, float]]) -> None:
         """Log those points of these epochs that the run does not have yet, so that each is there once."""
         names = {name for metrics in epochs.values() for name in metrics}
-        with briefly():
+        with self._writing():
             histories = [(name, self._client.get_metric_history(self.run_id, name)) for name in names]
         logged = {(name, point.step) for name, points in histories for point in points}
         for epoch, metrics in epochs.items():
@@ -87,13 +98,21 @@ class TrackedRun:
     def log_once(self, metrics: Mapping[str, float]) -> None:
         """Log metrics that a run has one value of; of a resumed run, those that it does not have yet."""
         if missing := {name: value for name, value in metrics.items() if name not in self._logged_once}:
-            self._write(_metrics(missing, step=0))
+            self._log_points(missing, step=0)
+
+    def _log_points(self, metrics: Mapping[str, float], step: int) -> None:
+        now = self._now()
+        with self._writing():  # MLflow drops a point that it has, with the same time and value
+            points = [Metric(name, value, now, step) for name, value in metrics.items()]
+            self._client.log_batch(self.run_id, metrics=points)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._write(Record("tags", dict(tags)))
+        with self._writing():
+            self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def log_file(self, file: Path, folder: str | None = None) -> None:
-        self._write(Record("artifact", {"folder": folder}, file))
+        with self._writing():
+            self._client.log_artifact(self.run_id, str(file), folder)
 
     def log_text(self, text: str, artifact_file: str) -> None:
         with self._artifact(artifact_file) as file:
@@ -121,7 +140,20 @@ class TrackedRun:
                 pixels, targets = images.cpu().numpy(), labels.cpu().numpy()
                 digest, name = mnist.sha256[:MAX_DIGEST], f"MNIST {context}"
                 dataset = from_numpy(pixels, source=str(source), targets=targets, name=name, digest=digest)
-                self._write(Record("dataset", {"context": context, "dataset": dataset.to_dict()}))
+            with self._writing():
+                self._log_input(context, dataset.to_dict())
+
+    def _log_input(self, context: str, dataset: Mapping[str, Any]) -> None:
+        """Log a data set. Of two runs that are the first to do so at the same moment, the database refuses one."""
+        data = DatasetInput(Dataset(**dataset), [InputTag(MLFLOW_DATASET_CONTEXT, context)])
+        for pause in PAUSES:
+            try:
+                return self._client.log_inputs(self.run_id, [data])
+            except MlflowException as error:
+                if not _is_there_already(error):
+                    raise
+            time.sleep(pause)
+        return self._client.log_inputs(self.run_id, [data])
 
     def log_predictions(self, truth: Tensor, logits: Tensor) -> None:
         """Log truth (N,), prediction (N,) and logits (N, 10) of the test images as `predictions.npz`, pickle-free."""
@@ -169,8 +201,53 @@ class TrackedRun:
                 return one_line(error)
             finally:
                 _forget_exports()
-            self._write(Record("model", {"name": model_name(step), "step": 0}, model))
+            with self._writing():
+                self._publish_model(model_name(step), model)
         return None
+
+    def _publish_model(self, name: str, folder: Path) -> None:
+        """Make a saved model the run's, in the steps of `mlflow.pytorch.log_model`; what is there already stays."""
+        client, run_id = self._client, self.run_id
+        run = client.get_run(run_id)
+        logged = self._logged_model(run, name)
+        try:
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, MODEL_STEP)])
+        except MlflowException as error:  # by this run before it was resumed, or the answer was lost
+            if not _is_there_already(error):
+                raise
+        points = [point for key in run.data.metrics for point in client.get_metric_history(run_id, key)]
+        of_model = [
+            Metric(point.key, point.value, point.timestamp, MODEL_STEP, logged.model_id, run_id=run_id)
+            for point in points
+            if point.step == MODEL_STEP
+        ]
+        client.log_batch(run_id, metrics=of_model)
+        model = Model.load(str(folder))
+        model.run_id, model.model_id, model.model_uuid = run_id, logged.model_id, logged.model_id
+        model.artifact_path = logged.artifact_location
+        model.save(str(folder / "MLmodel"))
+        client.log_model_artifacts(logged.model_id, str(folder))
+        client.finalize_logged_model(logged.model_id, "READY")
+
+    def _logged_model(self, run: Run, name: str) -> LoggedModel:
+        """Return the run's model of that name, made if there is none.
+
+        MLflow makes a second one where the answer to its first request was lost; the oldest stays.
+        """
+
+        def there() -> list[LoggedModel]:
+            of_run = f"source_run_id = '{run.info.run_id}'"
+            models = self._client.search_logged_models([run.info.experiment_id], of_run)
+            return sorted((model for model in models if model.name == name), key=lambda model: model.creation_timestamp)
+
+        if not there():
+            self._client.create_logged_model(
+                run.info.experiment_id, name, run.info.run_id, tags=resolve_tags(), params=run.data.params
+            )
+        oldest, *others = there()
+        for surplus in others:
+            self._client.delete_logged_model(surplus.model_id)
+        return oldest
 
     @contextmanager
     def _artifact(self, artifact_file: str) -> Iterator[Path]:
@@ -180,67 +257,45 @@ class TrackedRun:
             yield (file := Path(temporary) / name)
             self.log_file(file, folder or None)
 
-    def _write(self, record: Record) -> None:
-        with store_failures(self._store, "failed during the run"), uninterrupted():
-            self._write_now(record)
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Write into the store, and wait for its server; raises LabError if it fails or stays away."""
+        waited_for = is_server(self._store.uri)  # a signal may end a wait; it must not leave a database locked
+        with (
+            store_failures(self._store, "failed during the run", then=self._what_then()),
+            patience(),
+            nullcontext() if waited_for else uninterrupted(),
+        ):
+            self._store.check_in_place()
+            yield
 
-    def _write_now(self, record: Record) -> None:
-        """Write the record into the run, or where its server is away, into the outbox."""
-        if not self._waiting or self._catch_up():
-            try:
-                with briefly():
-                    send(self._client, self.run_id, record)
-                return
-            except Exception as error:
-                if not is_away(self._store.uri, error):
-                    raise
-                self._ask_again = time.monotonic() + ASK_AGAIN_SECONDS
-                if not self._waiting:
-                    self._outbox.lock()
-                    self._waiting = True
-                    said = "the tracking server %s is away: the run goes on, and what it logs waits in %s"
-                    logger.warning(said, self._store.name, self._outbox.folder)
-        self._outbox.add(self._store.uri, record)
+    def _what_then(self) -> str:
+        kept = own_folder(self._store.uri) / CHECKPOINTS / f"{self.run_id}.pt"
+        return f"; its checkpoint stands, and `--resume {self.run_id}` goes on with it" if kept.exists() else ""
 
-    def _catch_up(self, *, now: bool = False) -> bool:
-        """Send what waits, if it is time to ask again; say whether all of it is sent."""
-        if not now and time.monotonic() < self._ask_again:
-            return False
-        try:
-            sent = send_waiting(self._client, self._outbox)
-        except Exception as error:
-            if not is_away(self._store.uri, error):
-                raise
-            self._ask_again = time.monotonic() + ASK_AGAIN_SECONDS
-            return False
-        self._waiting = False
-        self._outbox.unlock()
-        logger.warning("the tracking server %s is back, and has what waited (%d records)", self._store.name, sent)
-        return True
+    def _now(self) -> int:
+        """Return the time in milliseconds; it never goes back, though the clock be set back."""
+        return max(int(1000 * time.time()), self._began + int(1000 * (time.monotonic() - self._clock)))
 
     def close(self, status: str) -> None:
-        """Close the run, and send what waits for its server. Where that fails, what ended the block matters more.
+        """Close the run. Where that fails, what ended the block matters more.
 
         A run that can't be marked so keeps its lock's file, free: by that the next run here sees that it has ended.
         """
         marked = False
         try:
-            self._write_now(Record("end", {"status": status, "end_time": int(1000 * time.time())}))
+            with patience() if status == "FINISHED" else short_timeouts():
+                self._store.check_in_place()
+                self._client.set_terminated(self.run_id, status, self._now())
             marked = True
-            if self._waiting and not self._catch_up(now=True):
-                said = (
-                    "the tracking server %s is still away: what it lacks of run %s waits on disk; "
-                    "`make sync` sends it, and so does the next run there"
-                )
-                logger.warning(said, self._store.name, self.run_id)
-        except (MlflowException, OSError) as error:
-            message = f"tracking store: the run {self.run_id} could not be marked {status}: {one_line(error)}"
+        except (MlflowException, SQLAlchemyError, OSError, LabError) as error:
+            reason = why_refused(error, self._store.uri)
+            message = f"tracking store: the run {self.run_id} could not be marked {status}: {reason}"
             if status == "FINISHED":
-                raise LabError(message) from error
+                raise LabError(message + self._what_then()) from error
             logger.warning(message)
         finally:
-            self._outbox.unlock()
-            let_go(self._lock) if marked else self._lock.release()
+            release(self._lock) if marked else self._lock.release()
 
 
 @contextmanager
@@ -263,13 +318,12 @@ def track(
     reopen: that run may have finished too, and has this name and these tags from now on.
 
     Raises:
-        LabError: if the run can't be opened or resumed, or the store fails on the way, e.g. because its disk is full. A
-            tracking server that goes away once the run is open is no error.
+        LabError: if the run can't be opened or resumed, or the store fails on the way, e.g. because its disk is full.
     """
     parent = {} if parent_run_id is None else {MLFLOW_PARENT_RUN_ID: parent_run_id}
     tracked, status = None, "FAILED"
     try:
-        with uninterrupted(), briefly():
+        with store_failures(store, "can't be written"), uninterrupted(), short_timeouts():
             if resume_run_id is None:
                 tracked = _create_run(store, run_name, params, {**tags, **parent})
             elif reopen:
@@ -284,9 +338,6 @@ def track(
     except SystemExit as end:
         status = "FINISHED" if end.code in (0, None) else "FAILED"
         raise
-    except MlflowException as error:
-        when = "failed during the run" if tracked else "can't be written"
-        raise LabError(f"tracking store {store.name!r} {when}: {one_line(error)}") from error
     except Exception as error:
         if tracked is not None and not isinstance(error, LabError):
             # Where even that fails, the error itself matters more.
@@ -303,10 +354,11 @@ def _create_run(store: Store, run_name: str, params: Mapping[str, object], tags:
     client = store.client
     all_tags = resolve_tags({**tags, "process": process_tag()})  # with MLflow's own: user, source
     all_tags = {name: without_password(str(value)) for name, value in all_tags.items()}
-    run_id = client.create_run(store.experiment_id, tags=all_tags, run_name=run_name).info.run_id
+    run = client.create_run(store.experiment_id, tags=all_tags, run_name=run_name)
+    run_id = run.info.run_id
     tracked = None
     try:
-        tracked = TrackedRun(store, run_id, take_lock(store, run_id))
+        tracked = TrackedRun(store, run, take_lock(store, run_id))
         client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
     except BaseException:
         tracked.close("FAILED") if tracked else client.set_terminated(run_id, "FAILED")
@@ -317,32 +369,22 @@ def _create_run(store: Store, run_name: str, params: Mapping[str, object], tags:
 def _reopen_run(store: Store, run_id: str, tags: Mapping[str, str], new_name: str | None = None) -> TrackedRun:
     lock, reopened = take_lock(store, run_id), False
     try:
-        _send_waiting_records(store, run_id)
         check_resumable(store, run_id, finished_too=new_name is not None)
         client = store.client
         client.update_run(run_id, status="RUNNING", name=new_name)
         reopened = True
-        tracked = TrackedRun(store, run_id, lock, frozenset(client.get_run(run_id).data.metrics))
+        tracked = TrackedRun(store, client.get_run(run_id), lock, resumed=True)
         all_tags = {**tags, "process": process_tag()}
         client.log_batch(run_id, tags=[RunTag(name, without_password(value)) for name, value in all_tags.items()])
     except BaseException:
-        lock.release() if reopened else let_go(lock)
+        lock.release() if reopened else release(lock)
         raise
     return tracked
 
 
-def _send_waiting_records(store: Store, run_id: str) -> None:
-    """Send what waits for a run that goes on: later it would be sent beside what the run logs anew."""
-    outbox = Outbox.of_run(store.uri, run_id)
-    if not outbox.waiting():
-        return
-    if not outbox.lock():
-        raise LabError(f"resume: what run {run_id} logged is being sent by another process; try again later")
-    try:
-        outbox.target(store.uri)
-        send_waiting(store.client, outbox)
-    finally:
-        outbox.unlock()
+def _is_there_already(error: MlflowException) -> bool:
+    """Say whether the database refused to write something a second time."""
+    return any(words in str(error).lower() for words in THERE_ALREADY)
 
 
 def model_name(step: str) -> str:
@@ -375,7 +417,3 @@ def _forget_exports() -> None:
     for instance in gc.get_objects():
         if type(instance) is ShapeEnv:
             instance.tracked_fakes = None
-
-
-def _metrics(metrics: Mapping[str, float], step: int) -> Record:
-    return Record("metrics", {"step": step, "timestamp": int(1000 * time.time()), "values": dict(metrics)})

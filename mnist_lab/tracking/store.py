@@ -10,6 +10,7 @@ import signal
 import socket
 import sqlite3
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,10 +27,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
-from mnist_lab.errors import LabError, one_line, without_password
-from mnist_lab.paths import ARTIFACTS, EXPERIMENT_NAME, LOCKS, SQLITE, own_folder, sqlite_file, tracking_uri
+from mnist_lab.errors import LabError, without_password
+from mnist_lab.paths import EXPERIMENT_NAME, LOCKS, SQLITE, artifacts_of, own_folder, sqlite_file, tracking_uri
 from mnist_lab.tracking import view
-from mnist_lab.tracking.delivery import ask, briefly, why_refused
+from mnist_lab.tracking.connection import ask, short_timeouts, why_refused
 from mnist_lab.tracking.sqlite import check_readable, check_writable, follow_move
 
 # MLflow shows each error of the database with its traceback, and raises it too; one sentence is made of that.
@@ -39,7 +40,7 @@ FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a 
 MAX_RUNS = 50_000  # the most that MLflow gives at once
 RESTORED = "restored"  # the tag of a run that was not trained into this store: the commit that it comes from
 LOCK_TIMEOUT = 2  # seconds; who looks whether a run is abandoned has its lock for some milliseconds
-OLD_TAG, NEW_TAG = 3, 5  # words of the tag `process`, of earlier versions and now
+PROCESS_WORDS = 5  # of the tag `process`, at least
 ON_CLUSTER = "MNIST_LAB_ON_CLUSTER"  # set in a cluster's worker, which ends when the process that gives it work does
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Store:
-    """A tracking store that is ready: its URI and the id of the MLflow experiment that holds the runs."""
+    """A tracking store that is ready: its URI and the id of the MLflow experiment that holds the runs.
+
+    database: what names the file of a SQLite database, whatever its path is.
+    """
 
     uri: str
     experiment_id: str
+    database: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -61,28 +66,60 @@ class Store:
     def client(self) -> mlflow.MlflowClient:
         return mlflow.MlflowClient(tracking_uri=self.uri)
 
+    def check_in_place(self) -> None:
+        """Refuse a SQLite database that is not where it was opened: MLflow would go on with a removed one; LabError."""
+        file = sqlite_file(self.uri)
+        if file is not None and file_id(file) != self.database:
+            raise LabError(
+                f"tracking store {self.name!r}: its database was removed, moved or replaced in the middle of the run; "
+                "where a moved one is now, `--resume` goes on: name it with --tracking-uri"
+            )
+
+
+def file_id(file: Path) -> tuple[int, int] | None:
+    """Return what names a file whatever its path is; None where there is none."""
+    try:
+        state = file.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino
+
 
 @contextmanager
-def store_failures(store: Store, what: str) -> Iterator[None]:
-    """Turn an error of the store, its server or a full disk into a LabError; what: e.g. "can't be read"."""
+def store_failures(store: Store, what: str, then: str = "") -> Iterator[None]:
+    """Turn an error of the store, its server or a full disk into a LabError.
+
+    what: happened to the store, e.g. "can't be read". then: what the user can do, at the sentence's end.
+    """
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise LabError(f"tracking store {store.name!r} {what}: {one_line(error)}") from error
+        raise LabError(f"tracking store {store.name!r} {what}: {why_refused(error, store.uri)}{then}") from error
 
 
 def open_store(uri: str | None = None) -> Store:
-    """Make the store ready for runs, or raise LabError; several processes may do so at once.
+    """Make the store ready for runs, and close those in it whose process is gone; several processes may do so at once.
 
     A SQLite database is made on first use. It gets its artifacts in `artifacts/` beside it, and write-ahead logging, so
     that reading does not block writing.
+
+    Raises:
+        LabError: if the store can't be used.
     """
     uri = tracking_uri(uri)
+    if time.time() < 0:  # MLflow takes no time before 1970
+        raise LabError(f"clock: this machine's says {time.ctime()}: set it")
+    store = _open(uri)
+    close_abandoned(store)
+    return store
+
+
+def _open(uri: str) -> Store:
     database = sqlite_file(uri)
     try:
         if database is None:
             ask(uri)
-            with briefly():
+            with short_timeouts():
                 return Store(uri, experiment_of(uri).experiment_id)
         check_writable(uri)  # before a lock file is left beside what is not ours
         database.parent.mkdir(parents=True, exist_ok=True)
@@ -92,11 +129,11 @@ def open_store(uri: str | None = None) -> Store:
                 _create(database)
             check_readable(uri)
             follow_move(uri)
-            return Store(uri, experiment_of(uri, (database.parent / ARTIFACTS).as_uri()).experiment_id)
+            return Store(uri, experiment_of(uri, artifacts_of(database)).experiment_id, file_id(database))
     except LabError:
         raise
     except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error, ValueError) as error:
-        raise LabError(f"tracking store {without_password(uri)!r} can't be used: {why_refused(error)}") from error
+        raise LabError(f"tracking store {without_password(uri)!r} can't be used: {why_refused(error, uri)}") from error
 
 
 def _create(database: Path) -> None:
@@ -106,7 +143,7 @@ def _create(database: Path) -> None:
     folder.mkdir()
     new = folder / f"{secrets.token_hex(4)}.db"  # MLflow takes a path that it has seen for one that it has made
     try:
-        experiment_of(f"{SQLITE}{new}", (database.parent / ARTIFACTS).as_uri())
+        experiment_of(f"{SQLITE}{new}", artifacts_of(database))
         with closing(sqlite3.connect(new)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # it stays so
         new.replace(database)
@@ -123,20 +160,19 @@ def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.enti
         LabError: if it was deleted.
         MlflowException, SQLAlchemyError: if the store fails.
     """
+    client = mlflow.MlflowClient(tracking_uri=uri)
     with quiet():
-        client = mlflow.MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
         if experiment is None:
-            tags = {view.TAG: view.state()}
             try:
-                client.create_experiment(EXPERIMENT_NAME, artifact_location=artifact_location, tags=tags)
+                client.create_experiment(EXPERIMENT_NAME, artifact_location=artifact_location)
             except MlflowException:  # another program that uses the server made it meanwhile
                 if client.get_experiment_by_name(EXPERIMENT_NAME) is None:
                     raise
             experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
             assert experiment is not None
     check_not_deleted(uri, experiment)
-    if experiment.tags.get(view.TAG) != view.state():  # of an earlier version of the lab
+    if experiment.tags.get(view.TAG) != view.state():
         with quiet(), suppress(MlflowException):  # who may not change it still may read
             client.set_experiment_tag(experiment.experiment_id, view.TAG, view.state())
     return experiment
@@ -231,7 +267,7 @@ def _rounds_like(one: str, other: str) -> bool:
 
 def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
     """Make a run the child of a study's run, whatever study it belonged to before."""
-    with uninterrupted(), briefly():
+    with store_failures(store, "can't be written"), uninterrupted(), short_timeouts():
         store.client.set_tag(run_id, MLFLOW_PARENT_RUN_ID, parent_run_id)
 
 
@@ -243,7 +279,7 @@ def close_abandoned(store: Store) -> None:
     client = store.client
     with store_failures(store, "can't be written"):
         for run in search(store, "attributes.status = 'RUNNING'"):
-            with _abandoned(store, run) as abandoned, briefly():
+            with _abandoned(store, run) as abandoned, short_timeouts():
                 # Asked again: it may have ended by itself since.
                 if abandoned and client.get_run(run.info.run_id).info.status == "RUNNING":
                     client.set_terminated(run.info.run_id, "KILLED")
@@ -266,9 +302,9 @@ def close_orphans(store: Store) -> None:
     with store_failures(store, "can't be written"):
         for run in search(store, "attributes.status = 'RUNNING'"):
             parent, tag = run.data.tags.get(MLFLOW_PARENT_RUN_ID), run.data.tags.get("process", "").split()
-            if parent is None or len(tag) <= NEW_TAG:
+            if parent is None or len(tag) <= PROCESS_WORDS:
                 continue
-            with briefly():
+            with short_timeouts():
                 status = store.client.get_run(parent).info.status
             if status != "RUNNING":
                 _kill_unless_locked(store, run)
@@ -284,17 +320,17 @@ def _kill_unless_locked(store: Store, run: Run) -> None:
         except Timeout:
             return
     try:
-        with briefly():
+        with short_timeouts():
             store.client.set_terminated(run.info.run_id, "KILLED")
     finally:
         if there:
-            let_go(lock)
+            release(lock)
 
 
 def search(store: Store, condition: str) -> list[Run]:
     """Return the runs that meet the condition, newest first."""
     order = ["attributes.start_time DESC"]
-    with store_failures(store, "can't be read"), briefly():
+    with store_failures(store, "can't be read"), short_timeouts():
         return list(store.client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS, order_by=order))
 
 
@@ -327,7 +363,7 @@ def take_lock(store: Store, run_id: str) -> FileLock:
     return lock
 
 
-def let_go(lock: FileLock) -> None:
+def release(lock: FileLock) -> None:
     """Remove a lock that this process has, and let go of it."""
     Path(lock.lock_file).unlink(missing_ok=True)  # first: whoever waits for it takes none that is removed
     lock.release()
@@ -339,7 +375,7 @@ def _abandoned(store: Store, run: Run) -> Iterator[bool]:
     run_id, tag = run.info.run_id, run.data.tags.get("process", "").split()
     lock = lock_of(store, run_id)
     if not run_id.isalnum() or not Path(lock.lock_file).exists():
-        yield len(tag) == OLD_TAG and _is_gone(*tag)
+        yield False
         return
     try:
         lock.acquire()
@@ -349,13 +385,13 @@ def _abandoned(store: Store, run: Run) -> Iterator[bool]:
     # A free lock counts under the same running system, in whatever container, and on the same machine after another
     # start. Another machine may reach the folder by a network that shows it no locks.
     gone = False
-    if len(tag) >= NEW_TAG:
-        host, _, _, boot, machine = tag[:NEW_TAG]
+    if len(tag) >= PROCESS_WORDS:
+        host, _, _, boot, machine = tag[:PROCESS_WORDS]
         gone = boot == _boot() != "-" or (host, machine) == (socket.gethostname(), _machine())
     try:
         yield gone
     finally:
-        let_go(lock) if gone else lock.release()
+        release(lock) if gone else lock.release()
 
 
 def _boot() -> str:
@@ -375,19 +411,6 @@ def _content(file: str) -> str:
         return ""
 
 
-def _is_gone(host: str, number: str, created: str) -> bool:
-    """Say whether a process has ended by its number, as runs of earlier versions of the lab have it."""
-    if host != socket.gethostname() or not number.isdecimal():  # another machine's, or another program's
-        return False
-    try:
-        # Numbers are used again. The clock may be corrected by a second meanwhile.
-        return abs(psutil.Process(int(number)).create_time() - float(created)) > 2
-    except psutil.NoSuchProcess:
-        return True
-    except (psutil.AccessDenied, ValueError, OverflowError):
-        return False
-
-
 def can_resume(store: Store, run_id: str) -> bool:
     """Say whether `track` would go on with this run; why not is shown."""
     try:
@@ -401,10 +424,12 @@ def can_resume(store: Store, run_id: str) -> bool:
 def check_resumable(store: Store, run_id: str, *, finished_too: bool = False) -> None:
     """Refuse to go on with a run that is not there, was deleted, has finished, or is in training; raises LabError."""
     try:
-        with briefly():
+        with short_timeouts():
             info = store.client.get_run(run_id).info
     except MlflowException as error:
-        raise LabError(f"resume: run {run_id} can't be read from {store.name!r}: {one_line(error)}") from error
+        raise LabError(
+            f"resume: run {run_id} can't be read from {store.name!r}: {why_refused(error, store.uri)}"
+        ) from error
     if info.lifecycle_stage == LifecycleStage.DELETED:
         raise LabError(f"resume: run {run_id} was deleted in MLflow: restore it there, or train anew")
     if info.status == "FINISHED" and not finished_too:
@@ -421,7 +446,7 @@ def is_deleted(uri: str, run_id: str) -> bool:
     if database is not None and not database.is_file():  # MLflow would make one
         return False
     try:
-        with quiet(), briefly():
+        with quiet(), short_timeouts():
             info = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id).info
     except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError):
         return False

@@ -15,7 +15,7 @@ from mlflow.models import Model
 from torch import Tensor, nn
 
 from mnist_lab.errors import LabError, one_line
-from mnist_lab.tracking.delivery import briefly
+from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.store import Store, quiet, search, store_failures
 
 RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
@@ -50,7 +50,7 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
     """
     client = mlflow.MlflowClient(tracking_uri=store.uri)
     try:
-        with quiet(), briefly():
+        with quiet(), short_timeouts():
             model = _find_model(client, store, declared, holdout, called)
             run = client.get_run(str(model.source_run_id))
             sha256 = _sha256(_file(store, model, called))
@@ -71,7 +71,7 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
 def runs_with_a_model(store: Store) -> set[str]:
     """Return the ids of the runs that have logged a model; raises LabError if the store does not answer."""
     found, token = set(), None
-    with store_failures(store, "can't be read"), quiet(), briefly():
+    with store_failures(store, "can't be read"), quiet(), short_timeouts():
         while True:
             page = store.client.search_logged_models([store.experiment_id], page_token=token)
             found |= {str(model.source_run_id) for model in page}
@@ -104,7 +104,7 @@ def find_exported(
         LabError: if the store can't give it.
     """
     try:
-        with quiet(), briefly():
+        with quiet(), short_timeouts():
             model = mlflow.MlflowClient(tracking_uri=store.uri).get_logged_model(teacher.model_id)
             file = _file(store, model, called)
             mean, deviation = (Model.load(str(file.parents[1])).metadata or {}).get("normalize", normalize)

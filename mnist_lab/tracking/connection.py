@@ -1,0 +1,184 @@
+"""A tracking server: asked once before a run, waited for during one; and why a store can't be used, cause first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from urllib.parse import urlsplit
+
+from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+from requests import HTTPError, Timeout
+from urllib3.exceptions import ResponseError
+
+from mnist_lab.errors import one_line
+from mnist_lab.paths import EXPERIMENT_NAME
+
+SHORT_TIMEOUT = 4  # seconds: who starts a training wants to hear within ten that there is no server
+LONG_TIMEOUT = 30  # seconds for each attempt of a run under way
+
+logger = logging.getLogger(__name__)
+
+
+def is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def ask(uri: str) -> None:
+    """Ask a server for the experiment, once.
+
+    Raises:
+        ValueError: if what answers is no MLflow server, fails, or refuses the user; in a sentence.
+        MlflowException, OSError: if there is no answer.
+    """
+    if not is_server(uri):
+        return
+    answer = http_request(  # type: ignore[no-untyped-call]
+        get_default_host_creds(uri),  # type: ignore[no-untyped-call]
+        "/api/2.0/mlflow/experiments/get-by-name",
+        "GET",
+        params={"experiment_name": EXPERIMENT_NAME},
+        timeout=SHORT_TIMEOUT,
+        max_retries=0,
+        raise_on_status=False,
+    )
+    if answer.status_code == 403 and "Host header" in answer.text:
+        raise ValueError(
+            f"the server does not answer to the name {urlsplit(uri).netloc.rpartition('@')[2]!r}: call it by another "
+            "one, or start it with MLFLOW_SERVER_ALLOWED_HOSTS"
+        )
+    if answer.status_code in (401, 403):
+        raise ValueError(_refuses_you(answer.status_code))
+    try:
+        content = answer.json()
+    except ValueError:
+        content = None
+    if answer.status_code >= 500:
+        message = content.get("message") if isinstance(content, dict) else None
+        raise ValueError(f"the server fails (HTTP {answer.status_code}): {message or _why_it_may_fail()}")
+    if not isinstance(content, dict) or not content.keys() & {"experiment", "error_code"}:
+        raise ValueError(f"what answers there is no MLflow server (HTTP {answer.status_code})")
+
+
+def _refuses_you(status: int) -> str:
+    return (
+        f"the server refuses you (HTTP {status}): give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+        "MLFLOW_TRACKING_TOKEN, in the environment"
+    )
+
+
+def _why_it_may_fail() -> str:
+    if os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return "it may not take MLFLOW_TRACKING_TOKEN; MLflow's own takes a user name and a password"
+    return "its own log says why"
+
+
+def why_refused(error: Exception, uri: str = "") -> str:
+    """Say why a store can't be used, the cause first: what a server or the network says of it can be long.
+
+    uri: of a server, which is asked once more where MLflow has kept nothing of its answers but their number.
+    """
+    if is_server(uri) and (status := _status(error)) in (401, 403):
+        return _refuses_you(status)
+    for cause in _causes(error):
+        match cause:
+            case ssl.SSLCertVerificationError():
+                return (
+                    f"the server's certificate is not trusted ({cause.verify_message}); if it should be, name the file "
+                    "of its authority in MLFLOW_TRACKING_SERVER_CERT_PATH"
+                )
+            case ssl.SSLError():
+                return f"the server and this machine can't agree on a secure connection ({cause.reason or cause})"
+            case socket.gaierror():
+                return f"its host's name can't be resolved ({cause.strerror})"
+            case ConnectionRefusedError():
+                return f"no server listens there ({cause.strerror})"
+            case Timeout() | TimeoutError():
+                return "the server does not answer in time"
+            case ResponseError():
+                return _answer_of_a_failing_server(uri) or f"the server answers that it fails ({cause})"
+    return one_line(error)
+
+
+def _status(error: Exception) -> int:
+    """Return the number of a server's answer; 0 where there was none."""
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code())  # type: ignore[no-untyped-call]
+    if isinstance(error, HTTPError) and error.response is not None:  # of artifacts
+        return error.response.status_code
+    return 0
+
+
+def _answer_of_a_failing_server(uri: str) -> str:
+    try:
+        ask(uri)
+    except ValueError as error:
+        return one_line(error)
+    except (MlflowException, OSError):
+        pass
+    return ""
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it came of, as libraries of the network nest it."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        inner = [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
+        waiting += [cause for cause in inner if isinstance(cause, BaseException)]
+
+
+def short_timeouts() -> AbstractContextManager[None]:
+    """Let MLflow ask a server once and for some seconds, or for as long as MLFLOW_HTTP_REQUEST_TIMEOUT says."""
+    return environment_variables({**_defaults(SHORT_TIMEOUT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Let MLflow wait for a server as it does by itself: seven more attempts, the last after four minutes."""
+    network = logging.getLogger("urllib3.connectionpool")
+    network.addFilter(_say_that_it_waits)
+    try:
+        with environment_variables(_defaults(LONG_TIMEOUT)):
+            yield
+    finally:
+        network.removeFilter(_say_that_it_waits)
+
+
+def _say_that_it_waits(record: logging.LogRecord) -> bool:
+    """Put the lab's words for those of urllib3 before it tries again; `record` is dropped."""
+    if not str(record.msg).startswith("Retrying"):
+        return True
+    reasons = [part for part in record.args or () if isinstance(part, Exception)]
+    reason = why_refused(reasons[0]) if reasons else record.getMessage()
+    logger.warning("the tracking server gives no answer, and the run waits for it: %s", reason)
+    return False
+
+
+def _defaults(timeout: int) -> dict[str, str]:
+    defaults = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout),
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines for each run that ends on a server
+    }
+    return {name: value for name, value in defaults.items() if name not in os.environ}
+
+
+@contextmanager
+def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set these variables of the environment within this context."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
