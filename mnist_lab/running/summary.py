@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 import torchsummary
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from mnist_lab.errors import text_of
 from mnist_lab.running.network import listed
+from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import num_params
 
 IMAGE_SIZE = 28
@@ -24,31 +24,30 @@ Hook = Callable[[nn.Module, object, object], None]
 def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
     """Return torchsummary's text for a (1, 28, 28) input, with each layer's receptive field in pixels.
 
-    The totals count each parameter once. torchsummary counts weights and biases layer by layer, call by call; where
-    that gives another total, a line says so and why. A network that torchsummary can't draw (layers that return tuples,
-    no layer with weights) gets a table of its layers without receptive fields; one that can't be run gets a line that
-    says so. The network and the random state are left as they were.
+    The totals count each parameter once; where torchsummary's own are others, a line says so. A network that
+    torchsummary can't draw (layers that return tuples, no layer with weights) gets a table of its layers without
+    receptive fields, and one that can't be run a line that says so. Network and random state are left as they were.
 
     untrained: names of parameters that no gradient reaches; they do not count as trainable.
     """
-    try:
-        net = copy.deepcopy(net)
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name not in untrained)
-        return _draw(net)
-    except Exception as error:
-        reason = f"torchsummary can't draw this network ({type(error).__name__}: {text_of(error)})"
-    try:
-        return f"{_layer_table(net)}\nNo receptive fields: {reason}."
-    except Exception:
-        return f"No model summary: {reason}."
+    with kept_generators(next(net.parameters()).device):  # some networks draw in evaluation mode too
+        try:
+            copied = copy.deepcopy(net).cpu().eval()
+            for name, parameter in copied.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and name not in untrained)
+            return _draw(copied)
+        except Exception as error:
+            reason = f"torchsummary can't draw this network ({type(error).__name__}: {text_of(error)})"
+        try:
+            return f"{_layer_table(copied)}\nNo receptive fields: {reason}."
+        except Exception:
+            return f"No model summary: {reason}."
 
 
 def _draw(net: nn.Module) -> str:
-    net = copy.deepcopy(net).cpu().eval()  # torchsummary runs the network: batch norm and dropout must not notice
     text = io.StringIO()
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(), contextlib.redirect_stdout(text):
-        torchsummary.summary(net, (1, IMAGE_SIZE, IMAGE_SIZE), device="cpu")
+    with torch.inference_mode(), contextlib.redirect_stdout(text):
+        torchsummary.summary(copy.deepcopy(net), (1, IMAGE_SIZE, IMAGE_SIZE), device="cpu")  # leaves hooks if it fails
     sizes = [f"{size}x{size}" for size in receptive_fields(net)]
     lines = text.getvalue().splitlines()
     rulers = [number for number, line in enumerate(lines) if line.startswith(("---", "==="))]
@@ -63,17 +62,17 @@ def _draw(net: nn.Module) -> str:
 
 
 def _with_true_totals(lines: list[str], net: nn.Module) -> list[str]:
-    """Put the true totals into torchsummary's lines; where they are others, say why in a line at the end."""
-    said = dict(line.split(": ", 1) for line in lines if ": " in line)
+    """Put the true totals into torchsummary's lines; where they are others, say so in a line at the end."""
+    own = dict(line.split(": ", 1) for line in lines if ": " in line)
     true = _totals(net)
-    if all(said[name] == figure for name, figure in true.items()):
+    if true.items() <= own.items():
         return lines
     true["Params size (MB)"] = f"{4 * sum(p.numel() for p in net.parameters()) / 2**20:.2f}"
-    parts = (said["Input size (MB)"], said["Forward/backward pass size (MB)"], true["Params size (MB)"])
+    parts = (own["Input size (MB)"], own["Forward/backward pass size (MB)"], true["Params size (MB)"])
     true["Estimated Total Size (MB)"] = f"{sum(map(float, parts)):.2f}"
     corrected = [f"{name}: {true[name]}" if (name := line.partition(": ")[0]) in true else line for line in lines]
-    own = f"{said['Total params']} in all and {said['Trainable params']} trainable"
-    return [*corrected, f"torchsummary's own count is {own}: it {_why(net)}."]
+    counts = f"{own['Total params']} in all and {own['Trainable params']} trainable"
+    return [*corrected, f"torchsummary's own count is {counts}: it adds up the layers call by call, frozen or not."]
 
 
 def _totals(net: nn.Module) -> dict[str, str]:
@@ -85,43 +84,14 @@ def _totals(net: nn.Module) -> dict[str, str]:
     }
 
 
-def _why(net: nn.Module) -> str:
-    """Say in which parameters torchsummary's count, by the weight and bias of each call of a layer, goes wrong."""
-    names = {id(parameter): name for name, parameter in net.named_parameters()}
-    modules = {module: name for name, module in net.named_modules()}
-    times: Counter[str] = Counter()
-    foreign: dict[str, None] = {}
-
-    def count(module: nn.Module, inputs: object, output: object) -> None:
-        for kind in ("weight", "bias"):
-            value = getattr(module, kind, None)
-            if id(value) in names:
-                times[names[id(value)]] += 1
-            elif isinstance(value, Tensor):
-                foreign[f"{modules[module]}.{kind}"] = None
-
-    _run_watched(net, torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE), _layers(net), count)
-    reasons = [
-        f"counts {listed([name for name in times if times[name] == n])} {n} times"
-        for n in sorted({*times.values()} - {1})
-    ]
-    if foreign:
-        reasons.append(f"counts {listed(list(foreign))}, not a parameter,")
-    if left_out := [name for name in names.values() if name not in times]:
-        reasons.append(f"leaves out {listed(left_out)}")
-    return " and ".join(reasons) or "takes each layer as its weight is, trainable or not"
-
-
 def _layer_table(net: nn.Module) -> str:
     """Return a table of the layers in the order of their calls, and the totals."""
-    net = copy.deepcopy(net).cpu().eval()
     calls: list[tuple[nn.Module, str]] = []
-    _run_watched(
-        net,
-        torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE),
-        dict.fromkeys(_layers(net)),
-        lambda module, inputs, output: calls.append((module, _shape(output))),
-    )
+
+    def note_call(module: nn.Module, inputs: object, output: object) -> None:
+        calls.append((module, _shape(output)))
+
+    _run_watched(net, torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE), dict.fromkeys(_layers(net)), note_call)
     called = {module for module, _ in calls}
     counted: set[int] = set()
     rows = []
@@ -131,9 +101,8 @@ def _layer_table(net: nn.Module) -> str:
         mine = {id(p): p.numel() for part in parts for p in part.parameters(recurse=False) if id(p) not in counted}
         counted |= mine.keys()
         rows.append((f"{type(module).__name__}-{number}", shape, f"{sum(mine.values()):,}"))
-    lines = [
-        tabulate(rows, ("Layer (type)", "Output shape of 2 images", "Param #"), colalign=("left", "left", "right"))
-    ]
+    headers = ("Layer (type)", "Output shape of 2 images", "Param #")
+    lines = [tabulate(rows, headers, colalign=("left", "left", "right"))]
     lines += [f"{name}: {figure}" for name, figure in _totals(net).items()]
     if outside := [f"{name} ({p.numel():,})" for name, p in net.named_parameters() if id(p) not in counted]:
         lines.append(f"Params in none of these layers: {listed(outside)}")
@@ -141,17 +110,12 @@ def _layer_table(net: nn.Module) -> str:
 
 
 def _shape(output: object) -> str:
-    """Return the shape of a layer's output, e.g. "[2, 28, 10]", or of all in it, e.g. "([2, 28, 10], [1, 2, 10])"."""
+    """Return the shape of a layer's output, e.g. "[2, 28, 10]", or of all in a tuple, else its type."""
     if isinstance(output, Tensor):
         return str(list(output.shape))
-    if isinstance(output, Mapping):
-        return f"{{{', '.join(f'{key}: {_shape(value)}' for key, value in output.items())}}}"
-    if isinstance(output, list | tuple):
-        return f"({', '.join(map(_shape, output))})"
-    return "None" if output is None else type(output).__name__
+    return f"({', '.join(map(_shape, output))})" if isinstance(output, list | tuple) else type(output).__name__
 
 
-@torch.inference_mode()
 def receptive_fields(net: nn.Module) -> list[int]:
     """Return, for each layer in torchsummary's order, the width in pixels of what one of its outputs can see.
 
@@ -184,11 +148,10 @@ def _layers(net: nn.Module) -> list[nn.Module]:
     return [part for part in layers if part is not net and not isinstance(part, nn.Sequential | nn.ModuleList)]
 
 
+@torch.inference_mode()
 def _run_watched(net: nn.Module, images: Tensor, layers: Iterable[nn.Module], hook: Hook) -> None:
     """Run the network on the images and call the hook with each of these layers, its input and its output."""
     handles = [layer.register_forward_hook(hook) for layer in layers]
-    # Some networks draw random numbers in evaluation mode too: F.dropout is on by default.
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        net(images)
+    net(images)
     for handle in handles:
         handle.remove()
