@@ -28,6 +28,7 @@ from mnist_lab.story import read_story
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import Store
 from mnist_lab.training.loop import EpochMetrics, Training, evaluate, normalize, num_params, predict
+from mnist_lab.training.states import own_parts
 from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts import targets
 from mnist_lab.verdicts.measures import HELD_OUT, protocol, short_figures
@@ -107,6 +108,7 @@ class Record:
             **{name: environment[name] for name in ("hardware", "torch", "threads")},
             "memory_format": "channels_last" if is_channels_last else "contiguous",
             **({"no_effect": no_effect} if no_effect else {}),
+            **({"cuda_graph": "used"} if job.cuda_graph else {}),
             DESCRIPTION: describe(job.script, job.tags["overrides"]),
             **target_tags(experiment),
             **{f"reported_{name}": str(figure) for name, figure in experiment.reported.items()},
@@ -129,7 +131,7 @@ class Record:
     def prune(self) -> RunResult:
         """End a trial's run early."""
         pruned = f"after epoch {len(self.epochs)} of {self.job.experiment.epochs}"
-        self.tracked.set_tags({**self.training.captured.tags, "pruned": pruned})
+        self.tracked.set_tags({"pruned": pruned})
         return RunResult(self.tracked.run_id, self.epochs, {}, [])
 
     def finish(self, progress: Progress) -> RunResult:
@@ -141,7 +143,6 @@ class Record:
         measured = measure(self.num_params, self.epochs, job.experiment)
         if job.search is not None:
             tracked.log_once(logged_once(measured, HELD_OUT.once))
-            tracked.set_tags(self.training.captured.tags)
             return RunResult(tracked.run_id, self.epochs, measured, [])
         logger.info("Evaluating the trained network")
         logits = final_logits(self.training.result, self.mnist, job.experiment)
@@ -156,7 +157,7 @@ class Record:
         )
         tracked.log_once(logged_once(measured, protocol(job.holdout).once))
         description = describe(job.script, job.tags["overrides"], verdicts)
-        tracked.set_tags({**self.training.captured.tags, **verdict_tags(verdicts), DESCRIPTION: description})
+        tracked.set_tags({**verdict_tags(verdicts), DESCRIPTION: description})
         result = RunResult(tracked.run_id, self.epochs, measured, verdicts)
         progress.on_verdict(result)
         self._log_network(logits)
@@ -271,7 +272,7 @@ def draw(
 
     augmented = None
     if experiment.augmentation is not None:
-        augment = Augmentation(experiment.augmentation)
+        augment = Augmentation(own_parts(experiment).augmentation)
         images, labels = mnist.train_images[:10].float() / 255, mnist.train_labels[:10]
         draws = torch.stack([augment(images.clone(), labels.clone())[0] for _ in range(3)])
         augmented = images.squeeze(1).cpu().numpy(), draws.squeeze(2).cpu().numpy()

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,20 +40,20 @@ from mnist_lab.training.generators import kept_generators, seed_generators
 from mnist_lab.training.loop import (
     EVALUATION_BATCH_SIZE,
     EpochMetrics,
+    Takes,
     build_average,
     build_optimizer,
-    evaluates_again,
     evaluation_part,
     initial_network,
     loss_and_logits,
     normalize,
     num_params,
     predict,
-    remembering,
+    step_takes,
     train_step,
     training_batch,
 )
-from mnist_lab.training.states import left_as_they_are
+from mnist_lab.training.states import load_parts_state, own_parts, parts_state
 from mnist_lab.training.transforms import Augmentation, is_mixing, is_torchvision
 from mnist_lab.verdicts.targets import out_of_reach
 
@@ -126,7 +127,7 @@ class Trial:
     net: nn.Module = field(init=False)
     sharing: Sharing = field(init=False)
     optimizer: Optimizer = field(init=False)
-    again: bool = False  # see `evaluates_again`
+    takes: Takes = "gradients"  # what the optimizer's step does
     images: Tensor = field(init=False)  # of the first batch, augmented, in [0, 1]
     labels: Tensor = field(init=False)
     untrained: set[str] = field(default_factory=set)
@@ -167,32 +168,25 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
 
     All is tried as it will be trained: on a CPU with the network in channels_last, which is faster there. Where that
     fails, and on other devices, it is tried with a contiguous one: `view` after a convolution works there, and LBFGS.
-    The random state and the data are left as they were, and so are the numbers that loss, objective and augmentation
-    keep.
+    The random state and the data are left as they were, and so are loss, objective and augmentation: copies are tried.
 
     Raises:
         LabError: naming the field that is wrong and what torch, or the script's own code, said about it.
     """
-
-    def tried(memory_format: torch.memory_format) -> Rehearsal:
-        with left_as_they_are(*remembering(experiment).values()):
-            return _rehearse(Trial(experiment, mnist, memory_format))
-
     with kept_generators(mnist.train_images.device):
         if mnist.train_images.device.type == "cpu":
             with suppress(LabError):
-                return tried(torch.channels_last)
-        return tried(torch.contiguous_format)
+                return _rehearse(experiment, mnist, torch.channels_last)
+        return _rehearse(experiment, mnist, torch.contiguous_format)
 
 
-def _rehearse(trial: Trial) -> Rehearsal:
-    remembered = Remembered(trial.experiment)
+def _rehearse(declared: Experiment, mnist: Mnist, memory_format: torch.memory_format) -> Rehearsal:
+    trial = Trial(own_parts(declared), mnist, memory_format)
+    remembered = Remembered(declared, trial.experiment)
     notices: list[str] = []
     for blamed, check in CHECKS:
         with blame(trial.minimised if blamed == "loss" else blamed, trial):
             notices += check(trial)
-        if check is _check_gradients:
-            remembered.first_batch()
     notices += remembered.notices()
     return Rehearsal(trial.memory_format, trial.untrained, trial.no_effect, notices)
 
@@ -219,7 +213,7 @@ def _check_optimizer(trial: Trial) -> Iterator[str]:
     if any("lr" not in group for group in trial.optimizer.param_groups):
         raise ValueError(f"{name} has a parameter group without lr, which each epoch reports")
     yield from notice_optimized(trial.net, trial.optimizer)
-    trial.again = evaluates_again(trial.experiment, trial.net)
+    trial.takes = step_takes(trial.experiment, trial.net)
 
 
 def _check_augmentation(trial: Trial) -> Iterator[str]:
@@ -227,11 +221,10 @@ def _check_augmentation(trial: Trial) -> Iterator[str]:
     for name in (type(transform).__name__ for _, transform in trial.augment.parts if is_torchvision(transform)):
         if name in DONE_BY_THE_LAB:
             raise ValueError(f"{name} {DONE_BY_THE_LAB[name]}")
-    start = time.perf_counter()
+    start, state = time.perf_counter(), deepcopy(parts_state(trial.experiment))
     seed_generators(SEED)
     try:
-        with left_as_they_are(declared):
-            trial.images, trial.labels = trial.batch(trial.batch_size)
+        trial.images, trial.labels = trial.batch(trial.batch_size)
         _check_batch(trial.images, trial.labels, trial.batch_size)
     except Exception as error:
         raise ValueError(f"{text_of(error)}{_image_by_image(trial, error)}").with_traceback(
@@ -239,6 +232,7 @@ def _check_augmentation(trial: Trial) -> Iterator[str]:
         ) from error
     if declared is not None:
         yield from _notice_transforms(trial, time.perf_counter() - start)
+        load_parts_state(trial.experiment, state, trial.images.device)
         yield from _notice_images(trial)
 
 
@@ -303,7 +297,7 @@ def _check_steps(trial: Trial) -> Iterator[str]:
         trial.net.train()
         images, labels = trial.batch(size)
         images = normalize(images, trial.experiment.normalize)
-        train_step(trial.net, images, labels, trial.experiment, trial.optimizer, trial.again)
+        train_step(trial.net, images, labels, trial.experiment, trial.optimizer, trial.takes)
         trial.untrained -= {name for name, p in trial.net.named_parameters() if p.grad is not None}
         if not predict(trial.net, trial.evaluated(2), trial.experiment.normalize).isfinite().all():
             raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")

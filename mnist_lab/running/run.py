@@ -21,8 +21,8 @@ from mnist_lab.running.record import Record, RunResult
 from mnist_lab.running.rehearsal import blame_script, rehearse, without_exits
 from mnist_lab.running.threads import Load, crowded, set_threads
 from mnist_lab.tracking.store import open_store
-from mnist_lab.training.loop import EpochMetrics, Training, initial_network, remembering
-from mnist_lab.training.states import left_as_they_are
+from mnist_lab.training.loop import EpochMetrics, Training, initial_network
+from mnist_lab.training.states import own_parts
 
 logger = logging.getLogger(__name__)
 
@@ -65,26 +65,27 @@ def run(
     _choose_threads(job, resume, load)
     net = initial_network(experiment, seed, job.device, rehearsal.memory_format)
     rehearsal.watch(net)
-    training = Training(net, experiment, mnist, seed=seed, on_batch=progress.on_batch)
+    training = Training(
+        net, own_parts(experiment), mnist, seed=seed, on_batch=progress.on_batch, cuda_graph=job.cuda_graph
+    )
     record = Record(job, seed, mnist, rehearsal, training)
-    with left_as_they_are(*remembering(experiment).values()):  # another seed may follow in this process
-        if resume is not None:
-            restore(training, resume)
-        with record.begin(store, progress, parent_run_id, resume) as run_id:
-            logger.info("Training, epoch by epoch")
-            try:
-                for metrics in without_exits(training.epochs()):
-                    check_eval_loss(metrics)
-                    record.epochs.append(metrics)
-                    # First here, then in MLflow: what is missing there is logged when the run goes on.
-                    store.check_in_place()
-                    checkpoint.save(_checkpoint(record, run_id), store.uri)
-                    record.log_epoch(metrics)
-                    progress.on_epoch(seed, metrics)
-            except Pruned:
-                result = record.prune()
-            else:
-                result = record.finish(progress)
+    if resume is not None:
+        restore(training, resume)
+    with record.begin(store, progress, parent_run_id, resume) as run_id:
+        logger.info("Training, epoch by epoch")
+        try:
+            for metrics in without_exits(training.epochs()):
+                check_eval_loss(metrics)
+                record.epochs.append(metrics)
+                # First here, then in MLflow: what is missing there is logged when the run goes on.
+                store.check_in_place()
+                checkpoint.save(_checkpoint(record, run_id), store.uri)
+                record.log_epoch(metrics)
+                progress.on_epoch(seed, metrics)
+        except Pruned:
+            result = record.prune()
+        else:
+            result = record.finish(progress)
     checkpoint.remove_alike(store.uri, job.identity, seed)
     return result
 

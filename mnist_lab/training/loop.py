@@ -6,8 +6,7 @@ import functools
 import inspect
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,20 +20,18 @@ from torch.optim.swa_utils import AveragedModel
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS, Experiment
-from mnist_lab.training.cudagraph import Captured
+from mnist_lab.training.cudagraph import Captured, Work
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import generator_states, kept_generators, seed_generators, set_generator_states
 from mnist_lab.training.states import (
     held_optimizers,
-    holders,
-    kept,
-    load_network_state,
+    load_module_state,
     load_optimizer_state,
-    network_state,
+    load_parts_state,
+    module_state,
     optimizer_state,
+    parts_state,
     plain,
-    put_back,
-    variables,
 )
 from mnist_lab.training.transforms import Augmentation
 
@@ -43,6 +40,9 @@ EVALUATION_BATCH_SIZE = 500
 # Called after each batch with the number of images seen in this epoch and the running sums, which stay on the device:
 # cross-entropy times images, and correct predictions. Reading them waits for the device, so do that rarely.
 OnBatch = Callable[[int, Tensor, Tensor], None]
+
+# What an optimizer's step takes: gradients, a closure that evaluates the loss, as LBFGS does, or both, as SAM does.
+Takes = Literal["gradients", "closure", "both"]
 
 
 @dataclass(frozen=True)
@@ -125,190 +125,44 @@ def normalize(images: Tensor, by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
     return (images - mean) / deviation
 
 
-def remembering(experiment: Experiment) -> dict[str, object]:
-    """Return the declared parts, by field, that may keep numbers from batch to batch: see `states.holders`."""
-    return {name: getattr(experiment, name) for name in ("loss", "objective", "augmentation")}
+class Training:
+    """A network in training, on the device of `mnist`; it can be stopped after an epoch and taken up again.
 
+    The order of the images depends on the seed and the epoch alone and is the same on every device. Nothing in an
+    epoch's batches waits for the device, unless `on_batch` does. With a hold-out, each epoch is evaluated on the
+    validation images, and the test images are not read.
+    Dropout, augmentation and whatever else draws, draws from Python's, numpy's and torch's generators: seed them before
+    the network is built, as `initial_network` does.
 
-class Loop(ABC):
-    """The epochs of one network, or of several seeds' networks at once. A subclass says what a training step is.
-
-    shape: () for one network; (S,) for S networks, each with an order of the images of its own. Sums, losses and
-        batches have it as their first dimensions.
-    The order of the images depends on the seed and the epoch alone and is the same on every device.
-    Nothing in an epoch's batches waits for the device, unless `on_batch` does, or a graph is tried. With a hold-out,
-    each epoch is evaluated on the validation images, and the test images are not read.
+    cuda_graph: launch each batch up to its gradients as one CUDA graph.
     """
 
     def __init__(
         self,
-        nets: Sequence[nn.Module],
-        parameters: Iterable[Tensor],
+        net: nn.Module,
         experiment: Experiment,
         mnist: Mnist,
-        seeds: Sequence[int],
-        shape: tuple[int, ...],
+        *,
+        seed: int,
         on_batch: OnBatch | None = None,
-        buffers: Sequence[Tensor] = (),
+        cuda_graph: bool = False,
     ) -> None:
-        self.nets, self.experiment, self.mnist, self.shape, self.on_batch = nets, experiment, mnist, shape, on_batch
+        self.net, self.experiment, self.mnist, self.on_batch = net, experiment, mnist, on_batch
         self.augment = Augmentation(experiment.augmentation)
-        self.optimizer = build_optimizer(experiment, parameters)
+        self.optimizer = build_optimizer(experiment, net.parameters())
         self.scheduler = build_scheduler(experiment, self.optimizer, len(mnist.train_images))
-        self.shuffling = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.average = build_average(experiment, net)
+        self.takes = step_takes(experiment, net)
+        self.shuffling = torch.Generator().manual_seed(seed)
         self.epoch = 0
         self.device = mnist.train_images.device
-        self.loss_sum = torch.zeros(shape, device=self.device)  # cross-entropy times images
-        self.correct = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        batches = math.ceil(len(mnist.train_images) / experiment.batch_size)
-        self.losses = torch.zeros(batches, *shape, device=self.device)  # what is minimised, of this epoch's batches
-        self.batch = torch.zeros(1, dtype=torch.int64, device=self.device)  # how many there were so far
-        self.holders = holders(*remembering(experiment).values())
-        self.captured = Captured(
-            self._compute_gradients,
-            nets,
-            self.holders,
-            self.optimizer,
-            buffers,
-            [self.loss_sum, self.correct, self.losses, self.batch],
-            self.device,
-        )
-        self.average: AveragedModel | None = None
-
-    @abstractmethod
-    def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Set the gradients of a batch; return its loss (*shape) and logits (*shape, N, 10)."""
-
-    def train_batch(self, batch: Tensor) -> None:
-        """Update the network once, by the images that the indices `batch` (*shape, N) name."""
-        self.captured(batch)
-        self.optimizer.step()
-
-    def update_nets(self) -> None:  # noqa: B027  one network is what is trained
-        """Bring `nets` up to date, where they are not what is trained."""
-
-    def epochs_of_seeds(self) -> Iterator[list[EpochMetrics]]:
-        """Train the epochs that are left, and yield each when it is finished, with one item a seed.
-
-        Raises:
-            LabError: if the loss is not finite; with several seeds, if none has a finite one.
-        """
-        total = len(self.mnist.train_images)
-        evaluated_on, images, labels = evaluation_part(self.mnist)
-        while self.epoch < self.experiment.epochs:
-            start = time.perf_counter()
-            lr, *other_lrs = (float(group["lr"]) for group in self.optimizer.param_groups)
-            self._train_epoch()
-            train_losses = [loss / total for loss in self.loss_sum.view(-1).tolist()]
-            minimised = train_losses
-            if not minimises_cross_entropy(self.experiment):
-                minimised = self.losses.mean(dim=0).view(-1).tolist()
-            if not any(map(math.isfinite, minimised)):
-                raise LabError(self._divergence())
-            if self.scheduler is not None and self.experiment.scheduler_interval == "epoch":
-                if isinstance(self.scheduler, ReduceLROnPlateau):
-                    self.scheduler.step(minimised[0])  # the test images are no business of the schedule's
-                else:
-                    self.scheduler.step()
-            self.update_nets()
-            evaluated = [evaluate(predict(net, images, self.experiment.normalize), labels) for net in self.nets]
-            raw_correct = None
-            if self.average is not None:
-                raw_correct = evaluated[0][1]
-                evaluated = [evaluate(predict(self.average.module, images, self.experiment.normalize), labels)]
-            self.epoch += 1
-            seconds = time.perf_counter() - start
-            yield [
-                EpochMetrics(
-                    epoch=self.epoch,
-                    train_loss=train_loss,
-                    train_correct=train_correct,
-                    train_images=total,
-                    eval_loss=eval_loss,
-                    eval_correct=eval_correct,
-                    eval_images=len(images),
-                    lr=lr,
-                    epoch_seconds=seconds,
-                    evaluated_on=evaluated_on,
-                    other_lrs=tuple(other_lrs),
-                    objective=None if minimised is train_losses else objective,
-                    raw_correct=raw_correct,
-                )
-                for train_loss, objective, train_correct, (eval_loss, eval_correct) in zip(
-                    train_losses, minimised, self.correct.view(-1).tolist(), evaluated, strict=True
-                )
-            ]
-
-    def _train_epoch(self) -> None:
-        """Train on all images in a new order, and sum up loss and correct predictions."""
-        total = len(self.mnist.train_images)
-        orders = torch.stack([torch.randperm(total, generator=generator, device="cpu") for generator in self.shuffling])
-        self.loss_sum.zero_()
-        self.correct.zero_()
-        self.batch.zero_()
-        for net in self.nets:
-            net.train()
-        seen = 0
-        for batch in torch.split(orders.view(*self.shape, total).to(self.device), self.experiment.batch_size, dim=-1):
-            self.train_batch(batch)
-            if self.average is not None:
-                self.average.update_parameters(self.nets[0])
-            if self.scheduler is not None and self.experiment.scheduler_interval == "batch":
-                self.scheduler.step()
-            seen += batch.shape[-1]
-            if self.on_batch is not None:
-                self.on_batch(seen, self.loss_sum, self.correct)
-
-    def _compute_gradients(self, batch: Tensor) -> None:
-        images, labels = self.inputs(batch)
-        self.add_up(batch, labels, *self.gradients(images, labels))
-
-    def inputs(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the normalised images (*shape, N, 1, 28, 28) of a batch, and their labels."""
-        images, labels = training_batch(self.mnist, batch.flatten(), self.augment)
-        images, labels = normalize(images, self.experiment.normalize), labels.view(*batch.shape, *labels.shape[1:])
-        return images.view(*batch.shape, *images.shape[1:]), labels
-
-    def add_up(self, batch: Tensor, labels: Tensor, loss: Tensor, logits: Tensor) -> None:
-        """Add a batch's loss (*shape) and logits (*shape, N, 10) to the epoch's sums."""
-        self.losses.index_copy_(0, self.batch, loss.view(1, *self.shape).to(self.losses.dtype))
-        self.batch += 1
-        if not minimises_cross_entropy(self.experiment):
-            losses = F.cross_entropy(
-                without_half(logits).flatten(0, -2), labels.flatten(0, batch.ndim - 1), reduction="none"
-            )
-            loss = losses.view(batch.shape).mean(dim=-1)
-        if labels.ndim > batch.ndim:  # probabilities: the digit that an image shows most of
-            labels = labels.argmax(dim=-1)
-        self.loss_sum += loss * batch.shape[-1]
-        self.correct += (logits.argmax(dim=-1) == labels).sum(dim=-1)
-
-    def _divergence(self) -> str:
-        """Say where the loss, the first seed's, was not finite."""
-        losses = self.losses.view(len(self.losses), -1)[:, 0]
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        epoch = f"in epoch {self.epoch + 1} of {self.experiment.epochs}"
-        if not bad:  # each is a number, but their sum is too large for one
-            return f"loss: grew beyond all bounds {epoch}; the training has diverged, e.g. by too high a learning rate"
-        value, batch = losses[bad[0]].item(), f"batch {bad[0] + 1} of {len(losses)}"
-        return f"loss: is {value} {epoch}, {batch}; the training has diverged, e.g. by too high a learning rate"
-
-
-class Training(Loop):
-    """A network in training, on the device of `mnist`; it can be stopped after an epoch and taken up again.
-
-    Dropout, augmentation and whatever else draws, draws from Python's, numpy's and torch's generators: seed them before
-    the network is built, as `initial_network` does.
-    """
-
-    def __init__(
-        self, net: nn.Module, experiment: Experiment, mnist: Mnist, *, seed: int, on_batch: OnBatch | None = None
-    ) -> None:
-        super().__init__([net], net.parameters(), experiment, mnist, [seed], (), on_batch)
-        self.net = net
-        self.average = build_average(experiment, net)
-        self.evaluates_again = evaluates_again(experiment, net)
-        self.needs_closure = self.evaluates_again or needs_closure(self.optimizer)
+        self.loss_sum = torch.zeros((), device=self.device)  # cross-entropy times images
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.losses: list[Tensor] = []  # what is minimised, of this epoch's batches
+        self.work: Work = Captured(self.gradients, net, self) if cuda_graph else self.gradients
+        if cuda_graph and self.takes != "gradients":
+            kind = type(self.optimizer).__name__
+            raise LabError(f"cuda-graph: {kind} evaluates the loss by itself, which a graph can't; train without")
 
     @property
     def result(self) -> nn.Module:
@@ -321,49 +175,136 @@ class Training(Loop):
         Raises:
             LabError: if the loss is not finite.
         """
-        for (metrics,) in self.epochs_of_seeds():
-            yield metrics
+        while self.epoch < self.experiment.epochs:
+            start = time.perf_counter()
+            lr, *other_lrs = (float(group["lr"]) for group in self.optimizer.param_groups)
+            self._train_epoch()
+            train_loss = self.loss_sum.item() / len(self.mnist.train_images)
+            objective = None
+            if not minimises_cross_entropy(self.experiment):
+                objective = torch.stack(self.losses).mean().item()
+            minimised = train_loss if objective is None else objective
+            if not math.isfinite(minimised):
+                raise LabError(self._divergence())
+            if self.experiment.scheduler_interval == "epoch":
+                self._step_schedule(minimised)
+            evaluated_on, images, labels = evaluation_part(self.mnist)
+            loss, correct = self._evaluated(self.net, images, labels)
+            raw_correct = None
+            if self.average is not None:
+                raw_correct = correct
+                loss, correct = self._evaluated(self.average.module, images, labels)
+            self.epoch += 1
+            yield EpochMetrics(
+                epoch=self.epoch,
+                train_loss=train_loss,
+                train_correct=int(self.correct.item()),
+                train_images=len(self.mnist.train_images),
+                eval_loss=loss,
+                eval_correct=correct,
+                eval_images=len(images),
+                lr=lr,
+                epoch_seconds=time.perf_counter() - start,
+                evaluated_on=evaluated_on,
+                other_lrs=tuple(other_lrs),
+                objective=objective,
+                raw_correct=raw_correct,
+            )
 
-    def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _train_epoch(self) -> None:
+        """Train on all images in a new order, and sum up loss and correct predictions."""
+        total = len(self.mnist.train_images)
+        order = torch.randperm(total, generator=self.shuffling, device="cpu").to(self.device)
+        self.loss_sum.zero_()
+        self.correct.zero_()
+        self.losses.clear()
+        self.net.train()
+        seen = 0
+        for batch in torch.split(order, self.experiment.batch_size):
+            self._train_batch(batch)
+            if self.average is not None:
+                self.average.update_parameters(self.net)
+            if self.experiment.scheduler_interval == "batch":
+                self._step_schedule()
+            seen += len(batch)
+            if self.on_batch is not None:
+                self.on_batch(seen, self.loss_sum, self.correct)
+
+    def _train_batch(self, batch: Tensor) -> None:
+        """Update the network once, by the images that the indices `batch` (N,) name."""
+        if self.takes == "gradients":
+            labels, loss, logits = self.work(batch)
+            self.optimizer.step()
+        else:  # several forward passes in a step, or as many as it likes
+            images, labels = self._inputs(batch)
+            loss, logits = train_step(self.net, images, labels, self.experiment, self.optimizer, self.takes)
+        self._add_up(labels, loss, logits)
+
+    def gradients(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Set the gradients of a batch; return its labels, its loss () and its logits (N, 10)."""
+        self.optimizer.zero_grad()
+        images, labels = self._inputs(batch)
         loss, logits = loss_and_logits(self.net, images, labels, self.experiment)
         loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), logits.detach()
+        return labels, loss.detach(), logits.detach()
 
-    def train_batch(self, batch: Tensor) -> None:
-        if self.needs_closure:  # several forward passes in a step, or as many as it likes
-            images, labels = self.inputs(batch)
-            step = train_step(self.net, images, labels, self.experiment, self.optimizer, self.evaluates_again)
-            self.add_up(batch, labels, *step)
-        else:
-            super().train_batch(batch)
+    def _inputs(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = training_batch(self.mnist, batch, self.augment)
+        return normalize(images, self.experiment.normalize), labels
+
+    def _add_up(self, labels: Tensor, loss: Tensor, logits: Tensor) -> None:
+        self.losses.append(loss.float())
+        if not minimises_cross_entropy(self.experiment):
+            loss = F.cross_entropy(without_half(logits), labels, reduction="none").mean()
+        if labels.ndim > 1:  # probabilities: the digit that an image shows most of
+            labels = labels.argmax(dim=1)
+        self.loss_sum += loss * len(labels)
+        self.correct += (logits.argmax(dim=1) == labels).sum()
+
+    def _step_schedule(self, minimised: float | None = None) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            assert minimised is not None
+            self.scheduler.step(minimised)  # the test images are no business of the schedule's
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def _evaluated(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        return evaluate(predict(net, images, self.experiment.normalize), labels)
+
+    def _divergence(self) -> str:
+        """Say where the loss was not finite."""
+        losses = torch.stack(self.losses)
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        epoch = f"in epoch {self.epoch + 1} of {self.experiment.epochs}"
+        if not bad:  # each is a number, but their sum is too large for one
+            return f"loss: grew beyond all bounds {epoch}; the training has diverged, e.g. by too high a learning rate"
+        value, batch = losses[bad[0]].item(), f"batch {bad[0] + 1} of {len(losses)}"
+        return f"loss: is {value} {epoch}, {batch}; the training has diverged, e.g. by too high a learning rate"
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it."""
         return {
             "epoch": self.epoch,
-            **network_state(self.net),
-            **({} if self.average is None else {"average": network_state(self.average)}),
-            "declared": [kept(variables(holder)) for holder in self.holders],
+            **module_state(self.net),
+            **({} if self.average is None else {"average": module_state(self.average)}),
+            "declared": parts_state(self.experiment),
             "optimizer": optimizer_state(self.optimizer),
             "scheduler": None if self.scheduler is None else plain(self.scheduler.state_dict()),
-            "shuffling": [generator.get_state() for generator in self.shuffling],
+            "shuffling": [self.shuffling.get_state()],
             "generators": generator_states(self.device),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the training that gave `state` stood; the generators that it draws from are set too."""
         self.epoch = state["epoch"]
-        load_network_state(self.net, state, self.device)
+        load_module_state(self.net, state, self.device)
         if self.average is not None:
-            average = state["average"]  # of an earlier version, its state_dict alone
-            load_network_state(self.average, average if "net" in average else {"net": average}, self.device)
-        for holder, values in zip(self.holders, state.get("declared", []), strict=False):
-            put_back(holder, values, self.device)
+            load_module_state(self.average, state["average"], self.device)
+        load_parts_state(self.experiment, state["declared"], self.device)
         load_optimizer_state(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        for generator, shuffling in zip(self.shuffling, state["shuffling"], strict=True):
-            generator.set_state(shuffling)
+        self.shuffling.set_state(state["shuffling"][0])
         set_generator_states(state["generators"], self.device)
 
 
@@ -395,11 +336,10 @@ def train_step(
     labels: Tensor,
     experiment: Experiment,
     optimizer: Optimizer,
-    again: bool = False,
+    takes: Takes,
 ) -> tuple[Tensor, Tensor]:
     """Update the network once; return the batch's loss () and logits (N, 10), detached and still on the device.
 
-    again: what `evaluates_again` says of the optimizer.
     They are those of the network before the update, also where an optimizer such as LBFGS evaluates several times.
     """
     first: tuple[Tensor, Tensor] | None = None
@@ -413,12 +353,11 @@ def train_step(
             first = loss.detach(), logits.detach()
         return loss
 
-    if needs_closure(optimizer):
-        optimizer.step(closure)  # type: ignore[arg-type]
-    else:
+    if takes != "closure":
         closure()  # the gradients come first, so that the hooks of a step find them
-        optimizer.step(*[closure] * again)  # type: ignore[arg-type]
-    assert first is not None
+    optimizer.step(*[closure] * (takes != "gradients"))  # type: ignore[arg-type]
+    if first is None:
+        raise TypeError(f"the step of {type(optimizer).__name__} wants a closure and never calls it")
     return first
 
 
@@ -438,40 +377,24 @@ def without_half(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype == torch.float16 else logits
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Say whether the optimizer evaluates the loss by itself, as LBFGS does, or extends or holds one that does."""
-    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
-    if any(map(_requires_argument, steps)):
-        return True
-    return any(map(needs_closure, held_optimizers(optimizer).values()))
+def step_takes(experiment: Experiment, net: nn.Module) -> Takes:
+    """Say what the step of the declared optimizer takes.
 
-
-def evaluates_again(experiment: Experiment, net: nn.Module) -> bool:
-    """Say whether the optimizer wants a closure beside the gradients, as SAM does, though its `step` can't show it.
-
-    That is found out by trial, on copies of the parameters with gradients of zero: without a closure it fails.
+    The signature of an overridden `step` can't tell, so that is found out by trial, on copies of the parameters.
     """
-
-    def step_fails(with_closure: bool) -> bool:
-        copies = [parameter.detach().clone().requires_grad_(parameter.requires_grad) for parameter in net.parameters()]
-
-        def closure() -> Tensor:
-            for parameter in copies:
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            return torch.zeros(())
-
-        closure()
-        try:
-            build_optimizer(experiment, copies).step(*[closure] * with_closure)  # type: ignore[arg-type]
-        except Exception:  # each has its own way to refuse
-            return True
-        return False
-
-    kinds = type(build_optimizer(experiment, net.parameters())).__mro__
-    if any(kind.__module__.startswith("torch.") for kind in kinds[: kinds.index(Optimizer)]):
-        return False  # no optimizer of torch does
+    optimizer = build_optimizer(experiment, net.parameters())
+    likely: Takes = "closure" if _needs_closure(optimizer) else "gradients"
+    if type(optimizer).step.__module__.startswith("torch."):
+        return likely
+    ways: tuple[Takes, ...] = (likely, "both")
     with kept_generators(next(net.parameters()).device):
-        return step_fails(with_closure=False) and not step_fails(with_closure=True)
+        return next((takes for takes in ways if _can_step(experiment, net, takes)), likely)
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """Say whether a step that it has, inherits, or has in an optimizer that it holds requires an argument."""
+    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+    return any(map(_requires_argument, steps)) or any(map(_needs_closure, held_optimizers(optimizer).values()))
 
 
 def _requires_argument(step: Callable[..., object]) -> bool:
@@ -480,16 +403,35 @@ def _requires_argument(step: Callable[..., object]) -> bool:
     return any(p.default is p.empty and p.kind not in variadic for p in parameters)
 
 
+def _can_step(experiment: Experiment, net: nn.Module, takes: Takes) -> bool:
+    """Try the step with gradients of zero."""
+    copies = [parameter.detach().clone().requires_grad_(parameter.requires_grad) for parameter in net.parameters()]
+
+    def closure() -> Tensor:
+        for parameter in copies:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        return torch.zeros(())
+
+    if takes != "closure":
+        closure()
+    try:
+        build_optimizer(experiment, copies).step(*[closure] * (takes != "gradients"))  # type: ignore[arg-type]
+    except Exception:  # each has its own way to refuse
+        return False
+    return True
+
+
 def minimises_cross_entropy(experiment: Experiment) -> bool:
     """Say whether what is minimised is known to be the mean cross-entropy per image."""
     return experiment.objective is None and experiment.loss in (None, F.cross_entropy)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(net: nn.Module, images: Tensor, normalize_by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
     """Return the network's output (N, 10) in evaluation mode for uint8 images (N, 1, 28, 28).
 
-    Each part of the network is left in the mode it was in.
+    Each part of the network is left in the mode it was in. What it keeps of an evaluation can be trained with, which
+    torch.inference_mode would forbid.
     """
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
@@ -518,6 +460,10 @@ def build_average(experiment: Experiment, net: nn.Module) -> AveragedModel | Non
     """Build the declared average of the network's weights, with its count of batches where no GPU is waited for."""
     if experiment.average is None:
         return None
+    for module in net.modules():
+        for name, value in vars(module).items():  # activations, and the weights of the old weight_norm, have no copies
+            if isinstance(value, Tensor) and not value.is_leaf:
+                vars(module)[name] = value.detach()
     average = experiment.average(net)
     if isinstance(average, AveragedModel):
         average.n_averaged = average.n_averaged.cpu()  # it is read for each batch

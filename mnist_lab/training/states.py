@@ -1,22 +1,25 @@
-"""What a training changes besides parameters, as tensors and plain values that can be kept and put back."""
+"""What a training changes besides parameters, as tensors and plain values that a checkpoint can keep."""
 
 from __future__ import annotations
 
-import dis
+import copy
+import dataclasses
 import functools
 import types
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.optim import Optimizer
 
+from mnist_lab.errors import LabError
+from mnist_lab.experiment import Experiment
+
+PARTS = ("loss", "objective", "augmentation")  # of an experiment, besides the network, that may count their batches
 PLAIN = (bool, int, float, complex, str, type(None))
-INTERNAL = frozenset(vars(nn.Module())) - {"training"}  # what every module has
+INTERNAL = frozenset(vars(nn.Module())) - {"training"}  # attributes that every module has
 
 
 def plain(state: Any) -> Any:
@@ -28,166 +31,107 @@ def plain(state: Any) -> Any:
     return type(state)(map(plain, state)) if type(state) in (list, tuple) else state
 
 
-# ---- objects and functions that keep numbers
+# ---- loss, objective and augmentation
 
 
-def holders(*declared: object) -> list[object]:
-    """Return what may keep numbers in declared callables: objects, modules and functions.
+def own_parts(experiment: Experiment) -> Experiment:
+    """Return the experiment with copies of its loss, objective and augmentation, for one run to change.
 
-    Looked through are the arguments of a partial, what a method belongs to, the functions that an object is called by,
-    and the callables among its attributes, in lists and dicts too.
+    Raises:
+        LabError: if one of them can't be copied.
     """
-    found: dict[int, object] = {}
-    seen: dict[int, object] = {}  # a list may hold itself
-    todo = list(reversed(declared))
-    while todo:
-        value = todo.pop()
-        if id(value) in seen or isinstance(value, type | types.ModuleType | GraphModule):  # a teacher keeps nothing
-            continue
-        seen[id(value)] = value
-        inner: list[object] = []
-        if isinstance(value, functools.partial):
-            inner = [value.func, *value.args, *value.keywords.values()]
-        elif isinstance(value, list | tuple):
-            inner = list(value)
-        elif isinstance(value, dict):
-            inner = list(value.values())
-        elif isinstance(value, types.MethodType):
-            inner = [value.__func__]
-            if hasattr(value.__self__, "__dict__") and not isinstance(value.__self__, type | types.ModuleType):
-                found[id(value.__self__)] = value.__self__
-                inner += _callables(value.__self__)
-        elif callable(value) and hasattr(value, "__dict__"):
-            found[id(value)] = value
-            inner = _callables(value)
-        todo += reversed(inner)
-    return list(found.values())
+    memo: dict[int, Any] = {}  # what two parts share, their copies share too
+    copies = {}
+    for name in PARTS:
+        try:
+            copies[name] = copy.deepcopy(getattr(experiment, name), memo)
+        except Exception as error:
+            raise LabError(f"{name}: each run works on a copy of it, and it can't be copied: {error}") from error
+    return dataclasses.replace(experiment, **copies)
 
 
-def _callables(holder: object) -> list[object]:
-    """Return what an object is called by, unless that is torch's, and the callables that it holds."""
-    held = [one for one in vars(holder).values() if callable(one) or isinstance(one, list | tuple | dict)]
-    if isinstance(holder, types.FunctionType):
-        return held
-    called = [getattr(type(holder), name, None) for name in ("__call__", "forward")]
-    own = [one for one in called if isinstance(one, types.FunctionType) and not one.__module__.startswith("torch")]
-    if isinstance(holder, nn.Module):
-        return [*own, *holder.children()]
-    return [*own, *held]
+def objects_in(part: object) -> Iterator[object]:
+    """Yield the objects in a declared callable: itself, a partial's arguments, and what a method belongs to."""
+    if isinstance(part, functools.partial):
+        for one in (part.func, *part.args, *part.keywords.values()):
+            yield from objects_in(one)
+    elif isinstance(part, types.MethodType):
+        yield from objects_in(part.__self__)
+    elif hasattr(part, "__dict__") and not isinstance(part, type | types.FunctionType | types.ModuleType):
+        yield part
 
 
-def variables(holder: object) -> dict[str, Any]:
-    """Return what a holder may set: attributes, a module's own parameters and buffers, a function's outer variables.
+def parts_state(experiment: Experiment) -> list[dict[str, Any]]:
+    """Return the states of the objects that follow torch's protocol: `state_dict` and `load_state_dict`."""
+    return [
+        module_state(one) if isinstance(one, nn.Module) else plain(one.state_dict()) for one in _stateful(experiment)
+    ]
 
-    Those of a function are the variables of functions around it, and the globals that it sets.
-    """
-    if isinstance(holder, nn.Module):
-        return {**_attributes(holder), **holder._parameters, **holder._buffers}
-    if not isinstance(holder, types.FunctionType):
-        return dict(vars(holder))
-    outer = {name: cell.cell_contents for name, cell in _cells(holder).items() if cell != types.CellType()}
-    return {**vars(holder), **outer, **{name: holder.__globals__.get(name) for name in _stored_globals(holder)}}
+
+def load_parts_state(experiment: Experiment, states: list[dict[str, Any]], device: torch.device) -> None:
+    """Put back what `parts_state` returned."""
+    for one, state in zip(_stateful(experiment), states, strict=False):
+        if isinstance(one, nn.Module):
+            load_module_state(one, state, device)
+        else:
+            one.load_state_dict(state)
+
+
+def _stateful(experiment: Experiment) -> Iterator[Any]:
+    for name in PARTS:
+        for one in objects_in(getattr(experiment, name)):
+            if hasattr(one, "state_dict") and hasattr(one, "load_state_dict"):
+                yield one
+
+
+# ---- modules
+
+
+def module_state(module: nn.Module) -> dict[str, Any]:
+    """Return a module's state_dict, the buffers that this leaves out, and numbers, texts and tensors in attributes."""
+    state = module.state_dict()
+    return {
+        "net": state,
+        "buffers": {name: buffer for name, buffer in module.named_buffers() if name not in state},
+        "attributes": {name: _attributes(one) for name, one in module.named_modules()},
+    }
+
+
+@torch.no_grad()
+def load_module_state(module: nn.Module, state: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what `module_state` returned."""
+    module.load_state_dict(state["net"])
+    for name, value in state["buffers"].items():
+        owner, _, buffer = name.rpartition(".")
+        _put(module.get_submodule(owner), buffer, value, device)
+    for name, values in state["attributes"].items():
+        for attribute, value in values.items():
+            _put(module.get_submodule(name), attribute, value, device)
+
+
+def _put(module: nn.Module, name: str, value: object, device: torch.device) -> None:
+    """Set an attribute; a tensor of the same shape stays the one that it is, and an equal number keeps its type."""
+    now = getattr(module, name, None)
+    if isinstance(value, Tensor):
+        if isinstance(now, Tensor) and (now.shape, now.dtype) == (value.shape, value.dtype):
+            now.copy_(value)
+        else:
+            setattr(module, name, value.to(device))
+    elif isinstance(now, Tensor) or now != value:
+        setattr(module, name, value)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in INTERNAL}
-
-
-def _cells(function: types.FunctionType) -> dict[str, types.CellType]:
-    return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-
-
-def _stored_globals(function: types.FunctionType) -> set[str]:
-    return {one.argval for one in dis.get_instructions(function) if one.opname == "STORE_GLOBAL"}
-
-
-def set_variable(holder: object, name: str, value: object) -> None:
-    """Set one of the holder's `variables`."""
-    if isinstance(holder, nn.Module) and name in holder._parameters:
-        holder._parameters[name] = value  # type: ignore[assignment]
-    elif isinstance(holder, nn.Module) and name in holder._buffers:
-        holder._buffers[name] = value  # type: ignore[assignment]
-    elif isinstance(holder, types.FunctionType) and name in _cells(holder):
-        _cells(holder)[name].cell_contents = value
-    elif isinstance(holder, types.FunctionType) and name in _stored_globals(holder):
-        holder.__globals__[name] = value
-    else:
-        vars(holder)[name] = value
-
-
-@contextmanager
-def left_as_they_are(*declared: object) -> Iterator[None]:
-    """Give what `holders` finds, afterwards, the variables and tensors that it had before.
-
-    What else is changed in place, such as a list or a generator of random numbers, stays changed.
-    """
-    before = [(holder, variables(holder)) for holder in holders(*declared)]
-    tensors = [value for _, values in before for value in values.values() if isinstance(value, Tensor)]
-    copies = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_inference()]
-    try:
-        yield
-    finally:
-        for holder, values in before:
-            for name in variables(holder).keys() - values.keys():
-                vars(holder).pop(name, None)
-            for name, value in values.items():
-                set_variable(holder, name, value)
-        for tensor, value in copies:
-            tensor.data.copy_(value)
-
-
-def kept(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those values that a checkpoint can be read back with: numbers, texts, and tensors, copied.
-
-    Left out are activations: tensors with a graph, and those of an evaluation.
-    """
-    numbers = {name: value for name, value in plain(dict(values)).items() if type(value) in PLAIN}
-    tensors = {
-        name: value.detach().clone()
-        for name, value in values.items()
-        if isinstance(value, Tensor) and value.is_leaf and value.layout == torch.strided and not value.is_inference()
-    }
-    return {**numbers, **tensors}
-
-
-@torch.no_grad()
-def put_back(holder: object, values: Mapping[str, Any], device: torch.device) -> None:
-    """Set the variables of which `kept` gave these values; a tensor of the same shape stays the one that it is."""
-    now = variables(holder)
-    numbers = kept({name: value for name, value in now.items() if not isinstance(value, Tensor)})
-    for name, value in values.items():
-        there = now.get(name)
-        if not isinstance(value, Tensor):
-            if name not in numbers or numbers[name] != value:  # one that is equal keeps its type
-                set_variable(holder, name, value)
-        elif isinstance(there, Tensor) and (there.shape, there.dtype) == (value.shape, value.dtype):
-            there.copy_(value)
-        else:
-            set_variable(holder, name, value.to(device))
-
-
-# ---- networks and optimizers
-
-
-def network_state(net: nn.Module) -> dict[str, Any]:
-    """Return what a network holds: its state_dict, the buffers that this leaves out, and its modules' attributes."""
-    state = net.state_dict()
+    """Return the attributes that a checkpoint can be read back with, without activations: tensors with a graph."""
+    own = {name: plain(value) for name, value in vars(module).items() if name not in INTERNAL}
     return {
-        "net": state,
-        "buffers": {name: buffer for name, buffer in net.named_buffers() if name not in state},
-        "attributes": {name: kept(_attributes(module)) for name, module in net.named_modules()},
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in own.items()
+        if type(value) in PLAIN or (isinstance(value, Tensor) and value.is_leaf and value.layout == torch.strided)
     }
 
 
-@torch.no_grad()
-def load_network_state(net: nn.Module, state: Mapping[str, Any], device: torch.device) -> None:
-    """Put back what `network_state` returned."""
-    net.load_state_dict(state["net"])
-    for name, value in state.get("buffers", {}).items():  # checkpoints of earlier versions lack them
-        module, _, leaf = name.rpartition(".")
-        put_back(net.get_submodule(module), {leaf: value}, device)
-    for name, values in state.get("attributes", {}).items():
-        put_back(net.get_submodule(name), values, device)
+# ---- optimizers
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
@@ -198,15 +142,12 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Put back what `optimizer_state` returned; groups that optimizers share stay shared, for schedules."""
-    if "held" not in state:  # of an earlier version
-        state = {"state": state, "held": {}}
     held = held_optimizers(optimizer)
     groups = list(map(id, optimizer.param_groups))
     linked = [one for one in held.values() if list(map(id, one.param_groups)) == groups]
     optimizer.load_state_dict(state["state"])
     for name, one in held.items():
-        if name in state["held"]:
-            load_optimizer_state(one, state["held"][name])
+        load_optimizer_state(one, state["held"][name])
     for one in linked:
         one.param_groups = optimizer.param_groups
 

@@ -27,8 +27,8 @@ from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training import dropout
-from mnist_lab.training.loop import fit, initial_network, num_params, remembering
-from mnist_lab.training.states import left_as_they_are
+from mnist_lab.training.loop import fit, initial_network, num_params
+from mnist_lab.training.states import own_parts
 
 FLATTEN = partial(torch.flatten, start_dim=1)
 CPU = torch.device("cpu")
@@ -455,13 +455,15 @@ class Temperature(nn.Module):
         return F.cross_entropy(logits / self.value, labels)
 
 
-SEEN: list[int] = []
+def listing() -> Callable[..., Any]:
+    seen: list[int] = []
 
+    def objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(len(images))
+        logits = net(images)
+        return F.cross_entropy(logits, labels), logits
 
-def listing(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    SEEN.append(len(images))
-    logits = net(images)
-    return F.cross_entropy(logits, labels), logits
+    return objective
 
 
 class OwnGenerator:
@@ -500,8 +502,8 @@ def binary(logits: Tensor, labels: Tensor) -> Tensor:
             "scheduler: OneCycleLR is made for 99 steps and the run has ",
         ),
         (
-            {"objective": listing},
-            "objective: changes what is in SEEN from batch to batch: a run begins",
+            {"objective": listing()},
+            "objective: changes variables of an outer function from batch to batch: a run begins",
         ),
         ({"augmentation": OwnGenerator()}, "the run's seed does not decide what augmentation draws"),
         (
@@ -543,15 +545,14 @@ def test_an_objective_that_remembers_begins_each_run_anew(small_mnist: Mnist) ->
 
     def train() -> list[float]:
         net = initial_network(experiment, 5, CPU)
-        with left_as_they_are(*remembering(experiment).values()):
-            return [epoch.train_loss for epoch in fit(net, experiment, small_mnist, seed=5)]
+        return [epoch.train_loss for epoch in fit(net, own_parts(experiment), small_mnist, seed=5)]
 
     untouched = train()
     notices = rehearse(experiment, small_mnist).notices
     assert (experiment.objective.batches, experiment.objective.teacher) == (0, None)
     assert train() == untouched
-    (notice,) = notices  # the count is kept in a checkpoint, the network is not
-    assert notice == "objective: makes teacher in a batch, which `--resume` does not go on with"
+    (notice,) = notices
+    assert notice.startswith("objective: changes batches, teacher from batch to batch, which `--resume` begins anew")
 
 
 def test_an_objective_that_holds_itself_is_tried(small_mnist: Mnist) -> None:

@@ -59,7 +59,7 @@ def losses(experiment: Experiment, mnist: Mnist) -> list[float]:
     experiment = dataclasses.replace(experiment, epochs=1)
     training = Training(initial_network(experiment, SEED, torch.device("cpu")), experiment, few, seed=SEED)
     (metrics,) = training.epochs()
-    return [*training.losses.tolist(), metrics.eval_loss]
+    return [*torch.stack(training.losses).tolist(), metrics.eval_loss]
 
 
 def computed(load_script: Callable[[str], ModuleType], mnist: Mnist) -> Iterator[tuple[str, list[float]]]:
