@@ -1,6 +1,6 @@
-"""Step 4 on a CUDA device: the lab's way and the write-ups' on the same machine.
+"""Step 4 on a CUDA device: the lab with and without CUDA graphs, and the write-ups' way on the same machine.
 
-Compilation and the first use of the device are measured apart, as a training of one epoch before the rounds.
+The first use of the device is measured apart, as a training of one epoch before the rounds.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from measure import Report, Sample, Setting, interleave, load_experiment, make_p
 
 from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.experiment import Experiment
-from mnist_lab.training.loop import fit, initial_network
+from mnist_lab.training.loop import Training, initial_network
 
 STEP = "step4_augment_steplr"
-ONE, WRITE_UPS = "lab, 1 seed", "write-ups, 1 seed"
+LAB, GRAPH, WRITE_UPS = "lab", "lab, --cuda-graph", "write-ups"
 
 
 def seconds(train: Callable[[], None]) -> float:
@@ -31,10 +31,9 @@ def seconds(train: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def train_one(experiment: Experiment, mnist: Mnist) -> None:
-    """Train one seed."""
+def train(experiment: Experiment, mnist: Mnist, cuda_graph: bool = False) -> None:
     net = initial_network(experiment, 0, mnist.train_images.device)
-    for _ in fit(net, experiment, mnist, seed=0):
+    for _ in Training(net, experiment, mnist, seed=0, cuda_graph=cuda_graph).epochs():
         pass
 
 
@@ -61,14 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report(arguments, device)
     mnist = load_mnist(device=device)
     experiment = dataclasses.replace(load_experiment(STEP), epochs=arguments.epochs)
-    first = seconds(partial(train_one, dataclasses.replace(experiment, epochs=1), mnist))
-    report.section("compilation and first use", {f"{ONE}: first epoch": Sample((first,))}, {}, unit="s")
+    first = seconds(partial(train, dataclasses.replace(experiment, epochs=1), mnist))
+    report.section("first use", {f"{LAB}: first epoch": Sample((first,))}, {}, unit="s")
     ways: dict[str, Callable[[], float]] = {
-        ONE: partial(seconds, partial(train_one, experiment, mnist)),
+        LAB: partial(seconds, partial(train, experiment, mnist)),
+        GRAPH: partial(seconds, partial(train, experiment, mnist, cuda_graph=True)),
         WRITE_UPS: partial(write_ups, arguments.write_up_epochs, arguments.epochs),
     }
     walls = {name: Sample(tuple(rounds)) for name, rounds in interleave(ways, arguments.rounds).items()}
-    ratios = {f"{WRITE_UPS} / {ONE}": walls[WRITE_UPS].per(walls[ONE])}
+    ratios = {f"{name} / {GRAPH}": walls[name].per(walls[GRAPH]) for name in (WRITE_UPS, LAB)}
     report.section(f"{arguments.epochs} epochs", walls, ratios, unit="s")
     report.write()
 

@@ -27,6 +27,7 @@ from mnist_lab.running.summary import summarize
 from mnist_lab.story import read_story
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import Store
+from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, Training, evaluate, normalize, num_params, predict
 from mnist_lab.training.states import own_parts
 from mnist_lab.training.transforms import Augmentation
@@ -79,7 +80,8 @@ class Record:
         job, device = self.job, self.mnist.train_images.device
         job.check_unchanged()
         name, environment = run_name_of(job, f"seed {self.seed}"), provenance.environment(device)
-        summary = summarize(self.training.result, self.rehearsal.untrained)
+        with kept_generators(device):  # the layers may draw
+            summary = summarize(self.training.result, self.rehearsal.untrained)
         progress.on_run(name, device, self.num_params, summary, len(self.mnist.train_images))
         with track(
             store,
