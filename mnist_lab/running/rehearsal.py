@@ -127,7 +127,7 @@ class Trial:
     net: nn.Module = field(init=False)
     sharing: Sharing = field(init=False)
     optimizer: Optimizer = field(init=False)
-    takes: Takes = "gradients"  # what the optimizer's step does
+    takes: Takes = "gradients"  # what the step of the optimizer takes
     images: Tensor = field(init=False)  # of the first batch, augmented, in [0, 1]
     labels: Tensor = field(init=False)
     untrained: set[str] = field(default_factory=set)
