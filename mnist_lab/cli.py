@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -38,8 +38,8 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--he
     from optuna.distributions import BaseDistribution
 
     from mnist_lab.running.checkpoint import Checkpoint
-    from mnist_lab.running.cluster import Cluster
     from mnist_lab.running.job import Job
+    from mnist_lab.running.tasks import Trainers
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,9 @@ MAX_TRIALS = 100_000  # of one search
 HELD_OUT = 10_000  # images that a search is judged by, unless told otherwise
 MAX_THREADS = 1_024  # starting very many ends the process
 CLUSTER = (
-    "train a study or a search on this Ray cluster: HOST:PORT of its head, or ray://HOST:PORT from a machine that "
-    "is no node of it; auto: the one of RAY_ADDRESS, else the one of this machine, else one that is started here "
-    "for the time of the command (docs/cluster.md)"
+    "train a study or a search on this Ray cluster, of which this machine is a node: HOST:PORT of its head; auto: the "
+    "one of RAY_ADDRESS, else the one of this machine, else one that is started here for the time of the command "
+    "(docs/cluster.md)"
 )
 
 
@@ -173,8 +173,6 @@ def _wrong_combinations(arguments: argparse.Namespace) -> Iterator[str]:
         yield from (f"{name}: only allowed with --seeds or --search" for name in alone)
     if several and arguments.resume:
         yield f"resume: --{several[-1]} goes on by itself where it stopped, not with the run {arguments.resume}"
-    if "threads" in given and "cluster" in given:
-        yield "threads: not allowed with --cluster, whose tasks have one thread each"
     if "search_seeds" in given and "search" not in given:
         yield "search-seeds: only allowed with --search"
     if "confirm" in given and ("seeds" not in given or arguments.again):
@@ -205,12 +203,8 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
     from mnist_lab.running.study import study
 
     consequence = "Runs that had begun are marked KILLED; the same command trains only the seeds that are missing."
-    with (
-        sentences(consequence),
-        _cluster(arguments.cluster) as cluster,
-        closing(StudyConsole(job)) as console,
-    ):
-        result = study(job, arguments.seeds, console, workers=arguments.workers, again=arguments.again, cluster=cluster)
+    with sentences(consequence), _trainers(arguments) as trainers, closing(StudyConsole(job)) as console:
+        result = study(job, arguments.seeds, console, trainers, again=arguments.again)
     print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the seeds below it.", flush=True)
     if result.failed:
         print(f"Failed: seed {', '.join(map(str, result.failed))}; the same command tries again.", file=sys.stderr)
@@ -223,22 +217,12 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
     from mnist_lab.running import search
 
     consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
-    with sentences(consequence), _cluster(arguments.cluster) as cluster, closing(SearchConsole()) as console:
+    with sentences(consequence), _trainers(arguments) as trainers, closing(SearchConsole()) as console:
         if arguments.search is None:
-            confirmed = search.confirm(
-                job, space, arguments.confirm, arguments.seeds, console, workers=arguments.workers, cluster=cluster
-            )
+            confirmed = search.confirm(job, space, arguments.confirm, arguments.seeds, console, trainers)
         else:
-            result = search.search(
-                job,
-                space,
-                arguments.search,
-                arguments.search_seeds or 1,
-                console,
-                workers=arguments.workers,
-                again=arguments.again,
-                cluster=cluster,
-            )
+            seeds = arguments.search_seeds or 1
+            result = search.search(job, space, arguments.search, seeds, console, trainers, again=arguments.again)
     if arguments.search is None:
         print_confirmed(confirmed, job)
         failed = not any(one.accuracies for one in confirmed)
@@ -250,13 +234,18 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
         sys.exit(1)
 
 
-def _cluster(address: str | None) -> AbstractContextManager[Cluster | None]:
-    """Give the cluster that is asked for; it is connected to when there is something to train."""
-    if address is None:
-        return nullcontext()
+@contextmanager
+def _trainers(arguments: argparse.Namespace) -> Iterator[Trainers]:
+    """Give what trains: this machine, or the cluster that is asked for, which is left at the end."""
+    if arguments.cluster is None:
+        from mnist_lab.running.workers import Local
+
+        yield Local(arguments.workers)
+        return
     from mnist_lab.running.cluster import Cluster
 
-    return closing(Cluster(address))
+    with closing(Cluster(arguments.cluster, arguments.workers)) as cluster:
+        yield cluster
 
 
 def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:

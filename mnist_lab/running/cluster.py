@@ -1,15 +1,12 @@
-"""Who trains the runs of a study or a search on a Ray cluster: a task of one core for each, wherever one is free.
+"""Trains on a Ray cluster: a task of Ray Core for each seed, wherever there is room.
 
-The interface is that of `workers`. Ray Core runs the tasks and carries the script, the lab and MNIST to them. What a
-run says goes through a mailbox, an actor beside this process, where a trial waits for the word whether to go on. Ray
-would repeat a lost task by itself; here this process does, once the run that was lost is closed, so that it can go on.
-
-A process on a machine that is no node joins by Ray's client: a process on the head does for it what it asks for.
+Ray carries the script, the lab and MNIST to the nodes, and begins a task anew whose process or node is lost; the task
+then closes the run that was lost, and goes on with it. What tasks have to say comes through a queue of Ray's.
 """
 
 from __future__ import annotations
 
-import asyncio
+import gzip
 import hashlib
 import importlib.metadata
 import logging
@@ -21,68 +18,44 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from optuna.storages import BaseStorage, get_storage
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads these when it is imported
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-os.environ.setdefault("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "0")  # else tasks go on when their command is dead
+os.environ.setdefault("RAY_task_oom_retries", "2")
 
-import grpc
 import ray
-from ray._private import ray_constants, services
-from ray._private.grpc_utils import init_grpc_channel
-from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
-from ray.exceptions import (
-    NodeDiedError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnist_lab.data import parse_files, read_files
+from mnist_lab.data import read_files
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
 from mnist_lab.running import provenance
 from mnist_lab.running.job import Job
-from mnist_lab.running.progress import Pruned
 from mnist_lab.running.provenance import Commit
-from mnist_lab.running.record import RunResult, run_name_of
 from mnist_lab.running.sources import LAB, place
+from mnist_lab.running.tasks import Done, Epoch, Failed, Given, OnMessage, Task, Tried, outcome_of
 from mnist_lab.running.threads import available_cores
-from mnist_lab.running.workers import (
-    END_SECONDS,
-    LOOK_SECONDS,
-    Done,
-    Epoch,
-    Failed,
-    Judge,
-    Messages,
-    Take,
-    Task,
-    outcome_of,
-    train,
-)
 from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost, close_orphans, open_store
 from mnist_lab.training.loop import EpochMetrics
 
 AUTO = "auto"
-CLIENT = "ray://"  # begins an address of Ray's client
-ANSWER_SECONDS = 10  # that a cluster has to answer
-LOOK_AT_NODES_SECONDS = 180  # that all nodes have to show themselves; a first import of torch is slow
 TRIES = 3  # of a seed whose process or node is lost
+ANSWER_SECONDS = 30  # that a cluster has to answer, on a busy machine too
+LOOK_AT_NODES_SECONDS = 180  # that all nodes have to show themselves; a first import of torch is slow
+LOOK_SECONDS = 1.0  # how often the queue is read
+END_SECONDS = 20.0  # that tasks get to close their runs when the command is stopped
 GPU_SHARE = 0.25  # of a GPU, that a task takes
-CALLS = 100_000  # that the mailbox can have open at once
 LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
-NO_CLUSTER = (RayActorError, ConnectionError, grpc.RpcError)  # raised once it, or the way to it, is gone
+NO_CLUSTER = (RayActorError, ConnectionError)  # raised once it, or the way to it, is gone
 PACKAGES = ("torch", "torchvision", "numpy", "mlflow")  # of which each node must have the same version
 STATE = Path(".local") / "state" / "mnist_lab"  # in the home folder of a node that has no other place
 
@@ -93,9 +66,8 @@ class Order(NamedTuple):
     """What all tasks of a command are sent.
 
     versions: of what each node must have the same.
-    environment: variables that MLflow and the lab read.
-    folder: where this machine keeps locks, checkpoints and what waits for a server.
-    sha256: of MNIST.
+    environment: variables that MLflow reads.
+    folder: where this machine keeps locks and checkpoints.
     """
 
     tracking_uri: str
@@ -103,170 +75,95 @@ class Order(NamedTuple):
     environment: Mapping[str, str]
     folder: Path
     commit: Commit
-    sha256: str
-
-
-class Notice(NamedTuple):
-    """What a task has to say to the user."""
-
-    text: str
-
-
-class Attempt(NamedTuple):
-    """A task that is running or waits for a core: which it is, what it trains, and how often that was begun."""
-
-    key: int
-    task: Task
-    seed: int
-    tries: int
-
-
-class Mailbox:
-    """An actor. Tasks say something and wait for an answer; the process that gave them work hears it and answers."""
-
-    def __init__(self) -> None:
-        self.said: asyncio.Queue[tuple[int, Epoch | Notice]] = asyncio.Queue()
-        self.answers: dict[int, asyncio.Future[bool]] = {}
-
-    async def say(self, key: int, what: Epoch | Notice) -> bool:
-        """Return whether the run is worth another epoch, once that is known; of a notice, at once."""
-        if isinstance(what, Notice):
-            self.said.put_nowait((key, what))
-            return True
-        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.answers[key] = answer
-        self.said.put_nowait((key, what))
-        return await answer
-
-    async def hear(self) -> tuple[int, Epoch | Notice]:
-        return await self.said.get()
-
-    async def answer(self, key: int, worth_it: bool) -> None:
-        answer = self.answers.pop(key)
-        if not answer.done():
-            answer.set_result(worth_it)
 
 
 class Cluster:
-    """A Ray cluster by its address. It is connected to when there is something to train, and left by `close`.
+    """The trainers of a Ray cluster. It is connected to when there is something to train, and left by `close`.
 
-    address: HOST:PORT of the head where this machine is a node, else ray://HOST:PORT; or "auto": RAY_ADDRESS, else the
-        cluster that runs on this machine, else one of this machine's cores that is started, and ended by `close`.
+    address: HOST:PORT of the head, where this machine is a node; or "auto": RAY_ADDRESS, else the cluster that runs on
+        this machine, else one of this machine's cores that is started, and ended by `close`.
+    workers: how many tasks train at once; by default as many as the cluster has room for.
     """
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._workers: int | None = None
+    def __init__(self, address: str, workers: int | None = None) -> None:
+        self.address, self.workers = address, workers
 
-    def connect(self, job: Job, store: Store) -> None:
+    def check(self, job: Job) -> None:
+        """What can't be shows once the cluster is connected to."""
+
+    def prepare(self, job: Job, store: Store) -> int:
         """Connect, and see that each node can train this job.
 
         Raises:
             LabError: if the cluster does not answer, a node can't train the job or has other versions, or there are
                 several nodes and the store is no server.
         """
-        self._job, self._store = job, store
+        on_gpu = job.device.type != "cpu"
+        self._task = {"num_cpus": job.threads or 1, "num_gpus": GPU_SHARE if on_gpu else 0, "max_retries": TRIES - 1}
         with tempfile.TemporaryDirectory(prefix="mnist_lab-") as folder:
             _pack(job, Path(folder))
             _join(self.address, Path(folder))
-        nodes = [node for node in ray.nodes() if node["Alive"]]
         self._name = f"the cluster {ray.get_runtime_context().gcs_address}"
-        self._check_store(nodes)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        mailbox = ray.remote(num_cpus=0, max_concurrency=CALLS)(Mailbox)
-        self._mailbox = mailbox.options(scheduling_strategy=here).remote()
-        self._hearing = self._mailbox.hear.remote()
-        files = read_files(job.data_dir)
-        order = Order(
-            store.uri,
-            _versions(),
-            {name: text for name, text in os.environ.items() if name.startswith("MLFLOW_")},
-            own_folder(store.uri),
-            job.commit,
-            parse_files(files).sha256,
-        )
-        self._order = ray.put(order)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        if len(nodes) > 1 and sqlite_file(store.uri) is not None:
+            raise LabError(
+                f"tracking store {store.name!r}: {len(nodes)} nodes can't write to SQLite; start a server with "
+                "`make server` and name it with --tracking-uri or MLFLOW_TRACKING_URI"
+            )
+        environment = {name: text for name, text in os.environ.items() if name.startswith("MLFLOW_")}
+        self._store = store
+        self._order = ray.put(Order(store.uri, _versions(), environment, own_folder(store.uri), job.commit))
+        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()})
         self._look_at([node for node in nodes if node["Resources"].get("CPU")])
-        self._files = ray.put({name: _shared(content) for name, content in files.items()})
         close_orphans(store)
-
-    def at_a_time(self, workers: int | None) -> int:
-        """Return how many tasks train at once, as many as the cluster has room for unless told otherwise."""
-        self._workers, room = workers, self._room()
+        room = self._room()
         if room < 1:
-            raise LabError(f"cluster: {self._name} has no {self._unit} to train on")
-        if workers is not None and not 1 <= workers <= room:
-            raise LabError(f"workers: {workers} is not between 1 and {room}, for which {self._name} has room")
-        return workers or room
+            raise LabError(f"cluster: {self._name} has no {'GPU' if on_gpu else 'core'} to train on")
+        if self.workers is not None and not 1 <= self.workers <= room:
+            raise LabError(f"workers: {self.workers} is not between 1 and {room}, for which {self._name} has room")
+        return self.workers or room
 
-    def train_tasks(self, take: Take, count: int, on_time: Callable[[], None], judge: Judge | None = None) -> Messages:
-        """Train on the cluster, as `TrainTasks` says; nodes that join it are used too, unless workers were asked for.
+    def storage(self, url: str) -> BaseStorage:
+        server = ray.remote(num_cpus=0)(StorageServer).options(scheduling_strategy=_here()).remote(url)
+        return RemoteStorage(server)
 
-        A seed whose process or node is lost is trained again, from its last checkpoint where that can be reached.
-        """
-        running: dict[ray.ObjectRef, Attempt] = {}
-        lost: deque[Attempt] = deque()
-        keys = 0
+    def train(  # as `Trainers` says; nodes that join are used too, unless workers were asked for
+        self, waiting: Iterable[Given], count: int, on_message: OnMessage, on_time: Callable[[], None]
+    ) -> None:
+        following = iter(waiting)
+        running: dict[ray.ObjectRef, Given] = {}
+        parents: set[str] = set()
+        begin = ray.remote(**self._task)(_train_there)
         try:
             while True:
-                room = count if self._workers else max(count, self._room())
-                while len(running) < room:
-                    if lost:
-                        attempt = lost.popleft()
-                    elif (given := take()) is not None:
-                        attempt = Attempt(0, *given, 0)
-                    else:
-                        break
-                    keys += 1
-                    attempt = attempt._replace(key=keys, tries=attempt.tries + 1)
-                    running[self._begin(attempt)] = attempt
+                room = self.workers or max(count, self._room())
+                while len(running) < room and (given := next(following, None)) is not None:
+                    running[begin.remote(self._order, self._queue, *given)] = given
+                    parents.add(given[0].parent_run_id)
                 if not running:
                     return
-                ready, _ = ray.wait([self._hearing, *running], timeout=LOOK_SECONDS)
-                for done in ready:
-                    if done == self._hearing:
-                        key, said = ray.get(done)
-                        self._hearing = self._mailbox.hear.remote()
-                        speaker = next((one for one in running.values() if one.key == key), None)
-                        if isinstance(said, Notice):
-                            logger.warning("%s", said.text)
-                        elif speaker is not None:
-                            worth_it = judge is None or judge(speaker.task, said.metrics)
-                            self._mailbox.answer.remote(key, worth_it)
-                            yield speaker.task, said
-                        continue
-                    attempt = running.pop(done)
-                    message = self._end(done, attempt)
-                    if message is None:
-                        lost.append(attempt)
-                    else:
-                        yield attempt.task, message
+                ready, _ = ray.wait([*running], timeout=LOOK_SECONDS)
+                self._pass_on(running, on_message)
+                for ref in ready:
+                    task, seed = running.pop(ref)
+                    on_message(task, _outcome(ref, seed))
                 on_time()
         except NO_CLUSTER as error:
             raise LabError(f"cluster: {self._name} is lost: {one_line(error)[:200]}") from error
         finally:
-            self._stop(running)
+            _stop([*running])
+            for parent in parents:
+                with suppress(LabError):  # a server that is away: the next command closes them
+                    close_lost(self._store, parent)
 
     def close(self) -> None:
         """Leave the cluster; one that was started for this command ends."""
         ray.shutdown()
 
-    @property
-    def _unit(self) -> str:
-        return "core" if self._job.device.type == "cpu" else "GPU"
-
     def _room(self) -> int:
         resources = ray.cluster_resources()
-        if self._job.device.type == "cpu":
-            return int(resources.get("CPU", 0))
-        return int(min(resources.get("CPU", 0), resources.get("GPU", 0) / GPU_SHARE))
-
-    def _check_store(self, nodes: list[dict[str, Any]]) -> None:
-        if len(nodes) > 1 and sqlite_file(self._store.uri) is not None:
-            raise LabError(
-                f"tracking store {self._store.name!r}: {len(nodes)} nodes can't write to SQLite; start a server with "
-                "`make server` and name it with --tracking-uri or MLFLOW_TRACKING_URI"
-            )
+        needs = {"CPU": self._task["num_cpus"], "GPU": self._task["num_gpus"]}
+        return int(min(resources.get(name, 0) / needed for name, needed in needs.items() if needed))
 
     def _look_at(self, nodes: list[dict[str, Any]]) -> None:
         """See that each node has the same versions and reaches the store; raises LabError."""
@@ -284,64 +181,92 @@ class Cluster:
                 hardware.add(ray.get(ref))
             except RayError as error:
                 raise LabError(f"cluster: node {looking[ref]} {_why(error)}") from error
-        logger.warning("%s: %d nodes, %d %ss", self._name, len(nodes), self._room(), self._unit)
+        logger.warning("%s: %d nodes, room for %d at a time", self._name, len(nodes), self._room())
         if len(hardware) > 1:
-            said = "the nodes differ, and a seed's figures with them: %s"
-            logger.warning(said, "; ".join(sorted(hardware)))
+            message = "the nodes differ, and a seed's figures with them: %s"
+            logger.warning(message, "; ".join(sorted(hardware)))
 
-    def _begin(self, attempt: Attempt) -> ray.ObjectRef:
-        on_gpu = self._job.device.type != "cpu"
-        begin = ray.remote(num_cpus=1, num_gpus=GPU_SHARE if on_gpu else 0, max_retries=0)(_train_there)
-        task = attempt.task if attempt.tries == 1 else attempt.task._replace(again=False)
-        return begin.remote(self._order, self._files, self._mailbox, attempt.key, task, attempt.seed)
+    def _pass_on(self, running: Mapping[ray.ObjectRef, Given], on_message: OnMessage) -> None:
+        """Pass on what tasks have said: their epochs, and notices for the user."""
+        for message in self._queue.get_nowait_batch(self._queue.qsize()):
+            if isinstance(message, str):
+                logger.warning("%s", message)
+                continue
+            task = next((task for task, seed in running.values() if seed == message.seed), None)
+            if task is not None:
+                on_message(task, message)
 
-    def _end(self, done: ray.ObjectRef, attempt: Attempt) -> Done | Failed | None:
-        """Return what came of an attempt, or None where it is to be made again."""
-        try:
-            ended: Done | Failed = ray.get(done)
-            return ended
-        except LOST as error:
-            reason = one_line(error).partition(". ")[0][:200]
-            self._close_lost(attempt)
-            if attempt.tries == TRIES:
-                return Failed(attempt.seed, f"its process was lost {TRIES} times, the last time so: {reason}")
-            logger.warning("seed %d is trained again: its process was lost (%s)", attempt.seed, reason)
-            return None
-        except RayError as error:
-            return Failed(attempt.seed, _why(error))
 
-    def _close_lost(self, attempt: Attempt) -> None:
-        with suppress(LabError):  # a server that is away: the next command closes the run
-            name = run_name_of(attempt.task.job, f"seed {attempt.seed}")
-            close_lost(self._store, attempt.task.parent_run_id, name)
+def _stop(running: list[ray.ObjectRef]) -> None:
+    """Interrupt the tasks, so that they close their runs; those that do not are killed."""
+    if not running:
+        return
+    with suppress(*NO_CLUSTER):  # the tasks of a cluster that is gone end by themselves
+        for ref in running:
+            ray.cancel(ref)
+        _, left = ray.wait(running, num_returns=len(running), timeout=END_SECONDS)
+        for ref in left:
+            ray.cancel(ref, force=True)
 
-    def _stop(self, running: Mapping[ray.ObjectRef, Attempt]) -> None:
-        """Interrupt the tasks, so that they close their runs; those that do not are killed."""
-        if not running:
-            return
-        with suppress(*NO_CLUSTER):  # the tasks of a cluster that is gone end by themselves
-            for ref in running:
-                ray.cancel(ref)
-            _, left = ray.wait([*running], num_returns=len(running), timeout=END_SECONDS)
-            for ref in left:
-                ray.cancel(ref, force=True)
-                self._close_lost(running[ref])
+
+def _outcome(ref: ray.ObjectRef, seed: int) -> Done | Tried | Failed:
+    try:
+        outcome: Done | Tried | Failed = ray.get(ref)
+        return outcome
+    except LOST as error:
+        reason = one_line(error).partition(". ")[0][:200]
+        return Failed(seed, f"its process was lost {TRIES} times, the last time so: {reason}", lost=True)
+    except RayError as error:
+        return Failed(seed, _why(error))
+
+
+class StorageServer:
+    """An actor beside the command, by which tasks on all nodes use Optuna's database there."""
+
+    def __init__(self, url: str) -> None:
+        self.storage = get_storage(url)
+
+    def call(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return getattr(self.storage, name)(*arguments, **named)
+
+
+def _forward(name: str) -> Callable[..., Any]:
+    def call(self: RemoteStorage, *arguments: Any, **named: Any) -> Any:
+        return ray.get(self.server.call.remote(name, arguments, named))
+
+    return call
+
+
+_Forwarding: Any = type(
+    "_Forwarding", (BaseStorage,), {name: _forward(name) for name in BaseStorage.__abstractmethods__}
+)
+
+
+class RemoteStorage(_Forwarding):  # type: ignore[misc]
+    """The storage of a `StorageServer`. Optuna's own proxy would open a port that no token guards."""
+
+    def __init__(self, server: Any) -> None:
+        self.server = server
 
 
 # ---- to the cluster
 
 
 def _pack(job: Job, folder: Path) -> None:
-    """Put the lab, the script and what it imports into a folder, as they are imported."""
+    """Put the lab, the script, what it imports, and MNIST into a folder, as a project has them."""
     shutil.copytree(LAB, folder / LAB.name, ignore=shutil.ignore_patterns("__pycache__"))
     for name, file in job.sources.items():
         copy = folder / place(name, file)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
+    (folder / "data").mkdir()
+    for name, content in read_files(job.data_dir).items():
+        (folder / "data" / f"{name}.gz").write_bytes(gzip.compress(content, 1, mtime=0))
 
 
 def _join(address: str, code: Path) -> None:
     """Connect this process to the cluster, whose workers are given the code; raises LabError."""
+    named = os.environ.get("RAY_ADDRESS", AUTO) if address == AUTO else address
     settings: dict[str, Any] = {
         "runtime_env": {"working_dir": str(code)},
         "log_to_driver": False,
@@ -349,96 +274,40 @@ def _join(address: str, code: Path) -> None:
         "logging_level": logging.CRITICAL,
     }
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    named = _find_head() if address == AUTO else address
-    if named is not None:
-        _check_answers(named)
+    logger.info("Looking for a Ray cluster (%s)", named)
+    answers = _answers(named)
+    if not answers and named != AUTO:
+        raise LabError(
+            f"cluster: {named} does not answer as a Ray cluster within {ANSWER_SECONDS} seconds; it must be HOST:PORT "
+            "of its head, with this machine as a node of it and the head's token (docs/cluster.md)"
+        )
+    if not answers:
+        logger.info("Starting Ray on this machine, which can take a minute")
+        settings |= {"num_cpus": available_cores(), "include_dashboard": False}
     with _own_signals():
         try:
-            if named is None:
-                _start_here(settings)
-            else:
-                ray.init(address=named, **settings)
-        except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-            raise LabError(f"cluster: {named} can't be used: {one_line(error)}") from error
-
-
-def _find_head() -> str | None:
-    """Return the address of RAY_ADDRESS, else of a head that runs on this machine, else None."""
-    if (named := os.environ.get("RAY_ADDRESS", AUTO)) != AUTO:
-        return named
-    if not services.find_gcs_addresses():  # Ray's note of the last head outlives it, and Ray would wait for it
-        return None
-    head: str = services.get_ray_address_from_environment(AUTO, None)
-    return head
-
-
-def _start_here(settings: Mapping[str, Any]) -> None:
-    """Start a cluster of this machine; raises LabError. Ray gives its own agents 15 seconds, too few on a busy one."""
-    # Ray listens on loopback alone where it takes this machine for one that is in no cluster, as it does a Mac.
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    for last in (False, True):
-        try:
-            ray.init(address="local", num_cpus=available_cores(), include_dashboard=False, **settings)
-        except Exception as error:  # Ray raises a bare one
+            ray.init(address=named if answers else "local", **settings)
+        except Exception as error:  # Ray raises bare ones too
             ray.shutdown()
-            if last:
-                raise LabError(f"cluster: Ray can't be started on this machine: {one_line(error)[:200]}") from error
-        else:
-            return
+            what = f"{named} can't be used" if answers else "Ray does not start on this machine"
+            raise LabError(
+                f"cluster: {what}: {one_line(error)[:200]}; Ray gives its own agents 15 seconds to be there, which may "
+                "not do on a busy machine: then try again (docs/cluster.md)"
+            ) from error
 
 
-def _check_answers(address: str) -> None:
-    """Refuse an address where no cluster answers in time; raises LabError. Ray itself would wait for minutes."""
-    place = address.removeprefix(CLIENT)
-    host, _, port = place.rpartition(":")
-    if not (host and port.isdecimal()):
-        raise LabError(f"cluster: {address!r} is not HOST:PORT, {CLIENT}HOST:PORT, nor {AUTO}")
+def _answers(address: str) -> bool:
+    """Say whether a cluster answers in time; Ray itself would wait for minutes, or end this process."""
+    flags = [] if address == AUTO else ["--address", address]
+    command = [str(Path(sys.executable).with_name("ray")), "status", *flags]
     try:
-        with socket.create_connection((host, int(port)), ANSWER_SECONDS):
-            pass
-    except (OSError, OverflowError) as error:
-        raise LabError(f"cluster: nothing answers at {address}: {error}") from error
-    said = _ask_client_server(place) if address.startswith(CLIENT) else _ask_head(place)
-    if said is None:
-        raise LabError(f"cluster: {address} does not answer as a Ray cluster within {ANSWER_SECONDS} seconds")
-    if "token" in said.lower() or "unauthenticated" in said.lower():
-        raise LabError(f"cluster: {address} refuses the token: it must be that of the head (docs/cluster.md)")
-    if said:
-        raise LabError(f"cluster: {address} can't be used: {said.splitlines()[-1]}")
-
-
-def _ask_client_server(place: str) -> str | None:
-    """Return what the server of Ray's client at HOST:PORT objects to, if anything, or None if it does not answer."""
-    with init_grpc_channel(place) as channel:
-        ping = ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING)
-        try:
-            ray_client_pb2_grpc.RayletDriverStub(channel).ClusterInfo(ping, timeout=ANSWER_SECONDS)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                return None
-            said: str = error.details() or error.code().name
-            return said
-    return ""
-
-
-def _ask_head(place: str) -> str | None:
-    """Return what the head at HOST:PORT objects to, if anything, or None if it does not answer."""
-    # `ray health-check`, in a process that can be ended; its imports take longer than the answer.
-    program = "import sys; from ray.scripts.scripts import cli; print(flush=True); cli(sys.argv[1:])"
-    command = [sys.executable, "-c", program, "health-check", "--address", place]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asked:
-        assert asked.stdout is not None
-        asked.stdout.readline()
-        try:
-            _, said = asked.communicate(timeout=ANSWER_SECONDS)
-        except subprocess.TimeoutExpired:
-            asked.kill()
-            return None
-    return "" if asked.returncode == 0 else said.strip() or "no cluster"
+        return subprocess.run(command, capture_output=True, timeout=ANSWER_SECONDS, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 @contextmanager
-def _own_signals() -> Any:
+def _own_signals() -> Iterator[None]:
     """Keep the handlers of signals: Ray has its own, with which a study that is ended would count as failed."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -449,11 +318,8 @@ def _own_signals() -> Any:
             signal.signal(number, handler)
 
 
-def _shared(content: bytes) -> Any:
-    """Return bytes so that Ray keeps them once for all processes of a node."""
-    import numpy as np
-
-    return np.frombuffer(content, dtype=np.uint8)
+def _here() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _versions() -> dict[str, str]:
@@ -509,35 +375,23 @@ def _own_folder(folder: Path) -> Path:
     return Path.home() / STATE
 
 
-def _train_there(
-    order: Order, files: Mapping[str, Any], mailbox: Any, key: int, task: Task, seed: int
-) -> Done | Failed:
+def _train_there(order: Order, queue: Queue, task: Task, seed: int) -> Done | Tried | Failed:
     """Train a seed of a task on this node."""
 
-    def say(metrics: EpochMetrics) -> None:
+    def report(metrics: EpochMetrics) -> None:
         try:
-            worth_it = ray.get(mailbox.say.remote(key, Epoch(seed, metrics)))
+            queue.put(Epoch(seed, metrics))
         except RayError:
             raise KeyboardInterrupt from None  # the process that gave the work is gone
-        if not worth_it:
-            raise Pruned
 
-    def train_given(seed: int) -> RunResult:
-        _settle(order)
-        if parse_files(contents).sha256 != order.sha256:
-            raise LabError("data: MNIST is not on this node as it was sent")
-        task.job.lies_in(PROJECT_ROOT, order.commit)
-        sys.argv = [str(task.job.script)]  # by which MLflow names a run's source
-        task.job.read_experiment()
-        return train(task, seed, say, contents)
-
-    contents = {name: bytes(content) for name, content in files.items()}
-    where = f"seed {seed} on {socket.gethostname()}"
-    notices = _Notices(lambda text: mailbox.say.remote(key, Notice(f"{where}: {text}")))
+    notices = _Notices(queue, f"seed {seed} on {socket.gethostname()}")
     logger = logging.getLogger(LAB.name)
     logger.addHandler(notices)
     try:
-        return outcome_of(seed, train_given)
+        _settle(order)
+        task.job.lies_in(PROJECT_ROOT, order.commit)
+        sys.argv = [str(task.job.script)]  # by which MLflow names a run's source
+        return outcome_of(task, seed, report)
     finally:
         logger.removeHandler(notices)
 
@@ -545,9 +399,10 @@ def _train_there(
 class _Notices(logging.Handler):
     """Passes on what the lab has to say."""
 
-    def __init__(self, pass_on: Callable[[str], object]) -> None:
+    def __init__(self, queue: Queue, where: str) -> None:
         super().__init__(logging.WARNING)
-        self.pass_on = pass_on
+        self.queue, self.where = queue, where
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.pass_on(record.getMessage())
+        with suppress(RayError):
+            self.queue.put(f"{self.where}: {record.getMessage()}")

@@ -125,11 +125,12 @@ class Job:
         return {**vars(self), "experiment": None, "code_sha256": self.code_sha256, "sources": self.sources}
 
     def lies_in(self, folder: Path, commit: Commit) -> None:
-        """Read the script and what it imports in this folder from now on, where they were sent by another machine.
+        """Read the script, what it imports, and MNIST in this folder from now on, to which another machine sent them.
 
         commit: what `commit` is there. `script` stays, as it names the runs and is what their checkpoints go on with.
         """
         vars(self)["sources"] = {name: folder / place(name, file) for name, file in self.sources.items()}
+        vars(self)["data_dir"] = folder / "data"
         vars(self)["commit"] = commit
 
     def check_unchanged(self) -> None:

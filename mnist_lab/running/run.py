@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
 
 import torch
 
-from mnist_lab.data import Mnist, hold_out, load_mnist, parse_files
+from mnist_lab.data import Mnist, hold_out, load_mnist
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.running import checkpoint, teaching
 from mnist_lab.running.checkpoint import Checkpoint
@@ -35,13 +34,11 @@ def run(
     *,
     parent_run_id: str | None = None,
     resume: Checkpoint | None = None,
-    files: Mapping[str, bytes] | None = None,
 ) -> RunResult:
     """Train and track one run.
 
     parent_run_id: the study's run that this one belongs to.
     resume: continue this run, in the same MLflow run; the job and the seed are those of that run.
-    files: MNIST's, where they were sent to this machine; else they are found as the job says.
 
     Raises:
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
@@ -55,7 +52,7 @@ def run(
     experiment = teaching.load(job, store)
     use_float32(job.device)
     logger.info("Reading MNIST")
-    mnist = load_parts(job, files)
+    mnist = load_parts(job)
     logger.info("Trying the declaration on a few batches")
     rehearsal = rehearse(experiment, mnist)
     if parent_run_id is None:  # else the study has said it
@@ -90,12 +87,12 @@ def run(
     return result
 
 
-def load_parts(job: Job, files: Mapping[str, bytes] | None = None) -> Mnist:
+def load_parts(job: Job) -> Mnist:
     """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` others.
 
     A trial of a search gets no test images, so that nothing can read them.
     """
-    mnist = load_mnist(job.data_dir, job.device) if files is None else parse_files(files, job.device)
+    mnist = load_mnist(job.data_dir, job.device)
     if job.holdout:
         mnist = hold_out(mnist, job.holdout)
     if job.search is not None:

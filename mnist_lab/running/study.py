@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -27,17 +26,7 @@ from mnist_lab.running.progress import Progress
 from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import load_parts
-from mnist_lab.running.workers import (
-    Done,
-    Epoch,
-    Task,
-    TrainTasks,
-    check_workers,
-    choose_trainers,
-    train_here,
-    train_one_by_one,
-    train_seeds,
-)
+from mnist_lab.running.tasks import Done, Epoch, Failed, Message, SeedTask, Task, Trainers
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.points import read_points
 from mnist_lab.tracking.run import track
@@ -45,7 +34,6 @@ from mnist_lab.tracking.store import (
     FinishedRun,
     Store,
     adopt,
-    close_abandoned,
     finished_runs,
     open_store,
     store_failures,
@@ -57,8 +45,6 @@ from mnist_lab.verdicts.targets import Verdict, judge
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from mnist_lab.running.cluster import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -86,35 +72,30 @@ def study(
     job: Job,
     seeds: Sequence[int],
     progress: Progress,
+    trainers: Trainers,
     *,
-    workers: int | None = None,
     again: bool = False,
-    cluster: Cluster | None = None,
 ) -> StudyResult:
     """Train and track the job with each of these seeds, and judge them together.
 
     A seed with a finished run of the same declaration, code and kind of device is not trained again, unless `again`:
     its run becomes a child of this study. A restored run counts where it was made with the vector instructions that
     this processor has, or on the same GPU. When a seed fails, the others are still trained.
-    workers: how many processes train at once on a CPU; by default one per core, and never more than seeds to train.
-    cluster: trains the seeds in place of this machine; then `workers` is the number of its tasks at once.
 
     Raises:
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
     """
     _check(seeds)
-    if cluster is None:
-        check_workers(workers, job.device)
+    trainers.check(job)
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     job = teaching.find(job, store)
     found = {} if again else finished_runs(store, job.params, job.tags, hardware=provenance.hardware(job.device))
     runs = {seed: found[seed] for seed in seeds if seed in found}
     missing = [seed for seed in seeds if seed not in found]
-    trainers: TrainTasks = train_here
     count = 0
     if missing:  # else there is nothing to refuse
-        trainers, count = choose_trainers(job, store, workers, cluster)
+        count = trainers.prepare(job, store)
         use_float32(job.device)
         logger.info("Reading MNIST, and trying the declaration on a few batches")
         mnist = load_parts(job)
@@ -137,26 +118,23 @@ def study(
         for run in runs.values():
             adopt(store, tracked.run_id, run.run_id)
         progress.on_study(name, seeds, missing, count, job.device)
-        task = Task(job, tracked.run_id, again)
-        if job.device.type == "cpu" or cluster is not None:
-            messages = train_seeds(trainers, task, missing, count, progress.on_time)
-        else:
-            messages = train_one_by_one(task, missing, progress.on_epoch)
+        task = SeedTask(job, tracked.run_id, again)
+
+        def on_message(task: Task, message: Message) -> None:
+            if isinstance(message, Epoch):
+                progress.on_epoch(message.seed, message.metrics)
+            elif isinstance(message, Done):
+                runs[message.run.seed] = message.run
+                progress.on_seed(message.run.seed, message.run.metrics)
+            elif isinstance(message, Failed):
+                failed[message.seed] = message.reason
+                progress.on_failure(message.seed, message.reason)
+
         try:
-            for message in messages:
-                if isinstance(message, Epoch):
-                    progress.on_epoch(message.seed, message.metrics)
-                elif isinstance(message, Done):
-                    runs[message.run.seed] = message.run
-                    progress.on_seed(message.run.seed, message.run.metrics)
-                else:
-                    failed[message.seed] = message.reason
-                    progress.on_failure(message.seed, message.reason)
+            if missing:
+                trainers.train([(task, seed) for seed in missing], count, on_message, progress.on_time)
         finally:
             logger.info("Ending the processes, and judging the seeds together")
-            messages.close()  # ends the workers, before the study's run is closed
-            with suppress(LabError):  # a server that is away: the next run there closes them
-                close_abandoned(store)  # the runs of workers that died
         finished = [runs[seed] for seed in seeds if seed in runs]
         result = judge_runs(
             job.experiment.targets, job.experiment.epochs, tracked.run_id, finished, holdout=job.holdout

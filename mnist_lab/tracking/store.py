@@ -285,13 +285,18 @@ def close_abandoned(store: Store) -> None:
                     client.set_terminated(run.info.run_id, "KILLED")
 
 
-def close_lost(store: Store, parent_run_id: str, run_name: str) -> None:
-    """Mark the child of this name KILLED that stands as RUNNING, whose process is known to be lost; raises LabError."""
-    condition = f"attributes.status = 'RUNNING' AND tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}'"
+def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) -> list[str]:
+    """Mark the child runs of this name, or all, KILLED that stand as RUNNING: their process is gone.
+
+    Returns the child runs of this name, whatever their status. Raises LabError.
+    """
+    children = search(store, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}'")
+    named = [run for run in children if run_name in (None, run.info.run_name)]
     with store_failures(store, "can't be written"):
-        for run in search(store, condition):
-            if run.info.run_name == run_name:
+        for run in named:
+            if run.info.status == "RUNNING":
                 _kill_unless_locked(store, run)
+    return [run.info.run_id for run in named]
 
 
 def close_orphans(store: Store) -> None:

@@ -12,18 +12,20 @@ import mlflow
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from forkserver import Program
 from helpers import ROOT, TrackedRun, read_runs, wait_until
 from mnist_lab.errors import LabError
-from mnist_lab.running import declaration, workers
+from mnist_lab.running import declaration, tasks
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
 from mnist_lab.running.record import RunResult
 from mnist_lab.running.study import study as run_study
-from mnist_lab.running.workers import Done, Failed, Task, train_one_by_one
-from mnist_lab.tracking.store import FinishedRun
+from mnist_lab.running.tasks import Done, Failed, Message, SeedTask
+from mnist_lab.running.workers import Local
+from mnist_lab.tracking.store import FinishedRun, open_store
 from mnist_lab.verdicts.statistics import judge_mean
 
 NO_CHANGES: dict[str, object] = {}
@@ -309,7 +311,7 @@ def test_finished_seeds_need_no_training_at_all(
     monkeypatch.chdir(folder)
     script, heard = folder / "my_idea.py", Heard([-1])
 
-    result = run_study(job_of(script, f"sqlite:///{folder}/runs.db"), [2, 0], heard)
+    result = run_study(job_of(script, f"sqlite:///{folder}/runs.db"), [2, 0], heard, Local())
 
     assert heard.missing == []
     assert ([run.seed for run in result.runs], result.reused) == ([2, 0], [2, 0])
@@ -338,7 +340,7 @@ def test_runs_of_another_declaration_do_not_count(
 
     heard = Stopping([])
     with pytest.raises(Stop):
-        run_study(job, [0, 1], heard)
+        run_study(job, [0, 1], heard, Local())
 
     assert heard.missing == [0, 1]
     assert mlflow.active_run() is None
@@ -356,10 +358,13 @@ def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: 
             raise LabError("lr: too high")
         return RunResult(f"run {seed}", [], {"best_epoch": 1}, [])
 
-    monkeypatch.setattr(workers, "run", train)
-    task = Task(job_of(ROOT / "experiments" / "step2_dropout.py", uri), "parent", again=True)
+    monkeypatch.setattr(tasks, "run", train)
+    job = job_of(ROOT / "experiments" / "step2_dropout.py", uri).replaced(device=torch.device("meta"))
+    task, messages, trainers = SeedTask(job, "parent", again=True), list[Message](), Local()
 
-    messages = list(train_one_by_one(task, [3, 4, 5], lambda seed, metrics: None))
+    assert trainers.prepare(job, open_store(uri)) == 1
+    waiting = [(task, seed) for seed in (3, 4, 5)]
+    trainers.train(waiting, 1, lambda task, message: messages.append(message), lambda: None)
 
     assert trained == [3, 4, 5]
     done3, done5 = (Done(FinishedRun(f"run {seed}", seed, {"best_epoch": 1})) for seed in (3, 5))
@@ -389,4 +394,4 @@ def test_a_study_that_makes_no_sense_is_refused(
     job = job_of(folder / "my_idea.py", f"sqlite:///{folder}/runs.db")
 
     with pytest.raises(LabError, match=f"^{sentence}$"):
-        run_study(job, seeds, Heard([]), workers=workers)
+        run_study(job, seeds, Heard([]), Local(workers))
