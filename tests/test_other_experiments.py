@@ -35,10 +35,11 @@ def train(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch, uri: str) -> Trai
     )
     monkeypatch.setattr(runner, "load_mnist", lambda folder, device: few)
 
-    def train(net: Callable[..., object], **fields: object) -> RunResult:
+    def train(net: Callable[..., object], holdout: int = 0, **fields: object) -> RunResult:
         declared = {"epochs": 2, "batch_size": 64, "optimizer": partial(SGD, lr=0.01)}
         experiment = Experiment(net=net, **(declared | fields))
-        return runner.run(Job(script=Path(__file__), experiment=experiment, tracking_uri=uri), 0, Progress())
+        job = Job(script=Path(__file__), experiment=experiment, tracking_uri=uri, holdout=holdout)
+        return runner.run(job, 0, Progress())
 
     return train
 
@@ -201,14 +202,12 @@ def times_nan(output: Tensor) -> Tensor:
     return output * torch.nan
 
 
-# Calls 1 to 3 are the first epoch's batches, 4 is its evaluation, and 9 the last one.
+# Calls 1 to 3 are the first epoch's batches, and 4 is its evaluation.
 IN_TRAINING = {
     "raises in the second epoch": (gives_up, 7, r"training: no more \(test_other_experiments\.py, line \d+\)"),
     "exits in the second epoch": (lambda y: sys.exit(), 7, r"training: sys\.exit\(None\) was called \(test_other_.*"),
-    "exits in the last evaluation": (lambda y: sys.exit(), 9, r"net: sys\.exit\(None\) was called \(test_other_.*"),
     "NaN in the second epoch": (times_nan, 7, r"loss: .*epoch 2.*"),
     "NaN in the second evaluation": (times_nan, 8, "net: its test loss is nan in epoch 2"),
-    "NaN in the last evaluation": (times_nan, 9, "net: gives logits of the test images that are not finite.*"),
 }
 
 
@@ -223,6 +222,17 @@ def test_a_network_that_fails_later_ends_its_run_as_failed(
     (run,) = read_runs(database)
     assert run.status == "FAILED"
     assert "final_test_accuracy" not in run.metrics
+
+
+@pytest.mark.parametrize("change", [lambda y: sys.exit(), times_nan])
+def test_a_network_that_fails_on_the_test_images_after_a_hold_out_ends_its_run_as_failed(
+    change: Callable[[Tensor], Tensor], train: Train, database: Path
+) -> None:
+    with pytest.raises(LabError, match="^net: "):
+        train(later(change, 7), holdout=30)  # an epoch is two batches and the evaluation of the images held out
+
+    (run,) = read_runs(database)
+    assert run.status == "FAILED"
 
 
 # ---- what works

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnist_lab.data import Mnist, find_data_dir
 from mnist_lab.errors import LabError
@@ -147,7 +147,7 @@ class Record:
             tracked.log_once(logged_once(measured, HELD_OUT.once))
             return RunResult(tracked.run_id, self.epochs, measured, [])
         logger.info("Evaluating the trained network")
-        logits = final_logits(self.training.result, self.mnist, job.experiment)
+        logits = self._test_logits()
         if job.holdout:
             loss, correct = evaluate(logits, self.mnist.test_labels)
             measured |= {"final_test_loss": loss, "final_test_accuracy": 100 * correct / len(logits)}
@@ -164,6 +164,16 @@ class Record:
         progress.on_verdict(result)
         self._log_network(logits)
         return result
+
+    def _test_logits(self) -> Tensor:
+        """Return the trained network's logits (10000, 10) of the test images; LabError if they are not finite."""
+        logits = self.training.logits
+        with blame("net"):
+            if logits is None or self.job.holdout:  # what the last epoch was evaluated on is something else
+                logits = predict(self.training.result, self.mnist.test_images, self.job.experiment.normalize)
+            if not logits.isfinite().all():
+                raise ValueError("gives logits of the test images that are not finite, after the last epoch")
+        return logits
 
     def _log_network(self, logits: Tensor) -> None:
         logger.info("Logging predictions, figures and the model")
@@ -255,15 +265,6 @@ def measure(num_params: int, epochs: list[EpochMetrics], experiment: Experiment)
     if (accuracy := experiment.targets.accuracy) is not None:
         measured["epochs_at_target"] = sum(epoch.eval_accuracy >= accuracy for epoch in epochs)
     return measured
-
-
-def final_logits(net: nn.Module, mnist: Mnist, experiment: Experiment) -> Tensor:
-    """Return the trained network's logits (10000, 10) of the test images; raises LabError if they are not finite."""
-    with blame("net"):
-        logits = predict(net, mnist.test_images, experiment.normalize)
-        if not logits.isfinite().all():
-            raise ValueError("gives logits of the test images that are not finite, after the last epoch")
-    return logits
 
 
 def draw(

@@ -159,6 +159,7 @@ class Training:
         self.loss_sum = torch.zeros((), device=self.device)  # cross-entropy times images
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.losses: list[Tensor] = []  # what is minimised, of this epoch's batches
+        self.logits: Tensor | None = None  # of `result`, in the last evaluation
         self.work: Work = Captured(self.gradients, net, self) if cuda_graph else self.gradients
         if cuda_graph and self.takes != "gradients":
             kind = type(self.optimizer).__name__
@@ -269,7 +270,8 @@ class Training:
             self.scheduler.step()
 
     def _evaluated(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        return evaluate(predict(net, images, self.experiment.normalize), labels)
+        self.logits = predict(net, images, self.experiment.normalize)
+        return evaluate(self.logits, labels)
 
     def _divergence(self) -> str:
         """Say where the loss was not finite."""
