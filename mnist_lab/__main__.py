@@ -253,7 +253,7 @@ def _print_readings(readings: Mapping[str, Reading], run_name: str, run_id: str)
 @job("Loading the network", TRACKING_URI, flag("--model", NETWORKS), port(5050, "port to try first"))
 def draw(arguments: argparse.Namespace) -> None:
     """Serve a page on loopback to draw digits on."""
-    from mnist_lab.tracking.serving import check_port
+    from mnist_lab.tracking.server import check_port
 
     check_port(arguments.port)
 
@@ -301,21 +301,19 @@ def champion(arguments: argparse.Namespace) -> None:
 @job("Starting MLflow's server", TRACKING_URI, port(5000, "port to try first"))
 def ui(arguments: argparse.Namespace) -> None:
     """Serve the MLflow UI on loopback."""
-    from mnist_lab.tracking import serving
-    from mnist_lab.tracking import ui as pages
+    from mnist_lab.tracking.server import check_port, serve_ui
 
     uri = tracking_uri(arguments.tracking_uri)
     if sqlite_file(uri) is None:
         raise LabError(f"tracking store {without_password(uri)!r} is a server already: open it in a browser")
-    serving.check_port(arguments.port)
+    check_port(arguments.port)
 
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
-    pages.make_ready(uri)
-    pages.serve(uri, _free_port(arguments.port))
+    serve_ui(uri, _free_port(arguments.port))
 
 
 def _free_port(wanted: int) -> int:
-    from mnist_lab.tracking.ui import free_port
+    from mnist_lab.tracking.server import free_port
 
     port = free_port(wanted)
     if port != wanted:
@@ -334,18 +332,16 @@ def _free_port(wanted: int) -> int:
 )
 def server(arguments: argparse.Namespace) -> None:
     """Serve MLflow to a team, on PostgreSQL."""
-    from mnist_lab.tracking.server import Settings, serve
+    from mnist_lab.tracking.server import serve
 
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     serve(
-        Settings(
-            folder=arguments.folder,
-            host=arguments.host,
-            port=arguments.port,
-            workers=arguments.workers,
-            auth=arguments.auth,
-            backend_store_uri=arguments.backend_store_uri or os.environ.get("MLFLOW_BACKEND_STORE_URI"),
-        )
+        arguments.host,
+        arguments.port,
+        arguments.folder,
+        arguments.workers,
+        auth=arguments.auth,
+        backend_store_uri=arguments.backend_store_uri or os.environ.get("MLFLOW_BACKEND_STORE_URI"),
     )
 
 

@@ -43,7 +43,7 @@ processes.set_forkserver_preload(
         "mnist_lab.running.run",
         "mnist_lab.running.study",
         "mnist_lab.tracking.connection",
-        "mnist_lab.tracking.ui",
+        "mnist_lab.tracking.server",
         "mnist_lab.figures",
         "pytest",
     ]

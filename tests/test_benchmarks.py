@@ -22,7 +22,7 @@ import torch
 from forkserver import run_program
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.tracking import postgres
+from mnist_lab.tracking.server import find_programs
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -72,7 +72,7 @@ def test_a_benchmark_writes_its_figures_and_ratios(name: str, tmp_path: Path, mn
     flags, wanted = CASES[name]
     if name == "server":
         try:
-            postgres.programs(Path("nowhere")), postgres.account()
+            find_programs(Path("nowhere"))
         except LabError as error:
             pytest.skip(str(error))
 

@@ -193,9 +193,10 @@ def judge_runs(
 
 def summary(result: StudyResult) -> tuple[dict[str, float], dict[str, str]]:
     """Return what a study's run keeps of its result: metrics, and tags with the verdicts."""
-    metrics = {"seeds": float(len(result.runs))}
+    metrics: dict[str, float] = {}  # in this order: MLflow's comparison of runs begins with the first
     for name, figures in result.aggregates.items():
         metrics |= {f"{name}_{key}": value for key, value in asdict(figures).items() if key != "n"}
+    metrics["seeds"] = float(len(result.runs))
     if result.runs:
         metrics["num_params"] = result.runs[0].metrics["num_params"]
     for verdict in result.verdicts:

@@ -66,6 +66,12 @@ def ask(uri: str) -> None:
 
 
 def _refuses_you(status: int) -> str:
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if status == 403 and user:
+        return (
+            f"the server does not permit {user!r} to do this (HTTP 403): its admin can, by a permission on the "
+            f"experiment {EXPERIMENT_NAME!r}"
+        )
     return (
         f"the server refuses you (HTTP {status}): give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
         "MLFLOW_TRACKING_TOKEN, in the environment"

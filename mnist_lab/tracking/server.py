@@ -1,117 +1,427 @@
-"""`make server`: MLflow's tracking server for a team, on PostgreSQL, with the artifacts by way of the server."""
+"""`make ui` and `make server`: MLflow's own server as a child of this program, for a team on PostgreSQL.
+
+Without the processes for jobs, which the lab has none of, it is ready in 4 s with 0.4 GB, instead of 8 s and 1.8 GB.
+"""
 
 from __future__ import annotations
 
-import base64
-import configparser
 import contextlib
-import ipaddress
+import errno
+import logging
 import os
+import re
 import secrets
 import shlex
+import shutil
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
-import urllib.error
+import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from mnist_lab.errors import LabError, text_of, without_password
-from mnist_lab.paths import ARTIFACTS, EXPERIMENT_NAME
-from mnist_lab.tracking import postgres, serving, ui, view
+from mnist_lab.errors import LabError, one_line, text_of, without_password
+from mnist_lab.paths import ARTIFACTS, EXPERIMENT_NAME, tracking_uri
+from mnist_lab.tracking.sqlite import has_experiment, known_schemas
+from mnist_lab.tracking.view import TAG, VIEW, state
 
-PASSWORD_VARIABLE = "MLFLOW_AUTH_ADMIN_PASSWORD"  # noqa: S105 - the name of a variable, MLflow's own
-PASSWORD_FILE = "admin_password"  # noqa: S105 - the name of a file
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+HOST = "127.0.0.1"
+LOOPBACK, EVERYWHERE = (HOST, "localhost", "::1"), ("0.0.0.0", "::")  # noqa: S104 - what a user may ask for
+PORTS_TRIED = 20
+START_TIMEOUT = 120  # seconds; the server takes 4 on a quiet machine, a database longer after a crash
+SERVER_STOP_TIMEOUT, DATABASE_STOP_TIMEOUT = 5, 30
+MARK = "Mnist-Lab"  # a header of the server's answers: another server may have taken the port in the meantime
+# Waits for the end of its input, then ends the process group $1 by the signal $0; by force if it is there $2 s later.
+GUARD = '''
+    cat; kill -s "$0" -- "-$1"
+    for second in $(seq "$2"); do sleep 1; kill -s 0 -- "-$1" || exit; done
+    kill -s KILL -- "-$1"'''
+
+APP, PATH = "mnist-lab", "/lab"  # the entry point in pyproject.toml that names `make_app`, and its page
+# Variables of MLflow's own.
+ADMIN_NAME, ADMIN_PASSWORD = "MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_AUTH_ADMIN_PASSWORD"
 PASSWORD_LENGTH = 12  # characters that MLflow asks for
-# Everyone who has a password may read and log; what may be deleted is MLflow's own rule.
-PERMISSION = "EDIT"
-# Seconds for which a worker takes a password as right that was: checking one costs more than all else of a request.
-PASSWORD_CACHE = 60
-FAMILIES = (socket.AF_INET, socket.AF_INET6)
+# Whoever has a password may read and log; what may be deleted is MLflow's own rule. A worker takes a password that was
+# right as right for a minute: checking one costs more than all else of a request.
+AUTH_INI = "[mlflow]\ndefault_permission = EDIT\nauth_cache_ttl_seconds = 60\ndatabase_uri = {uri}\n"
+
+DRIVER = "postgresql+psycopg"
+DEBIAN = Path("/usr/lib/postgresql")  # where Debian keeps the server's programs: not on the path
+# As whom the database runs where root runs this program: PostgreSQL refuses root.
+ACCOUNT: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []}
+ROOM = 64 * 2**20  # bytes that must be free where the database is; a new one takes 42 MB
+CONNECTIONS = 200  # at most; a worker of MLflow keeps up to 15 for each of runs, models and users
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the server is asked to be.
+def serve_ui(uri: str, port: int) -> None:
+    """Serve the runs in a SQLite store on loopback until interrupted; print the address of the runs table.
 
-    backend_store_uri: of a database of PostgreSQL; without one, the server has its own in `folder`.
-    folder: where the artifacts are, and what else it keeps of its own.
+    A store that lacks the lab's experiment or its view gets them first. Raises LabError.
     """
+    if not has_experiment(uri, {TAG: state()}):
+        from mnist_lab.tracking.store import open_store  # which takes seconds to import
 
-    folder: Path
-    host: str = "127.0.0.1"
-    port: int = 5000
-    workers: int = 2
-    auth: bool = False
-    backend_store_uri: str | None = None
-
-    def check(self) -> None:
-        """Refuse what can be refused before anything starts; raises LabError."""
-        serving.check_port(self.port)
-        if not serving.is_free(self.host, self.port):
-            raise LabError(f"port: {self.port} is taken; name another with --port")
-        password = os.environ.get(PASSWORD_VARIABLE)
-        if self.auth and password is not None and len(password) < PASSWORD_LENGTH:
-            raise LabError(f"{PASSWORD_VARIABLE} has {len(password)} characters; give {PASSWORD_LENGTH} or more")
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
-        with contextlib.suppress(ValueError):
-            return ipaddress.ip_address(self.host).is_loopback
-        return self.host == "localhost"
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether the server listens on all addresses of this machine."""
-        with contextlib.suppress(ValueError):
-            return ipaddress.ip_address(self.host).is_unspecified
-        return False
-
-    @property
-    def address(self) -> str:
-        """What users give as their tracking URI."""
-        return serving.url(socket.gethostname() if self.everywhere else self.host, self.port)
-
-    def notices(self) -> list[str]:
-        """Return what a user should know who lets other machines in."""
-        if self.is_loopback:
-            return []
-        where = f"{self.host}:{self.port}"
-        if self.auth:
-            return [f"Passwords and figures cross the network to {where} unencrypted: see docs/server.md."]
-        return [f"No password is asked for: whoever reaches {where} can read, change and delete the runs (see --auth)."]
+        open_store(uri)
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
+    with mlflow_server(HOST, port, "--workers", "1", "--app-name", APP) as server:
+        _report_and_wait([f"The runs: {_url(HOST, port)}{PATH}"], {"the MLflow server": server})
 
 
-def serve(settings: Settings) -> None:
-    """Serve until interrupted; print what to set when the server is there. Ends all that it started.
+def serve(host: str, port: int, folder: Path, workers: int, *, auth: bool, backend_store_uri: str | None) -> None:
+    """Serve MLflow to a team until interrupted; print what to set when the server is there.
+
+    folder: where the artifacts are, and what else the server keeps of its own.
+    backend_store_uri: of a database of PostgreSQL; without one, the server has its own in `folder`.
 
     Raises LabError if the database or the server does not start, or ends by itself.
     """
-    settings.check()
-    for notice in settings.notices():
-        print(notice, file=sys.stderr, flush=True)
-    given, folder = settings.backend_store_uri, settings.folder
-    with contextlib.nullcontext(postgres.named(given)) if given else postgres.own(folder / "postgres") as database:
-        experiment_id = _experiment(database.uri)
-        flags = ["--workers", str(settings.workers), "--serve-artifacts"]
-        flags += ["--artifacts-destination", str((folder / ARTIFACTS).absolute())]
-        environment = {"MLFLOW_BACKEND_STORE_URI": database.uri}  # others can read a command line, passwords included
-        if "MLFLOW_SERVER_ALLOWED_HOSTS" not in os.environ and not settings.is_loopback:
-            environment["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(_names(settings))
-        with _passwords(settings, database.uri) as (admin, more):
-            serving.serve(
-                settings.host,
-                settings.port,
-                [*flags, "--app-name", "basic-auth" if admin else ui.APP],
-                {**environment, **more},
-                lambda: _lines(settings, experiment_id, admin),
-                {"PostgreSQL": database.process} if database.process else {},
-            )
+    if not is_free(host, port):
+        raise LabError(f"port: {port} is taken{_who_listens(port)}; name another with --port")
+    folder = folder.absolute()
+    password = _admin_password(folder) if auth else ""
+    if host not in LOOPBACK:
+        print(notice(host, port, auth), file=sys.stderr, flush=True)
+        os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", _allowed_hosts(host, port))
+    with named_database(backend_store_uri) if backend_store_uri else own_database(folder / "postgres") as database:
+        uri, process = database
+        experiment_id = _experiment(uri)
+        os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # others can read a command line, passwords included
+        if auth:
+            _write_auth_settings(folder / "auth.ini", uri)
+        flags = ["--workers", str(workers), "--serve-artifacts", "--artifacts-destination", str(folder / ARTIFACTS)]
+        with mlflow_server(host, port, *flags, "--app-name", "basic-auth" if auth else APP) as server:
+            url = _url(socket.gethostname() if host in EVERYWHERE else host, port)
+            page = f"/#/experiments/{experiment_id}/runs?{VIEW}" if auth else PATH
+            exports = _admin_exports(_url(host, port), password) if auth else []
+            lines = [f"The runs: {url}{page}", f"export MLFLOW_TRACKING_URI={url}", *exports]
+            _report_and_wait(lines, {"the MLflow server": server, "PostgreSQL": process})
+
+
+# ---- MLflow's server
+
+
+def make_app() -> FastAPI:
+    """Return MLflow's own application with one page more, for `mlflow server --app-name mnist-lab`."""
+    from mlflow.server import app as routes  # slow to import, and the command that starts the server looks in here too
+    from mlflow.server.fastapi_app import app as served
+
+    # What two runs write at the same moment, one of them writes again (`TrackedRun._log_input`).
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
+    page = Path(__file__).with_name("lab.html").read_text().replace("EXPERIMENT", EXPERIMENT_NAME).replace("VIEW", VIEW)
+    routes.add_url_rule(PATH, "lab", lambda: page)
+    app: FastAPI = served
+    return app
+
+
+@contextlib.contextmanager
+def mlflow_server(host: str, port: int, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `mlflow server`, give it when it is there, and end it; an interrupt ends the block. Raises LabError."""
+    mark = f"pid {os.getpid()}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *flags]
+    command += ["--uvicorn-opts", f"--log-level warning --header '{MARK}:{mark}'"]
+    environment = {
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONWARNINGS": "ignore",  # of its own libraries, which no user of the lab can heed
+    }
+
+    def problem() -> str:
+        try:
+            with urllib.request.urlopen(f"{_url(host, port)}/health", timeout=1) as answer:  # noqa: S310 - http
+                return "" if answer.headers.get(MARK) == mark else "another program answers"
+        except OSError as error:
+            return text_of(error)
+
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # whoever reads the output may be gone, and the server must still end
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        child(command, signal.SIGTERM, SERVER_STOP_TIMEOUT, env=environment, stdout=subprocess.DEVNULL) as server,
+    ):
+        _wait_until_ready("the MLflow server", server, problem, lambda: "its messages are above")
+        yield server
+
+
+def _report_and_wait(lines: Sequence[str], needed: dict[str, subprocess.Popen[bytes] | None]) -> None:
+    """Print what the user is to know, and wait until interrupted; raises LabError if a process ends by itself."""
+    # In one piece: whoever reads the first line may be gone before there is another.
+    print("\n".join([*lines, "Ready. Ctrl-C stops the server."]), flush=True)
+    while True:
+        for name, process in needed.items():
+            if process is not None and process.poll() is not None:
+                raise LabError(f"{name} ended by itself with exit code {process.returncode}")
+        time.sleep(0.2)
+
+
+def _wait_until_ready(
+    name: str, process: subprocess.Popen[bytes], problem: Callable[[], str], messages: Callable[[], str]
+) -> None:
+    """Wait until there is no problem any more; raises LabError, with the messages of a process that ends."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while cause := problem():
+        if process.poll() is not None:
+            raise LabError(f"{name} did not start (exit code {process.returncode}): {messages()}")
+        if time.monotonic() > deadline:
+            raise LabError(f"{name} was not ready after {START_TIMEOUT} seconds: {cause}")
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def child(
+    command: Sequence[str], end: signal.Signals, timeout: int, **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program and end it, by a signal and by force after `timeout` seconds; also where this program is killed.
+
+    A shell beside it does that: the pipe that it reads from ends with this program, however that ends.
+    """
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    guard = subprocess.Popen(
+        ["sh", "-c", GUARD, end.name.removeprefix("SIG"), str(process.pid), str(timeout)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert guard.stdin is not None
+    try:
+        yield process
+    finally:
+        guard.stdin.close()
+        process.wait()
+        for group in (process.pid, guard.pid):  # what is left of them
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
+        guard.wait()
+
+
+# ---- addresses
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that a user's server can't have; raises LabError."""
+    if not 1024 <= port <= 65535:
+        raise LabError(f"port: {port} is not between 1024 and 65535")
+
+
+def free_port(first: int) -> int:
+    """Return `first`, or the next port after it that nothing on loopback listens on; raises LabError if none is."""
+    check_port(first)
+    last = min(first + PORTS_TRIED - 1, 65535)
+    for port in range(first, last + 1):
+        if is_free(HOST, port):
+            return port
+    raise LabError(f"port: {first} to {last} are all taken; name another with --port")
+
+
+def is_free(host: str, port: int) -> bool:
+    """Say whether nothing listens there; raises LabError if `host` is no address of this machine."""
+    check_port(port)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free, as for the server
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
+            return False
+        raise LabError(f"host: {host!r} is no address of this machine ({error})") from error
+    return True
+
+
+def _who_listens(port: int) -> str:
+    """Return " by process 4711 (its command)", as far as this user may know."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in process.net_connections()):
+                return f" by process {process.pid} ({shlex.join(process.cmdline())})"
+    return ""
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _allowed_hosts(host: str, port: int) -> str:
+    """Return by which names other machines may call the server; to others it gives no answer."""
+    names = ["localhost", HOST, host]
+    if host in EVERYWHERE:
+        families = (socket.AF_INET, socket.AF_INET6)
+        own = [one.address for ones in psutil.net_if_addrs().values() for one in ones if one.family in families]
+        names = ["localhost", socket.gethostname(), socket.getfqdn(), *own]
+    return ",".join(_url(name, port).removeprefix("http://") for name in dict.fromkeys(names))
+
+
+def notice(host: str, port: int, auth: bool) -> str:
+    """Return what a user should know who lets other machines in."""
+    if auth:
+        return f"Passwords and figures cross the network to {host}:{port} unencrypted: see docs/server.md."
+    return f"No password is asked for: whoever reaches {host}:{port} can read, change and delete the runs (see --auth)."
+
+
+# ---- passwords
+
+
+def _admin_password(folder: Path) -> str:
+    """Put the admin's name and password into the environment; return how a shell gets the password unseen."""
+    os.environ.setdefault(ADMIN_NAME, "admin")
+    if password := os.environ.get(ADMIN_PASSWORD):
+        if len(password) < PASSWORD_LENGTH:
+            raise LabError(f"{ADMIN_PASSWORD} has {len(password)} characters; give {PASSWORD_LENGTH} or more")
+        return f"${ADMIN_PASSWORD}"
+    file = folder / "admin_password"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        os.environ[ADMIN_PASSWORD] = file.read_text().strip() or secrets.token_urlsafe(18)
+        file.write_text(f"{os.environ[ADMIN_PASSWORD]}\n")
+    except OSError as error:
+        raise LabError(f"the admin's password can't be kept in {file}: {error.strerror}") from error
+    return f"$(cat {shlex.quote(str(file))})"
+
+
+def _admin_exports(url: str, password: str) -> list[str]:
+    """Return what the admin sets. The server knows the password with which its database was first served."""
+    import requests  # slow to import
+
+    user = (os.environ[ADMIN_NAME], os.environ[ADMIN_PASSWORD])
+    known = requests.get(f"{url}/version", auth=user, timeout=START_TIMEOUT).status_code != 401
+    shown = f'"{password}"' if known else "...  # the one with which this database was first served, or a later one"
+    return [f"export MLFLOW_TRACKING_USERNAME={user[0]}", f"export MLFLOW_TRACKING_PASSWORD={shown}"]
+
+
+def _write_auth_settings(file: Path, uri: str) -> None:
+    """Let MLflow ask for passwords; the users are in the same database."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch(mode=0o600)
+    file.write_text(AUTH_INI.format(uri=uri.replace("%", "%%")))  # as MLflow reads it
+    os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(file)
+    os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex(32)
+
+
+# ---- PostgreSQL
+
+
+@contextlib.contextmanager
+def named_database(uri: str) -> Iterator[tuple[str, None]]:
+    """Give the URI of a database without its password, if it answers, and is empty or MLflow's; raises LabError.
+
+    The password goes into the environment: what is in a URI could be shown, and is kept in a file.
+    """
+    from sqlalchemy import make_url  # slow to import
+
+    scheme, _, rest = uri.partition("://")
+    name = f"backend store {without_password(uri) if rest else '...'!r}"
+    if scheme not in ("postgresql", "postgres", DRIVER):  # the second is what hosting providers give
+        raise LabError(f"{name} is no database of PostgreSQL: give postgresql://user:password@host:5432/database")
+    if cause := _problem(tracking_uri(f"{DRIVER}://{rest}")):
+        raise LabError(f"{name} can't be used: {cause}")
+    url = make_url(f"{DRIVER}://{rest}")
+    if url.password:
+        os.environ["PGPASSWORD"] = str(url.password)
+    yield url._replace(password=None).render_as_string(), None
+
+
+@contextlib.contextmanager
+def own_database(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run PostgreSQL on a folder, which is made on first use; its log is a file beside it. Raises LabError.
+
+    It listens on no port, but on a socket in a folder that only this user can enter, so it asks for no password.
+    """
+    programs, log = find_programs(folder), folder.with_name(f"{folder.name}.log")
+    account = ACCOUNT if os.geteuid() == 0 else {}
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder.parent).free
+            if free < ROOM:
+                message = f"the disk is full, {free >> 20} MB are free and a database needs {ROOM >> 20}"
+                raise LabError(f"folder {folder.parent}: {message}; make room, or name another with --folder")
+            sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="mnist-lab-", ignore_cleanup_errors=True))
+            _give(sockets, account)
+            if not folder.exists():
+                _create(folder, programs, account)
+            messages = stack.enter_context(log.open("ab"))
+        except (OSError, LookupError) as error:
+            raise LabError(f"folder {folder} can't be used: {getattr(error, 'strerror', None) or error}") from error
+        begin = messages.tell()
+        command = [str(programs / "postgres"), "-D", str(folder), "-k", sockets, "-c", "listen_addresses="]
+        command += ["-c", "unix_socket_permissions=0700", "-c", f"max_connections={CONNECTIONS}"]
+        options: dict[str, Any] = {"cwd": sockets, "stdout": messages, "stderr": messages, **account}
+        # To PostgreSQL that signal says: end all sessions, write, stop.
+        process = stack.enter_context(child(command, signal.SIGINT, DATABASE_STOP_TIMEOUT, **options))
+        uri = f"{DRIVER}://mnist_lab@/postgres?host={sockets}"
+        _wait_until_ready("PostgreSQL", process, lambda: _problem(uri), lambda: _causes(log.read_bytes()[begin:]))
+        yield uri, process
+
+
+def _create(folder: Path, programs: Path, account: dict[str, Any]) -> None:
+    """Make the folder under another name first: a process that is killed half-way leaves nothing that counts."""
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(mode=0o700)
+    try:
+        _give(new, account)
+        command = [str(programs / "initdb"), f"--pgdata={new}", "--username=mnist_lab", "--encoding=UTF8"]
+        command += ["--no-locale", "--auth-local=trust", "--auth-host=reject"]
+        done = subprocess.run(command, cwd="/", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, **account)
+        if done.returncode:
+            whom = f" as the user {account['user']!r}" if account else ""
+            raise LabError(f"folder {folder}: PostgreSQL can't make a database there{whom}: {_causes(done.stderr)}")
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _give(folder: str | Path, account: dict[str, Any]) -> None:
+    if account:
+        shutil.chown(folder, account["user"], account["group"])
+
+
+def _causes(messages: bytes) -> str:
+    """Return what messages of PostgreSQL's programs say of the cause, or all of them, on one line."""
+    text = messages.decode(errors="replace")
+    found = re.findall(r"(?:FATAL|PANIC|ERROR|DETAIL|HINT|error|detail|hint): +(.*)", text)
+    return "; ".join(dict.fromkeys(found)) or " ".join(text.split())
+
+
+def find_programs(folder: Path) -> Path:
+    """Return where PostgreSQL's programs are: of the version that made the database, on the path, or the newest."""
+    version = folder / "PG_VERSION"
+    wanted = version.read_text().strip() if os.access(version, os.R_OK) else ""
+    newest_first = sorted(DEBIAN.glob("*/bin"), key=lambda path: float(path.parent.name), reverse=True)
+    places = [DEBIAN / wanted / "bin", os.environ.get("PATH", ""), *newest_first]
+    program = shutil.which("postgres", path=os.pathsep.join(map(str, places)))
+    if program is None:
+        raise LabError(
+            "PostgreSQL is not installed: install it (on Debian and Ubuntu: apt-get install postgresql), or name a "
+            "database with --backend-store-uri postgresql://user:password@host:5432/database"
+        )
+    return Path(program).resolve().parent
+
+
+def _problem(uri: str) -> str:
+    """Say why a database can't be used; nothing if it can."""
+    import psycopg
+
+    try:
+        with psycopg.connect(uri.replace(DRIVER, "postgresql", 1), connect_timeout=5) as connection:
+            versions = {version for (version,) in connection.execute("SELECT version_num FROM alembic_version")}
+    except psycopg.errors.UndefinedTable:  # nothing of MLflow's is there yet
+        return ""
+    except psycopg.Error as error:
+        return one_line(error)
+    if known_schemas().issuperset(versions):
+        return ""
+    return "it is another program's, or was last used by a newer MLflow, which this one can't read"
 
 
 def _experiment(uri: str) -> str:
@@ -124,112 +434,14 @@ def _experiment(uri: str) -> str:
 
     from mnist_lab.tracking.store import experiment_of
 
-    name = without_password(uri)
     try:
         experiment = experiment_of(uri, f"mlflow-artifacts:/{EXPERIMENT_NAME}")
     except (MlflowException, SQLAlchemyError) as error:
-        said = without_password(text_of(error))
-        raise LabError(f"backend store {name!r} can't be used: {said}") from error
+        raise LabError(f"the database can't be used: {one_line(error).partition(' [SQL:')[0]}") from error
     location = experiment.artifact_location
     if location.startswith("file:") or ":" not in location:
         raise LabError(
-            f"backend store {name!r}: its experiment {EXPERIMENT_NAME!r} keeps the artifacts in a folder of one "
-            f"machine, {location}; name another database"
+            f"the database's experiment {EXPERIMENT_NAME!r} keeps the artifacts in a folder of one machine, "
+            f"{location}; name another database"
         )
     return str(experiment.experiment_id)
-
-
-@dataclass(frozen=True)
-class _Admin:
-    """The one user that the server makes: a name, a password, and how a shell gets the password without showing it."""
-
-    name: str
-    password: str
-    in_shell: str
-    new_file: Path | None = None
-
-
-@contextlib.contextmanager
-def _passwords(settings: Settings, uri: str) -> Iterator[tuple[_Admin | None, dict[str, str]]]:
-    """Give the admin and the variables by which MLflow asks for passwords: neither is in any command line.
-
-    The users are in the same database. Its URI goes to MLflow in a file that is there while the server runs.
-    """
-    if not settings.auth:
-        yield None, {}
-        return
-    admin = _admin(settings.folder)
-    config = configparser.ConfigParser(interpolation=None)
-    config["mlflow"] = {
-        "default_permission": PERMISSION,
-        "database_uri": uri.replace("%", "%%"),  # as MLflow reads it
-        "auth_cache_ttl_seconds": str(PASSWORD_CACHE),
-    }
-    with tempfile.TemporaryDirectory(prefix="mnist-lab-") as folder:  # which no other user can enter
-        file = Path(folder) / "auth.ini"
-        with file.open("w") as content:
-            config.write(content)
-        yield (
-            admin,
-            {
-                "MLFLOW_AUTH_CONFIG_PATH": str(file),
-                "MLFLOW_AUTH_ADMIN_USERNAME": admin.name,
-                PASSWORD_VARIABLE: admin.password,
-                "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
-            },
-        )
-
-
-def _admin(folder: Path) -> _Admin:
-    name = os.environ.get("MLFLOW_AUTH_ADMIN_USERNAME") or "admin"
-    if password := os.environ.get(PASSWORD_VARIABLE):
-        return _Admin(name, password, f"${PASSWORD_VARIABLE}")
-    file = (folder / PASSWORD_FILE).absolute()
-    in_shell = f"$(cat {shlex.quote(str(file))})"
-    try:
-        if file.exists():
-            return _Admin(name, file.read_text().strip(), in_shell)
-        folder.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        password = secrets.token_urlsafe(18)
-        file.write_text(f"{password}\n")
-    except OSError as error:
-        raise LabError(f"the admin's password can't be kept in {file}: {error.strerror}") from error
-    return _Admin(name, password, in_shell, new_file=file)
-
-
-def _is_known(settings: Settings, admin: _Admin) -> bool:
-    """Say whether the admin's password is the one that the server knows; it is set once, with the first start."""
-    user = base64.b64encode(f"{admin.name}:{admin.password}".encode()).decode()
-    version = f"{serving.url(settings.host, settings.port)}/version"
-    asked = urllib.request.Request(version, headers={"Authorization": f"Basic {user}"})  # noqa: S310 - http
-    try:
-        with urllib.request.urlopen(asked, timeout=serving.START_TIMEOUT):  # noqa: S310 - this program's own server
-            return True
-    except urllib.error.HTTPError as error:
-        if error.code != 401:
-            raise
-        return False
-
-
-def _lines(settings: Settings, experiment_id: str, admin: _Admin | None) -> list[str]:
-    """Return what the user is told when the server is there."""
-    runs = f"/#/experiments/{experiment_id}/runs?{view.VIEW}" if admin else ui.PATH
-    lines = [f"The runs: {settings.address}{runs}", f"export MLFLOW_TRACKING_URI={settings.address}"]
-    if admin is not None:
-        password = f'"{admin.in_shell}"'
-        if not _is_known(settings, admin):
-            if admin.new_file is not None:
-                admin.new_file.unlink()
-            password = "...  # the one that was set when this database was first served, or later in MLflow"  # noqa: S105
-        lines += [f"export MLFLOW_TRACKING_USERNAME={admin.name}", f"export MLFLOW_TRACKING_PASSWORD={password}"]
-    return lines
-
-
-def _names(settings: Settings) -> list[str]:
-    """Return the names by which other machines may call the server; to others it gives no answer."""
-    names = ["localhost", "127.0.0.1", settings.host]
-    if settings.everywhere:
-        addresses = [one.address for ones in psutil.net_if_addrs().values() for one in ones if one.family in FAMILIES]
-        names = ["localhost", socket.gethostname(), socket.getfqdn(), *addresses]
-    return [f"[{name}]:{settings.port}" if ":" in name else f"{name}:{settings.port}" for name in dict.fromkeys(names)]

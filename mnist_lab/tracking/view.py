@@ -46,18 +46,10 @@ def state() -> str:
             "metricKey": metric,
             "metricSectionId": CURVES,
             "runsCountToCompare": 10,
-            "deleted": False,
-            "isGenerated": True,
             "xAxisKey": "step",
-            "xAxisScaleType": "linear",
-            "scaleType": "linear",
+            "scaleType": "log" if metric.endswith("loss") else "linear",
             "lineSmoothness": 0,
-            "useGlobalXaxisKey": True,
-            "useGlobalLineSmoothing": True,
-            "selectedXAxisMetricKey": "",
             "yAxisKey": "metric",
-            "yAxisExpressions": [],
-            "ignoreOutliers": False,
             "range": {} if least is None else {"yMin": least, "yMax": 100},
         }
         for metric, least in CHARTS.items()
@@ -68,6 +60,8 @@ def state() -> str:
     ]
     return json.dumps(
         {
+            "orderByKey": "tags.`study`",
+            "orderByAsc": True,
             "selectedColumns": [*COLUMNS],
             "columnOrder": [*COLUMNS],
             "columnWidths": COLUMNS,

@@ -21,7 +21,7 @@ import pytest
 from forkserver import PATIENCE
 from helpers import ROOT, TINY, TrackedRun, read_runs, wait_until
 from mnist_lab.errors import LabError
-from mnist_lab.tracking import postgres
+from mnist_lab.tracking.server import find_programs
 
 PARENT = "mlflow.parentRunId"
 STARTS = 10  # of a node
@@ -373,7 +373,7 @@ def is_taken(port: int) -> bool:
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Process]]:
     """Return what types a block of the page into a terminal, where home, runs and temporary folders are the test's."""
     try:
-        postgres.programs(Path("nowhere")), postgres.account()
+        find_programs(Path("nowhere"))
     except LabError as error:
         pytest.skip(str(error))
     if taken := [port for port in PORTS if is_taken(port)]:
