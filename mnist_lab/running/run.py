@@ -19,6 +19,7 @@ from mnist_lab.running.progress import Progress, Pruned
 from mnist_lab.running.record import Record, RunResult
 from mnist_lab.running.rehearsal import blame_script, rehearse, without_exits
 from mnist_lab.running.threads import Load, crowded, set_threads
+from mnist_lab.tracking.fluent import adopted
 from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics, Training, initial_network
 from mnist_lab.training.states import own_parts
@@ -68,7 +69,7 @@ def run(
     record = Record(job, seed, mnist, rehearsal, training)
     if resume is not None:
         restore(training, resume)
-    with record.begin(store, progress, parent_run_id, resume) as run_id:
+    with record.begin(store, progress, parent_run_id, resume) as run_id, adopted(store.uri, run_id):
         logger.info("Training, epoch by epoch")
         try:
             for metrics in without_exits(training.epochs()):

@@ -73,17 +73,6 @@ def chained(optimizer: Optimizer) -> LRScheduler:
     return ChainedScheduler([ConstantLR(optimizer), ExponentialLR(optimizer, 0.9)])
 
 
-class LossUp(ReduceLROnPlateau):
-    def __init__(self, optimizer: Optimizer) -> None:
-        super().__init__(optimizer, mode="max")
-
-
-def remembers_code(optimizer: Optimizer) -> LRScheduler:
-    scheduler = StepLR(optimizer, 1)
-    scheduler.code = warm_up  # type: ignore[attr-defined]
-    return scheduler
-
-
 sgd = partial(SGD, lr=0.1, momentum=0.9)
 
 NO_EFFECT = {
@@ -199,12 +188,6 @@ def test_nothing_is_said_of_a_schedule_in_its_unit(interval: str, epochs: int, s
     assert check_schedule(declare(sgd, scheduler, epochs, interval), Net(), 60_000) == []
 
 
-@pytest.mark.parametrize("scheduler", [partial(ReduceLROnPlateau, mode="max"), LossUp])
-def test_a_plateau_that_waits_for_a_rising_figure_is_refused(scheduler: Any, small_mnist: Mnist) -> None:
-    with pytest.raises(LabError, match="^scheduler: mode='max' .* the training loss"):
-        rehearse(declare(sgd, scheduler), small_mnist)
-
-
 SCHEDULERS = {
     "LambdaLR": partial(LambdaLR, lr_lambda=warm_up),
     "LambdaLR of a partial": partial(LambdaLR, lr_lambda=partial(warm_up)),
@@ -242,8 +225,3 @@ def test_every_scheduler_goes_on_from_a_checkpoint_read_without_code(scheduler: 
     after = [(metrics.lr, metrics.train_loss) for metrics in resumed.epochs()]
 
     assert after == [(metrics.lr, metrics.train_loss) for metrics in epochs]
-
-
-def test_a_scheduler_whose_state_a_checkpoint_cannot_keep_is_refused(small_mnist: Mnist) -> None:
-    with pytest.raises(LabError, match="^scheduler: the state of StepLR holds more than"):
-        rehearse(declare(sgd, remembers_code), small_mnist)

@@ -1,0 +1,301 @@
+"""What can't work, by the field that the refusal names and a word of what it says; each is refused by the rehearsal."""
+
+import copy
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.swa_utils import AveragedModel
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from mnist_lab import Experiment
+from mnist_lab.augmentation import random_rotation
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.objectives import distillation, mixup
+from mnist_lab.running.rehearsal import rehearse
+
+
+class Linear(nn.Module):
+    """784 pixels to 10 logits, which may be changed, in evaluation only if so wanted."""
+
+    def __init__(self, change: Callable[[Tensor], Any] | None = None, trained_too: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 10)
+        self.change, self.trained_too = change, trained_too
+
+    def forward(self, images: Tensor) -> Any:
+        logits = self.linear(images.flatten(1))
+        return self.change(logits) if self.change and (self.trained_too or not self.training) else logits
+
+
+def giving(change: Callable[[Tensor], Any]) -> Callable[[], nn.Module]:
+    return partial(Linear, change)
+
+
+def evaluating(change: Callable[[Tensor], Any]) -> Callable[[], nn.Module]:
+    return partial(Linear, change, trained_too=False)
+
+
+def then(change: Callable[[nn.Module], Any]) -> Callable[[], nn.Module]:
+    """Return what builds a network and changes it."""
+
+    def build() -> nn.Module:
+        net = Linear()
+        change(net)
+        return net
+
+    return build
+
+
+def raises(*_: object) -> Any:
+    raise KeyError("no such\nlayer")
+
+
+def recurs(value: Tensor) -> Any:
+    return recurs(value)
+
+
+class BuffersOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(784, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) @ self.weight
+
+
+class Counts(Linear):
+    """Its logits grow from call to call."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(images) * self.calls
+
+
+class LearnsItsNoise(Linear):
+    """Draws in evaluation too, but the noise has no effect before the first update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + self.scale * torch.randn(len(images), 10)
+
+
+class Listed(Linear):
+    """Keeps a layer where torch does not look for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [nn.Linear(10, 10)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.kept[0](super().forward(images).relu())
+
+
+def in_place(logits: Tensor) -> Tensor:
+    logits = logits.exp()
+    logits += 1  # exp's gradient needs what it gave
+    return logits
+
+
+SHARED, STATISTICS = nn.Linear(784, 10), nn.BatchNorm2d(1, affine=False)
+flat = partial(nn.Sequential, nn.Flatten())
+linear = partial(nn.Linear, 784)
+
+NETS: dict[str, tuple[Any, str]] = {
+    "three input channels": (
+        lambda: nn.Sequential(nn.Conv2d(3, 10, 28), nn.Flatten()),
+        r"^net: 0, .*\(128, 1, 28, 28\)",
+    ),
+    "not flattened": (lambda: nn.Sequential(nn.Linear(784, 10)), r"^net: 0, Linear.*784.* is given \(128, 1, 28, 28\)"),
+    "not flattened to the end": (lambda: nn.Conv2d(1, 10, 28), r"\(128, 10, 1, 1\)"),
+    "five outputs": (giving(lambda y: y[:, :5]), r"\(128, 5\)"),
+    "one output per image": (giving(lambda y: y[:, 0]), r"\(128,\)"),
+    "a tuple": (giving(lambda y: (y, y)), "tuple"),
+    "nothing": (giving(lambda y: None), "NoneType"),
+    "whole numbers": (giving(lambda y: y.long()), "int64"),
+    "bfloat16": (giving(lambda y: y.bfloat16()), "bfloat16"),
+    "NaN": (giving(lambda y: y * torch.nan), "finite"),
+    "NaN in evaluation": (evaluating(lambda y: y * torch.nan), "finite"),
+    "wrong in evaluation": (evaluating(lambda y: y[:, :9]), r"\(\d+, 9\)"),
+    "fewer rows than test images": (evaluating(lambda y: y[:200]), r"\(200, 10\) for 300"),
+    "squeezed, so one image has no rows": (giving(torch.squeeze), r"\(10,\) for 1 image"),
+    "last batch of one image": (lambda: flat(linear(10), nn.BatchNorm1d(10)), "^net: 2, .*more than 1 value"),
+    "no backward pass": (giving(in_place), "inplace operation"),
+    "raises": (giving(raises), r"no such.*\(test_refused\.py, line \d+\)"),
+    "raises in the standard library": (giving(lambda y: y * statistics.mean([])), r"\(test_refused\.py, line \d+\)"),
+    "recursion": (giving(recurs), "recursion"),
+    "sys.exit": (giving(lambda y: sys.exit()), r"sys\.exit\(None\)"),
+    "raises when built": (partial(nn.Linear, 784, "ten"), ""),
+    "no parameters": (partial(nn.Upsample, size=28), "no parameters"),
+    "buffers only": (BuffersOnly, "no parameters"),
+    "frozen": (then(lambda net: net.requires_grad_(False)), "no parameters"),
+    "lazy": (lambda: flat(nn.LazyLinear(10)), "no shape"),
+    "half precision of weights only": (then(lambda net: net.half()), "dtype"),
+    "on the meta device": (lambda: nn.Linear(784, 10, device="meta"), "meta"),
+    "larger than memory": (then(lambda net: nn.Linear(10**6, 10**6)), "memory"),
+    "no network": (lambda: torch.relu, "builtin_function_or_method"),
+    "dropout in evaluation": (giving(lambda y: F.dropout(y, 0.1)), r"training=self\.training"),
+    "counts its calls": (Counts, "other logits"),
+    "noise that is learned": (LearnsItsNoise, "other logits"),
+    "shared layers": (lambda: flat(SHARED), r"1\.weight, 1\.bias"),
+    "shared statistics": (lambda: nn.Sequential(STATISTICS, nn.Flatten(), linear(10)), r"0\.running_mean"),
+    "layers in a list": (Listed, r"\(10, 10\)|\(10\)"),
+}
+
+
+class WithoutRate(Optimizer):
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return None
+
+
+def remembers_code(optimizer: Optimizer) -> StepLR:
+    scheduler = StepLR(optimizer, 1)
+    scheduler.code = raises  # type: ignore[attr-defined]
+    return scheduler
+
+
+def gives_its_argument(argument: object) -> object:
+    return argument
+
+
+def nine_classes(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return images, torch.zeros(len(labels), 9)
+
+
+class OneImage:
+    """As wrappers of other libraries' transforms are: it takes one image (C, H, W)."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        channels, height, width = image.shape
+        return image.reshape(channels, height, width)
+
+
+class FirstAxes(OneImage):
+    """Gives of a batch another shape, and raises nothing."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image.unsqueeze(0)[0, :1]
+
+
+IMAGE_BY_IMAGE = r"\(128, 1, 28, 28\).*image_by_image"
+
+
+def share_of_errors(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(dim=1) != labels).float().mean()
+
+
+def returning(change: Callable[[nn.Module, Tensor, Tensor], Any]) -> Callable[..., Any]:
+    def objective(net: nn.Module, images: Tensor, labels: Tensor) -> Any:
+        return change(net, images, labels)
+
+    return objective
+
+
+by_batch = {"scheduler_interval": "batch"}
+PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a negative rate": ("optimizer", {"optimizer": partial(SGD, lr=-0.1)}, "Invalid learning rate"),
+    "steps that are too large": ("optimizer", {"optimizer": partial(SGD, lr=1e38)}, "not finite"),
+    "an optimizer of another type": ("optimizer", {"optimizer": partial(StepLR, step_size=1)}, "not an Optimizer"),
+    "no optimizer": ("optimizer", {"optimizer": list}, "list"),
+    "an optimizer without a rate": ("optimizer", {"optimizer": WithoutRate}, "without lr"),
+    "of another network": ("optimizer", {"optimizer": lambda _: SGD(Linear().parameters(), lr=0.1)}, "none of"),
+    "no scheduler": ("scheduler", {"scheduler": gives_its_argument}, "SGD"),
+    "too short": ("scheduler", {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=7), **by_batch}, "7"),
+    "plateau by batch": ("scheduler", {"scheduler": ReduceLROnPlateau, **by_batch}, "scheduler_interval='epoch'"),
+    "plateau that rises": ("scheduler", {"scheduler": partial(ReduceLROnPlateau, mode="max")}, "mode='min'"),
+    "without bounds": ("scheduler", {"scheduler": partial(ExponentialLR, gamma=1e200)}, r"e\+19\d"),
+    "beyond float32": ("scheduler", {"scheduler": partial(OneCycleLR, max_lr=1e40)}, "float32"),
+    "state with code": ("scheduler", {"scheduler": remembers_code}, "state_dict"),
+    "another shape": ("augmentation", {"augmentation": v2.Resize(14)}, r"\(128, 1, 14, 14\)"),
+    "fewer images": ("augmentation", {"augmentation": lambda x: x[1:]}, r"\(127, 1, 28, 28\)"),
+    "NaN pixels": ("augmentation", {"augmentation": lambda x: x * torch.nan}, "finite"),
+    "ints": ("augmentation", {"augmentation": lambda x: x.long()}, "int64"),
+    "no images": ("augmentation", {"augmentation": lambda x: None}, "NoneType"),
+    "refused degrees": ("augmentation", {"augmentation": partial(random_rotation, degrees=-7.0)}, "degrees=-7.0"),
+    "Normalize": ("augmentation", {"augmentation": v2.Normalize([0.5], [0.5])}, "normalize="),
+    "ToTensor": ("augmentation", {"augmentation": transforms.Compose([transforms.ToTensor()])}, "leave it out"),
+    "nine classes": ("augmentation", {"augmentation": nine_classes}, r"\(128, 9\)"),
+    "one draw a batch": (
+        "augmentation",
+        {"augmentation": lambda x: v2.RandomRotation(10)(x) + 0.02 * torch.rand_like(x)},
+        "image_by_image",
+    ),
+    "for one image": ("augmentation", {"augmentation": OneImage()}, IMAGE_BY_IMAGE),
+    "for one image, silent": ("augmentation", {"augmentation": FirstAxes()}, IMAGE_BY_IMAGE),
+    "a loss per image": ("loss", {"loss": partial(F.cross_entropy, reduction="none")}, r"\(128,\)"),
+    "a loss that is no tensor": ("loss", {"loss": lambda y, labels: 0.5}, "float"),
+    "an infinite loss": ("loss", {"loss": lambda y, labels: y.sum() * torch.inf}, "inf"),
+    "a loss without a gradient": ("loss", {"loss": share_of_errors}, "gradient"),
+    "logits without a gradient": ("loss", {"net": giving(lambda y: y.detach())}, "gradient"),
+    "a loss that raises": ("loss", {"loss": raises}, "no such"),
+    "no logits": ("objective", {"objective": returning(lambda net, x, t: F.cross_entropy(net(x), t))}, "logits"),
+    "three": ("objective", {"objective": returning(lambda net, x, t: (net(x).sum(), net(x), t))}, "tuple"),
+    "other rows": ("objective", {"objective": returning(lambda net, x, t: (net(x).sum(), net(x)[1:]))}, r"\(127, 10\)"),
+    "swapped": ("objective", {"objective": returning(lambda net, x, t: (net(x), net(x).sum()))}, "single number"),
+    "of nothing": (
+        "objective",
+        {"objective": returning(lambda net, x, t: (torch.ones((), requires_grad=True) * 2, net(x).detach()))},
+        "gradient",
+    ),
+    "the network in an objective": (
+        "net",
+        {"net": giving(raises), "objective": returning(lambda net, x, t: (net(x).sum(), net(x)))},
+        "no such",
+    ),
+    "alpha": ("objective", {"objective": partial(mixup, alpha=0.0)}, "alpha=0.0"),
+    "temperature": (
+        "objective",
+        {"objective": partial(distillation, teacher=Linear(), temperature=0.0, weight=0.5)},
+        "temperature=0.0",
+    ),
+    "weight": (
+        "objective",
+        {"objective": partial(distillation, teacher=Linear(), temperature=1.0, weight=1.5)},
+        "weight=1.5",
+    ),
+    "an average of another network": ("average", {"average": lambda net: AveragedModel(Linear())}, "another network"),
+    "no average": ("average", {"average": copy.deepcopy}, "Linear"),
+}
+REFUSED = {name: ("net", {"net": net}, said) for name, (net, said) in NETS.items()} | PARTS
+
+
+@pytest.mark.parametrize(("field", "changes", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_work_is_refused_by_its_field(
+    field: str, changes: dict[str, Any], said: str, small_mnist: Mnist
+) -> None:
+    declared = {"net": Linear, "epochs": 2, "batch_size": 128, "optimizer": partial(SGD, lr=0.1)}
+    size = {"batch_size": 499} if "last batch" in said or "more than 1 value" in said else {}
+
+    with pytest.raises(LabError) as refusal:
+        rehearse(Experiment(**(declared | changes | size)), small_mnist)
+
+    sentence = str(refusal.value)
+    assert refusal.value.field == field, sentence
+    assert re.search(said, sentence), sentence
+    assert sentence.isprintable()
+
+
+def test_a_refusal_names_the_line_of_the_script(small_mnist: Mnist) -> None:
+    line = raises.__code__.co_firstlineno + 1
+    with pytest.raises(LabError, match=rf"\({Path(__file__).name}, line {line}\)$"):
+        rehearse(Experiment(net=Linear, epochs=1, batch_size=64, optimizer=SGD, loss=raises), small_mnist)
