@@ -47,6 +47,7 @@ from mnist_lab.training.loop import (
     evaluation_part,
     initial_network,
     loss_and_logits,
+    minimises_cross_entropy,
     normalize,
     num_params,
     predict,
@@ -269,7 +270,8 @@ def _check_evaluation(trial: Trial) -> Iterator[str]:
             f"net: gives an image other logits beside other images, so its accuracy depends on the batches of "
             f"{EVALUATION_BATCH_SIZE} that it is evaluated in; see for dim=0 where dim=1 is meant"
         )
-    yield from notice_outputs(logits, trial.minimised, partial(_minimised, trial), trial.experiment.loss is None)
+    is_cross_entropy = minimises_cross_entropy(trial.experiment)
+    yield from notice_outputs(logits, trial.minimised, partial(_minimised, trial), is_cross_entropy)
 
 
 def _check_average(trial: Trial) -> Iterator[str]:

@@ -508,6 +508,10 @@ def binary(logits: Tensor, labels: Tensor) -> Tensor:
         ({"objective": in_a_run_of_its_own}, "mlflow: the script calls mlflow.start_run"),
         ({"targets": Targets(params=1_000)}, "targets.params: "),
         ({"net": partial(Ending, torch.sigmoid), "loss": binary}, "net: seems to end with sigmoid, and the reported"),
+        (
+            {"net": partial(Ending, torch.sigmoid), "objective": objective_of(binary)},
+            "net: seems to end with sigmoid, and the reported",
+        ),
     ],
 )
 def test_what_trains_but_is_not_meant_is_said(changes: dict[str, Any], said: str, small_mnist: Mnist) -> None:
