@@ -1,7 +1,7 @@
 """The committed evidence as tracked runs: what docs/results keeps of each run, put into a store.
 
 A restored run has the tags `restored`, the commit that the files are of, and `restored_sha256`, a digest of what they
-say of it. By the digest a second call knows what is there, and completes what an interrupted one left half written.
+say of it. By the digest a second call knows what is there.
 """
 
 from __future__ import annotations
@@ -9,34 +9,46 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
-from mlflow.entities import Metric, Param, Run
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
+from mlflow.entities import Run
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_GIT_BRANCH,
+    MLFLOW_GIT_COMMIT,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_SOURCE_NAME,
+    MLFLOW_SOURCE_TYPE,
+)
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import LOCKS, PROJECT_ROOT, own_folder
 from mnist_lab.results.predictions import MISTAKES
 from mnist_lab.results.records import (
-    EPOCH_FORMATS,
+    EPOCH_FIGURES,
+    IMAGES,
     MISTAKE_COLUMNS,
     RUN_COLUMNS,
+    EpochRow,
+    Records,
     Row,
+    RunRow,
     cells,
     read_records,
-    run_of,
     to_csv,
 )
 from mnist_lab.results.runs import load_runs
 from mnist_lab.running.record import DESCRIPTION, describe, verdict_tags
 from mnist_lab.running.study import VERDICT, description, draw, judge_runs, mean_epochs, summary
 from mnist_lab.tracking.connection import short_timeouts
+from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import (
     RESTORED,
     FinishedRun,
@@ -52,14 +64,14 @@ from mnist_lab.verdicts.targets import judge
 
 DIGEST = "restored_sha256"
 NO_MODEL = "none: this run was restored, and the files that it was restored from keep no network"
-METRICS_PER_CALL = 900  # MLflow takes 1,000 things at once
+NOT_SHARED = {"step", "targets", "model", DESCRIPTION, DIGEST, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE}
 
 
 @dataclass(frozen=True)
 class Restored:
     """What a call has done to the store.
 
-    runs, studies: how many it added or completed. there: how many runs were there already, restored or trained here.
+    runs, studies: how many it added. there: how many runs were there already, restored or trained here.
     removed: how many restored runs and studies it took away, as the files say something else by now.
     without_mistakes: how many runs of the files have no record of which images they got wrong.
     """
@@ -71,31 +83,124 @@ class Restored:
     without_mistakes: int
 
 
+@dataclass
+class Past:
+    """A clock that stands at a time, in milliseconds since 1970."""
+
+    time: int
+
+    def __call__(self) -> int:
+        return self.time
+
+
 @dataclass(frozen=True)
 class Committed:
-    """One run as it is to stand in a store, or a study over several.
+    """One run as the files have it; records: its rows alone."""
 
-    start, end: milliseconds since 1970. mistakes: as CSV, empty where they are not known. over: the runs of a study.
-    """
+    records: Records
 
-    step: str
-    name: str
-    start: int
-    end: int
-    params: Mapping[str, str]
-    tags: Mapping[str, str]
-    targets: Targets
-    seed: int = 0
-    metrics: Sequence[Metric] = ()
-    mistakes: str = ""
-    over: Sequence[Committed] = ()
-    digest: str = field(init=False)
+    @cached_property
+    def row(self) -> dict[str, Any]:
+        return RunRow.model_validate(self.text).model_dump()
 
-    def __post_init__(self) -> None:
-        points = [(metric.key, metric.value, metric.timestamp, metric.step) for metric in self.metrics]
-        parts = [{**self.params}, {**self.tags}, points, self.mistakes, [one.digest for one in self.over]]
-        said = json.dumps([self.name, self.start, self.end, *parts], sort_keys=True)
-        object.__setattr__(self, "digest", hashlib.sha256(said.encode()).hexdigest())
+    @property
+    def text(self) -> Row:
+        return self.records.runs[0]
+
+    @property
+    def step(self) -> str:
+        return self.text["step"]
+
+    @cached_property
+    def epochs(self) -> dict[int, dict[str, float]]:
+        rows = (EpochRow.model_validate(row).model_dump() for row in self.records.epochs)
+        return {row["epoch"]: {name: row[name] for name in EPOCH_FIGURES if row[name] is not None} for row in rows}
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a run logs once."""
+        row, targets = self.row, self.targets
+        once = {
+            "num_params": row["num_params"],
+            "final_test_accuracy": row["last"],
+            "best_test_accuracy": row["best"],
+            "best_epoch": row["best_epoch"],
+        }
+        if targets.accuracy is not None and self.epochs:
+            reached = (figures["test_accuracy"] >= targets.accuracy for figures in self.epochs.values())
+            once["epochs_at_target"] = sum(reached)
+        return {name: float(value) for name, value in (once | short_figures(once)).items()}
+
+    @property
+    def targets(self) -> Targets:
+        params, epochs = (self.row[f"target_{name}"] for name in ("params", "epochs"))
+        return Targets(
+            accuracy=self.row["target_accuracy"],
+            params=None if params is None else int(params),
+            epochs=None if epochs is None else int(epochs),
+        )
+
+    @property
+    def start(self) -> int:
+        """Milliseconds since 1970."""
+        return int(self.row["date"].replace(tzinfo=UTC).timestamp() * 1000)
+
+    @property
+    def end(self) -> int:
+        return self.start + round(60_000 * (self.row["minutes"] or 0))
+
+    @property
+    def params(self) -> dict[str, str]:
+        return self._settings("param")
+
+    @property
+    def tags(self) -> dict[str, str]:
+        row = self.text
+        verdicts = judge(
+            self.targets, accuracies=[self.row["last"]], num_params=self.row["num_params"], epochs=self.row["epochs"]
+        )
+        stated = {name: f"{value:.12g}" for name, value in vars(self.targets).items() if value is not None}
+        tags = {
+            **{name: row[name] for name in ("step", "code_sha256", "hardware", "torch", "git_commit")},
+            "git_dirty": row["git_dirty"].lower(),
+            **self._settings("tag"),  # has the whole code_sha256
+            **{f"target_{name}": value for name, value in stated.items()},
+            **verdict_tags(verdicts),
+            "model": NO_MODEL,
+            DESCRIPTION: describe(script_of(self.step), verdicts=verdicts),
+        }
+        return {"overrides": "", **{name: value for name, value in tags.items() if value}}
+
+    def _settings(self, kind: str) -> dict[str, str]:
+        return {row["name"]: row["value"] for row in self.records.settings if row["kind"] == kind}
+
+    @cached_property
+    def digest(self) -> str:
+        records = self.records
+        return digest([records.runs, records.epochs, records.settings, records.mistakes])
+
+    def check(self, folder: Path) -> None:
+        """Refuse figures that don't fit together; raises LabError."""
+        row, name = self.row, f"{self.step} seed {self.text['seed']}"
+        wrong = IMAGES - round(IMAGES / 100 * row["last"])
+        for file, right, reason in (
+            (self.step, row["best_epoch"] <= row["epochs"], f"best_epoch {row['best_epoch']} of {row['epochs']}"),
+            (self.step, row["last"] <= row["best"], f"last {row['last']} is above best {row['best']}"),
+            ("settings", bool(self.params), "it has no params"),
+            ("epochs", sorted(self.epochs) in ([], [*range(1, row["epochs"] + 1)]), "epochs are missing, or too many"),
+            ("mistakes", len(self.records.mistakes) in (0, wrong), f"it got {wrong} images wrong"),
+        ):
+            if not right:
+                raise LabError(f"{folder / file}.csv: {name}: {reason}")
+
+
+def digest(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def script_of(step: str) -> Path:
+    """Return where the script of a step is, or would be."""
+    return PROJECT_ROOT / "experiments" / f"{step}.py"
 
 
 def restore(
@@ -104,169 +209,46 @@ def restore(
     """Put the runs that a folder of CSVs keeps into the store, under a study for each step with several seeds.
 
     A run that was trained into this store itself is not added again. Restored runs of which the files say something
-    else by now are replaced. All other runs are left alone.
+    else are replaced, and so are those that an interrupted call left half written. All other runs are left alone.
     commit: which the files are of. progress: is told of each step before its runs are written.
 
     Raises:
         LabError: if the folder has no such files, they are not as the lab writes them, the store can't be written, or
             another call is at work on it.
     """
-    committed = _read(folder)
+    committed = [Committed(records) for records in read_records(folder).by_run()]
+    if not committed:
+        raise LabError(f"folder: {folder} has no CSVs of runs")
+    for run in committed:
+        run.check(folder)
     store = open_store(tracking_uri)
     with store_failures(store, "can't be written"), _alone(store), short_timeouts():
         trained = _trained_here(store)
         steps: dict[str, list[Committed]] = {}
-        for row, run in committed:
-            if _text(row) not in trained:
+        for run in committed:
+            if _text(run.text) not in trained:
                 steps.setdefault(run.step, []).append(run)
-        studies = {step: _study(step, runs) for step, runs in steps.items() if len(runs) > 1}
-        wanted = [*studies.values(), *(run for runs in steps.values() for run in runs)]
+        wanted = {run.digest for runs in steps.values() for run in runs} | {_study(runs) for runs in steps.values()}
         there, removed = _sort_out(store, wanted)
-        missing = [run for run in wanted if not _is_whole(there, run)]
-        for step, runs in steps.items():
-            if count := sum(run in missing for run in runs):
-                progress(f"{step}: {count} run{'s' if count > 1 else ''}")
-            _restore(store, commit, runs, studies.get(step), there)
-    added = sum(not run.over for run in missing)
+        missing = {step: [run for run in runs if run.digest not in there] for step, runs in steps.items()}
+        steps = {step: runs for step, runs in steps.items() if missing[step] or _study(runs) not in {"", *there}}
+        for number, (step, runs) in enumerate(steps.items(), start=1):
+            count = len(missing[step])
+            progress(f"{step}: {count} run{'' if count == 1 else 's'} ({number} of {len(steps)})")
+            _restore(store, commit, runs, there)
+    added = sum(map(len, missing.values()))
     return Restored(
         runs=added,
-        studies=len(missing) - added,
+        studies=sum(_study(runs) not in {"", *there} for runs in steps.values()),
         there=len(committed) - added,
         removed=removed,
-        without_mistakes=sum(not run.mistakes for _, run in committed),
+        without_mistakes=sum(not run.records.mistakes for run in committed),
     )
 
 
-# ---- what the files say
-
-
-def _read(folder: Path) -> list[tuple[Row, Committed]]:
-    """Return each row of the runs in the folder, with the run that it and the rows of the other files make."""
-    try:
-        records = read_records(folder)
-    except OSError as error:
-        raise LabError(f"the results can't be restored: {error.strerror}: {error.filename}") from error
-    except UnicodeDecodeError as error:
-        raise LabError(f"the results can't be restored: a file in {folder} is not UTF-8") from error
-    if not records.runs:
-        raise LabError(f"folder: {folder} has no CSVs of runs")
-    of_run: dict[tuple[str, str], list[list[Row]]] = {run_of(row): [[], [], []] for row in records.runs}
-    for number, rows in enumerate((records.epochs, records.settings, records.mistakes)):
-        for row in rows:
-            if run_of(row) in of_run:
-                of_run[run_of(row)][number].append(row)
-    read = []
-    for row in records.runs:
-        try:
-            read.append((row, _run(row, *of_run[run_of(row)])))
-        except (KeyError, ValueError) as error:
-            where = f"{row['step']} seed {row['seed']} in {folder}"
-            raise LabError(f"the results can't be restored: {where} is not as the lab writes it: {error}") from error
-    return read
-
-
-def _run(row: Row, epochs: Sequence[Row], settings: Sequence[Row], mistakes: Sequence[Row]) -> Committed:
-    """Return the run that these rows are of. Raises KeyError or ValueError if a figure is missing or no number."""
-    step, seed = row["step"], int(row["seed"])
-    params, tags = (
-        {line["name"]: line["value"] for line in settings if line["kind"] == kind} for kind in ("param", "tag")
-    )
-    if not params:
-        raise ValueError("settings.csv has no params of it")
-    start = int(datetime.strptime(row["date"], "%Y-%m-%d %H:%M").replace(tzinfo=UTC).timestamp() * 1000)
-    end = start + round(60_000 * float(row["minutes"] or 0))
-    stated = {name: float(row[f"target_{name}"]) for name in ("accuracy", "params", "epochs") if row[f"target_{name}"]}
-    targets = Targets(**{name: value if name == "accuracy" else int(value) for name, value in stated.items()})  # type: ignore[arg-type]
-    num_params, count = int(row["num_params"]), int(row["epochs"])
-    once = {
-        "num_params": num_params,
-        "final_test_accuracy": float(row["last"]),
-        "best_test_accuracy": float(row["best"]),
-        "best_epoch": int(row["best_epoch"]),
-    }
-    if targets.accuracy is not None and len(epochs) == count:
-        once["epochs_at_target"] = sum(float(epoch["test_accuracy"]) >= targets.accuracy for epoch in epochs)
-    once |= short_figures(once)
-    metrics = [Metric(name, float(value), end, 0) for name, value in once.items()]
-    for epoch in epochs:
-        number = int(epoch["epoch"])
-        time = start + (end - start) * number // count
-        known = {name: float(epoch[name]) for name in EPOCH_FORMATS if epoch.get(name)}
-        metrics += [Metric(name, value, time, number) for name, value in known.items()]
-    verdicts = judge(targets, accuracies=[float(row["last"])], num_params=num_params, epochs=count)
-    recorded = {name: row[name] for name in ("hardware", "torch", "git_commit") if row[name]}
-    if row["git_dirty"]:
-        recorded["git_dirty"] = row["git_dirty"].lower()
-    return Committed(
-        step=step,
-        name=f"{step} seed {seed}",
-        start=start,
-        end=end,
-        params={**params, "seed": str(seed)},
-        tags={
-            "step": step,
-            "overrides": "",
-            **({"code_sha256": row["code_sha256"]} if row["code_sha256"] else {}),
-            **tags,
-            **recorded,
-            **{f"target_{name}": f"{value:.12g}" for name, value in vars(targets).items() if value is not None},
-            **verdict_tags(verdicts),
-            "model": NO_MODEL,
-            DESCRIPTION: describe(script_of(step), verdicts=verdicts),
-        },
-        targets=targets,
-        seed=seed,
-        metrics=metrics,
-        mistakes=to_csv([*MISTAKE_COLUMNS][2:], mistakes) if mistakes else "",
-    )
-
-
-def _study(step: str, runs: Sequence[Committed]) -> Committed:
-    """Return the study over the runs of a step; its params and tags are those that all of them share."""
-    first = runs[0]
-    own = {
-        "seed",
-        "step",
-        "targets",
-        "model",
-        DESCRIPTION,
-        *(name for name in first.tags if name.startswith("verdict_")),
-    }
-
-    def shared(kind: str) -> dict[str, str]:
-        of_runs = [getattr(run, kind) for run in runs]
-        return {n: v for n, v in of_runs[0].items() if n not in own and all(of.get(n) == v for of in of_runs)}
-
-    seeds = " ".join(str(run.seed) for run in runs)
-    return Committed(
-        step=step,
-        name=f"{step} {len(runs)} seeds",
-        start=min(run.start for run in runs),
-        end=max(run.end for run in runs),
-        params=shared("params"),
-        tags={**shared("tags"), "study": step, "seeds": seeds, "seeds_reused": ""},
-        targets=first.targets,
-        over=runs,
-    )
-
-
-def script_of(step: str) -> Path:
-    """Return where the script of a step is, or would be."""
-    return PROJECT_ROOT / "experiments" / f"{step}.py"
-
-
-def _history(runs: Sequence[Committed]) -> list[dict[str, object]]:
-    """Return a record of each epoch of these runs; what the files don't say is NaN."""
-    records: list[dict[str, object]] = []
-    for run in runs:
-        epochs: dict[int, dict[str, object]] = {}
-        for metric in run.metrics:
-            if metric.key in EPOCH_FORMATS:
-                empty = dict.fromkeys(EPOCH_FORMATS, math.nan)
-                identity = {"run_id": run.digest, "step": run.step, "seed": run.seed, "epoch": metric.step}
-                epochs.setdefault(metric.step, {**empty, **identity})[metric.key] = metric.value
-        records += epochs.values()
-    return records
+def _study(runs: Sequence[Committed]) -> str:
+    """Return the digest of the study over the runs of a step; one run alone has none."""
+    return digest([run.digest for run in runs]) if len(runs) > 1 else ""
 
 
 # ---- the store
@@ -295,91 +277,88 @@ def _trained_here(store: Store) -> set[str]:
     return {_text(row) for row in cells(own[own["restored"].isna()].to_dict("records"), RUN_COLUMNS)}
 
 
-def _is_whole(there: Mapping[str, Run], run: Committed) -> bool:
-    return run.digest in there and there[run.digest].info.status == "FINISHED"
-
-
-def _sort_out(store: Store, wanted: Iterable[Committed]) -> tuple[dict[str, Run], int]:
+def _sort_out(store: Store, wanted: set[str]) -> tuple[dict[str, Run], int]:
     """Return what is there of the wanted runs, by their digests, and remove what else was restored; how many."""
-    digests = {run.digest for run in wanted}
     there: dict[str, Run] = {}
-    surplus = []
-    for run in sorted(search(store, f"tags.{DIGEST} LIKE '%'"), key=lambda run: run.info.status != "FINISHED"):
-        digest = run.data.tags[DIGEST]
-        if digest in digests and digest not in there:
-            there[digest] = run
-        else:
-            surplus.append(run.info.run_id)
-    for run_id in surplus:
+    removed = 0
+    for run in search(store, f"tags.{DIGEST} LIKE '%'"):
+        whole = run.info.status == "FINISHED"
+        if whole and (of := run.data.tags[DIGEST]) in wanted and of not in there:
+            there[of] = run
+            continue
+        removed += whole
         with uninterrupted():
-            store.client.delete_run(run_id)
-    return there, len(surplus)
+            store.client.delete_run(run.info.run_id)
+    return there, removed
 
 
-def _restore(
-    store: Store, commit: str, runs: Sequence[Committed], study: Committed | None, there: Mapping[str, Run]
-) -> None:
+def _restore(store: Store, commit: str, runs: Sequence[Committed], there: Mapping[str, Run]) -> None:
     """Write what is missing of a step's runs, and of the study over them."""
-    parent = None if study is None else _open(store, commit, study, there)
-    ids = []
-    for run in runs:
-        ids.append(_open(store, commit, run, there, parent))
-        if not _is_whole(there, run):
-            _fill(store, ids[-1], run)
-    if study is None or parent is None:
+    study = _study(runs)
+    if not study or study in there:
+        for run in runs:
+            _run(store, commit, run, there, there[study].info.run_id if study else None)
         return
-    studies = {one.info.run_id for one in search(store, "tags.study LIKE '%'")}
-    for found in (there[run.digest] for run in runs if run.digest in there):
-        if found.data.tags.get(MLFLOW_PARENT_RUN_ID) not in studies:  # what held it is not there any more
-            adopt(store, parent, found.info.run_id)
-    if not _is_whole(there, study):
-        _fill(store, parent, study, ids)
+    clock = Past(min(run.start for run in runs))
+    tags = {**_shared([run.tags for run in runs]), "study": runs[0].step, "seeds_reused": ""}
+    tags["seeds"] = " ".join(run.text["seed"] for run in runs)
+    name, params = f"{runs[0].step} {len(runs)} seeds", _shared([run.params for run in runs])
+    with track(
+        replace(store, clock=clock), name, params=params, tags=_marked(tags, commit, study, runs[0].step)
+    ) as tracked:
+        ids = [_run(store, commit, run, there, tracked.run_id) for run in runs]
+        studies = {one.info.run_id for one in search(store, "tags.study LIKE '%'")}
+        for found in (there[run.digest] for run in runs if run.digest in there):
+            if found.data.tags.get(MLFLOW_PARENT_RUN_ID) not in studies - {tracked.run_id}:
+                adopt(store, tracked.run_id, found.info.run_id)
+        clock.time = max(run.end for run in runs)
+        _finish_study(tracked, runs, ids)
 
 
-def _open(store: Store, commit: str, run: Committed, there: Mapping[str, Run], parent_run_id: str | None = None) -> str:
-    """Return the run's id, of the one that is there or of a new one, which stands as RUNNING until it is filled."""
+def _run(store: Store, commit: str, run: Committed, there: Mapping[str, Run], parent_run_id: str | None) -> str:
+    """Return the id of the run, which is written if it is not there."""
     if run.digest in there:
         return str(there[run.digest].info.run_id)
-    tags = {
-        **run.tags,
-        RESTORED: commit,
-        DIGEST: run.digest,
-        MLFLOW_SOURCE_NAME: f"experiments/{run.step}.py",
-        MLFLOW_SOURCE_TYPE: "LOCAL",
-        **({} if parent_run_id is None else {MLFLOW_PARENT_RUN_ID: parent_run_id}),
+    clock = Past(run.start)
+    params = {**run.params, "seed": run.text["seed"]}
+    tags, name = _marked(run.tags, commit, run.digest, run.step), f"{run.step} seed {run.text['seed']}"
+    with track(replace(store, clock=clock), name, params=params, tags=tags, parent_run_id=parent_run_id) as tracked:
+        clock.time = run.end
+        tracked.log_missing(run.epochs)
+        tracked.log_once(run.figures)
+        if run.records.mistakes:
+            tracked.log_text(to_csv([*MISTAKE_COLUMNS][2:], run.records.mistakes), MISTAKES)
+    return tracked.run_id
+
+
+def _finish_study(tracked: TrackedRun, runs: Sequence[Committed], ids: Sequence[str]) -> None:
+    finished = [FinishedRun(one, run.row["seed"], run.figures) for one, run in zip(ids, runs, strict=True)]
+    result = judge_runs(runs[0].targets, runs[0].row["epochs"], tracked.run_id, finished)
+    figures, words = summary(result)
+    tracked.log_once(figures)
+    described = description(result, script_of(runs[0].step))
+    tracked.set_tags({**words, DESCRIPTION: described})
+    tracked.log_text(described + "\n", VERDICT)
+    unknown = dict.fromkeys(EPOCH_FIGURES, math.nan)
+    history = [
+        {"run_id": one, "step": run.step, "seed": run.row["seed"], "epoch": epoch, **unknown, **of_epoch}
+        for one, run in zip(ids, runs, strict=True)
+        for epoch, of_epoch in run.epochs.items()
+    ]
+    tracked.log_missing(mean_epochs(history))
+    tracked.log_figures(draw(history, runs[0].targets))
+
+
+def _shared(of_runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the params or tags that all runs of a study have; but for those that it has of its own."""
+    return {
+        name: value
+        for name, value in of_runs[0].items()
+        if name not in NOT_SHARED and not name.startswith("verdict_") and all(of.get(name) == value for of in of_runs)
     }
-    with uninterrupted():
-        new = store.client.create_run(store.experiment_id, start_time=run.start, tags=tags, run_name=run.name)
-    return str(new.info.run_id)
 
 
-def _fill(store: Store, run_id: str, run: Committed, ids: Sequence[str] = ()) -> None:
-    """Write all that a run has, and close it. What an interrupted call wrote is not written twice.
-
-    ids: of the runs that a study is over.
-    """
-    client, metrics = store.client, list(run.metrics)
-    with uninterrupted():
-        if run.over:
-            finished = [
-                FinishedRun(one_id, one.seed, {metric.key: metric.value for metric in one.metrics})
-                for one_id, one in zip(ids, run.over, strict=True)
-            ]
-            result = judge_runs(run.targets, int(run.params["epochs"]), run_id, finished)
-            figures, tags = summary(result)
-            metrics = [Metric(name, value, run.end, 0) for name, value in figures.items()]
-            described = description(result, script_of(run.step))
-            for name, text in {**tags, DESCRIPTION: described}.items():
-                client.set_tag(run_id, name, text)
-            client.log_text(run_id, described + "\n", VERDICT)
-            history = _history(run.over)
-            for epoch, means in mean_epochs(history).items():
-                metrics += [Metric(name, value, run.end, epoch) for name, value in means.items()]
-            for name, figure in draw(history, run.targets).items():
-                client.log_figure(run_id, figure, f"figures/{name}.png")
-        client.log_batch(run_id, params=[Param(name, value) for name, value in run.params.items()])
-        for first in range(0, len(metrics), METRICS_PER_CALL):
-            client.log_batch(run_id, metrics=metrics[first : first + METRICS_PER_CALL])
-        if run.mistakes:
-            client.log_text(run_id, run.mistakes, MISTAKES)
-        client.set_terminated(run_id, "FINISHED", run.end)
+def _marked(tags: Mapping[str, str], commit: str, of: str, step: str) -> dict[str, str]:
+    source = {MLFLOW_SOURCE_NAME: f"experiments/{step}.py", MLFLOW_SOURCE_TYPE: "LOCAL"}
+    source |= {MLFLOW_GIT_COMMIT: tags.get("git_commit", ""), MLFLOW_GIT_BRANCH: ""}  # not those of this moment
+    return {**tags, **source, RESTORED: commit, DIGEST: of}

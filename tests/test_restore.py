@@ -1,11 +1,11 @@
 """The committed runs come back into a store: whole, once, and beside one's own."""
 
-import re
+import csv
+import io
 import shutil
-import signal
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +16,20 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from forkserver import Program, run_program
-from helpers import ROOT, TrackedRun, copy_store, read_runs, wait_until
+from forkserver import run_program
+from helpers import ROOT, copy_store, read_runs
+from helpers import TrackedRun as StoredRun
 from mnist_lab import results
 from mnist_lab.__main__ import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.restore import Restored, restore
 from mnist_lab.results import evidence, records
-from mnist_lab.tracking.store import Store, open_store
+from mnist_lab.tracking.run import TrackedRun
+from mnist_lab.tracking.store import Store, finished_runs, open_store
 from pages import PAGE, T0
 from report_store import predict
-from run_writer import TARGETS, write_run
+from run_writer import STEP4, TARGETS, write_run
 
 RESULTS = ROOT / "docs" / "results"
 COMMITTED = records.read_records(RESULTS)
@@ -62,6 +64,12 @@ def publish(folder: Path, uri: str) -> list[str]:
 def published(uri: str, folder: Path, mnist: Mnist, tmp_path: Path) -> Store:
     """Return a store whose runs, two steps of three seeds and one of one, stand in the folder too."""
     store = open_store(uri)
+    write_published(store, mnist, tmp_path)
+    publish(folder, uri)
+    return store
+
+
+def write_published(store: Store, mnist: Mnist, folder: Path) -> None:
     truth = mnist.test_labels.numpy()
     runs = [(step, seed) for step in CODE for seed in range(3)] + [("idea", 5)]
     for number, (step, seed) in enumerate(runs):
@@ -72,18 +80,25 @@ def published(uri: str, folder: Path, mnist: Mnist, tmp_path: Path) -> Store:
             "reported_best_test_accuracy": "99.46",
         }
         run = write_run(store, step, seed, accuracies, start_time=T0 + 60_000 * number, tags=tags)
-        file = tmp_path / "predictions.npz"
+        file = folder / "predictions.npz"
         np.savez_compressed(file, truth=truth, **predict(truth, accuracies[-1]))
         store.client.log_artifact(run.info.run_id, str(file))
-    publish(folder, uri)
-    return store
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, mnist: Mnist) -> Path:
+    """Return a folder of sound CSVs."""
+    place = tmp_path_factory.mktemp("sound")
+    uri = f"sqlite:///{copy_store(empty_store, place / 'store' / 'mlflow.db')}"
+    write_published(open_store(uri), mnist, place)
+    return evidence.export_runs(place / "results", tracking_uri=uri)[0].parent
 
 
 def csvs(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in folder.glob("*.csv")}
 
 
-def by_name(database: Path) -> dict[str, TrackedRun]:
+def by_name(database: Path) -> dict[str, StoredRun]:
     runs = read_runs(database)
     assert len({run.name for run in runs}) == len(runs)
     return {run.name: run for run in runs}
@@ -201,39 +216,55 @@ def test_only_what_the_files_say_otherwise_is_replaced(published: Store, folder:
     quietly(folder, tracking_uri=other)
     before = by_name(database_of(other))
     file = folder / "step2_better.csv"
-    file.write_text(file.read_text().replace("99.34", "99.30"))
+    header, first, second, *rest = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([header, first, second.replace("2.15.0", "2.16.0"), *rest]))
     assert quietly(folder, tracking_uri=other) == Restored(1, 1, there=6, removed=2, without_mistakes=0)
     table = results.run_table("step2_better", columns="all", tracking_uri=other).set_index("seed")
-    assert table["final_test_accuracy"].to_dict() == {0: 99.33, 1: 99.30, 2: 99.35}
+    assert table["torch"].to_dict() == {0: "2.15.0", 1: "2.16.0", 2: "2.15.0"}
     assert table["run_id"][0] == before["step2_better seed 0"].run_id
     parents = {mlflow.MlflowClient(other).get_run(run_id).data.tags[PARENT] for run_id in table["run_id"]}
     assert len(parents) == 1
     assert parents != {before["step2_better 3 seeds"].run_id}
 
 
-def test_a_call_that_was_killed_is_completed_by_the_next(uri: str, other: str, tmp_path: Path) -> None:
-    folder = tmp_path / "some"
-    folder.mkdir()
-    for name in ("epochs", "settings", "step1_baseline", "step2_dropout", "four_conv"):
-        shutil.copy(RESULTS / f"{name}.csv", folder)
-    command = ["-m", "mnist_lab", "restore", "--folder", str(folder), "--tracking-uri", uri]
-    process = Program(*command, cwd=tmp_path)
-    wait_until(lambda: len(read_runs(database_of(uri))) > 5, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    killed = read_runs(database_of(uri))
-    assert any(run.status == "RUNNING" for run in killed)
-    assert len(killed) < 23
+def test_a_call_that_was_killed_is_completed_by_the_next(
+    published: Store, folder: Path, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    log_once = TrackedRun.log_once
 
-    quietly(folder, tracking_uri=uri)
-    quietly(folder, tracking_uri=other)
+    def killed(run: TrackedRun, metrics: Mapping[str, float]) -> None:
+        written.append(run.run_id)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        log_once(run, metrics)
 
-    interrupted, whole = by_name(database_of(uri)), by_name(database_of(other))
-    assert set(interrupted) == set(whole)
-    for name, run in whole.items():
-        again = interrupted[name]
-        assert (again.status, again.params, again.metrics) == ("FINISHED", run.params, run.metrics), name
-    assert {run.run_id for run in killed} <= {run.run_id for run in interrupted.values()}
+    with monkeypatch.context() as patch:
+        patch.setattr(TrackedRun, "log_once", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quietly(folder, tracking_uri=other)
+    mlflow.MlflowClient(other).update_run(written[2], status="RUNNING")  # as after kill -9
+
+    assert quietly(folder, tracking_uri=other) == Restored(5, 2, there=2, removed=0, without_mistakes=0)
+
+    there = [run for run in read_runs(database_of(other)) if run.run_id not in deleted(other)]
+    whole = {run.name: run for run in there}
+    assert len(whole) == len(there) == 9
+    assert {run.status for run in there} == {"FINISHED"}
+    assert {run.run_id for run in there} >= {*written[:2]}
+    for name, run in by_name(database_of(published.uri)).items():
+        assert {metric: len(points) for metric, points in whole[name].metrics.items()} == {
+            metric: len(points) for metric, points in run.metrics.items()
+        }
+    assert {whole[f"step1_plain seed {seed}"].tags[PARENT] for seed in range(3)} == {
+        whole["step1_plain 3 seeds"].run_id
+    }
+
+
+def deleted(uri: str) -> set[str]:
+    with closing(sqlite3.connect(database_of(uri))) as connection:
+        query = "SELECT run_uuid FROM runs WHERE lifecycle_stage = 'deleted'"
+        return {run_id for (run_id,) in connection.execute(query)}
 
 
 def test_two_calls_at_once_are_not_mixed(published: Store, folder: Path, other: str) -> None:
@@ -329,77 +360,110 @@ def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(seeds: Seeds, o
     assert after["settings.csv"] == [line.replace(",0-1,", ",0-2,") for line in before["settings.csv"]]
 
 
-@pytest.mark.parametrize("capability", ["", ", Z80"])
-def test_seeds_of_another_processor_are_trained_again(seeds: Seeds, other: str, capability: str) -> None:
-    file = seeds.folder / "quick.csv"
-    hardware = records.read_rows(seeds.folder)[0]["hardware"]
-    elsewhere = hardware.rpartition(", ")[0] + capability
-    file.write_text(file.read_text().replace(hardware, elsewhere))
-    quietly(seeds.folder, tracking_uri=other)
-
-    seeds.train(2, other)
-
-    trained = [run.name for run in read_runs(database_of(other)) if "restored" not in run.tags]
-    assert sorted(trained) == ["quick 2 seeds", "quick seed 0", "quick seed 1"]
-
-
-def test_a_changed_script_takes_no_restored_seed_over(seeds: Seeds, other: str) -> None:
-    quietly(seeds.folder, tracking_uri=other)
-    seeds.script.write_text(QUICK.replace("lr=0.1", "lr=0.05"))
-    seeds.train(1, other)
-    trained = [run.name for run in read_runs(database_of(other)) if "restored" not in run.tags]
-    assert sorted(trained) == ["quick 1 seed", "quick seed 0"]
+@pytest.mark.parametrize(
+    ("hardware", "seeds"),
+    [("another CPU, 8 cores, AVX2", [0, 1, 2]), ("a CPU, 2 cores, Z80", []), ("a CPU, 2 cores", [])],
+)
+def test_seeds_of_another_processor_are_trained_again(
+    published: Store, folder: Path, other: str, hardware: str, seeds: list[int]
+) -> None:
+    quietly(folder, tracking_uri=other)
+    store = open_store(other)
+    tags = {"step": "step1_plain", "code_sha256": CODE["step1_plain"]}
+    params = {**STEP4, "epochs": "2"}
+    assert sorted(finished_runs(store, params, tags, hardware=hardware)) == seeds
+    assert finished_runs(store, params, tags | {"code_sha256": "changed"}, hardware=hardware) == {}
 
 
 # ---- what is refused
 
 
-def drop_settings(folder: Path) -> None:
-    (folder / "settings.csv").unlink()
+def replace(old: str, new: str) -> Callable[[str], str]:
+    return lambda text: text.replace(old, new, 1)
 
 
-def spoil_a_figure(folder: Path) -> None:
-    file = folder / "idea.csv"
-    file.write_text(file.read_text().replace("99.36", "many"))
+def cell(column: str, value: str) -> Callable[[str], str]:
+    """Return what writes a value into a column of the first row."""
+
+    def spoil(text: str) -> str:
+        header, first, *rest = text.splitlines()
+        cells = next(csv.reader([first]))
+        cells[header.split(",").index(column)] = value
+        line = io.StringIO()
+        csv.writer(line, lineterminator="").writerow(cells)
+        return "\n".join([header, line.getvalue(), *rest, ""])
+
+    return spoil
 
 
-def spoil_a_seed(folder: Path) -> None:
-    file = folder / "epochs.csv"
-    file.write_text(file.read_text() + "idea,five,1,99.0\n")
+def twice(text: str) -> str:
+    return text + text.splitlines()[-1] + "\n"
 
 
-def drop_a_column(folder: Path) -> None:
-    file = folder / "idea.csv"
-    file.write_text(file.read_text().replace("date", "day"))
+def cut(text: str) -> str:
+    return text.rpartition(",")[0] + "\n"
 
 
-def make_binary(folder: Path) -> None:
-    (folder / "mistakes.csv").write_bytes(b"step,seed,image\n\xff\xff")
-
-
-def empty(folder: Path) -> None:
-    shutil.rmtree(folder)
+def without_last_row(text: str) -> str:
+    return "".join(text.splitlines(keepends=True)[:-1])
 
 
 @pytest.mark.parametrize(
-    ("spoil", "sentence"),
+    ("name", "spoil", "where"),
     [
-        (drop_settings, "step1_plain seed 0 in .* is not as the lab writes it: settings.csv has no params of it"),
-        (spoil_a_figure, "idea seed 5 in .* is not as the lab writes it: .*many"),
-        (spoil_a_seed, "a CSV in .* is not as the lab writes it: .*five"),
-        (drop_a_column, "idea seed 5 in .* is not as the lab writes it: 'date'"),
-        (make_binary, "a file in .* is not UTF-8"),
-        (empty, "folder: .* has no CSVs of runs"),
+        ("idea", cell("last", "many"), "row 2, last: 'many'"),
+        ("idea", cell("last", "1000"), "row 2, last: '1000'"),
+        ("idea", cell("best", "-5"), "row 2, best: '-5'"),
+        ("idea", cell("epochs", "0"), "row 2, epochs: '0'"),
+        ("idea", cell("num_params", "1.5"), "row 2, num_params"),
+        ("idea", cell("minutes", "inf"), "row 2, minutes: 'inf'"),
+        ("idea", cell("test_loss", "nan"), "row 2, test_loss: 'nan'"),
+        ("idea", cell("num_params", "9" * 400), "row 2, num_params: '999"),
+        ("idea", cell("date", "yesterday"), "row 2, date: 'yesterday'"),
+        ("idea", cell("git_dirty", "perhaps"), "row 2, git_dirty: 'perhaps'"),
+        ("idea", cell("best", "99.00"), "last 99.36 is above best 99.0"),
+        ("idea", cell("best_epoch", "7"), "best_epoch 7 of 2"),
+        ("idea", replace("date", "day"), "row 1: the column 'date'"),
+        ("idea", replace("seed,", "seed,seed2,"), "row 2: it has more or fewer cells"),
+        ("idea", cut, "row 2: it has more or fewer cells"),
+        ("idea", twice, "row 3, seed: idea 5 is there twice"),
+        ("epochs", cell("seed", "five"), "row 2, seed: 'five'"),
+        ("epochs", cell("epoch", "0"), "row 2, epoch: '0'"),
+        ("epochs", cell("test_accuracy", "101"), "row 2, test_accuracy: '101'"),
+        ("epochs", cell("lr", "-1"), "row 2, lr: '-1'"),
+        ("epochs", twice, "epoch: idea 5 2 is there twice"),
+        ("epochs", without_last_row, "idea seed 5: epochs are missing"),
+        ("settings", None, "step1_plain seed 0: it has no params"),
+        ("settings", cell("seeds", "0-99999999999"), "row 2, seeds: .* 99999999999"),
+        ("settings", cell("seeds", "all"), "row 2, seeds: 'all'"),
+        ("settings", cell("kind", "metric"), "row 2, kind: 'metric'"),
+        ("settings", twice, "is there twice"),
+        ("mistakes", cell("image", "10000"), "row 2, image: '10000'"),
+        ("mistakes", cell("prediction", "10"), "row 2, prediction: '10'"),
+        ("mistakes", cell("confidence", "1.5"), "row 2, confidence: '1.5'"),
+        ("mistakes", without_last_row, "idea seed 5: it got 64 images wrong"),
+        ("mistakes", lambda text: text + "\xff", "no CSV in UTF-8"),
     ],
 )
-def test_files_that_are_not_the_labs_are_refused_before_anything_is_written(
-    spoil: Callable[[Path], None], sentence: str, published: Store, folder: Path, other: str,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    spoil(folder)
-    monkeypatch.setattr(sys, "argv", ["mnist_lab", "restore", "--folder", str(folder), "--tracking-uri", other])
+def test_files_that_are_not_the_labs_are_refused_by_file_row_and_column(
+    sound: Path, other: str, tmp_path: Path, name: str, spoil: Callable[[str], str] | None, where: str
+) -> None:
+    folder = shutil.copytree(sound, tmp_path / "spoiled")
+    file = folder / f"{name}.csv"
+    if spoil is None:
+        file.unlink()
+    else:
+        file.write_bytes(spoil(file.read_text()).encode("latin-1"))
+    with pytest.raises(LabError, match=rf"{name}\.csv[:,] .*{where}"):
+        quietly(folder, tracking_uri=other)
+    assert read_runs(database_of(other)) == []
+
+
+def test_a_refusal_is_one_sentence_and_an_exit_code(
+    tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mnist_lab", "restore", "--folder", str(tmp_path), "--tracking-uri", other])
     with pytest.raises(SystemExit, match="1"):
         main()
-    (said,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"^error: .*{sentence}", said)
-    assert read_runs(database_of(other)) == []
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"error: folder: {tmp_path} has no CSVs")

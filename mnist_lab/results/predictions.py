@@ -10,7 +10,9 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from scipy import special
 
 from mnist_lab.data import load_mnist
@@ -34,18 +36,25 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
     uri = resolve_uri(tracking_uri)
     check_readable(uri)
     follow_move(uri)
-    with tempfile.TemporaryDirectory() as folder, reading(uri):
-        client = mlflow.MlflowClient(uri)
+    with reading(uri):
         try:
-            run = client.get_run(run_id)
+            run = mlflow.MlflowClient(uri).get_run(run_id)
         except MlflowException as error:
             raise LabError(f"run_id: there is no run {run_id!r} in {without_password(uri)}") from error
-        if run.info.status != "FINISHED":
-            raise LabError(f"run {run_id} is {run.info.status}, not FINISHED: it has no predictions")
-        name, read = (MISTAKES, _from_mistakes) if "restored" in run.data.tags else ("predictions.npz", _from_logits)
-        if name not in {artifact.path for artifact in client.list_artifacts(run_id)}:
+    return predictions_of(run, uri)
+
+
+def predictions_of(run: Run, uri: str) -> pd.DataFrame:
+    """Return `predictions` of a run that was loaded with its artifacts; raises LabError."""
+    run_id = run.info.run_id
+    if run.info.status != "FINISHED":
+        raise LabError(f"run {run_id} is {run.info.status}, not FINISHED: it has no predictions")
+    name, read = (MISTAKES, _from_mistakes) if "restored" in run.data.tags else ("predictions.npz", _from_logits)
+    with tempfile.TemporaryDirectory() as folder, reading(uri):
+        artifacts = get_artifact_repository(run.info.artifact_uri, tracking_uri=uri)
+        if name not in {artifact.path for artifact in artifacts.list_artifacts()}:
             raise LabError(f"run {run_id} has no predictions: there is no {name} among its artifacts")
-        file = Path(client.download_artifacts(run_id, name, folder))
+        file = Path(artifacts.download_artifacts(name, folder))  # type: ignore[no-untyped-call]
         try:
             return read(file)
         except Exception as error:  # a file from elsewhere breaks zip, zlib, numpy and pandas in many ways

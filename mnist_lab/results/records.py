@@ -1,6 +1,6 @@
-"""What files keep of runs: one row per run, epoch, setting and mistake, taken from a store and read from CSVs.
+"""What files keep of runs: CSVs with a row per run, epoch, setting and mistake, written from a store and read back.
 
-What is kept of a run is enough to build it again in another store, but for its network.
+It is enough to build a run again in another store, but for its network.
 """
 
 from __future__ import annotations
@@ -9,69 +9,119 @@ import csv
 import io
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import quoted
+from mnist_lab.experiment import MAX_COUNT, quoted
 from mnist_lab.results.compare import newest_runs
-from mnist_lab.results.predictions import predictions
+from mnist_lab.results.predictions import predictions_of
 from mnist_lab.results.runs import LoadedRuns, epoch_history, load_runs, run_table
 from mnist_lab.verdicts.comparison import step_order
+from mnist_lab.verdicts.measures import MEASURES, TESTED
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, str]  # one line of a CSV with its step; an empty cell is an unknown figure
+DATE = "%Y-%m-%d %H:%M"
+IMAGES = 10_000  # test images
 
-# The columns of each CSV, with their names in the tables that they come from and their formats. First <step>.csv:
+
+class Column(NamedTuple):
+    """A column of a CSV: its name in the table that it comes from, its format, and what its cells can be."""
+
+    source: str
+    form: str
+    kind: Any
+
+
+def _known(values: Any) -> Any:
+    return None if values == "" else values
+
+
+def _optional(kind: Any) -> Any:
+    return Annotated[kind | None, BeforeValidator(_known)]
+
+
+def _kind(figure: str) -> Any:
+    return Percent if MEASURES[figure].unit == "%" else float if figure == "objective" else Figure
+
+
+Whole = Annotated[int, BeforeValidator(int)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
+Count = Annotated[Whole, Field(ge=1, le=MAX_COUNT)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Figure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Date = Annotated[datetime, BeforeValidator(lambda text: datetime.strptime(text, DATE))]
+Image = Annotated[Whole, Field(ge=0, lt=IMAGES)]
+Seeds = Annotated[str, Field(pattern=r"^\d{1,19}(-\d{1,19})?(, \d{1,19}(-\d{1,19})?)*$")]
+
+# First <step>.csv, then the CSVs with the rows of all steps.
 COLUMNS = {
-    "seed": ("seed", ""),
-    "last": ("final_test_accuracy", ".2f"),
-    "best": ("best_test_accuracy", ".2f"),
-    "best_epoch": ("best_epoch", ""),
-    "train": ("final_train_accuracy", ".3f"),
-    "test_loss": ("final_test_loss", ".5f"),
-    "num_params": ("num_params", ""),
-    "epochs": ("epochs", ""),
-    "minutes": ("minutes", ".1f"),
-    "hardware": ("hardware", ""),
-    "torch": ("torch", ""),
-    "git_commit": ("git_commit", ""),
-    "git_dirty": ("git_dirty", ""),
-    "code_sha256": ("code_sha256", ".12"),
-    "date": ("start_time", "%Y-%m-%d %H:%M"),
-    "target_accuracy": ("target_accuracy", "g"),
-    "target_params": ("target_params", "g"),
-    "target_epochs": ("target_epochs", "g"),
-    "reported_best": ("reported_best_test_accuracy", "g"),
+    "seed": Column("seed", "", Seed),
+    "last": Column("final_test_accuracy", ".2f", Percent),
+    "best": Column("best_test_accuracy", ".2f", Percent),
+    "best_epoch": Column("best_epoch", "", Count),
+    "train": Column("final_train_accuracy", ".3f", _optional(Percent)),
+    "test_loss": Column("final_test_loss", ".5f", _optional(Figure)),
+    "num_params": Column("num_params", "", Count),
+    "epochs": Column("epochs", "", Count),
+    "minutes": Column("minutes", ".1f", _optional(Figure)),
+    **{name: Column(name, "", str) for name in ("hardware", "torch", "git_commit")},
+    "git_dirty": Column("git_dirty", "", Literal["", "True", "False"]),
+    "code_sha256": Column("code_sha256", ".12", str),
+    "date": Column("start_time", DATE, Date),
+    "target_accuracy": Column("target_accuracy", "g", _optional(Percent)),
+    "target_params": Column("target_params", "g", _optional(Figure)),
+    "target_epochs": Column("target_epochs", "g", _optional(Figure)),
+    "reported_best": Column("reported_best_test_accuracy", "g", _optional(Percent)),
 }
-RUN_COLUMNS = {"step": ("step", ""), **COLUMNS}
-EPOCH_FORMATS = {
-    "test_accuracy": ".2f",
-    "test_loss": ".5f",
-    "train_accuracy": ".3f",
-    "train_loss": ".5f",
-    "lr": ".6g",
-    "epoch_seconds": ".1f",
+STEP = {"step": Column("step", "", str)}
+RUN = STEP | {"seed": COLUMNS["seed"]}
+RUN_COLUMNS = STEP | COLUMNS
+EPOCH_FIGURES = ("test_accuracy", "test_loss", "train_accuracy", "train_loss", "lr", "epoch_seconds", *TESTED.at_times)
+EPOCH_COLUMNS = {
+    **RUN,
+    "epoch": Column("epoch", "", Count),
+    **{name: Column(name, MEASURES[name].cell, _optional(_kind(name))) for name in EPOCH_FIGURES},
 }
-RARE_FORMATS = {"raw_test_accuracy": ".2f", "objective": ".5f", "lr_1": ".6g", "lr_2": ".6g"}  # of some experiments
-EPOCH_FORMATS |= RARE_FORMATS
-EPOCH_COLUMNS = {name: (name, "") for name in ("step", "seed", "epoch")} | {n: (n, f) for n, f in EPOCH_FORMATS.items()}
-SETTING_COLUMNS = ("step", "seeds", "kind", "name", "value")
-MISTAKE_COLUMNS = {name: (name, "") for name in ("step", "seed", "image", "prediction")} | {
-    "confidence": ("confidence", ".4f")
+SETTING_COLUMNS = {
+    **STEP,
+    "seeds": Column("seeds", "", Seeds),
+    "kind": Column("kind", "", Literal["param", "tag"]),
+    "name": Column("name", "", Annotated[str, Field(min_length=1)]),
+    "value": Column("value", "", str),
+}
+MISTAKE_COLUMNS = {
+    **RUN,
+    "image": Column("image", "", Image),
+    "prediction": Column("prediction", "", Annotated[Whole, Field(ge=0, le=9)]),
+    "confidence": Column("confidence", ".4f", Annotated[float, Field(ge=0, le=1)]),
 }
 # Tags that decide or explain a run's figures, beside those that have a column of their own in <step>.csv.
 TAGS = re.compile(
     "code_sha256|data_sha256|threads|memory_format|no_effect|teacher_run_id|teacher_sha256|cuda_graph|reported_.*"
 )
 OTHER_FILES = ("effects", "epochs", "settings", "mistakes")  # CSVs in the folder that belong to no step
+
+
+def _model(columns: Mapping[str, Column]) -> type[BaseModel]:
+    """Return what checks a row of these columns; those of some experiments only may be missing."""
+    fields: dict[str, Any] = {
+        name: (column.kind, None if name in TESTED.at_times else ...) for name, column in columns.items()
+    }
+    return create_model("Row", __config__=ConfigDict(extra="forbid"), **fields)
+
+
+RunRow, EpochRow, SettingRow, MistakeRow = map(_model, (RUN_COLUMNS, EPOCH_COLUMNS, SETTING_COLUMNS, MISTAKE_COLUMNS))
 
 run_of = itemgetter("step", "seed")
 
@@ -93,6 +143,15 @@ class Records:
         """Return the rows of the runs whose step and seed are wanted."""
         return Records(*([row for row in rows if wanted(run_of(row))] for rows in self._parts))
 
+    def by_run(self) -> list[Records]:
+        """Return the rows of each run by themselves."""
+        of_run = {run_of(row): Records([row]) for row in self.runs}
+        for part, rows in enumerate(self._parts[1:], start=1):
+            for row in rows:
+                if run_of(row) in of_run:
+                    of_run[run_of(row)]._parts[part].append(row)
+        return list(of_run.values())
+
     def __add__(self, other: Records) -> Records:
         both = (in_order(chain(mine, theirs)) for mine, theirs in zip(self._parts, other._parts, strict=True))
         return Records(*both)
@@ -103,13 +162,16 @@ class Records:
 
     def csvs(self, folder: Path, steps: Iterable[str]) -> dict[Path, str]:
         """Return the files of these steps, and those that hold the rows of all steps."""
-        unused = {name for name in RARE_FORMATS if not any(row.get(name) for row in self.epochs)}
+        unused = {name for name in TESTED.at_times if not any(row.get(name) for row in self.epochs)}
         return {
             **{folder / f"{step}.csv": to_csv(COLUMNS, rows_of(step, self.runs)) for step in steps},
             folder / "epochs.csv": to_csv([name for name in EPOCH_COLUMNS if name not in unused], self.epochs),
             folder / "settings.csv": to_csv(SETTING_COLUMNS, _by_setting(self.settings)),
             folder / "mistakes.csv": to_csv(MISTAKE_COLUMNS, self.mistakes),
         }
+
+
+# ---- from a store
 
 
 def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Records:
@@ -121,56 +183,17 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
     Raises:
         LabError: if the store has no such runs.
     """
-    loaded = load_runs(tracking_uri)
+    loaded = load_runs(tracking_uri, artifacts=True)
     runs = _that_can_name_a_file(newest_runs(run_table(columns="all", loaded=loaded)))
     if not restored:
         runs = runs[runs["restored"].isna()]
-    history = epoch_history(loaded=loaded, metrics=[*EPOCH_FORMATS])
+    history = epoch_history(loaded=loaded, metrics=EPOCH_FIGURES)
     history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
     return Records(
         in_order(cells(runs.to_dict("records"), RUN_COLUMNS)),
         in_order(cells(history.to_dict("records"), EPOCH_COLUMNS)),
         in_order(_settings(loaded, runs)),
         in_order(_mistakes(loaded, runs)),
-    )
-
-
-def read_records(folder: Path) -> Records:
-    """Read the CSVs in a folder.
-
-    Raises:
-        OSError, UnicodeDecodeError: if one can't be read.
-        LabError: if one has other columns, or a seed or epoch that is no number.
-    """
-    try:
-        epochs, settings, mistakes = (read_csv(folder / f"{name}.csv") for name in ("epochs", "settings", "mistakes"))
-        return Records(read_rows(folder), in_order(epochs), in_order(_by_run(settings)), in_order(mistakes))
-    except UnicodeDecodeError:
-        raise
-    except (KeyError, ValueError) as error:
-        raise LabError(f"a CSV in {folder} is not as the lab writes it: {error}") from error
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """Read the CSVs of all experiments in a folder, the steps first."""
-    files = [file for file in folder.glob("*.csv") if file.stem not in OTHER_FILES]
-    return in_order({"step": file.stem, **row} for file in files for row in read_csv(file))
-
-
-def rows_of(step: str, rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row["step"] == step]
-
-
-def in_order(rows: Iterable[Row]) -> list[Row]:
-    """Sort rows by their runs, and within a run as they belong."""
-    return sorted(
-        rows,
-        key=lambda row: (
-            step_order(row["step"]),
-            int(row["seed"]),
-            *(int(row.get(name, 0)) for name in ("epoch", "image")),
-            *(row.get(name, "") for name in ("kind", "name")),
-        ),
     )
 
 
@@ -202,7 +225,7 @@ def _mistakes(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterable[Row]:
     unknown = []
     for step, seed, run_id in _identities(runs):
         try:
-            said = predictions(run_id, tracking_uri=loaded.uri)
+            said = predictions_of(loaded.found[run_id], loaded.uri)
         except LabError as error:
             unknown.append(f"{step} seed {seed} ({error})")
             continue
@@ -219,6 +242,113 @@ def _identities(runs: pd.DataFrame) -> list[tuple[str, int, str]]:
     return sorted(identities, key=lambda identity: (step_order(identity[0]), identity[1]))
 
 
+# ---- from files
+
+
+def read_records(folder: Path) -> Records:
+    """Read the CSVs in a folder, and check each cell.
+
+    Raises:
+        LabError: if one can't be read, or holds what the lab does not write: it names the file, the row and the column.
+    """
+    runs = read_rows(folder)
+    seeds: dict[str, set[int]] = {}
+    for row in runs:
+        seeds.setdefault(row["step"], set()).add(int(row["seed"]))
+    return Records(
+        runs,
+        in_order(_read(folder / "epochs.csv", EpochRow, "step", "seed", "epoch")),
+        in_order(_read_settings(folder / "settings.csv", seeds)),
+        in_order(_read(folder / "mistakes.csv", MistakeRow, "step", "seed", "image")),
+    )
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Read the CSVs of all experiments in a folder, the steps first; raises LabError as `read_records`."""
+    files = [file for file in folder.glob("*.csv") if file.stem not in OTHER_FILES]
+    return in_order(row for file in files for row in _read(file, RunRow, "step", "seed"))
+
+
+def _read(file: Path, model: type[BaseModel], *key: str) -> list[Row]:
+    """Return the rows of a file, and none where there is no file; `key` says what a row is of, once."""
+    if not file.exists():
+        return []
+    same = {"step": file.stem} if model is RunRow else {}
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            reader = csv.DictReader(lines)
+            rows = [{**same, **row} for row in reader]
+    except OSError as error:
+        raise LabError(f"{file}: it can't be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise LabError(f"{file}: it is no CSV in UTF-8: {error}") from error
+    columns = {*same, *(reader.fieldnames or ())}
+    for name in sorted({name for name, one in model.model_fields.items() if one.is_required()} - columns):
+        raise LabError(f"{file}, row 1: the column {name!r} is missing")
+    there: set[tuple[str, ...]] = set()
+    for number, row in enumerate(rows, start=2):
+        where = f"{file}, row {number}"
+        if None in row or None in row.values():
+            raise LabError(f"{where}: it has more or fewer cells than the {len(columns) - len(same)} columns")
+        _check(row, model, where)
+        if (identity := tuple(row[name] for name in key)) in there:
+            raise LabError(f"{where}, {key[-1]}: {' '.join(identity)} is there twice")
+        there.add(identity)
+    return rows
+
+
+def _check(row: Row, model: type[BaseModel], where: str) -> None:
+    try:
+        model.model_validate(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        column = str(first["loc"][0])
+        raise LabError(
+            f"{where}, {column}: {quoted(row[column])} is not as the lab writes it: {first['msg']}"
+        ) from error
+
+
+def _read_settings(file: Path, seeds: Mapping[str, set[int]]) -> Iterator[Row]:
+    """Read the settings, one row for each seed that there is; those of other steps are left out."""
+    there = set()
+    for number, line in enumerate(_read(file, SettingRow, "step", "seeds", "kind", "name"), start=2):
+        parts = [part.partition("-") for part in line["seeds"].split(", ")]
+        ranges_of = [(int(first), int(last or first)) for first, _, last in parts]
+        known = seeds.get(line["step"])
+        if known is None:
+            continue
+        for first, last in ranges_of:
+            if not {first, last} <= known:
+                raise LabError(f"{file}, row {number}, seeds: {line['step']} has no seeds {first} and {last}")
+        for seed in known:
+            if any(first <= seed <= last for first, last in ranges_of):
+                row = {"seed": str(seed), **{name: line[name] for name in ("step", "kind", "name", "value")}}
+                if (identity := (*run_of(row), row["kind"], row["name"])) in there:
+                    raise LabError(f"{file}, row {number}, name: {' '.join(identity)} is there twice")
+                there.add(identity)
+                yield row
+
+
+# ---- CSV
+
+
+def rows_of(step: str, rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row["step"] == step]
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Sort rows by their runs, and within a run as they belong."""
+    return sorted(
+        rows,
+        key=lambda row: (
+            step_order(row["step"]),
+            int(row["seed"]),
+            *(int(row.get(name, 0)) for name in ("epoch", "image")),
+            *(row.get(name, "") for name in ("kind", "name")),
+        ),
+    )
+
+
 def _by_setting(settings: Iterable[Row]) -> list[Row]:
     """Put the settings that several seeds of a step share on one line."""
     seeds: dict[tuple[str, ...], list[int]] = {}
@@ -232,14 +362,6 @@ def _by_setting(settings: Iterable[Row]) -> list[Row]:
     ]
 
 
-def _by_run(lines: Iterable[Row]) -> Iterable[Row]:
-    for line in lines:
-        for part in line["seeds"].split(", "):
-            first, _, last = part.partition("-")
-            for seed in range(int(first), int(last or first) + 1):
-                yield {"seed": str(seed), **{name: line[name] for name in ("step", "kind", "name", "value")}}
-
-
 def ranges(seeds: Iterable[int]) -> str:
     """Return seeds in short, e.g. "0-4, 7"."""
     runs: list[list[int]] = []
@@ -251,13 +373,10 @@ def ranges(seeds: Iterable[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-# ---- CSV
-
-
-def cells(records: Iterable[Mapping[Any, Any]], columns: Mapping[str, tuple[str, str]]) -> list[Row]:
-    """Return these columns of a run table, an epoch history or a comparison as the text that a CSV holds."""
+def cells(records: Iterable[Mapping[Any, Any]], columns: Mapping[str, Column]) -> list[Row]:
+    """Return these columns of a run table or an epoch history as the text that a CSV holds."""
     return [
-        {name: format(row[column], form) if pd.notna(row[column]) else "" for name, (column, form) in columns.items()}
+        {name: format(row[one.source], one.form) if pd.notna(row[one.source]) else "" for name, one in columns.items()}
         for row in records
     ]
 
@@ -268,11 +387,3 @@ def to_csv(columns: Iterable[str], rows: Iterable[Row]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def read_csv(file: Path) -> list[Row]:
-    """Return a file's rows, and none where there is no file."""
-    if not file.exists():
-        return []
-    with file.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))

@@ -31,7 +31,7 @@ from mnist_lab.experiment import MAX_COUNT, quoted
 from mnist_lab.paths import EXPERIMENT_NAME, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
 from mnist_lab.tracking.points import read_points
-from mnist_lab.tracking.sqlite import check_readable
+from mnist_lab.tracking.sqlite import check_readable, follow_move
 from mnist_lab.tracking.store import check_not_deleted
 from mnist_lab.verdicts.comparison import step_order
 from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED, protocol
@@ -196,8 +196,10 @@ def epoch_history(
     return history.astype({"epoch": "Int64"})[[*identity, "epoch", *metrics]]
 
 
-def load_runs(tracking_uri: str | None = None) -> LoadedRuns:
+def load_runs(tracking_uri: str | None = None, *, artifacts: bool = False) -> LoadedRuns:
     """Read every run of the lab in the store, and no other program's runs beside them.
+
+    artifacts: whether these will be read too; then they are found where a moved store has them.
 
     A run whose values can't be right is left out, and a warning of the logger names it.
 
@@ -206,6 +208,8 @@ def load_runs(tracking_uri: str | None = None) -> LoadedRuns:
     """
     uri = resolve_uri(tracking_uri)
     check_readable(uri)
+    if artifacts:
+        follow_move(uri)
     found = _search(uri)
     rows = [_row(run) for run in found]
     raw = pd.DataFrame(rows, columns=None if rows else [*COLUMNS, *USUAL_HYPERPARAMETERS, "end_time"], dtype=object)

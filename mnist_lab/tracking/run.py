@@ -55,6 +55,7 @@ from mnist_lab.tracking.store import (
     uninterrupted,
 )
 
+METRICS_PER_CALL = 900  # MLflow takes 1,000 things at once
 MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 MODEL_STEP = 0  # a model belongs to the metrics that a run has one value of
 PAUSES = (0.05, 0.2, 0.5)  # seconds until what another run was writing at the same moment is written
@@ -76,7 +77,7 @@ class TrackedRun:
         self.end_status = "FINISHED"
         self._store = store
         self._lock = lock
-        self._logged_once = frozenset(run.data.metrics) if resumed else frozenset()
+        self._logged_before = frozenset(run.data.metrics) if resumed else frozenset()
         self._client = store.client
         self._began: int = max(run.info.start_time, int(1000 * time.time()))
         self._clock = time.monotonic()
@@ -87,17 +88,24 @@ class TrackedRun:
 
     def log_missing(self, epochs: Mapping[int, Mapping[str, float]]) -> None:
         """Log those points of these epochs that the run does not have yet, so that each is there once."""
-        names = {name for metrics in epochs.values() for name in metrics}
+        names = {name for metrics in epochs.values() for name in metrics} & self._logged_before
         with self._writing():
             histories = [(name, self._client.get_metric_history(self.run_id, name)) for name in names]
         logged = {(name, point.step) for name, points in histories for point in points}
-        for epoch, metrics in epochs.items():
-            if missing := {name: value for name, value in metrics.items() if (name, epoch) not in logged}:
-                self.log_epoch(epoch, missing)
+        now = self._now()
+        missing = [
+            Metric(name, value, now, epoch)
+            for epoch, metrics in epochs.items()
+            for name, value in metrics.items()
+            if (name, epoch) not in logged
+        ]
+        with self._writing():
+            for first in range(0, len(missing), METRICS_PER_CALL):
+                self._client.log_batch(self.run_id, metrics=missing[first : first + METRICS_PER_CALL])
 
     def log_once(self, metrics: Mapping[str, float]) -> None:
         """Log metrics that a run has one value of; of a resumed run, those that it does not have yet."""
-        if missing := {name: value for name, value in metrics.items() if name not in self._logged_once}:
+        if missing := {name: value for name, value in metrics.items() if name not in self._logged_before}:
             self._log_points(missing, step=0)
 
     def _log_points(self, metrics: Mapping[str, float], step: int) -> None:
@@ -275,6 +283,8 @@ class TrackedRun:
 
     def _now(self) -> int:
         """Return the time in milliseconds; it never goes back, though the clock be set back."""
+        if self._store.clock is not None:
+            return self._store.clock()
         return max(int(1000 * time.time()), self._began + int(1000 * (time.monotonic() - self._clock)))
 
     def close(self, status: str) -> None:
@@ -354,7 +364,8 @@ def _create_run(store: Store, run_name: str, params: Mapping[str, object], tags:
     client = store.client
     all_tags = resolve_tags({**tags, "process": process_tag()})  # with MLflow's own: user, source
     all_tags = {name: without_password(str(value)) for name, value in all_tags.items()}
-    run = client.create_run(store.experiment_id, tags=all_tags, run_name=run_name)
+    started = None if store.clock is None else store.clock()
+    run = client.create_run(store.experiment_id, started, all_tags, run_name)
     run_id = run.info.run_id
     tracked = None
     try:

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +51,13 @@ class Store:
     """A tracking store that is ready: its URI and the id of the MLflow experiment that holds the runs.
 
     database: what names the file of a SQLite database, whatever its path is.
+    clock: says the time of what is written, in milliseconds since 1970, in place of the system's.
     """
 
     uri: str
     experiment_id: str
     database: tuple[int, int] | None = None
+    clock: Callable[[], int] | None = None
 
     @property
     def name(self) -> str:

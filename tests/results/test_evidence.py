@@ -195,7 +195,7 @@ def test_seeds_that_the_same_code_computed_elsewhere_are_kept(store: Store, page
     assert code
     assert code in first
     file.write_text("\n".join([header, first, elsewhere, other_code, *rest, ""]))
-    epochs.write_text(epochs.read_text() + "step1_baseline,7,1,97.00\nstep1_baseline,8,1,97.00\n")
+    epochs.write_text(epochs.read_text() + "step1_baseline,7,1,97.00,,,,,\nstep1_baseline,8,1,97.00,,,,,\n")
 
     publish(folder, readme, store.uri)
 
