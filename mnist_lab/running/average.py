@@ -1,55 +1,58 @@
-"""Finds out how long an average of the weights still holds the first ones."""
+"""How much of an average of weights is still the weights that it began with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from copy import deepcopy
+from contextlib import suppress
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.experiment import Experiment
-from mnist_lab.training.loop import build_average
 
 MUCH = 1 / 3  # of an average: with more of the first weights in it, it says little of those that were trained
 MAX_BATCHES = 5_000  # that are tried
 
 
-def notice_slow_average(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[str]:
-    """Yield a notice if after an epoch, or after all, the average still holds much of the first weights.
+class FirstWeights:
+    """Tells what share of the declared average is still the weights that it began with, those after the first batch.
 
-    It is updated for so many batches with weights that are 1 in the first one and 0 from then on: what it holds is the
-    share of the first ones.
+    Found by averaging one number, 1 at first and then 0, by the declared rule.
     """
-    batches = math.ceil(num_images / experiment.batch_size)
-    shares = list(_shares(experiment, net, min(MAX_BATCHES, batches * experiment.epochs)))
-    if len(shares) <= batches and shares[-1] <= MUCH:
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.shares = [1.0]  # by the number of batches
+        self.number = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.number.weight)
+        self.average: AveragedModel | None = None
+        if experiment.average is not None:
+            with suppress(Exception):  # a rule of one's own may ask for more of a network
+                self.average = experiment.average(self.number)
+
+    @torch.no_grad()
+    def share(self, batches: int) -> float:
+        """Return the share after so many batches; 0 where it is not known."""
+        if self.average is None:
+            return 0.0
+        while len(self.shares) <= batches:
+            self.average.update_parameters(self.number)
+            nn.init.zeros_(self.number.weight)
+            self.shares.append(next(self.average.parameters()).item())
+        return self.shares[batches]
+
+
+def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str]:
+    """Yield a notice if after an epoch, or after all, the average still holds much of the first weights."""
+    first, batches = FirstWeights(experiment), math.ceil(num_images / experiment.batch_size)
+    if first.share(min(batches, MAX_BATCHES)) <= MUCH:
         return
-    tried = min(len(shares), batches)
-    held = f"average: after {tried:,} batches it is still {100 * shares[tried - 1]:.0f} % the first weights"
-    if shares[-1] <= MUCH:
-        epoch = math.ceil(len(shares) / batches)
-        yield f"{held}, so its accuracy says little before epoch {epoch}: until then, see the raw weights'"
-    else:
-        share = f"{100 * shares[-1]:.0f} % after {len(shares):,}"
-        yield f"{held}, and {share}, so its accuracy says little: train for longer, or let it forget sooner"
-
-
-@torch.no_grad()
-def _shares(experiment: Experiment, net: nn.Module, batches: int) -> Iterator[float]:
-    """Yield the share of the first weights after each batch, until it is small."""
-    probe = deepcopy(net)
-    for parameter in probe.parameters():
-        parameter.fill_(1)
-    average = build_average(experiment, probe)
-    assert average is not None
-    held = next(parameter for parameter in average.module.parameters() if parameter.numel())
-    for _ in range(batches):
-        average.update_parameters(probe)
-        for parameter in probe.parameters():
-            parameter.fill_(0)
-        share = held.flatten()[0].item()
-        yield share
-        if share <= MUCH:
+    held = f"average: after {batches:,} batches it is still {100 * first.share(batches):.0f} % the first weights"
+    for epoch in range(2, experiment.epochs + 1):
+        if epoch * batches <= MAX_BATCHES and first.share(epoch * batches) <= MUCH:
+            yield f"{held}, so its accuracy says little before epoch {epoch}: until then, see the raw weights'"
             return
+    last = min(MAX_BATCHES, experiment.epochs * batches)
+    share = f"{100 * first.share(last):.0f} % after {last:,}"
+    yield f"{held}, and {share}, so its accuracy says little: train for longer, or let it forget sooner"

@@ -291,7 +291,7 @@ def _check_average(trial: Trial) -> Iterator[str]:
             "average: takes the network's buffers, such as the statistics of batch norm, as they are after the last "
             "batch; AveragedModel(..., use_buffers=True) averages them too"
         )
-    yield from notice_slow_average(trial.experiment, trial.net, len(trial.mnist.train_images))
+    yield from notice_slow_average(trial.experiment, len(trial.mnist.train_images))
 
 
 def _check_steps(trial: Trial) -> Iterator[str]:
