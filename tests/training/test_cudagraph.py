@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -10,20 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import Small, declare, first, train
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adam
+from torch.optim import LBFGS, Adam
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import mixup
 from mnist_lab.training import cudagraph, dropout
-from mnist_lab.training.loop import EpochMetrics, Training, initial_network
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -65,36 +64,19 @@ def record(device: torch.device, work: Callable[[], tuple[Tensor, ...]]) -> tupl
     return tape.replay, outputs
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, 4, 5, stride=3, bias=False), nn.BatchNorm2d(4), nn.Dropout(0.1), nn.ReLU(), nn.Flatten()
-        )
-        self.linear = nn.Linear(256, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(self.layers(images))
-
-
-def declare(**changes: Any) -> Experiment:
-    fields: dict[str, Any] = {
-        "net": Small,
-        "epochs": 3,
-        "batch_size": 32,
-        "optimizer": partial(SGD, lr=0.05, momentum=0.9),
-        "scheduler": partial(StepLR, step_size=1, gamma=0.5),
-        "augmentation": partial(random_rotation, degrees=7.0),
-    }
-    return Experiment(**(fields | changes))
+experiment = partial(
+    declare,
+    net=Small,
+    epochs=3,
+    batch_size=32,
+    scheduler=partial(StepLR, step_size=1, gamma=0.5),
+    augmentation=partial(random_rotation, degrees=7.0),
+)
 
 
 @pytest.fixture
 def few(small_mnist: Mnist) -> Mnist:
-    """Return 75 training images: two full batches and a short one."""
-    return dataclasses.replace(
-        small_mnist, train_images=small_mnist.train_images[:75], train_labels=small_mnist.train_labels[:75]
-    )
+    return first(small_mnist, 75)  # two full batches and a short one
 
 
 @pytest.fixture(autouse=True)
@@ -102,12 +84,6 @@ def _as_on_a_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dropout, "MAX_P", -1.0)  # dropout is torch's own there
     if "on_cuda" not in request.fixturenames:
         monkeypatch.setattr(cudagraph, "record", record)
-
-
-def train(experiment: Experiment, mnist: Mnist, cuda_graph: bool) -> tuple[Training, list[EpochMetrics]]:
-    net = initial_network(experiment, 0, mnist.train_images.device)
-    training = Training(net, experiment, mnist, seed=0, cuda_graph=cuda_graph)
-    return training, [dataclasses.replace(epoch, epoch_seconds=0.0) for epoch in training.epochs()]
 
 
 class PartlyTrained(Small):
@@ -151,10 +127,8 @@ SAME: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", SAME.values(), ids=SAME)
 def test_graphs_train_as_single_launches_do(changes: dict[str, Any], few: Mnist) -> None:
-    experiment = declare(**changes)
-
-    plain, expected = train(experiment, few, cuda_graph=False)
-    graphed, epochs = train(experiment, few, cuda_graph=True)
+    plain, expected = train(experiment(**changes), few)
+    graphed, epochs = train(experiment(**changes), few, cuda_graph=True)
 
     assert epochs == expected
     for name, value in plain.result.state_dict().items():
@@ -199,30 +173,29 @@ REFUSED: dict[str, Callable[[Multiplies, Tensor], Any]] = {
 @pytest.mark.parametrize("factor", REFUSED.values(), ids=REFUSED)
 def test_what_a_graph_would_freeze_is_refused(factor: Any, few: Mnist) -> None:
     with pytest.raises(LabError, match=r"^cuda-graph: "):
-        train(declare(net=partial(Multiplies, factor)), few, cuda_graph=True)
+        train(experiment(net=partial(Multiplies, factor)), few, cuda_graph=True)
 
 
 def test_an_optimizer_that_evaluates_by_itself_is_refused(few: Mnist) -> None:
     with pytest.raises(LabError, match=r"^cuda-graph: LBFGS"):
-        train(declare(optimizer=LBFGS, scheduler=None), few, cuda_graph=True)
+        train(experiment(optimizer=LBFGS, scheduler=None), few, cuda_graph=True)
 
 
 # ---- on a device
 
 
 @pytest.fixture
-def on_cuda() -> Iterator[Mnist]:
-    mnist = load_mnist(device="cuda")
-    return dataclasses.replace(mnist, train_images=mnist.train_images[:3000], train_labels=mnist.train_labels[:3000])
+def on_cuda() -> Mnist:
+    return first(load_mnist(device="cuda"), 3000)
 
 
 @needs_cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize("stem", ["step1_baseline", "step4_augment_steplr", "under_20k", "four_conv"])
 def test_a_script_trains_by_graphs_on_cuda(stem: str, load_script: Callable[[str], ModuleType], on_cuda: Mnist) -> None:
-    experiment = dataclasses.replace(load_script(stem).EXPERIMENT, epochs=2)
-    _, expected = train(experiment, on_cuda, cuda_graph=False)
-    _, epochs = train(experiment, on_cuda, cuda_graph=True)
+    declared = dataclasses.replace(load_script(stem).EXPERIMENT, epochs=2)
+    _, expected = train(declared, on_cuda)
+    _, epochs = train(declared, on_cuda, cuda_graph=True)
 
     for epoch, one in zip(epochs, expected, strict=True):
         assert epoch.train_loss == pytest.approx(one.train_loss, rel=1e-2)
@@ -233,4 +206,4 @@ def test_a_script_trains_by_graphs_on_cuda(stem: str, load_script: Callable[[str
 @pytest.mark.parametrize("factor", REFUSED.values(), ids=REFUSED)
 def test_what_a_graph_would_freeze_is_refused_on_cuda(factor: Any, on_cuda: Mnist) -> None:
     with pytest.raises(LabError, match=r"^cuda-graph: "):
-        train(declare(net=partial(Multiplies, factor)), on_cuda, cuda_graph=True)
+        train(experiment(net=partial(Multiplies, factor)), on_cuda, cuda_graph=True)

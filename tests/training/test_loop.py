@@ -1,0 +1,703 @@
+"""The training loop: what an epoch sees and reports, beside a plain loop written here."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import CPU, Linear, Small, declare, first, train
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, AdamW, Optimizer, Rprop
+from torch.optim.lr_scheduler import (
+    ExponentialLR,
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mnist_lab import Experiment
+from mnist_lab.augmentation import random_rotation
+from mnist_lab.data import Mnist, hold_out
+from mnist_lab.errors import LabError
+from mnist_lab.running.rehearsal import rehearse
+from mnist_lab.training.dropout import SparseDropout
+from mnist_lab.training.generators import seed_generators
+from mnist_lab.training.loop import EpochMetrics, evaluate, fit, initial_network, num_params, predict
+
+# ---- what an epoch sees
+
+
+class Recorder:
+    """Stands where an augmentation and a loss stand, and keeps what passes through, in order."""
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def augment(self, images: Tensor) -> Tensor:
+        self.images.append((images * 255).round().to(torch.uint8))
+        return images
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        self.labels.append(labels)
+        return F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"batch_size": 499}, {"batch_size": 1000}, {"net": Small}, {"optimizer": partial(AdamW, lr=0.001)}],
+)
+def test_an_epoch_sees_each_image_once_in_the_order_of_torchs_cpu_generator(
+    changes: dict[str, Any], small_mnist: Mnist
+) -> None:
+    """The order depends on seed and epoch only, so that earlier runs can be repeated."""
+    recorder = Recorder()
+    experiment = declare(augmentation=recorder.augment, loss=recorder.loss, **changes)
+
+    train(experiment, small_mnist, seed=3)
+
+    generator = torch.Generator().manual_seed(3)
+    orders = [torch.randperm(500, generator=generator) for _ in range(2)]
+    expected = [batch for order in orders for batch in order.split(experiment.batch_size)]
+    for batch, images, labels in zip(expected, recorder.images, recorder.labels, strict=True):
+        assert torch.equal(images, small_mnist.train_images[batch])
+        assert torch.equal(labels, small_mnist.train_labels[batch])
+
+
+def test_the_network_gets_normalised_pixels_and_is_in_training_mode_in_each_epoch(small_mnist: Mnist) -> None:
+    seen: list[tuple[bool, Tensor]] = []
+
+    class Watching(Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append((self.training, images))
+            return super().forward(images)
+
+    train(declare(net=Watching, batch_size=500), small_mnist)
+
+    assert [training for training, _ in seen] == [True, False] * 2
+    expected = (small_mnist.test_images.double() / 255 - 0.1307) / 0.3081
+    torch.testing.assert_close(seen[1][1].double(), expected, rtol=0, atol=1e-5)
+    assert seen[0][1].mean() == pytest.approx(0.0, abs=0.05)
+
+
+def test_augmentation_is_for_training_images_as_fractions(small_mnist: Mnist) -> None:
+    def invert(images: Tensor) -> Tensor:
+        assert (images.dtype, images.min(), images.max()) == (torch.float32, 0, 1)
+        return images.neg_().add_(1)  # in place: the data must not notice
+
+    before = small_mnist.train_images.clone()
+    _, (inverted,) = train(declare(epochs=1, augmentation=invert), small_mnist)
+
+    assert torch.equal(small_mnist.train_images, before)
+    negatives = dataclasses.replace(small_mnist, train_images=255 - small_mnist.train_images)
+    _, (plain,) = train(declare(epochs=1), negatives)
+    assert inverted.train_loss == pytest.approx(plain.train_loss, abs=1e-5)
+    assert inverted.eval_loss == pytest.approx(plain.eval_loss, abs=1e-5)
+
+
+# ---- the figures
+
+
+def reference_epochs(experiment: Experiment, mnist: Mnist, seed: int) -> Iterator[dict[str, float]]:
+    """Train as a beginner would write it, one value read off at a time."""
+    torch.manual_seed(seed)
+    net = experiment.net()
+    optimizer = experiment.optimizer(net.parameters())
+    scheduler = experiment.scheduler(optimizer) if experiment.scheduler else None
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(experiment.epochs):
+        net.train()
+        losses, corrects = [], 0
+        for batch in torch.randperm(len(mnist.train_images), generator=generator).split(experiment.batch_size):
+            images, labels = mnist.train_images[batch] / 255, mnist.train_labels[batch]
+            if experiment.augmentation is not None:
+                images = experiment.augmentation(images)
+            optimizer.zero_grad()
+            with SparseDropout():
+                log_probabilities = F.log_softmax(net((images - 0.1307) / 0.3081), dim=1)
+            loss = F.nll_loss(log_probabilities, labels)
+            loss.backward()
+            optimizer.step()
+            losses += [loss.item()] * len(batch)
+            corrects += int((log_probabilities.argmax(dim=1) == labels).sum())
+        lr = optimizer.param_groups[0]["lr"]
+        if scheduler is not None:
+            scheduler.step()
+        net.eval()
+        with torch.no_grad():
+            log_probabilities = F.log_softmax(net((mnist.test_images / 255 - 0.1307) / 0.3081), dim=1)
+        yield {
+            "lr": lr,
+            "train_loss": statistics.fmean(losses),
+            "train_correct": corrects,
+            "train_accuracy": 100 * corrects / len(losses),
+            "eval_loss": F.nll_loss(log_probabilities, mnist.test_labels).item(),
+            "eval_correct": int((log_probabilities.argmax(dim=1) == mnist.test_labels).sum()),
+        }
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        declare(
+            net=Small,
+            epochs=3,
+            batch_size=48,
+            scheduler=partial(StepLR, step_size=2, gamma=0.6),
+            augmentation=partial(random_rotation, degrees=7.0),
+        ),
+        declare(net=partial(Small, dropout=0.0), epochs=3, optimizer=partial(AdamW, lr=0.01)),
+    ],
+)
+def test_figures_equal_those_of_a_plain_loop(experiment: Experiment, small_mnist: Mnist) -> None:
+    _, epochs = train(experiment, small_mnist, seed=5)
+    expected = list(reference_epochs(experiment, small_mnist, seed=5))
+
+    for epoch, figures in zip(epochs, expected, strict=True):
+        for name, figure in figures.items():
+            assert getattr(epoch, name) == pytest.approx(figure, rel=0, abs=1e-5), f"{name} of epoch {epoch.epoch}"
+    assert epochs[-1].train_loss < epochs[0].train_loss
+
+
+def test_an_epoch_is_there_as_soon_as_it_is_finished(small_mnist: Mnist) -> None:
+    net = Linear()
+    epochs = fit(net, declare(epochs=1000), small_mnist, seed=0)
+
+    one = next(epochs)
+    assert (one.eval_loss, one.eval_correct) == evaluate(predict(net, small_mnist.test_images), small_mnist.test_labels)
+    two = next(epochs)
+    assert (one.epoch, two.epoch) == (1, 2)
+    assert 0 < two.epoch_seconds < 10
+
+
+def test_accuracies_are_percentages_of_the_images() -> None:
+    counts = {"train_correct": 59_000, "train_images": 60_000, "eval_correct": 9_946, "eval_images": 10_000}
+    epoch = EpochMetrics(epoch=1, train_loss=0.1, eval_loss=0.1, lr=0.1, epoch_seconds=1, raw_correct=5_000, **counts)
+
+    assert epoch.train_accuracy == pytest.approx(98.3333, abs=1e-4)
+    assert (epoch.eval_accuracy, epoch.raw_accuracy) == (99.46, 50)
+
+
+def test_train_loss_is_the_cross_entropy_per_image_whatever_is_minimised(small_mnist: Mnist) -> None:
+    """A sum over the batch with a rate divided by its size trains as the mean does, so it shows the same figures."""
+    shared: dict[str, Any] = {"epochs": 1, "batch_size": 100}
+    of_sum = declare(loss=partial(F.cross_entropy, reduction="sum"), optimizer=partial(SGD, lr=0.05 / 100), **shared)
+    _, (summed,) = train(of_sum, small_mnist)
+    _, (plain,) = train(declare(optimizer=partial(SGD, lr=0.05), **shared), small_mnist)
+
+    assert (summed.train_loss, summed.eval_loss) == pytest.approx((plain.train_loss, plain.eval_loss), rel=1e-5)
+    assert summed.objective == pytest.approx(100 * plain.train_loss, rel=1e-5)
+    assert plain.objective is None
+
+
+def test_the_objective_is_the_mean_over_the_batches(small_mnist: Mnist) -> None:
+    given: list[float] = []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        result = F.multi_margin_loss(logits, labels)
+        given.append(result.item())
+        return result
+
+    _, (epoch,) = train(declare(epochs=1, loss=loss), small_mnist)
+
+    assert epoch.objective == pytest.approx(statistics.fmean(given))
+    assert len(given) == 4  # 128, 128, 128 and 116 images
+
+
+def test_log_probabilities_give_the_same_figures_as_logits(small_mnist: Mnist) -> None:
+    class LogSoftmax(Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).log_softmax(dim=1)
+
+    _, (one, _) = train(declare(net=LogSoftmax, loss=F.nll_loss), small_mnist)
+    _, (other, _) = train(declare(), small_mnist)
+
+    assert (one.train_loss, one.eval_loss) == pytest.approx((other.train_loss, other.eval_loss), abs=1e-5)
+
+
+def test_evaluate_is_the_mean_cross_entropy_and_the_number_correct() -> None:
+    logits = torch.tensor([[4.0, 1.0, 1.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
+    probabilities = [math.exp(4) / (math.exp(4) + 2 * math.e), math.exp(2) / (math.exp(2) + 2), 1 / (2 + math.e)]
+
+    loss, correct = evaluate(logits, torch.tensor([0, 1, 0]))
+
+    assert loss == pytest.approx(-statistics.fmean(map(math.log, probabilities)), abs=1e-6)
+    assert correct == 2
+
+
+class Breaks(Linear):
+    """Gives NaN in training from its sixth batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches += self.training
+        return super().forward(images) * (math.nan if self.batches >= 6 else 1)
+
+
+def loss_breaks(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels) + (math.inf if len(labels) == 116 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"net": Breaks, "batch_size": 125}, "is nan in epoch 2 of 2, batch 2 of 4"),
+        ({"loss": loss_breaks}, "is inf in epoch 1 of 2, batch 4 of 4"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_named_by_epoch_and_batch(
+    changes: dict[str, Any], where: str, small_mnist: Mnist
+) -> None:
+    with pytest.raises(LabError, match=f"^loss: {where}"):
+        train(declare(**changes), small_mnist)
+
+
+# ---- evaluation
+
+
+class SaysItsMode(nn.Module):
+    """Gives logits that say whether it is in training mode; part of it is frozen in evaluation mode."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.frozen = nn.Dropout().eval()
+        self.fails = fails
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.fails:
+            raise ArithmeticError
+        return torch.full((len(images), 10), float(self.training))
+
+
+def test_prediction_is_in_evaluation_mode_and_leaves_each_part_in_its_own(small_mnist: Mnist) -> None:
+    net = SaysItsMode()
+    assert not predict(net, small_mnist.test_images).any()
+    assert (net.training, net.frozen.training) == (True, False)
+
+    predict(net.eval(), small_mnist.test_images)
+    assert (net.training, net.frozen.training) == (False, False)
+
+    fails = SaysItsMode(fails=True)
+    with pytest.raises(ArithmeticError):
+        predict(fails, small_mnist.test_images)
+    assert fails.training
+
+
+def test_prediction_leaves_the_network_alone(mnist: Mnist) -> None:
+    net = train(declare(net=Small), first(mnist, 500))[0].net
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    random_state = torch.get_rng_state()
+
+    logits = predict(net, mnist.test_images)
+
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    with torch.no_grad():
+        some = net.eval()((mnist.test_images[-7:] / 255 - 0.1307) / 0.3081)
+    torch.testing.assert_close(logits[-7:], some, rtol=0, atol=1e-4)  # in the images' order
+
+
+def test_with_a_hold_out_the_test_images_are_not_read(mnist: Mnist) -> None:
+    held_out = hold_out(first(mnist, 2000), 300)
+    sizes = {"test_images": held_out.test_images.to("meta"), "test_labels": held_out.test_labels.to("meta")}
+    blind = dataclasses.replace(held_out, **sizes)  # without values: reading one is an error
+
+    rehearse(declare(), blind)
+    training, epochs = train(declare(), blind)
+
+    for epoch in epochs:
+        assert (epoch.evaluated_on, epoch.train_images, epoch.eval_images) == ("validation", 1700, 300)
+    assert held_out.validation_images is not None
+    assert held_out.validation_labels is not None
+    logits = predict(training.net, held_out.validation_images)
+    assert (epochs[-1].eval_loss, epochs[-1].eval_correct) == evaluate(logits, held_out.validation_labels)
+
+
+# ---- optimizers and schedules
+
+
+def a_group_for_each(parameters: Iterator[nn.Parameter]) -> Optimizer:
+    return SGD([{"params": [parameter]} for parameter in parameters], lr=0.05)
+
+
+class OwnLBFGS(LBFGS):
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().step(*args, **kwargs)
+
+
+class Around(Optimizer):
+    def __init__(self, parameters: Iterator[nn.Parameter], base: Callable[..., Optimizer]) -> None:
+        self.base = base(parameters)
+        super().__init__(self.base.param_groups, {})
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.base.step(closure)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(AdamW, lr=0.01, foreach=True),
+        partial(Rprop, lr=0.01),
+        a_group_for_each,
+        partial(SGD, lr=torch.tensor(0.05)),
+        partial(LBFGS, lr=0.1, max_iter=4),
+        partial(OwnLBFGS, lr=0.1),
+        partial(Around, base=partial(LBFGS, lr=0.1)),
+        partial(Around, base=partial(SGD, lr=0.05)),
+        lambda parameters: [o := LBFGS(parameters, lr=0.1), StepLR(o, 1)][0],
+    ],
+)
+def test_any_optimizer_of_torch_trains(optimizer: Callable[..., Optimizer], small_mnist: Mnist) -> None:
+    experiment = declare(optimizer=optimizer, epochs=3)
+    rehearse(experiment, small_mnist)
+
+    _, epochs = train(experiment, small_mnist)
+
+    assert epochs[-1].train_loss < 0.9 * epochs[0].train_loss
+    assert epochs[-1].eval_correct > epochs[0].eval_correct
+
+
+def test_an_optimizer_that_evaluates_often_reports_the_loss_before_its_step(small_mnist: Mnist) -> None:
+    """So that training loss means the same as with SGD: the network's on a batch that it has not been fitted to yet."""
+    net = Linear()
+    before = evaluate(predict(net, small_mnist.train_images), small_mnist.train_labels)
+    lbfgs = declare(epochs=1, batch_size=500, optimizer=partial(LBFGS, lr=0.5, max_iter=8))
+
+    (epoch,) = fit(net, lbfgs, small_mnist, seed=0)
+
+    assert (epoch.train_loss, epoch.train_correct) == (pytest.approx(before[0], abs=1e-5), before[1])
+    assert evaluate(predict(net, small_mnist.train_images), small_mnist.train_labels)[0] < 0.9 * before[0]
+
+
+def test_the_hooks_of_an_optimizer_find_the_gradients(small_mnist: Mnist) -> None:
+    norms: list[float] = []
+
+    def clipped(parameters: Iterator[nn.Parameter]) -> Optimizer:
+        optimizer = SGD(parameters, lr=1.0)
+
+        def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            norms.append(nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e-3).item())
+
+        optimizer.register_step_pre_hook(clip)
+        return optimizer
+
+    experiment = declare(epochs=1, optimizer=clipped)
+    start = initial_network(experiment, 0, CPU)
+    training, _ = train(experiment, small_mnist)
+
+    assert len(norms) == 4
+    assert min(norms) > 1e-3
+    moved = [after - before for after, before in zip(training.net.parameters(), start.parameters(), strict=True)]
+    assert 0 < nn.utils.get_total_norm(moved) <= 4.1e-3
+
+
+def test_an_optimizer_that_can_do_without_a_closure_gets_none(small_mnist: Mnist) -> None:
+    given: list[object] = []
+
+    class Watching(SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            given.append(closure)
+            return super().step(closure)
+
+    train(declare(epochs=1, optimizer=partial(Watching, lr=0.05)), small_mnist)
+
+    assert set(given) == {None}
+
+
+def test_the_rate_of_each_parameter_group_is_reported(small_mnist: Mnist) -> None:
+    def three_groups(parameters: Iterator[nn.Parameter]) -> Optimizer:
+        weight, bias = parameters
+        more = nn.Parameter(torch.zeros(1))
+        groups = [{"params": [weight]}, {"params": [bias], "lr": 0.5}, {"params": [more], "lr": 0.0}]
+        return SGD(groups, lr=0.1)
+
+    _, epochs = train(declare(optimizer=three_groups, scheduler=partial(StepLR, step_size=1, gamma=0.5)), small_mnist)
+
+    assert [(epoch.lr, *epoch.other_lrs) for epoch in epochs] == [(0.1, 0.5, 0.0), (0.05, 0.25, 0.0)]
+
+
+def rates(experiment: Experiment, mnist: Mnist) -> tuple[list[float], list[float]]:
+    """Rehearse and train; return the learning rate as reported for each epoch, and as it stood for each batch."""
+    rehearse(experiment, mnist)
+    optimizers: list[Optimizer] = []
+    per_batch: list[float] = []
+
+    def build(parameters: Iterator[nn.Parameter]) -> Optimizer:
+        optimizers.append(experiment.optimizer(parameters))
+        return optimizers[-1]
+
+    def note_rate(images: Tensor) -> Tensor:
+        per_batch.append(float(optimizers[0].param_groups[0]["lr"]))
+        return images
+
+    _, epochs = train(dataclasses.replace(experiment, optimizer=build, augmentation=note_rate), mnist)
+    return [epoch.lr for epoch in epochs], per_batch
+
+
+def torchs_rates(experiment: Experiment, steps: int, losses: Any = None, **arguments: object) -> list[float]:
+    """Return the rates that torch's own scheduler gives, stepped `steps` times, or with these losses."""
+    optimizer = experiment.optimizer([nn.Parameter(torch.zeros(1))])
+    assert experiment.scheduler is not None
+    scheduler = experiment.scheduler(optimizer, **arguments)
+    sequence = []
+    for step in range(steps):
+        sequence.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step(*([] if losses is None else [losses[step]]))
+    return sequence
+
+
+def warm_up_then_decay(optimizer: Optimizer) -> SequentialLR:
+    warm_up = LambdaLR(optimizer, lambda step: (step + 1) / 3)
+    return SequentialLR(optimizer, [warm_up, ExponentialLR(optimizer, 0.5)], milestones=[2])
+
+
+@pytest.mark.parametrize("scheduler", [partial(StepLR, step_size=2, gamma=0.6), warm_up_then_decay])
+def test_a_schedule_is_torchs_own_per_epoch_and_per_batch(
+    scheduler: Callable[..., LRScheduler], small_mnist: Mnist
+) -> None:
+    experiment = declare(epochs=4, batch_size=200, scheduler=scheduler)
+    per_epoch, per_batch = rates(experiment, small_mnist)
+    assert per_epoch == torchs_rates(experiment, 4)
+    assert per_batch == [rate for rate in per_epoch for _ in range(3)]
+
+    by_batch = dataclasses.replace(experiment, scheduler_interval="batch", epochs=2)
+    per_epoch, per_batch = rates(by_batch, small_mnist)
+    assert per_batch == torchs_rates(experiment, 6)
+    assert per_epoch == per_batch[::3]  # of each epoch's first batch
+
+
+def test_one_cycle_is_given_the_runs_epochs_and_batches(small_mnist: Mnist) -> None:
+    experiment = declare(epochs=3, scheduler=partial(OneCycleLR, max_lr=0.2), scheduler_interval="batch")
+
+    _, per_batch = rates(experiment, small_mnist)
+
+    assert per_batch == torchs_rates(experiment, 12, epochs=3, steps_per_epoch=4)
+
+
+def test_one_cycle_per_epoch_turns_once_in_the_run(small_mnist: Mnist) -> None:
+    """One step is an epoch here: with a batch's worth of steps it would stay in its warm-up to the end."""
+    experiment = declare(epochs=6, scheduler=partial(OneCycleLR, max_lr=0.2))
+    assert rates(experiment, small_mnist)[0] == torchs_rates(experiment, 6, total_steps=6)
+
+
+@pytest.mark.parametrize("given", [{"total_steps": 20}, {"epochs": 5}, {"epochs": 5, "steps_per_epoch": 4}])
+def test_what_the_script_gives_one_cycle_is_kept(given: dict[str, int], small_mnist: Mnist) -> None:
+    experiment = declare(epochs=3, scheduler=partial(OneCycleLR, max_lr=0.2, **given), scheduler_interval="batch")
+
+    _, per_batch = rates(experiment, small_mnist)
+
+    assert per_batch == torchs_rates(declare(scheduler=partial(OneCycleLR, max_lr=0.2)), 20, total_steps=20)[:12]
+
+
+def test_a_schedule_of_the_scripts_own_is_given_what_it_asks_for(small_mnist: Mnist) -> None:
+    def linear_to_zero(optimizer: Optimizer, epochs: int, steps_per_epoch: int) -> LambdaLR:
+        return LambdaLR(optimizer, lambda step: 1 - step / (epochs * steps_per_epoch))
+
+    experiment = declare(epochs=2, batch_size=250, scheduler=linear_to_zero, scheduler_interval="batch")
+
+    assert rates(experiment, small_mnist)[1] == pytest.approx([0.05, 0.0375, 0.025, 0.0125])
+
+
+def test_reduce_on_plateau_follows_the_training_loss(small_mnist: Mnist) -> None:
+    experiment = declare(epochs=10, scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.2))
+    rehearse(experiment, small_mnist)
+
+    _, epochs = train(experiment, small_mnist)
+
+    measured = [epoch.lr for epoch in epochs]
+    assert measured == torchs_rates(experiment, 10, [epoch.train_loss for epoch in epochs])
+    assert measured != torchs_rates(experiment, 10, [epoch.eval_loss for epoch in epochs])
+
+
+# ---- seeds
+
+
+class DrawsElsewhere:
+    """An augmentation that draws from Python's and numpy's generators."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.stack([self.change(image) for image in images])
+
+    def change(self, image: Tensor) -> Tensor:
+        return image.roll(random.randint(-2, 2), dims=-1) * float(np.random.uniform(0.5, 1.0))  # noqa: NPY002
+
+
+class InitialisedByNumpy(Linear):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear.weight.data = torch.tensor(np.random.normal(size=(10, 49)) + random.random()).float()  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"net": partial(Small, dropout=0.3)},
+        {"augmentation": partial(random_rotation, degrees=15.0)},
+        {"augmentation": DrawsElsewhere()},
+        {"net": InitialisedByNumpy},
+    ],
+)
+def test_a_seed_decides_all_that_is_drawn(changes: dict[str, Any], small_mnist: Mnist) -> None:
+    experiment = declare(**changes)
+
+    def trained(seed: int) -> list[float]:
+        net = initial_network(experiment, seed, CPU)
+        return [epoch.train_loss for epoch in fit(net, experiment, small_mnist, seed=0)]
+
+    one = trained(5)
+    random.seed(99)
+    np.random.seed(99)  # noqa: NPY002
+    assert trained(5) == one
+    assert trained(6) != one
+
+
+# ---- on_batch and waiting for the device
+
+
+def test_on_batch_sees_running_sums(small_mnist: Mnist) -> None:
+    calls: list[tuple[int, float, int]] = []
+
+    def on_batch(seen: int, loss_sum: Tensor, correct: Tensor) -> None:
+        calls.append((seen, loss_sum.item(), int(correct.item())))
+
+    _, epochs = train(declare(), small_mnist, on_batch=on_batch)
+
+    assert [seen for seen, _, _ in calls] == [128, 256, 384, 500] * 2
+    for batches, epoch in zip((calls[:4], calls[4:]), epochs, strict=True):
+        assert all(0 < a[1] < b[1] and 0 <= a[2] <= b[2] for a, b in itertools.pairwise(batches))
+        assert batches[0][1] < 128 * 5  # begins anew in each epoch
+        assert batches[-1][1] / 500 == pytest.approx(epoch.train_loss, abs=1e-6)
+        assert batches[-1][2] == epoch.train_correct
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device, whatever the device here."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        by_mask = name == "index" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        self.count += name in self.WAITING or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_counter_counts_waits() -> None:
+    numbers = torch.tensor([1.0, 2.0])
+    with CountWaits() as waits:
+        numbers.sum().item()
+        if numbers.sum() > 0:
+            numbers[numbers > 1].sum()
+    assert waits.count == 3
+
+
+@pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss(label_smoothing=0.1)])
+@pytest.mark.parametrize("interval", ["epoch", "batch"])
+def test_no_batch_waits_for_the_device(
+    loss: Any, interval: str, small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist_lab.training.dropout.MAX_P", 0)  # as on a GPU, where dropout is torch's own
+    experiment = declare(
+        net=Small,
+        epochs=1,
+        batch_size=16,
+        loss=loss,
+        optimizer=partial(SGD, lr=0.05, momentum=0.9, foreach=True),
+        scheduler=partial(StepLR, step_size=2),
+        scheduler_interval=interval,
+        augmentation=partial(random_rotation, degrees=7.0),
+    )
+
+    def waits(images: int) -> int:
+        net = experiment.net()
+        with CountWaits() as waits:
+            list(fit(net, experiment, first(small_mnist, images), seed=0))
+        return waits.count
+
+    assert waits(480) == waits(32) <= 5  # the epoch's own: of 2 batches as of 30
+
+
+# ---- num_params
+
+
+def test_parameters_are_counted_once_bare_ones_too_frozen_ones_not() -> None:
+    net = nn.Module()
+    net.bare = nn.Parameter(torch.zeros(7))
+    net.first = net.second = nn.Linear(4, 4)
+    net.tied = nn.Linear(4, 4, bias=False)
+    net.tied.weight = net.first.weight
+    net.register_buffer("buffer", torch.zeros(100))
+    assert num_params(net) == 7 + 16 + 4
+
+    net.first.bias.requires_grad_(False)
+    assert num_params(net) == 7 + 16
+    assert num_params(net, untrained=["bare"]) == 16
+
+
+# ---- the rehearsal before a training
+
+
+def test_a_rehearsal_leaves_random_numbers_data_and_declaration_alone(small_mnist: Mnist) -> None:
+    lr = torch.tensor(0.1)
+    experiment = declare(
+        net=Small,
+        optimizer=partial(SGD, lr=lr),
+        scheduler=partial(StepLR, step_size=1, gamma=0.5),
+        augmentation=DrawsElsewhere(),
+    )
+    images, labels = small_mnist.train_images.clone(), small_mnist.train_labels.clone()
+    for declared in (experiment, declare(net=partial(Linear, outputs=9))):
+        seed_generators(4)
+        expected = random.random(), np.random.random(), torch.rand(1)  # noqa: NPY002
+        seed_generators(4)
+
+        with contextlib.suppress(LabError):  # the second is refused
+            rehearse(declared, small_mnist)
+
+        assert (random.random(), np.random.random(), torch.rand(1)) == expected  # noqa: NPY002
+    assert torch.equal(small_mnist.train_images, images)
+    assert torch.equal(small_mnist.train_labels, labels)
+    assert lr == 0.1
+    assert torch.is_grad_enabled()
+
+
+def test_an_optimizer_that_minds_the_parameters_can_have_a_schedule(small_mnist: Mnist) -> None:
+    def matrices_only(parameters: Iterator[nn.Parameter]) -> Optimizer:
+        chosen = list(parameters)
+        assert all(parameter.shape == (10, 784) for parameter in chosen)
+        return SGD(chosen, lr=0.1)
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False))
+
+    rehearse(declare(net=build, optimizer=matrices_only, scheduler=partial(StepLR, step_size=1)), small_mnist)
+
+
+def test_interruptions_are_no_refusals(small_mnist: Mnist) -> None:
+    def interrupt(images: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rehearse(declare(augmentation=interrupt), small_mnist)

@@ -1,0 +1,220 @@
+"""What a training changes: one that is taken up again goes on with it, and another begins as declared."""
+
+import io
+from collections.abc import Iterable
+from enum import IntEnum
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import CPU, Linear, Small, declare
+from test_loop import DrawsElsewhere
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mnist_lab import Experiment
+from mnist_lab.augmentation import random_rotation
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError
+from mnist_lab.objectives import mixup
+from mnist_lab.running.rehearsal import rehearse
+from mnist_lab.training.generators import seed_generators
+from mnist_lab.training.loop import Training, initial_network
+from mnist_lab.training.states import own_parts
+
+EMA = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
+
+
+class Mode(IntEnum):
+    LINEAR = 1
+
+
+class WarmsUp(Linear):
+    """Counts its batches in an attribute, and gives smaller logits in the first ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0
+        self.rate, self.mode = np.float64(0.05), Mode.LINEAR  # a checkpoint is not read back with these types
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches += self.training
+        return super().forward(images) * min(1.0, self.batches * self.rate * self.mode)
+
+
+class Centred(Linear):
+    """Keeps a buffer that its state_dict leaves out, a tensor in an attribute, and a buffer that it makes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(10), persistent=False)
+        self.register_buffer("scale", None, persistent=False)
+        self.shift = torch.zeros(10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        scale = torch.ones(10) if self.scale is None else self.scale
+        if self.training:
+            self.mean.lerp_(logits.detach().mean(0), 0.1)
+            self.shift = 0.9 * self.shift + 0.1 * self.linear.bias.detach()
+            self.scale = scale * 0.99
+        return (logits - self.mean) * scale + self.shift
+
+
+class Holds(Optimizer):
+    """Steps by an optimizer that it holds, whose groups are its own, as SAM and Lookahead do."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self.base = SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.base.step()
+
+
+class Counts:
+    """Divides the loss by its batches' number, and keeps that as it will."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self.batches += 1
+        logits = net(images)
+        return F.cross_entropy(logits, labels) / self.batches, logits
+
+
+class Ramp(Counts):
+    """Keeps its count by torch's protocol."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches = state["batches"]
+
+
+class Normed(nn.Module):
+    """A loss that divides by a mean in a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels)
+        self.mean.mul_(0.9).add_(0.1 * loss.detach())
+        return loss / self.mean
+
+
+def weighed(net: nn.Module, images: Tensor, labels: Tensor, *, by: Ramp) -> tuple[Tensor, Tensor]:
+    return by(net, images, labels)
+
+
+def start(experiment: Experiment, mnist: Mnist, seed: int = 3) -> Training:
+    return Training(initial_network(experiment, seed, CPU), own_parts(experiment), mnist, seed=seed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scheduler": partial(StepLR, step_size=2), "augmentation": partial(random_rotation, degrees=7.0)},
+        {"augmentation": DrawsElsewhere()},
+        {"loss": nn.CrossEntropyLoss(label_smoothing=0.1), "optimizer": partial(LBFGS, lr=0.1, max_iter=2)},
+        {"scheduler": partial(OneCycleLR, max_lr=0.1), "scheduler_interval": "batch"},
+        {"scheduler": partial(ReduceLROnPlateau, patience=0), "optimizer": partial(AdamW, lr=0.01)},
+        {"average": EMA},
+        {"average": AveragedModel, "objective": partial(mixup, alpha=0.3)},
+        {"net": WarmsUp},
+        {"net": Centred},
+        {"optimizer": partial(Holds, lr=0.05), "scheduler": partial(StepLR, step_size=1, gamma=0.3)},
+        {"objective": Ramp()},
+        {"objective": Ramp().__call__},
+        {"objective": partial(weighed, by=Ramp())},
+        {"loss": Normed()},
+    ],
+)
+def test_a_training_that_is_taken_up_again_ends_as_if_never_stopped(changes: Any, small_mnist: Mnist) -> None:
+    experiment = declare(**{"net": Small, "epochs": 3, **changes})
+    whole = start(experiment, small_mnist)
+    epochs = list(whole.epochs())
+
+    stopped = start(experiment, small_mnist)
+    next(stopped.epochs())
+    file = io.BytesIO()
+    torch.save(stopped.state_dict(), file)
+    file.seek(0)
+    seed_generators(99)
+    again = start(experiment, small_mnist, seed=12)  # all that counts comes from the state
+    again.load_state_dict(torch.load(file, weights_only=True))
+    rest = list(again.epochs())
+
+    assert [(one.train_loss, one.eval_loss, one.raw_correct, one.lr) for one in rest] == [
+        (one.train_loss, one.eval_loss, one.raw_correct, one.lr) for one in epochs[1:]
+    ]
+    for name, value in whole.result.state_dict().items():
+        assert torch.equal(value, again.result.state_dict()[name]), name
+
+
+# ---- what loss, objective and augmentation change
+
+
+def listing() -> Any:
+    seen: list[int] = []
+
+    def objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(len(images))
+        logits = net(images)
+        return F.cross_entropy(logits, labels), logits
+
+    return objective
+
+
+@pytest.mark.parametrize(
+    ("objective", "named"),
+    [
+        (Counts(), ["batches"]),
+        (partial(weighed, by=Counts()), ["batches"]),
+        (listing(), ["variables of an outer function"]),
+        (Ramp(), []),
+        (partial(mixup, alpha=0.2), []),
+    ],
+)
+def test_what_resume_begins_anew_is_named_once(objective: Any, named: list[str], small_mnist: Mnist) -> None:
+    notices = rehearse(declare(objective=objective), small_mnist).notices
+
+    assert len(notices) == len(named)
+    assert all(notice.startswith(f"objective: changes {name}") for notice, name in zip(notices, named, strict=True))
+
+
+@pytest.mark.parametrize("objective", [Counts(), Ramp(), partial(weighed, by=Ramp())])
+def test_each_run_begins_with_the_parts_as_declared(objective: Any, small_mnist: Mnist) -> None:
+    experiment = declare(objective=objective)
+    untouched = [epoch.train_loss for epoch in start(experiment, small_mnist).epochs()]
+
+    rehearse(experiment, small_mnist)
+
+    assert [epoch.train_loss for epoch in start(experiment, small_mnist).epochs()] == untouched
+
+
+def test_what_two_parts_share_their_copies_share() -> None:
+    shared = Ramp()
+    own = own_parts(declare(objective=shared.__call__, augmentation=shared.load_state_dict))
+
+    assert own.objective.__self__ is own.augmentation.__self__ is not shared  # type: ignore[union-attr]
+
+
+def test_a_part_that_has_no_copy_is_refused(small_mnist: Mnist) -> None:
+    objective = Counts()
+    objective.module = torch  # type: ignore[attr-defined]
+
+    with pytest.raises(LabError) as refusal:
+        rehearse(declare(objective=objective), small_mnist)
+
+    assert refusal.value.field == "objective"
