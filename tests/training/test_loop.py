@@ -32,6 +32,7 @@ from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.data import Mnist, hold_out
 from mnist_lab.errors import LabError
+from mnist_lab.running.record import epoch_metrics
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import seed_generators
@@ -431,6 +432,7 @@ def test_the_rate_of_each_parameter_group_is_reported(small_mnist: Mnist) -> Non
     _, epochs = train(declare(optimizer=three_groups, scheduler=partial(StepLR, step_size=1, gamma=0.5)), small_mnist)
 
     assert [(epoch.lr, *epoch.other_lrs) for epoch in epochs] == [(0.1, 0.5, 0.0), (0.05, 0.25, 0.0)]
+    assert {"lr": 0.05, "lr_1": 0.25, "lr_2": 0.0}.items() <= epoch_metrics(epochs[1]).items()
 
 
 def rates(experiment: Experiment, mnist: Mnist) -> tuple[list[float], list[float]]:
