@@ -92,12 +92,7 @@ def one_run(limit: int, epochs: int) -> dict[str, Any]:
     from mnist_lab.running.job import Job
     from mnist_lab.running.progress import Progress
 
-    for module, (name, value) in [(m, item) for m in (runner, record) for item in vars(m).items()]:
-        if inspect.isfunction(value) and value.__module__ in (
-            "mnist_lab.tracking.run",
-            "mnist_lab.tracking.connection",
-        ):
-            setattr(module, name, clock.around(name, value))
+    record.track = clock.around("track", record.track)
     for name, value in list(vars(mnist_lab.tracking.run.TrackedRun).items()):
         if inspect.isfunction(value) and not name.startswith("_"):
             setattr(mnist_lab.tracking.run.TrackedRun, name, clock.around(name, value))

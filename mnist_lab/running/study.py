@@ -1,8 +1,8 @@
 """One experiment trained with several seeds: what is missing is trained, and all of it is judged together.
 
 On a CPU the seeds train side by side in worker processes with one thread each: two such processes do nearly twice the
-work of one process with two threads. On a GPU they train in this process, one after another. A
-cluster trains them as tasks of its own.
+work of one process with two threads. On a GPU they train in this process, one after another. A cluster trains them as
+tasks of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -27,9 +27,8 @@ from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import load_parts
 from mnist_lab.running.tasks import Done, Epoch, Failed, Message, SeedTask, Task, Trainers
-from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.points import read_points
-from mnist_lab.tracking.run import track
+from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import (
     FinishedRun,
     Store,
@@ -69,12 +68,7 @@ class StudyResult:
 
 
 def study(
-    job: Job,
-    seeds: Sequence[int],
-    progress: Progress,
-    trainers: Trainers,
-    *,
-    again: bool = False,
+    job: Job, seeds: Sequence[int], progress: Progress, trainers: Trainers, *, again: bool = False
 ) -> StudyResult:
     """Train and track the job with each of these seeds, and judge them together.
 
@@ -91,73 +85,85 @@ def study(
     store = open_store(job.tracking_uri)
     job = teaching.find(job, store)
     found = {} if again else finished_runs(store, job.params, job.tags, hardware=provenance.hardware(job.device))
-    runs = {seed: found[seed] for seed in seeds if seed in found}
+    reused = [seed for seed in seeds if seed in found]
     missing = [seed for seed in seeds if seed not in found]
-    count = 0
-    if missing:  # else there is nothing to refuse
-        count = trainers.prepare(job, store)
-        use_float32(job.device)
-        logger.info("Reading MNIST, and trying the declaration on a few batches")
-        mnist = load_parts(job)
-        rehearse(teaching.load(job, store), mnist).notice(job.overrides)
-    count = min(count, len(missing))
-
+    count = min(_prepare(job, store, trainers), len(missing)) if missing else 0  # else there is nothing to refuse
     name = run_name_of(job, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}")
-    commit = provenance.commit(job.script, written=job.written_by_lab)
-    tags = {
-        **{tag: text for tag, text in job.tags.items() if tag != "step"},
-        "study": job.step,
-        "seeds": " ".join(map(str, seeds)),
-        "seeds_reused": " ".join(map(str, runs)),
-        **commit.tags,
-        "hardware": provenance.hardware(job.device),
-        **target_tags(job.experiment),
-    }
-    failed: dict[int, str] = {}
-    with track(store, name, params=job.params, tags=tags) as tracked:
-        for run in runs.values():
-            adopt(store, tracked.run_id, run.run_id)
+    with track(store, name, params=job.params, tags=_tags(job, seeds, reused)) as tracked:
+        for seed in reused:
+            adopt(store, tracked.run_id, found[seed].run_id)
         progress.on_study(name, seeds, missing, count, job.device)
+        outcomes = _Outcomes({seed: found[seed] for seed in reused}, progress)
         task = SeedTask(job, tracked.run_id, again)
-
-        def on_message(task: Task, message: Message) -> None:
-            if isinstance(message, Epoch):
-                progress.on_epoch(message.seed, message.metrics)
-            elif isinstance(message, Done):
-                runs[message.run.seed] = message.run
-                progress.on_seed(message.run.seed, message.run.metrics)
-            elif isinstance(message, Failed):
-                failed[message.seed] = message.reason
-                progress.on_failure(message.seed, message.reason)
-
-        try:
-            if missing:
-                trainers.train([(task, seed) for seed in missing], count, on_message, progress.on_time)
-        finally:
-            logger.info("Ending the processes, and judging the seeds together")
-        finished = [runs[seed] for seed in seeds if seed in runs]
+        if missing:
+            trainers.train([(task, seed) for seed in missing], count, outcomes.on_message, progress.on_time)
+        logger.info("Judging the seeds together")
+        finished = [outcomes.runs[seed] for seed in seeds if seed in outcomes.runs]
         result = judge_runs(
             job.experiment.targets, job.experiment.epochs, tracked.run_id, finished, holdout=job.holdout
         )
-        result = replace(result, reused=[seed for seed in seeds if seed in found], failed=failed)
-        metrics, words = summary(result)
-        tracked.log_once(metrics)
-        described = description(result, job.script, job.tags["overrides"])
-        tracked.set_tags({**words, DESCRIPTION: described})
-        tracked.log_text(described + "\n", VERDICT)
+        result = replace(result, reused=reused, failed=outcomes.failed)
+        _log_verdict(tracked, result, job)
         progress.on_study_verdict(result)
         logger.info("Drawing the curves of all seeds")
-        try:
-            history = _read_history(store, job, result.runs)
-        except LabError as error:  # a server that is away: what is written waits for it, what is read can't
-            logger.warning("the study has no figures: %s", error)
-        else:
-            for epoch, means in mean_epochs(history).items():
-                tracked.log_epoch(epoch, means)
-            tracked.log_figures(draw(history, job.experiment.targets))
-        if failed:
+        _log_curves(tracked, _read_history(store, job, finished), job.experiment.targets)
+        if result.failed:
             tracked.end_status = "FAILED"
     return result
+
+
+def _prepare(job: Job, store: Store, trainers: Trainers) -> int:
+    """Try the declaration, and return how many seeds can train at a time; raises LabError."""
+    count = trainers.prepare(job, store)
+    use_float32(job.device)
+    logger.info("Reading MNIST, and trying the declaration on a few batches")
+    rehearse(teaching.load(job, store), load_parts(job)).notice(job.overrides)
+    return count
+
+
+def _tags(job: Job, seeds: Sequence[int], reused: Sequence[int]) -> dict[str, str]:
+    return {
+        **{tag: text for tag, text in job.tags.items() if tag != "step"},
+        "study": job.step,
+        "seeds": " ".join(map(str, seeds)),
+        "seeds_reused": " ".join(map(str, reused)),
+        **provenance.commit(job.script, written=job.written_by_lab).tags,
+        "hardware": provenance.hardware(job.device),
+        **target_tags(job.experiment),
+    }
+
+
+@dataclass
+class _Outcomes:
+    """What has come of each seed so far: its finished run, or why it has none."""
+
+    runs: dict[int, FinishedRun]
+    progress: Progress
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def on_message(self, task: Task, message: Message) -> None:
+        if isinstance(message, Epoch):
+            self.progress.on_epoch(message.seed, message.metrics)
+        elif isinstance(message, Done):
+            self.runs[message.run.seed] = message.run
+            self.progress.on_seed(message.run.seed, message.run.metrics)
+        elif isinstance(message, Failed):
+            self.failed[message.seed] = message.reason
+            self.progress.on_failure(message.seed, message.reason)
+
+
+def _log_verdict(tracked: TrackedRun, result: StudyResult, job: Job) -> None:
+    metrics, tags = summary(result)
+    text = description(result, job.script, job.tags["overrides"])
+    tracked.log_once(metrics)
+    tracked.set_tags({**tags, DESCRIPTION: text})
+    tracked.log_text(text + "\n", VERDICT)
+
+
+def _log_curves(tracked: TrackedRun, history: Sequence[Mapping[str, object]], targets: Targets) -> None:
+    for epoch, means in mean_epochs(history).items():
+        tracked.log_epoch(epoch, means)
+    tracked.log_figures(draw(history, targets))
 
 
 def _check(seeds: Sequence[int]) -> None:
@@ -235,9 +241,7 @@ def mean_epochs(history: Sequence[Mapping[str, object]]) -> dict[int, dict[str, 
 
 def draw(history: Sequence[Mapping[str, object]], targets: Targets) -> dict[str, Figure]:
     """Draw the figures that are kept with a study; history: a record of each run and epoch."""
-    from mnist_lab.figures import (
-        study_figures,  # pandas and matplotlib take a second, which a refused study need not wait
-    )
+    from mnist_lab.figures import study_figures  # pandas and matplotlib take a second
 
     return study_figures(history, targets.accuracy) if history else {}
 
@@ -247,7 +251,7 @@ def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> list[d
     names = protocol(job.holdout).curves
     seeds = {run.run_id: run.seed for run in runs}
     records: dict[tuple[str, int], dict[str, object]] = {}
-    with store_failures(store, "can't be read"), short_timeouts():
+    with store_failures(store, "can't be read"):
         for run_id, name, epoch, value in read_points(store.uri, dict.fromkeys(seeds, job.experiment.epochs), names):
             identity = {"run_id": run_id, "step": job.step, "seed": seeds[run_id], "epoch": epoch}
             empty = dict.fromkeys(names, math.nan)

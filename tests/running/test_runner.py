@@ -7,10 +7,8 @@ import os
 import platform
 import re
 import socket
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +20,7 @@ from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from conftest import FullRun
-from helpers import ROOT, TrackedRun, copy_store, open_terminal, read_runs
+from helpers import ROOT, TrackedRun, copy_store, read_runs
 from mnist_lab.cli import Console
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
@@ -37,27 +35,21 @@ from mnist_lab.training.loop import EpochMetrics
 
 Load = Callable[[str], ModuleType]
 CPU = torch.device("cpu")
-NO_OVERRIDES: dict[str, object] = {}
 
 
 # ---- one epoch of step 1 on all of MNIST, through its script
 
 
-def test_a_real_epoch_learns(full_run: FullRun) -> None:
-    run = full_run.tracked
-    ((step, accuracy),) = run.metrics["test_accuracy"]
+def test_a_real_epoch_learns_and_has_six_metrics_and_the_run_seven(full_run: FullRun) -> None:
+    metrics = full_run.tracked.metrics
+    ((step, accuracy),) = metrics["test_accuracy"]
 
     assert step == 1
     assert accuracy >= 97
-    assert run.metrics["final_test_accuracy"] == run.metrics["best_test_accuracy"] == [(0, accuracy)]
-    assert run.metrics["best_epoch"] == [(0, 1)]
-    assert run.metrics["train_accuracy"][0][1] > 90
-    assert 0 < run.metrics["test_loss"][0][1] < run.metrics["train_loss"][0][1] < 1
-
-
-def test_each_epoch_has_six_metrics_and_the_run_seven(full_run: FullRun) -> None:
-    metrics = full_run.tracked.metrics
-
+    assert metrics["final_test_accuracy"] == metrics["best_test_accuracy"] == [(0, accuracy)]
+    assert metrics["best_epoch"] == [(0, 1)]
+    assert metrics["train_accuracy"][0][1] > 90
+    assert 0 < metrics["test_loss"][0][1] < metrics["train_loss"][0][1] < 1
     per_epoch = {"train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"}
     once = {"num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target"}
     short = {"last": "final_test_accuracy", "best": "best_test_accuracy"}
@@ -202,35 +194,9 @@ class Runs:
         return next(run for run in read_runs(self.database) if run.run_id == result.run_id)
 
 
-@contextmanager
-def stdout_on_a_terminal() -> Iterator[list[str]]:
-    """Let sys.stdout be a pseudo-terminal; what was written stands in the list at the end."""
-    master, slave = open_terminal()
-    parts: list[bytes] = []
-    written: list[str] = []
-
-    def drain() -> None:
-        while True:
-            try:
-                part = os.read(master, 65536)
-            except OSError:
-                return
-            if not part:
-                return
-            parts.append(part)
-
-    thread = threading.Thread(target=drain)
-    thread.start()
-    before = sys.stdout
-    sys.stdout = io.TextIOWrapper(os.fdopen(slave, "wb", 0), write_through=True)
-    try:
-        yield written
-    finally:
-        sys.stdout.close()
-        sys.stdout = before
-        thread.join()
-        os.close(master)
-        written.append(b"".join(parts).decode())
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -246,10 +212,10 @@ def runs(load_script: Load, mnist: Mnist, empty_store: Path, tmp_path_factory: p
         return runner.run(job, seed, make_progress(job))
 
     silent = run(lambda job: Progress(), 1)
-    with stdout_on_a_terminal() as written:
+    with redirect_stdout(Screen()) as screen:
         on_terminal = run(Console, 1)
     other_seed = run(lambda job: Progress(), 2)
-    return Runs(silent, on_terminal, written[0], other_seed, database)
+    return Runs(silent, on_terminal, screen.getvalue(), other_seed, database)
 
 
 def without_times(epochs: Sequence[EpochMetrics]) -> list[EpochMetrics]:
@@ -265,10 +231,7 @@ def test_two_runs_with_one_seed_are_identical(runs: Runs) -> None:
     for name in silent.metrics.keys() - {"epoch_seconds"}:
         assert silent.metrics[name] == on_terminal.metrics[name]
     np.testing.assert_array_equal(*kept)
-
-
-def test_the_terminal_was_really_drawn_on(runs: Runs) -> None:
-    assert "\r" in runs.shown
+    assert "\r" in runs.shown  # the terminal was really drawn on
     assert " images/s" in runs.shown
 
 
@@ -293,11 +256,7 @@ def test_overrides_are_applied_and_tagged(runs: Runs) -> None:
     }
     assert run.metrics["lr"] == [(1, 0.05), (2, 0.025)]
     assert set(run.tags["overrides"].split()) == {"lr=0.05", "gamma=0.5", "step_size=1", "epochs=2", "limit=2000"}
-
-
-def test_a_limited_run_trains_on_so_many_images_and_tests_on_all(runs: Runs) -> None:
     assert [(epoch.train_images, epoch.eval_images) for epoch in runs.silent.epochs] == [(2000, 10_000)] * 2
-    assert "limit=2000" in runs.tracked(runs.silent).tags["overrides"]
 
 
 def test_the_result_is_what_was_tracked(runs: Runs) -> None:
@@ -311,10 +270,7 @@ def test_the_result_is_what_was_tracked(runs: Runs) -> None:
         "params": "met",
         "epochs": "met",
     }
-
-
-def test_augmented_images_are_among_the_figures(runs: Runs) -> None:
-    assert (runs.tracked(runs.silent).artifacts / "figures" / "augmentation.png").exists()
+    assert (tracked.artifacts / "figures" / "augmentation.png").exists()
 
 
 def brightened(images: Tensor) -> Tensor:
@@ -431,33 +387,28 @@ def test_the_device_is_the_best_that_is_there() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-@pytest.mark.parametrize("name", ["tpu", "cuda", "cuda:0", "CPU", "", "meta"])
+@pytest.mark.parametrize("name", ["tpu", "cuda", "cuda:0", "CPU", ""])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(LabError, match=f"^device: '{name}' is not available here; available are (mps, )?cpu$"):
+    with pytest.raises(LabError, match=f"^device: '{name}' .*cpu"):
         choose_device(name)
 
 
-@pytest.mark.parametrize("limit", [1, 128, 60_000])
-def test_first_images(limit: int, mnist: Mnist) -> None:
-    fewer = first_images(mnist, limit)
+def test_a_limit_keeps_the_first_training_images_and_all_others(mnist: Mnist) -> None:
+    fewer = first_images(mnist, 128)
 
-    assert torch.equal(fewer.train_images, mnist.train_images[:limit])
-    assert torch.equal(fewer.train_labels, mnist.train_labels[:limit])
+    assert torch.equal(fewer.train_images, mnist.train_images[:128])
+    assert torch.equal(fewer.train_labels, mnist.train_labels[:128])
     assert fewer.test_images is mnist.test_images
-    assert fewer.sha256 == mnist.sha256
-
-
-@pytest.mark.parametrize("limit", [-1, 0, 60_001])
-def test_more_images_than_there_are_is_refused(limit: int, mnist: Mnist) -> None:
-    with pytest.raises(LabError, match=f"^limit: {limit} is not between 1 and 60,000, the number of training images$"):
-        first_images(mnist, limit)
+    for limit in (0, 60_001):
+        with pytest.raises(LabError, match=f"^limit: {limit} .*60,000"):
+            first_images(mnist, limit)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_out_of_range_is_refused(seed: int, load_script: Load, uri: str, database: Path) -> None:
     experiment = load_script("step1_baseline").EXPERIMENT
 
-    with pytest.raises(LabError, match=f"^seed: {seed} is not between 0 and 4294967295$"):
+    with pytest.raises(LabError, match=f"^seed: {seed} .*4294967295"):
         runner.run(Job(script=Path(__file__), experiment=experiment, tracking_uri=uri), seed, Progress())
 
     assert read_runs(database) == []
@@ -500,7 +451,4 @@ def test_the_last_epoch_is_the_headline_and_the_first_of_the_best_the_best() -> 
         "final_test_loss": 0.04,
         "epochs_at_target": 2,
     }
-
-
-def test_epochs_at_target_needs_a_target() -> None:
     assert "epochs_at_target" not in measure(2, [epoch(1, 59_000, 9_900)], experiment_with(Targets(params=10_000)))
