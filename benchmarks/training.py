@@ -1,16 +1,14 @@
 """Seconds per epoch of one training, in one process, by the ways that people train MNIST:
 
-the write-ups' way (benchmarks/writeups.py), the loop of pytorch/examples on the same data, Lightning where it is
-installed (`uv pip install -e .[bench]`), the lab with everything that an epoch of `fit` does, and two floors: the bare
-training step on one batch that stays in memory, without data, augmentation or logging, plus an evaluation.
+the write-ups' way (benchmarks/writeups.py), the loop of pytorch/examples on the same data, the lab with everything that
+an epoch of `fit` does, and two floors: the bare training step on one batch that stays in memory, without data,
+augmentation or logging, plus an evaluation.
 The lab's floor has its network prepared as the lab prepares it, the plain floor has it as torch builds it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +28,7 @@ from measure import (
     parse,
     silenced,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.experiment import Experiment
@@ -40,7 +38,7 @@ from mnist_lab.training.loop import fit, normalize, predict
 STEPS = ("step1_baseline", "step2_dropout", "step3_gap", "step4_augment_steplr", "four_conv")
 CPU = torch.device("cpu")
 LAB, FLOOR, PLAIN_FLOOR = "lab", "lab's floor", "plain floor"
-WRITE_UPS, EXAMPLES, LIGHTNING = "write-ups", "pytorch/examples", "Lightning"
+WRITE_UPS, EXAMPLES = "write-ups", "pytorch/examples"
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,20 @@ class Task:
 
 def write_ups(task: Task) -> Epoch:
     """Train as the write-ups do: tqdm, `.item()` and a new description of the bar after each batch."""
+    return _loaded(task, writeups.train)
+
+
+def examples(task: Task) -> Epoch:
+    """Train with the loop of pytorch/examples' mnist/main.py: a line with the loss after every tenth batch."""
+    return _loaded(task, _train_as_examples)
+
+
+def _loaded(task: Task, train: Callable[..., object]) -> Epoch:
+    """Train and evaluate by loaders; the two evaluations are the same."""
     net, (train_loader, test_loader) = task.network(), task.loaders()
     optimizer = task.experiment.optimizer(net.parameters())
     training = Laps()
-    writeups.train(net, CPU, train_loader, optimizer, training.lap)
+    train(net, CPU, train_loader, optimizer, training.lap)
     training.stop()
     testing = Laps()
     writeups.evaluate(net, CPU, test_loader, testing.lap)
@@ -90,97 +98,25 @@ def write_ups(task: Task) -> Epoch:
     return Epoch(training.seconds(task.batches), testing.seconds(TEST_IMAGES / task.experiment.batch_size))
 
 
-def examples(task: Task) -> Epoch:
-    """Train with the loop of pytorch/examples' mnist/main.py: a line with the loss after every tenth batch."""
-    net, (train_loader, test_loader) = task.network(), task.loaders()
-    optimizer = task.experiment.optimizer(net.parameters())
-    training = Laps()
+def _train_as_examples(
+    net: nn.Module,
+    device: torch.device,
+    loader: torch.utils.data.DataLoader,
+    optimizer: torch.optim.Optimizer,
+    lap: Callable[[], None],
+) -> None:
     net.train()
-    for batch_idx, (data, target) in enumerate(train_loader):
-        data, target = data.to(CPU), target.to(CPU)
+    for batch_idx, (data, target) in enumerate(loader):
+        data, target = data.to(device), target.to(device)
         optimizer.zero_grad()
         output = net(data)
         loss = F.cross_entropy(output, target)
         loss.backward()
         optimizer.step()
         if batch_idx % 10 == 0:
-            done, share = batch_idx * len(data), 100.0 * batch_idx / len(train_loader)
-            total = len(train_loader.dataset)
-            print(f"Train Epoch: 1 [{done}/{total} ({share:.0f}%)]\tLoss: {loss.item():.6f}")
-        training.lap()
-    training.stop()
-    testing = Laps()
-    writeups.evaluate(net, CPU, test_loader, testing.lap)  # the two evaluations are the same
-    testing.stop()
-    return Epoch(training.seconds(task.batches), testing.seconds(TEST_IMAGES / task.experiment.batch_size))
-
-
-def lightning_way(task: Task) -> Epoch:
-    """Train with Lightning's Trainer, its progress bar on; loggers and checkpoints, which cost more, are off."""
-    import lightning
-
-    training, testing = Laps(), Laps()
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = task.network()
-
-        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-            return self._loss(batch, "train")
-
-        def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-            self._loss(batch, "test")
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return task.experiment.optimizer(self.parameters())
-
-        def _loss(self, batch: tuple[Tensor, Tensor], name: str) -> Tensor:
-            images, labels = batch
-            logits = self.net(images)
-            loss = F.cross_entropy(logits, labels)
-            accuracy = 100 * (logits.argmax(dim=1) == labels).float().mean()
-            self.log_dict({f"{name}_loss": loss, f"{name}_accuracy": accuracy}, prog_bar=True)
-            return loss
-
-    class Timing(lightning.Callback):
-        def on_train_batch_end(self, *ignored: object) -> None:
-            training.lap()
-
-        def on_validation_start(self, *ignored: object) -> None:
-            training.stop()
-
-        def on_validation_batch_end(self, *ignored: object) -> None:
-            testing.lap()
-
-        def on_validation_end(self, *ignored: object) -> None:
-            testing.stop()
-
-    class Restarting:
-        """A loader that starts its laps when Lightning begins to draw from it: not before, so set-up is left out."""
-
-        def __init__(self, loader: torch.utils.data.DataLoader, laps: Laps) -> None:
-            self.loader, self.laps = loader, laps
-
-        def __len__(self) -> int:
-            return len(self.loader)
-
-        def __iter__(self):
-            self.laps.restart()
-            return iter(self.loader)
-
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[Timing()],
-    )
-    train_loader, test_loader = task.loaders()
-    trainer.fit(Module(), Restarting(train_loader, training), Restarting(test_loader, testing))
-    return Epoch(training.seconds(task.batches), testing.seconds(TEST_IMAGES / task.experiment.batch_size))
+            done, share = batch_idx * len(data), 100.0 * batch_idx / len(loader)
+            print(f"Train Epoch: 1 [{done}/{len(loader.dataset)} ({share:.0f}%)]\tLoss: {loss.item():.6f}")
+        lap()
 
 
 def lab(task: Task) -> Epoch:
@@ -227,17 +163,13 @@ def _bare(task: Task, net: nn.Module) -> Epoch:
     return Epoch(training.seconds(task.batches), evaluation)
 
 
-def ways() -> dict[str, Callable[[Task], Epoch]]:
-    """Return the ways that can be measured here, by name."""
-    found: dict[str, Callable[[Task], Epoch]] = {WRITE_UPS: write_ups, EXAMPLES: examples}
-    try:
-        import lightning  # noqa: F401
-    except ImportError:
-        print("Lightning is not installed, so it is left out (it is in the extra `bench`).")
-    else:
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        found[LIGHTNING] = lightning_way
-    return {**found, LAB: lab, FLOOR: floor, PLAIN_FLOOR: plain_floor}
+WAYS: dict[str, Callable[[Task], Epoch]] = {
+    WRITE_UPS: write_ups,
+    EXAMPLES: examples,
+    LAB: lab,
+    FLOOR: floor,
+    PLAIN_FLOOR: plain_floor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -251,9 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS, metavar="STEP", help="default: all five")
     arguments = parse(parser, argv)
     report = Report(arguments)
-    mnist, measured_ways = load_mnist(), ways()
-    if LIGHTNING in measured_ways:
-        report.environment["lightning"] = importlib.metadata.version("lightning")
+    mnist = load_mnist()
     for step in arguments.steps:
         experiment = load_experiment(step)
 
@@ -263,19 +193,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         whole, warm_up = task(max(2, arguments.images // experiment.batch_size)), task(2)
         with silenced():
-            for way in measured_ways.values():
+            for way in WAYS.values():
                 way(warm_up)
-        results = interleave({name: quiet(way, whole) for name, way in measured_ways.items()}, arguments.rounds)
+        results = interleave({name: quiet(way, whole) for name, way in WAYS.items()}, arguments.rounds)
         epochs = {name: Sample(tuple(epoch.total for epoch in results[name])) for name in results}
         evaluations = {
             f"{name}: evaluation": Sample(tuple(epoch.evaluation for epoch in results[name]))
             for name in (WRITE_UPS, LAB)
         }
-        ratios = {
-            f"{name} / lab": epochs[name].per(epochs[LAB])
-            for name in (WRITE_UPS, EXAMPLES, LIGHTNING)
-            if name in epochs
-        }
+        ratios = {f"{name} / lab": epochs[name].per(epochs[LAB]) for name in (WRITE_UPS, EXAMPLES)}
         for name in (FLOOR, PLAIN_FLOOR):
             ratios[f"lab / {name}"] = epochs[LAB].per(epochs[name])
         report.section(step, {**epochs, **evaluations}, ratios, unit="s per epoch")
