@@ -19,7 +19,7 @@ from mnist_lab.paths import PROJECT_ROOT
 from mnist_lab.tracking.connection import environment_variables, short_timeouts
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.store import Store, quiet, store_failures
-from mnist_lab.tracking.teacher import find_exported, find_teacher, load_exported
+from mnist_lab.tracking.teacher import find_exported, find_teacher, load_exported, read_exported
 
 NAME, ALIAS = "mnist", "champion"
 URI = f"models:/{NAME}@{ALIAS}"
@@ -126,7 +126,7 @@ def load_committed(folder: Path = COMMITTED) -> tuple[nn.Module, Origin]:
 def _without_paths(file: Path) -> bytes:
     """Return an exported network's file without what torch notes of the files in which its layers are written."""
     with quiet():
-        exported = torch.export.load(file)
+        exported = read_exported(file)
         for module in exported.graph_module.modules():
             for node in module.graph.nodes if hasattr(module, "graph") else ():
                 node.meta.pop("stack_trace", None)

@@ -9,22 +9,23 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from mnist_lab.errors import LabError
-from mnist_lab.paths import ARTIFACTS, CHECKPOINTS, EXPERIMENT_NAME, LOCKS, sqlite_file
+from mnist_lab.paths import ARTIFACTS, CHECKPOINTS, EXPERIMENT_NAME, LOCKS, artifacts_of, sqlite_file
 
 BUSY_TIMEOUT = 4  # seconds that a lock on the database is waited for
 ROOM = 4 * 2**20  # bytes that must be free before a run; one leaves about 1 MB, and the largest network's 5
 # Where MLflow records paths of artifacts.
-LOCATIONS = {
-    "experiments": ["artifact_location"],
-    "runs": ["artifact_uri"],
-    "logged_models": ["artifact_location"],
-    "model_versions": ["source", "storage_location"],
-}
+LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 
 
 def check_readable(uri: str) -> None:
@@ -70,7 +71,7 @@ def check_writable(uri: str) -> None:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("CREATE TABLE probe (x)")  # a read-only file lets one begin, where it has a log
             connection.execute("ROLLBACK")
-            artifacts = _recorded(connection)
+            artifacts = _folder_of(_recorded(connection))
     else:
         artifacts = file.parent / ARTIFACTS
     for folder in dict.fromkeys(_existing(folder) for folder in [*folders, artifacts] if folder):
@@ -105,35 +106,37 @@ def has_experiment(uri: str, tags: Mapping[str, str]) -> bool:
 def follow_move(uri: str) -> None:
     """Correct the paths of artifacts in a SQLite store that was moved or copied with its `artifacts/`.
 
-    MLflow records absolute paths. Nothing changes where the artifacts are where they are said to be, on a server, or in
-    a folder that the lab would not have chosen; nor where the database was moved without them. Raises LabError.
+    MLflow records absolute paths. Nothing changes on a server, in a folder that the lab would not have chosen, or where
+    the database was moved without its artifacts. Raises LabError.
     """
     file = sqlite_file(uri)
     if file is None:
         return
-    new = file.resolve().parent / ARTIFACTS
+    new = artifacts_of(file)
     with _connection(file, "ro", "read") as connection:
-        if not _has_moved(connection, new):
-            return
+        old = _former_artifacts(connection, new)
+    if old is None:
+        return
     with _connection(file, "rw", "corrected, though it was moved and so its artifacts are not found") as connection:
         connection.execute("BEGIN IMMEDIATE")
-        old = _recorded(connection)
-        if old is None or not _has_moved(connection, new):  # another process was first
-            return
-
-        def moved(location: str | None) -> str | None:
-            path = _local(location)
-            if location is None or path is None or not path.is_relative_to(old):
-                return location
-            path = new / path.relative_to(old)
-            return path.as_uri() if location.startswith("file:") else str(path)
-
-        connection.create_function("moved", 1, moved, deterministic=True)
-        for table, columns in LOCATIONS.items():
-            known = {name for (name,) in connection.execute("SELECT name FROM pragma_table_info(?)", (table,))}
-            for column in known.intersection(columns):  # an older MLflow has fewer
-                connection.execute(f"UPDATE {table} SET {column} = moved({column}) WHERE {column} <> moved({column})")  # noqa: S608
+        for table, column in LOCATIONS:
+            connection.execute(
+                f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "  # noqa: S608
+                f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'",
+                {"new": new, "old": old},
+            )
         connection.execute("COMMIT")
+
+
+def _former_artifacts(connection: sqlite3.Connection, new: str) -> str | None:
+    """Return where the artifacts are said to be, if they are in the folder `new`."""
+    old = _recorded(connection)
+    if old == new or not old.startswith("file:") or not old.endswith(f"/{ARTIFACTS}"):
+        return None
+    query = "SELECT substr(artifact_uri, length(:old) + 2) FROM runs WHERE substr(artifact_uri, 1, length(:old)) = :old"
+    runs = [run for (run,) in connection.execute(query, {"old": old})]
+    here = _folder_of(new)
+    return old if here and (not runs or any((here / run).exists() for run in runs)) else None
 
 
 def known_schemas() -> set[str]:
@@ -145,33 +148,17 @@ def known_schemas() -> set[str]:
     return {file.name.partition("_")[0] for file in files}
 
 
-def _has_moved(connection: sqlite3.Connection, new: Path) -> bool:
-    """Say whether the artifacts lie in the folder `new`, though another one is recorded."""
-    old = _recorded(connection)
-    if old is None or old.name != ARTIFACTS or old == new:
-        return False
-    with suppress(OSError):
-        if old.parent.samefile(new.parent):  # by another name, through a link
-            return False
-    runs = [path for (uri,) in connection.execute("SELECT artifact_uri FROM runs") if (path := _local(uri))]
-    inside = [path.relative_to(old) for path in runs if path.is_relative_to(old)]
-    if not inside:
-        return True
-    return new.is_dir() and (not _is_there(old) or any((new / path).exists() for path in inside))
-
-
-def _recorded(connection: sqlite3.Connection) -> Path | None:
-    """Return the folder that is recorded for the artifacts of new runs, if there is one and it is no server's."""
+def _recorded(connection: sqlite3.Connection) -> str:
+    """Return the location that is recorded for the artifacts of new runs; empty where there is none."""
     query = "SELECT artifact_location FROM experiments WHERE name = ?"
-    return next((_local(location) for (location,) in connection.execute(query, (EXPERIMENT_NAME,))), None)
+    return next((location for (location,) in connection.execute(query, (EXPERIMENT_NAME,))), "")
 
 
-def _local(location: str | None) -> Path | None:
-    """Return the path that an artifact location means, or None where that is not an absolute path on this machine."""
-    if location is not None and location.startswith("file:"):
-        parts = urlsplit(location)
-        location = unquote(parts.path) if parts.netloc in ("", "localhost") else None
-    return Path(location) if location is not None and location.startswith("/") else None
+def _folder_of(location: str) -> Path | None:
+    """Return the folder that a location means, or None where it is no folder of this machine."""
+    if location.startswith("file:"):
+        return Path(unquote(urlsplit(location).path))
+    return Path(location) if location.startswith("/") else None
 
 
 def _existing(folder: Path) -> Path:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlflow
 import torch
@@ -18,12 +21,21 @@ from mnist_lab.errors import LabError, one_line
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.store import Store, quiet, search, store_failures
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
 RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
 STEP = re.compile(r"\w[\w.-]*")
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]+)|@(?P<alias>.+))?")
 LOGGED_MODEL = re.compile("m-[0-9a-f]+")
 CALLED = "objective: teacher"
 EXPORTED = "data/model.pt2"  # by torch.export, in an MLflow model's folder
+# What is in such a file: numbers, JSON, and an example of the inputs.
+PLAIN_PARTS = re.compile(
+    r"models/model\.json|data/sample_inputs/model\.pt|data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)|archive_(format|version)|byteorder"
+    r"|(\.data/)?(version|serialization_id)"
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ def load_exported(
         with quiet():
             if _sha256(file) != sha256:
                 raise ValueError("its file is another one than its digest says")
-            net = move_to_device_pass(torch.export.load(file), device).module()
+            net = move_to_device_pass(read_exported(file), device).module()
             net.requires_grad_(False)
             with torch.inference_mode():
                 shape = tuple(net(torch.zeros(2, 1, 28, 28, device=device)).shape)
@@ -147,6 +159,29 @@ def load_exported(
     if shape != (2, 10):
         raise LabError(f"{named} gives an output of shape {shape} for 2 images, not (2, 10): one logit per digit")
     return net if own == normalize else _Renormalized(net, normalize, own)
+
+
+def read_exported(file: Path) -> ExportedProgram:
+    """Read a file of torch.export's. Torch itself would unpickle what such a file may hold besides numbers.
+
+    Raises:
+        ValueError: if it holds anything that torch.export does not write of a plain network.
+    """
+    from torch.export.pt2_archive._package import PT2ArchiveReader, load_pt2  # torch.export.load falls back to pickles
+
+    content = file.read_bytes()
+    archive = PT2ArchiveReader(io.BytesIO(content))
+    for name in archive.get_file_names():
+        if PLAIN_PARTS.fullmatch(name) is None:
+            raise ValueError(f"it holds {name!r}, which may be code")
+        if name.endswith("_config.json"):
+            parts = json.loads(archive.read_bytes(name))["config"].values()
+            if any(part["use_pickle"] for part in parts):
+                raise ValueError(f"its {name!r} names a pickle, which may be code")
+        elif name.endswith("model.pt"):
+            torch.load(io.BytesIO(archive.read_bytes(name)), weights_only=True)
+    program: ExportedProgram = load_pt2(io.BytesIO(content)).exported_programs["model"]
+    return program
 
 
 class _Renormalized(nn.Module):

@@ -1,8 +1,10 @@
 """Runs that are killed outright, at random moments and in the midst of writing, end as those that were not."""
 
 import errno
+import io
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -237,37 +239,34 @@ def test_a_damaged_file_is_left_out_by_name(
     assert f"not used: checkpoint {file} can't be read" in caplog.text
 
 
-def test_no_damage_passes_for_a_checkpoint_nor_for_a_bug(uri: str) -> None:
-    """Each bit that is read counts: torch by itself would take weights with a flipped bit as they are."""
+def flipped(content: bytes, place: int, bit: int = 0) -> bytes:
+    damaged = bytearray(content)
+    damaged[place] ^= 1 << bit
+    return bytes(damaged)
+
+
+def test_each_bit_of_a_checkpoint_counts(uri: str) -> None:
+    """torch by itself takes weights with a flipped bit as they are, and those of a "folder" as what memory held."""
     checkpoint.save(example("bad"), uri)
     file = checkpoint.file_of(uri, "bad")
-    whole, random_bytes = file.read_bytes(), random.Random(7)
-    damaged = [b"\x80\x02.", b"PK", b"\x80", b"PK\x05\x06" + bytes(18)]
-    damaged += [whole[: random_bytes.randrange(len(whole))] for _ in range(40)]
-    for _ in range(400):
-        flipped = bytearray(whole)
-        flipped[random_bytes.randrange(len(whole))] ^= 1 << random_bytes.randrange(8)
-        damaged.append(bytes(flipped))
+    whole, draw = file.read_bytes(), random.Random(7)
+    attributes = [found.start() + 38 for found in re.finditer(b"PK\x01\x02", whole)]  # of each member, in the directory
+    damaged = [flipped(whole, place, 4) for place in attributes]
+    damaged += [flipped(whole, draw.randrange(len(whole)), draw.randrange(8)) for _ in range(100)]
+    damaged += [whole[: draw.randrange(len(whole))] for _ in range(20)] + [whole + b"\0"]
 
-    refused = 0
     for content in damaged:
         file.write_bytes(content)
-        found = list(checkpoint.newest_first(uri))
-        refused += not found
-        for one in found:  # the bit is one that says nothing, such as the time in the archive
-            assert {**vars(one), "training": None} == {**vars(example("bad")), "training": None}
-            assert torch.equal(one.training["net"]["weight"], torch.ones(3))
-        checkpoint.remove_alike(uri, {}, 0)  # as at the end of a run
-    assert refused > 44
+        assert list(checkpoint.newest_first(uri)) == []
+    file.write_bytes(whole)
+    assert [one.run_id for one in checkpoint.newest_first(uri)] == ["bad"]
 
 
 @pytest.mark.parametrize(
     "nonsense",
     [
-        {"seed": "3"},
         {"seed": -1},
         {"seed": 0.5},
-        {"seed": True},
         {"script": 3},
         {"script": "a\0b"},
         {"changes": [1]},
@@ -281,8 +280,6 @@ def test_no_damage_passes_for_a_checkpoint_nor_for_a_bug(uri: str) -> None:
         {"training": {3: 4}},
         {"epochs": []},
         {"epochs": [EpochMetrics(2, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5)]},
-        {"epochs": [EpochMetrics(1, "0.5", 90, 100, 0.4, 95, 100, 0.1, 1.5)]},  # type: ignore[arg-type]
-        {"epochs": [EpochMetrics(1, 0.5, 90, 0, 0.4, 95, 100, 0.1, 1.5)]},
         {"epochs": [EpochMetrics(1, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5, "train")]},  # type: ignore[arg-type]
     ],
 )
@@ -299,7 +296,13 @@ def _save_as_is(run_id: str, changes: dict[str, object], uri: str) -> None:
     file = checkpoint.file_of(uri, run_id)
     file.parent.mkdir()
     one = example(run_id)
-    torch.save({**vars(one), "epochs": [vars(epoch) for epoch in one.epochs], **changes}, file)
+    write(file, {**vars(one), "epochs": [vars(epoch) for epoch in one.epochs], **changes})
+
+
+def write(file: Path, content: object) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    file.write_bytes(checkpoint.sealed(buffer.getvalue()))
 
 
 @pytest.mark.parametrize("content", [3, [1, 2], {}, {"run_id": "bad"}, {"run_id": "bad", "epochs": 3}])
@@ -308,7 +311,7 @@ def test_a_file_of_another_kind_is_left_out_by_name(
 ) -> None:
     file = checkpoint.file_of(uri, "bad")
     file.parent.mkdir()
-    torch.save(content, file)
+    write(file, content)
     (file.parent / "folder.pt").mkdir()
     (file.parent / "nowhere.pt").symlink_to(file.parent / "nothing")
 
@@ -351,7 +354,7 @@ def test_a_file_that_would_run_code_is_refused(uri: str, tmp_path: Path) -> None
 
     file = checkpoint.file_of(uri, "evil")
     file.parent.mkdir()
-    torch.save({**vars(example("evil")), "training": Evil()}, file)
+    write(file, {**vars(example("evil")), "training": Evil()})
     with pytest.raises(LabError, match=r"checkpoint .*evil\.pt can't be read"):
         checkpoint.load(file)
     assert not (tmp_path / "code ran").exists()

@@ -1,9 +1,13 @@
 """The champion: the median seed, registered in a store, and the one that is committed."""
 
+import hashlib
+import io
 import json
+import pickle
 import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +74,44 @@ def test_a_champion_that_is_not_what_its_file_says_is_refused(tmp_path: Path) ->
     (tmp_path / champion.ORIGIN).write_text(json.dumps({"step": "mine"}))
     with pytest.raises(LabError, match="champion.json is not as the lab writes it: .*seed"):
         champion.load_committed(tmp_path)
+
+
+class Evil:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("part", ["sample_inputs/model.pt", "weights/model_weights_config.json", "constants/opaque"])
+def test_a_champion_whose_file_holds_a_pickle_runs_no_code(part: str, tmp_path: Path) -> None:
+    """As of one from elsewhere, whose digest stands beside it."""
+    pickled = io.BytesIO()
+    torch.save(Evil(tmp_path / "code ran"), pickled)
+    with (
+        zipfile.ZipFile(RESULTS / champion.NETWORK) as honest,
+        zipfile.ZipFile(tmp_path / champion.NETWORK, "w") as evil,
+    ):
+        for name in honest.namelist():
+            content = honest.read(name)
+            if name.endswith(part):
+                content = pickled.getvalue() if part.endswith(".pt") else content.replace(b"false", b"true")
+            if name.endswith("weights/weight_0") and part.startswith("weights"):
+                content = pickled.getvalue()
+            if name.endswith("constants/model_constants_config.json") and part.startswith("constants"):
+                payload = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
+                content = json.dumps({"config": {"x": payload}}).encode()
+                evil.writestr("champion/data/constants/opaque_obj_0", pickle.dumps(Evil(tmp_path / "code ran")))
+            evil.writestr(name, content)
+    origin = json.loads((RESULTS / champion.ORIGIN).read_text())
+    origin["sha256"] = hashlib.sha256((tmp_path / champion.NETWORK).read_bytes()).hexdigest()
+    (tmp_path / champion.ORIGIN).write_text(json.dumps(origin))
+
+    with pytest.raises(LabError, match=r"champion\.pt2 can't be loaded: "):
+        champion.load_committed(tmp_path)
+
+    assert not (tmp_path / "code ran").exists()
 
 
 # ---- one's own

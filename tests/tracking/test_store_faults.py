@@ -185,7 +185,7 @@ def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(
     assert read_value(database, "PRAGMA integrity_check") == "ok"
     first, run = read_runs(database)
     assert (first, earlier.artifacts.joinpath("hello.txt").read_text()) == (earlier, "hello")
-    points = run.metrics["test_accuracy"]
+    points = run.metrics.get("test_accuracy", [])  # none where the disk was full before epoch 1 was logged
     assert [epoch for epoch, _ in points] == list(range(1, len(points) + 1))
     assert [file.stem for file in disk.glob("mlruns/checkpoints/*.pt")] == [run.run_id]
 

@@ -330,6 +330,47 @@ def test_a_store_that_fails_at_the_end_of_the_run_is_one_sentence(uri: str, data
     assert mlflow.active_run() is None
 
 
+@pytest.mark.parametrize("fate", ["removed", "moved with its folder", "replaced"])
+def test_a_database_that_goes_in_mid_run_ends_it_and_is_not_made_anew(fate: str, uri: str, database: Path) -> None:
+    def lose(tracked: TrackedRun) -> None:
+        tracked.log_epoch(1, {"test_accuracy": 98.0})
+        if fate == "moved with its folder":
+            database.parent.rename(database.parent.with_name("moved"))
+            return
+        content = database.read_bytes()
+        database.unlink()
+        if fate == "replaced":
+            database.with_name("new").write_bytes(content)
+            database.with_name("new").rename(database)
+
+    def go_on(tracked: TrackedRun) -> None:
+        lose(tracked)
+        tracked.log_epoch(2, {"test_accuracy": 98.5})
+
+    with pytest.raises(LabError, match=f"^tracking store '{uri}': its database was removed, moved or replaced"):
+        track_a_run(uri, go_on)
+    assert database.exists() == (fate == "replaced")
+    assert database.parent.exists() == (fate != "moved with its folder")
+
+
+def test_a_clock_that_is_set_back_leaves_no_run_that_ends_before_it_begins(
+    uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time
+
+    def set_back(tracked: TrackedRun) -> None:
+        monkeypatch.setattr(time, "time", lambda: now() - 3600)
+        tracked.log_epoch(1, {"test_accuracy": 98.0})
+
+    track_a_run(uri, set_back)
+
+    assert read_value(database, "SELECT end_time >= start_time FROM runs") == 1
+    assert read_value(database, "SELECT timestamp >= start_time FROM metrics JOIN runs USING (run_uuid)") == 1
+    monkeypatch.setattr(time, "time", lambda: -1.0)
+    with pytest.raises(LabError, match="^clock: "):
+        open_store(uri)
+
+
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), ZeroDivisionError("a bug")], ids=repr)
 def test_a_store_that_fails_at_the_end_does_not_hide_what_ended_the_run(
     end: BaseException, uri: str, database: Path, caplog: pytest.LogCaptureFixture
