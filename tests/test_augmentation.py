@@ -7,18 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD
+from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as tv
 
-from mnist_lab import Experiment
 from mnist_lab.augmentation import affine, image_by_image, random_affine, random_center_crop, random_rotation, rotate
 from mnist_lab.data import Mnist
-from mnist_lab.errors import LabError
 from mnist_lab.running.draws import check_draws
-from mnist_lab.running.rehearsal import rehearse
 
 TOLERANCE = 1e-5  # of pixels in [0, 1]; measured: 4.1e-6 for rotation, 1.1e-6 for the crop
 
@@ -115,22 +111,6 @@ def test_a_seed_reproduces_the_draws(transform: Callable[[Tensor], Tensor], imag
 
     assert torch.equal(transformed(0), transformed(0))
     assert not torch.equal(transformed(0), transformed(1))
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_layout_in_memory_does_not_matter(transform: Callable[[Tensor], Tensor], images: Tensor) -> None:
-    layouts = {
-        "transposed": images.transpose(2, 3),
-        "every second": images[::2],
-        "a window": torch.nn.functional.pad(images, (3, 2, 1, 4))[..., 1:-4, 3:-2],
-        "channels last": images.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last),
-    }
-    for name, view in layouts.items():
-        assert not view.is_contiguous(), name
-        torch.manual_seed(0)
-        result = transform(view)
-        torch.manual_seed(0)
-        torch.testing.assert_close(result, transform(view.contiguous()), rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -245,11 +225,3 @@ def test_image_by_image_draws_for_each_image(images: Tensor) -> None:
     for transform in (transforms.RandomRotation(30), v2.RandomRotation(30)):
         assert len(image_by_image(six, transform).unique(dim=0)) >= 4  # close angles can give the same pixels
         assert len(transform(six).unique(dim=0)) == 1
-
-
-def test_the_rehearsal_refuses_one_draw_for_a_whole_batch(small_mnist: Mnist) -> None:
-    declared = {"net": partial(nn.Sequential, nn.Flatten(), nn.Linear(784, 10)), "epochs": 1, "batch_size": 64}
-    experiment = Experiment(**declared, optimizer=SGD, augmentation=noisy_rotation)
-
-    with pytest.raises(LabError, match="^augmentation: draws once for a whole batch"):
-        rehearse(experiment, small_mnist)

@@ -85,7 +85,8 @@ def test_declaration_passes_its_checks_and_its_rehearsal(stem: str, load_script:
         teacher = load_script(experiment.objective.keywords["teacher"]).EXPERIMENT.net()
         experiment = replace(experiment, objective=partial(experiment.objective, teacher=teacher))
 
-    rehearsal.rehearse(experiment, mnist)
+    notices = rehearsal.rehearse(experiment, mnist).notices
+    assert not [notice for notice in notices if notice.startswith(("scheduler", "net", "loss", "optimizer", "mlflow"))]
 
 
 def test_importing_a_script_trains_and_logs_nothing(tmp_path: Path) -> None:

@@ -178,6 +178,14 @@ def gives_its_argument(argument: object) -> object:
     return argument
 
 
+def labels_lost(images: Tensor, labels: Tensor) -> Tensor:
+    return images
+
+
+def too_few_labels(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return images, labels[1:]
+
+
 def nine_classes(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return images, torch.zeros(len(labels), 9)
 
@@ -234,6 +242,8 @@ PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "refused degrees": ("augmentation", {"augmentation": partial(random_rotation, degrees=-7.0)}, "degrees=-7.0"),
     "Normalize": ("augmentation", {"augmentation": v2.Normalize([0.5], [0.5])}, "normalize="),
     "ToTensor": ("augmentation", {"augmentation": transforms.Compose([transforms.ToTensor()])}, "leave it out"),
+    "no labels": ("augmentation", {"augmentation": labels_lost}, ""),
+    "few labels": ("augmentation", {"augmentation": too_few_labels}, r"\(127,\)"),
     "nine classes": ("augmentation", {"augmentation": nine_classes}, r"\(128, 9\)"),
     "one draw a batch": (
         "augmentation",
