@@ -133,7 +133,7 @@ print(before, peak())
 
 
 def test_all_benchmarks_are_in_the_list_that_is_run() -> None:
-    shared = {"measure", "writeups", "__main__", "leads"}
+    shared = {"measure", "writeups", "__main__"}
     scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - shared
     source = (BENCHMARKS / "__main__.py").read_text()
     assert [name for name in scripts if f'"{name}"' not in source] == []
