@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mnist_lab.running.progress import Progress
@@ -195,11 +196,11 @@ class SearchConsole(_Display):
     """Shows a search as it goes: a line per trial, with where the search stands, which a terminal has in a bar."""
 
     def __init__(self) -> None:
-        self.wanted = self.done_before = self.trained = 0
+        self.wanted = self.trained = 0
         self.began = time.monotonic()
 
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
-        self.wanted, self.done_before, self.began = wanted, done, time.monotonic()
+        self.wanted, self.began = wanted, time.monotonic()
         how = f"{workers} at a time" if device.type == "cpu" or workers > 1 else "one after another"
         before = f", {done} of them done before" if done else ""
         print(f"{name}: {wanted} in all{before}, {how}, on {device.type}", flush=True)
@@ -211,29 +212,18 @@ class SearchConsole(_Display):
         from mnist_lab.running.search import trial_text
 
         self.trained += 1
-        parts = [f"{counts.pruned} pruned", f"{counts.failed} failed", f"{counts.running} running"]
-        stand = ", ".join(part for part in parts if not part.startswith("0 "))
+        stand = [f"{count} {word}" for count, word in ((counts.pruned, "pruned"), (counts.failed, "failed")) if count]
         if counts.best is not None:
-            stand += f"{', ' if stand else ''}best {counts.best.accuracy:.2f} % with {trial_text(counts.best.values)}"
+            stand.append(f"best {counts.best.accuracy:.2f} % with {trial_text(counts.best.values)}")
         line = f"trial {number:>{len(str(self.wanted))}}  {outcome}  {trial_text(values)}"
         if self.bar is not None:
-            self.bar.set_postfix_str(stand, refresh=False)
+            self.bar.set_postfix_str(", ".join(stand), refresh=False)
             self.bar.update()
             self.bar.write(line, file=sys.stdout)
             return
-        left = (time.monotonic() - self.began) / self.trained * (self.wanted - counts.done)
-        progress = ", ".join(filter(None, [f"{counts.done}/{self.wanted}", stand, f"{_duration(left)} left"]))
-        print(f"{line}  ({progress})", flush=True)
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.0f} h"
-    )
+        seconds = (time.monotonic() - self.began) / self.trained * (self.wanted - counts.done)
+        left = f"{timedelta(seconds=round(seconds))} left"
+        print(f"{line}  ({', '.join([f'{counts.done}/{self.wanted}', *stand, left])})", flush=True)
 
 
 def print_search(result: SearchResult, job: Job) -> None:

@@ -78,7 +78,6 @@ class Counts:
     finished: int = 0
     pruned: int = 0
     failed: int = 0
-    running: int = 0
     too_large: int = 0
     best: Trial | None = None
 
@@ -438,7 +437,7 @@ def _fail(study: optuna.Study, message: Message) -> int:
     assert isinstance(message, Failed)
     trial = _trial_of_task(study, message.seed)
     if trial is None or not message.lost:
-        raise LabError(message.reason)
+        raise LabError(f"search: {message.reason.removeprefix('search: ')}")
     study.tell(trial.number, state=TrialState.FAIL)
     return trial.number
 
@@ -452,7 +451,6 @@ def _counts(study: optuna.Study) -> Counts:
         finished=states[TrialState.COMPLETE],
         pruned=states[TrialState.PRUNED],
         failed=states[TrialState.FAIL],
-        running=states[TrialState.RUNNING],
         too_large=sum("num_params" in trial.user_attrs for trial in trials),
         best=next(iter(_finished(study)), None),
     )
