@@ -232,7 +232,10 @@ class StorageServer:
 
 def _forward(name: str) -> Callable[..., Any]:
     def call(self: RemoteStorage, *arguments: Any, **named: Any) -> Any:
-        return ray.get(self.server.call.remote(name, arguments, named))
+        try:
+            return ray.get(self.server.call.remote(name, arguments, named))
+        except RayActorError:
+            raise KeyboardInterrupt from None  # the process that gave the work is gone
 
     return call
 
