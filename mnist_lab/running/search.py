@@ -500,6 +500,8 @@ def _opened(
         lock.acquire()
     except Timeout:
         raise LabError(f"search: another process is searching {job.step} with these settings") from None
+    except OSError as error:
+        raise LabError(f"lock {lock.lock_file} can't be made: {error.strerror}") from error
     try:
         with _storage_failures():
             job = teaching.find(job, store)
