@@ -163,7 +163,7 @@ def restore(arguments: argparse.Namespace) -> None:
         f"Restored: {done.runs} runs, {done.studies} studies over them; {done.there} runs were there already.{removed}"
     )
     if done.without_mistakes:
-        print(f"Of {done.without_mistakes} runs it was not kept which images they got wrong.")
+        print(f"The files do not say which images {done.without_mistakes} of the runs got wrong.")
     if done.runs:
         print("`make ui` shows them, `make compare` and `make report` tell of them.")
 
