@@ -110,7 +110,8 @@ def test_the_gpu_benchmark(tmp_path: Path) -> None:
     load("gpu").main(["--quick", "--out", str(tmp_path)])
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert set(content["sections"]["1 epochs"]["ratios"]) == {
-        "write-ups, 1 seed / lab, 1 seed",
+        "write-ups / lab, --cuda-graph",
+        "lab / lab, --cuda-graph",
     }
 
 
