@@ -6,11 +6,11 @@ used here.
 """
 
 import math
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle, pairwise, product
+from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,15 +26,15 @@ from scipy import special
 
 from mnist_lab.errors import LabError
 from mnist_lab.verdicts.comparison import step_order
-from mnist_lab.verdicts.measures import MEASURES
+from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED, Protocol
 from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D"), ("black", "-", "v"))
 TARGET: dict[str, Any] = {"color": "black", "ls": (0, (1, 1.5)), "lw": 1.3, "zorder": 1}
+TEST_IMAGES = 10_000
 SMALL, MEDIUM = 9, 11  # font sizes in points; elsewhere matplotlib's, which are 10 and 12
-POINT = ["num_params", "mean", "low", "high"]  # of a table; the last two are the ends of the bar
-Point = tuple[float, float, float, float]
+MEAN: dict[str, Any] = {"color": BLUE, "lw": 1.2, "capsize": 3, "zorder": 3}
 MAX_NAME = 60  # characters of a name; it is free text to the store
 # By importance: one that is too near to another before it is left out.
 ACCURACY_TICKS = (99, 99.4, 100, 98, 95, 90, 50, 0, 99.6, 99.8, 99.2, 99.5, 80, 97)
@@ -69,9 +69,9 @@ PUBLIC_FIGURES = (
 
 def plot_samples(images: ArrayLike, labels: ArrayLike, limit: int = 40, columns: int = 10) -> Figure:
     """Draw the first `limit` images with their labels; images (N, 28, 28) uint8 or float, labels (N,)."""
-    pictures = _images(images, "images")
-    digits = _digits(labels, "labels", len(pictures))[: _positive(limit, "limit")]
-    return _gallery(pictures[: len(digits)], [str(digit) for digit in digits], columns, MEDIUM)
+    pictures = _array("images", images, None, None, None)
+    digits = _array("labels", labels, len(pictures))
+    return _gallery(pictures[:limit], [str(digit) for digit in digits[:limit]], columns, MEDIUM)
 
 
 def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> Figure:
@@ -79,17 +79,14 @@ def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> F
 
     before (N, 28, 28); after (N, 28, 28), or (K, N, 28, 28) for K draws of a random augmentation, one row a draw.
     """
-    originals, draws = _images(before, "before"), np.asarray(after, dtype=float)
-    draws = draws[np.newaxis] if draws.ndim == 3 else draws  # (K, N, 28, 28)
-    if draws.ndim != 4 or not len(draws) or draws.shape[1:] != originals.shape:
-        raise LabError(f"after has the shape {np.shape(after)}: it must be {originals.shape} or K times that")
-    rows = np.stack([originals, *draws])[:, : _positive(limit, "limit")]  # (1 + K, columns, 28, 28)
+    originals = _array("before", before, None, None, None)
+    draws = np.asarray(after)
+    draws = _array("after", draws[np.newaxis] if draws.ndim == 3 else draws, None, *originals.shape)
+    rows = np.stack([originals, *draws])[:, :limit]  # (1 + K, columns, 28, 28)
     names = ["before", "after"] if len(draws) == 1 else ["before", *(f"draw {k}" for k in range(1, len(rows)))]
-    figure = Figure(figsize=(0.9 + 0.95 * rows.shape[1], len(rows)), layout="constrained")
-    places = figure.subplots(*rows.shape[:2], squeeze=False)  # (1 + K, columns)
-    for axes, image in zip(places.flat, rows.reshape(-1, *rows.shape[2:]), strict=True):
-        _show(axes, image, rows)
-    for axes, name in zip(places[:, 0], names, strict=True):
+    columns = rows.shape[1]
+    figure = _grid(rows.reshape(-1, *rows.shape[2:]), columns, (0.9 + 0.95 * columns, len(rows)))
+    for axes, name in zip(figure.axes[::columns], names, strict=True):
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=MEDIUM)
     return figure
 
@@ -102,41 +99,45 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     for their mean and a band from the smallest to the largest. The loss axis is logarithmic, and the accuracy axis
     stretched towards 100 %, where the differences are.
     """
-    part = "validation" if "validation_loss" in history and "test_loss" not in history else "test"
-    metrics = ["train_loss", f"{part}_loss", "train_accuracy", f"{part}_accuracy"]
-    _require(history, "history", ["run_id", "step", "seed", "epoch", *metrics])
-    history = _first_runs(history)
+    measured = _protocol(history)
+    history = _first_runs(history, "history", ["epoch", *measured.curves])
     steps, seeds = history["step"].unique(), history["seed"].nunique()
     if len(steps) > 1:
         raise LabError(f"history has {len(steps)} steps ({', '.join(map(str, steps))}): choose the one to draw")
-    finite = history.set_index(["epoch", "seed"])[metrics].replace([math.inf, -math.inf], math.nan)
+    finite = history.set_index(["epoch", "seed"])[measured.curves].replace([math.inf, -math.inf], math.nan)
     left_out = int(finite.isna().to_numpy().sum())
 
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for name, (color, line, marker) in zip((part, "training"), LOOKS, strict=False):
+    loss, accuracy = figure.subplots(1, 2)
+    for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
+        for name, look in zip((measured.part, "training"), LOOKS, strict=False):
             values = finite[f"{name.removesuffix('ing')}_{metric}"].unstack("seed")  # (epochs, seeds)
-            mean, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
-            label = name if seeds == 1 else f"{name}, mean of {seeds} seeds"
-            axes.plot(mean.index, mean, color=color, ls=line, marker=marker, ms=4, label=label)
-            if seeds > 1:
-                spread: dict[str, Any] = {"color": color, "alpha": 0.25, "label": f"{name}, smallest to largest"}
-                if len(mean) == 1:  # a band over one epoch has no width
-                    axes.vlines(mean.index, low, high, lw=9, **spread)
-                else:
-                    axes.fill_between(mean.index, low, high, lw=0, **spread)
-        if metric == "accuracy" and target_accuracy is not None:
-            axes.axhline(target_accuracy, label=f"target {target_accuracy:g} %", **TARGET)
-        axes.set_ylabel(f"{metric} ({MEASURES[f'{part}_{metric}'].unit})")
+            _plot_over_seeds(axes, values, name, look)
+        axes.set_ylabel(f"{metric} ({MEASURES[f'{measured.part}_{metric}'].unit})")
+    _target_lines(accuracy, target_accuracy)
+    for axes in (loss, accuracy):
         _finish_epochs(axes, history)
-    loss, accuracy = figure.axes
     _log_scale(loss.yaxis)
     _stretch(accuracy.yaxis)
     figure.suptitle(_name(steps[0]) + (f" ({left_out} values are missing or not finite)" if left_out else ""))
     handles, labels = accuracy.get_legend_handles_labels()
-    columns = 3 if seeds == 1 else math.ceil(len(labels) / 2)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL)
-    return _plain(figure)
+    return _finish(figure, 3 if seeds == 1 else math.ceil(len(labels) / 2), handles=handles)
+
+
+def _plot_over_seeds(axes: Axes, values: pd.DataFrame, name: str, look: tuple[str, str, str]) -> None:
+    """Draw the mean of values (epochs, seeds), and a band from the smallest to the largest of several seeds."""
+    color, line, marker = look
+    seeds = values.shape[1]
+    label = name if seeds == 1 else f"{name}, mean of {seeds} seeds"
+    axes.plot(values.index, values.mean(axis=1), color=color, ls=line, marker=marker, ms=4, label=label)
+    if seeds == 1:
+        return
+    low, high = values.min(axis=1), values.max(axis=1)
+    band: dict[str, Any] = {"color": color, "alpha": 0.25, "label": f"{name}, smallest to largest"}
+    if len(values) == 1:  # a band over one epoch has no width
+        axes.vlines(values.index, low, high, lw=9, **band)
+    else:
+        axes.fill_between(values.index, low, high, lw=0, **band)
 
 
 def plot_learning_rate(history: pd.DataFrame) -> Figure:
@@ -145,26 +146,20 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     history: one row per run and epoch with `run_id, step, seed, epoch, lr`; of several runs of one seed the first
     in the table counts.
     """
-    _require(history, "history", ["run_id", "step", "seed", "epoch", "lr"])
-    history = _first_runs(history[np.isfinite(history["lr"].astype("float64"))])
-    if history.empty:
-        raise LabError("history has no finite learning rate: there is nothing to draw")
-    schedules: dict[tuple[tuple[int, float], ...], dict[str, list[str]]] = {}  # points -> step -> seeds
-    for (step, seed), run in history.groupby(["step", "seed"], sort=False):
+    history = _finite(_first_runs(history, "history", ["epoch", "lr"]), "lr")
+    schedules: dict[tuple[tuple[int, float], ...], list[str]] = {}  # points -> names of steps
+    for _, run in history.groupby(["step", "seed"], sort=False):
         points = tuple(run[["epoch", "lr"]].sort_values("epoch").itertuples(index=False, name=None))
-        schedules.setdefault(points, {}).setdefault(str(step), []).append(str(seed))
-    names = [step for steps in schedules.values() for step in steps]
+        schedules.setdefault(points, []).append(_name(run["step"].iloc[0]))
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for (points, steps), (color, line, marker) in zip(schedules.items(), cycle(LOOKS), strict=False):
-        label = ", ".join(
-            _name(s) if names.count(s) == 1 else f"{_name(s)} (seed {', '.join(steps[s])})" for s in steps
-        )
+    for (points, names), (color, line, marker) in zip(schedules.items(), cycle(LOOKS), strict=False):
+        label = textwrap.fill(", ".join(dict.fromkeys(names)), 90)
         # Schedules often begin alike: the earlier the line, the thicker, so that it still shows under the later ones.
         under = min(len(schedules) - 1 - len(axes.lines), 4)
         axes.plot(*zip(*points, strict=True), drawstyle="steps-mid", color=color, ls=line, lw=1.5 + 0.8 * under,
-                  marker=marker, ms=4 + 1.6 * under, label=textwrap.fill(label, 90))  # fmt: skip
+                  marker=marker, ms=4 + 1.6 * under, label=label)  # fmt: skip
     axes.set_ylabel(MEASURES["lr"].axis)
     _finish_epochs(axes, history)
     if history["lr"].min() > 0 and history["lr"].max() > 5 * history["lr"].min():
@@ -172,8 +167,7 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     else:
         top = 1.1 * history["lr"].max()
         axes.set_ylim(0, top if 0 < top < math.inf else 1)
-    figure.legend(loc="outside lower center", fontsize=SMALL)
-    return _plain(figure)
+    return _finish(figure)
 
 
 def plot_steps(
@@ -181,70 +175,54 @@ def plot_steps(
     target_accuracy: float | None = 99.4,
     target_params: int | None = 10_000,
     public_figures: Sequence[PublicFigure] = PUBLIC_FIGURES,
-    test_images: int = 10_000,
 ) -> Figure:
     """Compare steps by the accuracy of their last epoch: against parameters (above) and one by one (below).
 
     runs: one row per run with `step, seed, num_params, final_test_accuracy, best_test_accuracy`; of several runs of one
     seed the first in the table counts. The bars are 95 % intervals: Student's t over four or more seeds, so for other
-    seeds on the same test images; or, for a step with a single seed, Wilson's score interval of a proportion of
-    `test_images` (`scipy.stats.binomtest`), so for this network on other test images. Two or three seeds have none.
+    seeds on the same test images; or, for a step with a single seed, Wilson's score interval of a proportion of the
+    test images (`scipy.stats.binomtest`), so for this network on other test images. Two or three seeds have none.
     """
-    table = _step_table(runs, test_images)
-    rows = np.arange(len(table))
+    table = _step_table(runs)
+    names = [_name(step) for step in table["step"]]
     heights = [3.9, 0.7 + 0.28 * len(table)]  # inches, and 1.3 for the legend
-    names = [_name(step) for step in table.index]
     width = 9 + 0.08 * max(0, max(map(len, names)) - 24)
     figure = Figure(figsize=(width, sum(heights) + 1.3), layout="constrained")
-    halves = figure.add_gridspec(2, 1, height_ratios=heights)
     # Subfigures: else the names beside the lower axes would narrow the upper ones too.
-    above, below = figure.add_subfigure(halves[0]).subplots(), figure.add_subfigure(halves[1]).subplots()
-    letters = _plot_public(above, public_figures)
+    halves = figure.add_gridspec(2, 1, height_ratios=heights)
+    above, below = (figure.add_subfigure(halves[row]).subplots() for row in (0, 1))
+    _plot_public(above, public_figures)
     for chosen, marker, face, label in (
         (table["seeds"] >= FEWEST_FOR_INTERVAL, "o", BLUE, "mean over seeds, 95 % t-interval"),
         (table["seeds"].between(2, FEWEST_FOR_INTERVAL - 1), "o", "white", "mean, too few seeds for an interval"),
-        (table["seeds"] == 1, "s", "white", f"one seed, 95 % Wilson interval on {test_images:,} images"),
+        (table["seeds"] == 1, "s", "white", f"one seed, 95 % Wilson interval on {TEST_IMAGES:,} images"),
     ):
         if chosen.any():
-            part = table[chosen]
-            bars = np.array([part["mean"] - part["low"], part["high"] - part["mean"]])  # (2, steps)
-            look: dict[str, Any] = {"fmt": marker, "color": BLUE, "mfc": face, "lw": 1.2, "capsize": 3, "zorder": 3}
-            above.errorbar(part["num_params"], part["mean"], yerr=bars, label=label, **look)
-            below.errorbar(part["mean"], rows[chosen], xerr=bars, **look)
+            part, look = table[chosen], MEAN | {"fmt": marker, "mfc": face}
+            above.errorbar(part["num_params"], part["mean"], yerr=_bars(part), label=label, **look)
+            below.errorbar(part["mean"], part.index, xerr=_bars(part), **look)
     best = "best epoch, mean over seeds (picked on the test images)"
-    below.plot(table["best"], rows, "|", ms=11, mew=2, color=RED, label=best)
+    below.plot(table["best"], table.index, "|", ms=11, mew=2, color=RED, label=best)
     if target_accuracy is not None:
         below.axvline(target_accuracy, **TARGET)
-    _target_lines(above, target_accuracy, target_params)
+    _finish_params(above, MEASURES["test_accuracy"].axis, target_accuracy, target_params)
 
-    above.set(xlabel=MEASURES["num_params"].axis, ylabel=MEASURES["test_accuracy"].axis)
-    _log_scale(above.xaxis)
     below.set(xlabel="test accuracy of the last epoch (%)", ylim=(len(table) - 0.4, -0.6))
-    below.set_yticks(rows, [f"{name}   {i}" for i, name in enumerate(names, start=1)])
+    below.set_yticks(table.index, [f"{name}   {i}" for i, name in enumerate(names, start=1)])
+    below.grid(alpha=0.3)
+    _stretch(below.xaxis)
     right = below.twinx()
-    right.set(ylim=below.get_ylim(), yticks=rows)
+    right.set(ylim=below.get_ylim(), yticks=table.index)
     right.set_yticklabels(
         f"{mean:.2f}{'' if low == high else f' [{low:.2f}, {high:.2f}]'}, n = {n}"
         for n, mean, low, high in table[["seeds", "mean", "low", "high"]].itertuples(index=False)
     )
-    _stretch(above.yaxis)
-    _stretch(below.xaxis)
-    above.grid(alpha=0.3)
-    below.grid(alpha=0.3)
-    entries = zip(*(axes.get_legend_handles_labels() for axes in (above, below)), strict=True)
-    figure.legend(*(a + b for a, b in entries), loc="outside lower center", ncols=2, fontsize=SMALL)
-    _plain(figure)  # before the first drawing, by which the points are numbered
-    numbered = {str(i): tuple(point) for i, point in enumerate(table[POINT].to_numpy(float).tolist(), start=1)}
-    _label_points(above, numbered, letters)
+    _finish(figure, 2)
+    _label_points(above, [str(row + 1) for row in table.index], table, public_figures)
     return figure
 
 
-def plot_summary(
-    table: pd.DataFrame,
-    target_accuracy: float | None = 99.4,
-    target_params: int | None = 10_000,
-    public_figures: Sequence[PublicFigure] = PUBLIC_FIGURES,
-) -> Figure:
+def plot_summary(table: pd.DataFrame, target_accuracy: float = 99.4, target_params: int = 10_000) -> Figure:
     """Draw accuracy against parameters, with the steps joined in their order by arrows: the project in one picture.
 
     table: one row per experiment with `step, num_params, seeds, last, low, high`, accuracies in percent, as
@@ -253,53 +231,39 @@ def plot_summary(
     The axis of accuracies is stretched towards 100 % where they span more than half a point.
     """
     _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
-    table = table.sort_values("step", key=lambda steps: steps.map(step_order))
+    table = _in_order(table.rename(columns={"last": "mean"}))
+    few = table["seeds"] < FEWEST_FOR_INTERVAL
+    table[["low", "high"]] = table[["low", "high"]].mask(few, table["mean"], axis=0)
+    number = table["step"].str.extract(r"^step(\d+)_", expand=False)
+    steps, others = table[number.notna()], table[number.isna()]
+
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     axes = figure.subplots()
-    largest = 1.5 * max(int(table["num_params"].max()), target_params or 0)
-    public = [one for one in public_figures if one.num_params <= largest]
-    letters = _plot_public(axes, public, hollow=True)
-    few = table["seeds"] < FEWEST_FOR_INTERVAL
-    bars = pd.DataFrame({name: table[name].mask(few, table["last"]) for name in ("low", "high")})
-    is_step = table["step"].str.match(r"step\d+_")
-    for chosen, marker, label in (
-        (is_step, "o", "steps, mean over seeds, 95 % interval"),
-        (~is_step, "s", "others here"),
-    ):
-        part, bar = table[chosen], bars[chosen]
-        if part.empty:
-            continue
-        spread = np.array([part["last"] - bar["low"], bar["high"] - part["last"]])
-        look: dict[str, Any] = {"fmt": marker, "color": BLUE, "lw": 1.2, "capsize": 3, "zorder": 3}
-        axes.errorbar(part["num_params"], part["last"], yerr=spread, label=label, **look)
-    ends = zip(bars["low"].tolist(), bars["high"].tolist(), strict=True)
-    points = zip(table["num_params"].astype("float64").tolist(), table["last"].tolist(), ends, strict=True)
-    named: dict[str, Point] = {}
-    for step, (x, y, (low, high)) in zip(table["step"].astype(str), points, strict=True):
-        number = re.match(r"step(\d+)_", step)
-        named[number[1] if number else _name(step)] = (x, y, low, high)
-    _target_lines(axes, target_accuracy, target_params)
-    axes.set(xlabel=MEASURES["num_params"].axis, ylabel="test accuracy of the last epoch (%)")
+    largest = 1.5 * max(int(table["num_params"].max()), target_params)
+    public = [one for one in PUBLIC_FIGURES if one.num_params <= largest]
+    _plot_public(axes, public, hollow=True)
+    for part, marker, label in ((steps, "o", "steps, mean over seeds, 95 % interval"), (others, "s", "others here")):
+        if len(part):
+            axes.errorbar(part["num_params"], part["mean"], yerr=_bars(part), fmt=marker, label=label, **MEAN)
     axes.margins(0.1)  # for the names beside the points
-    _log_scale(axes.xaxis)
-    _stretch(axes.yaxis)
-    axes.grid(alpha=0.3)
-    path = table[is_step][["num_params", "last"]].itertuples(index=False, name=None)
-    for start, end in pairwise(path):
+    _finish_params(axes, "test accuracy of the last epoch (%)", target_accuracy, target_params)
+    for start, end in pairwise(steps[["num_params", "mean"]].itertuples(index=False, name=None)):
         arrow = {"arrowstyle": "-|>", "color": BLUE, "lw": 1.2, "alpha": 0.55, "shrinkA": 5, "shrinkB": 5}
         axes.annotate("", end, start, arrowprops=arrow, zorder=2)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=SMALL)
-    _plain(figure)
-    _label_points(axes, named, letters)
+    _finish(figure, 2)
+    _label_points(axes, number.fillna(table["step"].map(_name)), table, public)
     return figure
 
 
 def plot_confusion(truth: ArrayLike, prediction: ArrayLike) -> Figure:
     """Draw how often each true digit was read as which: truth (N,), prediction (N,). Only the errors are coloured."""
-    true_digits = _digits(truth, "truth")
-    predicted_digits = _digits(prediction, "prediction", len(true_digits))
+    true_digits = _array("truth", truth, None)
+    predicted_digits = _array("prediction", prediction, len(true_digits))
+    for name, given in (("truth", true_digits), ("prediction", predicted_digits)):
+        if not np.isin(given, range(10)).all():
+            raise LabError(f"{name} must hold whole numbers from 0 to 9")
     counts = np.zeros((10, 10), dtype=int)
-    np.add.at(counts, (true_digits, predicted_digits), 1)
+    np.add.at(counts, (true_digits.astype(int), predicted_digits.astype(int)), 1)
     errors = np.ma.masked_array(counts, mask=np.eye(10, dtype=bool))
     most, right = max(int(errors.max()), 1), int(np.trace(counts))
 
@@ -324,19 +288,16 @@ def plot_mistakes(
     images (N, 28, 28), truth (N,), prediction (N,), confidence (N,): the probability of the prediction, 0 to 1. Images
     that were classified correctly may be among them and are left out; their confidence may be missing.
     """
-    pictures = _images(images, "images")
-    true_digits = _digits(truth, "truth", len(pictures))
-    predicted_digits = _digits(prediction, "prediction", len(pictures))
-    sure = np.asarray(confidence, dtype=float)
+    pictures = _array("images", images, None, None, None)
+    true_digits = _array("truth", truth, len(pictures))
+    predicted_digits = _array("prediction", prediction, len(pictures))
+    sure = _array("confidence", confidence, len(pictures))
     wrong = np.flatnonzero(true_digits != predicted_digits)
-    right = (true_digits == predicted_digits) & np.isnan(sure) if sure.shape == (len(pictures),) else False
-    if sure.shape != (len(pictures),) or not ((sure >= 0) & (sure <= 1) | right).all():
-        raise LabError(f"confidence must hold one probability from 0 to 1 for each of the {len(pictures)} images")
-    order = wrong[np.argsort(-sure[wrong], kind="stable")][: _positive(limit, "limit")]
     if not len(wrong):
         figure = Figure(figsize=(5, 1))
         figure.text(0.5, 0.5, f"no mistakes among {len(pictures):,} images", ha="center", va="center", fontsize=MEDIUM)
         return figure
+    order = wrong[np.argsort(-sure[wrong], kind="stable")][:limit]
     titles = [f"{true_digits[i]} read as {predicted_digits[i]}\n{100 * sure[i]:.1f} %" for i in order]
     figure = _gallery(pictures[order], titles, columns, SMALL)
     figure.suptitle(f"{len(order)} of {len(wrong)} mistakes, the most confident first", fontsize=MEDIUM)
@@ -376,34 +337,27 @@ def plot_last_epochs(history: pd.DataFrame, target_accuracy: float | None = 99.4
 
     history: as for `plot_training`. Beside the dots stand their mean, with its 95 % interval from four seeds on.
     """
-    part = "validation" if "validation_accuracy" in history and "test_accuracy" not in history else "test"
+    part = _protocol(history).part
     metric = f"{part}_accuracy"
-    _require(history, "history", ["run_id", "step", "seed", "epoch", metric])
-    history = _first_runs(history)
-    last = history[history["epoch"] == history["epoch"].max()].sort_values([metric, "seed"])
-    last = last[np.isfinite(last[metric].astype("float64"))]
-    if last.empty:
-        raise LabError(f"history has no finite {metric} in its last epoch: there is nothing to draw")
+    history = _first_runs(history, "history", ["epoch", metric])
+    last = _finite(history[history["epoch"] == history["epoch"].max()], metric).sort_values([metric, "seed"])
     values = last[metric].round(2)
     heights = values.groupby(values).cumcount()
     over_seeds = aggregate(last[metric].tolist())
+    half = over_seeds.high - over_seeds.mean if over_seeds.n >= FEWEST_FOR_INTERVAL else None
 
     figure = Figure(figsize=(7.5, 1.9 + 0.18 * int(heights.max())), layout="constrained")
     axes = figure.subplots()
     axes.plot(values, heights, ls="none", marker="o", ms=7, color=BLUE, alpha=0.75, label="one seed")
-    mean: dict[str, Any] = {"marker": "D", "ms": 7, "color": RED, "ls": "none", "label": "mean"}
-    if over_seeds.n >= FEWEST_FOR_INTERVAL:
-        spread = [[over_seeds.mean - over_seeds.low], [over_seeds.high - over_seeds.mean]]
-        mean |= {"xerr": spread, "lw": 1.5, "capsize": 4, "label": "mean, 95 % interval"}
-    axes.errorbar([over_seeds.mean], [-1.2], **mean)
+    mean: dict[str, Any] = {"fmt": "D", "ms": 7, "color": RED, "lw": 1.5, "capsize": 4}
+    axes.errorbar(over_seeds.mean, -1.2, xerr=half, label="mean, 95 % interval" if half else "mean", **mean)
     if target_accuracy is not None:
         axes.axvline(target_accuracy, label=f"target {target_accuracy:g} %", **TARGET)
     seeds = f"{over_seeds.n} seed{'s' if over_seeds.n > 1 else ''}"
     axes.set(xlabel=f"{part} accuracy of the last epoch (%)", yticks=[], ylim=(-2.2, float(heights.max()) + 1))
     axes.set_title(f"{_name(last['step'].iloc[0])}, {seeds}")
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=SMALL)
-    return _plain(figure)
+    return _finish(figure, 3)
 
 
 def study_figures(history: Iterable[Mapping[str, object]], target_accuracy: float | None) -> dict[str, Figure]:
@@ -419,20 +373,19 @@ def study_figures(history: Iterable[Mapping[str, object]], target_accuracy: floa
     return figures
 
 
-def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:
-    """Summarise each step: num_params, seeds, and mean, best, low and high in percent.
+def _step_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Summarise each step in a row: step, num_params, seeds, and mean, best, low and high in percent.
 
     low, high: the 95 % interval; the mean itself where there are too few seeds for one.
     """
-    _require(runs, "runs", ["step", "seed", "num_params", "final_test_accuracy", "best_test_accuracy"])
-    for name in ("final_test_accuracy", "best_test_accuracy"):
-        bad = runs[~runs[name].between(0, 100)]
-        if len(bad):
-            raise LabError(f"runs has {name} {bad[name].iloc[0]} in {bad['step'].iloc[0]}: it must be 0 to 100 percent")
+    runs = _first_runs(runs, "runs", ["num_params", "final_test_accuracy", "best_test_accuracy"])
+    bad = runs[~runs["final_test_accuracy"].between(0, 100)].astype(str)
+    if len(bad):
+        raise LabError(f"runs has a final_test_accuracy that is not 0 to 100 in {', '.join(bad['step'].unique())}")
     from scipy import stats  # it takes half a second to import, which the figures of one run need not
 
     rows = []
-    for step, group in _first_runs(runs).groupby("step", sort=False):
+    for step, group in runs.groupby("step", sort=False):
         counts = group["num_params"].unique()
         if len(counts) > 1:
             different = ", ".join(f"{count:,.0f}" for count in counts)
@@ -440,26 +393,54 @@ def _step_table(runs: pd.DataFrame, test_images: int) -> pd.DataFrame:
         last = aggregate(group["final_test_accuracy"].tolist())
         low, high = last.low, last.high
         if last.n == 1:
-            right = stats.binomtest(round(last.mean / 100 * test_images), test_images)
+            right = stats.binomtest(round(last.mean / 100 * TEST_IMAGES), TEST_IMAGES)
             low, high = (100 * bound for bound in right.proportion_ci(0.95, method="wilson"))
         elif last.n < FEWEST_FOR_INTERVAL:
             low = high = last.mean
         rows.append((step, counts[0], last.n, last.mean, low, high, group["best_test_accuracy"].mean()))
-    names = ["step", "num_params", "seeds", "mean", "low", "high", "best"]
-    return pd.DataFrame(rows, columns=names).set_index("step")
+    return pd.DataFrame(rows, columns=["step", "num_params", "seeds", "mean", "low", "high", "best"])
 
 
-def _first_runs(frame: pd.DataFrame) -> pd.DataFrame:
+def _bars(table: pd.DataFrame) -> NDArray[np.float64]:
+    """Return how far each interval reaches below and above the mean: (2, N)."""
+    return np.array([table["mean"] - table["low"], table["high"] - table["mean"]])
+
+
+def _protocol(history: pd.DataFrame) -> Protocol:
+    return HELD_OUT if "validation_accuracy" in history and "test_accuracy" not in history else TESTED
+
+
+def _first_runs(frame: pd.DataFrame, name: str, columns: list[str]) -> pd.DataFrame:
     """Keep the first run of each step and seed, and sort by `step_order`.
 
     Where there is a column `overrides`, a run that has some is named with them: `step1_baseline [epochs=1]`.
     """
+    in_epochs = "epoch" in columns
+    _require(frame, name, [*(["run_id"] if in_epochs else []), "step", "seed", *columns])
     if "overrides" in frame:
         overridden = " [" + frame["overrides"] + "]"
         frame = frame.assign(step=frame["step"] + overridden.where(frame["overrides"] != "", "").fillna(""))
     first = frame.drop_duplicates(["step", "seed"])
-    kept = frame[frame["run_id"].isin(first["run_id"])] if "epoch" in frame else first
-    return kept.sort_values("step", key=lambda steps: steps.map(step_order), kind="stable")
+    return _in_order(frame[frame["run_id"].isin(first["run_id"])] if in_epochs else first)
+
+
+def _require(frame: pd.DataFrame, name: str, columns: list[str]) -> None:
+    missing = [column for column in columns if column not in frame]
+    if missing:
+        raise LabError(f"{name} lacks {', '.join(missing)}: it needs the columns {', '.join(columns)}")
+    if frame.empty:
+        raise LabError(f"{name} has no rows: there is nothing to draw")
+
+
+def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.sort_values("step", key=lambda steps: steps.map(step_order), kind="stable")
+
+
+def _finite(history: pd.DataFrame, metric: str) -> pd.DataFrame:
+    finite = history[np.isfinite(history[metric].astype("float64"))]
+    if finite.empty:
+        raise LabError(f"history has no finite {MEASURES[metric].label}: there is nothing to draw")
+    return finite
 
 
 def _name(name: object) -> str:
@@ -470,96 +451,99 @@ def _name(name: object) -> str:
     return f" {text}" if text.startswith("_") else text  # matplotlib leaves such a label out of its legends
 
 
-def _plain(figure: Figure) -> Figure:
-    """Have all text drawn as it is: matplotlib reads mathematics between two dollar signs."""
+def _finish(figure: Figure, columns: int = 1, **legend: Any) -> Figure:
+    """Add a legend below, and have all text drawn as it is: matplotlib reads mathematics between two dollar signs."""
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=SMALL, **legend)
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)
     return figure
 
 
-def _target_lines(axes: Axes, accuracy: float | None, params: int | None) -> None:
+def _target_lines(axes: Axes, accuracy: float | None, params: int | None = None) -> None:
     if accuracy is not None:
         axes.axhline(accuracy, label=f"target {accuracy:g} %", **TARGET)
     if params is not None:
         axes.axvline(params, label=f"target {params:,} parameters", **TARGET | {"ls": "--"})
 
 
-def _plot_public(axes: Axes, public: Sequence[PublicFigure], *, hollow: bool = False) -> dict[str, Point]:
-    """Draw what others published; return the points by the letters that name them in the legend."""
-    letters = {one: chr(ord("a") + i) for i, one in enumerate(public)}
+def _finish_params(axes: Axes, label: str, target_accuracy: float | None, target_params: int | None) -> None:
+    """Add the targets and scales of accuracy against parameters."""
+    _target_lines(axes, target_accuracy, target_params)
+    axes.set(xlabel=MEASURES["num_params"].axis, ylabel=label)
+    _log_scale(axes.xaxis)
+    _stretch(axes.yaxis)
+    axes.grid(alpha=0.3)
+
+
+def _plot_public(axes: Axes, public: Sequence[PublicFigure], *, hollow: bool = False) -> None:
+    """Draw what others published, with a legend that says what the letters beside the points stand for."""
+    letters = dict(zip(public, ascii_lowercase, strict=False))
     for protocol, marker in zip(dict.fromkeys(one.protocol for one in public), cycle("^vX"), strict=False):
         mine = [one for one in public if one.protocol == protocol]
         face = "none" if hollow or protocol == PICKED else GREY
         names = "; ".join(f"{letters[one]}: {one.num_params:,}, {one.accuracy:.2f}, {one.name}" for one in mine)
         axes.plot([one.num_params for one in mine], [one.accuracy for one in mine], ls="none", marker=marker, ms=5,
                   color=GREY, mfc=face, zorder=2, label=textwrap.fill(f"{protocol}. {names}", 58))  # fmt: skip
-    return {letter: (one.num_params, one.accuracy, one.accuracy, one.accuracy) for one, letter in letters.items()}
 
 
-def _label_points(axes: Axes, ours: Mapping[str, Point], public: Mapping[str, Point]) -> None:
-    """Write each point's name at the nearest free place, with a leader line."""
+def _label_points(axes: Axes, names: Iterable[str], table: pd.DataFrame, public: Sequence[PublicFigure]) -> None:
+    """Write each point's name at the nearest free place, with a leader line: of table's rows, and of public figures."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # what is free is known only once the layout is
-    unit, frame = figure.dpi / 72, axes.get_window_extent()
-
-    def box(x: float, y: float, width: float, height: float) -> Bbox:  # pixels
-        return Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
-
-    points = {**ours, **public}
+    unit, frame, to_pixels = figure.dpi / 72, axes.get_window_extent(), axes.transData.transform
     taken = [
-        Bbox(axes.transData.transform([(x, low), (x, high)])).padded(3 * unit) for x, _, low, high in ours.values()
+        Bbox(to_pixels([(x, low), (x, high)])).padded(3 * unit)
+        for x, low, high in table[["num_params", "low", "high"]].to_numpy(float)
     ]
     for line in axes.lines:
         if line.get_linestyle() == "None":  # markers
-            taken += [box(x, y, 8 * unit, 8 * unit) for x, y in line.get_transform().transform(line.get_xydata())]
+            taken += [Bbox([place, place]).padded(4 * unit) for place in to_pixels(line.get_xydata())]
         else:  # targets
             taken.append(line.get_window_extent().padded(2 * unit))
+    rows = table[["num_params", "mean"]].to_numpy(float).tolist()
+    points = [(name, x, y, BLUE, MEDIUM) for name, (x, y) in zip(names, rows, strict=True)]
+    points += [(letter, x, y, GREY, SMALL) for letter, (x, y, *_) in zip(ascii_lowercase, public, strict=False)]
+    points.sort(key=lambda point: (point[3] == GREY, -point[2]))  # from the top, so that neighbours keep their order
     turns = np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60])
-    sideways = [side + turn for turn in turns for side in (0, math.pi)]
-    from_the_top = sorted(points, key=lambda name: (name in public, -points[name][1]))  # so neighbours keep their order
-    for name in from_the_top:
-        x, y, *_ = points[name]
-        centre = axes.transData.transform((x, y))
-        width = (1 + 7 * len(name)) * unit
-        for radius, angle in product(range(12, 200, 4), sideways):
-            offset = radius * math.cos(angle), radius * math.sin(angle)
+    places = list(product(range(12, 200, 4), [side + turn for turn in turns for side in (0, math.pi)]))
+    for name, x, y, color, size in points:
+        width = 1 + 7 * len(name)
+        for radius, angle in places:
+            right, up = radius * math.cos(angle), radius * math.sin(angle)
             if len(name) > 3:  # a word begins or ends where its leader does
-                offset = offset[0] + math.copysign(width / unit / 2 - 4, offset[0]), offset[1]
-            middle = centre + np.multiply(offset, unit)
-            place = box(middle[0], middle[1], width, 11 * unit)
-            if not place.count_overlaps(taken) and np.allclose(Bbox.union([frame, place]).size, frame.size):
+                right += math.copysign(width / 2 - 4, right)
+            middle = to_pixels((x, y)) + np.multiply((right, up), unit)
+            box = Bbox([middle, middle]).padded(width * unit / 2, 5.5 * unit)
+            if not box.count_overlaps(taken) and np.allclose(Bbox.union([frame, box]).size, frame.size):
                 break
-        taken.append(place)
-        color = GREY if name in public else BLUE
+        taken.append(box)
         leader = {"arrowstyle": "-", "lw": 0.7, "color": color, "shrinkA": 2, "shrinkB": 0}
-        size = SMALL if name in public else MEDIUM
         look: dict[str, Any] = {"color": color, "fontsize": size, "ha": "center", "va": "center"}
-        text = axes.annotate(
-            name, (x, y), offset, textcoords="offset points", arrowprops=leader, in_layout=False, **look
-        )
-        text.set_parse_math(False)
+        look |= {"textcoords": "offset points", "arrowprops": leader, "in_layout": False, "parse_math": False}
+        axes.annotate(name, (x, y), (right, up), **look)
 
 
-def _gallery(images: NDArray[np.float64], titles: Sequence[str], columns: int, title_size: float) -> Figure:
-    columns = min(_positive(columns, "columns"), len(images))
-    rows = math.ceil(len(images) / columns)
-    height = 0.95 + 0.2 * (1 + titles[0].count("\n"))
-    figure = Figure(figsize=(max(5, 1.1 * columns), height * rows + 0.3), layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, image, title in zip(places, images, titles, strict=False):
-        _show(axes, image, images)
+def _gallery(images: NDArray[Any], titles: Sequence[str], columns: int, title_size: float) -> Figure:
+    columns = min(columns, len(images))
+    height = (1.15 + 0.2 * titles[0].count("\n")) * math.ceil(len(images) / columns) + 0.3
+    figure = _grid(images, columns, (max(5, 1.1 * columns), height))
+    for axes, title in zip(figure.axes, titles, strict=True):
         axes.set_title(title, fontsize=title_size, pad=3)
-    for unused in places[len(images) :]:
-        unused.remove()
     return figure
 
 
-def _show(axes: Axes, image: NDArray[np.float64], scale: NDArray[np.float64]) -> None:
-    """Draw an image, white to black over the range of scale."""
-    axes.imshow(image, cmap="gray_r", vmin=scale.min(), vmax=scale.max())
-    axes.set(xticks=[], yticks=[])
+def _grid(images: NDArray[Any], columns: int, size: tuple[float, float]) -> Figure:
+    """Draw images (N, 28, 28) in rows, white to black over the range of all of them."""
+    figure = Figure(figsize=size, layout="constrained")
+    places = figure.subplots(math.ceil(len(images) / columns), columns, squeeze=False).flat
+    for axes, image in zip(places, images, strict=False):
+        axes.imshow(image, cmap="gray_r", vmin=images.min(), vmax=images.max())
+        axes.set(xticks=[], yticks=[])
+    for unused in places[len(images) :]:
+        unused.remove()
+    return figure
 
 
 def _finish_epochs(axes: Axes, history: pd.DataFrame) -> None:
@@ -612,34 +596,11 @@ def _set_scale(axis: Axis, name: str, **settings: Any) -> None:
     axes.autoscale_view()
 
 
-def _images(images: ArrayLike, name: str) -> NDArray[np.float64]:
-    array = np.asarray(images, dtype=float)
-    if array.ndim != 3 or not array.size:
-        raise LabError(f"{name} has the shape {array.shape}: it must be (N, 28, 28) with at least one image")
+def _array(name: str, values: ArrayLike, *shape: int | None) -> NDArray[Any]:
+    """Return values as an array of this shape, where None is any length; raises LabError."""
+    array = np.asarray(values)
+    fits = array.ndim == len(shape) and all(wanted in (None, n) for wanted, n in zip(shape, array.shape, strict=True))
+    if not fits or not array.size:
+        wanted = ", ".join("N" if length is None else str(length) for length in shape)
+        raise LabError(f"{name} has the shape {array.shape}: it must be ({wanted}), and not empty")
     return array
-
-
-def _digits(digits: ArrayLike, name: str, count: int | None = None) -> NDArray[np.int64]:
-    array = np.asarray(digits)
-    if array.ndim != 1 or not len(array) or len(array) != (count or len(array)):
-        raise LabError(f"{name} has the shape {array.shape}: it must be ({count or 'N'},) with at least one digit")
-    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 9:
-        raise LabError(f"{name} must hold whole numbers from 0 to 9")
-    return array.astype(np.int64)
-
-
-def _positive(number: int, name: str) -> int:
-    if number < 1:
-        raise LabError(f"{name} is {number}: it must be at least 1")
-    return number
-
-
-def _require(frame: pd.DataFrame, name: str, columns: list[str]) -> None:
-    missing = [column for column in columns if column not in frame]
-    if missing:
-        raise LabError(f"{name} lacks {', '.join(missing)}: it needs the columns {', '.join(columns)}")
-    if frame.empty:
-        raise LabError(f"{name} has no rows: there is nothing to draw")
-    for column in columns:
-        if column not in ("run_id", "step") and not pd.api.types.is_numeric_dtype(frame[column]):
-            raise LabError(f"{name} has {frame[column].iloc[0]!r} in the column {column}: it must hold numbers")

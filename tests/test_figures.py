@@ -2,11 +2,10 @@
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +14,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from mnist_lab import figures
@@ -30,12 +30,12 @@ STEPS = [
     ("step1_baseline", 10_970, 99.29),
     ("step2_dropout", 6_864, 99.28),
     ("step3_gap", 8_008, 99.37),
-    ("step4_augment_steplr", 7_852, 99.46),
     ("step3_gap_no_dropout", 8_008, 99.35),
     ("step4_augment_only", 7_852, 99.42),
+    ("step4_augment_steplr", 7_852, 99.46),
     ("step4_steplr_only", 7_852, 99.40),
-    ("under_20k", 14_320, 99.43),
     ("four_conv", 593_200, 99.24),
+    ("under_20k", 14_320, 99.43),
 ]
 
 
@@ -62,14 +62,6 @@ def wilson(accuracy: float, n: int) -> tuple[float, float]:
     p, z = accuracy / 100, 1.959964
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return 100 * (centre - half) / (1 + z * z / n), 100 * (centre + half) / (1 + z * z / n)
-
-
-def all_axes(figure: Figure) -> list[Axes]:
-    return list(figure.axes)
-
-
-def sorted_steps() -> list[tuple[str, int, float]]:
-    return sorted(STEPS, key=lambda step: (not step[0].startswith("step"), step[0]))
 
 
 def points_of(line: Line2D) -> NDArray[np.float64]:
@@ -116,26 +108,13 @@ def drawn_texts(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[Text]:
     return list(drawn.values())
 
 
-@pytest.fixture(autouse=True)
-def unchanged_defaults() -> Iterator[None]:
-    settings = [name for name in mpl.rcParams if name != "backend"]  # which is settled on first use
-    before = [mpl.rcParams[name] for name in settings]
-    yield
-    assert [mpl.rcParams[name] for name in settings] == before
-
-
 def mistakes(wrong: int, limit: int = 32) -> Figure:
     prediction = np.where(np.arange(60) < wrong, (LABELS + 1) % 10, LABELS)
     return figures.plot_mistakes(IMAGES, LABELS, prediction, np.linspace(0.3, 1, 60), limit)
 
 
-def confusion() -> Figure:
-    return figures.plot_confusion(np.repeat(np.arange(10), 1000), RNG.integers(0, 10, 10_000))
-
-
 DRAWINGS: dict[str, Callable[[], Figure]] = {
     "samples": lambda: figures.plot_samples(IMAGES, LABELS, limit=13),
-    "one sample": lambda: figures.plot_samples(IMAGES[:1], LABELS[:1]),
     "augmentation": lambda: figures.plot_augmentation(IMAGES[:12], np.stack([IMAGES[:12]] * 3)),
     "training": lambda: figures.plot_training(make_history(LONG, 10, 20)),
     "training, one epoch": lambda: figures.plot_training(make_history(seeds=2, epochs=1)),
@@ -145,15 +124,14 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
         pd.concat([make_history(LONG + str(i), 2, 14, lr) for i, lr in enumerate((0.1, 0.1, 0.1, 0.01, 0.0001))])
     ),
     "steps": lambda: figures.plot_steps(make_runs(*STEPS, sd=0.042)),
-    "steps, one run": lambda: figures.plot_steps(make_runs(STEPS[3], seeds=1)),
+    "steps, one run": lambda: figures.plot_steps(make_runs(STEPS[5], seeds=1)),
     "steps, no public": lambda: figures.plot_steps(make_runs(*STEPS[:4]), None, None, ()),
     "steps, long names and a bad one": lambda: figures.plot_steps(
         make_runs(*STEPS, (LONG, 7_852, 99.46), ("linear", 7_850, 30.0))
     ),
     "README's picture": lambda: figures.plot_summary(headline(records.read_rows(PUBLISHED))),
-    "confusion": confusion,
+    "confusion": lambda: figures.plot_confusion(np.repeat(np.arange(10), 1000), RNG.integers(0, 10, 10_000)),
     "mistakes": lambda: mistakes(50, limit=20),
-    "one mistake": lambda: mistakes(1),
     "no mistakes": lambda: mistakes(0),
 }
 
@@ -167,9 +145,7 @@ def test_texts_neither_overlap_nor_leave_the_figure_nor_are_tiny(name: str, monk
     for (one, box), (other, other_box) in combinations(extents, 2):
         assert not box.padded(-0.5).overlaps(other_box.padded(-0.5)), f"{one!r} overlaps {other!r}"
     for text, box in extents:
-        assert min(box.x0, box.y0) > -1, f"{text!r} leaves the figure"
-        assert box.x1 < figure.bbox.x1 + 1, f"{text!r} leaves the figure"
-        assert box.y1 < figure.bbox.y1 + 1, f"{text!r} leaves the figure"
+        assert Bbox.union([figure.bbox.padded(1), box]).size == pytest.approx(figure.bbox.padded(1).size), text
     assert min(float(text.get_fontsize()) for text in texts) >= 9
 
 
@@ -196,8 +172,7 @@ def test_augmentation_has_a_row_for_the_originals_and_one_for_each_draw() -> Non
 def test_training_draws_mean_and_range_over_seeds() -> None:
     history = make_history(seeds=3).sample(frac=1, random_state=1)  # in any order
     figure = figures.plot_training(history, target_accuracy=99.4)
-    loss, accuracy = all_axes(figure)
-    for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
+    for axes, metric in zip(figure.axes, ("loss", "accuracy"), strict=True):
         for kind, name, band in (("test", "test", 0), ("train", "training", 1)):
             table = history.pivot(index="epoch", columns="seed", values=f"{kind}_{metric}").to_numpy()  # (14, 3)
             np.testing.assert_allclose(curves(axes)[f"{name}, mean of 3 seeds"], table.mean(axis=1))
@@ -205,7 +180,7 @@ def test_training_draws_mean_and_range_over_seeds() -> None:
             for epoch, row in enumerate(table, start=1):
                 edge = np.unique(vertices[vertices[:, 0] == epoch, 1])  # type: ignore[index]
                 np.testing.assert_allclose(edge[[0, -1]], [row.min(), row.max()])
-    assert curves(accuracy)["target 99.4 %"].tolist() == [99.4, 99.4]
+    assert curves(figure.axes[1])["target 99.4 %"].tolist() == [99.4, 99.4]
     assert {"test, smallest to largest", "training, smallest to largest"} < set(legend_texts(figure))
 
 
@@ -218,7 +193,7 @@ def test_last_epochs_are_dots_of_which_equal_ones_are_stacked_beside_their_mean(
     history = make_history(seeds=5, epochs=2)
     last = [99.40, 99.45, 99.45, 99.41, 99.45]
     history.loc[history["epoch"] == 2, "test_accuracy"] = last
-    (axes,) = all_axes(figures.plot_last_epochs(history, target_accuracy=99.4))
+    (axes,) = figures.plot_last_epochs(history, target_accuracy=99.4).axes
 
     dots = points_of(axes.lines[0])
     assert sorted(map(tuple, dots.round(2))) == [(99.4, 0), (99.41, 0), (99.45, 0), (99.45, 1), (99.45, 2)]
@@ -244,7 +219,7 @@ def test_the_figures_of_a_study_without_losses_are_drawn_all_the_same() -> None:
 
 def test_training_of_one_seed_has_two_lines_a_panel_and_no_band() -> None:
     figure = figures.plot_training(make_history(seeds=1), target_accuracy=None)
-    for axes in all_axes(figure):
+    for axes in figure.axes:
         assert set(curves(axes)) == {"test", "training"}
         assert not axes.collections
         assert len({line.get_linestyle() for line in axes.lines}) == 2  # told apart in grey
@@ -253,7 +228,7 @@ def test_training_of_one_seed_has_two_lines_a_panel_and_no_band() -> None:
 
 def test_training_of_one_epoch_shows_markers_the_range_and_whole_epochs() -> None:
     history = make_history(seeds=4, epochs=1)
-    _, accuracy = all_axes(figures.plot_training(history))
+    _, accuracy = figures.plot_training(history).axes
     assert all(line.get_marker() != "None" for line in accuracy.lines[:2])
     segment = accuracy.collections[0].get_segments()[0]  # type: ignore[attr-defined]
     np.testing.assert_allclose(segment[:, 1], [history["test_accuracy"].min(), history["test_accuracy"].max()])
@@ -261,23 +236,15 @@ def test_training_of_one_epoch_shows_markers_the_range_and_whole_epochs() -> Non
     assert [tick for tick in accuracy.get_xticks() if left < tick < right] == [1]
 
 
-def test_epoch_ticks_are_whole_numbers() -> None:
-    for figure in (figures.plot_training(make_history(epochs=3)), figures.plot_learning_rate(make_history(epochs=3))):
-        for axes in figure.axes:
-            assert all(float(tick).is_integer() for tick in axes.get_xticks())
-
-
 def test_the_accuracy_axis_gives_the_last_tenths_room() -> None:
-    _, accuracy = all_axes(figures.plot_training(make_history()))
+    _, accuracy = figures.plot_training(make_history()).axes
     assert {"99", "99.4"} <= {label.get_text() for label in accuracy.get_yticklabels()}
     height = {y: accuracy.transAxes.inverted().transform(accuracy.transData.transform((1, y)))[1] for y in (99, 99.4)}
     assert height[99.4] - height[99] > 0.1  # linear from 92 to 99.4 it would be 0.05
     assert "stretched" in accuracy.get_ylabel()
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(99.0, 99.55), (98.7, 99.6), (97.1, 97.9), (82.0, 88.0), (10.0, 99.6), (0.0, 99.9)]
-)
+@pytest.mark.parametrize(("low", "high"), [(99.0, 99.55), (97.1, 97.9), (10.0, 99.6)])
 def test_an_accuracy_axis_has_ticks_to_read_it_by(low: float, high: float) -> None:
     figure = figures.plot_steps(make_runs(("step1", 6_000, low), ("step2", 9_000, high), sd=0.0), None, None, ())
     figure.canvas.draw()
@@ -297,14 +264,11 @@ def test_an_accuracy_axis_of_half_a_point_is_not_stretched() -> None:
 
 
 def test_of_several_runs_of_one_seed_the_first_counts() -> None:
-    history, runs = make_history(seeds=2), make_runs(STEPS[3], seeds=2)
+    history, runs = make_history(seeds=2), make_runs(STEPS[5], seeds=2)
     older = history[history["seed"] == 0].assign(run_id="older", lr=0.5, train_loss=9.0, test_accuracy=10.0)
-    both = pd.concat([history, older])
     for plot in (figures.plot_training, figures.plot_learning_rate):
-        for axes, expected in zip(plot(both).axes, plot(history).axes, strict=True):
-            assert curves(axes).keys() == curves(expected).keys()
-            for name, values in curves(expected).items():
-                np.testing.assert_array_equal(curves(axes)[name], values)
+        drawn = [plot(table).axes[0] for table in (pd.concat([history, older]), history)]
+        np.testing.assert_array_equal(*([line.get_xydata() for line in axes.lines] for axes in drawn))
     again = pd.concat([runs, runs.iloc[:1].assign(final_test_accuracy=10.0)], ignore_index=True)
     assert bars(figures.plot_steps(again).axes[0]) == bars(figures.plot_steps(runs).axes[0])
 
@@ -316,14 +280,6 @@ def test_steps_come_in_the_order_of_their_names_whatever_the_order_of_the_runs()
     assert [label.get_text().split()[0] for label in labels] == ["step1", "step2", "four_conv", "under_20k"]
     history = pd.concat([make_history(name, 1, 3, lr) for lr, name in enumerate(names, start=1)])
     assert legend_texts(figures.plot_learning_rate(history)) == ["step1", "step2", "four_conv", "under_20k"]
-
-
-def test_nullable_columns_are_drawn_as_any_others() -> None:
-    history = make_history().astype({"seed": "Int64", "epoch": "Int64"})
-    runs = make_runs(*STEPS[:2]).astype({"seed": "Int64", "num_params": "Int64"})
-    np.testing.assert_allclose(bars(figures.plot_steps(runs).axes[0]), bars(figures.plot_steps(RUNS).axes[0]))
-    assert "test, mean of 3 seeds" in curves(figures.plot_training(history).axes[0])
-    assert legend_texts(figures.plot_learning_rate(history)) == ["step3_gap"]
 
 
 def test_values_that_are_not_finite_are_announced() -> None:
@@ -346,12 +302,6 @@ def test_learning_rate_has_one_line_a_schedule() -> None:
     assert axes.get_yscale() == "log"
     assert len({line.get_linestyle() for line in axes.lines}) == 2
     assert figures.plot_learning_rate(make_history()).axes[0].get_yscale() == "linear"
-
-
-def test_learning_rate_tells_seeds_of_one_step_apart_when_they_differ() -> None:
-    history = make_history("step1", seeds=2)
-    history.loc[history["seed"] == 1, "lr"] = 0.02
-    assert legend_texts(figures.plot_learning_rate(history)) == ["step1 (seed 0)", "step1 (seed 1)"]
 
 
 def test_steps_draws_the_mean_with_a_t_interval_over_seeds() -> None:
@@ -383,8 +333,6 @@ def test_steps_draws_wilsons_interval_for_a_single_seed_and_says_so() -> None:
     np.testing.assert_allclose(bars(figure.axes[0]), [(7_852, 99.40, *wilson(99.40, 10_000))], rtol=1e-6)
     assert "one seed, 95 % Wilson interval on 10,000 images" in legend_texts(figure)
     assert not any("t-interval" in text for text in legend_texts(figure))
-    smaller = figures.plot_steps(make_runs(("step", 7_852, 99.40), seeds=1), test_images=1_000)
-    np.testing.assert_allclose(bars(smaller.axes[0])[0][2:], wilson(99.40, 1_000), rtol=1e-6)
 
 
 def test_steps_shows_targets_and_public_figures_only_where_asked() -> None:
@@ -408,22 +356,12 @@ def test_steps_shows_targets_and_public_figures_only_where_asked() -> None:
     assert not any(text.startswith(("public", "target")) for text in bare)
 
 
-@pytest.mark.parametrize("steps", [STEPS[:4], STEPS])
-def test_steps_has_ticks_to_read_parameters_by(steps: list[tuple[str, int, float]]) -> None:
-    above = figures.plot_steps(make_runs(*steps), public_figures=()).axes[0]
-    left, right = above.get_xlim()
-    shown = [label.get_text() for label in above.get_xticklabels() if left < label.get_position()[0] < right]
-    assert len(shown) >= 3
-    assert "10,000" in shown
-
-
-@pytest.mark.parametrize("seeds", [1, 2, 10])
-def test_steps_numbers_each_point_beside_it_and_covers_none(seeds: int) -> None:
-    figure = figures.plot_steps(make_runs(*STEPS, seeds=seeds, sd=0.042))
+def test_steps_numbers_each_point_beside_it_and_covers_none() -> None:
+    figure = figures.plot_steps(make_runs(*STEPS, sd=0.042))
     figure.savefig(io.BytesIO(), dpi=figure.dpi)
     above = figure.axes[0]
     numbers = [text for text in above.texts if isinstance(text, Annotation) and text.get_text().isdigit()]
-    points = {str(i): (params, accuracy) for i, (_, params, accuracy) in enumerate(sorted_steps(), start=1)}
+    points = {str(i): (params, accuracy) for i, (_, params, accuracy) in enumerate(STEPS, start=1)}
     assert {text.get_text(): text.xy for text in numbers} == {i: pytest.approx(xy) for i, xy in points.items()}
     markers = [*points.values(), *(entry[:2] for entry in figures.PUBLIC_FIGURES)]
     for text in numbers:
@@ -464,86 +402,45 @@ def test_mistakes_are_the_wrong_ones_most_confident_first() -> None:
     assert titles(alone) == titles(figure)
 
 
-def test_no_mistakes_is_a_figure_that_says_so() -> None:
-    figure = figures.plot_mistakes(IMAGES, LABELS, LABELS, np.ones(60))
-    assert [text.get_text() for text in figure.texts] == ["no mistakes among 60 images"]
-
-
 HISTORY, RUNS = make_history(), make_runs(*STEPS[:2])
 ERRORS: dict[str, Callable[[], Figure]] = {
-    r"images has the shape \(0, 28, 28\)": lambda: figures.plot_samples(IMAGES[:0], LABELS[:0]),
-    r"images has the shape \(28, 28\)": lambda: figures.plot_samples(IMAGES[0], LABELS[:1]),
-    r"labels has the shape \(3,\): it must be \(60,\)": lambda: figures.plot_samples(IMAGES, LABELS[:3]),
-    "limit is 0": lambda: figures.plot_samples(IMAGES, LABELS, limit=0),
-    "columns is 0": lambda: figures.plot_samples(IMAGES, LABELS, columns=0),
-    r"after has the shape \(59, 28, 28\)": lambda: figures.plot_augmentation(IMAGES, IMAGES[1:]),
-    r"after has the shape \(0, 60, 28, 28\)": lambda: figures.plot_augmentation(IMAGES, np.empty((0, *IMAGES.shape))),
+    r"images .*\(0, 28, 28\)": lambda: figures.plot_samples(IMAGES[:0], LABELS[:0]),
+    r"labels .*\(3,\)": lambda: figures.plot_samples(IMAGES, LABELS[:3]),
+    r"after .*59, 28, 28\)": lambda: figures.plot_augmentation(IMAGES, IMAGES[1:]),
     "history has no rows": lambda: figures.plot_training(HISTORY.iloc[:0]),
     "history lacks epoch, train_loss": lambda: figures.plot_training(HISTORY.drop(columns=["epoch", "train_loss"])),
-    "history has 'x' in the column test_loss": lambda: figures.plot_training(HISTORY.assign(test_loss="x")),
-    r"history has 2 steps \(step3_gap, other\)": lambda: figures.plot_training(
-        pd.concat([HISTORY, make_history("other")])
-    ),
-    "history lacks lr": lambda: figures.plot_learning_rate(HISTORY.drop(columns="lr")),
-    "runs has no rows": lambda: figures.plot_steps(RUNS.iloc[:0]),
-    "runs lacks num_params": lambda: figures.plot_steps(RUNS.drop(columns="num_params")),
-    r"different num_params in step1_baseline \(10,970, 7\)": lambda: figures.plot_steps(
+    "step3_gap, other": lambda: figures.plot_training(pd.concat([HISTORY, make_history("other")])),
+    "no finite learning rate": lambda: figures.plot_learning_rate(HISTORY.assign(lr=math.nan)),
+    r"num_params in step1_baseline \(10,970, 7\)": lambda: figures.plot_steps(
         pd.concat([RUNS, make_runs(("step1_baseline", 7, 99.0), seeds=20)])
     ),
-    "final_test_accuracy nan in unfinished": lambda: figures.plot_steps(
+    "final_test_accuracy .*unfinished": lambda: figures.plot_steps(
         pd.concat([RUNS, make_runs(("unfinished", 7_852, math.nan))])
     ),
-    r"truth has the shape \(0,\)": lambda: figures.plot_confusion([], []),
-    r"prediction has the shape \(59,\)": lambda: figures.plot_confusion(LABELS, LABELS[1:]),
-    "prediction must hold whole numbers from 0 to 9": lambda: figures.plot_confusion(LABELS, LABELS + 1),
-    "truth must hold whole numbers": lambda: figures.plot_confusion(LABELS / 2, LABELS),
-    "confidence must hold one probability from 0 to 1 for each of the 60": lambda: figures.plot_mistakes(
-        IMAGES, LABELS, LABELS, np.full(60, 99.9)
-    ),
+    r"prediction .*\(59,\)": lambda: figures.plot_confusion(LABELS, LABELS[1:]),
+    "prediction .* 0 to 9": lambda: figures.plot_confusion(LABELS, LABELS - 1),
 }
 
 
-@pytest.mark.parametrize("message", ERRORS)
-def test_bad_input_is_named_in_one_sentence(message: str) -> None:
-    with pytest.raises(LabError, match=message):
-        ERRORS[message]()
+@pytest.mark.parametrize("named", ERRORS)
+def test_bad_input_is_named(named: str) -> None:
+    with pytest.raises(LabError, match=named):
+        ERRORS[named]()
 
 
-# ---- names are free text
+HOSTILE = ["a$\\frac{$", "_hidden", "two\nlines\tand\x00more", "m" * 5_000]
 
 
-HOSTILE = ["a$\\frac{$", "$$", r"\$x$", "_hidden", "two\nlines\tand\x00more", "m" * 5_000, "a$b", "^_{}%#&~\\"]
-
-
-def shown_as(name: str) -> str:
-    name = " ".join(name.replace("\x00", " ").split())
-    return name if len(name) <= 60 else f"{name[:30]}…{name[-30:]}"
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("overridden", [False, True])
-def test_names_are_drawn_as_plain_text(name: str, overridden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    history, runs = make_history(name, 2, 3), make_runs((name, 7_852, 99.4), ("step1", 7_000, 99.3), seeds=2)
-    expected = shown_as(name)
-    if overridden:
-        history, runs = (frame.assign(step="idea", overrides=name) for frame in (history, runs.iloc[:2]))
-        expected = shown_as(f"idea [{name}]")
-
-    for draw in (figures.plot_training, figures.plot_learning_rate, figures.plot_steps):
-        figure = draw(runs if draw is figures.plot_steps else history)
+def test_names_are_free_text_and_drawn_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = pd.concat([make_history(name, 1, 3, 0.01 * rate) for rate, name in enumerate(HOSTILE, start=1)])
+    runs = make_runs(*((name, 7_852, 99.4) for name in HOSTILE), seeds=2)
+    for figure in (figures.plot_learning_rate(history), figures.plot_steps(runs)):
         texts = drawn_texts(figure, monkeypatch)
-        assert any(expected in " ".join(text.get_text().split()) for text in texts), draw
-        assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())
+        for shown in ("a$\\frac{$", "_hidden", "two lines and more", f"{'m' * 30}…{'m' * 30}"):
+            assert any(shown in " ".join(text.get_text().split()) for text in texts), shown
+        assert not any(text.get_parse_math() for text in texts)
         assert figure.get_figwidth() < 20
-        figure.savefig(io.BytesIO(), format="svg")
-
-
-def test_a_free_text_among_the_public_figures_is_plain_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = figures.plot_steps(
-        make_runs(STEPS[0]), public_figures=[figures.PublicFigure(9_000, 99.5, "$\\frac{$", "b")]
-    )
-
-    assert "$\\frac{$. a: 9,000, 99.50, b" in [text.get_text() for text in drawn_texts(figure, monkeypatch)]
+    assert figures.plot_training(make_history(HOSTILE[0])).get_suptitle() == HOSTILE[0]
 
 
 def test_learning_rates_that_are_no_numbers_are_left_out() -> None:
@@ -552,5 +449,3 @@ def test_learning_rates_that_are_no_numbers_are_left_out() -> None:
     (axes,) = figures.plot_learning_rate(history).axes
 
     assert list(curves(axes)) == ["c"]
-    with pytest.raises(LabError, match="no finite learning rate"):
-        figures.plot_learning_rate(make_history("a", 1, 2, math.nan))
