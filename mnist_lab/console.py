@@ -19,9 +19,8 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from tqdm import tqdm
 
     from mnist_lab.running.job import Job
-    from mnist_lab.running.record import RunResult
-    from mnist_lab.running.search import Confirmed, Counts, SearchResult
-    from mnist_lab.running.study import StudyResult
+    from mnist_lab.running.progress import Counts, RunResult, StudyResult
+    from mnist_lab.running.search import Confirmed, SearchResult
     from mnist_lab.training.loop import EpochMetrics
     from mnist_lab.verdicts.targets import Verdict
 

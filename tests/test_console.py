@@ -17,7 +17,7 @@ from mnist_lab.console import Console, StudyConsole, how_sure, print_result, pri
 from mnist_lab.experiment import Targets
 from mnist_lab.running.average import FirstWeights
 from mnist_lab.running.job import Job
-from mnist_lab.running.record import RunResult
+from mnist_lab.running.progress import RunResult
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.measures import HELD_OUT, TESTED
 from mnist_lab.verdicts.targets import judge

@@ -22,8 +22,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
-from mnist_lab.running.progress import Progress
-from mnist_lab.running.record import RunResult
+from mnist_lab.running.progress import Progress, RunResult
 
 Train = Callable[..., RunResult]
 

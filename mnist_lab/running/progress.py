@@ -1,18 +1,73 @@
-"""Who listens to a run, a study or a search: the console, a worker process, or nobody."""
+"""Who listens to a run, a study or a search, and what is told of it: to the console, a worker process, or nobody."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the console is imported before torch
     import torch
     from torch import Tensor
 
-    from mnist_lab.running.record import RunResult
-    from mnist_lab.running.search import Counts
-    from mnist_lab.running.study import StudyResult
+    from mnist_lab.tracking.store import FinishedRun
     from mnist_lab.training.loop import EpochMetrics
+    from mnist_lab.verdicts.statistics import Aggregate
+    from mnist_lab.verdicts.targets import Verdict
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its id in MLflow, every epoch, the figures measured once, and the verdicts.
+
+    A trial of a search has no verdicts, and no figures of the test images; one that was pruned has no figures at all.
+    """
+
+    run_id: str
+    epochs: list[EpochMetrics]
+    measured: dict[str, float]
+    verdicts: list[Verdict]
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A study that came to its end. If no seed has finished, there are no aggregates and no verdicts.
+
+    runs: the finished run of each seed, in the order of the seeds that were asked for.
+    failed: why the other seeds have none.
+    aggregates: by the name of the figure, the last epoch's accuracy first.
+    """
+
+    run_id: str
+    runs: list[FinishedRun]
+    reused: list[int]
+    failed: dict[int, str]
+    aggregates: dict[str, Aggregate]
+    verdicts: list[Verdict]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that was trained to its end: its number, its values by flat name, and its accuracy in percent."""
+
+    number: int
+    values: Mapping[str, object]
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Where a search stands. too_large: draws that were not trained; they count as no trial."""
+
+    finished: int = 0
+    pruned: int = 0
+    failed: int = 0
+    too_large: int = 0
+    best: Trial | None = None
+
+    @property
+    def done(self) -> int:
+        return self.finished + self.pruned + self.failed
 
 
 class Pruned(Exception):

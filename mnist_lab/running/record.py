@@ -20,7 +20,7 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.running import provenance
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job
-from mnist_lab.running.progress import Progress
+from mnist_lab.running.progress import Progress, RunResult
 from mnist_lab.running.rehearsal import Rehearsal, blame
 from mnist_lab.running.sources import place
 from mnist_lab.running.summary import summarize
@@ -41,19 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "mlflow.note.content"  # the tag whose text MLflow's UI shows as the run's description
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run: its id in MLflow, every epoch, the figures measured once, and the verdicts.
-
-    A trial of a search has no verdicts, and no figures of the test images; one that was pruned has no figures at all.
-    """
-
-    run_id: str
-    epochs: list[EpochMetrics]
-    measured: dict[str, float]
-    verdicts: list[Verdict]
 
 
 @dataclass

@@ -15,8 +15,8 @@ from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.memory import keep_freed_memory
 from mnist_lab.running.precision import use_float32
-from mnist_lab.running.progress import Progress, Pruned
-from mnist_lab.running.record import Record, RunResult
+from mnist_lab.running.progress import Progress, Pruned, RunResult
+from mnist_lab.running.record import Record
 from mnist_lab.running.rehearsal import blame_script, rehearse, without_exits
 from mnist_lab.running.threads import Load, crowded, set_threads
 from mnist_lab.tracking.fluent import adopted

@@ -33,7 +33,7 @@ from mnist_lab.paths import LOCKS, SEARCHES, own_folder
 from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job
 from mnist_lab.running.precision import use_float32
-from mnist_lab.running.progress import Progress, Pruned
+from mnist_lab.running.progress import Counts, Progress, Pruned, Trial
 from mnist_lab.running.record import DESCRIPTION, run_name_of
 from mnist_lab.running.rehearsal import Rehearsal, rehearse
 from mnist_lab.running.run import load_parts
@@ -60,30 +60,6 @@ MAX_DRAWS = 100  # in a row that have too many parameters
 MORE_EPOCHS = 15  # that are tried for a number with which a hyperparameter has an effect
 BUSY_SECONDS = 60  # that Optuna's database is waited for while another process writes
 BEST = 5  # trials that are shown at the end
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A trial that was trained to its end: its number, its values by flat name, and its accuracy in percent."""
-
-    number: int
-    values: Mapping[str, object]
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Where a search stands. too_large: draws that were not trained; they count as no trial."""
-
-    finished: int = 0
-    pruned: int = 0
-    failed: int = 0
-    too_large: int = 0
-    best: Trial | None = None
-
-    @property
-    def done(self) -> int:
-        return self.finished + self.pruned + self.failed
 
 
 @dataclass(frozen=True)

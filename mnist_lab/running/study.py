@@ -22,7 +22,7 @@ from mnist_lab.experiment import Targets
 from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.precision import use_float32
-from mnist_lab.running.progress import Progress
+from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import load_parts
@@ -39,8 +39,8 @@ from mnist_lab.tracking.store import (
 )
 from mnist_lab.verdicts.comparison import mean_interval_text
 from mnist_lab.verdicts.measures import MEASURES, percent, protocol, short_figures
-from mnist_lab.verdicts.statistics import Aggregate, aggregate
-from mnist_lab.verdicts.targets import Verdict, judge
+from mnist_lab.verdicts.statistics import aggregate
+from mnist_lab.verdicts.targets import judge
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,23 +48,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERDICT = "verdict.md"  # the artifact with the study's description
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """A study that came to its end. If no seed has finished, there are no aggregates and no verdicts.
-
-    runs: the finished run of each seed, in the order of the seeds that were asked for.
-    failed: why the other seeds have none.
-    aggregates: by the name of the figure, the last epoch's accuracy first.
-    """
-
-    run_id: str
-    runs: list[FinishedRun]
-    reused: list[int]
-    failed: dict[int, str]
-    aggregates: dict[str, Aggregate]
-    verdicts: list[Verdict]
 
 
 def study(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from mnist_lab.errors import LabError
 from mnist_lab.running import checkpoint
 from mnist_lab.running.job import Job
-from mnist_lab.running.progress import Progress
-from mnist_lab.running.record import RunResult, run_name_of
+from mnist_lab.running.progress import Progress, RunResult
+from mnist_lab.running.record import run_name_of
 from mnist_lab.running.run import run
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, close_lost, open_store
 from mnist_lab.training.loop import EpochMetrics

@@ -27,8 +27,8 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job, choose_device
-from mnist_lab.running.progress import Progress
-from mnist_lab.running.record import RunResult, describe, draw, measure
+from mnist_lab.running.progress import Progress, RunResult
+from mnist_lab.running.record import describe, draw, measure
 from mnist_lab.running.run import first_images
 from mnist_lab.story import read_story
 from mnist_lab.training.loop import EpochMetrics

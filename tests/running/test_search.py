@@ -28,8 +28,8 @@ from mnist_lab.running import checkpoint, teaching, workers
 from mnist_lab.running import run as runner
 from mnist_lab.running import search as module
 from mnist_lab.running.job import Job
-from mnist_lab.running.progress import Progress
-from mnist_lab.running.search import Counts, SearchResult, check_space, confirm, paste_lines, search
+from mnist_lab.running.progress import Counts, Progress
+from mnist_lab.running.search import SearchResult, check_space, confirm, paste_lines, search
 from mnist_lab.running.workers import Local
 from mnist_lab.tracking.store import open_store
 from mnist_lab.tracking.teacher import Teacher

@@ -20,8 +20,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.running import declaration, tasks
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
-from mnist_lab.running.progress import Progress
-from mnist_lab.running.record import RunResult
+from mnist_lab.running.progress import Progress, RunResult
 from mnist_lab.running.study import study as run_study
 from mnist_lab.running.tasks import Done, Failed, Message, SeedTask
 from mnist_lab.running.workers import Local

@@ -3,7 +3,8 @@
 import pytest
 
 from mnist_lab.experiment import Targets
-from mnist_lab.running.study import StudyResult, judge_runs, tables
+from mnist_lab.running.progress import StudyResult
+from mnist_lab.running.study import judge_runs, tables
 from mnist_lab.tracking.store import FinishedRun
 from mnist_lab.verdicts.targets import overall
 
