@@ -182,16 +182,6 @@ def test_the_mlflow_ui_shows_the_runs_with_their_accuracies(ui: Page, runs_addre
         expect(cell).to_have_text(f"{run['final_test_accuracy']:g}", timeout=PATIENCE)
 
 
-def test_the_mlflow_ui_stays_with_model_training_from_page_to_page(ui: Page, runs_address: str) -> None:
-    """Else a click on a run leads to pages for language models, and an assistant takes a quarter of the window."""
-    ui.goto(runs_address)
-    ui.get_by_role("link", name="step2_better seed 1").click()
-    expect(ui.get_by_role("tab", name="Model metrics")).to_be_visible(timeout=PATIENCE)
-    expect(ui.get_by_placeholder("Ask a question")).not_to_be_visible()
-    ui.goto(runs_address.removesuffix("lab"))
-    expect(ui.get_by_role("link", name="Model registry")).to_be_visible(timeout=PATIENCE)
-
-
 def test_the_learning_curves_are_the_first_of_the_charts(ui: Page, runs_address: str) -> None:
     ui.goto(runs_address)
     ui.get_by_role("link", name="step2_better seed 1").wait_for()
@@ -200,11 +190,16 @@ def test_the_learning_curves_are_the_first_of_the_charts(ui: Page, runs_address:
     expect(ui.get_by_text("test_accuracy", exact=True).first).to_be_visible(timeout=PATIENCE)
 
 
-def test_the_mlflow_ui_shows_a_runs_figure(ui: Page, runs_address: str) -> None:
+def test_a_run_is_shown_with_its_figures_and_model_training_stays(ui: Page, runs_address: str) -> None:
+    """Else a click on a run leads to pages for language models, and an assistant takes a quarter of the window."""
     ui.goto(runs_address)
     ui.get_by_role("link", name="step2_better seed 1").click()
+    expect(ui.get_by_role("tab", name="Model metrics")).to_be_visible(timeout=PATIENCE)
+    expect(ui.get_by_placeholder("Ask a question")).not_to_be_visible()
     ui.get_by_role("tab", name="Artifacts").click()
     expect(ui.get_by_text("predictions.npz")).to_be_visible(timeout=PATIENCE)
     ui.get_by_text("figures", exact=True).click()
     ui.get_by_text("samples.png").first.click()
     ui.wait_for_function("[...document.images].some(i => i.alt.includes('samples.png') && i.naturalWidth > 300)")
+    ui.goto(runs_address.removesuffix("lab"))
+    expect(ui.get_by_role("link", name="Model registry")).to_be_visible(timeout=PATIENCE)

@@ -253,3 +253,14 @@ def test_a_store_with_another_view_gets_todays_which_costs_no_import_later(uri: 
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout == "[]\n"
+
+
+def test_studies_come_first_in_the_order_of_their_names_then_the_newest_runs(uri: str) -> None:
+    store = open_store(uri)
+    for name, tags in (("b", {"study": "step2"}), ("seed", {}), ("a", {"study": "step1"}), ("newest", {})):
+        with track(store, name, params={}, tags=tags):
+            pass
+    shown = json.loads(view.state())
+    order = f"{shown['orderByKey']} {'ASC' if shown['orderByAsc'] else 'DESC'}"
+    runs = store.client.search_runs([store.experiment_id], order_by=[order])
+    assert [run.info.run_name for run in runs] == ["a", "b", "newest", "seed"]
