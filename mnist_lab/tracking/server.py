@@ -72,7 +72,8 @@ def serve_ui(uri: str, port: int) -> None:
 
         open_store(uri)
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
-    with mlflow_server(HOST, port, "--workers", "1", "--app-name", APP) as server:
+    flags = ["--workers", "1", "--app-name", APP]
+    with contextlib.suppress(KeyboardInterrupt), mlflow_server(HOST, port, *flags) as server:
         _report_and_wait([f"The runs: {_url(HOST, port)}{PATH}"], {"the MLflow server": server})
 
 
@@ -98,7 +99,8 @@ def serve(host: str, port: int, folder: Path, workers: int, *, auth: bool, backe
         if auth:
             _write_auth_settings(folder / "auth.ini", uri)
         flags = ["--workers", str(workers), "--serve-artifacts", "--artifacts-destination", str(folder / ARTIFACTS)]
-        with mlflow_server(host, port, *flags, "--app-name", "basic-auth" if auth else APP) as server:
+        flags += ["--app-name", "basic-auth" if auth else APP]
+        with contextlib.suppress(KeyboardInterrupt), mlflow_server(host, port, *flags) as server:
             url = _url(socket.gethostname() if host in EVERYWHERE else host, port)
             page = f"/#/experiments/{experiment_id}/runs?{VIEW}" if auth else PATH
             exports = _admin_exports(_url(host, port), password) if auth else []
@@ -124,7 +126,7 @@ def make_app() -> FastAPI:
 
 @contextlib.contextmanager
 def mlflow_server(host: str, port: int, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `mlflow server`, give it when it is there, and end it; an interrupt ends the block. Raises LabError."""
+    """Run `mlflow server`, give it when it is there, and end it; raises LabError."""
     mark = f"pid {os.getpid()}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *flags]
     command += ["--uvicorn-opts", f"--log-level warning --header '{MARK}:{mark}'"]
@@ -143,10 +145,7 @@ def mlflow_server(host: str, port: int, *flags: str) -> Iterator[subprocess.Pope
             return text_of(error)
 
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # whoever reads the output may be gone, and the server must still end
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        child(command, signal.SIGTERM, SERVER_STOP_TIMEOUT, env=environment, stdout=subprocess.DEVNULL) as server,
-    ):
+    with child(command, signal.SIGTERM, SERVER_STOP_TIMEOUT, env=environment, stdout=subprocess.DEVNULL) as server:
         _wait_until_ready("the MLflow server", server, problem, lambda: "its messages are above")
         yield server
 
@@ -300,9 +299,12 @@ def _admin_exports(url: str, password: str) -> list[str]:
 
 def _write_auth_settings(file: Path, uri: str) -> None:
     """Let MLflow ask for passwords; the users are in the same database."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch(mode=0o600)
-    file.write_text(AUTH_INI.format(uri=uri.replace("%", "%%")))  # as MLflow reads it
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        file.write_text(AUTH_INI.format(uri=uri.replace("%", "%%")))  # as MLflow reads it
+    except OSError as error:
+        raise LabError(f"the server's settings can't be kept in {file}: {error.strerror}") from error
     os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(file)
     os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex(32)
 

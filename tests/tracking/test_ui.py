@@ -175,6 +175,20 @@ def test_sigterm_ends_it_in_order_though_nobody_reads_what_it_prints(uri: str, t
     assert "Traceback" not in process.stderr
 
 
+def test_an_interrupt_while_it_starts_is_an_end_in_order(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_store(uri)
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", uri)
+
+    def interrupt(name: str, process: subprocess.Popen[bytes], *ignored: object) -> None:
+        started.append(psutil.Process(process.pid))
+        raise KeyboardInterrupt
+
+    started: list[psutil.Process] = []
+    monkeypatch.setattr(servers, "_wait_until_ready", interrupt)
+    servers.serve_ui(uri, servers.free_port(5000))
+    assert all_gone(started)
+
+
 class Answer(http.server.BaseHTTPRequestHandler):
     """Says that all is well, as an MLflow server of somebody else's would."""
 
