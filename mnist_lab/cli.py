@@ -17,7 +17,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mnist_lab.arguments import stable_text
-from mnist_lab.commandline import DATA_DIR, TRACKING_URI, add_flags, interrupt_on_signals, number_from, sentences
+from mnist_lab.commandline import (
+    DATA_DIR,
+    TRACKING_URI,
+    add_flags,
+    interrupt_on_signals,
+    lasting_output,
+    number_from,
+    sentences,
+)
 from mnist_lab.console import (
     Console,
     SearchConsole,
@@ -32,7 +40,6 @@ from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.mistakes import explain_mistakes
 from mnist_lab.paths import tracking_uri
 from mnist_lab.running import declaration
-from mnist_lab.running.output import lasting_output
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--help` needs none of it
     from optuna.distributions import BaseDistribution

@@ -40,10 +40,10 @@ from mnist_lab.errors import LabError, one_line
 from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
 from mnist_lab.running import provenance
 from mnist_lab.running.job import Job
+from mnist_lab.running.machine import available_cores
 from mnist_lab.running.provenance import Commit
 from mnist_lab.running.sources import LAB, place
 from mnist_lab.running.tasks import Done, Epoch, Failed, Given, OnMessage, Task, Tried, outcome_of
-from mnist_lab.running.threads import available_cores
 from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost, close_orphans, open_store
 from mnist_lab.training.loop import EpochMetrics
 

@@ -13,12 +13,10 @@ from mnist_lab.errors import LabError, one_line
 from mnist_lab.running import checkpoint, teaching
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job, check_seed
-from mnist_lab.running.memory import keep_freed_memory
-from mnist_lab.running.precision import use_float32
+from mnist_lab.running.machine import Load, crowded, keep_freed_memory, set_threads, use_float32
 from mnist_lab.running.progress import Progress, Pruned, RunResult
 from mnist_lab.running.record import Record
 from mnist_lab.running.rehearsal import blame_script, rehearse, without_exits
-from mnist_lab.running.threads import Load, crowded, set_threads
 from mnist_lab.tracking.fluent import adopted
 from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics, Training, initial_network

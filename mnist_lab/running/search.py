@@ -32,7 +32,7 @@ from mnist_lab.experiment import quoted
 from mnist_lab.paths import LOCKS, SEARCHES, own_folder
 from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job
-from mnist_lab.running.precision import use_float32
+from mnist_lab.running.machine import use_float32
 from mnist_lab.running.progress import Counts, Progress, Pruned, Trial
 from mnist_lab.running.record import DESCRIPTION, run_name_of
 from mnist_lab.running.rehearsal import Rehearsal, rehearse

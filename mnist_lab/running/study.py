@@ -21,7 +21,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.running import provenance, teaching
 from mnist_lab.running.job import Job, check_seed
-from mnist_lab.running.precision import use_float32
+from mnist_lab.running.machine import use_float32
 from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
 from mnist_lab.running.rehearsal import rehearse

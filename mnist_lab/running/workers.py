@@ -19,12 +19,12 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
+from mnist_lab.commandline import lasting_output
 from mnist_lab.errors import LabError
 from mnist_lab.running import declaration
 from mnist_lab.running.job import Job
-from mnist_lab.running.output import lasting_output
+from mnist_lab.running.machine import available_cores
 from mnist_lab.running.tasks import Epoch, Failed, Given, Message, OnMessage, Task, outcome_of
-from mnist_lab.running.threads import available_cores
 from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.store import Store, close_abandoned
 from mnist_lab.training.loop import EpochMetrics

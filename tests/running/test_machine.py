@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mnist_lab.running.threads import Load, crowded, set_threads
+from mnist_lab.running.machine import Load, crowded, set_threads
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_the_load_of_another_process_is_seen_and_ones_own_is_not() -> None:
 
 def test_a_run_takes_every_core_that_it_may_use_whatever_else_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("mnist_lab.running.threads.available_cores", lambda: 4)
+    monkeypatch.setattr("mnist_lab.running.machine.available_cores", lambda: 4)
 
     assert set_threads(None) == torch.get_num_threads() == 4
 

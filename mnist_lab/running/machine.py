@@ -1,0 +1,71 @@
+"""How a run uses its machine: the threads of a CPU, memory that is kept, and what float32 means on a GPU.
+
+The number of threads is chosen at a run's start, whatever else the machine does, since it decides the rounding. Two
+threads on two free cores train a step about 1.4 times as fast as one. But torch's threads wait for each other by
+spinning, so beside another busy process two are slower than one: docs/performance.md has the figures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+import psutil
+import torch
+
+BUSY = 0.5  # the share of a core that, used by others, slows down a thread of torch there
+# The parameters of mallopt(3). Its man page: setting either of them also ends glibc's own adjusting of both.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+THRESHOLD = 1 << 30  # bytes
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
+
+
+def set_threads(wanted: int | None) -> int:
+    """Let torch use `wanted` threads, or OMP_NUM_THREADS, or one per available core; return their number."""
+    if wanted is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(wanted or available_cores())
+    return torch.get_num_threads()
+
+
+class Load:
+    """Measures how many cores' worth of time other processes have used since this was made."""
+
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.others()
+
+    def others(self) -> float:
+        in_use = psutil.cpu_percent() * (psutil.cpu_count() or 1)
+        return max(0.0, in_use - self.process.cpu_percent()) / 100
+
+
+def crowded(threads: int, others: float) -> bool:
+    """Say whether `threads` threads would wait for other processes, which use `others` cores' worth of time."""
+    return threads > 1 and threads + others > (os.cpu_count() or 1) + BUSY
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, in blocks of up to 1 GiB; do nothing where the C library isn't glibc.
+
+    glibc gives large freed blocks back to the system, and the system hands them out again page by page, so epochs of
+    one script took up to a fifth longer in some processes than in others: docs/performance.md has the figures.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, THRESHOLD)
+        libc.mallopt(M_MMAP_THRESHOLD, THRESHOLD)
+
+
+def use_float32(device: torch.device) -> None:
+    """Let convolutions and matrix products on a CUDA device compute in float32, not in TF32, which has 10 bits for 23.
+
+    torch's own default for convolutions is TF32.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
