@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -26,7 +27,7 @@ from scipy import special
 
 from mnist_lab.errors import LabError
 from mnist_lab.verdicts.comparison import step_order
-from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED, Protocol
+from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED, Protocol, percent
 from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
@@ -97,31 +98,57 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_` or,
     with a hold-out, `validation_`; of several runs of one seed the first in the table counts. Several seeds give a line
     for their mean and a band from the smallest to the largest. The loss axis is logarithmic, and the accuracy axis
-    stretched towards 100 %, where the differences are.
+    stretched towards 100 %, where the differences are. Several steps are drawn as `plot_curves` does.
+    """
+    measured = _protocol(history)
+    first = _first_runs(history, "history", ["epoch", *measured.curves])
+    steps = first["step"].unique()
+    if len(steps) > 1:
+        return plot_curves(history, target_accuracy)
+    curves = {name: (first, name.removesuffix("ing")) for name in (measured.part, "training")}
+    figure = _plot_curves(curves, measured.part, target_accuracy)
+    absent = _not_recorded(first, measured.curves)
+    figure.suptitle(_name(steps[0]) + (f"\nnot recorded, or not finite: {absent}" if absent else ""), parse_math=False)
+    return figure
+
+
+def plot_curves(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
+    """Draw loss and accuracy of several steps over their epochs, on the test images, with a line for each step.
+
+    history: as for `plot_training`; where images are held out, the curves are those on them.
     """
     measured = _protocol(history)
     history = _first_runs(history, "history", ["epoch", *measured.curves])
-    steps, seeds = history["step"].unique(), history["seed"].nunique()
-    if len(steps) > 1:
-        raise LabError(f"history has {len(steps)} steps ({', '.join(map(str, steps))}): choose the one to draw")
-    finite = history.set_index(["epoch", "seed"])[measured.curves].replace([math.inf, -math.inf], math.nan)
-    left_out = int(finite.isna().to_numpy().sum())
+    curves = {_name(step): (of_step, measured.part) for step, of_step in history.groupby("step", sort=False)}
+    return _plot_curves(curves, measured.part, target_accuracy)
 
+
+def _plot_curves(curves: Mapping[str, tuple[pd.DataFrame, str]], part: str, target_accuracy: float | None) -> Figure:
+    """Draw loss and accuracy; curves: by name, the history and whose figures of it, "train" or "test"."""
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
-        for name, look in zip((measured.part, "training"), LOOKS, strict=False):
-            values = finite[f"{name.removesuffix('ing')}_{metric}"].unstack("seed")  # (epochs, seeds)
-            _plot_over_seeds(axes, values, name, look)
-        axes.set_ylabel(f"{metric} ({MEASURES[f'{measured.part}_{metric}'].unit})")
+        for (name, (history, of)), look in zip(curves.items(), cycle(LOOKS), strict=False):
+            values = history.set_index(["epoch", "seed"])[f"{of}_{metric}"].replace([math.inf, -math.inf], math.nan)
+            _plot_over_seeds(axes, values.unstack("seed"), name, look)
+        axes.set_ylabel(f"{metric} ({MEASURES[f'{part}_{metric}'].unit})")
+        _finish_epochs(axes, pd.concat([history for history, _ in curves.values()]))
     _target_lines(accuracy, target_accuracy)
-    for axes in (loss, accuracy):
-        _finish_epochs(axes, history)
     _log_scale(loss.yaxis)
     _stretch(accuracy.yaxis)
-    figure.suptitle(_name(steps[0]) + (f" ({left_out} values are missing or not finite)" if left_out else ""))
     handles, labels = accuracy.get_legend_handles_labels()
-    return _finish(figure, 3 if seeds == 1 else math.ceil(len(labels) / 2), handles=handles)
+    columns = 3 if len(labels) < 4 else math.ceil(len(labels) / 2) if len(curves) < 3 else 2
+    return _finish(figure, columns, handles=handles)
+
+
+def _not_recorded(history: pd.DataFrame, metrics: list[str]) -> str:
+    """Say which figures are missing, and in how many of all epochs where it is not all."""
+    finite = history[metrics].replace([math.inf, -math.inf], math.nan)
+    missing = {str(name): int(count) for name, count in finite.isna().sum().items() if count}
+    return ", ".join(
+        MEASURES[name].label + ("" if count == len(history) else f" ({count:,} of {len(history):,})")
+        for name, count in missing.items()
+    )
 
 
 def _plot_over_seeds(axes: Axes, values: pd.DataFrame, name: str, look: tuple[str, str, str]) -> None:
@@ -214,7 +241,7 @@ def plot_steps(
     right = below.twinx()
     right.set(ylim=below.get_ylim(), yticks=table.index)
     right.set_yticklabels(
-        f"{mean:.2f}{'' if low == high else f' [{low:.2f}, {high:.2f}]'}, n = {n}"
+        f"{percent(mean)}{'' if low == high else f' [{low:.2f}, {high:.2f}]'}, n = {n}"
         for n, mean, low, high in table[["seeds", "mean", "low", "high"]].itertuples(index=False)
     )
     _finish(figure, 2)
@@ -526,11 +553,20 @@ def _label_points(axes: Axes, names: Iterable[str], table: pd.DataFrame, public:
 
 
 def _gallery(images: NDArray[Any], titles: Sequence[str], columns: int, title_size: float) -> Figure:
+    """Draw images (N, 28, 28) under their titles, in one axes: an axes for each image takes a second to lay out."""
     columns = min(columns, len(images))
-    height = (1.15 + 0.2 * titles[0].count("\n")) * math.ceil(len(images) / columns) + 0.3
-    figure = _grid(images, columns, (max(5, 1.1 * columns), height))
-    for axes, title in zip(figure.axes, titles, strict=True):
-        axes.set_title(title, fontsize=title_size, pad=3)
+    height = 1.15 + 0.2 * titles[0].count("\n")  # inches of a row
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(max(5, 1.1 * columns), height * rows + 0.3), layout="constrained")
+    axes = figure.subplots()
+    across, down = 32, 32 * height / 1.1  # pixels of an image's place
+    for number, (image, title) in enumerate(zip(images, titles, strict=True)):
+        x, y = across * (number % columns), down * (number // columns)
+        axes.imshow(image, cmap="gray_r", vmin=images.min(), vmax=images.max(), extent=(x, x + 28, y + 28, y))
+        axes.add_patch(Rectangle((x, y), 28, 28, fill=False, lw=0.8))
+        axes.text(x + 14, y - 1, title, fontsize=title_size, ha="center", va="bottom", linespacing=1.05)
+    axes.set(xlim=(-2, across * columns - 2), ylim=(down * rows - down + 30, 28 - down))
+    axes.set_axis_off()
     return figure
 
 
@@ -538,11 +574,9 @@ def _grid(images: NDArray[Any], columns: int, size: tuple[float, float]) -> Figu
     """Draw images (N, 28, 28) in rows, white to black over the range of all of them."""
     figure = Figure(figsize=size, layout="constrained")
     places = figure.subplots(math.ceil(len(images) / columns), columns, squeeze=False).flat
-    for axes, image in zip(places, images, strict=False):
+    for axes, image in zip(places, images, strict=True):
         axes.imshow(image, cmap="gray_r", vmin=images.min(), vmax=images.max())
         axes.set(xticks=[], yticks=[])
-    for unused in places[len(images) :]:
-        unused.remove()
     return figure
 
 

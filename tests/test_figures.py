@@ -89,7 +89,8 @@ def legend_texts(figure: Figure) -> list[str]:
 
 
 def titles(figure: Figure) -> list[str]:
-    return [axes.get_title() for axes in figure.axes]
+    """Return the titles of the images of a gallery."""
+    return [text.get_text() for text in figure.axes[0].texts]
 
 
 def drawn_texts(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[Text]:
@@ -152,10 +153,11 @@ def test_texts_neither_overlap_nor_leave_the_figure_nor_are_tiny(name: str, monk
 def test_samples_are_the_first_images_with_their_labels() -> None:
     figure = figures.plot_samples(IMAGES, LABELS, limit=13, columns=5)
     assert titles(figure) == [str(label) for label in LABELS[:13]]
-    for axes, image in zip(figure.axes, IMAGES, strict=False):
-        np.testing.assert_array_equal(axes.images[0].get_array(), image)
-    assert len({round(axes.get_position().y0, 6) for axes in figure.axes}) == 3  # rows of five
-    assert {axes.images[0].get_clim() for axes in figure.axes} == {(0, 255)}  # one grey scale for all
+    (axes,) = figure.axes
+    for shown, image in zip(axes.images, IMAGES, strict=False):
+        np.testing.assert_array_equal(shown.get_array(), image)
+    assert len({image.get_extent()[2] for image in axes.images}) == 3  # rows of five
+    assert {image.get_clim() for image in axes.images} == {(0, 255)}  # one grey scale for all
 
 
 def test_augmentation_has_a_row_for_the_originals_and_one_for_each_draw() -> None:
@@ -286,7 +288,7 @@ def test_values_that_are_not_finite_are_announced() -> None:
     history = make_history(seeds=2)
     history.loc[history["seed"] == 0, "train_loss"] = [math.nan] * 7 + [math.inf] * 7
     figure = figures.plot_training(history)
-    assert figure.get_suptitle() == "step3_gap (14 values are missing or not finite)"
+    assert figure.get_suptitle() == "step3_gap\nnot recorded, or not finite: train loss (14 of 28)"
     expected = history.loc[history["seed"] == 1, "train_loss"]
     np.testing.assert_allclose(curves(figure.axes[0])["training, mean of 2 seeds"], expected)
 
@@ -388,14 +390,32 @@ def test_confusion_counts_and_colours_errors_only() -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted digit", "true digit")
 
 
+def test_the_curves_of_several_steps_are_drawn_together() -> None:
+    history = pd.concat([make_history(seeds=2), make_history(seeds=1).assign(step="other", run_id="other")])
+    for plot in (figures.plot_curves, figures.plot_training):
+        for axes, metric in zip(plot(history).axes, ("loss", "accuracy"), strict=True):
+            drawn = curves(axes)
+            mean = history[history["step"] == "step3_gap"].groupby("epoch")[f"test_{metric}"].mean()
+            np.testing.assert_allclose(drawn["step3_gap, mean of 2 seeds"], mean)
+            assert len(drawn["other"]) == 14
+            assert len({line.get_linestyle() for line in axes.lines[:2]}) == 2
+
+
+def test_what_was_not_recorded_is_said_in_words() -> None:
+    history = make_history(seeds=1).assign(test_loss=math.nan)
+    history.loc[history["epoch"] < 14, "train_accuracy"] = math.nan
+    title = figures.plot_training(history).get_suptitle()
+    assert title.endswith("not recorded, or not finite: test loss, train accuracy (13 of 14)")
+
+
 def test_mistakes_are_the_wrong_ones_most_confident_first() -> None:
     truth = np.array([1, 2, 3, 4, 5, 6])
     prediction = np.array([1, 7, 3, 9, 8, 0])
     confidence = np.array([1.0, 0.6, 0.99, 0.95, 0.6, 0.7])
     figure = figures.plot_mistakes(IMAGES[:6], truth, prediction, confidence, limit=3)
     assert titles(figure) == ["4 read as 9\n95.0 %", "6 read as 0\n70.0 %", "2 read as 7\n60.0 %"]
-    for axes, i in zip(figure.axes, (3, 5, 1), strict=True):
-        np.testing.assert_array_equal(axes.images[0].get_array(), IMAGES[i])
+    for shown, i in zip(figure.axes[0].images, (3, 5, 1), strict=True):
+        np.testing.assert_array_equal(shown.get_array(), IMAGES[i])
     assert figure.get_suptitle() == "3 of 4 mistakes, the most confident first"
     wrong = truth != prediction
     alone = figures.plot_mistakes(IMAGES[:6][wrong], truth[wrong], prediction[wrong], confidence[wrong], limit=3)
@@ -409,7 +429,6 @@ ERRORS: dict[str, Callable[[], Figure]] = {
     r"after .*59, 28, 28\)": lambda: figures.plot_augmentation(IMAGES, IMAGES[1:]),
     "history has no rows": lambda: figures.plot_training(HISTORY.iloc[:0]),
     "history lacks epoch, train_loss": lambda: figures.plot_training(HISTORY.drop(columns=["epoch", "train_loss"])),
-    "step3_gap, other": lambda: figures.plot_training(pd.concat([HISTORY, make_history("other")])),
     "no finite learning rate": lambda: figures.plot_learning_rate(HISTORY.assign(lr=math.nan)),
     r"num_params in step1_baseline \(10,970, 7\)": lambda: figures.plot_steps(
         pd.concat([RUNS, make_runs(("step1_baseline", 7, 99.0), seeds=20)])
