@@ -188,12 +188,17 @@ def publish(arguments: argparse.Namespace) -> None:
         print(f"Written: {file}")
 
 
-@job(READING, TRACKING_URI, folder("reports", "where to"))
+@job(
+    READING,
+    TRACKING_URI,
+    folder("reports", "where to"),
+    flag("--steps", "only these, e.g. step4 my_idea", nargs="+", default=(), metavar="STEP"),
+)
 def report(arguments: argparse.Namespace) -> None:
     """Write steps.html and steps.md from the tracked runs."""
     from mnist_lab.results.report import write_report
 
-    for file in write_report(arguments.folder, tracking_uri=arguments.tracking_uri):
+    for file in write_report(arguments.folder, arguments.steps, tracking_uri=arguments.tracking_uri):
         print(f"Written: {file}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,10 @@ class Story:
         return [heading for heading in HEADINGS if heading not in dict(self.sections)]
 
     def markdown(self, *headings: str) -> str:
-        """Return the story with a paragraph for each of these headings, of which none stands for all."""
+        """Return the story with a paragraph for each of these headings, of which none stands for all, and no HTML."""
         title = f"**{self.title}**" if self.title else ""
         sections = [f"**{name}:** {text}" for name, text in self.sections if name in (headings or HEADINGS)]
-        return "\n\n".join(part for part in (title, self.opening, *sections) if part)
+        return html.escape("\n\n".join(part for part in (title, self.opening, *sections) if part), quote=False)
 
 
 def read_story(script: Path) -> Story:

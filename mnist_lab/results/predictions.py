@@ -53,6 +53,8 @@ def predictions_of(run: Run, uri: str) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder, reading(uri):
         artifacts = get_artifact_repository(run.info.artifact_uri, tracking_uri=uri)
         if name not in {artifact.path for artifact in artifacts.list_artifacts()}:
+            if name == MISTAKES:
+                raise LabError(f"run {run_id} was restored, and which images it got wrong was not kept")
             raise LabError(f"run {run_id} has no predictions: there is no {name} among its artifacts")
         file = Path(artifacts.download_artifacts(name, folder))  # type: ignore[no-untyped-call]
         try:
@@ -94,7 +96,7 @@ def _from_logits(file: Path) -> pd.DataFrame:
         ("logits", logits, "f", (truth.size, 10)),
     ):
         if array.dtype.kind not in kinds or array.shape != shape or not array.size:
-            raise ValueError(f"{name} is {array.dtype} {array.shape}, and truth {truth.shape}")
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, which is not of the right kind")
     if not np.isin([truth, prediction], range(10)).all():
         raise ValueError("truth or prediction has values that are not digits from 0 to 9")
     if not np.isfinite(logits).all():

@@ -12,7 +12,7 @@ import io
 import logging
 import platform
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
-from mnist_lab.paths import PROJECT_ROOT
+from mnist_lab.paths import PROJECT_ROOT, script_named
+from mnist_lab.results.compare import summarise
 from mnist_lab.results.evidence import PUBLISHED, TEMPLATES
+from mnist_lab.results.predictions import predictions_of
+from mnist_lab.results.runs import LoadedRuns, full_names
 from mnist_lab.story import Story, read_story
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.verdicts.comparison import step_order
@@ -37,20 +41,23 @@ logger = logging.getLogger(__name__)
 PICTURES = "steps_files"  # the folder beside steps.md
 MAX_NAME = 150  # characters of a picture's file name; file systems take 255 bytes
 PACKAGES = ("mlflow", "pandas", "numpy", "scipy", "matplotlib", "jinja2")
-PLAIN = " =:/;,.()-+*!?@_~"  # what may stand unquoted in the data URI of an SVG
+PIXELS_PER_INCH, COLOURS = 96, 64  # of pictures, which are shown in their own size
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, drawn: the path of its PNG from steps.md, and what the page shows (a data URI, a size in pixels)."""
+    """A figure, drawn: the path of its PNG from steps.md, and its size on the page in pixels."""
 
     path: str
     png: bytes
-    source: str
     width: int
     height: int
     alt: str
     caption: str
+
+    @property
+    def source(self) -> str:
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,14 @@ class Result:
 class Chapter:
     """What the report tells of one experiment.
 
+    trouble: why its script has no story, where it can't be read.
     copied_from: the script whose Result stands in this one's docstring word for word; "" if none does.
     published: whether docs/results has figures of this script.
     """
 
     step: str
     story: Story | None
+    trouble: str
     result: Result | None
     copied_from: str
     published: bool
@@ -90,47 +99,79 @@ class Chapter:
 
 
 def write_report(
-    folder: Path, *, tracking_uri: str | None = None, scripts: Path = PROJECT_ROOT / "experiments"
+    folder: Path,
+    steps: Sequence[str] = (),
+    *,
+    tracking_uri: str | None = None,
+    scripts: Path = PROJECT_ROOT / "experiments",
 ) -> tuple[Path, Path]:
     """Write steps.html and steps.md into the folder and return their paths. Nothing is written before all is drawn.
 
-    The runs that count are those of `newest_runs`, overridden ones only where an experiment has none as declared.
+    The runs that count are those of `newest_runs`. Overridden ones are told where an experiment has none as declared,
+    and are compared with others only if they were asked for.
+    steps: only these, of which a short name will do.
 
     Raises:
-        LabError: if the store is missing or foreign or has no finished run, a script can't be read, or the folder
-            can't be written to.
+        LabError: if the store is missing or foreign or has no finished run, a step is unknown, or the folder can't be
+            written to.
     """
     if not scripts.is_dir():
         raise LabError(f"scripts: {scripts} is not a folder")
-    stories = {script.stem: read_story(script) for script in scripts.glob("[!_]*.py")}
-    loaded = results.load_runs(tracking_uri)
+    stories, troubles = _read_stories(scripts)
+    loaded = results.load_runs(tracking_uri, artifacts=True)
     runs = results.newest_runs(results.run_table(columns="all", include_overrides="if_none", loaded=loaded))
     if runs.empty:
         raise LabError("no finished run to report on; train first, e.g. `make step1`")
-    compared = results.compare_table(include_overrides="if_none", loaded=loaded)
+    published = {file.stem for file in PUBLISHED.glob("*.csv")}
+    copied = find_copies(stories, published)
+    told = {*stories, *troubles, *runs["step"]}
+    if steps:
+        named = [next((name for name in (step, script_named(step)) if name in told), None) for step in steps]
+        told = {name or full_names(step, loaded)[0] for name, step in zip(named, steps, strict=True)}
+        runs = runs[runs["step"].isin(told)]
     history = results.epoch_history(include_overrides="if_none", loaded=loaded)
+    rows = summarise(runs).to_dict("records")
     images = load_mnist().test_images[:, 0].numpy()  # (10000, 28, 28)
 
     drawn: dict[str, Result] = {}
-    for row in compared.to_dict("records"):
-        logger.info("Drawing %s", row["step"])
-        mine = runs[runs["step"] == row["step"]]
-        drawn[row["step"]] = draw(row, mine, history[history["run_id"].isin(mine["run_id"])], images, loaded.uri)
+    for number, row in enumerate(rows, start=1):
+        logger.info("Drawing %s (%d of %d)", row["step"], number, len(rows))
+        drawn[row["step"]] = draw(row, runs[runs["step"] == row["step"]], history, images, loaded)
     logger.info("Drawing the overview, and writing the page")
-    steps = sorted({*stories, *drawn}, key=step_order)
-    published = {file.stem for file in PUBLISHED.glob("*.csv")}
-    copied = find_copies(stories, published)
+    compared = [result for result in drawn.values() if steps or not result.row["overrides"]]
+    in_overview = runs[runs["step"].isin({result.row["step"] for result in compared})]
     return _write(
         folder,
         chapters=[
-            Chapter(step, stories.get(step), drawn.get(step), copied.get(step, ""), step in published) for step in steps
+            Chapter(
+                step=step,
+                story=stories.get(step),
+                trouble=troubles.get(step, ""),
+                result=drawn.get(step),
+                copied_from=copied.get(step, ""),
+                published=step in published,
+            )
+            for step in sorted(told, key=step_order)
         ],
-        results=[drawn[step] for step in steps if step in drawn],
-        overview=draw_overview(runs),
+        results=compared,
+        overview=None if in_overview.empty else draw_overview(in_overview),
+        pictures=[picture for result in drawn.values() for picture in result.pictures],
         runs=sorted(runs.to_dict("records"), key=lambda run: (step_order(run["step"]), run["seed"])),
         software=[f"Python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)],
         system=platform.platform(),
     )
+
+
+def _read_stories(scripts: Path) -> tuple[dict[str, Story], dict[str, str]]:
+    """Return the stories of the scripts, and why the others have none."""
+    stories, troubles = {}, {}
+    for script in scripts.glob("[!_]*.py"):
+        try:
+            stories[script.stem] = read_story(script)
+        except LabError as error:
+            logger.warning("%s", error)
+            troubles[script.stem] = str(error)
+    return stories, troubles
 
 
 def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict[str, str]:
@@ -148,16 +189,18 @@ def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict
     return copies
 
 
-def draw(row: dict[Any, Any], runs: pd.DataFrame, epochs: pd.DataFrame, images: NDArray[np.uint8], uri: str) -> Result:
+def draw(
+    row: dict[Any, Any], runs: pd.DataFrame, history: pd.DataFrame, images: NDArray[np.uint8], loaded: LoadedRuns
+) -> Result:
     """Draw one experiment: training curves over its seeds, confusion matrix and mistakes of the newest run."""
     name = f"{row['step']} [{row['overrides']}]" if row["overrides"] else row["step"]
     result = Result(name, row, pictures=[], notes=[])
     try:
-        result.pictures.append(_draw_training(row, runs, epochs))
+        result.pictures.append(_draw_training(row, runs, history[history["run_id"].isin(runs["run_id"])]))
     except LabError as error:
         result.notes.append(f"No training curves: {error}.")
     try:
-        result.pictures.extend(_draw_predictions(row, runs.iloc[0], images, uri))
+        result.pictures.extend(_draw_predictions(row, runs.iloc[0], images, loaded))
     except LabError as error:
         result.notes.append(f"No confusion matrix and no mistakes: {error}.")
     return result
@@ -177,24 +220,24 @@ def _draw_training(row: dict[Any, Any], runs: pd.DataFrame, epochs: pd.DataFrame
 
 
 def _draw_predictions(
-    row: dict[Any, Any], run: pd.Series[Any], images: NDArray[np.uint8], uri: str
+    row: dict[Any, Any], run: pd.Series[Any], images: NDArray[np.uint8], loaded: LoadedRuns
 ) -> tuple[Picture, Picture]:
-    said = results.predictions(run["run_id"], tracking_uri=uri)
-    if len(said) != len(images):
-        raise LabError(f"run {run['run_id']} has predictions of {len(said):,} images, not of {len(images):,}")
+    read = predictions_of(loaded.found[run["run_id"]], loaded.uri)
+    if len(read) != len(images):
+        raise LabError(f"run {run['run_id']} has predictions of {len(read):,} images, not of {len(images):,}")
     which = f"seed {run['seed']}, the newest run"
-    wrong = said[said["truth"] != said["prediction"]].sort_values("confidence", ascending=False)
-    alt = f"Confusion matrix: {len(said) - len(wrong):,} of {len(said):,} test images are read rightly."
+    wrong = read[read["truth"] != read["prediction"]].sort_values("confidence", ascending=False)
+    alt = f"Confusion matrix: {len(read) - len(wrong):,} of {len(read):,} test images are read rightly."
     for (truth, read_as), count in Counter(zip(wrong["truth"], wrong["prediction"], strict=True)).most_common(1):
         alt += f" The most frequent mistake is {truth} read as {read_as}, {count} times."
-    matrix = figures.plot_confusion(said["truth"], said["prediction"])
+    matrix = figures.plot_confusion(read["truth"], read["prediction"])
     confusion = _picture(matrix, f"{row['step']}-confusion", alt, f"Mistakes by digit, {which}.")
     alt = f"The most confident of {len(wrong)} mistakes, as images with truth, prediction and confidence."
     for truth, read_as, confidence in wrong[["truth", "prediction", "confidence"]].head(1).to_numpy():
         alt += f" The first is a {truth:.0f} read as {read_as:.0f} with {100 * confidence:.1f} %."
-    gallery = figures.plot_mistakes(images, said["truth"], said["prediction"], said["confidence"])
+    gallery = figures.plot_mistakes(images, read["truth"], read["prediction"], read["confidence"])
     caption = f"The most confident mistakes, {which}."
-    return confusion, _picture(gallery, f"{row['step']}-mistakes", alt, caption, vector=False)
+    return confusion, _picture(gallery, f"{row['step']}-mistakes", alt, caption)
 
 
 def draw_overview(runs: pd.DataFrame) -> Picture:
@@ -211,25 +254,23 @@ def draw_overview(runs: pd.DataFrame) -> Picture:
     return _picture(figures.plot_steps(runs), "all", alt, caption)
 
 
-def _picture(figure: Figure, name: str, alt: str, caption: str, *, vector: bool = True) -> Picture:
-    """Render a figure as PNG for steps.md, and for the page as SVG, or as that PNG where it is made of images."""
-    png, svg = io.BytesIO(), io.BytesIO()
-    figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
-    source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-    if vector:
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        source = f"data:image/svg+xml,{quote(svg.getvalue(), safe=PLAIN)}"
+def _picture(figure: Figure, name: str, alt: str, caption: str) -> Picture:
+    """Render a figure at the size that is shown, in few colours."""
+    drawn, png = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=PIXELS_PER_INCH)
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(COLOURS).save(png, format="png", optimize=True)
+        width, height = image.size
     file = quote(name, safe=" =,")  # a step's name is free text to the store
     if len(file) > MAX_NAME:
         file = f"{file[:MAX_NAME]}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
-    width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    return Picture(f"{PICTURES}/{file}.png", png.getvalue(), source, width, height, alt, caption)
+    return Picture(f"{PICTURES}/{file}.png", png.getvalue(), width, height, alt, caption)
 
 
-def _write(folder: Path, **told: Any) -> tuple[Path, Path]:
-    pages = {name: TEMPLATES.get_template(name).render(told).encode() for name in ("steps.html", "steps.md")}
-    pictures = [told["overview"], *(picture for result in told["results"] for picture in result.pictures)]
-    files = {picture.path: picture.png for picture in pictures} | pages
+def _write(folder: Path, pictures: list[Picture], overview: Picture | None, **told: Any) -> tuple[Path, Path]:
+    page = {"overview": overview, **told}
+    files = {name: TEMPLATES.get_template(name).render(page).encode() for name in ("steps.html", "steps.md")}
+    files = {picture.path: picture.png for picture in (*pictures, overview) if picture is not None} | files
     try:
         replace_files({folder / path: content for path, content in files.items()})
     except OSError as error:
