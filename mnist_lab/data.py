@@ -17,7 +17,6 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -80,19 +79,7 @@ def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = 
     Raises:
         LabError: if files are missing and can't be fetched, or the data folder can't be written to.
     """
-    return parse_files(read_files(data_dir), device)
-
-
-def read_files(data_dir: Path | str | None = None) -> dict[str, bytes]:
-    """Return the verified bytes of the four IDX files by name; the folder and the errors are those of `load_mnist`."""
-    folder = find_data_dir(data_dir)
-    found = {file.name: content for file in IDX_FILES if (content := _find(folder, file)) is not None}
-    missing = [file for file in IDX_FILES if file.name not in found]
-    return found | _fetch(folder, missing) if missing else found
-
-
-def parse_files(contents: Mapping[str, bytes], device: torch.device | str = "cpu") -> Mnist:
-    """Return the data of the four IDX files; their digest is taken anew."""
+    contents = read_files(data_dir)
     in_order = [contents[file.name] for file in IDX_FILES]
     train_images, train_labels, test_images, test_labels = map(_parse, in_order, IDX_FILES)
     return Mnist(
@@ -102,6 +89,14 @@ def parse_files(contents: Mapping[str, bytes], device: torch.device | str = "cpu
         test_labels=test_labels.to(device, torch.int64),
         sha256=hashlib.sha256(b"".join(in_order)).hexdigest(),
     )
+
+
+def read_files(data_dir: Path | str | None = None) -> dict[str, bytes]:
+    """Return the verified bytes of the four IDX files by name; the folder and the errors are those of `load_mnist`."""
+    folder = find_data_dir(data_dir)
+    found = {file.name: content for file in IDX_FILES if (content := _find(folder, file)) is not None}
+    missing = [file for file in IDX_FILES if file.name not in found]
+    return found | _fetch(folder, missing) if missing else found
 
 
 def find_data_dir(data_dir: Path | str | None = None) -> Path:

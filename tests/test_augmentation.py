@@ -184,15 +184,15 @@ OWN = {
 @pytest.mark.parametrize("augmentation", SHARED.values(), ids=SHARED)
 def test_one_draw_for_a_whole_batch_is_found(augmentation: Callable[[Tensor], Tensor], images: Tensor) -> None:
     random.seed(0)
-    with pytest.raises(ValueError, match=r"draws once for a whole batch .*image_by_image.* \d+ s an epoch"):
-        check_draws(augmentation, images[0], 60_000)
+    with pytest.raises(ValueError, match=r"draws once for a whole batch .*image_by_image"):
+        check_draws(augmentation, images[0])
 
 
 @pytest.mark.parametrize("augmentation", OWN.values(), ids=OWN)
 def test_a_draw_for_each_image_passes(augmentation: Callable[[Tensor], Tensor], images: Tensor) -> None:
     random.seed(0)
     for image in images[:5]:
-        check_draws(augmentation, image, 60_000)
+        check_draws(augmentation, image)
 
 
 def test_affine_is_torchvisions(images: Tensor) -> None:

@@ -44,15 +44,13 @@ class FirstWeights:
 
 
 def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str]:
-    """Yield a notice if after an epoch, or after all, the average still holds much of the first weights."""
+    """Yield a notice if after an epoch the average still holds much of the first weights."""
     first, batches = FirstWeights(experiment), math.ceil(num_images / experiment.batch_size)
     if first.share(min(batches, MAX_BATCHES)) <= MUCH:
         return
-    held = f"average: after {batches:,} batches it is still {100 * first.share(batches):.0f} % the first weights"
-    for epoch in range(2, experiment.epochs + 1):
-        if epoch * batches <= MAX_BATCHES and first.share(epoch * batches) <= MUCH:
-            yield f"{held}, so its accuracy says little before epoch {epoch}: until then, see the raw weights'"
-            return
     last = min(MAX_BATCHES, experiment.epochs * batches)
-    share = f"{100 * first.share(last):.0f} % after {last:,}"
-    yield f"{held}, and {share}, so its accuracy says little: train for longer, or let it forget sooner"
+    yield (
+        f"average: after {batches:,} batches it is still {100 * first.share(batches):.0f} % the first weights, and "
+        f"after {last:,} {100 * first.share(last):.0f} %: as long as it holds much of them, its accuracy says little; "
+        "see the raw weights', train for longer, or let it forget sooner"
+    )

@@ -45,23 +45,14 @@ def _place(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, address or id(tensor)
 
 
-def notice_same_start(net: nn.Module, other: nn.Module, seeds_itself: bool) -> list[str]:
-    """Return a notice if two seeds' networks begin with equal weights.
-
-    seeds_itself: whether torch's generator was in the same state after each was built.
-    """
+def notice_same_start(net: nn.Module, other: nn.Module) -> Iterator[str]:
+    """Yield a notice if two seeds' networks begin with equal weights."""
     pairs = zip(net.parameters(), other.parameters(), strict=False)  # a seed may decide how many
-    if not all(torch.equal(own, others) for own, others in pairs if own.requires_grad):
-        return []
-    if seeds_itself and any(p.requires_grad for p in net.parameters()):
-        return [
-            "net: its code seeds torch, so all seeds begin with the same weights and draw the same dropout and "
-            "augmentation; they differ in the order of the images only, and their spread says less"
-        ]
-    return [
-        "net: begins with the same weights whatever the seed, so seeds differ in what is drawn later only, and their "
-        "spread says less"
-    ]
+    if all(torch.equal(own, others) for own, others in pairs if own.requires_grad):
+        yield (
+            "net: begins with the same weights whatever the seed, so seeds differ in what is drawn later only, and "
+            "their spread says less; where its code seeds torch, dropout and augmentation are the same, too"
+        )
 
 
 def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
@@ -82,17 +73,16 @@ def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
         )
 
 
-def notice_own_weights(minimised: str, net: nn.Module, loss: Tensor, images: Tensor) -> list[str]:
-    """Return a notice if the loss depends on weights that are not the network's, as a learned temperature is.
+def notice_own_weights(minimised: str, net: nn.Module, loss: Tensor, images: Tensor) -> Iterator[str]:
+    """Yield a notice if the loss depends on weights that are not the network's, as a learned temperature is.
 
     minimised: "loss" or "objective".
     """
-    if not (shapes := _unregistered(net, loss, images)):
-        return []
-    return [
-        f"{minimised}: has weights of its own, of shape {listed(shapes)}, which are not trained: the optimizer "
-        "is given the network's only; make them parameters of the network"
-    ]
+    if shapes := _unregistered(net, loss, images):
+        yield (
+            f"{minimised}: has weights of its own, of shape {listed(shapes)}, which are not trained: the optimizer "
+            "is given the network's only; make them parameters of the network"
+        )
 
 
 def _unregistered(net: nn.Module, output: Tensor, images: Tensor) -> list[str]:
@@ -118,8 +108,8 @@ def _leaves(output: Tensor) -> Iterator[Tensor]:
         todo += [before for before, _ in node.next_functions]
 
 
-def notice_optimized(net: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Return a notice if the optimizer lacks some of the trainable parameters.
+def notice_optimized(net: nn.Module, optimizer: Optimizer) -> Iterator[str]:
+    """Yield a notice if the optimizer lacks some of the trainable parameters.
 
     Raises:
         ValueError: if it has none of them.
@@ -129,9 +119,8 @@ def notice_optimized(net: nn.Module, optimizer: Optimizer) -> list[str]:
     missing = [name for name, parameter in trainable.items() if parameter not in held]
     if len(missing) == len(trainable):
         raise ValueError("has none of the network's parameters; give it those that it is called with")
-    if not missing:
-        return []
-    return [f"optimizer: it is not given {listed(missing)}, which are not trained, though they count as parameters"]
+    if missing:
+        yield f"optimizer: it is not given {listed(missing)}, which are not trained, though they count as parameters"
 
 
 def notice_outputs(

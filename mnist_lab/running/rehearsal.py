@@ -201,12 +201,11 @@ def _rehearse(declared: Experiment, mnist: Mnist, memory_format: torch.memory_fo
 def _check_building(trial: Trial) -> Iterator[str]:
     device = trial.mnist.train_images.device
     other = initial_network(trial.experiment, SEED + 1, device, trial.memory_format)
-    numbers = torch.get_rng_state()
     trial.net = initial_network(trial.experiment, SEED, device, trial.memory_format)
     if num_params(trial.net) == 0:
         raise ValueError("has no parameters to train")
     trial.sharing = Sharing(trial.net, other)
-    yield from notice_same_start(trial.net, other, seeds_itself=torch.equal(numbers, torch.get_rng_state()))
+    yield from notice_same_start(trial.net, other)
 
 
 def _check_optimizer(trial: Trial) -> Iterator[str]:
@@ -231,7 +230,7 @@ def _check_augmentation(trial: Trial) -> Iterator[str]:
         trial.images, trial.labels = trial.batch(trial.batch_size)
         _check_batch(trial.images, trial.labels, trial.batch_size)
     except Exception as error:
-        message = f"{text_of(error)}{_image_by_image(trial, error)}"
+        message = f"{text_of(error)}{_image_by_image(trial)}"
         raise ValueError(message).with_traceback(error.__traceback__) from error
     if declared is not None:
         yield from _notice_transforms(trial, time.perf_counter() - start)
@@ -242,8 +241,10 @@ def _check_augmentation(trial: Trial) -> Iterator[str]:
 def _check_gradients(trial: Trial) -> Iterator[str]:
     """Try the forward and the backward pass of a batch, and look through the graph between them."""
     net, images = trial.net.train(), normalize(trial.images, trial.experiment.normalize)
-    with _checked_output(trial, len(images)):
-        returned: object = loss_and_logits(net, images, trial.labels, trial.experiment)
+    if trial.experiment.objective is None:  # what it makes of the network's output is its own business
+        with blame("net", trial):
+            _check_logits(net(images), len(images))
+    returned: object = loss_and_logits(net, images, trial.labels, trial.experiment)
     loss, logits = _checked_loss(returned, len(images))
     loss.backward()  # type: ignore[no-untyped-call]
     parameters = dict(net.named_parameters())
@@ -363,20 +364,15 @@ def _are_labels(labels: Tensor, size: int) -> bool:
     return labels.shape == (size, 10) and labels.is_floating_point()
 
 
-def _image_by_image(trial: Trial, error: Exception) -> str:
-    """Return what to do about an augmentation that may be one for single images."""
+def _image_by_image(trial: Trial) -> str:
+    """Return what to do about an augmentation that works with a single image."""
     for transform in (transform for given, transform in trial.augment.parts if given == "batch"):
-        alone: object = None
         with suppress(Exception):
-            alone = transform(trial.mnist.train_images[0].float() / 255)
-        raised = any(
-            frame.f_code is Augmentation.__call__.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)
-        )
-        if raised or (isinstance(alone, Tensor) and alone.shape == (1, 28, 28)):
-            return (
-                f"; it is given a batch ({trial.batch_size}, 1, 28, 28); image by image: "
-                "partial(image_by_image, transform=...) from mnist_lab.augmentation"
-            )
+            if transform(trial.mnist.train_images[0].float() / 255).shape == (1, 28, 28):
+                return (
+                    f"; it is given a batch ({trial.batch_size}, 1, 28, 28); image by image: "
+                    "partial(image_by_image, transform=...) from mnist_lab.augmentation"
+                )
     return ""
 
 
@@ -386,7 +382,7 @@ def _notice_transforms(trial: Trial, seconds: float) -> Iterator[str]:
     for given, transform in trial.augment.parts:
         name = type(transform).__name__
         if given == "batch":
-            check_draws(transform, images[0].float() / 255, len(images))
+            check_draws(transform, images[0].float() / 255)
         elif given == "labels" and is_mixing(transform):
             own = "; mnist_lab.objectives.mixup draws one for each image" if name == "MixUp" else ""
             yield f"augmentation: torchvision's {name} draws once for all images of a batch{own}"
@@ -414,17 +410,6 @@ def _notice_images(trial: Trial) -> Iterator[str]:
     low, high = trial.images.min().item(), trial.images.max().item()
     if low < -OUTSIDE or high > 1 + OUTSIDE:
         yield f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
-
-
-@contextmanager
-def _checked_output(trial: Trial, size: int) -> Iterator[None]:
-    """Check what the network gives before a loss is made of it; else it is the objective's business."""
-    check = None if trial.experiment.objective else _check_logits
-    hook = trial.net.register_forward_hook(lambda module, given, output: check and check(output, size))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _check_logits(logits: object, size: int) -> None:

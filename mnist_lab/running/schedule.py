@@ -50,15 +50,10 @@ def check_schedule(experiment: Experiment, net: nn.Module, num_images: int) -> l
             scheduler.step()
             rates.append(_rates(optimizer))
         _check_state(scheduler)
-        largest = max(map(max, [*rates, *_intended(scheduler)]))
+        batches = math.ceil(num_images / experiment.batch_size)
         notices = [
-            notice
-            for one in zip(*rates[:steps], strict=True)
-            if (
-                notice := _notice_unit(
-                    experiment, scheduler, one, largest, math.ceil(num_images / experiment.batch_size)
-                )
-            )
+            _notice_unit(experiment, scheduler, group, _largest(scheduler, rates), batches)
+            for group in zip(*rates[:steps], strict=True)
         ]
     planned = getattr(scheduler, "total_steps", None)
     if isinstance(planned, int) and planned > steps:
@@ -66,7 +61,7 @@ def check_schedule(experiment: Experiment, net: nn.Module, num_images: int) -> l
             f"scheduler: {type(scheduler).__name__} is made for {planned:,} steps and the run has {steps:,}, so it "
             "does not come to its end; leave out epochs, steps_per_epoch and total_steps, and they are filled in"
         )
-    return notices[:1]
+    return [notice for notice in notices if notice][:1]
 
 
 def _check_kind(experiment: Experiment, scheduler: object) -> None:
@@ -108,10 +103,10 @@ def _rates(optimizer: Optimizer) -> list[float]:
 # ---- schedules in the wrong unit
 
 
-def _intended(scheduler: LRScheduler) -> list[list[float]]:
-    """Return the learning rates that a schedule was given, whether the run reaches them or not."""
-    groups = scheduler.optimizer.param_groups
-    return [[float(group[name]) for group in groups if name in group] or [0.0] for name in ("initial_lr", "max_lr")]
+def _largest(scheduler: LRScheduler, rates: list[list[float]]) -> float:
+    """Return the largest learning rate that a schedule gives, or was given and does not reach in the run."""
+    given = [group.get(name, 0) for group in scheduler.optimizer.param_groups for name in ("initial_lr", "max_lr")]
+    return max(*map(max, rates), *map(float, given))
 
 
 def _notice_unit(
@@ -191,9 +186,8 @@ def without_effect(experiment: Experiment, net: nn.Module, num_images: int) -> d
     found: dict[str, str] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            declared = list(_held(experiment, net, num_images))
-        except TypeError:  # it follows the loss
+        declared = list(_held(experiment, net, num_images))
+        if not declared[1:]:  # it follows the loss
             return {}
         for name, value in experiment.hyperparameters().items():
             part, _ = experiment.where(name)
@@ -245,7 +239,7 @@ def _no_effect(experiment: Experiment, declared: list[Values], changed: Iterator
 
 
 def _held(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[Values]:
-    """Yield what the optimizer holds when it is built, and then before each step of the scheduler."""
+    """Yield what the optimizer holds when it is built, and then before each step of a scheduler that can be walked."""
     optimizer = build_optimizer(experiment, net.parameters())
     keys = [key for key in optimizer.param_groups[0] if key != "params"]  # a scheduler keeps others there
 
@@ -254,9 +248,8 @@ def _held(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[V
 
     yield values()
     scheduler = build_scheduler(experiment, optimizer, num_images)
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise TypeError("it follows the loss, so there is nothing to walk")
-    assert scheduler is not None
+    if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
+        return
     yield values()
     for _ in range(_steps(experiment, num_images) - 1):
         scheduler.step()

@@ -86,19 +86,12 @@ def declare(**changes: Any) -> Experiment:
 
 CONTIGUOUS = {
     "view": {"net": partial(Convolutions, flatten=view)},
-    "view of what dropout gives": {"net": lambda: DropsBeforeView()},
     "LBFGS": {"optimizer": partial(LBFGS, lr=0.1, max_iter=2)},
     "an optimizer that fails in its second step": {"optimizer": partial(StepsTwice, lr=0.05)},
     "view of the last batch": {"net": partial(Changing, by_view=lambda training, n: training and n == 500 % 128)},
     "view in evaluation": {"net": partial(Changing, by_view=lambda training, n: not training and n == 300)},
     "a parameter of five dimensions": {"net": lambda: WithFive()},
 }
-
-
-class DropsBeforeView(Convolutions):
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = F.dropout(self.second(self.first(images).relu()), 0.1, training=self.training)
-        return self.linear(view(hidden))
 
 
 class WithFive(Convolutions):
@@ -121,10 +114,6 @@ def test_what_fails_in_channels_last_only_trains_contiguous(changes: dict[str, A
     assert rehearsal.memory_format == torch.contiguous_format
     assert all(parameter.is_contiguous() for parameter in net.parameters())
     assert epochs[1].train_loss < epochs[0].train_loss
-
-
-def test_what_works_in_channels_last_trains_in_it(small_mnist: Mnist) -> None:
-    assert rehearse(declare(), small_mnist).memory_format == torch.channels_last
 
 
 def test_what_fails_in_both_layouts_is_refused_for_what_fails_in_the_contiguous_one(small_mnist: Mnist) -> None:
@@ -157,14 +146,6 @@ def test_the_layout_is_tagged(job: Callable[..., Job], database: Path) -> None:
 # ---- evaluation mode
 
 
-def test_what_draws_in_training_only_is_let_through(small_mnist: Mnist) -> None:
-    class Noisy(Convolutions):
-        def forward(self, images: Tensor) -> Tensor:
-            return super().forward(images + torch.randn_like(images) * self.training)
-
-    rehearse(declare(net=Noisy), small_mnist)
-
-
 class OverTheBatch(Convolutions):
     def forward(self, images: Tensor) -> Tensor:
         return F.log_softmax(super().forward(images), dim=0)
@@ -173,11 +154,6 @@ class OverTheBatch(Convolutions):
 def test_it_is_said_where_logits_depend_on_the_batch(small_mnist: Mnist) -> None:
     (said,) = rehearse(declare(net=OverTheBatch), small_mnist).notices
     assert said.startswith("net: gives an image other logits beside other images")
-    assert rehearse(declare(), small_mnist).notices == []
-
-
-def own_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels)
 
 
 def from_log_softmax(logits: Tensor, labels: Tensor) -> Tensor:
@@ -188,29 +164,14 @@ def of_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     return F.kl_div(logits, F.one_hot(labels, 10).float(), reduction="batchmean")
 
 
-def objective_of(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    def objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = net(images)
-        return loss(logits, labels), logits
-
-    return objective
-
-
 TAKES_LOGITS: list[dict[str, Any]] = [
     {},
-    {"loss": F.cross_entropy},
-    {"loss": nn.CrossEntropyLoss()},
     {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
-    {"loss": partial(F.cross_entropy, label_smoothing=0.1)},
     {"loss": partial(F.cross_entropy, reduction="sum")},
-    {"loss": own_cross_entropy},
     {"loss": from_log_softmax},
-    {"objective": objective_of(own_cross_entropy)},
     {"objective": partial(mixup, alpha=0.2)},
 ]
 TAKES_LOG_PROBABILITIES: list[dict[str, Any]] = [
-    {"loss": F.nll_loss},
-    {"loss": nn.NLLLoss()},
     {"loss": partial(F.nll_loss, reduction="sum")},
     {"loss": of_log_probabilities},
 ]
@@ -259,19 +220,6 @@ def test_parameters_that_get_no_gradient_are_named_and_not_counted(
     assert num_params(Averaged(frozen=True)) == num_params(Convolutions())
 
 
-def test_a_run_says_which_parameters_get_no_gradient(job: Callable[..., Job], caplog: pytest.LogCaptureFixture) -> None:
-    class Unused(Convolutions):
-        def __init__(self) -> None:
-            super().__init__()
-            self.more = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(7)])
-
-    with caplog.at_level(logging.WARNING):
-        runner.run(job(net=Unused), 0, Progress())
-    said = [message for message in caplog.messages if "no gradient" in message]
-    assert len(said) == 1
-    assert "more.4 and 2 more: not trained, and not counted" in said[0]
-
-
 def test_a_copy_does_not_count_and_a_layer_that_is_trained_later_does(job: Callable[..., Job], database: Path) -> None:
     class Late(Convolutions):
         """Has a layer that is trained in some batches only, none of them in the rehearsal, and a copy that never is."""
@@ -295,31 +243,6 @@ def test_a_copy_does_not_count_and_a_layer_that_is_trained_later_does(job: Calla
     assert runner.run(job(net=Late), 1, UseLate()).measured["num_params"] == own + 110
     summary = (read_runs(database)[0].artifacts / "model_summary.txt").read_text()
     assert f"Trainable params: {own:,}" in summary
-
-
-# ---- the numbers that are drawn
-
-
-OWN = np.random.default_rng(0)
-
-
-def from_its_own(images: Tensor) -> Tensor:
-    return images * torch.from_numpy(OWN.random((len(images), 1, 1, 1), dtype=np.float32))
-
-
-def from_the_seeded(images: Tensor) -> Tensor:
-    factors = np.random.random((len(images), 1, 1, 1))  # noqa: NPY002  the one that is seeded
-    return images * torch.from_numpy(factors.astype(np.float32))
-
-
-def test_an_augmentation_with_a_generator_of_its_own_is_named(
-    small_mnist: Mnist, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        rehearse(declare(augmentation=from_the_seeded), small_mnist).notice({})
-        assert not caplog.messages
-        rehearse(declare(augmentation=from_its_own), small_mnist).notice({})
-    assert "seed does not decide what augmentation draws" in caplog.text
 
 
 # ---- optimizers
@@ -346,9 +269,8 @@ class SAM(Optimizer):
         self.base.step()
 
 
-@pytest.mark.parametrize("scheduler", [None, partial(StepLR, step_size=1)])
-def test_an_optimizer_that_evaluates_a_second_time_trains(scheduler: Any, small_mnist: Mnist) -> None:
-    experiment = declare(optimizer=partial(SAM, lr=0.05), scheduler=scheduler)
+def test_an_optimizer_that_evaluates_a_second_time_trains(small_mnist: Mnist) -> None:
+    experiment = declare(optimizer=partial(SAM, lr=0.05), scheduler=partial(StepLR, step_size=1))
 
     rehearsal = rehearse(experiment, small_mnist)
     first, second = fit(initial_network(experiment, 0, CPU, rehearsal.memory_format), experiment, small_mnist, seed=0)
@@ -364,62 +286,17 @@ def test_every_size_that_is_evaluated_is_tried_with_a_hold_out_too(small_mnist: 
     assert rehearse(declare(net=by_view), held).memory_format == torch.contiguous_format
 
 
-SHARED = nn.Conv2d(1, 8, 3, stride=2)
-FILTERS = torch.ones(8, 1, 3, 3)
-SPARSE = torch.eye(3).to_sparse()
-
-
-class Head(nn.Module):
-    """What `features` gives, 8 channels of 13x13 pixels, and a linear layer."""
-
-    def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.features = features
-        self.linear = nn.Linear(8 * 13 * 13, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(self.features(images).relu().flatten(1))
-
-
-class Fixed(Head):
-    """Has filters that all networks share and none changes, and a frozen layer of which that is true."""
-
-    def __init__(self) -> None:
-        super().__init__(FLATTEN)
-        self.register_buffer("filters", FILTERS)
-        self.register_buffer("sparse", SPARSE)
-        self.frozen = deepcopy(SHARED).requires_grad_(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = F.conv2d(images, self.filters, stride=2) + self.frozen(images)
-        return self.linear(hidden.relu().flatten(1))
-
-
-def test_fixed_weights_may_be_shared_and_images_may_want_a_gradient(small_mnist: Mnist) -> None:
-    def adversarial(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        change = torch.zeros_like(images, requires_grad=True)
-        (gradient,) = torch.autograd.grad(F.cross_entropy(net(images + change), labels), change)
-        logits = net(images + 0.1 * gradient.sign() + change)
-        return F.cross_entropy(logits, labels), logits
-
-    assert rehearse(declare(net=Fixed, objective=adversarial), small_mnist).notices == []
-
-
 class SameStart(Convolutions):
     def __init__(self) -> None:
         torch.manual_seed(1)
         super().__init__()
 
 
-class Constant(nn.Module):
-    def __init__(self, inner: type[nn.Module]) -> None:
-        super().__init__()
-        self.inner = inner()
-        for parameter in self.inner.parameters():
-            nn.init.constant_(parameter, 0.5)
-
-    def forward(self, images: Tensor) -> Any:
-        return self.inner(images)
+def constant() -> nn.Module:
+    net = Convolutions()
+    for parameter in net.parameters():
+        nn.init.constant_(parameter, 0.5)
+    return net
 
 
 class Temperature(nn.Module):
@@ -481,8 +358,8 @@ def binary(logits: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"net": SameStart}, "net: its code seeds torch, so all seeds begin with the same weights and draw the same"),
-        ({"net": partial(Constant, Convolutions)}, "net: begins with the same weights whatever the seed"),
+        ({"net": SameStart}, "net: begins with the same weights whatever the seed"),
+        ({"net": constant}, "net: begins with the same weights whatever the seed"),
         ({"loss": Temperature()}, "loss: has weights of its own, of shape (), which are not trained"),
         (
             {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=99), "scheduler_interval": "batch"},
@@ -499,19 +376,15 @@ def binary(logits: Tensor, labels: Tensor) -> Tensor:
         ),
         (
             {"average": partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.998)), "epochs": 1},
-            "average: after 4 batches it is still 99 % the first weights, and",
+            "average: after 4 batches it is still 99 % the first weights, and after 4 99 %",
         ),
         (
             {"average": partial(AveragedModel, avg_fn=slowly), "batch_size": 5},
-            "average: after 100 batches it is still 37 % the first weights, so its accuracy says little before epoch 2",
+            "average: after 100 batches it is still 37 % the first weights, and after 200 14 %",
         ),
         ({"objective": in_a_run_of_its_own}, "mlflow: the script calls mlflow.start_run"),
         ({"targets": Targets(params=1_000)}, "targets.params: "),
         ({"net": partial(Ending, torch.sigmoid), "loss": binary}, "net: seems to end with sigmoid, and the reported"),
-        (
-            {"net": partial(Ending, torch.sigmoid), "objective": objective_of(binary)},
-            "net: seems to end with sigmoid, and the reported",
-        ),
     ],
 )
 def test_what_trains_but_is_not_meant_is_said(changes: dict[str, Any], said: str, small_mnist: Mnist) -> None:
@@ -547,17 +420,29 @@ def test_an_objective_that_remembers_begins_each_run_anew(small_mnist: Mnist) ->
     assert notice.startswith("objective: changes batches, teacher from batch to batch, which `--resume` begins anew")
 
 
-def test_an_objective_that_holds_itself_is_tried(small_mnist: Mnist) -> None:
-    class Tree:
-        def __init__(self) -> None:
-            self.parts: list[object] = [self]
-            self.parts.append(self.parts)
+# ---- what is unusual and meant so
 
-        def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            logits = net(images)
-            return F.cross_entropy(logits, labels), logits
 
-    assert rehearse(declare(objective=Tree()), small_mnist).notices == []
+FILTERS, SPARSE, FROZEN = torch.ones(6, 1, 5, 5), torch.eye(3).to_sparse(), nn.Linear(90, 10).requires_grad_(False)
+
+
+class Fixed(Convolutions):
+    """Has filters and a frozen layer that all networks share and none changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filters", FILTERS)
+        self.register_buffer("sparse", SPARSE)
+        self.frozen = deepcopy(FROZEN)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.second(F.conv2d(images, self.filters, stride=3).relu() + self.first(images)).flatten(1)
+        return self.linear(hidden) + self.frozen(hidden)
+
+
+class Noisy(Convolutions):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images + torch.randn_like(images) * self.training)
 
 
 class KeepsActivation(Convolutions):
@@ -566,10 +451,61 @@ class KeepsActivation(Convolutions):
         return self.kept
 
 
-def test_the_average_of_a_network_that_keeps_an_activation_is_taken(small_mnist: Mnist) -> None:
-    experiment = declare(net=KeepsActivation, average=partial(AveragedModel, use_buffers=True))
-    assert rehearse(experiment, small_mnist).notices == []
-    assert len(list(fit(initial_network(experiment, 0, CPU), experiment, small_mnist, seed=0))) == 2
+class Auxiliary(Convolutions):
+    """Gives two outputs in training, as GoogLeNet does."""
+
+    def forward(self, images: Tensor) -> Any:
+        logits = super().forward(images)
+        return (logits, logits) if self.training else logits
+
+
+def of_both(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits, auxiliary = net(images)
+    return F.cross_entropy(logits, labels) + F.cross_entropy(auxiliary, labels), logits
+
+
+def adversarial(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    change = torch.zeros_like(images, requires_grad=True)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(net(images + change), labels), change)
+    logits = net(images + 0.1 * gradient.sign() + change)
+    return F.cross_entropy(logits, labels), logits
+
+
+class HoldsItself:
+    def __init__(self) -> None:
+        self.parts: list[object] = [self]
+        self.parts.append(self.parts)
+
+    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = net(images)
+        return F.cross_entropy(logits, labels), logits
+
+
+def by_numpy(images: Tensor) -> Tensor:
+    factors = np.random.random((len(images), 1, 1, 1))  # noqa: NPY002  from the generator that is seeded
+    return images * torch.from_numpy(factors.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"net": Noisy},
+        {"net": Fixed, "objective": adversarial},
+        {"net": KeepsActivation, "average": partial(AveragedModel, use_buffers=True)},
+        {"net": Auxiliary, "objective": of_both},
+        {"objective": HoldsItself()},
+        {"augmentation": by_numpy},
+    ],
+)
+def test_what_is_meant_is_let_through_without_a_word(changes: dict[str, Any], small_mnist: Mnist) -> None:
+    rehearsal = rehearse(declare(**changes), small_mnist)
+    assert (rehearsal.notices, rehearsal.memory_format) == ([], torch.channels_last)
+
+
+def test_two_outputs_in_training_are_refused_without_an_objective(small_mnist: Mnist) -> None:
+    with pytest.raises(LabError, match="^net: gives a tuple"):
+        rehearse(declare(net=Auxiliary), small_mnist)
 
 
 class Recomputed(Convolutions):
@@ -609,21 +545,3 @@ def test_losses_of_half_precision_logits_are_not_rounded(small_mnist: Mnist) -> 
     for epoch in fit(initial_network(experiment, 0, CPU), experiment, small_mnist, seed=0):
         assert epoch.eval_loss * 512 % 1 != 0
         assert epoch.train_loss * 512 % 1 != 0
-
-
-class Auxiliary(Convolutions):
-    """Gives two outputs in training, as GoogLeNet does."""
-
-    def forward(self, images: Tensor) -> Any:
-        logits = super().forward(images)
-        return (logits, logits) if self.training else logits
-
-
-def test_two_outputs_in_training_are_the_objectives_business(small_mnist: Mnist) -> None:
-    def both(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits, auxiliary = net(images)
-        return F.cross_entropy(logits, labels) + F.cross_entropy(auxiliary, labels), logits
-
-    assert rehearse(declare(net=Auxiliary, objective=both), small_mnist).notices == []
-    with pytest.raises(LabError, match="^net: gives a tuple"):
-        rehearse(declare(net=Auxiliary), small_mnist)
