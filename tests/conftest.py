@@ -6,7 +6,6 @@ import os
 # makes training many times slower where another program is busy too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -26,7 +25,7 @@ import pytest
 from filelock import FileLock
 
 from forkserver import run_program
-from helpers import ROOT, TrackedRun, copy_store, read_runs
+from helpers import ROOT, TrackedRun, copy_store, first, read_runs
 
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
     from mnist_lab.data import Mnist
@@ -52,13 +51,7 @@ def mnist() -> "Mnist":
 @pytest.fixture(scope="session")
 def small_mnist(mnist: "Mnist") -> "Mnist":
     """Return the first 500 training and 300 test images, for trainings that take no time."""
-    return dataclasses.replace(
-        mnist,
-        train_images=mnist.train_images[:500],
-        train_labels=mnist.train_labels[:500],
-        test_images=mnist.test_images[:300],
-        test_labels=mnist.test_labels[:300],
-    )
+    return first(mnist, 500, 300)
 
 
 @pytest.fixture(scope="session")

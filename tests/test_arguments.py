@@ -3,7 +3,6 @@
 import collections
 import enum
 import functools
-import math
 import operator
 import random
 from collections.abc import Callable
@@ -80,13 +79,9 @@ def in_itself() -> list[object]:
 
 
 TEXTS = [
-    (1, "1"),
-    (0.1, "0.1"),
     (1e-08, "1e-08"),
-    (True, "True"),
     (None, "None"),
     ("relu", "relu"),
-    ((0.9, 0.999), "(0.9, 0.999)"),
     ((1,), "(1,)"),
     ([1, "a"], "[1, 'a']"),
     ({"a": 1}, "{'a': 1}"),
@@ -100,15 +95,11 @@ TEXTS = [
     (Path("a/b"), "a/b"),
     (F.relu, "relu"),
     (torch.relu, "relu"),
-    (math.sin, "sin"),
     (np.tanh, "tanh"),
     (torch, "torch"),
     (functools.lru_cache(warm_up), "warm_up"),
     (nn.ReLU, "ReLU"),
-    (nn.ReLU(), "ReLU()"),
-    (nn.LeakyReLU(0.2), "LeakyReLU(negative_slope=0.2)"),
-    (nn.Sequential(nn.ReLU()), "Sequential(0=ReLU())"),
-    (nn.CrossEntropyLoss(label_smoothing=0.1), "CrossEntropyLoss(label_smoothing=0.1)"),
+    (nn.Sequential(nn.LeakyReLU(0.2)), "Sequential(0=LeakyReLU(negative_slope=0.2))"),
     (Rotation(9.0), "Rotation(degrees=9.0, relu=ReLU())"),
     (partial(F.leaky_relu, negative_slope=0.2), "leaky_relu(negative_slope=0.2)"),
     ({"act": [F.relu, nn.ReLU]}, "{'act': [relu, ReLU]}"),
@@ -139,7 +130,7 @@ def test_the_text_says_what_an_argument_is(value: object, text: str) -> None:
     assert stable_text(value) == text
 
 
-@pytest.mark.parametrize("make", [torch.zeros, torch.ones, np.zeros, np.ones], ids=["zeros", "ones", "np0", "np1"])
+@pytest.mark.parametrize("make", [torch.zeros, np.zeros], ids=["torch", "numpy"])
 def test_a_tensor_is_its_shape_type_and_values(make: Callable[[int], object]) -> None:
     values = make(3)
 
@@ -149,7 +140,7 @@ def test_a_tensor_is_its_shape_type_and_values(make: Callable[[int], object]) ->
     assert stable_text(values) != stable_text(make(3))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.complex64, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool])
 def test_tensors_of_every_type_have_a_text(dtype: torch.dtype) -> None:
     assert stable_text(torch.zeros(2, dtype=dtype)).startswith("Tensor(shape=(2,)")
 
@@ -183,7 +174,6 @@ class ShowsItsNumber:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda number: transforms.Lambda(scale_by(number)),
         lambda number: transforms.Compose([transforms.Lambda(scale_by(number))]),
         lambda number: scales(0.5, number),
         lambda number: nn.CrossEntropyLoss(weight=torch.full((10,), float(number))),
@@ -191,8 +181,7 @@ class ShowsItsNumber:
         lambda number: ShowsItsNumber(number),
     ],
     ids=[
-        "a function in a transform",
-        "in two",
+        "a function in two transforms",
         "a default",
         "a buffer",
         "a long list",
@@ -237,24 +226,15 @@ def test_what_a_part_holds_is_what_its_class_does_not_give_by_default() -> None:
     assert held(F.cross_entropy) == held(nn.ReLU) == held(None) == {}
 
 
-@pytest.mark.parametrize("text", ["3", "+3", "-3", "003"])
-def test_a_whole_number_is_read(text: str) -> None:
-    assert whole_number(text) == int(text)
+def test_a_number_is_read() -> None:
+    assert [whole_number(text) for text in ("3", "+3", "-3", "003")] == [3, 3, -3, 3]
+    assert [finite_number(text) for text in ("3", "-.5", "5e-2", "2.")] == [3, -0.5, 0.05, 2]
 
 
-@pytest.mark.parametrize("text", ["3", "-.5", "5e-2", "2."])
-def test_a_finite_number_is_read(text: str) -> None:
-    assert finite_number(text) == float(text)
-
-
-@pytest.mark.parametrize("text", ["", "٣", "３", "1_0", " 3", "3\n", "0x10", "two", "--3", "nan", "inf", "1e999", "."])
+@pytest.mark.parametrize("text", ["", "٣", "1_0", " 3", "3\n", "0x10", "two", "nan", "1e999", "."])
 def test_what_is_no_number_is_refused(text: str) -> None:
     for read in (whole_number, finite_number):
         with pytest.raises(ValueError, match="is not a"):
             read(text)
-
-
-@pytest.mark.parametrize("text", ["3.0", "1e3"])
-def test_what_is_no_whole_number_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a whole number"):
-        whole_number(text)
+        whole_number("3.0")

@@ -1,7 +1,6 @@
 """What a user types and sees: flags, refusals, signals, the terminal and its absence."""
 
 import io
-import os
 import re
 import runpy
 import shutil
@@ -15,20 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import tiny
 from conftest import FullRun
 from forkserver import SIGNALS, Program, run_program
-from helpers import ROOT, TINY, Terminal, TrackedRun, copy_store, read_runs, wait_until
+from helpers import ROOT, TINY, Terminal, TrackedRun, read_runs, wait_until
 from mnist_lab.cli import _parse, main
-from mnist_lab.commandline import interrupt_on_signals
 from mnist_lab.errors import LabError
 from mnist_lab.mistakes import sentence_about
 
-Load = Callable[[str], ModuleType]
 STEP1 = ROOT / "experiments" / "step1_baseline.py"
 BESIDE_THE_DATABASE = ("locks", "mlflow.db.lock", "mlflow.db-wal", "mlflow.db-shm")
 STEP4 = ROOT / "experiments" / "step4_augment_steplr.py"
@@ -47,6 +43,7 @@ def _signal_handlers_are_put_back() -> Iterator[None]:
 
 def test_a_run_prints_plain_lines_and_a_verdict_beside_targets_and_reported_figures(full_run: FullRun) -> None:
     output = full_run.stdout
+    assert not [shown for shown in ("\r", "\x1b", "images/s", "Conv2d") if shown in output]  # there is no terminal
     accuracy = full_run.tracked.metrics["final_test_accuracy"][0][1]
 
     assert output.startswith("step1_baseline seed 3 [epochs=1]: 10,970 parameters, 60,000 training images, on ")
@@ -67,10 +64,6 @@ def test_a_run_prints_plain_lines_and_a_verdict_beside_targets_and_reported_figu
     assert f"MLflow run {full_run.tracked.run_id}" in output
 
 
-def test_without_a_terminal_there_is_neither_bar_nor_summary(full_run: FullRun) -> None:
-    assert not [shown for shown in ("\r", "\x1b", "images/s", "Conv2d") if shown in full_run.stdout]
-
-
 def test_nothing_is_left_in_the_current_folder(full_run: FullRun) -> None:
     folder = full_run.database.parent.parent
 
@@ -84,17 +77,15 @@ def test_nothing_is_left_in_the_current_folder(full_run: FullRun) -> None:
 
 
 @pytest.fixture
-def refused(
-    load_script: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[Path, list[str]], str]:
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
     """Return what says how a command line is refused; it is given in this process, to save the imports."""
 
-    def refused(script: Path, flags: list[str]) -> str:
-        monkeypatch.setattr(sys, "argv", [str(script), *flags])
+    def refused(flags: list[str]) -> str:
+        monkeypatch.setattr(sys, "argv", [str(TINY), *flags])
         with pytest.raises(SystemExit) as refusal:
-            main(load_script(script.stem).EXPERIMENT)
+            main(tiny.EXPERIMENT)
         captured = capsys.readouterr()
-        assert (refusal.value.code, captured.out) == (2 if "usage:" in captured.err else 1, "")
+        assert (refusal.value.code, captured.out) == (1, "")
         return captured.err.splitlines()[-1]
 
     return refused
@@ -102,23 +93,19 @@ def refused(
 
 # The command line, the field that the sentence begins with, and what else it names.
 WRONG_VALUES = [
-    ("--set lrr=0.1", "lrr", "'lr'"),
     ("--set lr", "--set", "'lr'"),
     ("--epochs -1", "epochs", "-1"),
     ("--seeds 4294967296,1", "seed", "4294967296"),
     ("--seeds 2 --set lr=-1", "optimizer", "-1"),
-    ("--device tpu", "device", "'tpu'"),
     ("--holdout 10000 --limit 50001", "limit", "50,000"),
-    ("--holdout 60000", "holdout", "59,999"),
-    ("--holdout 4", "holdout", "4"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "field", "named"), WRONG_VALUES, ids=[flags for flags, *_ in WRONG_VALUES])
 def test_a_wrong_value_is_refused_by_its_name(
-    flags: str, field: str, named: str, refused: Callable[[Path, list[str]], str], uri: str, database: Path
+    flags: str, field: str, named: str, refused: Callable[[list[str]], str], uri: str, database: Path
 ) -> None:
-    sentence = refused(STEP4, [*flags.split(), "--tracking-uri", uri])
+    sentence = refused([*flags.split(), "--tracking-uri", uri])
 
     assert sentence.startswith(f"error: {field}: ")
     assert named in sentence
@@ -135,7 +122,7 @@ WRONG_FLAGS = {
     "--workers": ["2", "0 --seeds 3"],
     "--again": [""],
     "--cluster": ["auto"],
-    "--threads": ["0", "2 --seeds 3 --cluster auto"],
+    "--threads": ["0"],
     "--resume": ["abc --seeds 3", "abc --search 3"],
     "--confirm": ["3", "3 --seeds 2 --again"],
     "--search-seeds": ["2"],
@@ -159,7 +146,6 @@ def test_a_command_line_that_makes_no_sense_is_refused_by_its_flag(
     [
         ("--seeds 3", "seeds", [0, 1, 2]),
         ("--seeds 7,3", "seeds", [7, 3]),
-        ("--seeds 5-7", "seeds", [5, 6, 7]),
         ("--seeds 0-2,9", "seeds", [0, 1, 2, 9]),
         ("--seeds 2 --threads 2", "threads", 2),
         ("--seeds 2 --resume", "seeds", [0, 1]),
@@ -169,37 +155,16 @@ def test_flags_are_combined_as_people_do(line: str, name: str, value: object) ->
     assert getattr(_parse(TINY, tiny.EXPERIMENT, line.split()), name) == value
 
 
-@pytest.mark.parametrize("place", ["a foreign database", "a text file", "a folder", "nowhere to write", "foo://x"])
-def test_a_store_that_is_none_is_refused(place: str, refused: Callable[[Path, list[str]], str], tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("my notes\n")
-    with closing(sqlite3.connect(tmp_path / "photos.db")) as connection, connection:
-        connection.execute("CREATE TABLE photos (name TEXT)")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    uri = {
-        "a foreign database": f"sqlite:///{tmp_path}/photos.db",
-        "a text file": f"sqlite:///{tmp_path}/notes.txt",
-        "a folder": f"sqlite:///{tmp_path}",
-        "nowhere to write": f"sqlite:///{tmp_path}/notes.txt/mlflow.db",
-    }.get(place, place)
+def test_what_is_no_uri_is_not_shown(refused: Callable[[list[str]], str]) -> None:
+    for words in ("host=db password=SECRET", "postgresql:bob:SECRET@db/x", "SECRET"):
+        sentence = refused(["--tracking-uri", words])
 
-    sentence = refused(STEP1, ["--tracking-uri", uri])
-
-    assert sentence.startswith("error: tracking store ")
-    assert uri.removeprefix("sqlite:///") in sentence
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert sentence.startswith("error: tracking store: ")
+        assert "SECRET" not in sentence
 
 
-@pytest.mark.parametrize("words", ["host=db password=SECRET", "postgresql:bob:SECRET@db/x", "SECRET"])
-def test_what_is_no_uri_is_not_shown(words: str, refused: Callable[[Path, list[str]], str]) -> None:
-    sentence = refused(STEP1, ["--tracking-uri", words])
-
-    assert sentence.startswith("error: tracking store: ")
-    assert "SECRET" not in sentence
-
-
-@pytest.mark.parametrize("flags", ["--help", "--seeds 3,3"])
-def test_what_argparse_can_answer_is_said_before_anything_slow_is_imported(flags: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-X", "importtime", str(STEP4), *flags.split()]
+def test_help_is_given_before_anything_slow_is_imported(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(STEP4), "--help"]
 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
@@ -207,11 +172,8 @@ def test_what_argparse_can_answer_is_said_before_anything_slow_is_imported(flags
     assert "mnist_lab.console" in imported
     assert not imported & {"mlflow", "pandas", "matplotlib", "torchvision"}
     assert list(tmp_path.iterdir()) == []
-    if flags == "--help":
-        for shown in ("--seeds", "--holdout", "--set NAME=VALUE", "lr=0.1", "momentum=0.9", "degrees=7.0"):
-            assert shown in done.stdout
-    else:
-        assert done.returncode == 2
+    for shown in ("--seeds", "--holdout", "--set NAME=VALUE", "lr=0.1", "momentum=0.9", "degrees=7.0"):
+        assert shown in done.stdout
 
 
 # ---- a mistake in a script
@@ -226,10 +188,8 @@ REFUSED_CALLS = [
     ("epochs=14", "scheduler=StepLR(2, gamma=0.1), epochs=14", "scheduler", "partial(StepLR, step_size=2, gamma=0.1)"),
 ]
 MISTAKES = [
-    ("epochs=14", "epochs=-3", "epochs", "-3"),
     ("nn.Conv2d(10, 10, 7", "nn.Conv2d(10, 9, 7", "net", "(128, 9)"),
     REFUSED_CALLS[0],
-    REFUSED_CALLS[-1],
 ]
 
 
@@ -292,13 +252,12 @@ def test_a_second_call_of_main_is_refused(uri: str, database: Path, tmp_path: Pa
     assert [run.status for run in read_runs(database)] == ["FINISHED"]
 
 
-@pytest.mark.parametrize("way", ["-c", "a notebook", "a console", "stdin"])
+@pytest.mark.parametrize("way", ["-c", "a notebook"])
 def test_main_is_refused_where_no_script_is_started(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cell's code can't be found again: two networks would be one step with one digest."""
     kernel = metadata.distribution("ipykernel").locate_file("ipykernel_launcher.py")
-    program = {"-c": "-c", "a notebook": str(kernel), "stdin": "-"}.get(way, __file__)
-    monkeypatch.setattr(sys, "argv", [program, "--seed", "1"])
-    cell = compile("main(EXPERIMENT)", "<cell>" if way == "a console" else __file__, "exec")
+    monkeypatch.setattr(sys, "argv", [str(kernel) if way == "a notebook" else way, "--seed", "1"])
+    cell = compile("main(EXPERIMENT)", __file__, "exec")
 
     with pytest.raises(LabError) as refusal:
         exec(cell, {"main": main, "EXPERIMENT": tiny.EXPERIMENT})  # noqa: S102
@@ -407,36 +366,24 @@ def train(database: Path) -> Iterator[Callable[..., Training]]:
         training.process.wait()
 
 
-@pytest.fixture(scope="module")
-def on_terminal(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingOnTerminal]:
-    database = copy_store(empty_store, tmp_path_factory.mktemp("on_terminal") / "runs.db")
+def test_a_terminal_shows_summary_bar_and_epochs_and_its_end_is_that_of_the_training(database: Path) -> None:
     training = TrainingOnTerminal(database, limit=3000)
-    yield training
-    training.terminal.hang_up()
-    training.process.kill()
-    training.process.wait()
+    try:
+        wait_until(lambda: "\repoch      2/100000  " in training.terminal.text(), training.process)
+        shown = training.terminal.text()
+    finally:
+        training.terminal.hang_up()
+        run = training.ended()
 
-
-@pytest.fixture(scope="module")
-def shown(on_terminal: TrainingOnTerminal) -> str:
-    """Return what a terminal shows until the second epoch is through."""
-    wait_until(lambda: "\repoch      2/100000  " in on_terminal.terminal.text(), on_terminal.process)
-    return on_terminal.terminal.text()
-
-
-def test_a_terminal_shows_the_summary_with_receptive_fields(shown: str, on_terminal: TrainingOnTerminal) -> None:
-    (run,) = read_runs(on_terminal.database)
-
+    assert (run.status, training.process.returncode != 0) == ("KILLED", True)
+    assert (run.name, run.tags["step"]) == ("my_idea seed 0 [epochs=100000 limit=3000]", "my_idea")
+    assert (run.artifacts / "source" / "my_idea.py").read_bytes() == STEP1.read_bytes()
+    assert run.tags["git_commit"] == "none"  # it lies in no repository
     assert "Layer (type)               Output Shape         Param #   Receptive field\r\n" in shown
     assert re.search(r"Conv2d-23 +\[-1, 10, 1, 1\] +4,900 +28x28\r\n", shown)
     assert (run.artifacts / "model_summary.txt").read_text().replace("\n", "\r\n") in shown
-    assert "my_idea seed 0 [epochs=100000 limit=3000]: 10,970 parameters, 3,000 training images, on " in shown
-
-
-def test_a_terminal_shows_a_bar_and_then_the_epochs_line(shown: str, on_terminal: TrainingOnTerminal) -> None:
-    (run,) = read_runs(on_terminal.database)
+    assert f"{run.name}: 10,970 parameters, 3,000 training images, on " in shown
     first = shown[: shown.index("epoch 2/100000")]
-
     drawn = re.findall(
         r"\repoch 1/100000 +(\d+)%\|[^|]*\| (\d+)/3000 "
         r"\[\S+ left, +\d+\.\d\d images/s, loss \d\.\d{4}, accuracy \d+\.\d\d %\]",
@@ -448,22 +395,6 @@ def test_a_terminal_shows_a_bar_and_then_the_epochs_line(shown: str, on_terminal
     assert line is not None  # on the line of the bar, which was blanked before
     assert float(line[1]) == run.metrics["test_accuracy"][0][1]
     assert line.start() > first.rindex("images/s")
-
-
-def test_a_copied_script_is_tracked_under_its_own_name(shown: str, on_terminal: TrainingOnTerminal) -> None:
-    (run,) = read_runs(on_terminal.database)
-
-    assert (run.name, run.tags["step"]) == ("my_idea seed 0 [epochs=100000 limit=3000]", "my_idea")
-    assert (run.artifacts / "source" / "my_idea.py").read_bytes() == STEP1.read_bytes()
-    assert run.tags["git_commit"] == "none"  # it lies in no repository
-    assert set(run.tags["overrides"].split()) == {"epochs=100000", "limit=3000"}
-
-
-def test_closing_the_terminal_ends_the_training_in_order(shown: str, on_terminal: TrainingOnTerminal) -> None:
-    on_terminal.terminal.hang_up()
-
-    assert on_terminal.ended().status == "KILLED"
-    assert on_terminal.process.returncode != 0
 
 
 def test_ctrl_c_ends_the_training_in_order(train: Callable[..., Training]) -> None:
@@ -506,14 +437,3 @@ def check_that_it_ends_in_order(training: Training, number: signal.Signals) -> N
     assert "Interrupted" in training.process.stderr
     assert "--resume" in training.process.stderr
     assert "Traceback" not in training.process.stderr
-
-
-def test_an_ignored_signal_stays_ignored() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    interrupt_on_signals(signal.SIGHUP, signal.SIGTERM)
-
-    os.kill(os.getpid(), signal.SIGHUP)
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGTERM)

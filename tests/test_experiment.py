@@ -97,8 +97,7 @@ ALLOWED: list[dict[str, object]] = [
     {},
     {"scheduler": None, "augmentation": None},
     {"optimizer": Adam, "loss": nn.NLLLoss(), "net": lambda: Net(), "scheduler_interval": "batch"},
-    {"targets": Targets(accuracy=100, params=1, epochs=1)},
-    {"reported": {"best_test_accuracy": 99.46, "best_epoch": 11, "final_test_loss": 0.0204}},
+    {"targets": Targets(accuracy=100, params=1, epochs=1), "reported": {"best_epoch": 11, "final_test_loss": 0.0204}},
     {"scheduler": partial(LambdaLR, lr_lambda=[named_factor]), "net": partial(NetOf, act=F.gelu)},
     {"scheduler": partial(LambdaLR, lr_lambda=factor_of(named_factor)), "augmentation": Transform("<lambda>")},
     {"net": partial(Net, name="7")},
@@ -198,48 +197,37 @@ def test_what_is_not_declared_is_none_or_left_out() -> None:
     assert {"scheduler_interval", "step_size", "degrees", "dropout"}.isdisjoint(flat)
 
 
-def test_given_arguments_and_defaults_of_the_scripts_own_functions_are_declared() -> None:
-    loss = partial(F.cross_entropy, label_smoothing=0.1)
-    flat = declare(augmentation=crop_and_rotate, net=partial(Net, dropout=0.3), loss=loss).hyperparameters()
-
-    assert {"size": 22, "p": 0.1, "degrees": 15.0, "dropout": 0.3, "label_smoothing": 0.1}.items() <= flat.items()
-
-
-def test_what_a_part_holds_is_declared_too() -> None:
-    flat = declare(augmentation=RandomRotation(30), loss=nn.CrossEntropyLoss(label_smoothing=0.1)).hyperparameters()
-
-    assert (flat["augmentation"], flat["degrees"]) == ("RandomRotation", [-30.0, 30.0])
-    assert (flat["loss"], flat["label_smoothing"]) == ("CrossEntropyLoss", 0.1)
-    assert declare(loss=nn.CrossEntropyLoss()).hyperparameters() == declare().hyperparameters() | {
-        "loss": "CrossEntropyLoss"
-    }
+@pytest.mark.parametrize(
+    ("changes", "declared"),
+    [
+        ({"augmentation": crop_and_rotate}, {"size": 22, "p": 0.1, "degrees": 15.0}),
+        ({"loss": partial(F.cross_entropy, label_smoothing=0.1)}, {"loss": "cross_entropy", "label_smoothing": 0.1}),
+        ({"augmentation": RandomRotation(30)}, {"augmentation": "RandomRotation", "degrees": [-30.0, 30.0]}),
+        (
+            {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+            {"loss": "CrossEntropyLoss", "label_smoothing": 0.1},
+        ),
+    ],
+)
+def test_what_a_part_holds_and_its_own_defaults_are_declared(
+    changes: dict[str, object], declared: dict[str, object]
+) -> None:
+    assert declared.items() <= declare(**changes).hyperparameters().items()
 
 
 class NetWithMomentum(Net):
-    def __init__(self, momentum: float = 0.5, epochs: int = 3) -> None:
+    def __init__(self, momentum: float = 0.5, epochs: int = 3, augmentation: bool = True, seed: int = 7) -> None:
         super().__init__()
         self.momentum = momentum
 
 
-def test_a_name_that_two_parts_use_is_qualified_in_the_second() -> None:
+def test_a_name_that_two_parts_or_the_run_use_is_qualified_in_the_second() -> None:
     flat = declare(net=NetWithMomentum, scheduler=partial(OneCycleLR, max_lr=0.2, epochs=5)).hyperparameters()
 
     assert (flat["momentum"], flat["net.momentum"]) == (0.9, 0.5)
     assert (flat["epochs"], flat["scheduler.epochs"], flat["net.epochs"]) == (14, 5, 3)
-
-
-class NetWithReservedNames(Net):
-    def __init__(self, augmentation: bool = True, seed: int = 7, device: str = "cpu") -> None:
-        super().__init__()
-
-
-def test_an_argument_never_hides_a_part_or_what_the_run_itself_logs() -> None:
-    flat = declare(net=NetWithReservedNames).hyperparameters()
-
-    assert flat["augmentation"] == "random_rotation"
-    assert (flat["net.augmentation"], flat["net.seed"], flat["net.device"]) == (True, 7, "cpu")
+    assert (flat["augmentation"], flat["net.augmentation"], flat["net.seed"]) == ("random_rotation", True, 7)
     assert "seed" not in flat
-    assert "device" not in flat
 
 
 # ---- override()
@@ -250,15 +238,10 @@ def test_an_argument_never_hides_a_part_or_what_the_run_itself_logs() -> None:
     [
         ("epochs", 2, 2),
         ("epochs", "2", 2),
-        ("batch_size", "64", 64),
-        ("lr", "0.05", 0.05),
         ("lr", "5e-2", 0.05),
         ("lr", 1, 1.0),
-        ("lr", "1", 1.0),
-        ("step_size", "3", 3),
         ("dropout", "0", 0.0),
         ("bias", "True", True),
-        ("name", "residual", "residual"),
         ("name", "7", "7"),
         ("degrees", "-1.5", -1.5),
     ],
@@ -281,8 +264,10 @@ def test_a_tuple_is_read_as_one_and_what_is_declared_as_none_takes_any_value() -
 
 
 def test_overrides_reach_what_is_built() -> None:
-    changed, overrides = declare().override({"lr": "0.05", "momentum": 0, "dropout": 0.5, "gamma": 0.1, "degrees": 0})
+    experiment = declare()
+    changed, overrides = experiment.override({"lr": "0.05", "momentum": 0, "dropout": 0.5, "gamma": 0.1, "degrees": 0})
 
+    assert experiment.hyperparameters() == declare().hyperparameters()
     net = changed.net()
     optimizer = changed.optimizer(net.parameters())
     scheduler = changed.scheduler(optimizer)
@@ -302,22 +287,8 @@ def test_a_qualified_name_changes_its_own_part_only() -> None:
     assert changed.net().momentum == 0.7
     assert changed.optimizer.keywords["momentum"] == 0.9
 
-    changed, _ = experiment.override({"momentum": "0.7"})
-    assert changed.net().momentum == 0.5
-    assert changed.optimizer.keywords["momentum"] == 0.7
-
     changed, _ = experiment.override({"epochs": 2, "net.epochs": 4})
     assert (changed.epochs, changed.hyperparameters()["net.epochs"]) == (2, 4)
-
-
-def test_the_original_is_left_unchanged() -> None:
-    experiment = declare()
-    before = experiment.hyperparameters()
-
-    experiment.override({"lr": 1, "epochs": 1, "dropout": 0.5, "step_size": 9, "degrees": 1})
-
-    assert experiment.hyperparameters() == before
-    assert experiment.optimizer.keywords == {"lr": 0.1, "momentum": 0.9}
 
 
 def test_values_equal_to_the_declared_are_no_overrides() -> None:

@@ -1,4 +1,4 @@
-"""Whatever is typed, declared or found in a data file: it works, or one sentence names what is wrong with it.
+"""Whatever is typed or declared: it works, or one sentence names what is wrong with it.
 
 Hypothesis makes the inputs, from a fixed seed. It takes some of the constants in the code that is loaded among them.
 """
@@ -6,19 +6,16 @@ Hypothesis makes the inputs, from a fixed seed. It takes some of the constants i
 import contextlib
 import copy
 import dataclasses
-import gzip
 import io
 import itertools
 import math
-import os
 import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -33,8 +30,8 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 
 from forkserver import SIGNALS
-from helpers import read_runs, read_value
-from mnist_lab import Experiment, Targets, data
+from helpers import first, read_runs, read_value
+from mnist_lab import Experiment, Targets
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.cli import main
 from mnist_lab.data import Mnist
@@ -47,7 +44,6 @@ from mnist_lab.training.loop import fit
 
 FEW, MANY = 25, 2_000
 HOW_MANY = pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
-SECONDS = 300  # that one input may take, on a busy machine too, before it counts as a hang
 settings.register_profile(
     "lab", max_examples=FEW, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -56,14 +52,7 @@ settings.load_profile("lab")
 
 @pytest.fixture
 def tiny_mnist(mnist: Mnist) -> Mnist:
-    """Return the first 130 training and 60 test images."""
-    return dataclasses.replace(
-        mnist,
-        train_images=mnist.train_images[:130],
-        train_labels=mnist.train_labels[:130],
-        test_images=mnist.test_images[:60],
-        test_labels=mnist.test_labels[:60],
-    )
+    return first(mnist, 130, 60)
 
 
 @pytest.fixture(autouse=True)
@@ -75,24 +64,6 @@ def _short_schedules_and_settings_put_back(monkeypatch: pytest.MonkeyPatch) -> I
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-class Hang(BaseException):
-    """Not an Exception, so that nothing takes it for a fault of what was tried."""
-
-
-@contextlib.contextmanager
-def no_hang(shown: object) -> Iterator[None]:
-    def give_up(signum: int, frame: FrameType | None) -> None:
-        raise Hang(f"not through after {SECONDS} seconds: {shown!r}")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # ---- what people may give for a value
@@ -224,7 +195,7 @@ class Desk:
         stdout, stderr = io.StringIO(), io.StringIO()
         given = ["--tracking-uri", f"sqlite:///{self.database}", *arguments]
         try:
-            with no_hang(arguments), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
                 main(EXPERIMENT, given)
         except Begun:
             return "begun"
@@ -264,32 +235,9 @@ def desk(tiny_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytest.
     return Desk(script, database, [*places, "sqlite:", "sqlite:///", "sqlite:///a?b", "foo://x", "http://127.0.0.1:9"])
 
 
-written: list[str] = []  # what this process opens to write or makes, while a test looks
-
-
-@pytest.fixture
-def watched_files() -> Iterator[list[str]]:
-    """Return the list of the files and folders that are made or written to while the test runs."""
-    looking = [True]
-
-    def look(event: str, arguments: tuple[Any, ...]) -> None:
-        if not looking[0]:
-            return
-        if event in ("os.mkdir", "os.rename", "os.remove") or (
-            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        ):
-            with contextlib.suppress(TypeError, ValueError):
-                written.append(os.path.abspath(os.fsdecode(arguments[1 if event == "os.rename" else 0])))  # noqa: PTH100
-
-    written.clear()
-    sys.addaudithook(look)
-    yield written
-    looking[0] = False
-
-
 @HOW_MANY
 def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
-    examples: int, desk: Desk, watched_files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examples: int, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begin(*arguments: object, **more: object) -> None:
         raise Begun
@@ -312,9 +260,7 @@ def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
             assert any(argument.startswith(about) for argument in arguments), outcome
             if about == ("--set",) and not re.match("--set|net|optimizer|scheduler|augmentation|loss", outcome):
                 names = [argument.removeprefix("--set=").partition("=")[0].strip() for argument in arguments]
-                assert outcome.startswith(tuple(f"{way}: " for name in names for way in (name, quoted(name)))), outcome[
-                    :99
-                ]
+                assert outcome.startswith(tuple(f"{way}: " for name in names for way in (name, quoted(name)))), outcome
         assert read_value(desk.database, "SELECT COUNT(*) FROM runs") == 0
 
     holds()
@@ -322,11 +268,6 @@ def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
     print(outcomes)
     assert sum(outcomes.values()) >= examples
     assert min(outcomes[kind] for kind in ("begun", "usage", "sentence")) >= examples / 20
-    inside = (str(tmp_path), "/dev/", "/proc/")
-    own = ("__pycache__", ".hypothesis", "torchinductor")  # caches of Python, Hypothesis and torch
-    assert {
-        path for path in watched_files if not path.startswith(inside) and not any(part in path for part in own)
-    } == set()
 
 
 @pytest.mark.parametrize(
@@ -363,62 +304,12 @@ class Awkward:
         raise RuntimeError("no repr")
 
 
-def giving(change: Callable[[Tensor], object]) -> type[nn.Module]:
-    class Changed(Net):
-        def forward(self, images: Tensor) -> Any:
-            return change(super().forward(images))
-
-    return Changed
-
-
 def raises(*arguments: object) -> Tensor:
     raise KeyError("of no use")
 
 
 def fewer(images: Tensor) -> Tensor:
     return images[1:]
-
-
-def infinite(images: Tensor) -> Tensor:
-    return images * torch.inf
-
-
-def first_argument(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits
-
-
-def infinite_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.sum() * torch.inf
-
-
-def one(logits: Tensor, labels: Tensor) -> float:
-    return 1.0
-
-
-def loss_only(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(net(images), labels)
-
-
-def logits_only(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return net(images)
-
-
-def logits_of_fewer(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    logits = net(images)
-    return logits.sum(), logits[1:]
-
-
-def loss_of_each(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    logits = net(images)
-    return nn.functional.cross_entropy(logits, labels, reduction="none"), logits
-
-
-def not_of_the_network(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.zeros((), requires_grad=True) * 1, net(images)
-
-
-def average_of_another(net: nn.Module) -> AveragedModel:
-    return AveragedModel(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)))
 
 
 anything = st.one_of(
@@ -455,9 +346,7 @@ ODD: dict[str, st.SearchStrategy[Any]] = {
     "net": st.builds(partial, st.just(Net), dropout=numbers)
     | st.builds(partial, st.just(Net), scale=st.floats())
     | st.builds(partial, st.just(Net), width=numbers)
-    | st.sampled_from(
-        [lambda y: y[:, :5], lambda y: y[1:], lambda y: y.sum(), lambda y: y * torch.nan, str, raises]
-    ).map(giving),
+    | st.sampled_from([str, raises]),
     "epochs": whole | huge,
     "batch_size": whole | huge,
     "optimizer": st.builds(partial, st.just(SGD), lr=numbers, momentum=numbers)
@@ -467,11 +356,10 @@ ODD: dict[str, st.SearchStrategy[Any]] = {
     | st.builds(partial, st.just(ExponentialLR), gamma=numbers),
     "scheduler_interval": text,
     "augmentation": st.builds(partial, st.just(random_rotation), degrees=numbers)
-    | st.sampled_from([fewer, infinite, torch.Tensor.long, torch.mean, raises, lambda x: x]),
-    "loss": st.sampled_from([first_argument, infinite_sum, one, raises, lambda y, t: y.sum()]),
-    "objective": st.builds(partial, st.just(mixup), alpha=numbers)
-    | st.sampled_from([loss_only, logits_only, logits_of_fewer, loss_of_each, not_of_the_network, raises, mixup]),
-    "average": st.sampled_from([nn.Module, str, raises, average_of_another, copy.deepcopy]),
+    | st.sampled_from([fewer, torch.Tensor.long, torch.mean, raises, lambda x: x]),
+    "loss": st.sampled_from([torch.add, raises, lambda y, t: y.sum()]),
+    "objective": st.builds(partial, st.just(mixup), alpha=numbers) | st.sampled_from([torch.add, raises, mixup]),
+    "average": st.sampled_from([nn.Module, str, raises, copy.deepcopy]),
     "normalize": st.tuples(numbers, numbers) | st.tuples(st.floats(-2, 2), st.floats(0.1, 2)),
     "targets": st.builds(Targets, accuracy=anything, params=anything, epochs=anything),
     "reported": st.dictionaries(
@@ -496,9 +384,7 @@ def declarations(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
 
 @HOW_MANY
 def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples: int, tiny_mnist: Mnist) -> None:
-    few = dataclasses.replace(
-        tiny_mnist, train_images=tiny_mnist.train_images[:8], train_labels=tiny_mnist.train_labels[:8]
-    )
+    few = first(tiny_mnist, 8, 60)
     outcomes: Counter[str] = Counter()
     named: Counter[str] = Counter()
 
@@ -507,11 +393,10 @@ def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples:
     def holds(declared: tuple[dict[str, Any], set[str]]) -> None:
         fields, odd = declared
         try:
-            with no_hang(odd):
-                experiment = Experiment(**fields)
-                experiment.check()
-                experiment.hyperparameters()
-                rehearsal.rehearse(experiment, tiny_mnist)
+            experiment = Experiment(**fields)
+            experiment.check()
+            experiment.hyperparameters()
+            rehearsal.rehearse(experiment, tiny_mnist)
         except LabError as refusal:
             sentence = str(refusal)
             assert sentence.isprintable()
@@ -531,14 +416,13 @@ def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples:
             named[field[1]] += 1
             return
         outcomes["accepted"] += 1
-        with no_hang(odd):
-            try:
-                (metrics,) = fit(experiment.net(), dataclasses.replace(experiment, epochs=1), few, seed=0)
-            except LabError as diverged:
-                if not str(diverged).startswith("loss: "):
-                    raise
-            else:
-                assert metrics.train_images == 8
+        try:
+            (metrics,) = fit(experiment.net(), dataclasses.replace(experiment, epochs=1), few, seed=0)
+        except LabError as diverged:
+            if diverged.field != "loss":
+                raise
+        else:
+            assert metrics.train_images == 8
 
     holds()
 
@@ -546,53 +430,3 @@ def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples:
     assert min(outcomes.values()) >= examples / 20
     if examples == MANY:
         assert named.keys() >= {name for name in ODD if name != "reported"}
-
-
-# ---- data files
-
-
-LABELS = data.IDX_FILES[3]
-DAMAGES: dict[str, Callable[[bytes, int, bytes], bytes]] = {
-    "cut": lambda content, at, some: content[:at],
-    "longer": lambda content, at, some: content[:at] + some + content[at:],
-    "flipped": lambda content, at, some: content[:at] + bytes([content[at] ^ 1 << some[0] % 8]) + content[at + 1 :],
-    "magic": lambda content, at, some: some[:4].ljust(4, b"\0") + content[4:],
-    "swapped": lambda content, at, some: content[at:] + content[:at],
-    "other": lambda content, at, some: some,
-    "bomb": lambda content, at, some: gzip.compress(bytes(2**20)) * 200,
-}
-
-
-@HOW_MANY
-def test_any_damaged_data_file_is_refused_by_its_checksum(
-    examples: int, mnist: Mnist, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    good = b"\0\0\x08\x01\0\0\x27\x10" + bytes(mnist.test_labels.tolist())
-    forms: dict[str, Callable[[Callable[[bytes], bytes]], bytes]] = {
-        "": lambda damaged: damaged(good),
-        ".gz": lambda damaged: gzip.compress(damaged(good)),
-        "of gzip.gz": lambda damaged: damaged(gzip.compress(good, mtime=0)),
-    }
-
-    @settings(max_examples=examples)
-    @given(
-        st.sampled_from(["MNIST/raw/", ""]),
-        st.sampled_from(list(forms)),
-        st.sampled_from(list(DAMAGES)),
-        st.floats(0, 1, exclude_max=True),
-        st.binary(min_size=1, max_size=300),
-    )
-    def holds(place: str, form: str, kind: str, position: float, some: bytes) -> None:
-        content = forms[form](lambda whole: DAMAGES[kind](whole, int(position * len(whole)), some))
-        file = tmp_path / f"{place}{LABELS.name}{'.gz' if form else ''}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-        caplog.clear()
-        with no_hang(kind):
-            found = data._find(tmp_path, LABELS)
-        file.unlink()
-        # Some damage leaves the content as it was: in gzip's header, say, or no byte more than before.
-        assert found in (None, good)
-        assert found or f"not used: {file} (" in caplog.text
-
-    holds()

@@ -58,15 +58,10 @@ def test_a_clean_repository(repository: Path) -> None:
     assert state.tags == {"git_commit": state.sha, "git_dirty": "false"}
 
 
-LIKED = [
-    "[color]\n\tui = always",
-    "[diff]\n\texternal = echo",
-    "[diff]\n\tnoprefix = true",
-    "[diff]\n\trelative = true",
-]
+LIKED = "[color]\n\tui = always\n[diff]\n\texternal = echo\n\tnoprefix = true\n\trelative = true"
 
 
-@pytest.mark.parametrize("setting", ["", *LIKED], ids=["plain", "color", "external", "noprefix", "relative"])
+@pytest.mark.parametrize("setting", ["", LIKED], ids=["plain", "liked"])
 def test_the_diff_makes_the_same_files_of_the_commit(setting: str, repository: Path, tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "--quiet", str(repository), str(clone))
@@ -163,9 +158,7 @@ def test_new_files_elsewhere_and_links_are_changes_but_only_named(repository: Pa
     assert all(f"{name!r}" in state.diff for name in [*names, "experiments/innocent.txt"])
 
 
-@pytest.mark.parametrize(
-    "name", [".env", "prod.env", "server.pem", "ID_RSA.bak", "client_secret.txt", "api-token.txt", "Passwords/a.txt"]
-)
+@pytest.mark.parametrize("name", [".env", "server.pem", "ID_RSA.bak", "client_secret.txt", "Passwords/a.txt"])
 @pytest.mark.parametrize("tracked", [True, False])
 def test_keys_and_passwords_are_left_out_by_name(tracked: bool, name: str, repository: Path) -> None:
     file = repository / "experiments" / name
