@@ -19,7 +19,6 @@ from mnist_lab import Experiment, Targets
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import quoted
-from mnist_lab.objectives import mixup
 
 
 class Net(nn.Module):
@@ -158,12 +157,6 @@ def test_a_declaration_that_cannot_be_right_is_refused_by_its_field(field: str, 
     assert refusal.value.field == field
     assert named in str(refusal.value)
     assert "\n" not in str(refusal.value)
-
-
-def test_a_loss_beside_an_objective_is_refused() -> None:
-    with pytest.raises(LabError) as refusal:
-        declare(loss=F.cross_entropy, objective=mixup).check()
-    assert refusal.value.field == "objective"
 
 
 # ---- hyperparameters()

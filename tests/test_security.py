@@ -1,10 +1,8 @@
 """What comes from elsewhere, files and names, runs no code and stays in its folder."""
 
 import argparse
-import ast
-import json
 import os
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
 import mlflow
@@ -23,48 +21,22 @@ from mnist_lab.training.loop import EpochMetrics
 from pages import PAGE, T0
 from run_writer import write_run
 
-UNSAFE = {"eval", "exec", "read_pickle", "unsafe_load"}
-UNSAFE_MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
-
-
 # ---- what the repository loads
 
 
-def sources() -> Iterator[tuple[str, str]]:
-    """Yield the name and the text of each program of the repository, cells of notebooks included."""
-    for folder in ("mnist_lab", "experiments", "docs", "benchmarks"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            yield str(file.relative_to(ROOT)), file.read_text()
-    for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        for number, cell in enumerate(json.loads(file.read_text())["cells"]):
-            if cell["cell_type"] == "code":
-                lines = [line for line in cell["source"] if not line.startswith(("%", "!"))]
-                yield f"{file.name}[{number}]", "".join(lines)
-
-
-def unsafe_loads(text: str) -> list[str]:
-    """Return the calls that may run what they load."""
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.Call):
-            continue
-        given = {argument.arg: getattr(argument.value, "value", None) for argument in node.keywords}
-        match ast.unparse(node.func).split("."):
-            case ["torch", "load"] if given.get("weights_only") is not True:
-                found.append(ast.unparse(node))
-            case ["np" | "numpy", "load"] if given.get("allow_pickle", False) is not False:
-                found.append(ast.unparse(node))
-            case [module, *_, "load" | "loads" | "Unpickler"] if module in UNSAFE_MODULES:
-                found.append(ast.unparse(node))
-            case [*owner, name] if name in UNSAFE and (not owner or name not in ("eval", "exec")):
-                found.append(ast.unparse(node))
-            case [*_, "load_model"]:
-                found.append(ast.unparse(node))
-    return found
+# What may run what it loads; `eval`, `exec` and pickle's own functions are the linter's to find (S102, S301, S307).
+UNSAFE = re.compile(
+    r"torch\.load\((?!.*weights_only=True)|allow_pickle=True|\bload_model\(|\bunsafe_load\(|\bread_pickle\(|"
+    r"\b(dill|joblib|shelve|cloudpickle)\.(load|open|Unpickler)"
+)
 
 
 def test_every_file_is_loaded_without_running_what_is_in_it() -> None:
-    assert {name: found for name, text in sources() if (found := unsafe_loads(text))} == {}
+    folders = ("mnist_lab", "experiments", "docs", "benchmarks", "notebooks")
+    files = [file for folder in folders for end in ("py", "ipynb") for file in (ROOT / folder).rglob(f"*.{end}")]
+
+    assert {str(file): found[0] for file in files if (found := UNSAFE.search(file.read_text()))} == {}
+    assert UNSAFE.search("torch.load(file)")  # else it would find nothing
 
 
 # ---- files from elsewhere

@@ -295,7 +295,7 @@ def _check_average(trial: Trial) -> Iterator[str]:
     yield from notice_slow_average(trial.experiment, len(trial.mnist.train_images))
 
 
-def _check_steps(trial: Trial) -> Iterator[str]:
+def _check_steps(trial: Trial) -> list[str]:
     """Train both batch sizes that will come up: some networks fail on a last batch of one image only."""
     last = len(trial.mnist.train_images) % trial.experiment.batch_size or trial.batch_size
     for size in (trial.batch_size, last):
@@ -306,14 +306,14 @@ def _check_steps(trial: Trial) -> Iterator[str]:
         trial.untrained -= {name for name, p in trial.net.named_parameters() if p.grad is not None}
         if not predict(trial.net, trial.evaluated(2), trial.experiment.normalize).isfinite().all():
             raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
-    yield from ()
+    return []
 
 
-def _check_trained(trial: Trial) -> Iterator[str]:
+def _check_trained(trial: Trial) -> list[str]:
     images = trial.evaluated(FEW)
     _check_alike(trial.logits(images), trial.logits(images))
     trial.sharing.check()
-    yield from ()
+    return []
 
 
 def _check_scheduler(trial: Trial) -> Iterator[str]:
@@ -345,23 +345,17 @@ CHECKS: tuple[tuple[str, Check], ...] = (  # "loss" stands for the objective whe
 
 
 def _check_batch(images: object, labels: object, size: int) -> None:
-    if not isinstance(images, Tensor):
-        raise TypeError(f"gives a {type(images).__name__}, not a tensor of images")
-    if images.shape != (size, 1, 28, 28) or images.dtype != torch.float32:
-        given = f"{images.dtype} images of shape {tuple(images.shape)}"
-        raise ValueError(f"gives {given}, not torch.float32 of shape ({size}, 1, 28, 28)")
+    if not isinstance(images, Tensor) or images.shape != (size, 1, 28, 28) or images.dtype != torch.float32:
+        raise ValueError(f"gives {_kind(images)}, not torch.float32 images of shape ({size}, 1, 28, 28)")
     if not images.isfinite().all():
         raise ValueError("gives pixels that are not finite")
-    if not isinstance(labels, Tensor) or not _are_labels(labels, size):
-        given = f"{labels.dtype} labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else str(labels)
-        raise ValueError(f"gives {given}, not digits of shape ({size},) or probabilities of shape ({size}, 10)")
-
-
-def _are_labels(labels: Tensor, size: int) -> bool:
-    """Say whether these are digits (size,), or probabilities (size, 10)."""
-    if labels.ndim == 1:
-        return labels.shape == (size,) and labels.dtype == torch.int64
-    return labels.shape == (size, 10) and labels.is_floating_point()
+    are_digits = isinstance(labels, Tensor) and labels.shape == (size,) and labels.dtype == torch.int64
+    are_shares = isinstance(labels, Tensor) and labels.shape == (size, 10) and labels.is_floating_point()
+    if not are_digits and not are_shares:
+        raise ValueError(
+            f"gives {_kind(labels)} for the labels, not torch.int64 digits of shape ({size},) or probabilities of "
+            f"shape ({size}, 10)"
+        )
 
 
 def _image_by_image(trial: Trial) -> str:
@@ -414,7 +408,7 @@ def _notice_images(trial: Trial) -> Iterator[str]:
 
 def _check_logits(logits: object, size: int) -> None:
     if not isinstance(logits, Tensor):
-        raise TypeError(f"gives a {type(logits).__name__}, not a tensor of logits")
+        raise TypeError(f"gives {_kind(logits)}, not a tensor of logits")
     if logits.dtype not in (torch.float32, torch.float64, torch.float16):
         raise TypeError(f"gives {logits.dtype} logits; give torch.float32, e.g. by .float() on the output")
     if logits.shape != (size, 10):
@@ -441,7 +435,9 @@ def _checked_loss(returned: object, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _kind(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def _check_alike(again: Tensor, logits: Tensor) -> None:

@@ -244,7 +244,8 @@ def _held(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[V
     keys = [key for key in optimizer.param_groups[0] if key != "params"]  # a scheduler keeps others there
 
     def values() -> Values:
-        return [{key: _number(group[key]) for key in keys} for group in optimizer.param_groups]
+        held = [{key: group[key] for key in keys} for group in optimizer.param_groups]
+        return [{key: v.tolist() if isinstance(v, Tensor) else v for key, v in group.items()} for group in held]
 
     yield values()
     scheduler = build_scheduler(experiment, optimizer, num_images)
@@ -254,7 +255,3 @@ def _held(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[V
     for _ in range(_steps(experiment, num_images) - 1):
         scheduler.step()
         yield values()
-
-
-def _number(value: object) -> object:
-    return value.tolist() if isinstance(value, Tensor) else value

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +30,6 @@ from mnist_lab.running.progress import Progress
 from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training import dropout
 from mnist_lab.training.loop import fit, initial_network, num_params
-from mnist_lab.training.states import own_parts
 
 FLATTEN = partial(torch.flatten, start_dim=1)
 CPU = torch.device("cpu")
@@ -67,18 +66,6 @@ def view(images: Tensor) -> Tensor:
     return images.view(-1, 90)
 
 
-class StepsTwice(SGD):
-    """Fails in its second step with parameters in channels_last."""
-
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter]["steps"] = self.state[parameter].get("steps", 0) + 1
-                if self.state[parameter]["steps"] == 2:
-                    parameter.grad.view(-1)
-        return super().step(closure)
-
-
 def declare(**changes: Any) -> Experiment:
     fields: dict[str, Any] = {"net": Convolutions, "epochs": 2, "batch_size": 128, "optimizer": partial(SGD, lr=0.05)}
     return Experiment(**(fields | changes))
@@ -87,7 +74,6 @@ def declare(**changes: Any) -> Experiment:
 CONTIGUOUS = {
     "view": {"net": partial(Convolutions, flatten=view)},
     "LBFGS": {"optimizer": partial(LBFGS, lr=0.1, max_iter=2)},
-    "an optimizer that fails in its second step": {"optimizer": partial(StepsTwice, lr=0.05)},
     "view of the last batch": {"net": partial(Changing, by_view=lambda training, n: training and n == 500 % 128)},
     "view in evaluation": {"net": partial(Changing, by_view=lambda training, n: not training and n == 300)},
     "a parameter of five dimensions": {"net": lambda: WithFive()},
@@ -245,39 +231,6 @@ def test_a_copy_does_not_count_and_a_layer_that_is_trained_later_does(job: Calla
     assert f"Trainable params: {own:,}" in summary
 
 
-# ---- optimizers
-
-
-class SAM(Optimizer):
-    """Sharpness-aware minimization as it is usually written: gradients first, then `step` with a closure."""
-
-    def __init__(self, parameters: Iterable[Tensor], lr: float, rho: float = 0.05) -> None:
-        super().__init__(parameters, {"lr": lr, "rho": rho})
-        self.base = SGD(self.param_groups, lr=lr)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        assert closure is not None, "SAM requires a closure"
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
-        kept = [p.clone() for p in parameters]
-        for p in parameters:
-            p.add_(p.grad, alpha=self.param_groups[0]["rho"] / (norm.item() + 1e-12))
-        torch.enable_grad()(closure)()
-        for p, before in zip(parameters, kept, strict=True):
-            p.copy_(before)
-        self.base.step()
-
-
-def test_an_optimizer_that_evaluates_a_second_time_trains(small_mnist: Mnist) -> None:
-    experiment = declare(optimizer=partial(SAM, lr=0.05), scheduler=partial(StepLR, step_size=1))
-
-    rehearsal = rehearse(experiment, small_mnist)
-    first, second = fit(initial_network(experiment, 0, CPU, rehearsal.memory_format), experiment, small_mnist, seed=0)
-
-    assert second.train_loss < first.train_loss
-
-
 def test_every_size_that_is_evaluated_is_tried_with_a_hold_out_too(small_mnist: Mnist) -> None:
     held = replace(
         small_mnist, validation_images=small_mnist.train_images[:70], validation_labels=small_mnist.train_labels[:70]
@@ -390,34 +343,6 @@ def binary(logits: Tensor, labels: Tensor) -> Tensor:
 def test_what_trains_but_is_not_meant_is_said(changes: dict[str, Any], said: str, small_mnist: Mnist) -> None:
     [notice] = rehearse(declare(**changes), small_mnist).notices
     assert notice.startswith(said)
-
-
-class MeanTeacher:
-    """Keeps a copy of the first network that it sees, and counts."""
-
-    def __init__(self) -> None:
-        self.batches, self.teacher = 0, None
-
-    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        self.batches += 1
-        self.teacher = deepcopy(net).requires_grad_(False) if self.teacher is None else self.teacher
-        logits = net(images)
-        return F.cross_entropy(logits, labels) + F.mse_loss(logits, self.teacher(images)), logits
-
-
-def test_an_objective_that_remembers_begins_each_run_anew(small_mnist: Mnist) -> None:
-    experiment = declare(objective=MeanTeacher())
-
-    def train() -> list[float]:
-        net = initial_network(experiment, 5, CPU)
-        return [epoch.train_loss for epoch in fit(net, own_parts(experiment), small_mnist, seed=5)]
-
-    untouched = train()
-    notices = rehearse(experiment, small_mnist).notices
-    assert (experiment.objective.batches, experiment.objective.teacher) == (0, None)
-    assert train() == untouched
-    (notice,) = notices
-    assert notice.startswith("objective: changes batches, teacher from batch to batch, which `--resume` begins anew")
 
 
 # ---- what is unusual and meant so
