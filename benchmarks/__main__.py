@@ -2,31 +2,18 @@
 
     python benchmarks [NAME ...] [FLAGS]
 
-NAME: training, time_to_accuracy, augmentation, study, cluster, startup, tracking, memory, run_tables, gpu or server;
-all of them if none is given. FLAGS go to each of them: `--quick`, `--rounds N`, `--threads N` and `--out FOLDER` are
-known to all; `python benchmarks NAME --help` shows those of one.
+All of them are run if none is named. FLAGS go to each of them: `--quick`, `--rounds N`, `--threads N` and
+`--out FOLDER` are known to all; `python benchmarks NAME --help` shows those of one.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-NAMES = (
-    "training",
-    "time_to_accuracy",
-    "augmentation",
-    "study",
-    "cluster",
-    "startup",
-    "tracking",
-    "memory",
-    "run_tables",
-    "gpu",
-    "server",
-)
+FOLDER = Path(__file__).parent
+NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - {"__main__", "measure", "writeups"})
 
 
 def main() -> None:
@@ -36,17 +23,11 @@ def main() -> None:
     if flags and not flags[0].startswith("-"):
         sys.exit(f"benchmarks: {flags[0]!r} is none of {', '.join(NAMES)}")
     if not names and {"-h", "--help"} & set(flags):
-        print(__doc__)
+        print(f"{__doc__}\nNAME: {', '.join(NAMES)}")
         return
-    start = time.monotonic()
-    failed = [
-        name
-        for name in names or NAMES
-        if subprocess.run([sys.executable, str(Path(__file__).with_name(f"{name}.py")), *flags]).returncode != 0
-    ]
-    if failed:
+    ended = {name: subprocess.run([sys.executable, FOLDER / f"{name}.py", *flags]) for name in names or NAMES}
+    if failed := [name for name, done in ended.items() if done.returncode != 0]:
         sys.exit(f"benchmarks: failed: {', '.join(failed)}")
-    print(f"All measured in {(time.monotonic() - start) / 60:.1f} minutes.")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ which is torchvision's default; the lab's is bilinear, so PIL's bilinear one is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import writeups
-from measure import Laps, Report, Sample, Setting, interleave, load_experiment, make_parser, parse
+from measure import STEP, Laps, Report, Sample, Setting, interleave, load_experiment, make_parser, parse
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -24,23 +24,12 @@ LAB, ALONE = "lab", "lab: random_rotation alone"
 NEAREST, BILINEAR, NO_ROTATION = "write-ups (nearest pixel)", "write-ups, bilinear", "write-ups without rotation"
 
 
-def images_per_second(batches: int, laps: Laps) -> float:
+def images_per_second(batches: Iterable[object]) -> float:
     """Return the rate from batch to batch: the start of a loader's workers is left out."""
-    assert len(laps.laps) == batches
+    laps = Laps()
+    for _ in batches:
+        laps.lap()
     return BATCH_SIZE / laps.batch
-
-
-def loader(rotation: list[Callable[..., object]], images: int) -> Callable[[], float]:
-    """Return what measures a DataLoader over so many images."""
-    data = writeups.dataset(True, transforms.Compose([*rotation, transforms.ToTensor()]), images)
-
-    def measure() -> float:
-        laps = Laps()
-        for _ in DataLoader(data, shuffle=True, batch_size=BATCH_SIZE, num_workers=writeups.WORKERS):
-            laps.lap()
-        return images_per_second(images // BATCH_SIZE, laps)
-
-    return measure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,39 +42,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(parser, argv)
     batches = max(2, arguments.batches)
     report = Report(arguments)
-    mnist, augment = load_mnist(), Augmentation(load_experiment("step4_augment_steplr").augmentation)
+    mnist, augment = load_mnist(), Augmentation(load_experiment(STEP).augmentation)
     order = torch.randperm(batches * BATCH_SIZE)
-
-    def lab() -> float:
-        laps = Laps()
-        for batch in torch.split(order, BATCH_SIZE):
-            training_batch(mnist, batch, augment)
-            laps.lap()
-        return images_per_second(batches, laps)
-
     ready = mnist.train_images[:BATCH_SIZE].float() / 255
 
-    def alone() -> float:
-        laps = Laps()
-        for _ in range(batches):
-            random_rotation(ready, DEGREES)
-            laps.lap()
-        return images_per_second(batches, laps)
+    def lab() -> float:
+        return images_per_second(training_batch(mnist, batch, augment) for batch in torch.split(order, BATCH_SIZE))
 
-    bounds, images = (-DEGREES, DEGREES), batches * BATCH_SIZE
-    bilinear = transforms.InterpolationMode.BILINEAR
+    def loader(*rotation: Callable[..., object]) -> Callable[[], float]:
+        data = writeups.dataset(True, transforms.Compose([*rotation, transforms.ToTensor()]), batches * BATCH_SIZE)
+        batched = DataLoader(data, shuffle=True, batch_size=BATCH_SIZE, num_workers=writeups.WORKERS)
+        return lambda: images_per_second(batched)
+
+    bounds, bilinear = (-DEGREES, DEGREES), transforms.InterpolationMode.BILINEAR
     ways = {
         LAB: lab,
-        ALONE: alone,
-        NEAREST: loader([transforms.RandomRotation(bounds, fill=0)], images),
-        BILINEAR: loader([transforms.RandomRotation(bounds, interpolation=bilinear, fill=0)], images),
-        NO_ROTATION: loader([], images),
+        ALONE: lambda: images_per_second(random_rotation(ready, DEGREES) for _ in range(batches)),
+        NEAREST: loader(transforms.RandomRotation(bounds, fill=0)),
+        BILINEAR: loader(transforms.RandomRotation(bounds, interpolation=bilinear, fill=0)),
+        NO_ROTATION: loader(),
     }
     lab()  # warm up
-    rates = {name: Sample(tuple(rounds)) for name, rounds in interleave(ways, arguments.rounds).items()}
-    goal = {f"{LAB} / {NEAREST}": "10 or more"}
+    rates = {name: Sample(rounds) for name, rounds in interleave(ways, arguments.rounds).items()}
     ratios = {f"{LAB} / {other}": rates[LAB].per(rates[other]) for other in (NEAREST, BILINEAR, NO_ROTATION)}
-    report.section("random rotation", rates, ratios, unit="images/s", goals=goal)
+    report.section("random rotation", rates, ratios, unit="images/s", goals={f"{LAB} / {NEAREST}": "10 or more"})
     report.note("The lab works in the training process; the loader's two workers have the machine to themselves here.")
     report.write()
 

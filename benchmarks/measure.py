@@ -9,10 +9,11 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import importlib.util
 import json
 import math
 import os
+import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -21,17 +22,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tabulate import tabulate
 
+from mnist_lab.commandline import number_from
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import provenance
+
+if TYPE_CHECKING:
+    from mnist_lab.running.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(__file__).resolve().parent / "out"
 TRAIN_IMAGES, TEST_IMAGES = 60_000, 10_000
+STEP = "step4_augment_steplr"  # what is trained where a benchmark is about one experiment
 T = TypeVar("T")
 
 sys.path.append(str(ROOT / "tests"))  # run_writer fills a store with runs
@@ -52,16 +58,14 @@ class Setting:
 
 def make_parser(name: str, description: str | None, **settings: Setting) -> argparse.ArgumentParser:
     """Return the flags of one benchmark: its settings, and those that all benchmarks take."""
-    parser = argparse.ArgumentParser(
-        prog=f"{name}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(f"{name}.py", None, description, formatter_class=argparse.RawTextHelpFormatter)
+    count = {"type": number_from(1), "metavar": "N"}
     for flag, setting in settings.items():
         text = f"{setting.help} (default {setting.default}, with --quick {setting.quick})"
-        parser.add_argument(f"--{flag.replace('_', '-')}", type=int, metavar="N", help=text)
-    parser.add_argument(
-        "--quick", action="store_true", help="the smallest setting: shows that it works, measures little"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="of torch (default: torch's own choice)")
+        parser.add_argument(f"--{flag.replace('_', '-')}", help=text, **count)
+    quick = "the smallest setting: shows that it works, measures little"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--threads", help="of torch (default: torch's own choice)", **count)
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="FOLDER", help="of the JSON file (default: %(default)s)"
     )
@@ -75,12 +79,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     for flag, setting in arguments.settings.items():
         if getattr(arguments, flag) is None:
             setattr(arguments, flag, setting.quick if arguments.quick else setting.default)
-        if getattr(arguments, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')}: {getattr(arguments, flag)} is not 1 or more")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for the processes that a benchmark starts
     return arguments
+
+
+# ---- what is measured
 
 
 def script_of(step: str) -> Path:
@@ -90,12 +95,66 @@ def script_of(step: str) -> Path:
 
 def load_experiment(step: str) -> Experiment:
     """Return what experiments/<step>.py declares."""
-    spec = importlib.util.spec_from_file_location(f"experiments.{step}", script_of(step))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.EXPERIMENT
+    return runpy.run_path(str(script_of(step)))["EXPERIMENT"]
+
+
+def train(limit: int, epochs: int, progress: Progress) -> None:
+    """Train and track a run of step 4 in this process: a few epochs of `limit` images each."""
+    from mnist_lab.running import run as runner
+    from mnist_lab.running.job import Job
+
+    experiment = dataclasses.replace(load_experiment(STEP), epochs=epochs)
+    with temporary_store() as uri:
+        changes = {"epochs": epochs}
+        job = Job(script=script_of(STEP), experiment=experiment, overrides=changes, limit=limit, tracking_uri=uri)
+        runner.run(job, 0, progress)
+
+
+@contextlib.contextmanager
+def temporary_store() -> Iterator[str]:
+    """Yield the URI of a tracking store that does not exist yet, in a folder that is removed again."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield f"sqlite:///{Path(folder) / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that has ended: its wall and CPU seconds, and what it printed.
+
+    CPU seconds include those of the processes that it started and waited for.
+    """
+
+    wall: float
+    cpu: float
+    output: str
+
+    @property
+    def result(self) -> Any:
+        """What its last line says in JSON."""
+        return json.loads(self.output.splitlines()[-1])
+
+
+def run_fresh(*command: str | int | Path) -> Process:
+    """Run Python with these arguments in a new process, in the project's folder, to its end."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode != 0:
+        sys.exit(f"python {' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr}")
+    return Process(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout)
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Send what is printed to the null device, where printing it costs about as much as on a terminal."""
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 # ---- measuring
@@ -105,15 +164,16 @@ def load_experiment(step: str) -> Experiment:
 class Sample:
     """One figure, measured once in each round."""
 
-    rounds: tuple[float, ...]
+    rounds: Sequence[float]
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.rounds)
+    def summary(self) -> dict[str, Any]:
+        least, most = min(self.rounds), max(self.rounds)
+        return {"median": statistics.median(self.rounds), "least": least, "most": most, "rounds": self.rounds}
 
     def per(self, other: Sample) -> Sample:
         """Return the ratio to `other`, round by round."""
-        return Sample(tuple(a / b for a, b in zip(self.rounds, other.rounds, strict=True)))
+        return Sample([a / b for a, b in zip(self.rounds, other.rounds, strict=True)])
 
 
 def interleave(ways: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
@@ -167,66 +227,19 @@ class Laps:
         return self.laps[0] - self.start + self.batch * (batches - 1) + self.end - self.laps[-1]
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process that has ended: its wall and CPU seconds, and what it printed.
-
-    CPU seconds include those of the processes that it started and waited for.
-    """
-
-    wall: float
-    cpu: float
-    output: str
-
-
-def run_fresh(*command: str | Path) -> Process:
-    """Run Python with these arguments in a new process, in the project's folder, to its end."""
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=errors
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        errors.seek(0)
-        if process.returncode != 0:
-            sys.exit(f"python {' '.join(map(str, command))} ended with {process.returncode}:\n{errors.read()}")
-        return Process(wall, usage.ru_utime + usage.ru_stime, output.read())
-
-
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Send what is printed to the null device, where printing it costs about as much as on a terminal."""
-    with (
-        open(os.devnull, "w") as nowhere,  # noqa: PTH123
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def temporary_store() -> Iterator[str]:
-    """Yield the URI of a tracking store that does not exist yet, in a folder that is removed again."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        yield f"sqlite:///{Path(folder) / 'mlflow.db'}"
-
-
 # ---- reporting
 
 
 class Report:
-    """Prints sections of figures and ratios as they are measured, and writes all of them as JSON at the end."""
+    """Prints a table of figures and ratios for each section as it is measured; all of them go into one JSON file."""
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device | None = None) -> None:
         self.arguments = arguments
         self.sections: dict[str, dict[str, object]] = {}
         self.notes: list[str] = []
         self.environment = provenance.environment(device or torch.device("cpu"))
-        print(f"== {arguments.name}: {self.environment['hardware']}, {self.environment['threads']} threads, ", end="")
-        print(f"torch {self.environment['torch']}")
+        machine = f"{self.environment['hardware']}, {self.environment['threads']} threads"
+        print(f"== {arguments.name}: {machine}, torch {self.environment['torch']}")
 
     def section(
         self,
@@ -238,40 +251,35 @@ class Report:
         goals: Mapping[str, str] | None = None,
     ) -> None:
         """Print the medians with the least and the greatest of the rounds; `goals` say what a ratio should reach."""
-        goals = goals or {}
-        rounds = len(next(iter(figures.values())).rounds)
-        print(f"\n{title} ({rounds} {'round' if rounds == 1 else 'rounds'})")
-        table = [(name, *_shown(sample)) for name, sample in figures.items()]
-        print(tabulate(table, headers=("", unit, "least", "most"), disable_numparse=True, colalign=_ALIGNED))
-        if ratios:
-            table = [(name, *_shown(sample), goals.get(name, "")) for name, sample in ratios.items()]
-            headers = ("ratio", "median", "least", "most", "goal")
-            print()
-            print(tabulate(table, headers=headers, disable_numparse=True, colalign=(*_ALIGNED, "left")))
-        self.sections[title] = {
-            "figures": {name: {"unit": unit, **_plain(sample)} for name, sample in figures.items()},
-            "ratios": {
-                name: {**_plain(sample), **({"goal": goals[name]} if name in goals else {})}
-                for name, sample in ratios.items()
-            },
+        goals = {name: {"goal": goal} for name, goal in (goals or {}).items()}
+        section = {
+            "figures": {name: {"unit": unit, **sample.summary} for name, sample in figures.items()},
+            "ratios": {name: sample.summary | goals.get(name, {}) for name, sample in ratios.items()},
         }
+        self.sections[title] = section
+        rows = [
+            [name, *(_digits(found[column]) for column in ("median", "least", "most")), found.get("goal", "")]
+            for found_of in section.values()
+            for name, found in found_of.items()
+        ]
+        print(f"\n{title} ({unit}; {len(next(iter(figures.values())).rounds)} rounds)")
+        headers, aligned = ("", "median", "least", "most", "goal"), ("left", "right", "right", "right", "left")
+        print(tabulate(rows, headers=headers, disable_numparse=True, colalign=aligned))
 
     def note(self, text: str) -> None:
         """Print what a reader must know to read the figures."""
         print(text)
         self.notes.append(text)
 
-    def write(self) -> Path:
-        """Write `<out>/<name>.json` and return its path."""
-        commit = provenance.commit(Path(__file__))
-        arguments = self.arguments
-        flags = {flag: getattr(arguments, flag) for flag in arguments.settings}
+    def write(self) -> None:
+        """Write `<out>/<name>.json`."""
+        arguments, commit = self.arguments, provenance.commit(Path(__file__))
         content = {
             "benchmark": arguments.name,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "git_commit": commit.sha,
             "git_dirty": commit.dirty,
-            "settings": {**flags, "quick": arguments.quick, "threads": arguments.threads},
+            "settings": {flag: getattr(arguments, flag) for flag in (*arguments.settings, "quick", "threads")},
             "environment": self.environment,
             "sections": self.sections,
             "notes": self.notes,
@@ -280,27 +288,9 @@ class Report:
         file = arguments.out / f"{arguments.name}.json"
         file.write_text(json.dumps(content, indent=2) + "\n")
         print(f"Written: {file}\n")
-        return file
-
-
-_ALIGNED = ("left", "right", "right", "right")
-
-
-def _shown(sample: Sample) -> tuple[str, str, str]:
-    return _digits(sample.median), _digits(min(sample.rounds)), _digits(max(sample.rounds))
 
 
 def _digits(value: float) -> str:
     """Show three digits that count, and no exponent."""
-    if value == 0:
-        return "0"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-
-
-def _plain(sample: Sample) -> dict[str, object]:
-    return {
-        "median": sample.median,
-        "least": min(sample.rounds),
-        "most": max(sample.rounds),
-        **dataclasses.asdict(sample),
-    }
+    digits = 0 if value == 0 else 2 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{max(0, digits)}f}"

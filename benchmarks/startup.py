@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-from measure import (
-    Process,
-    Report,
-    Sample,
-    Setting,
-    interleave,
-    make_parser,
-    parse,
-    run_fresh,
-    script_of,
-    temporary_store,
-)
+from measure import STEP, Report, Sample, Setting, interleave, make_parser, parse, run_fresh, script_of, temporary_store
 
 PYTHON, TORCH, LIBRARIES = "python, nothing else", "import torch", "import torch, mlflow"
 SCRIPT_HELP, LAB_HELP = "step4 --help", "python -m mnist_lab --help"
@@ -29,12 +17,10 @@ def fill(uri: str, runs: int) -> None:
     from mnist_lab.tracking.store import open_store
     from run_writer import write_run
 
-    store = open_store(uri)
+    store, accuracies = open_store(uri), [98 + epoch / 10 for epoch in range(14)]
     for number in range(runs):
         start_time = 1_700_000_000_000 + 1000 * number
-        write_run(
-            store, f"step{1 + number % 4}", number // 4, [98 + epoch / 10 for epoch in range(14)], start_time=start_time
-        )
+        write_run(store, f"step{1 + number % 4}", number // 4, accuracies, start_time=start_time)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,20 +32,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = parse(parser, argv)
     report = Report(arguments)
-    script = script_of("step4_augment_steplr")
+    script = script_of(STEP)
     with temporary_store() as uri:
         fill(uri, arguments.runs)
-        commands: dict[str, tuple[str | Path, ...]] = {
-            PYTHON: ("-c", "pass"),
-            TORCH: ("-c", "import torch"),
-            LIBRARIES: ("-c", "import torch, mlflow"),
-            SCRIPT_HELP: (script, "--help"),
-            LAB_HELP: ("-m", "mnist_lab", "--help"),
-            COMPARE: ("-m", "mnist_lab", "compare", "--tracking-uri", uri),
-            RUN: (script, "--limit", "128", "--epochs", "1", "--tracking-uri", uri),
-        }
-        ways: dict[str, Callable[[], Process]] = {
-            name: partial(run_fresh, *command) for name, command in commands.items()
+        ways = {
+            PYTHON: partial(run_fresh, "-c", "pass"),
+            TORCH: partial(run_fresh, "-c", "import torch"),
+            LIBRARIES: partial(run_fresh, "-c", "import torch, mlflow"),
+            SCRIPT_HELP: partial(run_fresh, script, "--help"),
+            LAB_HELP: partial(run_fresh, "-m", "mnist_lab", "--help"),
+            COMPARE: partial(run_fresh, "-m", "mnist_lab", "compare", "--tracking-uri", uri),
+            RUN: partial(run_fresh, script, "--limit", "128", "--epochs", "1", "--tracking-uri", uri),
         }
         if arguments.quick:
             del ways[RUN]
@@ -68,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 ways[name]()  # brings the files into the page cache
         results = interleave(ways, arguments.rounds)
     for title, field in (("wall time", "wall"), ("CPU time", "cpu")):
-        seconds = {name: Sample(tuple(getattr(process, field) for process in results[name])) for name in results}
+        seconds = {name: Sample([getattr(process, field) for process in results[name]]) for name in results}
         pairs = ((SCRIPT_HELP, TORCH), (LAB_HELP, PYTHON), (COMPARE, LIBRARIES), (RUN, LIBRARIES))
         ratios = {f"{name} / {other}": seconds[name].per(seconds[other]) for name, other in pairs if name in results}
         report.section(title, seconds, ratios, unit="s")

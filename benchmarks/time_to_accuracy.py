@@ -8,14 +8,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from measure import ROOT, Report, Sample, Setting, interleave, load_experiment, make_parser, parse, silenced
+from measure import ROOT, STEP, Report, Sample, Setting, interleave, load_experiment, make_parser, parse, silenced
 
 from mnist_lab.data import load_mnist
 from mnist_lab.results.evidence import PUBLISHED
 from mnist_lab.results.records import read_rows, rows_of
 from training import Task, first, lab, quiet
 
-BASE = "step4_augment_steplr"
 STEPS = ("five_epochs", "three_epochs", "quick")
 
 
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", nargs="+", default=STEPS, choices=scripts, metavar="STEP", help=text)
     arguments = parse(parser, argv)
     report, mnist = Report(arguments), load_mnist()
-    experiments = {step: load_experiment(step) for step in dict.fromkeys([BASE, *arguments.steps])}
+    experiments = {step: load_experiment(step) for step in dict.fromkeys([STEP, *arguments.steps])}
 
     def task(step: str, images: int) -> Task:
         experiment = experiments[step]
@@ -52,10 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             lab(task(step, 0))
     measured = interleave({step: quiet(lab, task(step, arguments.images)) for step in experiments}, arguments.rounds)
     seconds = {
-        step: Sample(tuple(experiment.epochs * epoch.total for epoch in measured[step]))
-        for step, experiment in experiments.items()
+        step: Sample([experiments[step].epochs * epoch.total for epoch in epochs]) for step, epochs in measured.items()
     }
-    ratios = {f"{step} / {BASE}": seconds[step].per(seconds[BASE]) for step in experiments if step != BASE}
+    ratios = {f"{step} / {STEP}": seconds[step].per(seconds[STEP]) for step in experiments if step != STEP}
     report.section("All epochs of a recipe", seconds, ratios, unit="s")
     for step, experiment in experiments.items():
         report.note(f"{step}: {experiment.epochs} epochs, then {published(step)}.")

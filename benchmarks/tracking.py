@@ -1,8 +1,8 @@
 """MLflow's share of a run of step 4 as declared, model and figures included.
 
-Each round is a fresh process that trains a few epochs on few images through mnist_lab.running.run, with a clock around
-what it calls of mnist_lab.tracking.run, around drawing the figures and around importing MLflow. The training of a full
-run is scaled from the same process, its batches to those of 60,000 images; the logging of epochs is scaled to 14.
+Each round is a fresh process that trains a few epochs on few images, with a clock around importing MLflow, opening the
+store, all that is logged, and drawing the figures. The training of a full run is scaled from the same process, its
+batches to those of 60,000 images; the logging of epochs is scaled to 14.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from measure import (
+    STEP,
     TRAIN_IMAGES,
     Laps,
     Report,
@@ -28,11 +29,9 @@ from measure import (
     make_parser,
     parse,
     run_fresh,
-    script_of,
-    temporary_store,
+    train,
 )
 
-STEP = "step4_augment_steplr"
 GOAL = 0.02
 
 
@@ -41,65 +40,62 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.depth = 0
+        self.is_running = False
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        self.depth += 1
-        try:
+        if self.is_running:
             yield
-        finally:
-            self.depth -= 1
-            if self.depth == 0:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            return
+        start, self.is_running = time.perf_counter(), True
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.is_running = False
 
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function with a clock around it; of a context manager, around its entry and its exit."""
+    def around(self, owner: Any, name: str) -> None:
+        """Put the clock around a function of a module or class."""
+        function: Callable[..., Any] = getattr(owner, name)
 
         @functools.wraps(function)
         def timed(*arguments: Any, **named: Any) -> Any:
             with self.running(name):
-                result = function(*arguments, **named)
-            return self._around_context(name, result) if hasattr(result, "__enter__") else result
+                return function(*arguments, **named)
 
-        return timed
-
-    @contextmanager
-    def _around_context(self, name: str, context: Any) -> Iterator[Any]:
-        with self.running(name):
-            value = context.__enter__()
-        try:
-            yield value
-        finally:  # a run that fails ends this benchmark, so the exit needs no details
-            with self.running(name):
-                context.__exit__(None, None, None)
+        setattr(owner, name, timed)
 
 
 def one_run(limit: int, epochs: int) -> dict[str, Any]:
     """Train and track in this process; return the seconds of tracking by part, and those of a full run's training."""
-    import dataclasses
-
     import torch  # noqa: F401 - the training needs it too, so its import is no part of tracking
 
     clock = Clock()
     with clock.running("import mlflow"):
         import mlflow  # noqa: F401
 
-        import mnist_lab.tracking.run
+        from mnist_lab.tracking.run import TrackedRun
     from mnist_lab.running import record
     from mnist_lab.running import run as runner
-    from mnist_lab.running.job import Job
     from mnist_lab.running.progress import Progress
 
-    record.track = clock.around("track", record.track)
-    for name, value in list(vars(mnist_lab.tracking.run.TrackedRun).items()):
+    clock.around(runner, "open_store")
+    clock.around(record, "draw")
+    begin_and_end = record.track
+
+    @contextmanager
+    def track(*arguments: Any, **named: Any) -> Iterator[Any]:
+        context = begin_and_end(*arguments, **named)
+        with clock.running("track"):
+            tracked = context.__enter__()
+        yield tracked
+        with clock.running("track"):
+            context.__exit__(None, None, None)
+
+    record.track = track
+    for name, value in list(vars(TrackedRun).items()):
         if inspect.isfunction(value) and not name.startswith("_"):
-            setattr(mnist_lab.tracking.run.TrackedRun, name, clock.around(name, value))
-    record.draw = clock.around("draw figures", record.draw)
+            clock.around(TrackedRun, name)
 
     declared = load_experiment(STEP)
-    experiment = dataclasses.replace(declared, epochs=epochs)
     full: list[float] = []
     laps = Laps()
 
@@ -109,14 +105,11 @@ def one_run(limit: int, epochs: int) -> dict[str, Any]:
 
         def on_epoch(self, seed: int, metrics: Any) -> None:
             # The seconds that the epoch took, plus those of the batches that a full one has more.
-            more = TRAIN_IMAGES / experiment.batch_size - len(laps.laps)
+            more = TRAIN_IMAGES / declared.batch_size - len(laps.laps)
             full.append(metrics.epoch_seconds + more * laps.batch)
             laps.restart()
 
-    with temporary_store() as uri:
-        changes = {"epochs": epochs}
-        job = Job(script=script_of(STEP), experiment=experiment, overrides=changes, limit=limit, tracking_uri=uri)
-        runner.run(job, 0, Timing())
+    train(limit, epochs, Timing())
     clock.seconds["log_epoch"] *= declared.epochs / epochs
     return {"tracking": clock.seconds, "training": declared.epochs * statistics.median(full)}
 
@@ -135,12 +128,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(one_run(arguments.limit, arguments.epochs)))
         return
     report = Report(arguments)
-    flags = ("--one-run", "--limit", str(arguments.limit), "--epochs", str(arguments.epochs))
-    processes = interleave({"a tracked run": lambda: run_fresh(__file__, *flags)}, arguments.rounds)
-    runs = [json.loads(process.output.splitlines()[-1]) for process in processes["a tracked run"]]
-    parts = {name: Sample(tuple(run["tracking"][name] for run in runs)) for name in runs[0]["tracking"]}
-    tracking = Sample(tuple(sum(run["tracking"].values()) for run in runs))
-    training = Sample(tuple(run["training"] for run in runs))
+    flags = ("--one-run", "--limit", arguments.limit, "--epochs", arguments.epochs)
+    (processes,) = interleave({"a tracked run": lambda: run_fresh(__file__, *flags)}, arguments.rounds).values()
+    runs = [process.result for process in processes]
+    parts = {name: Sample([run["tracking"][name] for run in runs]) for name in runs[0]["tracking"]}
+    tracking = Sample([sum(run["tracking"].values()) for run in runs])
+    training = Sample([run["training"] for run in runs])
     share = "tracking / training"
     report.section(
         "a run of 14 epochs",

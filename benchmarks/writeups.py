@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import TEST_IMAGES, TRAIN_IMAGES, load_experiment
+from measure import STEP, TEST_IMAGES, TRAIN_IMAGES, load_experiment
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -27,6 +27,8 @@ from tqdm import tqdm
 from mnist_lab.data import find_data_dir, load_mnist
 
 WORKERS = 2
+Loader = DataLoader[tuple[Tensor, Tensor]]
+OnBatch = Callable[[], None]
 # What stands before ToTensor and Normalize. Where no interpolation is given, torchvision takes the nearest pixel.
 AUGMENTATIONS: dict[str, list[Callable[..., object]]] = {
     "step4_augment_steplr": [transforms.RandomRotation((-7.0, 7.0), fill=0)],
@@ -47,25 +49,18 @@ def dataset(train: bool, transform: Callable[..., object], images: int) -> datas
 
 def loaders(
     step: str, batch_size: int, *, images: int = TRAIN_IMAGES, test_images: int = TEST_IMAGES
-) -> tuple[DataLoader[tuple[Tensor, Tensor]], DataLoader[tuple[Tensor, Tensor]]]:
+) -> tuple[Loader, Loader]:
     """Return the loaders of training and test images."""
     to_input = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
-    train_transforms = transforms.Compose([*AUGMENTATIONS.get(step, []), *to_input])
-    arguments = {"shuffle": True, "batch_size": batch_size, "num_workers": WORKERS}
-    if torch.cuda.is_available():
-        arguments["pin_memory"] = True
-    return (
-        DataLoader(dataset(True, train_transforms, images), **arguments),
-        DataLoader(dataset(False, transforms.Compose(to_input), test_images), **arguments),
-    )
+    train_data = dataset(True, transforms.Compose([*AUGMENTATIONS.get(step, []), *to_input]), images)
+    test_data = dataset(False, transforms.Compose(to_input), test_images)
+    pinned = torch.cuda.is_available()
+    arguments = {"shuffle": True, "batch_size": batch_size, "num_workers": WORKERS, "pin_memory": pinned}
+    return DataLoader(train_data, **arguments), DataLoader(test_data, **arguments)
 
 
 def train(
-    model: nn.Module,
-    device: torch.device,
-    train_loader: DataLoader[tuple[Tensor, Tensor]],
-    optimizer: Optimizer,
-    on_batch: Callable[[], None] = lambda: None,
+    model: nn.Module, device: torch.device, train_loader: Loader, optimizer: Optimizer, on_batch: OnBatch = lambda: None
 ) -> tuple[list[float], list[float]]:
     """Train for one epoch; return the loss and the running accuracy in percent after each batch."""
     losses, accuracies = [], []
@@ -92,10 +87,7 @@ def train(
 
 
 def evaluate(
-    model: nn.Module,
-    device: torch.device,
-    test_loader: DataLoader[tuple[Tensor, Tensor]],
-    on_batch: Callable[[], None] = lambda: None,
+    model: nn.Module, device: torch.device, test_loader: Loader, on_batch: OnBatch = lambda: None
 ) -> tuple[float, float]:
     """Return mean loss and accuracy in percent, and print them."""
     model.eval()
@@ -117,7 +109,7 @@ def evaluate(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", nargs="?", default="step4_augment_steplr")
+    parser.add_argument("step", nargs="?", default=STEP)
     parser.add_argument("--seeds", type=int, default=1, help="so many, one after another (default 1)")
     parser.add_argument("--epochs", type=int, help="default: as declared")
     parser.add_argument("--images", type=int, default=TRAIN_IMAGES, help="train on the first so many (default: all)")
@@ -134,14 +126,13 @@ def main(argv: list[str] | None = None) -> None:
         scheduler = experiment.scheduler(optimizer) if experiment.scheduler is not None else None
         for epoch in range(1, (arguments.epochs or experiment.epochs) + 1):
             start = time.perf_counter()
-            losses, _ = train(model, device, train_loader, optimizer)
+            train(model, device, train_loader, optimizer)
             if scheduler is not None:
                 scheduler.step()
             print(f"EPOCH: {epoch}")
             _, accuracy = evaluate(model, device, test_loader)
             seconds = time.perf_counter() - start
             epochs.append({"seed": seed, "epoch": epoch, "seconds": seconds, "test_accuracy": accuracy})
-            epochs[-1]["last_loss"] = losses[-1]
     json.dump(epochs, sys.stdout)
 
 
