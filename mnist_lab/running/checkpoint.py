@@ -62,7 +62,6 @@ def folder(uri: str) -> Path:
 
 
 def file_of(uri: str, run_id: str) -> Path:
-    """Return the file of a run's checkpoint."""
     return folder(uri) / f"{run_id}.pt"
 
 
@@ -135,8 +134,7 @@ def find(
     changes = changes or {}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     kept = [one for one in newest_first(uri) if step in (None, one.step) and "search" not in one.identity]
-    named = [one for one in kept if run_id in (None, "", one.run_id)]
-    for one in named:
+    for one in [one for one in kept if run_id in (None, "", one.run_id)]:
         changed = {name: one.changes.get(name) for name in changes}
         if changed != changes or any(getattr(one, name) != value for name, value in wanted.items()):
             continue
@@ -147,12 +145,11 @@ def find(
     whose = f" of {step}" if step else ""
     if not kept:
         raise LabError(f"resume: there is no interrupted run{whose} with a finished epoch in {folder(uri)}")
-    there = ", ".join(f"{one.run_id} ({one.description})" for one in kept)
-    if not named:
-        raise LabError(f"resume: there is no checkpoint of a run {run_id!r}{whose}; there are: {there}")
     declared = {name: "as declared" if value is None else value for name, value in changes.items()}
-    asked = ", ".join(f"{name} {value}" for name, value in {**wanted, **declared}.items())
-    raise LabError(f"resume: there is no interrupted run{whose} with {asked}; there are: {there}")
+    asked = {**({"id": run_id} if run_id else {}), **wanted, **declared}
+    named = ", ".join(f"{name} {value}" for name, value in asked.items())
+    there = ", ".join(f"{one.run_id} ({one.description})" for one in kept)
+    raise LabError(f"resume: there is no interrupted run{whose} with {named}; there are: {there}")
 
 
 def alike(uri: str, identity: Mapping[str, str], seed: int) -> Iterator[Checkpoint]:

@@ -51,11 +51,7 @@ class Origin:
 
 
 def register(store: Store, run_id: str) -> str:
-    """Make a run's network `models:/mnist@champion` and return its version.
-
-    Raises:
-        LabError: if the run is not finished or has no network that can be loaded, or the store can't be written.
-    """
+    """Make the network of a finished run `models:/mnist@champion` and return its version; raises LabError."""
     found = find_teacher(store, f"runs:/{run_id}/model", holdout=0, called="model")
     client = store.client
     here = environment_variables({"MLFLOW_TRACKING_URI": store.uri})  # where MLflow looks for the model's files
@@ -86,11 +82,7 @@ def is_registered(store: Store) -> bool:
 
 
 def commit(store: Store, origin: Origin, folder: Path = COMMITTED) -> list[Path]:
-    """Write the network of the run that `origin` names into the folder, with the origin beside it; return the files.
-
-    Raises:
-        LabError: if the network can't be loaded, or the files can't be written.
-    """
+    """Write the network of the run that `origin` names into the folder, with the origin beside it; return the files."""
     found = find_teacher(store, f"runs:/{origin.run_id}/model", holdout=0, called="model")
     file, normalize = find_exported(store, found, origin.normalize, called="model")
     network = _without_paths(file)
@@ -114,9 +106,7 @@ def load_committed(folder: Path = COMMITTED) -> tuple[nn.Module, Origin]:
     except FileNotFoundError as error:
         said = "name a network by --model, or choose one of your own by `make champion STEP=step8`"
         raise LabError(f"champion: there is none in the store, and none is committed in {folder}; {said}") from error
-    except OSError as error:
-        raise LabError(f"champion: {folder / ORIGIN} can't be read: {error.strerror}") from error
-    except ValidationError as error:
+    except (OSError, ValidationError) as error:
         raise LabError(f"champion: {folder / ORIGIN} is not as the lab writes it: {one_line(error)}") from error
     cpu, named = torch.device("cpu"), f"champion {folder / NETWORK}"
     file = folder / NETWORK

@@ -7,7 +7,7 @@ import os
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from urllib.parse import urlsplit
 
 from mlflow.exceptions import MlflowException
@@ -32,9 +32,8 @@ def is_server(uri: str) -> bool:
 def ask(uri: str) -> None:
     """Ask a server for the experiment, once.
 
-    Raises:
-        ValueError: if what answers is no MLflow server, fails, or refuses the user; in a sentence.
-        MlflowException, OSError: if there is no answer.
+    Raises ValueError with a sentence if what answers is no MLflow server, fails, or refuses the user; MlflowException
+    or OSError if there is no answer.
     """
     if not is_server(uri):
         return
@@ -59,8 +58,9 @@ def ask(uri: str) -> None:
     except ValueError:
         content = None
     if answer.status_code >= 500:
+        why = "it may not take MLFLOW_TRACKING_TOKEN; " if os.environ.get("MLFLOW_TRACKING_TOKEN") else ""
         message = content.get("message") if isinstance(content, dict) else None
-        raise ValueError(f"the server fails (HTTP {answer.status_code}): {message or _why_it_may_fail()}")
+        raise ValueError(f"the server fails (HTTP {answer.status_code}): {message or why + 'its own log says why'}")
     if not isinstance(content, dict) or not content.keys() & {"experiment", "error_code"}:
         raise ValueError(f"what answers there is no MLflow server (HTTP {answer.status_code})")
 
@@ -76,12 +76,6 @@ def _refuses_you(status: int) -> str:
         f"the server refuses you (HTTP {status}): give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
         "MLFLOW_TRACKING_TOKEN, in the environment"
     )
-
-
-def _why_it_may_fail() -> str:
-    if os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        return "it may not take MLFLOW_TRACKING_TOKEN; MLflow's own takes a user name and a password"
-    return "its own log says why"
 
 
 def why_refused(error: Exception, uri: str = "") -> str:
@@ -107,7 +101,12 @@ def why_refused(error: Exception, uri: str = "") -> str:
             case Timeout() | TimeoutError():
                 return "the server does not answer in time"
             case ResponseError():
-                return _answer_of_a_failing_server(uri) or f"the server answers that it fails ({cause})"
+                with suppress(MlflowException, OSError):
+                    try:
+                        ask(uri)
+                    except ValueError as answer:
+                        return one_line(answer)
+                return f"the server answers that it fails ({cause})"
     return one_line(error)
 
 
@@ -120,27 +119,13 @@ def _status(error: Exception) -> int:
     return 0
 
 
-def _answer_of_a_failing_server(uri: str) -> str:
-    try:
-        ask(uri)
-    except ValueError as error:
-        return one_line(error)
-    except (MlflowException, OSError):
-        pass
-    return ""
-
-
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and what it came of, as libraries of the network nest it."""
-    waiting, seen = [error], set[int]()
-    while waiting:
-        one = waiting.pop(0)
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
+    found = [error]
+    for one in found:
         yield one
         inner = [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
-        waiting += [cause for cause in inner if isinstance(cause, BaseException)]
+        found += [cause for cause in inner if isinstance(cause, BaseException) and cause not in found]
 
 
 def short_timeouts() -> AbstractContextManager[None]:

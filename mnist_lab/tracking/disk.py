@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,15 +12,13 @@ from pathlib import Path
 def replace_files(contents: Mapping[Path, str | bytes]) -> None:
     """Write these files; folders that are missing are made. Text is written as UTF-8 whatever the locale is.
 
-    None is replaced before all are on the disk. A link to a file stays one.
-
-    Raises:
-        OSError: if they can't be written; then the old files are as they were.
+    None is replaced before all are on the disk. A link to a file stays one. Raises OSError if they can't be written;
+    then the old files are as they were.
     """
     new: dict[Path, Path] = {}
     try:
         for file, content in contents.items():
-            target = _encodable(file).resolve()
+            target = file.resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             new[target] = target.with_name(f"{target.name}.{os.getpid()}.new")
             try:
@@ -40,15 +37,6 @@ def replace_files(contents: Mapping[Path, str | bytes]) -> None:
         for written in new.values():
             with suppress(OSError):
                 written.unlink()
-
-
-def _encodable(file: Path) -> Path:
-    try:
-        os.fsencode(file)
-    except UnicodeEncodeError as error:
-        reason = f"its name can't be written in this locale's {error.encoding}"
-        raise OSError(errno.EILSEQ, reason, ascii(str(file))) from error
-    return file
 
 
 def sync_to_disk(path: Path) -> None:

@@ -46,10 +46,10 @@ from mnist_lab.paths import CHECKPOINTS, own_folder
 from mnist_lab.tracking.connection import is_server, patience, short_timeouts, why_refused
 from mnist_lab.tracking.store import (
     Store,
-    check_resumable,
     process_tag,
     quiet,
     release,
+    resumable_run,
     store_failures,
     take_lock,
     uninterrupted,
@@ -335,11 +335,13 @@ def track(
     try:
         with store_failures(store, "can't be written"), uninterrupted(), short_timeouts():
             if resume_run_id is None:
-                tracked = _create_run(store, run_name, params, {**tags, **parent})
-            elif reopen:
-                tracked = _reopen_run(store, resume_run_id, {**tags, **parent}, run_name)
+                tracked = _create_run(store, run_name, {**tags, **parent})
+                written = [Param(name, str(value)) for name, value in params.items()]
+                store.client.log_batch(tracked.run_id, params=written)
             else:
-                tracked = _reopen_run(store, resume_run_id, parent)
+                tracked = _reopen_run(store, resume_run_id, run_name if reopen else None)
+                new = {**(tags if reopen else {}), **parent, "process": process_tag()}
+                store.client.log_batch(tracked.run_id, tags=[RunTag(name, value) for name, value in _safe(new).items()])
         yield tracked
         status = tracked.end_status
     except KeyboardInterrupt:
@@ -360,37 +362,30 @@ def track(
                 tracked.close(status)
 
 
-def _create_run(store: Store, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:
-    client = store.client
-    all_tags = resolve_tags({**tags, "process": process_tag()})  # with MLflow's own: user, source
-    all_tags = {name: without_password(str(value)) for name, value in all_tags.items()}
+def _create_run(store: Store, run_name: str, tags: Mapping[str, str]) -> TrackedRun:
+    all_tags = _safe(resolve_tags({**tags, "process": process_tag()}))  # with MLflow's own: user, source
     started = None if store.clock is None else store.clock()
-    run = client.create_run(store.experiment_id, started, all_tags, run_name)
-    run_id = run.info.run_id
-    tracked = None
+    run = store.client.create_run(store.experiment_id, started, all_tags, run_name)
     try:
-        tracked = TrackedRun(store, run, take_lock(store, run_id))
-        client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
-    except BaseException:
-        tracked.close("FAILED") if tracked else client.set_terminated(run_id, "FAILED")
+        return TrackedRun(store, run, take_lock(store, run.info.run_id))
+    except LabError:
+        store.client.set_terminated(run.info.run_id, "FAILED")
         raise
-    return tracked
 
 
-def _reopen_run(store: Store, run_id: str, tags: Mapping[str, str], new_name: str | None = None) -> TrackedRun:
-    lock, reopened = take_lock(store, run_id), False
+def _reopen_run(store: Store, run_id: str, new_name: str | None) -> TrackedRun:
+    lock = take_lock(store, run_id)
     try:
-        check_resumable(store, run_id, finished_too=new_name is not None)
-        client = store.client
-        client.update_run(run_id, status="RUNNING", name=new_name)
-        reopened = True
-        tracked = TrackedRun(store, client.get_run(run_id), lock, resumed=True)
-        all_tags = {**tags, "process": process_tag()}
-        client.log_batch(run_id, tags=[RunTag(name, without_password(value)) for name, value in all_tags.items()])
+        run = resumable_run(store, run_id, finished_too=new_name is not None)
+        store.client.update_run(run_id, status="RUNNING", name=new_name)
     except BaseException:
-        lock.release() if reopened else release(lock)
+        release(lock)
         raise
-    return tracked
+    return TrackedRun(store, run, lock, resumed=True)
+
+
+def _safe(tags: Mapping[str, str]) -> dict[str, str]:
+    return {name: without_password(str(value)) for name, value in tags.items()}
 
 
 def _is_there_already(error: MlflowException) -> bool:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from mnist_lab.errors import LabError
 from mnist_lab.paths import ARTIFACTS, CHECKPOINTS, EXPERIMENT_NAME, LOCKS, artifacts_of, sqlite_file
@@ -45,7 +44,7 @@ def check_readable(uri: str) -> None:
         if not {"alembic_version", "experiments", "runs"} <= tables:
             raise LabError(f"tracking store {file} is not an MLflow database")
         versions = [version for (version,) in connection.execute("SELECT version_num FROM alembic_version")]
-    if (known := known_schemas()) and not known.issuperset(versions):
+    if not known_schemas().issuperset(versions):
         raise LabError(
             f"tracking store {file} was last used by a newer MLflow than {importlib.metadata.version('mlflow')}, which "
             "can't read it: install that one, or go back to the copy made before (docs/metrics.md)"
@@ -60,40 +59,42 @@ def check_writable(uri: str) -> None:
     file = sqlite_file(uri)
     if file is None:
         return
-    folders = [file.parent, file.parent / CHECKPOINTS, file.parent / LOCKS]
-    if _is_there(file):
-        for path in (file, file.parent):  # before SQLite is asked, which would leave a log as read-only as the file
-            if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-                said = f"{path} is read-only for you{_advice(OSError(errno.EACCES, ''))}"
-                raise LabError(f"tracking store {file} can't be written: {said}")
+    folders = [file.parent, *(file.parent / name for name in (ARTIFACTS, CHECKPOINTS, LOCKS))]
+    tried = file
+    try:
+        if is_there := file.exists():
+            file.open("r+b").close()  # before SQLite is asked, which would leave a log as read-only as the file
+        for tried in dict.fromkeys(_existing(folder) for folder in folders):
+            with tempfile.TemporaryFile(dir=tried, buffering=0) as probe:  # without a name, where Linux can
+                if probe.write(os.urandom(ROOM)) < ROOM:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        reason = f"{tried} can't be written: {error.strerror}{_advice(error)}"
+        raise LabError(f"tracking store {file} can't be used: {reason}") from error
+    if is_there:
         check_readable(uri)
         with _connection(file, "rw", "written") as connection:
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute("CREATE TABLE probe (x)")  # a read-only file lets one begin, where it has a log
+            connection.execute("CREATE TABLE probe (x)")
             connection.execute("ROLLBACK")
-            artifacts = _folder_of(_recorded(connection))
-    else:
-        artifacts = file.parent / ARTIFACTS
-    for folder in dict.fromkeys(_existing(folder) for folder in [*folders, artifacts] if folder):
-        try:
-            with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:  # without a name, where Linux can
-                if probe.write(os.urandom(ROOM)) < ROOM:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise LabError(
-                f"tracking store {file} can't be used: {folder} can't be written: {error.strerror}{_advice(error)}"
-            ) from error
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def has_experiment(uri: str, tags: Mapping[str, str]) -> bool:
-    """Say whether a SQLite store is there, is where it was made, and has the lab's experiment with these tags.
+    """Say whether a SQLite store is there and has the lab's experiment with these tags; a moved one is followed.
 
     Raises LabError if it can't be read or written.
     """
     file = sqlite_file(uri)
-    if file is None or not _is_there(file):
+    if file is None:
         return False
     check_writable(uri)
+    if not file.exists():
+        return False
     follow_move(uri)
     query = (
         "SELECT key, value FROM experiment_tags JOIN experiments USING (experiment_id) "
@@ -114,8 +115,16 @@ def follow_move(uri: str) -> None:
         return
     new = artifacts_of(file)
     with _connection(file, "ro", "read") as connection:
-        old = _former_artifacts(connection, new)
-    if old is None:
+        query = "SELECT artifact_location FROM experiments WHERE name = ?"
+        old = next((location for (location,) in connection.execute(query, (EXPERIMENT_NAME,))), "")
+        if old == new or not old.startswith("file:") or not old.endswith(f"/{ARTIFACTS}"):
+            return
+        query = (
+            "SELECT substr(artifact_uri, length(:old) + 2) FROM runs WHERE substr(artifact_uri, 1, length(:old)) = :old"
+        )
+        runs = [run for (run,) in connection.execute(query, {"old": old})]
+    here = file.resolve().parent / ARTIFACTS
+    if runs and not any((here / run).exists() for run in runs):
         return
     with _connection(file, "rw", "corrected, though it was moved and so its artifacts are not found") as connection:
         connection.execute("BEGIN IMMEDIATE")
@@ -128,17 +137,6 @@ def follow_move(uri: str) -> None:
         connection.execute("COMMIT")
 
 
-def _former_artifacts(connection: sqlite3.Connection, new: str) -> str | None:
-    """Return where the artifacts are said to be, if they are in the folder `new`."""
-    old = _recorded(connection)
-    if old == new or not old.startswith("file:") or not old.endswith(f"/{ARTIFACTS}"):
-        return None
-    query = "SELECT substr(artifact_uri, length(:old) + 2) FROM runs WHERE substr(artifact_uri, 1, length(:old)) = :old"
-    runs = [run for (run,) in connection.execute(query, {"old": old})]
-    here = _folder_of(new)
-    return old if here and (not runs or any((here / run).exists() for run in runs)) else None
-
-
 def known_schemas() -> set[str]:
     """Return the versions of its database that the installed MLflow knows, without importing it; that takes seconds."""
     spec = importlib.util.find_spec("mlflow")
@@ -146,31 +144,6 @@ def known_schemas() -> set[str]:
     assert spec.origin is not None
     files = (Path(spec.origin).parent / "store" / "db_migrations" / "versions").glob("*_*.py")
     return {file.name.partition("_")[0] for file in files}
-
-
-def _recorded(connection: sqlite3.Connection) -> str:
-    """Return the location that is recorded for the artifacts of new runs; empty where there is none."""
-    query = "SELECT artifact_location FROM experiments WHERE name = ?"
-    return next((location for (location,) in connection.execute(query, (EXPERIMENT_NAME,))), "")
-
-
-def _folder_of(location: str) -> Path | None:
-    """Return the folder that a location means, or None where it is no folder of this machine."""
-    if location.startswith("file:"):
-        return Path(unquote(urlsplit(location).path))
-    return Path(location) if location.startswith("/") else None
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.parents) if _is_there(path))
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # in a folder that this user may not enter
-        return False
 
 
 @contextmanager

@@ -40,8 +40,8 @@ FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a 
 MAX_RUNS = 50_000  # the most that MLflow gives at once
 RESTORED = "restored"  # the tag of a run that was not trained into this store: the commit that it comes from
 LOCK_TIMEOUT = 2  # seconds; who looks whether a run is abandoned has its lock for some milliseconds
-PROCESS_WORDS = 5  # of the tag `process`, at least
 ON_CLUSTER = "MNIST_LAB_ON_CLUSTER"  # set in a cluster's worker, which ends when the process that gives it work does
+OF_CLUSTER = "cluster"  # the last word of such a process's tag
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +80,10 @@ class Store:
 
 def file_id(file: Path) -> tuple[int, int] | None:
     """Return what names a file whatever its path is; None where there is none."""
-    try:
+    with suppress(OSError):
         state = file.stat()
-    except OSError:
-        return None
-    return state.st_dev, state.st_ino
+        return state.st_dev, state.st_ino
+    return None
 
 
 @contextmanager
@@ -103,10 +102,7 @@ def open_store(uri: str | None = None) -> Store:
     """Make the store ready for runs, and close those in it whose process is gone; several processes may do so at once.
 
     A SQLite database is made on first use. It gets its artifacts in `artifacts/` beside it, and write-ahead logging, so
-    that reading does not block writing.
-
-    Raises:
-        LabError: if the store can't be used.
+    that reading does not block writing. Raises LabError.
     """
     uri = tracking_uri(uri)
     if time.time() < 0:  # MLflow takes no time before 1970
@@ -241,24 +237,21 @@ def finished_runs(
     """
     found: dict[int, FinishedRun] = {}
     restored: dict[int, FinishedRun] = {}
-    elsewhere: dict[str, set[int]] = {}
+    elsewhere: dict[int, str] = {}
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
-        seed = run.data.params.get("seed", "")
+        seed, made_on = run.data.params.get("seed", ""), run.data.tags.get("hardware", "")
         alike = run.data.params == {**params, "seed": seed} and tags.items() <= run.data.tags.items()
-        if alike and seed.isdecimal() and figure in run.data.metrics:
-            made_on = run.data.tags.get("hardware", "")
-            if RESTORED not in run.data.tags:
-                kind = found
-            elif _rounds_like(made_on, hardware):
-                kind = restored
-            else:
-                elsewhere.setdefault(made_on, set()).add(int(seed))
-                continue
-            kind.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
-    for made_on, seeds in elsewhere.items():
-        if missing := sorted(seeds - {*found, *restored}):
-            said = "restored runs of seed %s are not taken over: they were made on %r, and this is %r"
-            logger.warning(said, ", ".join(map(str, missing)), made_on, hardware)
+        if not alike or not seed.isdecimal() or figure not in run.data.metrics:
+            continue
+        if RESTORED in run.data.tags and not _rounds_like(made_on, hardware):
+            elsewhere[int(seed)] = made_on
+            continue
+        kind = restored if RESTORED in run.data.tags else found
+        kind.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
+    if missing := sorted(elsewhere.keys() - found.keys() - restored.keys()):
+        seeds, makers = ", ".join(map(str, missing)), ", ".join(sorted({repr(elsewhere[seed]) for seed in missing}))
+        message = "restored runs of seed %s are not taken over: they were made on %s, and this is %r"
+        logger.warning(message, seeds, makers, hardware)
     return {**restored, **found}
 
 
@@ -278,13 +271,11 @@ def close_abandoned(store: Store) -> None:
 
     The lock that it held tells whether it is gone. Where that says nothing, as on another machine, the run is left.
     """
-    client = store.client
     with store_failures(store, "can't be written"):
         for run in search(store, "attributes.status = 'RUNNING'"):
-            with _abandoned(store, run) as abandoned, short_timeouts():
-                # Asked again: it may have ended by itself since.
-                if abandoned and client.get_run(run.info.run_id).info.status == "RUNNING":
-                    client.set_terminated(run.info.run_id, "KILLED")
+            # Another machine may reach the folder of locks by a network that shows it none.
+            if _was_locked(store, run) and _is_of_this_system(run):
+                _kill_unless_locked(store, run)
 
 
 def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) -> list[str]:
@@ -296,8 +287,7 @@ def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) ->
     named = [run for run in children if run_name in (None, run.info.run_name)]
     with store_failures(store, "can't be written"):
         for run in named:
-            if run.info.status == "RUNNING":
-                _kill_unless_locked(store, run)
+            _kill_unless_locked(store, run)
     return [run.info.run_id for run in named]
 
 
@@ -308,29 +298,30 @@ def close_orphans(store: Store) -> None:
     """
     with store_failures(store, "can't be written"):
         for run in search(store, "attributes.status = 'RUNNING'"):
-            parent, tag = run.data.tags.get(MLFLOW_PARENT_RUN_ID), run.data.tags.get("process", "").split()
-            if parent is None or len(tag) <= PROCESS_WORDS:
-                continue
-            with short_timeouts():
-                status = store.client.get_run(parent).info.status
-            if status != "RUNNING":
-                _kill_unless_locked(store, run)
+            parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+            if parent and run.data.tags.get("process", "").endswith(f" {OF_CLUSTER}"):
+                with short_timeouts():
+                    has_ended = store.client.get_run(parent).info.status != "RUNNING"
+                if has_ended:
+                    _kill_unless_locked(store, run)
 
 
 def _kill_unless_locked(store: Store, run: Run) -> None:
-    """Mark a run KILLED, but for one that a process on this machine still writes."""
-    lock = lock_of(store, run.info.run_id)
-    there = Path(lock.lock_file).exists()
-    if there:
-        try:
+    """Mark a run KILLED that stands as RUNNING, but for one that a process on this machine still writes."""
+    if run.info.status != "RUNNING":
+        return
+    lock, was_locked = lock_of(store, run.info.run_id), _was_locked(store, run)
+    try:
+        if was_locked:
             lock.acquire()
-        except Timeout:
-            return
+    except Timeout:
+        return
     try:
         with short_timeouts():
-            store.client.set_terminated(run.info.run_id, "KILLED")
+            if store.client.get_run(run.info.run_id).info.status == "RUNNING":  # it may have ended by itself since
+                store.client.set_terminated(run.info.run_id, "KILLED")
     finally:
-        if there:
+        if was_locked:
             release(lock)
 
 
@@ -349,12 +340,40 @@ def process_tag() -> str:
     """
     process = psutil.Process()
     words = [socket.gethostname(), process.pid, process.create_time(), _boot(), _machine()]
-    return " ".join(map(str, [*words, "cluster"] if os.environ.get(ON_CLUSTER) else words))
+    return " ".join(map(str, [*words, OF_CLUSTER] if os.environ.get(ON_CLUSTER) else words))
+
+
+def _is_of_this_system(run: Run) -> bool:
+    """Say whether a run's process ran under this system, in whatever container, or before this machine's restart."""
+    host, _, _, boot, machine, *_ = [*run.data.tags.get("process", "").split(), *5 * [""]]
+    return boot == _boot() or (host, machine) == (socket.gethostname(), _machine())
+
+
+def _boot() -> str:
+    """Return what names the running system from its start on, the same in all containers."""
+    return _content("/proc/sys/kernel/random/boot_id") or f"{_machine()}@{psutil.boot_time():.0f}"
+
+
+def _machine() -> str:
+    """Return what names this machine, whenever it was started."""
+    return _content("/etc/machine-id") or f"{uuid.getnode():012x}"
+
+
+def _content(file: str) -> str:
+    with suppress(OSError):
+        return Path(file).read_text().strip()
+    return ""
 
 
 def lock_of(store: Store, run_id: str) -> FileLock:
     """Return the lock that a process holds while it writes the run; the system frees it when the process ends."""
-    return FileLock(own_folder(store.uri) / LOCKS / f"{run_id}.lock", timeout=0, thread_local=False)
+    name = Path(run_id).name  # a database from elsewhere may hold a path
+    return FileLock(own_folder(store.uri) / LOCKS / f"{name}.lock", timeout=0, thread_local=False)
+
+
+def _was_locked(store: Store, run: Run) -> bool:
+    """Say whether the file of the run's lock is there: it is removed when the run is closed."""
+    return Path(lock_of(store, run.info.run_id).lock_file).exists()
 
 
 def take_lock(store: Store, run_id: str) -> FileLock:
@@ -376,104 +395,52 @@ def release(lock: FileLock) -> None:
     lock.release()
 
 
-@contextmanager
-def _abandoned(store: Store, run: Run) -> Iterator[bool]:
-    """Say whether the process that wrote the run is gone, without doubt, and keep the run from others meanwhile."""
-    run_id, tag = run.info.run_id, run.data.tags.get("process", "").split()
-    lock = lock_of(store, run_id)
-    if not run_id.isalnum() or not Path(lock.lock_file).exists():
-        yield False
-        return
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    # A free lock counts under the same running system, in whatever container, and on the same machine after another
-    # start. Another machine may reach the folder by a network that shows it no locks.
-    gone = False
-    if len(tag) >= PROCESS_WORDS:
-        host, _, _, boot, machine = tag[:PROCESS_WORDS]
-        gone = boot == _boot() != "-" or (host, machine) == (socket.gethostname(), _machine())
-    try:
-        yield gone
-    finally:
-        release(lock) if gone else lock.release()
-
-
-def _boot() -> str:
-    """Return what names the running system from its start on, the same in all containers; "-" where nothing does."""
-    return _content("/proc/sys/kernel/random/boot_id") or "-"
-
-
-def _machine() -> str:
-    """Return what names this machine, whenever it was started."""
-    return _content("/etc/machine-id") or f"{uuid.getnode():012x}"
-
-
-def _content(file: str) -> str:
-    try:
-        return Path(file).read_text().strip()
-    except OSError:
-        return ""
-
-
 def can_resume(store: Store, run_id: str) -> bool:
     """Say whether `track` would go on with this run; why not is shown."""
     try:
-        check_resumable(store, run_id)
+        resumable_run(store, run_id)
     except LabError as error:
         logger.warning("not used: checkpoint of run %s: %s", run_id, str(error).removeprefix("resume: "))
         return False
     return True
 
 
-def check_resumable(store: Store, run_id: str, *, finished_too: bool = False) -> None:
-    """Refuse to go on with a run that is not there, was deleted, has finished, or is in training; raises LabError."""
+def resumable_run(store: Store, run_id: str, *, finished_too: bool = False) -> Run:
+    """Return the run; raises LabError if it is not there, was deleted, has finished, or is in training."""
     try:
         with short_timeouts():
-            info = store.client.get_run(run_id).info
+            run = store.client.get_run(run_id)
     except MlflowException as error:
-        raise LabError(
-            f"resume: run {run_id} can't be read from {store.name!r}: {why_refused(error, store.uri)}"
-        ) from error
-    if info.lifecycle_stage == LifecycleStage.DELETED:
+        reason = why_refused(error, store.uri)
+        raise LabError(f"resume: run {run_id} can't be read from {store.name!r}: {reason}") from error
+    if run.info.lifecycle_stage == LifecycleStage.DELETED:
         raise LabError(f"resume: run {run_id} was deleted in MLflow: restore it there, or train anew")
-    if info.status == "FINISHED" and not finished_too:
+    if run.info.status == "FINISHED" and not finished_too:
         raise LabError(f"resume: run {run_id} has finished")
-    if info.status == "RUNNING":
-        raise LabError(
-            f"resume: run {run_id} is still in training, in another process, as far as can be told from here"
-        )
+    if run.info.status == "RUNNING":
+        reason = "is still in training, in another process, as far as can be told from here"
+        raise LabError(f"resume: run {run_id} {reason}")
+    return run
 
 
 def is_deleted(uri: str, run_id: str) -> bool:
     """Say whether a run was deleted in MLflow, and can be restored there; False where that can't be found out."""
     database = sqlite_file(uri)
-    if database is not None and not database.is_file():  # MLflow would make one
-        return False
-    try:
-        with quiet(), short_timeouts():
+    if database is None or database.is_file():  # MLflow would make one
+        with suppress(MlflowException, SQLAlchemyError, ImportError, OSError, ValueError), quiet(), short_timeouts():
             info = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id).info
-    except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError):
-        return False
-    return bool(info.lifecycle_stage == LifecycleStage.DELETED)
-
-
-_levels: list[int] = []  # that logging had before each block of `quiet` that is open; the first is the user's
-_levels_lock = threading.Lock()
+            return bool(info.lifecycle_stage == LifecycleStage.DELETED)
+    return False
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show."""
-    with _levels_lock:
-        _levels.append(logging.root.manager.disable)
-        logging.disable(logging.WARNING)
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        with _levels_lock:
-            logging.disable(_levels.pop())  # the last block to end, in whatever thread, finds the user's
+        logging.disable(level)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
 STEP = re.compile(r"\w[\w.-]*")
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]+)|@(?P<alias>.+))?")
-LOGGED_MODEL = re.compile("m-[0-9a-f]+")
 CALLED = "objective: teacher"
 EXPORTED = "data/model.pt2"  # by torch.export, in an MLflow model's folder
 # What is in such a file: numbers, JSON, and an example of the inputs.
@@ -54,17 +53,15 @@ class Teacher:
 def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CALLED) -> Teacher:
     """Return the model that is declared as `runs:/<id>/model`, as `models:/<name>/<version>`, or by a script's name.
 
-    holdout: how many training images are held out; the teacher must not have been trained on them.
-    called: how sentences name it.
+    holdout: how many training images are held out. called: how sentences name it.
 
     Raises:
         LabError: if it is not there, its run is not finished, or it has seen images that are held out.
     """
-    client = mlflow.MlflowClient(tracking_uri=store.uri)
     try:
         with quiet(), short_timeouts():
-            model = _find_model(client, store, declared, holdout, called)
-            run = client.get_run(str(model.source_run_id))
+            model = _find_model(store, declared, holdout, called)
+            run = store.client.get_run(str(model.source_run_id))
             sha256 = _sha256(_file(store, model, called))
     except (MlflowException, OSError) as error:
         raise LabError(f"{called} {declared!r} is not in {store.name!r}: {one_line(error)}") from error
@@ -98,9 +95,6 @@ def load_teacher(
 
     normalize: of the images that it will be given; where it was trained with others, it gets its own.
     called: how sentences name it.
-
-    Raises:
-        LabError: if it can't be loaded, is another one by now, or does not give one logit per digit.
     """
     file, own = find_exported(store, teacher, normalize, called=called)
     named = f"{called} {teacher.model_id} of run {teacher.run_id}"
@@ -110,20 +104,14 @@ def load_teacher(
 def find_exported(
     store: Store, teacher: Teacher, normalize: tuple[float, float], *, called: str = CALLED
 ) -> tuple[Path, tuple[float, float]]:
-    """Return the teacher's file on this machine, and how its images were normalised: `normalize` if it does not say.
-
-    Raises:
-        LabError: if the store can't give it.
-    """
+    """Return the teacher's file on this machine, and how its images were normalised: `normalize` if it does not say."""
     try:
         with quiet(), short_timeouts():
-            model = mlflow.MlflowClient(tracking_uri=store.uri).get_logged_model(teacher.model_id)
-            file = _file(store, model, called)
+            file = _file(store, store.client.get_logged_model(teacher.model_id), called)
             mean, deviation = (Model.load(str(file.parents[1])).metadata or {}).get("normalize", normalize)
     except Exception as error:  # what a store gives can be broken in many ways
-        raise LabError(
-            f"{called} {teacher.model_id} of run {teacher.run_id} can't be loaded: {one_line(error)}"
-        ) from error
+        named = f"{called} {teacher.model_id} of run {teacher.run_id}"
+        raise LabError(f"{named} can't be loaded: {one_line(error)}") from error
     return file, (mean, deviation)
 
 
@@ -196,41 +184,35 @@ class _Renormalized(nn.Module):
         return self.net((images * deviation + mean - own_mean) / own_deviation)  # type: ignore[no-any-return]
 
 
-def _find_model(client: mlflow.MlflowClient, store: Store, declared: str, holdout: int, called: str) -> LoggedModel:
+def _find_model(store: Store, declared: str, holdout: int, called: str) -> LoggedModel:
     if match := RUN_URI.fullmatch(declared):
-        return _model_of(client, client.get_run(match["run_id"]), match["name"], called)
+        return _model_of(store, store.client.get_run(match["run_id"]), match["name"], called)
     if STEP.fullmatch(declared):
-        return _model_of(client, _newest_run(store, declared, holdout, called), "model", called)
+        return _model_of(store, _newest_run(store, declared, holdout, called), "model", called)
     match = MODEL_URI.fullmatch(declared)
     if match is None:
         raise LabError(
             f"{called} {declared!r} is neither runs:/<id>/model nor models:/<name>/<version> nor the name of a script"
         )
-    name, version, alias = match["name"], match["version"], match["alias"]
-    model: LoggedModel | None
-    if not version and not alias:
-        model = client.get_logged_model(name)
-    else:
-        registered = (
-            client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, alias)
-        )
-        source = registered.model_id or str(registered.source).removeprefix("models:/")
-        model = client.get_logged_model(source) if LOGGED_MODEL.fullmatch(source) else None
-    if model is None or not model.source_run_id:
+    model_id, version, alias = match["name"], match["version"], match["alias"]
+    if version or alias:
+        by_alias = store.client.get_model_version_by_alias
+        registered = store.client.get_model_version(model_id, version) if version else by_alias(model_id, alias)
+        model_id = registered.model_id or str(registered.source).removeprefix("models:/")
+    model = store.client.get_logged_model(model_id)
+    if not model.source_run_id:
         raise LabError(f"{called} {declared!r} comes from no run, so what it was trained on is not known")
     return model
 
 
-def _model_of(client: mlflow.MlflowClient, run: Run, name: str, called: str) -> LoggedModel:
+def _model_of(store: Store, run: Run, name: str, called: str) -> LoggedModel:
     """Return the model of that name that a run has logged; "model" means the only one, whatever its name."""
     outputs = [] if run.outputs is None else run.outputs.model_outputs
-    models = [client.get_logged_model(output.model_id) for output in outputs]
-    found = next((model for model in models if model.name == name), None)
-    if found is None and name == "model" and len(models) == 1:
-        found = models[0]
-    if found is None:
-        raise LabError(f"{called}: run {run.info.run_id} ({run.info.status}) has no model {name!r}")
-    return found
+    models = [store.client.get_logged_model(output.model_id) for output in outputs]
+    for model in models:
+        if model.name == name or (name == "model" and len(models) == 1):
+            return model
+    raise LabError(f"{called}: run {run.info.run_id} ({run.info.status}) has no model {name!r}")
 
 
 def _newest_run(store: Store, step: str, holdout: int, called: str) -> Run:
@@ -247,11 +229,7 @@ def _newest_run(store: Store, step: str, holdout: int, called: str) -> Run:
 
 
 def _file(store: Store, model: LoggedModel, called: str) -> Path:
-    """Return the model's file on this machine.
-
-    Raises:
-        LabError: if the model is in another format than torch.export's.
-    """
+    """Return the model's file on this machine; raises LabError if it is in another format than torch.export's."""
     folder = mlflow.artifacts.download_artifacts(artifact_uri=model.artifact_location, tracking_uri=store.uri)
     file = Path(folder) / EXPORTED
     if not file.is_file():

@@ -51,19 +51,12 @@ def test_what_is_renamed_is_on_the_disk_before(tmp_path: Path, monkeypatch: pyte
     assert deeds == ["fsync", "fsync", "replace", "replace", "fsync"]  # the last is the folder's
 
 
-def test_text_is_utf_8_in_an_ascii_locale_and_a_name_it_cant_hold_is_refused(tmp_path: Path) -> None:
+def test_text_is_utf_8_in_an_ascii_locale(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
 from mnist_lab.tracking.disk import replace_files
 replace_files({Path(sys.argv[1], "a"): "\\u2013 \\u00b1"})
-try:
-    replace_files({Path(sys.argv[1], "a"): "new", Path(sys.argv[1], "\\u00e9"): "new"})
-except OSError as error:
-    print(error.strerror)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], env=os.environ | ASCII_LOCALE, capture_output=True, text=True
-    )
-    assert result.stdout == "its name can't be written in this locale's ascii\n", result.stderr
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=os.environ | ASCII_LOCALE, check=True)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ["– ±".encode()]

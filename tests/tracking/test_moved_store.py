@@ -15,9 +15,8 @@ from mlflow.tracking._tracking_service import utils
 from torch import nn
 
 from forkserver import PATIENCE, Program
-from helpers import ROOT, read_value, wait_until
+from helpers import ROOT, wait_until
 from mnist_lab import results
-from mnist_lab.errors import LabError
 from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.tracking.run import track
@@ -173,24 +172,6 @@ def test_a_store_without_runs_keeps_its_artifacts_beside_it_wherever_it_goes(tmp
     follow_move(places.uri)
 
     assert places.read() == [(tmp_path / "new" / "artifacts").as_uri()]
-
-
-def test_a_correction_that_fails_half_way_changes_nothing(tmp_path: Path) -> None:
-    old, new = tmp_path / "old" / "artifacts", tmp_path / "new" / "artifacts"
-    places = Places(new.parent, old.as_uri(), [f"{old.as_uri()}/r1"], [])
-    (new / "r1").mkdir(parents=True)
-    with closing(sqlite3.connect(places.database)) as connection, connection:
-        connection.execute(
-            "CREATE TRIGGER full BEFORE UPDATE ON model_versions BEGIN SELECT RAISE(ABORT, 'database is full'); END"
-        )
-
-    with pytest.raises(
-        LabError, match="^tracking store .* can't be corrected, though it was moved .*: database is full"
-    ):
-        follow_move(places.uri)
-
-    assert places.read() == [old.as_uri(), f"{old.as_uri()}/r1"]
-    assert read_value(places.database, "PRAGMA integrity_check") == "ok"
 
 
 # ---- an interrupted run

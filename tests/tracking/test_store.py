@@ -1,6 +1,5 @@
 """Which store is meant, and whether it is one that can be read."""
 
-import logging
 import shutil
 import sqlite3
 from contextlib import closing
@@ -11,7 +10,6 @@ import pytest
 from mnist_lab.errors import LabError, without_password
 from mnist_lab.paths import sqlite_file, tracking_uri
 from mnist_lab.tracking.sqlite import check_readable
-from mnist_lab.tracking.store import quiet
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEFAULT = f"sqlite:///{PROJECT}/mlruns/mlflow.db"
@@ -70,11 +68,6 @@ def test_a_path_that_mlflow_would_read_as_another_is_refused(path: str) -> None:
     assert path in str(refusal.value)
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "postgresql://host/runs", "sqlite://", "sqlite:///", "/x.db"])
-def test_only_sqlite_stores_have_a_file(uri: str) -> None:
-    assert sqlite_file(uri) is None
-
-
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -125,26 +118,12 @@ def test_a_store_that_was_never_made_says_what_to_do_and_stays_unmade(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_real_store_is_readable(uri: str) -> None:
-    check_readable(uri)
-
-
 @pytest.mark.parametrize("name", ["with space", "ünïcödé", "#hash", "quote'd"])
 def test_a_real_store_is_readable_in_any_folder(name: str, database: Path, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     shutil.move(database, tmp_path / name / "mlflow.db")
 
     check_readable(tracking_uri(f"sqlite:///{tmp_path / name}/mlflow.db"))
-
-
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "postgresql://host/runs"])
-def test_a_server_is_left_to_mlflow(uri: str) -> None:
-    check_readable(uri)
-
-
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LabError, match=f"tracking store {tmp_path} is not a file"):
-        check_readable(f"sqlite:///{tmp_path}")
 
 
 @pytest.mark.parametrize("content", ["foreign", "text", "empty", "cut short", "overwritten"])
@@ -168,14 +147,3 @@ def test_a_file_that_is_not_mlflows_is_refused_and_left_alone(content: str, data
         check_readable(f"sqlite:///{database}")
 
     assert database.read_bytes() == before
-
-
-def test_loggers_speak_again_though_two_threads_keep_quiet_by_turns() -> None:
-    first, second = quiet(), quiet()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert logging.root.manager.disable == logging.WARNING
-    second.__exit__(None, None, None)
-
-    assert logging.root.manager.disable == logging.NOTSET

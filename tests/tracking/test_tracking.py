@@ -31,7 +31,7 @@ from mnist_lab.commandline import interrupt_on_signals
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.run import TrackedRun, track
-from mnist_lab.tracking.store import adopt, close_abandoned, finished_runs, open_store
+from mnist_lab.tracking.store import close_abandoned, finished_runs, open_store
 from mnist_lab.training.loop import normalize
 
 NO_TAGS: dict[str, str] = {}
@@ -75,15 +75,6 @@ def test_a_new_store_holds_the_experiment_and_its_artifacts_beside_it(
     }
     assert list(tmp_path.iterdir()) == [tmp_path / "a folder"]
     assert capfd.readouterr() == ("", "")  # none of the library's remarks on tables and migrations
-
-
-def test_opening_a_store_again_changes_nothing(database: Path, uri: str) -> None:
-    log_a_run(uri, "first")
-
-    assert open_store(uri) == open_store(uri)
-
-    assert [run.name for run in read_runs(database)] == ["first"]
-    assert read_value(database, "SELECT count(*) FROM experiments") == 2  # MLflow's own Default, and mnist
 
 
 def test_processes_that_use_a_new_store_at_once_all_succeed(tmp_path: Path) -> None:
@@ -135,13 +126,9 @@ def test_a_process_killed_while_it_makes_the_store_blocks_nobody(tmp_path: Path)
     ("uri", "reason"),
     [
         ("sqlite:///{folder}/notes.txt", "can't be read: file is not a database"),
-        ("sqlite:///{folder}", "is not a file"),
+        ("sqlite:///{folder}", "can't be used: .*Is a directory"),
         ("sqlite:///{folder}/notes.txt/mlflow.db", "can't be used: .*(Not a directory|File exists)"),
-        ("sqlite:////dev/null/mlflow.db", "can't be used: "),
-        ("sqlite://", "names no file"),
         ("foo://x", "can't be used: .*unsupported URI 'foo://x'"),
-        ("runs", "is no URI"),
-        ("sqlite+foo:///x.db", "can't be used: .*sqlite.foo"),
         ("mssql://nobody@127.0.0.1:1/runs", "can't be used: "),  # its driver is not installed
         ("http://127.0.0.1:9", "can't be used: .*Connection refused"),
     ],
@@ -215,12 +202,9 @@ def track_a_run(uri: str, block: Callable[[TrackedRun], None]) -> None:
         (None, "FINISHED"),
         (RuntimeError("a bug"), "FAILED"),
         (LabError("bad input"), "FAILED"),
-        (MemoryError(), "FAILED"),
         (KeyboardInterrupt(), "KILLED"),
-        (SystemExit(), "FINISHED"),
         (SystemExit(0), "FINISHED"),
         (SystemExit(3), "FAILED"),
-        (SystemExit("no more"), "FAILED"),
     ],
     ids=repr,
 )
@@ -243,10 +227,10 @@ def test_the_status_says_how_the_block_ended(end: BaseException | None, status: 
     assert read_value(database, "SELECT end_time - start_time >= 0 FROM runs") == 1
     assert mlflow.active_run() is None
     trace = run.artifacts / "traceback.txt"
-    assert trace.exists() == isinstance(end, RuntimeError | MemoryError)  # of bugs only
+    assert trace.exists() == isinstance(end, RuntimeError)  # of bugs only
     if trace.exists():
         assert "in log_and_end" in trace.read_text()
-        assert trace.read_text().rstrip().endswith(("RuntimeError: a bug", "MemoryError"))
+        assert trace.read_text().endswith("RuntimeError: a bug\n")
 
 
 @pytest.fixture
@@ -395,43 +379,6 @@ def refuse(database: Path, action: str) -> None:
         connection.execute(f"CREATE TRIGGER full BEFORE {action} BEGIN SELECT RAISE(ABORT, 'database is full'); END")
 
 
-def test_two_runs_may_be_open_at_once(uri: str, database: Path) -> None:
-    store = open_store(uri)
-
-    with track(store, "one", params={}, tags=NO_TAGS) as one, track(store, "two", params={}, tags=NO_TAGS) as two:
-        one.log_epoch(1, {"test_accuracy": 98.0})
-        two.log_epoch(1, {"test_accuracy": 97.0})
-
-    runs = {run.name: (run.status, run.metrics, "mlflow.parentRunId" in run.tags) for run in read_runs(database)}
-    assert runs == {
-        "one": ("FINISHED", {"test_accuracy": [(1, 98.0)]}, False),
-        "two": ("FINISHED", {"test_accuracy": [(1, 97.0)]}, False),
-    }
-
-
-def test_a_run_may_be_tracked_in_any_thread(uri: str, database: Path) -> None:
-    thread = threading.Thread(target=log_a_run, args=(uri, "in a thread"))
-    thread.start()
-    thread.join(PATIENCE)
-
-    assert [(run.name, run.status) for run in read_runs(database)] == [("in a thread", "FINISHED")]
-
-
-@pytest.mark.parametrize("before", [None, "sqlite:////tmp/elsewhere/mlflow.db"])
-def test_the_next_run_is_not_led_to_this_ones_store(
-    before: str | None, uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    if before is not None:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", before)
-
-    log_a_run(uri, "a run")
-    with pytest.raises(ZeroDivisionError), track(open_store(uri), "another", params={}, tags=NO_TAGS):
-        raise ZeroDivisionError
-
-    assert os.environ.get("MLFLOW_TRACKING_URI") == before
-
-
 DATASET = {"source_type": "local", "source": "{}", "digest": "d", "schema": None, "profile": None}
 
 
@@ -573,52 +520,15 @@ def test_a_restored_run_is_found_where_its_hardware_rounds_alike(uri: str, caplo
     }
 
     assert found("other CPU, 64 cores, AVX512") == own | {2: restored[2]}
-    made_on = [
-        re.search(r"of seed (.*) are not taken over: they were made on '(.*?)',", said) for said in caplog.messages
-    ]
-    assert sorted(match.groups() for match in made_on if match) == [
-        ("3", "CPU, 2 cores"),
-        ("4", "NVIDIA H100"),
-        ("5", ""),
-    ]
+    assert re.search(
+        "of seed 3, 4, 5 are not taken over: they were made on '', 'CPU, 2 cores', 'NVIDIA H100'", caplog.text
+    )
     assert found("CPU, 2 cores, AVX2") == own
     assert found("NVIDIA H100") == own | {4: restored[4]}
     assert found("") == own
 
 
-def test_an_adopted_run_is_the_child_of_the_new_study(uri: str, database: Path) -> None:
-    store = open_store(uri)
-    with (
-        track(store, "old study", params={}, tags=NO_TAGS) as old,
-        track(store, "child", params={}, tags=NO_TAGS, parent_run_id=old.run_id) as child,
-    ):
-        pass
-    with track(store, "new study", params={}, tags=NO_TAGS) as new:
-        adopt(store, new.run_id, child.run_id)
-
-    tags = {run.name: run.tags for run in read_runs(database)}
-    assert tags["child"]["mlflow.parentRunId"] == new.run_id
-
-
 # ---- what a run leaves
-
-
-def test_epochs_are_points_at_their_number(uri: str, database: Path) -> None:
-    with track(open_store(uri), "a run", params={"lr": 0.1, "scheduler": None}, tags={"step": "a"}) as tracked:
-        tracked.log_epoch(1, {"test_loss": 0.5, "lr": 0.1})
-        tracked.log_epoch(2, {"test_loss": 0.25, "lr": 0.05})
-        tracked.log_once({"num_params": 7852})
-        tracked.set_tags({"targets": "met"})
-
-    (run,) = read_runs(database)
-    assert run.run_id == tracked.run_id
-    assert run.metrics == {
-        "test_loss": [(1, 0.5), (2, 0.25)],
-        "lr": [(1, 0.1), (2, 0.05)],
-        "num_params": [(0, 7852)],
-    }
-    assert run.params == {"lr": "0.1", "scheduler": "None"}
-    assert {name: run.tags[name] for name in ("step", "targets")} == {"step": "a", "targets": "met"}
 
 
 def test_the_data_is_an_input_with_its_own_digest(small_mnist: Mnist, uri: str, tmp_path: Path) -> None:
@@ -635,17 +545,6 @@ def test_the_data_is_an_input_with_its_own_digest(small_mnist: Mnist, uri: str, 
     assert json.loads(by_context["training"].source) == {"uri": str(tmp_path)}
     assert json.loads(by_context["training"].profile)["features_shape"] == [500, 1, 28, 28]
     assert json.loads(by_context["test"].profile)["features_shape"] == [300, 1, 28, 28]
-
-
-def test_a_file_is_kept_byte_for_byte(uri: str, database: Path, tmp_path: Path) -> None:
-    script = tmp_path / "idea.py"
-    script.write_bytes(b"# coding: latin-1\r\nNAME = '\xe9'\r\n")
-
-    with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
-        tracked.log_file(script, "source")
-
-    (run,) = read_runs(database)
-    assert (run.artifacts / "source" / "idea.py").read_bytes() == script.read_bytes()
 
 
 # ---- the trained network
@@ -715,61 +614,28 @@ class DependsOnTheData(nn.Module):
         return logits if images.sum() > 0 else -logits
 
 
+class Locked(DependsOnTheData):
+    """What can't be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(("network", "cause"), [(DependsOnTheData, "data-dependent"), (Locked, "cannot pickle")])
 def test_a_network_that_cannot_be_exported_is_kept_as_weights(
-    uri: str, database: Path, capfd: pytest.CaptureFixture[str]
+    network: type[nn.Module], cause: str, uri: str, database: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    net = DependsOnTheData().train()
+    net = network().train()
     with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
         capfd.readouterr()
         reason = tracked.log_model("a.step", net, torch.rand(2, 1, 28, 28), (0, 1))
 
     assert capfd.readouterr() == ("", "")  # torch's own account of it is pages long
-    assert reason is not None
-    assert "data-dependent" in reason
-    assert "\n" not in reason
+    assert cause in str(reason)
+    assert "\n" not in str(reason)
     (run,) = read_runs(database)
-    assert run.status == "FINISHED"
     weights = torch.load(run.artifacts / "state_dict.pt", weights_only=True)
     assert weights.keys() == net.state_dict().keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in net.state_dict().items())
     assert net.training  # it is the script's own and stays as it was
-
-
-class NamesItsDevice(DependsOnTheData):
-    """Stands for a network whose code is right on the device that it was trained on only."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        if not self.training:
-            raise RuntimeError("Expected all tensors to be on the same device")
-        return super().forward(images)
-
-
-class Locked(DependsOnTheData):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lock = threading.Lock()  # which can't be copied
-
-
-@pytest.mark.parametrize(("net", "said"), [(NamesItsDevice, "on the same device"), (Locked, "cannot pickle")])
-def test_a_network_that_does_not_work_on_a_cpu_is_kept_as_weights(
-    net: type[nn.Module], said: str, uri: str, database: Path
-) -> None:
-    with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
-        reason = tracked.log_model("a.step", net().train(), torch.rand(2, 1, 28, 28), (0, 1))
-
-    assert said in str(reason)
-    (run,) = read_runs(database)
-    assert (run.artifacts / "state_dict.pt").exists()
-
-
-def test_predictions_are_kept_without_pickle(uri: str, database: Path) -> None:
-    logits = torch.randn(5, 10)
-    truth = torch.tensor([3, 1, 4, 1, 5])
-    with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
-        tracked.log_predictions(truth, logits)
-
-    (run,) = read_runs(database)
-    with np.load(run.artifacts / "predictions.npz", allow_pickle=False) as kept:
-        np.testing.assert_array_equal(kept["truth"], truth)
-        np.testing.assert_array_equal(kept["prediction"], logits.argmax(1))
-        np.testing.assert_array_equal(kept["logits"], logits)
