@@ -19,8 +19,7 @@ def find(job: Job, store: Store, interrupted: Mapping[str, str] | None = None) -
     interrupted: the identity of a run that goes on; it keeps the teacher it began with, though a script that the
         objective names has a newer run by now.
 
-    Raises:
-        LabError: if the teacher is not there, or can't be one.
+    Raises LabError if the teacher is not there, or can't be one.
     """
     declared = _declared_teacher(job.experiment)
     if declared is None or job.teacher is not None:
@@ -31,11 +30,7 @@ def find(job: Job, store: Store, interrupted: Mapping[str, str] | None = None) -
 
 
 def load(job: Job, store: Store) -> Experiment:
-    """Return the job's experiment; an objective that names a teacher is given the network, on the job's device.
-
-    Raises:
-        LabError: if the teacher can't be loaded.
-    """
+    """Return the job's experiment; an objective that names a teacher is given the network, on the job's device."""
     if job.teacher is None:
         return job.experiment
     assert job.experiment.objective is not None

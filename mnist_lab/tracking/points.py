@@ -8,7 +8,6 @@ import sqlalchemy
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
-RUNS_PER_QUERY = 500  # databases limit how many values a query may name
 # The limits of a tracking server's route for the histories of several runs, which its own UI uses.
 HISTORIES = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
@@ -34,14 +33,10 @@ def _by_sql(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> list
         "WHERE run_uuid IN :run_ids AND key IN :keys ORDER BY timestamp"
     ).bindparams(sqlalchemy.bindparam("run_ids", expanding=True), sqlalchemy.bindparam("keys", metrics, expanding=True))
     engine = sqlalchemy.create_engine(uri)
-    run_ids = list(epochs)
     try:
         with engine.connect() as connection:
-            return [
-                (row[0], row[1], row[2], row[3])
-                for first in range(0, len(run_ids), RUNS_PER_QUERY)
-                for row in connection.execute(query, {"run_ids": run_ids[first : first + RUNS_PER_QUERY]})
-            ]
+            rows = connection.execute(query, {"run_ids": list(epochs)})
+            return [(run_id, metric, epoch, value) for run_id, metric, epoch, value in rows]
     finally:
         engine.dispose()
 

@@ -154,21 +154,18 @@ def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.enti
 
     artifact_location: of a new one; without it, a server chooses.
 
-    Raises:
-        LabError: if it was deleted.
-        MlflowException, SQLAlchemyError: if the store fails.
+    Raises LabError if it was deleted; MlflowException or SQLAlchemyError if the store fails.
     """
     client = mlflow.MlflowClient(tracking_uri=uri)
     with quiet():
         experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
         if experiment is None:
             try:
-                client.create_experiment(EXPERIMENT_NAME, artifact_location=artifact_location)
+                experiment = client.get_experiment(client.create_experiment(EXPERIMENT_NAME, artifact_location))
             except MlflowException:  # another program that uses the server made it meanwhile
-                if client.get_experiment_by_name(EXPERIMENT_NAME) is None:
+                experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+                if experiment is None:
                     raise
-            experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
-            assert experiment is not None
     check_not_deleted(uri, experiment)
     if experiment.tags.get(view.TAG) != view.state():
         with quiet(), suppress(MlflowException):  # who may not change it still may read
@@ -243,7 +240,9 @@ def finished_runs(
         alike = run.data.params == {**params, "seed": seed} and tags.items() <= run.data.tags.items()
         if not alike or not seed.isdecimal() or figure not in run.data.metrics:
             continue
-        if RESTORED in run.data.tags and not _rounds_like(made_on, hardware):
+        # CPUs with the same vector instructions, which stand last, add in the same order.
+        rounds_alike = made_on.rpartition(", ")[2] == hardware.rpartition(", ")[2] != ""
+        if RESTORED in run.data.tags and not rounds_alike:
             elsewhere[int(seed)] = made_on
             continue
         kind = restored if RESTORED in run.data.tags else found
@@ -253,11 +252,6 @@ def finished_runs(
         message = "restored runs of seed %s are not taken over: they were made on %s, and this is %r"
         logger.warning(message, seeds, makers, hardware)
     return {**restored, **found}
-
-
-def _rounds_like(one: str, other: str) -> bool:
-    """Say whether two devices add in the same order: two CPUs by their vector instructions, which stand last."""
-    return one.rpartition(", ")[2] == other.rpartition(", ")[2] != ""
 
 
 def adopt(store: Store, parent_run_id: str, run_id: str) -> None:

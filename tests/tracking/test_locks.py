@@ -1,8 +1,11 @@
 """Which runs are in training: told by a lock that their process holds, whatever container or machine looks."""
 
 import multiprocessing
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -12,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from forkserver import PATIENCE
-from helpers import read_runs
+from helpers import ROOT, read_runs
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import store as stores
 from mnist_lab.tracking.run import track
@@ -22,6 +25,21 @@ fork = multiprocessing.get_context("fork")
 
 
 # What another process makes of a run that it finds in the store: its status, and whether it would go on with it.
+# What another process makes of a run that it finds in the store: its status, and whether it would go on with it.
+LOOK = """
+import sys
+from mnist_lab.tracking.run import track
+from mnist_lab.tracking.store import close_abandoned, open_store
+store = open_store(sys.argv[1])
+close_abandoned(store)
+try:
+    with track(store, "resumed", params={}, tags={}, resume_run_id=sys.argv[2]):
+        print("resumed")
+except ValueError as error:
+    print(error)
+"""
+
+
 def train(uri: str, run_ids: object) -> None:
     with track(open_store(uri), "a run", params={}, tags={}) as tracked:
         run_ids.put(tracked.run_id)  # type: ignore[attr-defined]
@@ -57,6 +75,25 @@ def test_a_run_is_left_alone_while_its_process_lives_and_closed_when_it_is_kille
     assert status(database) == "KILLED"
     assert can_resume(open_store(uri), run_id)
     assert list((database.parent / "locks").iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="containers need Linux and root")
+def test_a_run_is_left_alone_from_another_container(uri: str, database: Path) -> None:
+    with in_training(uri) as (process, run_id):
+        inside = ["unshare", "--pid", "--uts", "--fork", "--mount-proc", sys.executable, "-c", LOOK, uri, run_id]
+        first = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT)
+        if first.returncode and "unshare" in first.stderr:
+            pytest.skip(f"no container can be made here: {first.stderr}")
+        assert first.stdout.startswith(f"resume: run {run_id} is still in training, in another process"), first
+        assert status(database) == "RUNNING"
+
+        process.kill()
+        process.join()
+        second = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT)
+
+    assert second.stdout == "resumed\n", second
+    assert status(database) == "FINISHED"
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,21 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(
     check_same(by_id(server, run_id), whole, server)
 
 
+@pytest.mark.long
+def test_a_server_that_hangs_for_a_while_is_waited_for(
+    whole: TrackedRun, server: Server, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+
+    def hang() -> None:
+        server.signal(signal.SIGSTOP)
+        threading.Timer(8, server.signal, (signal.SIGCONT,)).start()
+
+    run_id = train(experiment, server.uri, After(epoch_2=hang))
+
+    check_same(by_id(server, run_id), whole, server)
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_run_whose_server_stays_away_ends_and_goes_on_when_it_is_back(
     whole: TrackedRun, server: Server, experiment: Experiment, monkeypatch: pytest.MonkeyPatch

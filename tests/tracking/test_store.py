@@ -1,6 +1,5 @@
 """Which store is meant, and whether it is one that can be read."""
 
-import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -116,14 +115,6 @@ def test_a_store_that_was_never_made_says_what_to_do_and_stays_unmade(tmp_path: 
         check_readable(f"sqlite:///{file}")
 
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["with space", "ünïcödé", "#hash", "quote'd"])
-def test_a_real_store_is_readable_in_any_folder(name: str, database: Path, tmp_path: Path) -> None:
-    (tmp_path / name).mkdir()
-    shutil.move(database, tmp_path / name / "mlflow.db")
-
-    check_readable(tracking_uri(f"sqlite:///{tmp_path / name}/mlflow.db"))
 
 
 @pytest.mark.parametrize("content", ["foreign", "text", "empty", "cut short", "overwritten"])

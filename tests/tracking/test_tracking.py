@@ -31,7 +31,7 @@ from mnist_lab.commandline import interrupt_on_signals
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.tracking.run import TrackedRun, track
-from mnist_lab.tracking.store import close_abandoned, finished_runs, open_store
+from mnist_lab.tracking.store import finished_runs, open_store
 from mnist_lab.training.loop import normalize
 
 NO_TAGS: dict[str, str] = {}
@@ -426,28 +426,6 @@ def test_a_password_in_an_error_or_a_tag_is_not_logged(
 
 
 # ---- runs of a study
-
-
-def leave_running(uri: str) -> None:
-    store = open_store(uri)
-    with track(store, "left", params={}, tags=NO_TAGS):
-        os._exit(9)  # as SIGKILL does: nothing is closed
-
-
-def test_runs_whose_process_is_gone_are_closed_and_no_others(uri: str, database: Path) -> None:
-    process = begin(leave_running, uri)
-    process.join(PATIENCE)
-    store = open_store(uri)
-    client = MlflowClient(uri)
-    elsewhere = client.create_run(store.experiment_id, run_name="elsewhere", tags={"process": "other.host 1 1.0"})
-    foreign = client.create_run(store.experiment_id, run_name="foreign")
-
-    with track(store, "mine", params={}, tags=NO_TAGS):
-        close_abandoned(store)
-        states = {run.name: run.status for run in read_runs(database)}
-
-    assert states == {"left": "KILLED", "elsewhere": "RUNNING", "foreign": "RUNNING", "mine": "RUNNING"}
-    assert {elsewhere.info.status, foreign.info.status} == {"RUNNING"}
 
 
 def test_a_child_run_may_be_open_inside_its_study_and_the_study_goes_on(uri: str, database: Path) -> None:
