@@ -31,7 +31,7 @@ from mnist_lab.errors import LabError, without_password
 from mnist_lab.paths import EXPERIMENT_NAME, LOCKS, SQLITE, artifacts_of, own_folder, sqlite_file, tracking_uri
 from mnist_lab.tracking import view
 from mnist_lab.tracking.connection import ask, short_timeouts, why_refused
-from mnist_lab.tracking.sqlite import check_readable, check_writable, follow_move
+from mnist_lab.tracking.sqlite import check_writable, follow_move
 
 # MLflow shows each error of the database with its traceback, and raises it too; one sentence is made of that.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -125,7 +125,6 @@ def _open(uri: str) -> Store:
         with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
             if not database.exists():
                 _create(database)
-            check_readable(uri)
             follow_move(uri)
             return Store(uri, experiment_of(uri, artifacts_of(database)).experiment_id, file_id(database))
     except LabError:
