@@ -62,12 +62,15 @@ def check_writable(uri: str) -> None:
     folders = [file.parent, *(file.parent / name for name in (ARTIFACTS, CHECKPOINTS, LOCKS))]
     tried = file
     try:
-        if is_there := file.exists():
-            file.open("r+b").close()  # before SQLite is asked, which would leave a log as read-only as the file
+        is_there = file.exists()
         for tried in dict.fromkeys(_existing(folder) for folder in folders):
             with tempfile.TemporaryFile(dir=tried, buffering=0) as probe:  # without a name, where Linux can
                 if probe.write(os.urandom(ROOM)) < ROOM:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        tried = file  # before SQLite is asked, which would leave a log as read-only as the file
+        # Not by opening it: to close it would free the locks that SQLite has on it for this process.
+        if is_there and not os.access(file, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         reason = f"{tried} can't be written: {error.strerror}{_advice(error)}"
         raise LabError(f"tracking store {file} can't be used: {reason}") from error

@@ -126,7 +126,7 @@ def test_a_process_killed_while_it_makes_the_store_blocks_nobody(tmp_path: Path)
     ("uri", "reason"),
     [
         ("sqlite:///{folder}/notes.txt", "can't be read: file is not a database"),
-        ("sqlite:///{folder}", "can't be used: .*Is a directory"),
+        ("sqlite:///{folder}", "is not a file"),
         ("sqlite:///{folder}/notes.txt/mlflow.db", "can't be used: .*(Not a directory|File exists)"),
         ("foo://x", "can't be used: .*unsupported URI 'foo://x'"),
         ("mssql://nobody@127.0.0.1:1/runs", "can't be used: "),  # its driver is not installed
