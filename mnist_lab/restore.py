@@ -12,10 +12,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC
-from functools import cached_property
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from mlflow.entities import Run
@@ -32,19 +30,18 @@ from mnist_lab.experiment import Targets
 from mnist_lab.paths import LOCKS, PROJECT_ROOT, own_folder
 from mnist_lab.results.predictions import MISTAKES
 from mnist_lab.results.records import (
+    DATE,
     EPOCH_FIGURES,
     IMAGES,
     MISTAKE_COLUMNS,
     RUN_COLUMNS,
-    EpochRow,
     Records,
     Row,
-    RunRow,
     cells,
     read_records,
     to_csv,
 )
-from mnist_lab.results.runs import load_runs
+from mnist_lab.results.runs import TARGETS, load_runs
 from mnist_lab.running.record import DESCRIPTION, describe, verdict_tags
 from mnist_lab.running.study import VERDICT, description, draw, judge_runs, mean_epochs, summary
 from mnist_lab.tracking.connection import short_timeouts
@@ -64,7 +61,7 @@ from mnist_lab.verdicts.targets import judge
 
 DIGEST = "restored_sha256"
 NO_MODEL = "none: this run was restored, and the files that it was restored from keep no network"
-NOT_SHARED = {"step", "targets", "model", DESCRIPTION, DIGEST, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE}
+NOT_SHARED = {"seed", "step", "targets", "model", DESCRIPTION, DIGEST, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE}
 
 
 @dataclass(frozen=True)
@@ -95,103 +92,83 @@ class Past:
 
 @dataclass(frozen=True)
 class Committed:
-    """One run as the files have it; records: its rows alone."""
+    """One run as the files have it.
 
-    records: Records
+    row: in <step>.csv. start, end: milliseconds since 1970. epochs, figures: what it logs of each epoch, and once.
+    """
 
-    @cached_property
-    def row(self) -> dict[str, Any]:
-        return RunRow.model_validate(self.text).model_dump()
-
-    @property
-    def text(self) -> Row:
-        return self.records.runs[0]
-
-    @property
-    def step(self) -> str:
-        return self.text["step"]
-
-    @cached_property
-    def epochs(self) -> dict[int, dict[str, float]]:
-        rows = (EpochRow.model_validate(row).model_dump() for row in self.records.epochs)
-        return {row["epoch"]: {name: row[name] for name in EPOCH_FIGURES if row[name] is not None} for row in rows}
+    row: Row
+    step: str
+    seed: int
+    start: int
+    end: int
+    targets: Targets
+    epochs: Mapping[int, Mapping[str, float]]
+    figures: Mapping[str, float]
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    mistakes: Sequence[Row]
+    digest: str
 
     @property
-    def figures(self) -> dict[str, float]:
-        """What a run logs once."""
-        row, targets = self.row, self.targets
-        once = {
-            "num_params": row["num_params"],
-            "final_test_accuracy": row["last"],
-            "best_test_accuracy": row["best"],
-            "best_epoch": row["best_epoch"],
-        }
-        if targets.accuracy is not None and self.epochs:
-            reached = (figures["test_accuracy"] >= targets.accuracy for figures in self.epochs.values())
-            once["epochs_at_target"] = sum(reached)
-        return {name: float(value) for name, value in (once | short_figures(once)).items()}
+    def name(self) -> str:
+        return f"{self.step} seed {self.seed}"
 
-    @property
-    def targets(self) -> Targets:
-        params, epochs = (self.row[f"target_{name}"] for name in ("params", "epochs"))
-        return Targets(
-            accuracy=self.row["target_accuracy"],
-            params=None if params is None else int(params),
-            epochs=None if epochs is None else int(epochs),
-        )
 
-    @property
-    def start(self) -> int:
-        """Milliseconds since 1970."""
-        return int(self.row["date"].replace(tzinfo=UTC).timestamp() * 1000)
-
-    @property
-    def end(self) -> int:
-        return self.start + round(60_000 * (self.row["minutes"] or 0))
-
-    @property
-    def params(self) -> dict[str, str]:
-        return self._settings("param")
-
-    @property
-    def tags(self) -> dict[str, str]:
-        row = self.text
-        verdicts = judge(
-            self.targets, accuracies=[self.row["last"]], num_params=self.row["num_params"], epochs=self.row["epochs"]
-        )
-        stated = {name: f"{value:.12g}" for name, value in vars(self.targets).items() if value is not None}
-        tags = {
-            **{name: row[name] for name in ("step", "code_sha256", "hardware", "torch", "git_commit")},
-            "git_dirty": row["git_dirty"].lower(),
-            **self._settings("tag"),  # has the whole code_sha256
-            **{f"target_{name}": value for name, value in stated.items()},
-            **verdict_tags(verdicts),
-            "model": NO_MODEL,
-            DESCRIPTION: describe(script_of(self.step), verdicts=verdicts),
-        }
-        return {"overrides": "", **{name: value for name, value in tags.items() if value}}
-
-    def _settings(self, kind: str) -> dict[str, str]:
-        return {row["name"]: row["value"] for row in self.records.settings if row["kind"] == kind}
-
-    @cached_property
-    def digest(self) -> str:
-        records = self.records
-        return digest([records.runs, records.epochs, records.settings, records.mistakes])
-
-    def check(self, folder: Path) -> None:
-        """Refuse figures that don't fit together; raises LabError."""
-        row, name = self.row, f"{self.step} seed {self.text['seed']}"
-        wrong = IMAGES - round(IMAGES / 100 * row["last"])
-        for file, right, reason in (
-            (self.step, row["best_epoch"] <= row["epochs"], f"best_epoch {row['best_epoch']} of {row['epochs']}"),
-            (self.step, row["last"] <= row["best"], f"last {row['last']} is above best {row['best']}"),
-            ("settings", bool(self.params), "it has no params"),
-            ("epochs", sorted(self.epochs) in ([], [*range(1, row["epochs"] + 1)]), "epochs are missing, or too many"),
-            ("mistakes", len(self.records.mistakes) in (0, wrong), f"it got {wrong} images wrong"),
-        ):
-            if not right:
-                raise LabError(f"{folder / file}.csv: {name}: {reason}")
+def _committed(records: Records, folder: Path) -> Committed:
+    """Return the run that these rows are of; raises LabError if they don't fit together."""
+    (row,) = records.runs
+    step, last, count = row["step"], float(row["last"]), int(row["epochs"])
+    start = int(datetime.strptime(row["date"], DATE).replace(tzinfo=UTC).timestamp() * 1000)
+    stated = {name: float(row[f"target_{name}"]) for name in TARGETS if row[f"target_{name}"]}
+    targets = Targets(**{name: value if name == "accuracy" else int(value) for name, value in stated.items()})  # type: ignore[arg-type]
+    epochs = {
+        int(of["epoch"]): {name: float(of[name]) for name in EPOCH_FIGURES if of.get(name)} for of in records.epochs
+    }
+    figures = {
+        "num_params": float(row["num_params"]),
+        "final_test_accuracy": last,
+        "best_test_accuracy": float(row["best"]),
+        "best_epoch": float(row["best_epoch"]),
+    }
+    if targets.accuracy is not None and epochs:
+        figures["epochs_at_target"] = sum(of["test_accuracy"] >= targets.accuracy for of in epochs.values())
+    verdicts = judge(targets, accuracies=[last], num_params=int(row["num_params"]), epochs=count)
+    params, tags = (
+        {line["name"]: line["value"] for line in records.settings if line["kind"] == kind} for kind in ("param", "tag")
+    )
+    tags = {
+        **{name: row[name] for name in ("step", "code_sha256", "hardware", "torch", "git_commit")},
+        "git_dirty": row["git_dirty"].lower(),
+        **tags,  # with the whole code_sha256
+        **{f"target_{name}": f"{value:.12g}" for name, value in stated.items()},
+        **verdict_tags(verdicts),
+        **{"model": NO_MODEL, DESCRIPTION: describe(script_of(step), verdicts=verdicts)},
+    }
+    wrong = IMAGES - round(IMAGES / 100 * last)
+    for file, fits, reason in (
+        (step, figures["best_epoch"] <= count, f"its best_epoch {row['best_epoch']} is none of {count}"),
+        (step, last <= figures["best_test_accuracy"], f"its last accuracy {last} is above its best {row['best']}"),
+        ("settings", bool(params), "it has no params"),
+        ("epochs", [*epochs] in ([], [*range(1, count + 1)]), f"it has other epochs than 1 to {count}"),
+        ("mistakes", len(records.mistakes) in (0, wrong), f"it got {wrong} images wrong, not {len(records.mistakes)}"),
+    ):
+        if not fits:
+            raise LabError(f"{folder / file}.csv: {step} seed {row['seed']}: {reason}")
+    return Committed(
+        row=row,
+        step=step,
+        seed=int(row["seed"]),
+        start=start,
+        end=start + round(60_000 * float(row["minutes"] or 0)),
+        targets=targets,
+        epochs=epochs,
+        figures=figures | short_figures(figures),
+        params={**params, "seed": row["seed"]},
+        tags={"overrides": "", **{name: value for name, value in tags.items() if value}},
+        mistakes=records.mistakes,
+        digest=digest([records.runs, records.epochs, records.settings, records.mistakes]),
+    )
 
 
 def digest(parts: object) -> str:
@@ -216,17 +193,15 @@ def restore(
         LabError: if the folder has no such files, they are not as the lab writes them, the store can't be written, or
             another call is at work on it.
     """
-    committed = [Committed(records) for records in read_records(folder).by_run()]
+    committed = [_committed(records, folder) for records in read_records(folder).by_run()]
     if not committed:
         raise LabError(f"folder: {folder} has no CSVs of runs")
-    for run in committed:
-        run.check(folder)
     store = open_store(tracking_uri)
     with store_failures(store, "can't be written"), _alone(store), short_timeouts():
         trained = _trained_here(store)
         steps: dict[str, list[Committed]] = {}
         for run in committed:
-            if _text(run.text) not in trained:
+            if _text(run.row) not in trained:
                 steps.setdefault(run.step, []).append(run)
         wanted = {run.digest for runs in steps.values() for run in runs} | {_study(runs) for runs in steps.values()}
         there, removed = _sort_out(store, wanted)
@@ -242,7 +217,7 @@ def restore(
         studies=sum(_study(runs) not in {"", *there} for runs in steps.values()),
         there=len(committed) - added,
         removed=removed,
-        without_mistakes=sum(not run.records.mistakes for run in committed),
+        without_mistakes=sum(not run.mistakes for run in committed),
     )
 
 
@@ -301,7 +276,7 @@ def _restore(store: Store, commit: str, runs: Sequence[Committed], there: Mappin
         return
     clock = Past(min(run.start for run in runs))
     tags = {**_shared([run.tags for run in runs]), "study": runs[0].step, "seeds_reused": ""}
-    tags["seeds"] = " ".join(run.text["seed"] for run in runs)
+    tags["seeds"] = " ".join(run.row["seed"] for run in runs)
     name, params = f"{runs[0].step} {len(runs)} seeds", _shared([run.params for run in runs])
     with track(
         replace(store, clock=clock), name, params=params, tags=_marked(tags, commit, study, runs[0].step)
@@ -320,20 +295,19 @@ def _run(store: Store, commit: str, run: Committed, there: Mapping[str, Run], pa
     if run.digest in there:
         return str(there[run.digest].info.run_id)
     clock = Past(run.start)
-    params = {**run.params, "seed": run.text["seed"]}
-    tags, name = _marked(run.tags, commit, run.digest, run.step), f"{run.step} seed {run.text['seed']}"
-    with track(replace(store, clock=clock), name, params=params, tags=tags, parent_run_id=parent_run_id) as tracked:
+    past, tags = replace(store, clock=clock), _marked(run.tags, commit, run.digest, run.step)
+    with track(past, run.name, params=run.params, tags=tags, parent_run_id=parent_run_id) as tracked:
         clock.time = run.end
         tracked.log_missing(run.epochs)
         tracked.log_once(run.figures)
-        if run.records.mistakes:
-            tracked.log_text(to_csv([*MISTAKE_COLUMNS][2:], run.records.mistakes), MISTAKES)
+        if run.mistakes:
+            tracked.log_text(to_csv([*MISTAKE_COLUMNS][2:], run.mistakes), MISTAKES)
     return tracked.run_id
 
 
 def _finish_study(tracked: TrackedRun, runs: Sequence[Committed], ids: Sequence[str]) -> None:
-    finished = [FinishedRun(one, run.row["seed"], run.figures) for one, run in zip(ids, runs, strict=True)]
-    result = judge_runs(runs[0].targets, runs[0].row["epochs"], tracked.run_id, finished)
+    finished = [FinishedRun(one, run.seed, run.figures) for one, run in zip(ids, runs, strict=True)]
+    result = judge_runs(runs[0].targets, int(runs[0].row["epochs"]), tracked.run_id, finished)
     figures, words = summary(result)
     tracked.log_once(figures)
     described = description(result, script_of(runs[0].step))
@@ -341,7 +315,7 @@ def _finish_study(tracked: TrackedRun, runs: Sequence[Committed], ids: Sequence[
     tracked.log_text(described + "\n", VERDICT)
     unknown = dict.fromkeys(EPOCH_FIGURES, math.nan)
     history = [
-        {"run_id": one, "step": run.step, "seed": run.row["seed"], "epoch": epoch, **unknown, **of_epoch}
+        {"run_id": one, "step": run.step, "seed": run.seed, "epoch": epoch, **unknown, **of_epoch}
         for one, run in zip(ids, runs, strict=True)
         for epoch, of_epoch in run.epochs.items()
     ]

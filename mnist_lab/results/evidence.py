@@ -30,7 +30,6 @@ from mnist_lab.results.compare import summarise
 from mnist_lab.results.records import (
     COLUMNS,
     OTHER_FILES,
-    Column,
     Row,
     cells,
     ranges,
@@ -58,10 +57,10 @@ logger = logging.getLogger(__name__)
 
 TEXTS = ("hardware", "torch", "git_commit", "git_dirty", "code_sha256", "date")
 EFFECT_COLUMNS = {
-    **{"change": Column("change", "", str), "from": Column("a", "", str), "to": Column("b", "", str)},
-    **{name: Column(source, ".3f", float) for name, source in (("points", "effect"), ("low", "low"), ("high", "high"))},
-    **{name: Column(name, ".4g", float) for name in ("p", "p_holm")},
-    **{name: Column(name, "", str) for name in ("test", "seeds", "seeds_needed")},
+    **{"change": ("change", ""), "from": ("a", ""), "to": ("b", "")},
+    **{"points": ("effect", ".3f"), "low": ("low", ".3f"), "high": ("high", ".3f")},
+    **{"p": ("p", ".4g"), "p_holm": ("p_holm", ".4g")},
+    **{name: (name, "") for name in ("test", "seeds", "seeds_needed")},
 }
 TABLES = ("summary", "results", "effects", "runs")
 PICTURE = "accuracy.svg"  # beside the CSVs: accuracy against parameters
@@ -239,7 +238,7 @@ def summary_of(rows: Sequence[Row]) -> pd.DataFrame:
     """Return the rows of `compare_table` for the rows of the CSVs."""
     table = pd.DataFrame(rows, columns=["step", *COLUMNS], dtype="str").replace("", None)
     table = table.astype({name: "float64" for name in COLUMNS if name not in TEXTS}).assign(overrides="", left_out=0)
-    return summarise(table.rename(columns={name: column.source for name, column in COLUMNS.items()}))
+    return summarise(table.rename(columns={name: column for name, (column, _) in COLUMNS.items()}))
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:

@@ -9,22 +9,32 @@ import csv
 import io
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from mnist_lab.errors import LabError
-from mnist_lab.experiment import MAX_COUNT, quoted
+from mnist_lab.errors import LabError, one_line
+from mnist_lab.experiment import quoted
 from mnist_lab.results.compare import newest_runs
 from mnist_lab.results.predictions import predictions_of
-from mnist_lab.results.runs import LoadedRuns, epoch_history, load_runs, run_table
+from mnist_lab.results.runs import COLUMNS as COLUMN_KINDS
+from mnist_lab.results.runs import (
+    COUNT,
+    PERCENTAGE,
+    TARGETS,
+    TEXT,
+    Kind,
+    LoadedRuns,
+    epoch_history,
+    load_runs,
+    run_table,
+)
 from mnist_lab.verdicts.comparison import step_order
 from mnist_lab.verdicts.measures import MEASURES, TESTED
 
@@ -35,76 +45,61 @@ DATE = "%Y-%m-%d %H:%M"
 IMAGES = 10_000  # test images
 
 
-class Column(NamedTuple):
-    """A column of a CSV: its name in the table that it comes from, its format, and what its cells can be."""
-
-    source: str
-    form: str
-    kind: Any
-
-
-def _known(values: Any) -> Any:
-    return None if values == "" else values
-
-
-def _optional(kind: Any) -> Any:
-    return Annotated[kind | None, BeforeValidator(_known)]
-
-
-def _kind(figure: str) -> Any:
-    return Percent if MEASURES[figure].unit == "%" else float if figure == "objective" else Figure
-
-
-Whole = Annotated[int, BeforeValidator(int)]
-Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
-Count = Annotated[Whole, Field(ge=1, le=MAX_COUNT)]
-Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-Figure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Date = Annotated[datetime, BeforeValidator(lambda text: datetime.strptime(text, DATE))]
-Image = Annotated[Whole, Field(ge=0, lt=IMAGES)]
-Seeds = Annotated[str, Field(pattern=r"^\d{1,19}(-\d{1,19})?(, \d{1,19}(-\d{1,19})?)*$")]
-
+Columns = Mapping[str, tuple[str, str]]  # by name: the name in the table that it comes from, and the format of a cell
 # First <step>.csv, then the CSVs with the rows of all steps.
 COLUMNS = {
-    "seed": Column("seed", "", Seed),
-    "last": Column("final_test_accuracy", ".2f", Percent),
-    "best": Column("best_test_accuracy", ".2f", Percent),
-    "best_epoch": Column("best_epoch", "", Count),
-    "train": Column("final_train_accuracy", ".3f", _optional(Percent)),
-    "test_loss": Column("final_test_loss", ".5f", _optional(Figure)),
-    "num_params": Column("num_params", "", Count),
-    "epochs": Column("epochs", "", Count),
-    "minutes": Column("minutes", ".1f", _optional(Figure)),
-    **{name: Column(name, "", str) for name in ("hardware", "torch", "git_commit")},
-    "git_dirty": Column("git_dirty", "", Literal["", "True", "False"]),
-    "code_sha256": Column("code_sha256", ".12", str),
-    "date": Column("start_time", DATE, Date),
-    "target_accuracy": Column("target_accuracy", "g", _optional(Percent)),
-    "target_params": Column("target_params", "g", _optional(Figure)),
-    "target_epochs": Column("target_epochs", "g", _optional(Figure)),
-    "reported_best": Column("reported_best_test_accuracy", "g", _optional(Percent)),
+    "seed": ("seed", ""),
+    "last": ("final_test_accuracy", ".2f"),
+    "best": ("best_test_accuracy", ".2f"),
+    "best_epoch": ("best_epoch", ""),
+    "train": ("final_train_accuracy", ".3f"),
+    "test_loss": ("final_test_loss", ".5f"),
+    "num_params": ("num_params", ""),
+    "epochs": ("epochs", ""),
+    "minutes": ("minutes", ".1f"),
+    **{name: (name, "") for name in ("hardware", "torch", "git_commit", "git_dirty")},
+    "code_sha256": ("code_sha256", ".12"),
+    "date": ("start_time", DATE),
+    **{f"target_{name}": (f"target_{name}", "g") for name in TARGETS},
+    "reported_best": ("reported_best_test_accuracy", "g"),
 }
-STEP = {"step": Column("step", "", str)}
-RUN = STEP | {"seed": COLUMNS["seed"]}
-RUN_COLUMNS = STEP | COLUMNS
+RUN_COLUMNS = {"step": ("step", ""), **COLUMNS}
 EPOCH_FIGURES = ("test_accuracy", "test_loss", "train_accuracy", "train_loss", "lr", "epoch_seconds", *TESTED.at_times)
 EPOCH_COLUMNS = {
-    **RUN,
-    "epoch": Column("epoch", "", Count),
-    **{name: Column(name, MEASURES[name].cell, _optional(_kind(name))) for name in EPOCH_FIGURES},
+    **{name: (name, "") for name in ("step", "seed", "epoch")},
+    **{name: (name, MEASURES[name].cell) for name in EPOCH_FIGURES},
 }
-SETTING_COLUMNS = {
-    **STEP,
-    "seeds": Column("seeds", "", Seeds),
-    "kind": Column("kind", "", Literal["param", "tag"]),
-    "name": Column("name", "", Annotated[str, Field(min_length=1)]),
-    "value": Column("value", "", str),
-}
+SETTING_COLUMNS = {name: (name, "") for name in ("step", "seeds", "kind", "name", "value")}
 MISTAKE_COLUMNS = {
-    **RUN,
-    "image": Column("image", "", Image),
-    "prediction": Column("prediction", "", Annotated[Whole, Field(ge=0, le=9)]),
-    "confidence": Column("confidence", ".4f", Annotated[float, Field(ge=0, le=1)]),
+    **{name: (name, "") for name in ("step", "seed", "image", "prediction")},
+    "confidence": ("confidence", ".4f"),
+}
+# What the cells of these columns can be, by the name of where they come from; those of a run table are known there.
+KINDS = {
+    **{name: PERCENTAGE if one.unit == "%" else Kind("float64", 0) for name, one in MEASURES.items()},
+    **COLUMN_KINDS,
+    "objective": Kind("float64", -sys.float_info.max, sys.float_info.max),
+    **{"epoch": COUNT, "epochs": COUNT, "minutes": Kind("float64", 0, 1e9)},
+    **{"image": Kind("Int64", 0, IMAGES - 1), "prediction": Kind("Int64", 0, 9), "confidence": Kind("float64", 0, 1)},
+}
+PATTERNS = {
+    "git_dirty": "True|False|",
+    "kind": "param|tag",
+    "name": ".+",
+    "seeds": r"\d{1,19}(-\d{1,19})?(, \d{1,19}(-\d{1,19})?)*",
+}
+NEEDED = {
+    "seed",
+    "last",
+    "best",
+    "best_epoch",
+    "num_params",
+    "epochs",
+    "date",
+    "epoch",
+    "image",
+    "prediction",
+    "confidence",
 }
 # Tags that decide or explain a run's figures, beside those that have a column of their own in <step>.csv.
 TAGS = re.compile(
@@ -112,16 +107,6 @@ TAGS = re.compile(
 )
 OTHER_FILES = ("effects", "epochs", "settings", "mistakes")  # CSVs in the folder that belong to no step
 
-
-def _model(columns: Mapping[str, Column]) -> type[BaseModel]:
-    """Return what checks a row of these columns; those of some experiments only may be missing."""
-    fields: dict[str, Any] = {
-        name: (column.kind, None if name in TESTED.at_times else ...) for name, column in columns.items()
-    }
-    return create_model("Row", __config__=ConfigDict(extra="forbid"), **fields)
-
-
-RunRow, EpochRow, SettingRow, MistakeRow = map(_model, (RUN_COLUMNS, EPOCH_COLUMNS, SETTING_COLUMNS, MISTAKE_COLUMNS))
 
 run_of = itemgetter("step", "seed")
 
@@ -257,61 +242,60 @@ def read_records(folder: Path) -> Records:
         seeds.setdefault(row["step"], set()).add(int(row["seed"]))
     return Records(
         runs,
-        in_order(_read(folder / "epochs.csv", EpochRow, "step", "seed", "epoch")),
+        in_order(_read(folder / "epochs.csv", EPOCH_COLUMNS, "step", "seed", "epoch")),
         in_order(_read_settings(folder / "settings.csv", seeds)),
-        in_order(_read(folder / "mistakes.csv", MistakeRow, "step", "seed", "image")),
+        in_order(_read(folder / "mistakes.csv", MISTAKE_COLUMNS, "step", "seed", "image")),
     )
 
 
 def read_rows(folder: Path) -> list[Row]:
     """Read the CSVs of all experiments in a folder, the steps first; raises LabError as `read_records`."""
     files = [file for file in folder.glob("*.csv") if file.stem not in OTHER_FILES]
-    return in_order(row for file in files for row in _read(file, RunRow, "step", "seed"))
+    return in_order({"step": file.stem, **row} for file in files for row in _read(file, COLUMNS, "seed"))
 
 
-def _read(file: Path, model: type[BaseModel], *key: str) -> list[Row]:
+def _read(file: Path, columns: Columns, *key: str) -> list[Row]:
     """Return the rows of a file, and none where there is no file; `key` says what a row is of, once."""
     if not file.exists():
         return []
-    same = {"step": file.stem} if model is RunRow else {}
     try:
         with file.open(encoding="utf-8", newline="") as lines:
-            reader = csv.DictReader(lines)
-            rows = [{**same, **row} for row in reader]
+            header, *rows = csv.reader(lines)
     except OSError as error:
         raise LabError(f"{file}: it can't be read: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise LabError(f"{file}: it is no CSV in UTF-8: {error}") from error
-    columns = {*same, *(reader.fieldnames or ())}
-    for name in sorted({name for name, one in model.model_fields.items() if one.is_required()} - columns):
-        raise LabError(f"{file}, row 1: the column {name!r} is missing")
-    there: set[tuple[str, ...]] = set()
+    except (ValueError, csv.Error) as error:
+        raise LabError(f"{file}: it is no CSV in UTF-8: {one_line(error)}") from error
     for number, row in enumerate(rows, start=2):
-        where = f"{file}, row {number}"
-        if None in row or None in row.values():
-            raise LabError(f"{where}: it has more or fewer cells than the {len(columns) - len(same)} columns")
-        _check(row, model, where)
-        if (identity := tuple(row[name] for name in key)) in there:
-            raise LabError(f"{where}, {key[-1]}: {' '.join(identity)} is there twice")
-        there.add(identity)
-    return rows
+        if len(row) != len(header):
+            raise LabError(f"{file}, row {number}: it has {len(row)} cells, not {len(header)}")
+    table = pd.DataFrame(rows, columns=header, dtype="str")
+    if odd := sorted({*columns}.symmetric_difference(map(str, table)) - {*TESTED.at_times}):
+        raise LabError(f"{file}, row 1: the column {odd[0]!r} is {'missing' if odd[0] in columns else 'unknown'}")
+    for name in table:
+        cells, (source, _) = table[name], columns[str(name)]
+        for place in table.index[~_right(cells, str(name), source)]:
+            raise LabError(f"{file}, row {place + 2}, {name}: {quoted(cells[place])} can't be right")
+    for place in table.index[table.duplicated([*key])]:
+        raise LabError(f"{file}, row {place + 2}, {key[-1]}: {' '.join(table.loc[place, [*key]])} is there twice")
+    return [{str(name): str(cell) for name, cell in row.items()} for row in table.to_dict("records")]
 
 
-def _check(row: Row, model: type[BaseModel], where: str) -> None:
-    try:
-        model.model_validate(row)
-    except ValidationError as error:
-        first = error.errors()[0]
-        column = str(first["loc"][0])
-        raise LabError(
-            f"{where}, {column}: {quoted(row[column])} is not as the lab writes it: {first['msg']}"
-        ) from error
+def _right(cells: pd.Series[Any], name: str, source: str) -> pd.Series[bool]:
+    """Say which cells are as the lab writes them."""
+    kind, empty = KINDS.get(source, TEXT), cells.eq("") & (name not in NEEDED)
+    if name in PATTERNS:
+        return cells.str.fullmatch(PATTERNS[name])
+    if name == "date":
+        return pd.to_datetime(cells, format=DATE, errors="coerce").notna()
+    if kind.dtype == "str":
+        return cells.notna()
+    return empty | kind.has(cells) & (cells.str.isdecimal() | (kind.dtype != "Int64"))
 
 
 def _read_settings(file: Path, seeds: Mapping[str, set[int]]) -> Iterator[Row]:
     """Read the settings, one row for each seed that there is; those of other steps are left out."""
     there = set()
-    for number, line in enumerate(_read(file, SettingRow, "step", "seeds", "kind", "name"), start=2):
+    for number, line in enumerate(_read(file, SETTING_COLUMNS, "step", "seeds", "kind", "name"), start=2):
         parts = [part.partition("-") for part in line["seeds"].split(", ")]
         ranges_of = [(int(first), int(last or first)) for first, _, last in parts]
         known = seeds.get(line["step"])
@@ -373,10 +357,10 @@ def ranges(seeds: Iterable[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def cells(records: Iterable[Mapping[Any, Any]], columns: Mapping[str, Column]) -> list[Row]:
-    """Return these columns of a run table or an epoch history as the text that a CSV holds."""
+def cells(records: Iterable[Mapping[Any, Any]], columns: Columns) -> list[Row]:
+    """Return these columns of a run table, an epoch history or a comparison as the text that a CSV holds."""
     return [
-        {name: format(row[one.source], one.form) if pd.notna(row[one.source]) else "" for name, one in columns.items()}
+        {name: format(row[column], form) if pd.notna(row[column]) else "" for name, (column, form) in columns.items()}
         for row in records
     ]
 
