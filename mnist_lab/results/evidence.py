@@ -65,23 +65,6 @@ EFFECT_COLUMNS = {
 TABLES = ("summary", "results", "effects", "runs")
 PICTURE = "accuracy.svg"  # beside the CSVs: accuracy against parameters
 PUBLISHED = PROJECT_ROOT / "docs" / "results"
-EXPORTED_PAGE = """# The figures of the tracked runs
-
-Test accuracy in percent, mean ± sd over the seeds. \\* The best epoch was picked on the test images.
-
-<!-- results -->
-<!-- /results -->
-
-## What each change is worth
-
-<!-- effects -->
-<!-- /effects -->
-
-## How the runs were made
-
-<!-- runs -->
-<!-- /runs -->
-"""
 
 
 def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
@@ -100,7 +83,7 @@ def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
     logger.info("Judging what each change is worth, and writing the tables")
     steps, page = {row["step"] for row in records.runs}, folder / "README.md"
     with _file_errors(folder):
-        old = page.read_text("utf-8") if page.exists() else EXPORTED_PAGE
+        old = page.read_text("utf-8") if page.exists() else TEMPLATES.get_template("exported.md").render()
         files = {
             **records.csvs(folder, steps),
             folder / "effects.csv": _effects(records.runs),
@@ -243,21 +226,21 @@ def summary_of(rows: Sequence[Row]) -> pd.DataFrame:
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
     """Return each table that is made of the rows of the CSVs, by the name of its template and its markers."""
+    summary = summary_of(rows)
     told = {
-        "experiments": summary_of(rows).to_dict("records"),
-        "headline": headline(rows).to_dict("records"),
+        "experiments": summary.to_dict("records"),
+        "headline": headline(summary).to_dict("records"),
         "comparisons": compare_rows(rows),
         "studies": {step: rows_of(step, rows) for step in dict.fromkeys(row["step"] for row in rows)},
     }
     return {name: TEMPLATES.get_template(f"{name}.md").render(told).strip() for name in TABLES}
 
 
-def headline(rows: Sequence[Row]) -> pd.DataFrame:
-    """Return what `summary_of` says of the experiments that README shows; all of them where none has targets.
+def headline(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `summary_of` for the experiments that README shows; all of them where none has targets.
 
     Ablations, which are compared with their step elsewhere, and experiments without targets are left out.
     """
-    summary = summary_of(rows)
     ablations = {step for pair in PAIRS for step in (pair.a, pair.b) if not re.match(r"step\d+_", step)}
     chosen = summary[summary["target_params"].notna() & ~summary["step"].isin(ablations)]
     return summary if chosen.empty else chosen
@@ -268,19 +251,15 @@ def picture(rows: Sequence[Row]) -> str:
 
     The experiments are those of `headline`.
     """
-    drawn = headline(rows)
+    drawn = headline(summary_of(rows))
+    points = "; ".join(
+        f"{row['step']}: {row['num_params']:,} parameters, {row['last']:.2f} %, seeds: {row['seeds']}"
+        for row in drawn.to_dict("records")
+    )
     svg = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "mnist_lab"}):  # else each drawing has ids of its own
-        plot_summary(drawn).savefig(svg, format="svg", metadata={"Date": None, "Description": described(drawn)})
+        plot_summary(drawn).savefig(svg, format="svg", metadata={"Date": None, "Description": points})
     return svg.getvalue()
-
-
-def described(summary: pd.DataFrame) -> str:
-    """Return the points of a picture as text: the step, its parameters, its mean accuracy and its seeds."""
-    return "; ".join(
-        f"{row['step']}: {row['num_params']:,} parameters, {row['last']:.2f} %, seeds: {row['seeds']}"
-        for row in summary.to_dict("records")
-    )
 
 
 def with_tables(page: str, made: Mapping[str, str]) -> str:
@@ -289,21 +268,21 @@ def with_tables(page: str, made: Mapping[str, str]) -> str:
     Raises:
         LabError: if the page has no markers at all.
     """
-    found = 0
-    for name, table in made.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, marker, rest = page.partition(start)
-        _, closing, after = rest.partition(end)
-        if marker and closing:
-            page, found = f"{before}{start}\n{table}\n\n{end}{after}", found + 1
+    place = re.compile(rf"(<!-- ({'|'.join(made)}) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+    page, found = place.subn(lambda marks: f"{marks[1]}\n{made[marks[2]]}\n\n{marks[3]}", page)
     if not found:
         raise LabError(f"the page has no markers for a table: {', '.join(f'<!-- {name} -->' for name in made)}")
     return page
 
 
+def _words(row: Mapping[Any, Any]) -> dict[str, str]:
+    """Return the verdict on each stated target, e.g. "accuracy met"."""
+    return {name: f"{name} {row[f'verdict_{name}']}" for name in TARGETS if row[f"verdict_{name}"] != "-"}
+
+
 def _verdict(row: Mapping[Any, Any]) -> str:
-    """Return the verdict on each stated target; on the accuracy of several seeds, what their mean shows."""
-    words = {name: f"{name} {row[f'verdict_{name}']}" for name in TARGETS if row[f"verdict_{name}"] != "-"}
+    """Return the verdicts; on the accuracy of several seeds, also how many would show it."""
+    words = _words(row)
     if pd.notna(row["seeds_needed"]):
         words["accuracy"] += f" (needs about {seeds_text(row['seeds_needed'])} seeds)"
     return ", ".join(words.values()) or "no target stated"
@@ -311,10 +290,10 @@ def _verdict(row: Mapping[Any, Any]) -> str:
 
 def _in_short(row: Mapping[Any, Any]) -> str:
     """Return the verdicts in a few words: what is not met, or that all is."""
-    words = {name: row[f"verdict_{name}"] for name in TARGETS if row[f"verdict_{name}"] != "-"}
-    if not words:
-        return "none stated"
-    return ", ".join(f"{name} {word}" for name, word in words.items() if word != "met") or "all met"
+    words = _words(row)
+    return ", ".join(word for word in words.values() if not word.endswith(" met")) or (
+        "all met" if words else "none stated"
+    )
 
 
 def _commit(row: Row) -> str:

@@ -79,28 +79,12 @@ KINDS = {
     **{name: PERCENTAGE if one.unit == "%" else Kind("float64", 0) for name, one in MEASURES.items()},
     **COLUMN_KINDS,
     "objective": Kind("float64", -sys.float_info.max, sys.float_info.max),
-    **{"epoch": COUNT, "epochs": COUNT, "minutes": Kind("float64", 0, 1e9)},
+    **{"start_time": Kind(DATE), "epoch": COUNT, "epochs": COUNT, "minutes": Kind("float64", 0, 1e9)},
     **{"image": Kind("Int64", 0, IMAGES - 1), "prediction": Kind("Int64", 0, 9), "confidence": Kind("float64", 0, 1)},
+    **{"git_dirty": Kind("str", form="True|False|"), "kind": Kind("str", form="param|tag")},
+    **{"name": Kind("str", form=".+"), "seeds": Kind("str", form=r"\d{1,19}(-\d{1,19})?(, \d{1,19}(-\d{1,19})?)*")},
 }
-PATTERNS = {
-    "git_dirty": "True|False|",
-    "kind": "param|tag",
-    "name": ".+",
-    "seeds": r"\d{1,19}(-\d{1,19})?(, \d{1,19}(-\d{1,19})?)*",
-}
-NEEDED = {
-    "seed",
-    "last",
-    "best",
-    "best_epoch",
-    "num_params",
-    "epochs",
-    "date",
-    "epoch",
-    "image",
-    "prediction",
-    "confidence",
-}
+NEEDED = ("seed", "last", "best", "best_epoch", "num_params", "epochs", "date", "epoch", *list(MISTAKE_COLUMNS)[2:])
 # Tags that decide or explain a run's figures, beside those that have a column of their own in <step>.csv.
 TAGS = re.compile(
     "code_sha256|data_sha256|threads|memory_format|no_effect|teacher_run_id|teacher_sha256|cuda_graph|reported_.*"
@@ -197,34 +181,28 @@ def _that_can_name_a_file(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _settings(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterable[Row]:
-    for step, seed, run_id in _identities(runs):
+    for step, seed, run_id in runs[["step", "seed", "run_id"]].itertuples(index=False, name=None):
         data = loaded.found[run_id].data
-        params = {name: value for name, value in data.params.items() if name != "seed"}
-        tags = {name: value for name, value in data.tags.items() if TAGS.fullmatch(name)}
-        for kind, named in (("param", params), ("tag", tags)):
-            for name, value in named.items():
-                yield {"step": step, "seed": str(seed), "kind": kind, "name": name, "value": value}
+        params = [("param", name, value) for name, value in data.params.items() if name != "seed"]
+        tags = [("tag", name, value) for name, value in data.tags.items() if TAGS.fullmatch(name)]
+        for kind, name, value in params + tags:
+            yield {"step": step, "seed": str(seed), "kind": kind, "name": name, "value": value}
 
 
 def _mistakes(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterable[Row]:
     unknown = []
-    for step, seed, run_id in _identities(runs):
+    for step, seed, run_id in runs[["step", "seed", "run_id"]].itertuples(index=False, name=None):
         try:
-            said = predictions_of(loaded.found[run_id], loaded.uri)
+            told = predictions_of(loaded.found[run_id], loaded.uri)
         except LabError as error:
             unknown.append(f"{step} seed {seed} ({error})")
             continue
-        wrong = said[said["truth"] != said["prediction"]].rename_axis("image").reset_index()
+        wrong = told[told["truth"] != told["prediction"]].rename_axis("image").reset_index()
         rows = [{"step": step, "seed": seed, **row} for row in wrong.to_dict("records")]
         yield from cells(rows, MISTAKE_COLUMNS)
     if unknown:
         runs_are = "1 run" if len(unknown) == 1 else f"{len(unknown)} runs"
         logger.warning("not known: which test images %s got wrong, the first is %s", runs_are, unknown[0])
-
-
-def _identities(runs: pd.DataFrame) -> list[tuple[str, int, str]]:
-    identities = runs[["step", "seed", "run_id"]].itertuples(index=False, name=None)
-    return sorted(identities, key=lambda identity: (step_order(identity[0]), identity[1]))
 
 
 # ---- from files
@@ -258,6 +236,24 @@ def _read(file: Path, columns: Columns, *key: str) -> list[Row]:
     """Return the rows of a file, and none where there is no file; `key` says what a row is of, once."""
     if not file.exists():
         return []
+    table = _read_table(file)
+    header = [str(name) for name in table]
+    twice = [name for name in header if header.count(name) > 1]
+    for name in twice or sorted(({*columns} ^ {*header}) - {*TESTED.at_times}):
+        found = "is there twice" if twice else "is unknown" if name in header else "is missing"
+        raise LabError(f"{file}, row 1: the column {name!r} {found}")
+    for name in header:
+        kind = KINDS.get(columns[name][0], TEXT)
+        if kind != TEXT:
+            right = kind.has(table[name]) & (table[name].str.isdecimal() | (kind.dtype != "Int64"))
+            for place in table.index[~right & (table[name].ne("") | (name in NEEDED))]:
+                raise LabError(f"{file}, row {place + 2}, {name}: {quoted(table[name][place])} is not {kind}")
+    for place in table.index[table.duplicated([*key])]:
+        raise LabError(f"{file}, row {place + 2}, {key[-1]}: {' '.join(table.loc[place, [*key]])} is there twice")
+    return [{str(name): str(cell) for name, cell in row.items()} for row in table.to_dict("records")]
+
+
+def _read_table(file: Path) -> pd.DataFrame:
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             header, *rows = csv.reader(lines)
@@ -268,28 +264,7 @@ def _read(file: Path, columns: Columns, *key: str) -> list[Row]:
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise LabError(f"{file}, row {number}: it has {len(row)} cells, not {len(header)}")
-    table = pd.DataFrame(rows, columns=header, dtype="str")
-    if odd := sorted({*columns}.symmetric_difference(map(str, table)) - {*TESTED.at_times}):
-        raise LabError(f"{file}, row 1: the column {odd[0]!r} is {'missing' if odd[0] in columns else 'unknown'}")
-    for name in table:
-        cells, (source, _) = table[name], columns[str(name)]
-        for place in table.index[~_right(cells, str(name), source)]:
-            raise LabError(f"{file}, row {place + 2}, {name}: {quoted(cells[place])} can't be right")
-    for place in table.index[table.duplicated([*key])]:
-        raise LabError(f"{file}, row {place + 2}, {key[-1]}: {' '.join(table.loc[place, [*key]])} is there twice")
-    return [{str(name): str(cell) for name, cell in row.items()} for row in table.to_dict("records")]
-
-
-def _right(cells: pd.Series[Any], name: str, source: str) -> pd.Series[bool]:
-    """Say which cells are as the lab writes them."""
-    kind, empty = KINDS.get(source, TEXT), cells.eq("") & (name not in NEEDED)
-    if name in PATTERNS:
-        return cells.str.fullmatch(PATTERNS[name])
-    if name == "date":
-        return pd.to_datetime(cells, format=DATE, errors="coerce").notna()
-    if kind.dtype == "str":
-        return cells.notna()
-    return empty | kind.has(cells) & (cells.str.isdecimal() | (kind.dtype != "Int64"))
+    return pd.DataFrame(rows, columns=header, dtype="str")
 
 
 def _read_settings(file: Path, seeds: Mapping[str, set[int]]) -> Iterator[Row]:

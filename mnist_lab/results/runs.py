@@ -46,17 +46,26 @@ TARGETS = ("accuracy", "params", "epochs")
 
 
 class Kind(NamedTuple):
-    """The values of a column: their type, and the bounds of those that can be right."""
+    """The values of a column: their type, and the bounds of those that can be right.
+
+    dtype: also the format of dates as text. form: a regular expression, of texts.
+    """
 
     dtype: str
     low: float = -math.inf
     high: float = math.inf
+    form: str = ""
 
     def __str__(self) -> str:
-        number = "a whole number" if self.dtype == "Int64" else "a number"
-        return number if math.isinf(self.low) else f"{number} from {self.low:,} to {self.high:,}"
+        kinds = {"Int64": "a whole number", "float64": "a number", "str": f"text like {self.form}"}
+        bounds = "" if math.isinf(self.low) else f" from {self.low:,} to {self.high:,}"
+        return kinds.get(self.dtype, f"a time like {self.dtype}") + bounds
 
     def has(self, values: pd.Series[Any]) -> pd.Series[bool]:
+        if self.dtype == "str":
+            return values.str.fullmatch(self.form)
+        if self.dtype.startswith("%"):
+            return pd.to_datetime(values, format=self.dtype, errors="coerce").notna()
         number = pd.to_numeric(values, errors="coerce").astype("float64")
         return number.between(self.low, self.high) & (number.mod(1).eq(0) | (self.dtype != "Int64"))
 
