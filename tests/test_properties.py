@@ -9,6 +9,7 @@ import dataclasses
 import io
 import itertools
 import math
+import os
 import re
 import signal
 import sys
@@ -235,9 +236,32 @@ def desk(tiny_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytest.
     return Desk(script, database, [*places, "sqlite:", "sqlite:///", "sqlite:///a?b", "foo://x", "http://127.0.0.1:9"])
 
 
+written: list[str] = []  # what this process opens to write or makes, while a test looks
+
+
+@pytest.fixture
+def watched_files() -> Iterator[list[str]]:
+    """Return the list of the files and folders that are made or written to while the test runs."""
+    looking = [True]
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if not looking[0]:
+            return
+        if event in ("os.mkdir", "os.rename", "os.remove") or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        ):
+            with contextlib.suppress(TypeError, ValueError):
+                written.append(os.path.abspath(os.fsdecode(arguments[1 if event == "os.rename" else 0])))  # noqa: PTH100
+
+    written.clear()
+    sys.addaudithook(look)
+    yield written
+    looking[0] = False
+
+
 @HOW_MANY
 def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
-    examples: int, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    examples: int, desk: Desk, watched_files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begin(*arguments: object, **more: object) -> None:
         raise Begun
@@ -268,6 +292,11 @@ def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
     print(outcomes)
     assert sum(outcomes.values()) >= examples
     assert min(outcomes[kind] for kind in ("begun", "usage", "sentence")) >= examples / 20
+    inside = (str(tmp_path), "/dev/", "/proc/")
+    own = ("__pycache__", ".hypothesis", "torchinductor")  # caches of Python, Hypothesis and torch
+    assert {
+        path for path in watched_files if not path.startswith(inside) and not any(part in path for part in own)
+    } == set()
 
 
 @pytest.mark.parametrize(
