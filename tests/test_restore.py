@@ -35,7 +35,7 @@ RESULTS = ROOT / "docs" / "results"
 COMMITTED = records.read_records(RESULTS)
 CODE = {"step1_plain": "0123456789abcdef", "step2_better": "fedcba9876543210"}
 PARENT = "mlflow.parentRunId"
-quietly = partial(restore, commit="c0ffee", progress=lambda _: None)
+quietly = partial(restore, commit="c0ffee0123", progress=lambda _: None)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_restored_run_is_what_was_published(published: Store, folder: Path, ot
         }
         for metric, points in run.metrics.items():
             assert back.metrics[metric] == [(step, pytest.approx(value, rel=1e-3)) for step, value in points], metric
-        assert (back.tags["restored"], back.tags["verdict_params"]) == ("c0ffee", "met")
+        assert (back.tags["restored"], back.tags["verdict_params"]) == ("c0ffee0123", "met")
 
     evidence.export_runs(tmp_path / "again", tracking_uri=other)
     assert csvs(tmp_path / "again") == csvs(folder)
@@ -161,8 +161,10 @@ def test_which_images_were_wrong_comes_back(published: Store, folder: Path, othe
 def test_run_tables_mark_what_was_restored(published: Store, folder: Path, other: str) -> None:
     write_run(open_store(other), "mine", 0, [99.0], start_time=T0)
     quietly(folder, tracking_uri=other)
-    marked = results.run_table(tracking_uri=other).set_index("step")["restored"]
-    assert marked.drop("mine").eq("c0ffee").all()
+    table = results.run_table(tracking_uri=other).set_index("step")
+    assert list(table)[-1] == "restored"
+    marked = table["restored"]
+    assert marked.drop("mine").eq("c0ffee0").all()
     assert marked.isna()["mine"]
 
 

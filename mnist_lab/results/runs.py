@@ -71,7 +71,8 @@ class Kind(NamedTuple):
 
 
 TEXT, PERCENTAGE, LOSS = Kind("str"), Kind("float64", 0, 100), Kind("float64")
-SEED, COUNT, STATED = Kind("Int64", 0, 2**53), Kind("Int64", 1, 2**53), Kind("float64", 1, MAX_COUNT)
+SEED, COUNT, STATED = Kind("Int64", 0, 2**53), Kind("Int64", 1, 2**62), Kind("float64", 1, MAX_COUNT)
+EPOCHS = Kind("Int64", 1, MAX_COUNT)
 TIME = Kind("Int64", 0, 32_503_680_000_000)  # milliseconds from 1970 to the year 3000
 # The columns of the run table. The hyperparameters, which differ from run to run, follow `holdout`.
 COLUMNS = {
@@ -268,7 +269,7 @@ def _why_left_out(raw: pd.DataFrame) -> dict[Any, str]:
         (raw["epochs"].isna(), "it has no epochs"),
         (raw["device"].isna(), "it has no device"),
     ]
-    for name, kind in {**NUMBERS, "epochs": COUNT, "start_time": TIME, "end_time": TIME}.items():
+    for name, kind in {**NUMBERS, "epochs": EPOCHS, "start_time": TIME, "end_time": TIME}.items():
         sentences = f"its {name} is " + raw[name].map(quoted) + f", not {kind}"
         wrong.append((raw[name].notna() & ~kind.has(raw[name]), sentences))
     wrong.append((no_result & (raw["status"] == "FINISHED"), "it is FINISHED but has no parameters or accuracy"))
