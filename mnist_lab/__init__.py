@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mnist_lab.cli import main
     from mnist_lab.experiment import Experiment, Targets
-    from mnist_lab.pictures import Predictions, predict
+    from mnist_lab.reading.pictures import Predictions, predict
 
 __all__ = ["Experiment", "Predictions", "Targets", "main", "predict"]
 
@@ -24,4 +24,4 @@ def __getattr__(name: str) -> object:
     modules = {"main": "cli", "Experiment": "experiment", "Targets": "experiment"}
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{modules.get(name, 'pictures')}"), name)
+    return getattr(import_module(f"{__name__}.{modules.get(name, 'reading.pictures')}"), name)

@@ -30,7 +30,7 @@ from mnist_lab.errors import LabError, without_password
 from mnist_lab.paths import PROJECT_ROOT, script_named, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
-    from mnist_lab.pictures import Reading
+    from mnist_lab.reading.pictures import Reading
 
 logger = logging.getLogger("mnist_lab.jobs")
 
@@ -147,7 +147,7 @@ def restore(arguments: argparse.Namespace) -> None:
     """Put the committed runs of docs/results into the store."""
     print(f"Reading the runs in {arguments.folder} ...", flush=True)
 
-    from mnist_lab.restore import restore as restore_runs
+    from mnist_lab.results.restore import restore as restore_runs
     from mnist_lab.running.provenance import commit
 
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
@@ -214,7 +214,7 @@ def predict(arguments: argparse.Namespace) -> None:
     """Say which digits are in pictures."""
     import csv
 
-    from mnist_lab.pictures import find_pictures, find_reader, picture_of, read_digit, shown
+    from mnist_lab.reading.pictures import find_pictures, find_reader, picture_of, read_digit, shown
 
     digits, refused = {}, []
     for file in find_pictures(arguments.images):
@@ -243,7 +243,7 @@ def predict(arguments: argparse.Namespace) -> None:
 def _print_readings(readings: Mapping[str, Reading], run_name: str, run_id: str) -> None:
     from tabulate import tabulate
 
-    from mnist_lab.pictures import UNSURE
+    from mnist_lab.reading.pictures import UNSURE
 
     rows = [
         (name, r.digit, f"{100 * r.probability:.2f} %", f"{r.runner_up} ({100 * r.runner_up_probability:.2f} %)")
@@ -262,7 +262,7 @@ def draw(arguments: argparse.Namespace) -> None:
 
     check_port(arguments.port)
 
-    from mnist_lab import draw as page
+    from mnist_lab.reading import page
 
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     networks = page.Networks(arguments.model, store=arguments.tracking_uri)

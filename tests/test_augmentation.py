@@ -13,8 +13,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as tv
 
 from mnist_lab.augmentation import affine, image_by_image, random_affine, random_center_crop, random_rotation, rotate
+from mnist_lab.checking.draws import check_draws
 from mnist_lab.data import Mnist
-from mnist_lab.running.draws import check_draws
 
 TOLERANCE = 1e-5  # of pixels in [0, 1]; measured: 4.1e-6 for rotation, 1.1e-6 for the crop
 

@@ -22,8 +22,8 @@ from torch import nn
 
 from mnist_lab import Experiment, Targets
 from mnist_lab.augmentation import random_rotation
+from mnist_lab.checking import rehearsal
 from mnist_lab.data import Mnist
-from mnist_lab.running import rehearsal
 from mnist_lab.running.summary import receptive_fields
 from mnist_lab.training import loop as training
 

@@ -34,13 +34,14 @@ from forkserver import SIGNALS
 from helpers import first, read_runs, read_value
 from mnist_lab import Experiment, Targets
 from mnist_lab.augmentation import random_rotation
+from mnist_lab.checking import rehearsal, schedule
 from mnist_lab.cli import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import quoted
 from mnist_lab.objectives import mixup
-from mnist_lab.running import rehearsal, schedule, study
 from mnist_lab.running import run as runner
+from mnist_lab.running import study
 from mnist_lab.training.loop import fit
 
 FEW, MANY = 25, 2_000

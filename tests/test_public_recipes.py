@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 
 from helpers import ROOT, first
 from mnist_lab import Experiment
+from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
-from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training.loop import fit, initial_network, num_params
 
 CPU = torch.device("cpu")

@@ -14,6 +14,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from mnist_lab.checking.rehearsal import Rehearsal, blame
 from mnist_lab.data import Mnist, find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
@@ -21,7 +22,6 @@ from mnist_lab.running import provenance
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, RunResult
-from mnist_lab.running.rehearsal import Rehearsal, blame
 from mnist_lab.running.sources import place
 from mnist_lab.running.summary import summarize
 from mnist_lab.story import read_story

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from mnist_lab.checking.rehearsal import blame_script, rehearse, without_exits
 from mnist_lab.data import Mnist, hold_out, load_mnist
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.running import checkpoint, teaching
@@ -16,7 +17,6 @@ from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.machine import Load, crowded, keep_freed_memory, set_threads, use_float32
 from mnist_lab.running.progress import Progress, Pruned, RunResult
 from mnist_lab.running.record import Record
-from mnist_lab.running.rehearsal import blame_script, rehearse, without_exits
 from mnist_lab.tracking.fluent import adopted
 from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics, Training, initial_network

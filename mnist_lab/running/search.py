@@ -27,6 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from tabulate import tabulate
 
+from mnist_lab.checking.rehearsal import Rehearsal, rehearse
+from mnist_lab.checking.schedule import without_effect
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import quoted
 from mnist_lab.paths import LOCKS, SEARCHES, own_folder
@@ -35,9 +37,7 @@ from mnist_lab.running.job import Job
 from mnist_lab.running.machine import use_float32
 from mnist_lab.running.progress import Counts, Progress, Pruned, Trial
 from mnist_lab.running.record import DESCRIPTION, run_name_of
-from mnist_lab.running.rehearsal import Rehearsal, rehearse
 from mnist_lab.running.run import load_parts
-from mnist_lab.running.schedule import without_effect
 from mnist_lab.running.tasks import Done, Failed, Given, Message, OnEpoch, SeedTask, Task, Trainers, Tried, reason_of
 from mnist_lab.running.tasks import train as train_seed
 from mnist_lab.tracking.run import TrackedRun, track

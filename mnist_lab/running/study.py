@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.running import provenance, teaching
@@ -24,7 +25,6 @@ from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.machine import use_float32
 from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
-from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.running.run import load_parts
 from mnist_lab.running.tasks import Done, Epoch, Failed, Message, SeedTask, Task, Trainers
 from mnist_lab.tracking.points import read_points

@@ -12,8 +12,8 @@ import torchsummary
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from mnist_lab.checking.network import listed
 from mnist_lab.errors import text_of
-from mnist_lab.running.network import listed
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import num_params
 

@@ -30,10 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
+from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist, hold_out
 from mnist_lab.errors import LabError
 from mnist_lab.running.record import epoch_metrics
-from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import seed_generators
 from mnist_lab.training.loop import EpochMetrics, evaluate, fit, initial_network, num_params, predict

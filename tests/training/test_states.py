@@ -19,10 +19,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
+from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import mixup
-from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training.generators import seed_generators
 from mnist_lab.training.loop import Training, initial_network
 from mnist_lab.training.states import own_parts

@@ -14,9 +14,9 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from mnist_lab import Experiment
+from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training.transforms import Augmentation, takes_labels
 
 

@@ -12,9 +12,9 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab import Experiment
+from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training.loop import EpochMetrics, Training, initial_network
 
 

@@ -22,7 +22,7 @@ from mnist_lab import Experiment
 from mnist_lab.__main__ import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.pictures import find_pictures, find_reader, picture_of, read_digit
+from mnist_lab.reading.pictures import find_pictures, find_reader, picture_of, read_digit
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress

@@ -21,10 +21,10 @@ from torchvision.transforms import v2
 
 from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
+from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import distillation, mixup
-from mnist_lab.running.rehearsal import rehearse
 
 
 class Linear(nn.Module):

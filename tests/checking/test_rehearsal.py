@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import read_runs
 from mnist_lab import Experiment, Targets
+from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import mixup
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
-from mnist_lab.running.rehearsal import rehearse
 from mnist_lab.training import dropout
 from mnist_lab.training.loop import fit, initial_network, num_params
 

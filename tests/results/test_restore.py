@@ -23,8 +23,8 @@ from mnist_lab import results
 from mnist_lab.__main__ import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.restore import Restored, restore
 from mnist_lab.results import evidence, records
+from mnist_lab.results.restore import Restored, restore
 from mnist_lab.tracking.run import TrackedRun
 from mnist_lab.tracking.store import Store, finished_runs, open_store
 from pages import PAGE, T0

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from mnist_lab.errors import LabError, text_of
 from mnist_lab.experiment import MNIST_PIXELS, quoted
-from mnist_lab.ink import LEAST_CONTRAST, ONE_COLOUR, NoDigit, digit_on
 from mnist_lab.paths import script_named, sqlite_file
 from mnist_lab.paths import tracking_uri as resolve_uri
+from mnist_lab.reading.ink import LEAST_CONTRAST, ONE_COLOUR, NoDigit, digit_on
 from mnist_lab.tracking.sqlite import check_readable
 
 if TYPE_CHECKING:  # a file that is no picture is refused before MLflow and torch are imported

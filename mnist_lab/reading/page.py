@@ -18,9 +18,9 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from mnist_lab import results
 from mnist_lab.errors import LabError
-from mnist_lab.ink import NoDigit
 from mnist_lab.paths import sqlite_file, tracking_uri
-from mnist_lab.pictures import Reader, find_reader, read_digit
+from mnist_lab.reading.ink import NoDigit
+from mnist_lab.reading.pictures import Reader, find_reader, read_digit
 from mnist_lab.tracking.server import HOST
 from mnist_lab.tracking.store import open_store
 from mnist_lab.tracking.teacher import runs_with_a_model

@@ -21,8 +21,8 @@ from conftest import FullRun
 from forkserver import Program, run_program
 from helpers import ROOT, wait_until
 from mnist_lab.data import Mnist
-from mnist_lab.draw import MOST_BYTES
-from mnist_lab.pictures import find_reader
+from mnist_lab.reading.page import MOST_BYTES
+from mnist_lab.reading.pictures import find_reader
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")

@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from mnist_lab.data import Mnist
-from mnist_lab.errors import LabError, is_script, script_line, text_of
-from mnist_lab.experiment import Experiment, quoted
-from mnist_lab.running.average import notice_slow_average
-from mnist_lab.running.draws import check_draws
-from mnist_lab.running.network import (
+from mnist_lab.checking.average import notice_slow_average
+from mnist_lab.checking.draws import check_draws
+from mnist_lab.checking.network import (
     Sharing,
     check_registered,
     failing_layer,
@@ -33,8 +30,11 @@ from mnist_lab.running.network import (
     notice_own_weights,
     notice_same_start,
 )
-from mnist_lab.running.remembered import Remembered
-from mnist_lab.running.schedule import check_schedule, without_effect
+from mnist_lab.checking.remembered import Remembered
+from mnist_lab.checking.schedule import check_schedule, without_effect
+from mnist_lab.data import Mnist
+from mnist_lab.errors import LabError, is_script, script_line, text_of
+from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.tracking import fluent
 from mnist_lab.training import loop as training
 from mnist_lab.training.generators import kept_generators, seed_generators

@@ -28,10 +28,10 @@ from torch.optim.lr_scheduler import (
 from torch.optim.swa_utils import SWALR
 
 from mnist_lab import Experiment
+from mnist_lab.checking.rehearsal import rehearse
+from mnist_lab.checking.schedule import check_schedule, without_effect
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.running.rehearsal import rehearse
-from mnist_lab.running.schedule import check_schedule, without_effect
 from mnist_lab.training.loop import Training
 
 IMAGES = 1_000
