@@ -52,6 +52,18 @@ def test_the_page_has_a_recipe_for_each_of_these() -> None:
     assert [word for word in (*wanted.split(), "normalize=", "OneCycleLR") if word not in code] == []
 
 
+def test_a_runs_network_is_loaded_as_the_page_of_metrics_says(
+    train: Train, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "metrics.md").read_text(), re.DOTALL)
+    run = train(RECIPES["Images scaled otherwise"])
+    script = tmp_path / "notebook.py"
+    script.write_text(snippet.replace("<id>", run.run_id).replace("<step>", "recipe") + "print(mean, deviation)\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    done = run_program(script, cwd=tmp_path)
+    assert done.stdout == "0.5 0.5\n", done.stderr
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("Distillation", KAGGLE)])
 def test_a_recipe_trains_as_written(name: str, train: Train) -> None:
     run = train(RECIPES[name])
