@@ -9,6 +9,7 @@ from scipy import ndimage
 from mnist_lab.errors import LabError
 
 LEAST_CONTRAST = 0.08  # between ink and paper, of all that there can be
+INK = 0.9  # of a part's border is an edge in the picture; of ground that was cut off, less
 THICKEST = 4  # of the longer side: a stroke that is wider than a fourth of it is ground
 ONE_COLOUR = "there is no digit to see: it has nearly one colour all over"
 UNEVEN = "there is no digit to see: the ground is uneven; crop to the digit"
@@ -69,8 +70,8 @@ class _Parts:
         # Ground that the window cut off has borders where the picture has none.
         border = np.where(strong & ~ndimage.binary_erosion(strong, np.ones((3, 3), bool)), self.labels, 0)
         is_edge = np.minimum(steep / (0.1 * np.append(1, contrast)[self.labels]), 1)
-        real = ndimage.mean(is_edge, border, numbers)
-        self.scores = contrast * self.areas**0.25 * length * inside * real**4
+        self.real = ndimage.mean(is_edge, border, numbers)
+        self.scores = contrast * self.areas**0.25 * length * inside * self.real**4
 
     def digit(self, name: str) -> NDArray[np.bool_]:
         """Return where the likeliest stroke and the rest of its digit are; raises LabError if there are two."""
@@ -82,8 +83,8 @@ class _Parts:
             near = t < bottom + reach and b > top - reach and le < right + reach and r > left - reach
             if n == first or self.scores[n] < 0.2 * self.scores[first]:
                 continue
-            beside = le > right or r < left
-            if beside and b - t > 0.6 * (bottom - top) and self.scores[n] > 0.4 * self.scores[first]:
+            beside = (le > right or r < left) and b - t > 0.6 * (bottom - top)
+            if beside and self.scores[n] > 0.4 * self.scores[first] and min(self.real[first], self.real[n]) > INK:
                 raise LabError(f"{name}: there is more than one digit in it; crop to one")
             if near:
                 chosen.append(n)
