@@ -24,6 +24,7 @@ from mnist_lab.__main__ import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.results import evidence, records
+from mnist_lab.results.report import write_report
 from mnist_lab.results.restore import Restored, restore
 from mnist_lab.tracking.run import TrackedRun
 from mnist_lab.tracking.store import Store, finished_runs, open_store
@@ -184,6 +185,12 @@ def test_runs_stand_under_the_study_of_their_step(published: Store, folder: Path
     assert PARENT not in runs["idea seed 5"].tags
 
 
+def test_the_committed_csvs_are_read_and_written_byte_for_byte() -> None:
+    for file, text in COMMITTED.csvs(RESULTS, {row["step"] for row in COMMITTED.runs}).items():
+        assert file.read_text() == text, file
+
+
+@pytest.mark.long
 def test_the_committed_runs_of_all_steps_are_restored(uri: str, database: Path, tmp_path: Path) -> None:
     done = quietly(RESULTS, tracking_uri=uri)
     seeds = {
@@ -195,6 +202,8 @@ def test_the_committed_runs_of_all_steps_are_restored(uri: str, database: Path, 
     assert table["seeds"].to_dict() == {step: len(rows) for step, rows in seeds.items()}
     evidence.export_runs(tmp_path / "again", tracking_uri=uri)
     assert csvs(tmp_path / "again") == csvs(RESULTS)
+    page, _ = write_report(tmp_path / "reports", tracking_uri=uri)
+    assert page.stat().st_size < 2_000_000
 
 
 # ---- a second call
