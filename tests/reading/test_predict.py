@@ -365,7 +365,7 @@ def test_pictures_in_all_styles_are_read_as_the_test_images_are(
     assert right([read_digit(file) for file in clean]) >= tracked - 0.005
     for name, style in STYLES.items():
         files = saved(tmp_path / name, [style(digit) for digit in digits])
-        fewer = 0.06 if name == "thick" else 0.03  # strokes of a fourth of the picture may be taken for ground
+        fewer = 0.1 if name == "thick" else 0.03  # strokes of a fourth of the picture may be taken for ground
         assert right([read_digit(file) for file in files]) >= min(0.97, tracked - fewer), name
 
 
