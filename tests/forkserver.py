@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PATIENCE = 1800  # seconds until a program counts as hung, on a machine that is very busy too
+PATIENCE = 400  # seconds until a program counts as hung, on a machine that is very busy too
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(

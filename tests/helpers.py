@@ -146,7 +146,8 @@ def wait_until(condition: Callable[[], object], program: Program | None = None) 
             raise AssertionError(f"it has ended with {program.returncode}: {program.stdout}{program.stderr}")
         ended = program is not None and program.poll() is not None  # and once more, for what it did last
         time.sleep(0.05)
-    raise AssertionError(f"not so after {PATIENCE} seconds") from error
+    said = f": {program.stdout}{program.stderr}" if program is not None else ""
+    raise AssertionError(f"not so after {PATIENCE} seconds{said}") from error
 
 
 @contextmanager

@@ -62,7 +62,7 @@ from mnist_lab.verdicts.targets import out_of_reach
 logger = logging.getLogger(__name__)
 
 SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
-DRAWS_SEED = 2  # of what is drawn twice alike; not a network's, so that one built meanwhile is another
+DRAWS_SEED = 2**31  # of what is drawn twice alike; not a network's, so that one built meanwhile is another
 OUTSIDE = 0.01  # by which an augmented pixel may lie outside [0, 1]: an interpolation may overshoot
 FEW = 100  # images, where any will do
 # Transforms of torchvision that code for other programs has, and what to do here.

@@ -30,6 +30,7 @@ from mnist_lab.errors import LabError, one_line, without_password
 from mnist_lab.experiment import MAX_COUNT, quoted
 from mnist_lab.paths import EXPERIMENT_NAME, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
+from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.points import read_points
 from mnist_lab.tracking.sqlite import check_readable, follow_move
 from mnist_lab.tracking.store import check_not_deleted
@@ -412,9 +413,10 @@ def _points(uri: str, epochs: dict[str, int], metrics: list[str]) -> pd.DataFram
 @contextmanager
 def reading(uri: str) -> Iterator[None]:
     """Turn what MLflow and the database raise on a store that can't be read into a sentence."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default, 7, waits for minutes
+    retries = os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default, 7, waits for minutes
     try:
-        yield
+        with environment_variables({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries}):
+            yield
     except LabError:
         raise
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:

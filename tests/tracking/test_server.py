@@ -86,10 +86,12 @@ class Team:
 
     def kill(self) -> None:
         """Kill all of it outright, as a power cut does."""
-        for process in self.family():
+        family = self.family()
+        for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
+        wait_until(lambda: not any(one.is_running() for one in family))  # to PostgreSQL, a zombie is one that runs
 
     def stop(self) -> None:
         if self.process.poll() is None:
