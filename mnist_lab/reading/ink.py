@@ -10,6 +10,7 @@ from mnist_lab.errors import LabError
 
 LEAST_CONTRAST = 0.08  # between ink and paper, of all that there can be
 INK = 0.9  # of a part's border is an edge in the picture; of ground that was cut off, less
+EVEN = 0.008  # a ground that differs less over half of the picture is not a photo's
 THICKEST = 4  # of the longer side: a stroke that is wider than a fourth of it is ground
 ONE_COLOUR = "there is no digit to see: it has nearly one colour all over"
 UNEVEN = "there is no digit to see: the ground is uneven; crop to the digit"
@@ -36,7 +37,12 @@ def digit_on(pixels: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     smooth = ndimage.gaussian_filter(pixels, (1, 1, 0))
     steep = np.max([ndimage.gaussian_gradient_magnitude(smooth[..., channel], 1) for channel in range(3)], axis=0)
     found: list[tuple[float, NDArray[np.float64], _Parts]] = []
-    for change in (ndimage.grey_closing(smooth, window) - smooth, smooth - ndimage.grey_opening(smooth, window)):
+    from_ground = np.abs(smooth - np.median(smooth, axis=(0, 1)))
+    if (from_ground.max(axis=2) < EVEN).mean() > 0.5:  # drawn, not photographed: all else is ink, however thick
+        changes = [from_ground]
+    else:
+        changes = [ndimage.grey_closing(smooth, window) - smooth, smooth - ndimage.grey_opening(smooth, window)]
+    for change in changes:
         ink = change.max(axis=2)
         ink = np.clip(ink - np.median(ink), 0, None)
         if (parts := _Parts(ink, steep)).scores.size:
@@ -83,7 +89,7 @@ class _Parts:
             near = t < bottom + reach and b > top - reach and le < right + reach and r > left - reach
             if n == first or self.scores[n] < 0.2 * self.scores[first]:
                 continue
-            beside = (le > right or r < left) and b - t > 0.6 * (bottom - top)
+            beside = (le > right or r < left) and min(b, bottom) - max(t, top) > 0.6 * (bottom - top)
             if beside and self.scores[n] > 0.4 * self.scores[first] and min(self.real[first], self.real[n]) > INK:
                 raise LabError(f"{name}: there is more than one digit in it; crop to one")
             if near:
