@@ -104,13 +104,10 @@ def make_app(networks: Networks) -> FastAPI:
 
     @app.post("/read")
     async def read(request: Request, network: str = "") -> JSONResponse:
-        picture = bytearray()
-        async for part in request.stream():
-            picture += part
-            if len(picture) > MOST_BYTES:
-                return JSONResponse({"sentence": f"a drawing has at most {MOST_BYTES:,} bytes"}, status_code=413)
+        if int(request.headers.get("content-length", MOST_BYTES + 1)) > MOST_BYTES:
+            return JSONResponse({"sentence": f"a drawing has at most {MOST_BYTES:,} bytes"}, status_code=413)
         try:
-            return JSONResponse(await run_in_threadpool(networks.read, network, bytes(picture)))
+            return JSONResponse(await run_in_threadpool(networks.read, network, await request.body()))
         except LabError as error:
             return JSONResponse({"sentence": str(error)}, status_code=422)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -28,7 +27,6 @@ if TYPE_CHECKING:  # a file that is no picture is refused before MLflow and torc
 # Pillow's other formats are rare, and one of them starts a program (EPS).
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
-MOST_PIXELS = 60_000_000  # as many as a telephone's camera makes
 WORKING_SIZE = 640  # the longer side; a digit ends at 20 pixels
 FAINTEST_INK = 0.05  # of the darkest: what is fainter doesn't count for the box around a digit
 BOX, FIELD = 20, 28  # pixels: a digit of MNIST, and the image that it is centred in
@@ -47,21 +45,18 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
     found = []
     for path in paths:
         try:
-            is_folder, is_file = path.is_dir(), path.is_file() or not path.exists()
-        except OSError:  # a name that is too long, a folder that is closed: opening it says so
-            is_folder, is_file = False, True
-        if is_folder:
-            try:
-                inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-            except OSError as error:
-                raise LabError(f"{shown(path)}: this folder can't be read: {error.strerror}") from error
-            if not inside:
-                raise LabError(f"{shown(path)}: there is no picture in this folder ({', '.join(sorted(SUFFIXES))})")
-            found += inside
-        elif is_file:
-            found.append(path)
-        else:  # a pipe would be waited for
-            raise LabError(f"{shown(path)}: it is not a file")
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        except FileNotFoundError:  # opening it says so
+            inside = [path]
+        except NotADirectoryError:
+            if not path.is_file():  # a pipe would be waited for
+                raise LabError(f"{shown(path)}: it is not a file") from None
+            inside = [path]
+        except OSError as error:
+            raise LabError(f"{shown(path)}: it can't be read: {error.strerror}") from error
+        if not inside:
+            raise LabError(f"{shown(path)}: there is no picture in this folder ({', '.join(sorted(SUFFIXES))})")
+        found += inside
     if not found:
         raise LabError("image: which one? e.g. `make predict IMAGE=photo.png`")
     return found
@@ -77,12 +72,7 @@ def read_digit(file: Path | BytesIO) -> NDArray[np.uint8]:
     Raises:
         LabError: if the file can't be read as one picture; NoDigit if there is nothing to see in it.
     """
-    return _prepared(_open(file), shown(file))
-
-
-def _prepared(image: Image.Image, name: str) -> NDArray[np.uint8]:
-    """Return the digit in an image of RGB as MNIST has it; raises NoDigit if there is none."""
-    return _as_mnist(_ink(image, name))
+    return _as_mnist(_ink(_open(file), shown(file)))
 
 
 class Predictions(NamedTuple):
@@ -108,7 +98,7 @@ def predict(images: object, *, model: str | None = None, tracking_uri: str | Non
     pictures = [images] if isinstance(images, Image.Image) else images
     if isinstance(pictures, list | tuple) and pictures and all(isinstance(one, Image.Image) for one in pictures):
         upright = [_flat(ImageOps.exif_transpose(picture)) for picture in pictures]
-        digits = np.stack([_prepared(picture, f"images: number {n}") for n, picture in enumerate(upright)])
+        digits = np.stack([_as_mnist(_ink(picture, f"images: number {n}")) for n, picture in enumerate(upright)])
     else:
         digits = _in_mnists_form(images)
     probabilities = find_reader(model, tracking_uri=tracking_uri).probabilities(digits)
@@ -121,14 +111,13 @@ def _in_mnists_form(images: object) -> NDArray[Any]:
         array = np.asarray(images.detach().cpu() if hasattr(images, "detach") else images)
     except (TypeError, ValueError) as error:
         raise LabError(f"images: they can't be read as an array: {error}") from error
-    shape = array.shape
-    if shape == (FIELD, FIELD) or (len(shape) in (3, 4) and shape[1:] in ((FIELD, FIELD), (1, FIELD, FIELD))):
-        array = array.reshape(-1, FIELD, FIELD)
-    else:
+    image = (FIELD, FIELD)
+    if array.shape != image and array.shape[1:] not in (image, (1, *image)):
         raise LabError(
-            f"images: {array.dtype} {shape} is not (28, 28), (N, 28, 28) or (N, 1, 28, 28); give pictures of other "
-            "sizes as Pillow's images"
+            f"images: {array.dtype} {array.shape} is not (28, 28), (N, 28, 28) or (N, 1, 28, 28); give pictures of "
+            "other sizes as Pillow's images"
         )
+    array = array.reshape(-1, *image)
     if not len(array):
         raise LabError("images: there is none")
     kind, most = array.dtype.kind, 1 if array.dtype.kind == "f" else 255
@@ -231,35 +220,24 @@ def _open(file: Path | BytesIO) -> Image.Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with _without_warnings(), Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise _too_large(file)
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a telephone's JPEG
-                raise LabError(f"{shown(file)}: it holds {image.n_frames} pictures; give one that is still")  # type: ignore[attr-defined]
-            image.load()
-            return _flat(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings(action="ignore"):  # of odd tags
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                frames = getattr(image, "n_frames", 1)
+                if frames > 1 and image.format != "MPO":  # a telephone's JPEG
+                    raise LabError(f"{shown(file)}: it holds {frames} pictures; give one that is still")
+                image.load()
+                return _flat(ImageOps.exif_transpose(image))
     except LabError:  # a ValueError too
         raise
     except UnidentifiedImageError as error:
         raise LabError(f"{shown(file)}: it is not a picture that can be read ({', '.join(FORMATS)})") from error
-    except Image.DecompressionBombError as error:
-        raise _too_large(file) from error
     except FileNotFoundError as error:
         raise LabError(f"{shown(file)}: there is no such file") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise LabError(f"{shown(file)}: it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # as Pillow says what is broken
         raise LabError(f"{shown(file)}: it can't be read: {text_of(error)}") from error
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Keep back Pillow's warnings, which are about sizes and tags; the size is checked here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _too_large(file: Path | BytesIO) -> LabError:
-    return LabError(f"{shown(file)}: it has more than {MOST_PIXELS:,} pixels; give a smaller one")
 
 
 def _flat(image: Image.Image) -> Image.Image:

@@ -101,11 +101,10 @@ def test_a_picture_is_read_as_predict_reads_it(served: Served, mnist: Mnist) -> 
     ("path", "picture", "status", "sentence"),
     [
         ("read", b"hello", 422, "picture: it is not a picture that can be read"),
-        ("read", b"", 422, "picture: it is not a picture that can be read"),
         ("read", bytes(MOST_BYTES + 1), 413, "a drawing has at most 1,048,576 bytes"),
         ("read?network=models:/other", png(np.eye(28, dtype=np.uint8) * 255), 422, "network: 'models:/other' is none"),
     ],
-    ids=["text", "nothing", "too large", "another network"],
+    ids=["text", "too large", "another network"],
 )
 def test_what_cant_be_read_is_answered_by_a_sentence(
     served: Served, path: str, picture: bytes, status: int, sentence: str
