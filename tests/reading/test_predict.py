@@ -186,8 +186,10 @@ def test_two_digits_in_one_picture_are_refused(digits: Pixels) -> None:
     light = np.full((200, 300), 0.9)
     for digit, left in ((digits[0], 20), (digits[2], 160)):  # a 7 and a 1
         light[40:160, left : left + 120] -= 0.7 * np.asarray(enlarged(digit, 120), float) / 255
-    with pytest.raises(LabError, match="more than one digit"):
-        mnist_lab.predict(photo(light, np.random.default_rng(0)))
+    drawn = Image.fromarray((255 * light).astype(np.uint8))
+    for picture in (drawn, photo(light, np.random.default_rng(0))):
+        with pytest.raises(LabError, match="more than one digit"):
+            mnist_lab.predict(picture)
 
 
 # ---- what is refused
