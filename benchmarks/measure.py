@@ -241,29 +241,20 @@ class Report:
         machine = f"{self.environment['hardware']}, {self.environment['threads']} threads"
         print(f"== {arguments.name}: {machine}, torch {self.environment['torch']}")
 
-    def section(
-        self,
-        title: str,
-        figures: Mapping[str, Sample],
-        ratios: Mapping[str, Sample],
-        *,
-        unit: str,
-        goals: Mapping[str, str] | None = None,
-    ) -> None:
-        """Print the medians with the least and the greatest of the rounds; `goals` say what a ratio should reach."""
-        goals = {name: {"goal": goal} for name, goal in (goals or {}).items()}
+    def section(self, title: str, figures: Mapping[str, Sample], ratios: Mapping[str, Sample], *, unit: str) -> None:
+        """Print the medians with the least and the greatest of the rounds."""
         section = {
             "figures": {name: {"unit": unit, **sample.summary} for name, sample in figures.items()},
-            "ratios": {name: sample.summary | goals.get(name, {}) for name, sample in ratios.items()},
+            "ratios": {name: sample.summary for name, sample in ratios.items()},
         }
         self.sections[title] = section
         rows = [
-            [name, *(_digits(found[column]) for column in ("median", "least", "most")), found.get("goal", "")]
+            [name, *(_digits(found[column]) for column in ("median", "least", "most"))]
             for found_of in section.values()
             for name, found in found_of.items()
         ]
         print(f"\n{title} ({unit}; {len(next(iter(figures.values())).rounds)} rounds)")
-        headers, aligned = ("", "median", "least", "most", "goal"), ("left", "right", "right", "right", "left")
+        headers, aligned = ("", "median", "least", "most"), ("left", "right", "right", "right")
         print(tabulate(rows, headers=headers, disable_numparse=True, colalign=aligned))
 
     def note(self, text: str) -> None:

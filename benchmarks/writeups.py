@@ -1,10 +1,10 @@
 """The way of the write-ups, as their notebooks train: what the lab is measured against.
 
-    python benchmarks/writeups.py [STEP] [--seeds N] [--epochs N] [--images N]
+    python benchmarks/writeups.py [STEP] [--epochs N] [--images N]
 
 torchvision's data set with transforms on single PIL images, a DataLoader with two workers, a progress bar with loss
-and accuracy after each batch, and an evaluation by a DataLoader after each epoch. Started as a script it trains so many
-seeds one after another, and prints the seconds and the test accuracy of each epoch as JSON.
+and accuracy after each batch, and an evaluation by a DataLoader after each epoch. Started as a script it trains one
+seed, and prints the seconds and the test accuracy of each epoch as JSON.
 """
 
 from __future__ import annotations
@@ -110,29 +110,26 @@ def evaluate(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", nargs="?", default=STEP)
-    parser.add_argument("--seeds", type=int, default=1, help="so many, one after another (default 1)")
     parser.add_argument("--epochs", type=int, help="default: as declared")
     parser.add_argument("--images", type=int, default=TRAIN_IMAGES, help="train on the first so many (default: all)")
     arguments = parser.parse_args(argv)
     load_mnist()  # fetches and verifies the files where need be
     experiment = load_experiment(arguments.step)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = experiment.net().to(device)
+    train_loader, test_loader = loaders(arguments.step, experiment.batch_size, images=arguments.images)
+    optimizer = experiment.optimizer(model.parameters())
+    scheduler = experiment.scheduler(optimizer) if experiment.scheduler is not None else None
     epochs = []
-    for seed in range(arguments.seeds):
-        torch.manual_seed(seed)
-        model = experiment.net().to(device)
-        train_loader, test_loader = loaders(arguments.step, experiment.batch_size, images=arguments.images)
-        optimizer = experiment.optimizer(model.parameters())
-        scheduler = experiment.scheduler(optimizer) if experiment.scheduler is not None else None
-        for epoch in range(1, (arguments.epochs or experiment.epochs) + 1):
-            start = time.perf_counter()
-            train(model, device, train_loader, optimizer)
-            if scheduler is not None:
-                scheduler.step()
-            print(f"EPOCH: {epoch}")
-            _, accuracy = evaluate(model, device, test_loader)
-            seconds = time.perf_counter() - start
-            epochs.append({"seed": seed, "epoch": epoch, "seconds": seconds, "test_accuracy": accuracy})
+    for epoch in range(1, (arguments.epochs or experiment.epochs) + 1):
+        start = time.perf_counter()
+        train(model, device, train_loader, optimizer)
+        if scheduler is not None:
+            scheduler.step()
+        print(f"EPOCH: {epoch}")
+        _, accuracy = evaluate(model, device, test_loader)
+        epochs.append({"epoch": epoch, "seconds": time.perf_counter() - start, "test_accuracy": accuracy})
     json.dump(epochs, sys.stdout)
 
 
