@@ -10,8 +10,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle, pairwise, product
-from string import ascii_lowercase
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,39 +32,11 @@ from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D"), ("black", "-", "v"))
 TARGET: dict[str, Any] = {"color": "black", "ls": (0, (1, 1.5)), "lw": 1.3, "zorder": 1}
-TEST_IMAGES = 10_000
 SMALL, MEDIUM = 9, 11  # font sizes in points; elsewhere matplotlib's, which are 10 and 12
 MEAN: dict[str, Any] = {"color": BLUE, "lw": 1.2, "capsize": 3, "zorder": 3}
 MAX_NAME = 60  # characters of a name; it is free text to the store
 # By importance: one that is too near to another before it is left out.
 ACCURACY_TICKS = (99, 99.4, 100, 98, 95, 90, 50, 0, 99.6, 99.8, 99.2, 99.5, 80, 97)
-
-ONE_RUN = "public: one run, not picked on the test images"
-PICKED = "public: one run, picked on the test images"
-MEAN_OF_30 = "public: mean of 30 seeds, one epoch"
-
-
-class PublicFigure(NamedTuple):
-    """A result that somebody published: accuracy in percent on the 10,000 test images."""
-
-    num_params: int
-    accuracy: float
-    protocol: str
-    name: str
-
-
-# The best results per budget of parameters found in public repositories, in their training logs or, where none is
-# published, in their write-ups. They are other people's figures and were not measured again here.
-PUBLIC_FIGURES = (
-    PublicFigure(9_994, 99.60, ONE_RUN, "OneCycle, rotation 10°, 15 epochs"),  # log read
-    PublicFigure(7_752, 99.55, ONE_RUN, "schedule, rotation 7°, 15 epochs"),  # log read
-    PublicFigure(7_918, 99.52, PICKED, "snehanshu-raj/ERA, 11 epochs"),  # write-up only
-    PublicFigure(6_174, 99.47, ONE_RUN, "15 epochs"),  # log read
-    PublicFigure(4_500, 99.28, PICKED, "20 epochs"),  # write-up only
-    PublicFigure(1_936, 99.10, ONE_RUN, "75 epochs"),  # picked on a split of the training images; code read
-    PublicFigure(697, 99.03, PICKED, "JoshWarn/Parameter-Efficient-MNIST"),  # best of about 700 models; code read
-    PublicFigure(215_000, 99.04, MEAN_OF_30, "0.76 s on a laptop's GPU"),  # about 215,000 parameters
-)
 
 
 def plot_samples(images: ArrayLike, labels: ArrayLike, limit: int = 40, columns: int = 10) -> Figure:
@@ -98,29 +69,19 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_` or,
     with a hold-out, `validation_`; of several runs of one seed the first in the table counts. Several seeds give a line
     for their mean and a band from the smallest to the largest. The loss axis is logarithmic, and the accuracy axis
-    stretched towards 100 %, where the differences are. Several steps are drawn as `plot_curves` does.
-    """
-    measured = _protocol(history)
-    first = _first_runs(history, "history", ["epoch", *measured.curves])
-    steps = first["step"].unique()
-    if len(steps) > 1:
-        return plot_curves(history, target_accuracy)
-    curves = {name: (first, name.removesuffix("ing")) for name in (measured.part, "training")}
-    figure = _plot_curves(curves, measured.part, target_accuracy)
-    absent = _not_recorded(first, measured.curves)
-    figure.suptitle(_name(steps[0]) + (f"\nnot recorded, or not finite: {absent}" if absent else ""), parse_math=False)
-    return figure
-
-
-def plot_curves(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
-    """Draw loss and accuracy of several steps over their epochs, on the test images, with a line for each step.
-
-    history: as for `plot_training`; where images are held out, the curves are those on them.
+    stretched towards 100 %, where the differences are. Of several steps, each has a line, for the test images only.
     """
     measured = _protocol(history)
     history = _first_runs(history, "history", ["epoch", *measured.curves])
-    curves = {_name(step): (of_step, measured.part) for step, of_step in history.groupby("step", sort=False)}
-    return _plot_curves(curves, measured.part, target_accuracy)
+    if history["step"].nunique() > 1:
+        by_step = {_name(step): (of_step, measured.part) for step, of_step in history.groupby("step", sort=False)}
+        return _plot_curves(by_step, measured.part, target_accuracy)
+    curves = {name: (history, name.removesuffix("ing")) for name in (measured.part, "training")}
+    figure = _plot_curves(curves, measured.part, target_accuracy)
+    absent = _not_recorded(history, measured.curves)
+    title = _name(history["step"].iloc[0]) + (f"\nnot recorded, or not finite: {absent}" if absent else "")
+    figure.suptitle(title, parse_math=False)
+    return figure
 
 
 def _plot_curves(curves: Mapping[str, tuple[pd.DataFrame, str]], part: str, target_accuracy: float | None) -> Figure:
@@ -197,18 +158,11 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     return _finish(figure)
 
 
-def plot_steps(
-    runs: pd.DataFrame,
-    target_accuracy: float | None = 99.4,
-    target_params: int | None = 10_000,
-    public_figures: Sequence[PublicFigure] = PUBLIC_FIGURES,
-) -> Figure:
+def plot_steps(runs: pd.DataFrame, target_accuracy: float | None = 99.4, target_params: int | None = 10_000) -> Figure:
     """Compare steps by the accuracy of their last epoch: against parameters (above) and one by one (below).
 
     runs: one row per run with `step, seed, num_params, final_test_accuracy, best_test_accuracy`; of several runs of one
-    seed the first in the table counts. The bars are 95 % intervals: Student's t over four or more seeds, so for other
-    seeds on the same test images; or, for a step with a single seed, Wilson's score interval of a proportion of the
-    test images (`scipy.stats.binomtest`), so for this network on other test images. Two or three seeds have none.
+    seed the first in the table counts. The bars are 95 % intervals by Student's t, of four or more seeds.
     """
     table = _step_table(runs)
     names = [_name(step) for step in table["step"]]
@@ -218,16 +172,14 @@ def plot_steps(
     # Subfigures: else the names beside the lower axes would narrow the upper ones too.
     halves = figure.add_gridspec(2, 1, height_ratios=heights)
     above, below = (figure.add_subfigure(halves[row]).subplots() for row in (0, 1))
-    _plot_public(above, public_figures)
-    for chosen, marker, face, label in (
-        (table["seeds"] >= FEWEST_FOR_INTERVAL, "o", BLUE, "mean over seeds, 95 % t-interval"),
-        (table["seeds"].between(2, FEWEST_FOR_INTERVAL - 1), "o", "white", "mean, too few seeds for an interval"),
-        (table["seeds"] == 1, "s", "white", f"one seed, 95 % Wilson interval on {TEST_IMAGES:,} images"),
+    enough = table["seeds"] >= FEWEST_FOR_INTERVAL
+    for part, face, label in (
+        (table[enough], BLUE, "mean over seeds, 95 % t-interval"),
+        (table[~enough], "white", "mean, too few seeds for an interval"),
     ):
-        if chosen.any():
-            part, look = table[chosen], MEAN | {"fmt": marker, "mfc": face}
-            above.errorbar(part["num_params"], part["mean"], yerr=_bars(part), label=label, **look)
-            below.errorbar(part["mean"], part.index, xerr=_bars(part), **look)
+        if len(part):
+            above.errorbar(part["num_params"], part["mean"], yerr=_bars(part), label=label, fmt="o", mfc=face, **MEAN)
+            below.errorbar(part["mean"], part.index, xerr=_bars(part), fmt="o", mfc=face, **MEAN)
     best = "best epoch, mean over seeds (picked on the test images)"
     below.plot(table["best"], table.index, "|", ms=11, mew=2, color=RED, label=best)
     if target_accuracy is not None:
@@ -245,7 +197,7 @@ def plot_steps(
         for n, mean, low, high in table[["seeds", "mean", "low", "high"]].itertuples(index=False)
     )
     _finish(figure, 2)
-    _label_points(above, [str(row + 1) for row in table.index], table, public_figures)
+    _label_points(above, [str(row + 1) for row in table.index], table)
     return figure
 
 
@@ -254,8 +206,8 @@ def plot_summary(table: pd.DataFrame, target_accuracy: float = 99.4, target_para
 
     table: one row per experiment with `step, num_params, seeds, last, low, high`, accuracies in percent, as
     `results.compare_table` gives it. The bars are 95 % intervals of the mean, of four or more seeds. A step is named
-    by its number, and another experiment by its name. Public figures are of networks no larger than the largest here.
-    The axis of accuracies is stretched towards 100 % where they span more than half a point.
+    by its number, and another experiment by its name. The axis of accuracies is stretched towards 100 % where they
+    span more than half a point.
     """
     _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
     table = _in_order(table.rename(columns={"last": "mean"}))
@@ -266,10 +218,10 @@ def plot_summary(table: pd.DataFrame, target_accuracy: float = 99.4, target_para
 
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     axes = figure.subplots()
-    largest = 1.5 * max(int(table["num_params"].max()), target_params)
-    public = [one for one in PUBLIC_FIGURES if one.num_params <= largest]
-    _plot_public(axes, public, hollow=True)
-    for part, marker, label in ((steps, "o", "steps, mean over seeds, 95 % interval"), (others, "s", "others here")):
+    for part, marker, label in (
+        (steps, "o", "steps, mean over seeds, 95 % interval"),
+        (others, "s", "other experiments"),
+    ):
         if len(part):
             axes.errorbar(part["num_params"], part["mean"], yerr=_bars(part), fmt=marker, label=label, **MEAN)
     axes.margins(0.1)  # for the names beside the points
@@ -278,7 +230,7 @@ def plot_summary(table: pd.DataFrame, target_accuracy: float = 99.4, target_para
         arrow = {"arrowstyle": "-|>", "color": BLUE, "lw": 1.2, "alpha": 0.55, "shrinkA": 5, "shrinkB": 5}
         axes.annotate("", end, start, arrowprops=arrow, zorder=2)
     _finish(figure, 2)
-    _label_points(axes, number.fillna(table["step"].map(_name)), table, public)
+    _label_points(axes, number.fillna(table["step"].map(_name)), table)
     return figure
 
 
@@ -409,8 +361,6 @@ def _step_table(runs: pd.DataFrame) -> pd.DataFrame:
     bad = runs[~runs["final_test_accuracy"].between(0, 100)].astype(str)
     if len(bad):
         raise LabError(f"runs has a final_test_accuracy that is not 0 to 100 in {', '.join(bad['step'].unique())}")
-    from scipy import stats  # it takes half a second to import, which the figures of one run need not
-
     rows = []
     for step, group in runs.groupby("step", sort=False):
         counts = group["num_params"].unique()
@@ -418,12 +368,7 @@ def _step_table(runs: pd.DataFrame) -> pd.DataFrame:
             different = ", ".join(f"{count:,.0f}" for count in counts)
             raise LabError(f"runs has different num_params in {step} ({different}): keep the runs of one network")
         last = aggregate(group["final_test_accuracy"].tolist())
-        low, high = last.low, last.high
-        if last.n == 1:
-            right = stats.binomtest(round(last.mean / 100 * TEST_IMAGES), TEST_IMAGES)
-            low, high = (100 * bound for bound in right.proportion_ci(0.95, method="wilson"))
-        elif last.n < FEWEST_FOR_INTERVAL:
-            low = high = last.mean
+        low, high = (last.low, last.high) if last.n >= FEWEST_FOR_INTERVAL else (last.mean, last.mean)
         rows.append((step, counts[0], last.n, last.mean, low, high, group["best_test_accuracy"].mean()))
     return pd.DataFrame(rows, columns=["step", "num_params", "seeds", "mean", "low", "high", "best"])
 
@@ -503,39 +448,21 @@ def _finish_params(axes: Axes, label: str, target_accuracy: float | None, target
     axes.grid(alpha=0.3)
 
 
-def _plot_public(axes: Axes, public: Sequence[PublicFigure], *, hollow: bool = False) -> None:
-    """Draw what others published, with a legend that says what the letters beside the points stand for."""
-    letters = dict(zip(public, ascii_lowercase, strict=False))
-    for protocol, marker in zip(dict.fromkeys(one.protocol for one in public), cycle("^vX"), strict=False):
-        mine = [one for one in public if one.protocol == protocol]
-        face = "none" if hollow or protocol == PICKED else GREY
-        names = "; ".join(f"{letters[one]}: {one.num_params:,}, {one.accuracy:.2f}, {one.name}" for one in mine)
-        axes.plot([one.num_params for one in mine], [one.accuracy for one in mine], ls="none", marker=marker, ms=5,
-                  color=GREY, mfc=face, zorder=2, label=textwrap.fill(f"{protocol}. {names}", 58))  # fmt: skip
-
-
-def _label_points(axes: Axes, names: Iterable[str], table: pd.DataFrame, public: Sequence[PublicFigure]) -> None:
-    """Write each point's name at the nearest free place, with a leader line: of table's rows, and of public figures."""
+def _label_points(axes: Axes, names: Iterable[str], table: pd.DataFrame) -> None:
+    """Write the name of each row's point at the nearest free place, with a leader line."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # what is free is known only once the layout is
     unit, frame, to_pixels = figure.dpi / 72, axes.get_window_extent(), axes.transData.transform
     taken = [
-        Bbox(to_pixels([(x, low), (x, high)])).padded(3 * unit)
+        Bbox(to_pixels([(x, low), (x, high)])).padded(4 * unit)
         for x, low, high in table[["num_params", "low", "high"]].to_numpy(float)
     ]
-    for line in axes.lines:
-        if line.get_linestyle() == "None":  # markers
-            taken += [Bbox([place, place]).padded(4 * unit) for place in to_pixels(line.get_xydata())]
-        else:  # targets
-            taken.append(line.get_window_extent().padded(2 * unit))
-    rows = table[["num_params", "mean"]].to_numpy(float).tolist()
-    points = [(name, x, y, BLUE, MEDIUM) for name, (x, y) in zip(names, rows, strict=True)]
-    points += [(letter, x, y, GREY, SMALL) for letter, (x, y, *_) in zip(ascii_lowercase, public, strict=False)]
-    points.sort(key=lambda point: (point[3] == GREY, -point[2]))  # from the top, so that neighbours keep their order
+    taken += [line.get_window_extent().padded(2 * unit) for line in axes.lines if line.get_linestyle() != "None"]
     turns = np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60])
     places = list(product(range(12, 200, 4), [side + turn for turn in turns for side in (0, math.pi)]))
-    for name, x, y, color, size in points:
+    points = zip(names, table[["num_params", "mean"]].to_numpy(float).tolist(), strict=True)
+    for name, (x, y) in sorted(points, key=lambda point: -point[1][1]):  # from the top, so that neighbours keep order
         width = 1 + 7 * len(name)
         for radius, angle in places:
             right, up = radius * math.cos(angle), radius * math.sin(angle)
@@ -546,8 +473,8 @@ def _label_points(axes: Axes, names: Iterable[str], table: pd.DataFrame, public:
             if not box.count_overlaps(taken) and np.allclose(Bbox.union([frame, box]).size, frame.size):
                 break
         taken.append(box)
-        leader = {"arrowstyle": "-", "lw": 0.7, "color": color, "shrinkA": 2, "shrinkB": 0}
-        look: dict[str, Any] = {"color": color, "fontsize": size, "ha": "center", "va": "center"}
+        leader = {"arrowstyle": "-", "lw": 0.7, "color": BLUE, "shrinkA": 2, "shrinkB": 0}
+        look: dict[str, Any] = {"color": BLUE, "fontsize": MEDIUM, "ha": "center", "va": "center"}
         look |= {"textcoords": "offset points", "arrowprops": leader, "in_layout": False, "parse_math": False}
         axes.annotate(name, (x, y), (right, up), **look)
 

@@ -57,13 +57,6 @@ def make_runs(*steps: tuple[str, int, float], seeds: int = 10, sd: float = 0.045
     return pd.DataFrame(rows, columns=["step", "seed", "num_params", "final_test_accuracy", "best_test_accuracy"])
 
 
-def wilson(accuracy: float, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval in percent, written out from the formula."""
-    p, z = accuracy / 100, 1.959964
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * (centre - half) / (1 + z * z / n), 100 * (centre + half) / (1 + z * z / n)
-
-
 def points_of(line: Line2D) -> NDArray[np.float64]:
     return np.asarray(line.get_xydata(), dtype=float)  # (N, 2)
 
@@ -126,7 +119,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     ),
     "steps": lambda: figures.plot_steps(make_runs(*STEPS, sd=0.042)),
     "steps, one run": lambda: figures.plot_steps(make_runs(STEPS[5], seeds=1)),
-    "steps, no public": lambda: figures.plot_steps(make_runs(*STEPS[:4]), None, None, ()),
+    "steps, no targets": lambda: figures.plot_steps(make_runs(*STEPS[:4]), None, None),
     "steps, long names and a bad one": lambda: figures.plot_steps(
         make_runs(*STEPS, (LONG, 7_852, 99.46), ("linear", 7_850, 30.0))
     ),
@@ -248,7 +241,7 @@ def test_the_accuracy_axis_gives_the_last_tenths_room() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(99.0, 99.55), (97.1, 97.9), (10.0, 99.6)])
 def test_an_accuracy_axis_has_ticks_to_read_it_by(low: float, high: float) -> None:
-    figure = figures.plot_steps(make_runs(("step1", 6_000, low), ("step2", 9_000, high), sd=0.0), None, None, ())
+    figure = figures.plot_steps(make_runs(("step1", 6_000, low), ("step2", 9_000, high), sd=0.0), None, None)
     figure.canvas.draw()
     above, below = figure.axes[:2]
     for axis, (start, end) in ((above.yaxis, above.get_ylim()), (below.xaxis, below.get_xlim())):
@@ -261,7 +254,7 @@ def test_an_accuracy_axis_has_ticks_to_read_it_by(low: float, high: float) -> No
 
 
 def test_an_accuracy_axis_of_half_a_point_is_not_stretched() -> None:
-    figure = figures.plot_steps(make_runs(("step1", 6_000, 99.2), ("step2", 9_000, 99.5), sd=0.0), None, None, ())
+    figure = figures.plot_steps(make_runs(("step1", 6_000, 99.2), ("step2", 9_000, 99.5), sd=0.0), None, None)
     assert figure.axes[0].get_yscale() == "linear"
 
 
@@ -327,35 +320,17 @@ def test_steps_draws_the_mean_with_a_t_interval_over_seeds() -> None:
     best = next(line for line in below.lines if "best epoch" in str(line.get_label()))
     np.testing.assert_allclose(points_of(best), np.array([(99.5, 0), (99.35, 1)]))
     assert {"mean over seeds, 95 % t-interval", "mean, too few seeds for an interval"} <= set(legend_texts(figure))
-    assert not any("Wilson" in text for text in legend_texts(figure))
 
 
-def test_steps_draws_wilsons_interval_for_a_single_seed_and_says_so() -> None:
-    figure = figures.plot_steps(make_runs(("step", 7_852, 99.40), seeds=1))
-    np.testing.assert_allclose(bars(figure.axes[0]), [(7_852, 99.40, *wilson(99.40, 10_000))], rtol=1e-6)
-    assert "one seed, 95 % Wilson interval on 10,000 images" in legend_texts(figure)
-    assert not any("t-interval" in text for text in legend_texts(figure))
-
-
-def test_steps_shows_targets_and_public_figures_only_where_asked() -> None:
+def test_steps_shows_targets_only_where_asked() -> None:
     runs = make_runs(*STEPS[:4])
     figure = figures.plot_steps(runs)
     above, below = figure.axes[:2]
-    public = [line for line in above.lines if str(line.get_label()).startswith("public")]
-    drawn = {(x, y) for line in public for x, y in points_of(line)}
-    assert drawn == {entry[:2] for entry in figures.PUBLIC_FIGURES}
-    assert (9_994, 99.60) in drawn
-    told = " ".join(" ".join(legend_texts(figure)).split())
-    for letter, entry in zip("abcdefgh", figures.PUBLIC_FIGURES, strict=True):
-        assert f"{letter}: {entry.num_params:,}, {entry.accuracy:.2f}, {entry.name}" in told
-        assert [text.xy for text in above.texts if text.get_text() == letter] == [entry[:2]]
-    assert all(line.get_zorder() < 3 and line.get_color() == figures.GREY for line in public)
     assert curves(above)["target 99.4 %"].tolist() == [99.4, 99.4]
     assert any(points_of(line)[:, 0].tolist() == [99.4, 99.4] for line in below.lines)
     assert "target 10,000 parameters" in legend_texts(figure)
     assert above.get_xscale() == "log"
-    bare = legend_texts(figures.plot_steps(runs, None, None, ()))
-    assert not any(text.startswith(("public", "target")) for text in bare)
+    assert not any(text.startswith("target") for text in legend_texts(figures.plot_steps(runs, None, None)))
 
 
 def test_steps_numbers_each_point_beside_it_and_covers_none() -> None:
@@ -365,10 +340,9 @@ def test_steps_numbers_each_point_beside_it_and_covers_none() -> None:
     numbers = [text for text in above.texts if isinstance(text, Annotation) and text.get_text().isdigit()]
     points = {str(i): (params, accuracy) for i, (_, params, accuracy) in enumerate(STEPS, start=1)}
     assert {text.get_text(): text.xy for text in numbers} == {i: pytest.approx(xy) for i, xy in points.items()}
-    markers = [*points.values(), *(entry[:2] for entry in figures.PUBLIC_FIGURES)]
     for text in numbers:
         box = Text.get_window_extent(text)
-        assert not any(box.contains(*above.transData.transform(marker)) for marker in markers)
+        assert not any(box.contains(*above.transData.transform(marker)) for marker in points.values())
         away = box.get_points().mean(axis=0) - above.transData.transform(text.xy)
         assert np.linalg.norm(away) * 72 / figure.dpi < 60  # points
 
@@ -392,13 +366,12 @@ def test_confusion_counts_and_colours_errors_only() -> None:
 
 def test_the_curves_of_several_steps_are_drawn_together() -> None:
     history = pd.concat([make_history(seeds=2), make_history(seeds=1).assign(step="other", run_id="other")])
-    for plot in (figures.plot_curves, figures.plot_training):
-        for axes, metric in zip(plot(history).axes, ("loss", "accuracy"), strict=True):
-            drawn = curves(axes)
-            mean = history[history["step"] == "step3_gap"].groupby("epoch")[f"test_{metric}"].mean()
-            np.testing.assert_allclose(drawn["step3_gap, mean of 2 seeds"], mean)
-            assert len(drawn["other"]) == 14
-            assert len({line.get_linestyle() for line in axes.lines[:2]}) == 2
+    for axes, metric in zip(figures.plot_training(history).axes, ("loss", "accuracy"), strict=True):
+        drawn = curves(axes)
+        mean = history[history["step"] == "step3_gap"].groupby("epoch")[f"test_{metric}"].mean()
+        np.testing.assert_allclose(drawn["step3_gap, mean of 2 seeds"], mean)
+        assert len(drawn["other"]) == 14
+        assert len({line.get_linestyle() for line in axes.lines[:2]}) == 2
 
 
 def test_what_was_not_recorded_is_said_in_words() -> None:

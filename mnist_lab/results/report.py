@@ -247,10 +247,7 @@ def draw_overview(runs: pd.DataFrame) -> Picture:
     ends = [f"{step}, {means[step]:.2f} % with {params[step]:,} parameters" for step in means.index]
     alt = f"Test accuracy of the last epoch against parameters, {len(ends)} experiments. Highest: {ends[-1]}."
     alt += f" Lowest: {ends[0]}." if len(ends) > 1 else ""
-    caption = (
-        "Test accuracy of the last epoch against parameters (above) and one by one (below). Grey marks are figures "
-        "that others published; they were not measured here."
-    )
+    caption = "Test accuracy of the last epoch against parameters (above) and one by one (below)."
     return _picture(figures.plot_steps(runs), "all", alt, caption)
 
 
