@@ -69,19 +69,26 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_` or,
     with a hold-out, `validation_`; of several runs of one seed the first in the table counts. Several seeds give a line
     for their mean and a band from the smallest to the largest. The loss axis is logarithmic, and the accuracy axis
-    stretched towards 100 %, where the differences are. Of several steps, each has a line, for the test images only.
+    stretched towards 100 %, where the differences are. Several steps are drawn as `plot_curves` does.
     """
     measured = _protocol(history)
     history = _first_runs(history, "history", ["epoch", *measured.curves])
     if history["step"].nunique() > 1:
-        by_step = {_name(step): (of_step, measured.part) for step, of_step in history.groupby("step", sort=False)}
-        return _plot_curves(by_step, measured.part, target_accuracy)
+        return plot_curves(history, target_accuracy)
     curves = {name: (history, name.removesuffix("ing")) for name in (measured.part, "training")}
     figure = _plot_curves(curves, measured.part, target_accuracy)
     absent = _not_recorded(history, measured.curves)
     title = _name(history["step"].iloc[0]) + (f"\nnot recorded, or not finite: {absent}" if absent else "")
     figure.suptitle(title, parse_math=False)
     return figure
+
+
+def plot_curves(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
+    """Draw loss and accuracy of several steps on the test images, a line for each step; history: as above."""
+    measured = _protocol(history)
+    history = _first_runs(history, "history", ["epoch", *measured.curves])
+    curves = {_name(step): (of_step, measured.part) for step, of_step in history.groupby("step", sort=False)}
+    return _plot_curves(curves, measured.part, target_accuracy)
 
 
 def _plot_curves(curves: Mapping[str, tuple[pd.DataFrame, str]], part: str, target_accuracy: float | None) -> Figure:
