@@ -29,7 +29,7 @@ from tabulate import tabulate
 
 from mnist_lab.commandline import number_from
 from mnist_lab.experiment import Experiment
-from mnist_lab.running import provenance
+from mnist_lab.running import identity
 
 if TYPE_CHECKING:
     from mnist_lab.running.progress import Progress
@@ -237,7 +237,7 @@ class Report:
         self.arguments = arguments
         self.sections: dict[str, dict[str, object]] = {}
         self.notes: list[str] = []
-        self.environment = provenance.environment(device or torch.device("cpu"))
+        self.environment = identity.environment(device or torch.device("cpu"))
         machine = f"{self.environment['hardware']}, {self.environment['threads']} threads"
         print(f"== {arguments.name}: {machine}, torch {self.environment['torch']}")
 
@@ -264,7 +264,7 @@ class Report:
 
     def write(self) -> None:
         """Write `<out>/<name>.json`."""
-        arguments, commit = self.arguments, provenance.commit(Path(__file__))
+        arguments, commit = self.arguments, identity.commit(Path(__file__))
         content = {
             "benchmark": arguments.name,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -148,7 +148,7 @@ def restore(arguments: argparse.Namespace) -> None:
     print(f"Reading the runs in {arguments.folder} ...", flush=True)
 
     from mnist_lab.results.restore import restore as restore_runs
-    from mnist_lab.running.provenance import commit
+    from mnist_lab.running.identity import commit
 
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     state = commit(arguments.folder / "README.md")

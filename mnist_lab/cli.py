@@ -39,7 +39,7 @@ from mnist_lab.errors import LabError, is_script
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.mistakes import explain_mistakes
 from mnist_lab.paths import tracking_uri
-from mnist_lab.running import declaration
+from mnist_lab.running.job import only_read
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--help` needs none of it
     from optuna.distributions import BaseDistribution
@@ -73,7 +73,7 @@ def main(
     The name of the script that was started names the step. A script may call it once: its runs are told apart by the
     script's name. What the user can put right ends the program with one sentence on stderr and exit code 1.
     """
-    if declaration.only_read(experiment):
+    if only_read(experiment):
         return
     script = _started_script(
         sys._getframe(1).f_code.co_filename

@@ -149,14 +149,14 @@ def full_run(mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory, worker_id
 
     All processes of a test session share the run.
     """
-    from mnist_lab.running import provenance
+    from mnist_lab.running import identity
 
     shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
     script, folder, said = EXPERIMENTS / "step1_baseline.py", shared / "full_run", shared / "full_run.json"
     database = folder / "store" / "mlflow.db"
     with FileLock(shared / "full_run.lock"):
         if not said.exists():
-            commit = provenance.commit(script).sha
+            commit = identity.commit(script).sha
             folder.mkdir()
             flags = ["--epochs", "1", "--seed", "3", "--tracking-uri", f"sqlite:///{database}"]
             process = run_program(script, *flags, cwd=folder)

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from forkserver import PATIENCE
-from mnist_lab.running import declaration
 from mnist_lab.running import run as runner
-from mnist_lab.running.job import Job
+from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.running.progress import Progress
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import Store
@@ -25,7 +24,7 @@ LIMIT = 256
 def train_one_after_another(script: Path, uri: str, seeds: range, report: Path) -> None:
     """Train and track one real run per seed in this process; append a line of figures to `report` after each."""
     process = psutil.Process()
-    job = Job(script=script, experiment=declaration.read(script), tracking_uri=uri, limit=LIMIT)
+    job = Job(script=script, experiment=read_declaration(script), tracking_uri=uri, limit=LIMIT)
     for seed in seeds:
         measure = _yardstick()
         cpu, wall = time.process_time(), time.perf_counter()

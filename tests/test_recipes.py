@@ -10,9 +10,8 @@ import pytest
 from forkserver import run_program
 from helpers import ROOT, read_runs
 from mnist_lab.data import Mnist
-from mnist_lab.running import declaration
 from mnist_lab.running import run as runner
-from mnist_lab.running.job import Job
+from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.running.progress import Progress
 
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
@@ -36,7 +35,7 @@ def train(small_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytes
     def train(text: str, name: str = "recipe") -> SimpleNamespace:
         script = tmp_path / f"{name}.py"
         script.write_text(text)
-        experiment, _ = declaration.read(script).override({"epochs": 1})
+        experiment, _ = read_declaration(script).override({"epochs": 1})
         job = Job(script=script, experiment=experiment, tracking_uri=f"sqlite:///{database}", threads=1)
         runner.run(job, 0, Progress())
         return read_runs(database)[-1]

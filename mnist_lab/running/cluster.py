@@ -38,11 +38,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnist_lab.data import read_files
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
-from mnist_lab.running import provenance
+from mnist_lab.running import identity
+from mnist_lab.running.identity import LAB, Commit, place
 from mnist_lab.running.job import Job
 from mnist_lab.running.machine import available_cores
-from mnist_lab.running.provenance import Commit
-from mnist_lab.running.sources import LAB, place
 from mnist_lab.running.tasks import Done, Epoch, Failed, Given, OnMessage, Task, Tried, outcome_of
 from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost, close_orphans, open_store
 from mnist_lab.training.loop import EpochMetrics
@@ -351,7 +350,7 @@ def _look(order: Order) -> str:
             open_store(order.tracking_uri)
         except LabError as error:
             raise LabError(f"can't reach it: {error}") from error
-    return provenance.hardware(torch.device("cpu"))
+    return identity.hardware(torch.device("cpu"))
 
 
 def _settle(order: Order) -> None:

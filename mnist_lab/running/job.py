@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import runpy
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,12 +19,15 @@ from mnist_lab.data import find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.paths import PROJECT_ROOT, own_files
-from mnist_lab.running import declaration, provenance
-from mnist_lab.running.provenance import Commit
-from mnist_lab.running.sources import SCRIPT, code_sha256, find_sources, place
-from mnist_lab.tracking.teacher import Teacher
+from mnist_lab.running import identity
+from mnist_lab.running.identity import SCRIPT, Commit, code_sha256, find_sources, place
+
+if TYPE_CHECKING:  # MLflow takes seconds to import
+    from mnist_lab.tracking.teacher import Teacher
 
 MAX_SEED = 2**32 - 1
+WORKER = "mnist_lab worker"  # the name of a study's worker processes
+_reading = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,7 @@ class Job:
     @cached_property
     def commit(self) -> Commit:
         """The state of the repository that holds the script."""
-        return provenance.commit(self.script, self.written_by_lab)
+        return identity.commit(self.script, self.written_by_lab)
 
     @property
     def written_by_lab(self) -> list[Path]:
@@ -154,7 +159,7 @@ class Job:
             LabError: if the script, or what it imports, is another one now or declares another experiment.
         """
         self.check_unchanged()
-        vars(self)["experiment"], _ = declaration.read(self.sources[SCRIPT]).override(self.overrides)
+        vars(self)["experiment"], _ = read_declaration(self.sources[SCRIPT]).override(self.overrides)
         if self._read_params() != self.params:
             raise LabError(
                 f"script: {self.script.name} does not declare the same experiment in a worker process; "
@@ -184,3 +189,41 @@ def check_seed(seed: int) -> None:
     """Refuse a seed that numpy would not take; raises LabError."""
     if not 0 <= seed <= MAX_SEED:
         raise LabError(f"seed: {seed} is not between 0 and {MAX_SEED}")
+
+
+# ---- a script, read without training it
+
+
+class _MainCalled(BaseException):
+    """Ends a script at its call of `main`. Not an Exception, so that no `except` of the script's own keeps it."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+
+
+def read_declaration(script: Path) -> Experiment:
+    """Return the experiment that `script` gives to `main`, by running the script up to there.
+
+    Raises:
+        LabError: if the script comes to its end without calling `main`.
+    """
+    global _reading
+    _reading = True
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except _MainCalled as declared:
+        return declared.experiment
+    finally:
+        _reading = False
+    raise LabError(f"script: {script} came to its end without calling main(EXPERIMENT)")
+
+
+def only_read(experiment: Experiment) -> bool:
+    """Say whether `main` is called in a worker and must train nothing; end a script that `read_declaration` runs.
+
+    multiprocessing imports the script in each worker first, which calls `main` where the script does not guard that by
+    `if __name__ == "__main__"`.
+    """
+    if _reading:
+        raise _MainCalled(experiment)
+    return multiprocessing.current_process().name.startswith(WORKER)

@@ -18,11 +18,11 @@ from mnist_lab.checking.rehearsal import Rehearsal, blame
 from mnist_lab.data import Mnist, find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
-from mnist_lab.running import provenance
+from mnist_lab.running import identity
 from mnist_lab.running.checkpoint import Checkpoint
+from mnist_lab.running.identity import place
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, RunResult
-from mnist_lab.running.sources import place
 from mnist_lab.running.summary import summarize
 from mnist_lab.story import read_story
 from mnist_lab.tracking.run import TrackedRun, track
@@ -66,7 +66,7 @@ class Record:
         """Open the run in MLflow and log what it is, or take up the one of `resume`; give its id."""
         job, device = self.job, self.mnist.train_images.device
         job.check_unchanged()
-        name, environment = run_name_of(job, f"seed {self.seed}"), provenance.environment(device)
+        name, environment = run_name_of(job, f"seed {self.seed}"), identity.environment(device)
         with kept_generators(device):  # the layers may draw
             summary = summarize(self.training.result, self.rehearsal.untrained)
         progress.on_run(name, device, self.num_params, summary, len(self.mnist.train_images))

@@ -32,7 +32,7 @@ from mnist_lab.checking.schedule import without_effect
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import quoted
 from mnist_lab.paths import LOCKS, SEARCHES, own_folder
-from mnist_lab.running import provenance, teaching
+from mnist_lab.running import identity, teaching
 from mnist_lab.running.job import Job
 from mnist_lab.running.machine import use_float32
 from mnist_lab.running.progress import Counts, Progress, Pruned, Trial
@@ -144,7 +144,7 @@ def confirm(
             for one in confirmed:
                 of_trial = _with_values(job, one.trial.values, store)
                 of_params[repr(of_trial.params)] = one
-                hardware = provenance.hardware(job.device)
+                hardware = identity.hardware(job.device)
                 found = finished_runs(store, of_trial.params, of_trial.tags, FIGURE, hardware=hardware)
                 for seed in set(seeds) & set(found):
                     adopt(store, tracked.run_id, found[seed].run_id)
@@ -512,8 +512,8 @@ def _track(job: Job, store: Store, what: str, space: Space, earlier: str | None 
     """Open the run whose children are those of the trials, or go on with the earlier one."""
     tags = {
         **job.tags,
-        **provenance.commit(job.script, written=job.written_by_lab).tags,
-        "hardware": provenance.hardware(job.device),
+        **identity.commit(job.script, written=job.written_by_lab).tags,
+        "hardware": identity.hardware(job.device),
     }
     params = {**job.params, **{name: str(distribution) for name, distribution in space.items()}}
     name = run_name_of(job, what)

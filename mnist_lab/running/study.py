@@ -20,7 +20,7 @@ from tabulate import tabulate
 from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
-from mnist_lab.running import provenance, teaching
+from mnist_lab.running import identity, teaching
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.machine import use_float32
 from mnist_lab.running.progress import Progress, StudyResult
@@ -67,7 +67,7 @@ def study(
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     job = teaching.find(job, store)
-    found = {} if again else finished_runs(store, job.params, job.tags, hardware=provenance.hardware(job.device))
+    found = {} if again else finished_runs(store, job.params, job.tags, hardware=identity.hardware(job.device))
     reused = [seed for seed in seeds if seed in found]
     missing = [seed for seed in seeds if seed not in found]
     count = min(_prepare(job, store, trainers), len(missing)) if missing else 0  # else there is nothing to refuse
@@ -110,8 +110,8 @@ def _tags(job: Job, seeds: Sequence[int], reused: Sequence[int]) -> dict[str, st
         "study": job.step,
         "seeds": " ".join(map(str, seeds)),
         "seeds_reused": " ".join(map(str, reused)),
-        **provenance.commit(job.script, written=job.written_by_lab).tags,
-        "hardware": provenance.hardware(job.device),
+        **identity.commit(job.script, written=job.written_by_lab).tags,
+        "hardware": identity.hardware(job.device),
         **target_tags(job.experiment),
     }
 

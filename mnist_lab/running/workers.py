@@ -21,8 +21,7 @@ import torch
 
 from mnist_lab.commandline import lasting_output
 from mnist_lab.errors import LabError
-from mnist_lab.running import declaration
-from mnist_lab.running.job import Job
+from mnist_lab.running.job import WORKER, Job
 from mnist_lab.running.machine import available_cores
 from mnist_lab.running.tasks import Epoch, Failed, Given, Message, OnMessage, Task, outcome_of
 from mnist_lab.tracking.connection import environment_variables
@@ -109,7 +108,7 @@ class _Worker:
     def __init__(self, number: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs,), name=f"{declaration.WORKER} {number}", daemon=True)
+        self.process = context.Process(target=_work, args=(theirs,), name=f"{WORKER} {number}", daemon=True)
         self.given: Given | None = None
         resource_tracker.ensure_running()  # starting it would let the signals through again
         # Ctrl-C and a closed terminal reach all processes at once. This one sees them, and ends its workers by SIGTERM.

@@ -12,7 +12,7 @@ from helpers import ROOT, largest_file
 from mnist_lab.__main__ import main
 from mnist_lab.errors import LabError
 from mnist_lab.results import evidence, records
-from mnist_lab.running.sources import code_sha256, find_sources
+from mnist_lab.running.identity import code_sha256, find_sources
 from mnist_lab.tracking.store import Store, open_store
 from pages import PAGE, T0
 from run_writer import TARGETS, write_run

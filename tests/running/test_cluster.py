@@ -336,11 +336,11 @@ def test_auto_starts_a_cluster_of_this_machine_on_loopback(
 def test_a_node_with_another_version_refuses(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str
 ) -> None:
-    from mnist_lab.running import cluster, provenance
+    from mnist_lab.running import cluster, identity
 
     for variable in ("OMP_NUM_THREADS", cluster.OWN_FOLDER, cluster.ON_CLUSTER):
         monkeypatch.setenv(variable, os.environ.get(variable, ""))
-    order = cluster.Order(uri, cluster._versions(), {}, tmp_path, provenance.commit(TINY))
+    order = cluster.Order(uri, cluster._versions(), {}, tmp_path, identity.commit(TINY))
     cluster._look(order)
     with pytest.raises(LabError, match=f"has {name} "):
         cluster._look(order._replace(versions={**order.versions, name: "0"}))

@@ -14,9 +14,9 @@ import torch
 from helpers import read_runs
 from mnist_lab.cli import make_job, parser
 from mnist_lab.errors import LabError
-from mnist_lab.running import checkpoint, declaration
+from mnist_lab.running import checkpoint
 from mnist_lab.running import run as runner
-from mnist_lab.running.job import Job
+from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.tracking.store import finished_runs, open_store
 from mnist_lab.training.loop import EpochMetrics
 
@@ -92,7 +92,7 @@ def job_of(script: Path, uri: str) -> Job:
     for name in [name for name in sys.modules if name.partition(".")[0] == "nets"]:
         del sys.modules[name]
     changes = {"epochs": 1}
-    experiment, overrides = declaration.read(script).override(changes)
+    experiment, overrides = read_declaration(script).override(changes)
     return Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=64)
 
 
@@ -170,7 +170,7 @@ def test_functions_classes_modules_and_tensors_are_declared_alike_in_every_proce
     command: Command, script: Path, uri: str, database: Path
 ) -> None:
     script.write_text(WITH_CALLABLES)
-    job = Job(script=script, experiment=declaration.read(script), tracking_uri=uri, limit=64)
+    job = Job(script=script, experiment=read_declaration(script), tracking_uri=uri, limit=64)
     pickle.loads(pickle.dumps(job)).read_experiment()  # noqa: S301  as a worker does
 
     assert command("--limit", "64", stop_after=2) == 130
@@ -185,7 +185,7 @@ def test_functions_classes_modules_and_tensors_are_declared_alike_in_every_proce
         "kind": "GELU",
     }
     assert re.fullmatch(r"Tensor\(shape=\(2,\), dtype=float32, sha256=[0-9a-f]{12}\)", run.params["scale"])
-    again = Job(script=script, experiment=declaration.read(script), tracking_uri=uri, limit=64)
+    again = Job(script=script, experiment=read_declaration(script), tracking_uri=uri, limit=64)
     assert set(finished_runs(open_store(uri), again.params, again.tags)) == {0}
 
 
@@ -228,7 +228,7 @@ def interrupted(script: Path, uri: str) -> None:
 
 
 def choose(script: Path, uri: str, flags: str) -> checkpoint.Checkpoint:
-    experiment = declaration.read(script)
+    experiment = read_declaration(script)
     arguments = parser(script, experiment).parse_args([*flags.split(), "--resume", "--tracking-uri", uri])
     _, resume = make_job(experiment, script, arguments)
     assert resume is not None
@@ -296,7 +296,7 @@ main(Experiment(
 
 def test_params_are_those_declared_though_an_object_changes_in_use(script: Path, uri: str) -> None:
     script.write_text(COUNTS)
-    job = Job(script=script, experiment=declaration.read(script), tracking_uri=uri)
+    job = Job(script=script, experiment=read_declaration(script), tracking_uri=uri)
     before = dict(job.params)
 
     assert job.experiment.augmentation is not None

@@ -17,9 +17,9 @@ import torch
 from forkserver import Program
 from helpers import ROOT, TrackedRun, read_runs, wait_until
 from mnist_lab.errors import LabError
-from mnist_lab.running import declaration, tasks
 from mnist_lab.running import run as runner
-from mnist_lab.running.job import Job
+from mnist_lab.running import tasks
+from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.running.progress import Progress, RunResult
 from mnist_lab.running.study import study as run_study
 from mnist_lab.running.tasks import Done, Failed, Message, SeedTask
@@ -292,7 +292,7 @@ def test_a_seed_of_a_study_is_the_run_of_that_seed(
 
 
 def job_of(script: Path, uri: str, changes: Mapping[str, object] = NO_CHANGES, limit: int = 256) -> Job:
-    experiment, overrides = declaration.read(script).override(changes)
+    experiment, overrides = read_declaration(script).override(changes)
     return Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=limit)
 
 
@@ -375,7 +375,7 @@ def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:
     script.write_text("x = 1\n")
 
     with pytest.raises(LabError, match=r"^script: .*empty\.py came to its end without calling main\(EXPERIMENT\)$"):
-        declaration.read(script)
+        read_declaration(script)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from mnist_lab import Experiment
 from mnist_lab.data import Mnist, hold_out, load_mnist
-from mnist_lab.running.provenance import hardware
+from mnist_lab.running.identity import hardware
 from mnist_lab.running.run import first_images
 from mnist_lab.training import RECIPE
 from mnist_lab.training.loop import Training, initial_network

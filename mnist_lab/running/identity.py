@@ -1,16 +1,27 @@
-"""The code behind an experiment: its script, what that imports outside libraries, and the digest of both."""
+"""What a run is of: the script, what that imports and their digest; commit, uncommitted changes, versions, hardware."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
+import logging
+import multiprocessing
+import os
+import platform
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import resolve_name
 from itertools import accumulate
 from pathlib import Path
+
+import torch
+from git import GitError, InvalidGitRepositoryError, Repo
 
 from mnist_lab.errors import is_script
 from mnist_lab.training import RECIPE
@@ -19,6 +30,21 @@ LAB = Path(__file__).resolve().parents[1]
 SCRIPT = "script"  # the name under which the script itself counts, whatever its file is called
 # Fields of syntax nodes that say nothing of what is computed.
 SILENT_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
+PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pandas", "matplotlib")
+MAX_DIFF = 1_000_000  # characters
+DIFF = ("--no-ext-diff", "--no-color", "--no-renames", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
+# Names of files that hold keys and passwords: their text must not get into a store, which others may read.
+SECRET_FILES = (
+    *(".env", ".env.*", "*.env", ".envrc", ".netrc", "_netrc", ".pgpass", ".pypirc", ".npmrc", ".htpasswd"),
+    *("*.pem", "*.key", "*.p12", "*.pfx", "*.ppk", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.asc"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "kaggle.json", "*.token", "token", "token.*", "*[_-]token*"),
+    *("*credential*", "*secret*", "*password*", "*passwd*", "*api[_-]key*", "*apikey*"),
+)
+
+logger = logging.getLogger(__name__)
+
+
+# ---- the code
 
 
 def find_sources(script: Path) -> dict[str, Path]:
@@ -162,3 +188,100 @@ def _joined(parts: list[ast.expr]) -> list[ast.expr]:
 def _is_text_alone(node: object) -> bool:
     """Say whether a statement is a string and nothing else, as docstrings are."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+# ---- where it comes from
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The state of the repository that holds a script.
+
+    sha: the commit, "none" outside a repository or before the first commit, or "unknown" where git refuses to say.
+    dirty: whether any file differs from that commit, new files included; None where git refuses to say.
+    diff: `git diff` against the commit, after lines that name what is left out.
+    """
+
+    sha: str
+    dirty: bool | None
+    diff: str
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The commit as tags of a run."""
+        return {"git_commit": self.sha, "git_dirty": "unknown" if self.dirty is None else str(self.dirty).lower()}
+
+
+def commit(script: Path, written: Iterable[Path] = ()) -> Commit:
+    """Return the state of the repository that `script` lies in.
+
+    written: files and folders that the lab itself writes or fetches, such as a tracking store. They are no changes.
+    """
+    folder = script.resolve().parent
+    try:
+        with Repo(folder, search_parent_directories=True) as repository:
+            return _state(repository, folder, written)
+    except InvalidGitRepositoryError:
+        return Commit("none", dirty=False, diff="")
+    except GitError as error:
+        reason = next(iter(re.findall("fatal: .*", str(error))), f"git can't be used: {error}")
+        _warn_once(f"commit and changes of {folder} are recorded as unknown: {reason}")
+        return Commit("unknown", dirty=None, diff="")
+
+
+def _state(repository: Repo, folder: Path, written: Iterable[Path]) -> Commit:
+    git, root = repository.git, Path(str(repository.working_dir))
+    own = [path for path in map(Path.resolve, written) if path.is_relative_to(root) and not folder.is_relative_to(path)]
+    files = [":/", *(f":(top,exclude,literal){path.relative_to(root)}" for path in own)]
+    is_dirty = bool(git.status("--porcelain", "--untracked-files=all", "--", *files))  # fails where git refuses
+    if not repository.head.is_valid():
+        return Commit("none", dirty=is_dirty, diff="")
+    secret = [f":(top,exclude,icase,glob)**/{name}{below}" for name in SECRET_FILES for below in ("", "/**")]
+    changed, shown = (
+        git.diff("-z", "--name-only", "--no-renames", "HEAD", "--", *files, *left_out).split("\0")
+        for left_out in ([], secret)
+    )
+    diff = "".join(f"Left out (may hold keys or passwords): {name!r}\n" for name in changed if name not in shown)
+    content = git.diff(*DIFF, "HEAD", "--", *files, *secret, stdout_as_string=False, strip_newline_in_stdout=False)
+    diff += content.decode("utf-8", "replace")
+    if len(diff) > MAX_DIFF:
+        diff = f"Cut after {MAX_DIFF:,} of {len(diff):,} characters\n{diff[:MAX_DIFF]}"
+    return Commit(git.rev_parse("HEAD"), is_dirty, diff)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return versions and hardware as text by name."""
+    return {
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        "cuda": torch.version.cuda if device.type == "cuda" and torch.version.cuda else "none",
+        "os": platform.platform(),
+        "hardware": hardware(device),
+        "threads": str(torch.get_num_threads()),
+        "tf32": str(torch.backends.cudnn.allow_tf32) if device.type == "cuda" else "none",
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """Return the name of the device that trains, e.g. "NVIDIA H100" or "AMD EPYC 9R14, 2 cores, AVX512".
+
+    A CPU's name comes with the vector instructions that torch uses: with others, sums are rounded in another order.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    if multiprocessing.parent_process() is None:  # else the study that began this process has said it
+        logger.warning(sentence)

@@ -1,0 +1,338 @@
+"""What a run is of: the code in one digest, the state of a real repository, and this machine."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+
+from mnist_lab.running import identity
+from mnist_lab.running.identity import Commit, code_sha256, commit, environment, find_sources, hardware
+
+CPU = torch.device("cpu")
+# Puts empty modules in the place of the lab's training and of libraries, and prints the digest of the script.
+ON_ANOTHER_PYTHON = """
+import sys, types
+from pathlib import Path
+names = ["mnist_lab", "mnist_lab.training", "mnist_lab.running", "torch", "git"]
+modules = {{name: types.ModuleType(name) for name in names}}
+modules["mnist_lab"].__path__, modules["mnist_lab.running"].__path__ = [{lab!r}], [{lab!r} + "/running"]
+modules["mnist_lab.training"].RECIPE = {recipe}
+modules["git"].GitError = modules["git"].InvalidGitRepositoryError = modules["git"].Repo = Exception
+sys.modules.update(modules)
+from mnist_lab.running.identity import code_sha256, find_sources
+print(code_sha256(find_sources(Path({script!r}))))
+"""
+# What the syntax trees of Python 3.11 to 3.13 differ in, among others: f-strings, empty lists, type parameters.
+ODD_SCRIPT = '''
+"""A script."""
+import torch
+width, text = 3, "abc"
+shown = f"{text!r:>{width}}" f"a{text}" "b" f"{text:}" f"{width=}" rf"\\d{text}"
+def f(a, /, b: int = 3, *c, d=4, **e):
+    """Return None."""
+class Net:
+    "A network."
+    async def g(self):
+        async with self as b, self as c:
+            pass
+        match self:
+            case {"a": 1, **rest}:
+                return -1 + 1e999 + 2j
+            case [1, *_] | None:
+                return lambda *a, k=1: (yield)
+'''
+
+
+def digest(script: Path) -> str:
+    return code_sha256(find_sources(script))
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """Return a script whose network lies in a package and a module beside it."""
+    files = {
+        "idea.py": "import math\nimport torch\nfrom nets.deep import Net\nimport tricks\n\nLR = 0.1\n",
+        "nets/__init__.py": "",
+        "nets/deep.py": "from . import blocks\nfrom .sizes import WIDTH\n\nclass Net:\n    width = WIDTH\n",
+        "nets/blocks.py": "BLOCKS = 3\n",
+        "nets/sizes.py": "WIDTH = 8\n",
+        "nets/unused.py": "WIDTH = 9\n",
+        "tricks.py": "def warm_up(epoch):\n    import late\n    return late.FACTOR\n",
+        "late.py": "FACTOR = 0.5\n",
+        "other.py": "LR = 0.2\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path / "idea.py"
+
+
+def test_the_sources_are_what_the_script_imports_wherever_the_import_stands(script: Path) -> None:
+    found = {name: file.relative_to(script.parent).as_posix() for name, file in find_sources(script).items()}
+
+    assert found == {
+        "script": "idea.py",
+        "nets": "nets/__init__.py",
+        "nets.deep": "nets/deep.py",
+        "nets.blocks": "nets/blocks.py",
+        "nets.sizes": "nets/sizes.py",
+        "tricks": "tricks.py",
+        "late": "late.py",
+    }
+
+
+def test_a_change_in_any_source_is_another_digest_and_one_elsewhere_is_not(script: Path, tmp_path: Path) -> None:
+    before = digest(script)
+    for name in ("idea.py", "nets/__init__.py", "nets/blocks.py", "nets/sizes.py", "late.py", "other.py"):
+        file = script.parent / name
+        text = file.read_text()
+        file.write_text(text + "CHANGED = True\n")
+        assert (digest(script) == before) == (name == "other.py"), name
+        file.write_text(text)
+
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(script.parent, elsewhere, ignore=shutil.ignore_patterns("elsewhere"))
+    assert digest(elsewhere / "idea.py") == before
+
+
+def test_a_package_without_init_and_a_module_outside_the_folder_count(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (script.parent / "nets" / "__init__.py").unlink()
+    (tmp_path / "far").mkdir()
+    (script.parent / "tricks.py").rename(tmp_path / "far" / "tricks.py")
+    monkeypatch.syspath_prepend(str(tmp_path / "far"))
+
+    found = find_sources(script)
+
+    assert {"nets.deep", "nets.sizes", "tricks"} < found.keys()
+    assert "nets" not in found
+
+
+def test_comments_docstrings_and_layout_do_not_count(tmp_path: Path) -> None:
+    def of(text: str) -> str:
+        script = tmp_path / "step.py"
+        script.write_text(text)
+        return digest(script)
+
+    declared = of('"""Result: not known."""\n\n\nclass Net:\n    lr = 0.1\n')
+
+    assert of('"""Result: 99.4 %."""\n\nclass Net:\n    """A network."""\n    lr = (0.1)  # high\n') == declared
+    assert of('"""Result: not known."""\n\n\nclass Net:\n    lr = 0.2\n') != declared
+    assert len(declared) == 64
+
+
+def test_the_recipe_counts(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest(script)
+    monkeypatch.setattr(identity, "RECIPE", identity.RECIPE + 1)
+
+    assert digest(script) != before
+
+
+def test_what_the_running_script_loads_by_other_means_counts_too(script: Path) -> None:
+    program = "\n".join(
+        [
+            "import importlib, sys",
+            "from pathlib import Path",
+            "sys.path.insert(0, str(Path(__file__).parent / 'far'))",
+            "net = importlib.import_module('far' + '_net')  # a name that no reader of the text can know",
+            "from mnist_lab.running.identity import find_sources",
+            "print(sorted(find_sources(Path(__file__))))",
+        ]
+    )
+    script.write_text(program)
+    (script.parent / "far").mkdir()
+    (script.parent / "far" / "far_net.py").write_text("WIDTH = 1\n")
+
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines() == ["['far_net', 'script']"]
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_the_digest_is_the_same_on_every_supported_python(version: str, script: Path) -> None:
+    script.write_text(script.read_text() + ODD_SCRIPT)
+    program = ON_ANOTHER_PYTHON.format(recipe=identity.RECIPE, lab=str(identity.LAB), script=str(script))
+    python = _find_python(version)
+    if python is None:
+        pytest.skip(f"there is no Python {version} on this machine")
+
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == digest(script)
+
+
+def _find_python(version: str) -> str | None:
+    """Return a Python of that version that works: this one, one on PATH, or one that pyenv keeps."""
+    if version == "{}.{}".format(*sys.version_info[:2]):
+        return sys.executable
+    kept = sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}*/bin/python"))
+    for python in [shutil.which(f"python{version}"), *map(str, kept)]:
+        if python and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            return python
+    return None
+
+
+def test_a_space_to_search_in_does_not_count(tmp_path: Path) -> None:
+    plain, searched = tmp_path / "plain.py", tmp_path / "searched.py"
+    plain.write_text("from mnist_lab import main\n\nLR = 0.1\nmain(LR)\n")
+    searched.write_text(
+        "import optuna\nfrom mnist_lab import main\nfrom optuna.distributions import FloatDistribution\n\n"
+        'LR = 0.1\nSPACE = {"lr": FloatDistribution(0.1, 0.2)}\nmain(LR, search=SPACE)\n'
+    )
+    assert digest(plain) == digest(searched)
+    searched.write_text(searched.read_text().replace("LR = 0.1", "LR = 0.2"))
+    assert digest(plain) != digest(searched)
+
+
+# ---- where it comes from
+
+
+@pytest.fixture
+def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # set where a git hook runs the tests
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    (tmp_path / "gitconfig").write_text("[user]\n\tname = A\n\temail = a@example.org\n")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.rstrip("\n")
+
+
+@pytest.fixture
+def repository(_no_settings_of_the_user: None, tmp_path: Path) -> Path:
+    """Return a repository with one commit: experiments/idea.py, notes.txt, and two files by mistake."""
+    root = tmp_path / "repository"
+    (root / "experiments" / "Passwords").mkdir(parents=True)
+    (root / "experiments" / "idea.py").write_text("EPOCHS = 14\n")
+    (root / "notes.txt").write_text("one\ntwo\n")
+    (root / ".gitignore").write_text("runs/\n")
+    for name in SECRETS:
+        (root / "experiments" / name).write_text("old\n")
+    git(root, "init", "--quiet")
+    git(root, "add", "--all", "--force")
+    git(root, "commit", "--quiet", "--message", "First")
+    (root / "runs").mkdir()
+    (root / "runs" / "mlflow.db").write_text("ignored")
+    return root
+
+
+SECRETS = (".env", "ID_RSA.bak", "client_secret.txt", "Passwords/a.txt")
+LIKED = "[color]\n\tui = always\n[diff]\n\texternal = echo\n\tnoprefix = true\n\trelative = true"
+
+
+def test_a_clean_repository_and_none(repository: Path, tmp_path: Path) -> None:
+    state = commit(repository / "experiments" / "idea.py")
+
+    assert state == Commit(git(repository, "rev-parse", "HEAD"), False, "")
+    assert state.tags == {"git_commit": state.sha, "git_dirty": "false"}
+    assert commit(tmp_path / "idea.py") == Commit("none", False, "")
+    git(tmp_path, "init", "--quiet")
+    assert commit(tmp_path / "idea.py") == Commit("none", True, "")  # before the first commit
+
+
+@pytest.mark.parametrize("setting", ["", LIKED], ids=["plain", "liked"])
+def test_the_diff_makes_the_same_files_of_the_commit(setting: str, repository: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(repository), str(clone))
+    (repository / "experiments" / "idea.py").write_text("EPOCHS = 7\n")
+    (repository / "notes.txt").unlink()
+    (repository / "tab\there.py").write_text("STAGED = True\n")
+    git(repository, "add", "tab\there.py")
+    before = git(repository, "status", "--porcelain")
+    with (tmp_path / "gitconfig").open("a") as config:
+        config.write(setting)
+
+    state = commit(repository / "experiments" / "idea.py")
+
+    assert (state.sha, state.dirty) == (git(clone, "rev-parse", "HEAD"), True)
+    subprocess.run(["git", "-C", str(clone), "apply"], input=state.diff, text=True, check=True)
+    assert (clone / "experiments" / "idea.py").read_text() == "EPOCHS = 7\n"
+    assert (clone / "tab\there.py").exists()
+    assert not (clone / "notes.txt").exists()
+    (tmp_path / "gitconfig").unlink()
+    assert git(repository, "status", "--porcelain") == before
+
+
+@pytest.mark.parametrize("fault", ["another user's", "no git"])
+def test_where_git_refuses_the_state_is_unknown_and_that_is_said_once(
+    fault: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if fault == "another user's":
+        monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    for _ in range(2):
+        state = commit(repository / "experiments" / "idea.py")
+
+    assert state == Commit("unknown", None, "")
+    assert state.tags == {"git_commit": "unknown", "git_dirty": "unknown"}
+    assert len(caplog.records) == 1
+
+
+def test_what_the_lab_writes_and_fetches_is_no_change(repository: Path) -> None:
+    script, store = repository / "experiments" / "idea.py", repository / "experiments" / "store"
+    (store / "artifacts").mkdir(parents=True)
+    (store / "mlflow.db").write_text("runs")
+    written = [store / "mlflow.db", store / "artifacts"]
+    assert commit(script, written) == Commit(git(repository, "rev-parse", "HEAD"), False, "")
+
+    git(repository, "add", "--all")
+    git(repository, "commit", "--quiet", "--message", "A store by mistake")
+    (store / "mlflow.db").write_text("changed")
+    (repository / "notes.txt").write_text("other\n")
+    state = commit(script, [*written, repository, repository.parent])  # a folder around the script hides no change
+
+    assert state.dirty
+    assert "b/notes.txt" in state.diff
+    assert "mlflow.db" not in state.diff
+
+
+def test_new_files_keys_and_passwords_are_changes_but_not_in_the_diff(repository: Path) -> None:
+    (repository / "experiments" / "new.py").write_text("hunter2\n")
+    script = repository / "experiments" / "idea.py"
+    assert commit(script) == Commit(git(repository, "rev-parse", "HEAD"), True, "")
+    for name in SECRETS:
+        (repository / "experiments" / name).write_text("hunter2\n")
+    (repository / "notes.txt").write_text("other\n")
+
+    state = commit(script)
+
+    assert "hunter2" not in state.diff
+    assert "+other" in state.diff
+    named = state.diff.splitlines()[: len(SECRETS)]
+    assert all(any(f"'experiments/{name}'" in line for line in named) for name in SECRETS)
+
+
+def test_a_large_diff_is_cut_and_that_is_said(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "MAX_DIFF", 2_000)
+    (repository / "notes.txt").write_text("a long line of a large file\n" * 100)
+
+    state = commit(repository / "experiments" / "idea.py")
+
+    assert "2,000" in state.diff.splitlines()[0]
+    assert 2_000 < len(state.diff) < 2_100
+
+
+def test_versions_and_hardware_are_those_in_use() -> None:
+    versions = environment(CPU)
+    name, cores, instructions = hardware(CPU).rsplit(", ", 2)
+
+    assert versions["python"] == platform.python_version()
+    assert versions["mlflow"] == mlflow.__version__
+    assert versions["hardware"] == hardware(CPU)
+    assert cores == f"{os.cpu_count()} cores"
+    if platform.system() == "Linux" and platform.machine() == "x86_64":
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        assert f": {name}\n" in cpuinfo
+        assert instructions == ("AVX512" if "avx512f" in cpuinfo else "AVX2" if "avx2" in cpuinfo else "DEFAULT")
