@@ -96,3 +96,16 @@ def test_make_names_an_experiment_that_is_not_there(target: str, said: str) -> N
     done = subprocess.run(["make", target, "INSTALLED="], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == said
+
+
+def test_each_promise_of_reliability_names_tests_that_are_there() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    promises = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| promise |")]
+    files = {file.name: file.read_text() for file in (ROOT / "tests").rglob("test_*.py")}
+    assert len(promises) > 40
+    for promise in promises:
+        named = re.findall(r"`(test_\w+\.py)(?:::(\w+?)(_\.\.\.)?)?`", promise)
+        assert named, promise
+        for file, test, shortened in named:
+            ending = r"_\w+" if shortened else ""
+            assert re.search(rf"^def {test}{ending}\(" if test else "", files[file], re.MULTILINE), (file, test)

@@ -200,12 +200,6 @@ def test_last_epochs_are_dots_of_which_equal_ones_are_stacked_beside_their_mean(
     assert "target 99.4 %" in curves(axes)
 
 
-def test_last_epochs_of_three_seeds_have_no_interval() -> None:
-    figure = figures.plot_last_epochs(make_history(seeds=3))
-    assert "mean" in legend_texts(figure)
-    assert not any("interval" in text for text in legend_texts(figure))
-
-
 def test_the_figures_of_a_study_without_losses_are_drawn_all_the_same() -> None:
     history = make_history(seeds=4).assign(train_loss=math.nan, test_loss=math.nan).to_dict("records")
     assert set(figures.study_figures(history, 99.4)) == {"training", "last_epochs"}
@@ -231,14 +225,6 @@ def test_training_of_one_epoch_shows_markers_the_range_and_whole_epochs() -> Non
     assert [tick for tick in accuracy.get_xticks() if left < tick < right] == [1]
 
 
-def test_the_accuracy_axis_gives_the_last_tenths_room() -> None:
-    _, accuracy = figures.plot_training(make_history()).axes
-    assert {"99", "99.4"} <= {label.get_text() for label in accuracy.get_yticklabels()}
-    height = {y: accuracy.transAxes.inverted().transform(accuracy.transData.transform((1, y)))[1] for y in (99, 99.4)}
-    assert height[99.4] - height[99] > 0.1  # linear from 92 to 99.4 it would be 0.05
-    assert "stretched" in accuracy.get_ylabel()
-
-
 @pytest.mark.parametrize(("low", "high"), [(99.0, 99.55), (97.1, 97.9), (10.0, 99.6)])
 def test_an_accuracy_axis_has_ticks_to_read_it_by(low: float, high: float) -> None:
     figure = figures.plot_steps(make_runs(("step1", 6_000, low), ("step2", 9_000, high), sd=0.0), None, None)
@@ -251,11 +237,6 @@ def test_an_accuracy_axis_has_ticks_to_read_it_by(low: float, high: float) -> No
         for one, other in combinations(labels, 2):
             assert not one.get_window_extent().overlaps(other.get_window_extent())
         assert "stretched" in axis.get_label_text()
-
-
-def test_an_accuracy_axis_of_half_a_point_is_not_stretched() -> None:
-    figure = figures.plot_steps(make_runs(("step1", 6_000, 99.2), ("step2", 9_000, 99.5), sd=0.0), None, None)
-    assert figure.axes[0].get_yscale() == "linear"
 
 
 def test_of_several_runs_of_one_seed_the_first_counts() -> None:
@@ -372,13 +353,6 @@ def test_the_curves_of_several_steps_are_drawn_together() -> None:
         np.testing.assert_allclose(drawn["step3_gap, mean of 2 seeds"], mean)
         assert len(drawn["other"]) == 14
         assert len({line.get_linestyle() for line in axes.lines[:2]}) == 2
-
-
-def test_what_was_not_recorded_is_said_in_words() -> None:
-    history = make_history(seeds=1).assign(test_loss=math.nan)
-    history.loc[history["epoch"] < 14, "train_accuracy"] = math.nan
-    title = figures.plot_training(history).get_suptitle()
-    assert title.endswith("not recorded, or not finite: test loss, train accuracy (13 of 14)")
 
 
 def test_mistakes_are_the_wrong_ones_most_confident_first() -> None:

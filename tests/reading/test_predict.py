@@ -324,7 +324,7 @@ def test_a_bad_picture_among_others_loses_none_of_them(
     assert shown.count("as the network sees it:") == 2
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(COUNT, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [50, pytest.param(COUNT, marks=pytest.mark.long)])
 def test_pictures_in_all_styles_are_read_as_the_test_images_are(
     count: int, full_run: FullRun, digits: Pixels, mnist: Mnist
 ) -> None:
