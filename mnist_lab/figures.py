@@ -318,45 +318,14 @@ def run_figures(
     return figures
 
 
-def plot_last_epochs(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
-    """Draw the last epoch's accuracy of each run of one step as a dot; equal ones are stacked.
-
-    history: as for `plot_training`. Beside the dots stand their mean, with its 95 % interval from four seeds on.
-    """
-    part = _protocol(history).part
-    metric = f"{part}_accuracy"
-    history = _first_runs(history, "history", ["epoch", metric])
-    last = _finite(history[history["epoch"] == history["epoch"].max()], metric).sort_values([metric, "seed"])
-    values = last[metric].round(2)
-    heights = values.groupby(values).cumcount()
-    over_seeds = aggregate(last[metric].tolist())
-    half = over_seeds.high - over_seeds.mean if over_seeds.n >= FEWEST_FOR_INTERVAL else None
-
-    figure = Figure(figsize=(7.5, 1.9 + 0.18 * int(heights.max())), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(values, heights, ls="none", marker="o", ms=7, color=BLUE, alpha=0.75, label="one seed")
-    mean: dict[str, Any] = {"fmt": "D", "ms": 7, "color": RED, "lw": 1.5, "capsize": 4}
-    axes.errorbar(over_seeds.mean, -1.2, xerr=half, label="mean, 95 % interval" if half else "mean", **mean)
-    if target_accuracy is not None:
-        axes.axvline(target_accuracy, label=f"target {target_accuracy:g} %", **TARGET)
-    seeds = f"{over_seeds.n} seed{'s' if over_seeds.n > 1 else ''}"
-    axes.set(xlabel=f"{part} accuracy of the last epoch (%)", yticks=[], ylim=(-2.2, float(heights.max()) + 1))
-    axes.set_title(f"{_name(last['step'].iloc[0])}, {seeds}")
-    axes.grid(axis="x", alpha=0.3)
-    return _finish(figure, 3)
-
-
 def study_figures(history: Iterable[Mapping[str, object]], target_accuracy: float | None) -> dict[str, Figure]:
-    """Return the figures that are kept with a study, by name; one that can't be drawn is left out.
+    """Return the figures that are kept with a study, by name; none where they can't be drawn.
 
     history: one record per run and epoch with the columns that `plot_training` needs.
     """
-    frame = pd.DataFrame.from_records(list(history))
-    figures = {}
-    for name, plot in (("training", plot_training), ("last_epochs", plot_last_epochs)):
-        with suppress(LabError):
-            figures[name] = plot(frame, target_accuracy)
-    return figures
+    with suppress(LabError):
+        return {"training": plot_training(pd.DataFrame.from_records(list(history)), target_accuracy)}
+    return {}
 
 
 def _step_table(runs: pd.DataFrame) -> pd.DataFrame:

@@ -112,8 +112,6 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "augmentation": lambda: figures.plot_augmentation(IMAGES[:12], np.stack([IMAGES[:12]] * 3)),
     "training": lambda: figures.plot_training(make_history(LONG, 10, 20)),
     "training, one epoch": lambda: figures.plot_training(make_history(seeds=2, epochs=1)),
-    "last epochs": lambda: figures.plot_last_epochs(make_history(LONG, 30, 2)),
-    "last epochs, one seed": lambda: figures.plot_last_epochs(make_history(seeds=1)),
     "learning rate": lambda: figures.plot_learning_rate(
         pd.concat([make_history(LONG + str(i), 2, 14, lr) for i, lr in enumerate((0.1, 0.1, 0.1, 0.01, 0.0001))])
     ),
@@ -184,25 +182,9 @@ def test_an_overridden_run_is_named_with_what_it_overrides() -> None:
     assert figures.plot_training(history).get_suptitle() == "step3_gap [epochs=1]"
 
 
-def test_last_epochs_are_dots_of_which_equal_ones_are_stacked_beside_their_mean() -> None:
-    history = make_history(seeds=5, epochs=2)
-    last = [99.40, 99.45, 99.45, 99.41, 99.45]
-    history.loc[history["epoch"] == 2, "test_accuracy"] = last
-    (axes,) = figures.plot_last_epochs(history, target_accuracy=99.4).axes
-
-    dots = points_of(axes.lines[0])
-    assert sorted(map(tuple, dots.round(2))) == [(99.4, 0), (99.41, 0), (99.45, 0), (99.45, 1), (99.45, 2)]
-    (interval,) = axes.containers
-    assert isinstance(interval, ErrorbarContainer)
-    (segment,) = interval.lines[2][0].get_segments()
-    half = 2.776445 * np.std(last, ddof=1) / math.sqrt(5)  # t at 97.5 %, 4 degrees of freedom
-    assert segment[:, 0] == pytest.approx([np.mean(last) - half, np.mean(last) + half])
-    assert "target 99.4 %" in curves(axes)
-
-
 def test_the_figures_of_a_study_without_losses_are_drawn_all_the_same() -> None:
     history = make_history(seeds=4).assign(train_loss=math.nan, test_loss=math.nan).to_dict("records")
-    assert set(figures.study_figures(history, 99.4)) == {"training", "last_epochs"}
+    assert set(figures.study_figures(history, 99.4)) == {"training"}
     assert figures.study_figures([{"run_id": "a"}], 99.4) == {}
 
 

@@ -181,7 +181,7 @@ def test_runs_stand_under_the_study_of_their_step(published: Store, folder: Path
     assert "seed" not in parent.params
     assert "| 99.34 |" in " ".join(parent.tags["mlflow.note.content"].split())
     assert (parent.artifacts / "verdict.md").read_text() == parent.tags["mlflow.note.content"] + "\n"
-    assert {file.name for file in (parent.artifacts / "figures").iterdir()} == {"training.png", "last_epochs.png"}
+    assert {file.name for file in (parent.artifacts / "figures").iterdir()} == {"training.png"}
     assert PARENT not in runs["idea seed 5"].tags
 
 

@@ -257,7 +257,7 @@ def test_a_study_keeps_its_verdict_its_figures_and_the_mean_curves(story: Story)
         text.split()
     )
     assert all(run.run_id in text for run in finished)
-    assert {file.name for file in (study.artifacts / "figures").iterdir()} == {"training.png", "last_epochs.png"}
+    assert {file.name for file in (study.artifacts / "figures").iterdir()} == {"training.png"}
     for name in ("test_accuracy", "test_loss", "train_accuracy", "train_loss"):
         curves = [[value for _, value in run.metrics[name]] for run in finished]
         epochs, means = zip(*study.metrics[name], strict=True)
