@@ -207,8 +207,8 @@ def report(arguments: argparse.Namespace) -> None:
     TRACKING_URI,
     flag("images", "a file, or a folder of pictures", nargs="*", type=Path, metavar="PICTURE"),
     flag("--model", NETWORKS),
-    flag("--show", "also print the 28x28 that the network sees", either="form", action="store_true"),
-    flag("--csv", "print CSV", either="form", action="store_true"),
+    flag("--show", "also print the 28x28 that the network sees", action="store_true"),
+    flag("--csv", "print CSV", action="store_true"),
 )
 def predict(arguments: argparse.Namespace) -> None:
     """Say which digits are in pictures."""
@@ -216,6 +216,8 @@ def predict(arguments: argparse.Namespace) -> None:
 
     from mnist_lab.reading.pictures import find_pictures, find_reader, picture_of, read_digit, shown
 
+    if arguments.csv and arguments.show:
+        raise LabError("csv: has no place for what --show prints; give one of the two")
     digits, refused = {}, []
     for file in find_pictures(arguments.images):
         try:

@@ -9,30 +9,21 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from mnist_lab.errors import LabError
 from mnist_lab.numerals import whole_number
 
-
-class Flag(NamedTuple):
-    """A flag or argument of a command line; of those with one name in `either`, only one may be given."""
-
-    name: str
-    options: dict[str, Any]
-    either: str = ""
+Flag = tuple[str, dict[str, Any]]  # of a command line: its name, and how argparse reads it
 
 
-def flag(name: str, text: str, either: str = "", **options: Any) -> Flag:
-    return Flag(name, {"help": text, **options}, either)
+def flag(name: str, text: str, **options: Any) -> Flag:
+    return name, {"help": text, **options}
 
 
 def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
-    groups: dict[str, argparse._MutuallyExclusiveGroup] = {}
-    for name, options, either in flags:
-        if either and either not in groups:
-            groups[either] = parser.add_mutually_exclusive_group()
-        (groups[either] if either else parser).add_argument(name, **options)
+    for name, options in flags:
+        parser.add_argument(name, **options)
 
 
 @contextmanager
