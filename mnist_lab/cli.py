@@ -30,7 +30,6 @@ from mnist_lab.console import (
     Console,
     SearchConsole,
     StudyConsole,
-    print_confirmed,
     print_run_id,
     print_search,
     say_what_is_done,
@@ -46,7 +45,7 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--he
 
     from mnist_lab.running.checkpoint import Checkpoint
     from mnist_lab.running.job import Job
-    from mnist_lab.running.tasks import Trainers
+    from mnist_lab.running.workers import Trainers
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ def main(
         logger.info("Preparing %s: starting MLflow", script.stem)
         job, resume = make_job(experiment, script, arguments)
         interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
-        if arguments.search is not None or arguments.confirm is not None:
+        if arguments.search is not None:
             _search(job, search, arguments)
         elif arguments.seeds is not None:
             _study(job, arguments)
@@ -140,7 +139,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     changes |= {name: value for name, value in given.items() if value is not None}
     changed, overrides = experiment.override(changes)
     resume, uri = None, tracking_uri(arguments.tracking_uri)
-    searching = arguments.search is not None or arguments.confirm is not None
+    searching = arguments.search is not None
     if arguments.resume is not None and arguments.seeds is None and not searching:  # these go on by themselves
         wanted = {name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")}
         wanted_changes = {name: overrides.get(name) for name in changes}  # None: as declared
@@ -174,16 +173,12 @@ def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> 
 def _wrong_combinations(arguments: argparse.Namespace) -> Iterator[str]:
     """Yield the flags that don't go with the others, and why."""
     given = [name for name, value in vars(arguments).items() if value not in (None, False)]
-    several = [name for name in ("seeds", "search", "confirm") if name in given]
+    several = [name for name in ("seeds", "search") if name in given]
     if not several:
         alone = [name for name in ("workers", "again", "cluster") if name in given]
         yield from (f"{name}: only allowed with --seeds or --search" for name in alone)
     if several and arguments.resume:
         yield f"resume: --{several[-1]} goes on by itself where it stopped, not with the run {arguments.resume}"
-    if "search_seeds" in given and "search" not in given:
-        yield "search-seeds: only allowed with --search"
-    if "confirm" in given and ("seeds" not in given or arguments.again):
-        yield "confirm: give --seeds N with it, and no --again"
 
 
 def _wrong_texts(arguments: argparse.Namespace) -> Iterator[str]:
@@ -225,18 +220,9 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
 
     consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
     with sentences(consequence), _trainers(arguments) as trainers, closing(SearchConsole()) as console:
-        if arguments.search is None:
-            confirmed = search.confirm(job, space, arguments.confirm, arguments.seeds, console, trainers)
-        else:
-            seeds = arguments.search_seeds or 1
-            result = search.search(job, space, arguments.search, seeds, console, trainers, again=arguments.again)
-    if arguments.search is None:
-        print_confirmed(confirmed, job)
-        failed = not any(one.accuracies for one in confirmed)
-    else:
-        print_search(result, job)
-        failed = not result.best
-    if failed:
+        result = search.search(job, space, arguments.search, console, trainers, again=arguments.again)
+    print_search(result, job)
+    if not result.best:
         print("Failed: no trial has come to its end.", file=sys.stderr)
         sys.exit(1)
 
@@ -272,10 +258,6 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     seeds.add_argument("--seeds", type=_seeds, metavar="N", help=several)
     trials = "a search: train N trials of the script's SEARCH, judged on held-out images; the same command goes on"
     seeds.add_argument("--search", type=number_from(1, MAX_TRIALS), metavar="N", help=trials)
-    per_trial = "train K seeds a trial, and judge their mean (default 1)"
-    add("--search-seeds", type=number_from(1, MAX_SEEDS), metavar="K", help=per_trial)
-    best = "train the best M trials of a search again, with --seeds N that it has not used"
-    add("--confirm", type=number_from(1, MAX_TRIALS), metavar="M", help=best)
     processes = "processes of a study or a search on a CPU (default: one per core, fewer with --threads)"
     add("--workers", type=number_from(1), metavar="N", help=processes)
     add("--cluster", metavar="ADDRESS", help=CLUSTER)

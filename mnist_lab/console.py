@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
 
     from mnist_lab.running.job import Job
     from mnist_lab.running.progress import Counts, RunResult, StudyResult
-    from mnist_lab.running.search import Confirmed, SearchResult
+    from mnist_lab.running.search import SearchResult
     from mnist_lab.training.loop import EpochMetrics
     from mnist_lab.verdicts.targets import Verdict
 
@@ -227,45 +227,25 @@ class SearchConsole(_Display):
 
 def print_search(result: SearchResult, job: Job) -> None:
     """Print the best trials, the lines to paste, and how far the choice among so many can be trusted."""
-    from tabulate import tabulate
-
-    from mnist_lab.running.search import best_table
+    from mnist_lab.running.search import best_table, paste_lines
 
     counts = result.counts
     ended = [f"{counts.finished} trained to the end", f"{counts.pruned} pruned", f"{counts.failed} failed"]
-    print(f"\n{counts.done} trials: {', '.join(ended)}.")
     if counts.too_large:
-        print(f"{counts.too_large} draws more were not trained: too many parameters for the target.")
+        ended.append(f"{counts.too_large} too large for the target, and not trained")
+    print(f"\n{counts.done} trials: {', '.join(ended)}.")
     if result.best:
-        rows, headers = best_table(result.best)
-        print("\n" + tabulate(rows, headers=headers, disable_numparse=True))
-        _print_lines(job, result.best[0].values)
+        print("\n" + best_table(result))
+        print("\nThe best values, to write into the script:\n")
+        print("\n".join(f"    {line}" for line in paste_lines(job, result.best[0].values)) + "\n")
+        settings = " ".join(f"--set {name}={value}" for name, value in result.best[0].values.items())
         print(
             f"The best of {counts.finished + counts.pruned} is too good by up to about {result.too_good:.2f} points: "
             f"so much would chance alone lift it on {job.holdout:,} images if all were equally good. "
-            f"--confirm {len(result.best)} --seeds 10 trains the best again."
+            f"What it reaches with other seeds: --holdout {job.holdout} --seeds 1-10 {settings}"
         )
     print("The test images were not read.")
     print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the trials below it.")
-
-
-def print_confirmed(confirmed: Sequence[Confirmed], job: Job) -> None:
-    """Print what the best trials reach with other seeds, and the lines of the best mean to paste."""
-    from tabulate import tabulate
-
-    from mnist_lab.running.search import confirmed_table
-
-    rows, headers = confirmed_table(confirmed)
-    print("\nValidation accuracy in percent\n\n" + tabulate(rows, headers=headers, disable_numparse=True))
-    _print_lines(job, confirmed[0].trial.values)
-    print("The test images were not read.")
-
-
-def _print_lines(job: Job, values: Mapping[str, object]) -> None:
-    from mnist_lab.running.search import paste_lines
-
-    print("\nThe best values, to write into the script:\n")
-    print("\n".join(f"    {line}" for line in paste_lines(job, values)) + "\n")
 
 
 def print_result(result: RunResult, job: Job) -> None:

@@ -124,8 +124,6 @@ WRONG_FLAGS = {
     "--cluster": ["auto"],
     "--threads": ["0"],
     "--resume": ["abc --seeds 3", "abc --search 3"],
-    "--confirm": ["3", "3 --seeds 2 --again"],
-    "--search-seeds": ["2"],
     "--learning-rate": ["0.1"],
     "--data-dir": ["a\0b"],
 }

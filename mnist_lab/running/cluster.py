@@ -7,7 +7,6 @@ then closes the run that was lost, and goes on with it. What tasks have to say c
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib.metadata
 import logging
 import os
@@ -20,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ from mnist_lab.running import identity
 from mnist_lab.running.identity import LAB, Commit, place
 from mnist_lab.running.job import Job
 from mnist_lab.running.machine import available_cores
-from mnist_lab.running.tasks import Done, Epoch, Failed, Given, OnMessage, Task, Tried, outcome_of
+from mnist_lab.running.workers import Done, Epoch, Failed, Given, OnMessage, Task, outcome_of
 from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost, close_orphans, open_store
 from mnist_lab.training.loop import EpochMetrics
 
@@ -87,9 +87,6 @@ class Cluster:
     def __init__(self, address: str, workers: int | None = None) -> None:
         self.address, self.workers = address, workers
 
-    def check(self, job: Job) -> None:
-        """What can't be shows once the cluster is connected to."""
-
     def prepare(self, job: Job, store: Store) -> int:
         """Connect, and see that each node can train this job.
 
@@ -112,18 +109,36 @@ class Cluster:
         environment = {name: text for name, text in os.environ.items() if name.startswith("MLFLOW_")}
         self._store = store
         self._order = ray.put(Order(store.uri, _versions(), environment, own_folder(store.uri), job.commit))
-        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()})
-        self._look_at([node for node in nodes if node["Resources"].get("CPU")])
+        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _on(_here())})
+        self._look_at([node["NodeID"] for node in nodes if node["Resources"].get("CPU")])
         close_orphans(store)
         room = self._room()
         if room < 1:
             raise LabError(f"cluster: {self._name} has no {'GPU' if on_gpu else 'core'} to train on")
-        if self.workers is not None and not 1 <= self.workers <= room:
+        if self.workers is not None and self.workers > room:
             raise LabError(f"workers: {self.workers} is not between 1 and {room}, for which {self._name} has room")
         return self.workers or room
 
+    def _room(self) -> int:
+        resources = ray.cluster_resources()
+        needs = {"CPU": self._task["num_cpus"], "GPU": self._task["num_gpus"]}
+        return int(min(resources.get(name, 0) / needed for name, needed in needs.items() if needed))
+
+    def _look_at(self, nodes: list[str]) -> None:
+        """See that each node has the same versions and reaches the store; raises LabError."""
+        look = ray.remote(num_cpus=0, max_retries=0)(_look)
+        try:
+            looks = [look.options(scheduling_strategy=_on(node)).remote(self._order) for node in nodes]
+            hardware = set(ray.get(looks, timeout=LOOK_AT_NODES_SECONDS))
+        except RayError as error:
+            raise LabError(f"cluster: a node {_why(error)}") from error
+        logger.warning("%s: %d nodes, room for %d at a time", self._name, len(nodes), self._room())
+        if len(hardware) > 1:
+            message = "the nodes differ, and a seed's figures with them: %s"
+            logger.warning(message, "; ".join(sorted(hardware)))
+
     def storage(self, url: str) -> BaseStorage:
-        server = ray.remote(num_cpus=0)(StorageServer).options(scheduling_strategy=_here()).remote(url)
+        server = ray.remote(num_cpus=0)(StorageServer).options(scheduling_strategy=_on(_here())).remote(url)
         return RemoteStorage(server)
 
     def train(  # as `Trainers` says; nodes that join are used too, unless workers were asked for
@@ -155,45 +170,18 @@ class Cluster:
                 with suppress(LabError):  # a server that is away: the next command closes them
                     close_lost(self._store, parent)
 
+    def _pass_on(self, running: Mapping[ray.ObjectRef, Given], on_message: OnMessage) -> None:
+        """Pass on what tasks have said: their epochs, and notices for the user."""
+        tasks = {seed: task for task, seed in running.values()}
+        for message in self._queue.get_nowait_batch(self._queue.qsize()):
+            if isinstance(message, logging.LogRecord):
+                logger.handle(message)
+            elif message.seed in tasks:
+                on_message(tasks[message.seed], message)
+
     def close(self) -> None:
         """Leave the cluster; one that was started for this command ends."""
         ray.shutdown()
-
-    def _room(self) -> int:
-        resources = ray.cluster_resources()
-        needs = {"CPU": self._task["num_cpus"], "GPU": self._task["num_gpus"]}
-        return int(min(resources.get(name, 0) / needed for name, needed in needs.items() if needed))
-
-    def _look_at(self, nodes: list[dict[str, Any]]) -> None:
-        """See that each node has the same versions and reaches the store; raises LabError."""
-        looking = {}
-        for node in nodes:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            look = ray.remote(num_cpus=0, max_retries=0)(_look).options(scheduling_strategy=there)
-            looking[look.remote(self._order)] = node["NodeManagerAddress"]
-        ready, late = ray.wait([*looking], num_returns=len(looking), timeout=LOOK_AT_NODES_SECONDS)
-        if late:
-            raise LabError(f"cluster: node {looking[late[0]]} does not answer within {LOOK_AT_NODES_SECONDS} seconds")
-        hardware = set()
-        for ref in ready:
-            try:
-                hardware.add(ray.get(ref))
-            except RayError as error:
-                raise LabError(f"cluster: node {looking[ref]} {_why(error)}") from error
-        logger.warning("%s: %d nodes, room for %d at a time", self._name, len(nodes), self._room())
-        if len(hardware) > 1:
-            message = "the nodes differ, and a seed's figures with them: %s"
-            logger.warning(message, "; ".join(sorted(hardware)))
-
-    def _pass_on(self, running: Mapping[ray.ObjectRef, Given], on_message: OnMessage) -> None:
-        """Pass on what tasks have said: their epochs, and notices for the user."""
-        for message in self._queue.get_nowait_batch(self._queue.qsize()):
-            if isinstance(message, str):
-                logger.warning("%s", message)
-                continue
-            task = next((task for task, seed in running.values() if seed == message.seed), None)
-            if task is not None:
-                on_message(task, message)
 
 
 def _stop(running: list[ray.ObjectRef]) -> None:
@@ -208,15 +196,21 @@ def _stop(running: list[ray.ObjectRef]) -> None:
             ray.cancel(ref, force=True)
 
 
-def _outcome(ref: ray.ObjectRef, seed: int) -> Done | Tried | Failed:
+def _outcome(ref: ray.ObjectRef, seed: int) -> Done | Failed:
     try:
-        outcome: Done | Tried | Failed = ray.get(ref)
+        outcome: Done | Failed = ray.get(ref)
         return outcome
     except LOST as error:
         reason = one_line(error).partition(". ")[0][:200]
         return Failed(seed, f"its process was lost {TRIES} times, the last time so: {reason}", lost=True)
     except RayError as error:
         return Failed(seed, _why(error))
+
+
+def _why(error: RayError) -> str:
+    """Say in a sentence's rest why a node can't do something."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return str(cause) if isinstance(cause, LabError) else f"can't run the lab: {one_line(cause)[:200]}"
 
 
 class StorageServer:
@@ -277,24 +271,23 @@ def _join(address: str, code: Path) -> None:
     }
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     logger.info("Looking for a Ray cluster (%s)", named)
-    answers = _answers(named)
-    if not answers and named != AUTO:
-        raise LabError(
-            f"cluster: {named} does not answer as a Ray cluster within {ANSWER_SECONDS} seconds; it must be HOST:PORT "
-            "of its head, with this machine as a node of it and the head's token (docs/cluster.md)"
-        )
-    if not answers:
+    if not _answers(named):
+        if named != AUTO:
+            raise LabError(
+                f"cluster: {named} does not answer as a Ray cluster within {ANSWER_SECONDS} seconds; it must be "
+                "HOST:PORT of its head, with this machine as a node of it and the head's token (docs/cluster.md)"
+            )
         logger.info("Starting Ray on this machine, which can take a minute")
         settings |= {"num_cpus": available_cores(), "include_dashboard": False}
+        named = "local"
     with _own_signals():
         try:
-            ray.init(address=named if answers else "local", **settings)
+            ray.init(address=named, **settings)
         except Exception as error:  # Ray raises bare ones too
             ray.shutdown()
-            what = f"{named} can't be used" if answers else "Ray does not start on this machine"
             raise LabError(
-                f"cluster: {what}: {one_line(error)[:200]}; Ray gives its own agents 15 seconds to be there, which may "
-                "not do on a busy machine: then try again (docs/cluster.md)"
+                f"cluster: Ray does not start ({named}): {one_line(error)[:200]}; Ray gives its own agents 15 seconds "
+                "to be there, which may not do on a busy machine: then try again (docs/cluster.md)"
             ) from error
 
 
@@ -311,8 +304,7 @@ def _answers(address: str) -> bool:
 @contextmanager
 def _own_signals() -> Iterator[None]:
     """Keep the handlers of signals: Ray has its own, with which a study that is ended would count as failed."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -320,23 +312,17 @@ def _own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _here() -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+def _here() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _on(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _versions() -> dict[str, str]:
-    """Return what must be the same on each node."""
-    lab = hashlib.sha256()
-    for file in sorted(LAB.rglob("*.py")):
-        lab.update(f"{file.relative_to(LAB)}\0".encode() + file.read_bytes())
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"Python": platform.python_version(), **versions, "lab": lab.hexdigest()[:12]}
-
-
-def _why(error: RayError) -> str:
-    """Say in a sentence's rest why a node can't do something."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    return str(cause) if isinstance(cause, LabError) else f"can't run the lab: {one_line(cause)[:200]}"
+    """Return what must be the same on each node; the lab itself is sent there."""
+    return {"Python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 # ---- on a node
@@ -346,10 +332,7 @@ def _look(order: Order) -> str:
     """Return this node's hardware; raises LabError if it can't train what the order is about."""
     _settle(order)
     if sqlite_file(order.tracking_uri) is None:
-        try:
-            open_store(order.tracking_uri)
-        except LabError as error:
-            raise LabError(f"can't reach it: {error}") from error
+        open_store(order.tracking_uri)
     return identity.hardware(torch.device("cpu"))
 
 
@@ -358,7 +341,8 @@ def _settle(order: Order) -> None:
     here = _versions()
     for name, wanted in order.versions.items():
         if here[name] != wanted:
-            raise LabError(f"has {name} {here[name]}, and the machine that gives it work has {wanted}")
+            where = socket.gethostname()
+            raise LabError(f"({where}) has {name} {here[name]}, and the machine that gives it work has {wanted}")
     os.environ.update(order.environment)
     os.environ[ON_CLUSTER] = "yes"
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -377,7 +361,7 @@ def _own_folder(folder: Path) -> Path:
     return Path.home() / STATE
 
 
-def _train_there(order: Order, queue: Queue, task: Task, seed: int) -> Done | Tried | Failed:
+def _train_there(order: Order, queue: Queue, task: Task, seed: int) -> Done | Failed:
     """Train a seed of a task on this node."""
 
     def report(metrics: EpochMetrics) -> None:
@@ -386,25 +370,14 @@ def _train_there(order: Order, queue: Queue, task: Task, seed: int) -> Done | Tr
         except RayError:
             raise KeyboardInterrupt from None  # the process that gave the work is gone
 
-    notices = _Notices(queue, f"seed {seed} on {socket.gethostname()}")
-    logger = logging.getLogger(LAB.name)
-    logger.addHandler(notices)
+    notices = QueueHandler(queue)
+    notices.setLevel(logging.WARNING)
+    notices.setFormatter(logging.Formatter(f"seed {seed} on {socket.gethostname()}: %(message)s"))
+    logging.getLogger(LAB.name).addHandler(notices)
     try:
         _settle(order)
         task.job.lies_in(PROJECT_ROOT, order.commit)
         sys.argv = [str(task.job.script)]  # by which MLflow names a run's source
         return outcome_of(task, seed, report)
     finally:
-        logger.removeHandler(notices)
-
-
-class _Notices(logging.Handler):
-    """Passes on what the lab has to say."""
-
-    def __init__(self, queue: Queue, where: str) -> None:
-        super().__init__(logging.WARNING)
-        self.queue, self.where = queue, where
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(RayError):
-            self.queue.put(f"{self.where}: {record.getMessage()}")
+        logging.getLogger(LAB.name).removeHandler(notices)

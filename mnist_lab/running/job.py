@@ -45,7 +45,7 @@ class Job:
     holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
         test images are then read once, at the end. 0 for none.
     search: the name of the search that this is a trial of; no run of it is ever given the test images.
-    teacher: the network in MLflow that the objective learns from, once `teaching.find` has found it.
+    teacher: the network in MLflow that the objective learns from, once `run.with_teacher` has found it.
     params: what is logged as params, but for the seed; read once, as objects among the arguments may change in use.
 
     Raises:

@@ -57,7 +57,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Counts:
-    """Where a search stands. too_large: draws that were not trained; they count as no trial."""
+    """Where a search stands. too_large: trials that were not trained, as the network was too large for the target."""
 
     finished: int = 0
     pruned: int = 0
@@ -67,7 +67,7 @@ class Counts:
 
     @property
     def done(self) -> int:
-        return self.finished + self.pruned + self.failed
+        return self.finished + self.pruned + self.failed + self.too_large
 
 
 class Pruned(Exception):

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import logging
 import math
+from collections.abc import Mapping
 
 import torch
 
 from mnist_lab.checking.rehearsal import blame_script, rehearse, without_exits
 from mnist_lab.data import Mnist, hold_out, load_mnist
 from mnist_lab.errors import LabError, one_line
-from mnist_lab.running import checkpoint, teaching
+from mnist_lab.experiment import Experiment
+from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.machine import Load, crowded, keep_freed_memory, set_threads, use_float32
 from mnist_lab.running.progress import Progress, Pruned, RunResult
 from mnist_lab.running.record import Record
 from mnist_lab.tracking.fluent import adopted
-from mnist_lab.tracking.store import open_store
+from mnist_lab.tracking.store import Store, open_store
+from mnist_lab.tracking.teacher import find_teacher, load_teacher
 from mnist_lab.training.loop import EpochMetrics, Training, initial_network
 from mnist_lab.training.states import own_parts
 
@@ -47,8 +52,8 @@ def run(
     load = Load()
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
-    job = teaching.find(job, store, None if resume is None else resume.identity)
-    experiment = teaching.load(job, store)
+    job = with_teacher(job, store, None if resume is None else resume.identity)
+    experiment = taught(job, store)
     use_float32(job.device)
     logger.info("Reading MNIST")
     mnist = load_parts(job)
@@ -122,6 +127,44 @@ def check_eval_loss(metrics: EpochMetrics) -> None:
     """Refuse to go on with a network whose evaluation gives no number; raises LabError."""
     if not math.isfinite(metrics.eval_loss):
         raise LabError(f"net: its {metrics.evaluated_on} loss is {metrics.eval_loss} in epoch {metrics.epoch}")
+
+
+# ---- an objective that learns from a teacher
+
+
+def with_teacher(job: Job, store: Store, interrupted: Mapping[str, str] | None = None) -> Job:
+    """Return the job with the teacher that its objective names, found once for all of a study's seeds.
+
+    interrupted: the identity of a run that goes on; it keeps the teacher it began with, though a script that the
+        objective names has a newer run by now.
+
+    Raises LabError if the teacher is not there, or can't be one.
+    """
+    declared = _declared_teacher(job.experiment)
+    if declared is None or job.teacher is not None:
+        return job
+    if interrupted and "teacher_run_id" in interrupted and ":/" not in declared:
+        declared = f"runs:/{interrupted['teacher_run_id']}/model"
+    return job.replaced(teacher=find_teacher(store, declared, job.holdout))
+
+
+def taught(job: Job, store: Store) -> Experiment:
+    """Return the job's experiment; an objective that names a teacher is given the network, on the job's device."""
+    if job.teacher is None:
+        return job.experiment
+    assert job.experiment.objective is not None
+    net = load_teacher(store, job.teacher, job.device, job.experiment.normalize)
+    return dataclasses.replace(job.experiment, objective=functools.partial(job.experiment.objective, teacher=net))
+
+
+def _declared_teacher(experiment: Experiment) -> str | None:
+    if experiment.objective is None:
+        return None
+    try:
+        teacher = inspect.signature(experiment.objective).parameters.get("teacher")
+    except (TypeError, ValueError):  # a callable written in C has no signature
+        return None
+    return teacher.default if teacher is not None and isinstance(teacher.default, str) else None
 
 
 # ---- interrupted, and taken up again

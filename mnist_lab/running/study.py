@@ -20,13 +20,13 @@ from tabulate import tabulate
 from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
-from mnist_lab.running import identity, teaching
+from mnist_lab.running import identity
 from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.machine import use_float32
 from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
-from mnist_lab.running.run import load_parts
-from mnist_lab.running.tasks import Done, Epoch, Failed, Message, SeedTask, Task, Trainers
+from mnist_lab.running.run import load_parts, taught, with_teacher
+from mnist_lab.running.workers import Epoch, Failed, Message, SeedTask, Task, Trainers
 from mnist_lab.tracking.points import read_points
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import (
@@ -63,10 +63,9 @@ def study(
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
     """
     _check(seeds)
-    trainers.check(job)
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
-    job = teaching.find(job, store)
+    job = with_teacher(job, store)
     found = {} if again else finished_runs(store, job.params, job.tags, hardware=identity.hardware(job.device))
     reused = [seed for seed in seeds if seed in found]
     missing = [seed for seed in seeds if seed not in found]
@@ -100,7 +99,7 @@ def _prepare(job: Job, store: Store, trainers: Trainers) -> int:
     count = trainers.prepare(job, store)
     use_float32(job.device)
     logger.info("Reading MNIST, and trying the declaration on a few batches")
-    rehearse(teaching.load(job, store), load_parts(job)).notice(job.overrides)
+    rehearse(taught(job, store), load_parts(job)).notice(job.overrides)
     return count
 
 
@@ -127,12 +126,12 @@ class _Outcomes:
     def on_message(self, task: Task, message: Message) -> None:
         if isinstance(message, Epoch):
             self.progress.on_epoch(message.seed, message.metrics)
-        elif isinstance(message, Done):
-            self.runs[message.run.seed] = message.run
-            self.progress.on_seed(message.run.seed, message.run.metrics)
         elif isinstance(message, Failed):
             self.failed[message.seed] = message.reason
             self.progress.on_failure(message.seed, message.reason)
+        elif message.run is not None:
+            self.runs[message.seed] = message.run
+            self.progress.on_seed(message.seed, message.run.metrics)
 
 
 def _log_verdict(tracked: TrackedRun, result: StudyResult, job: Job) -> None:

@@ -1,7 +1,8 @@
-"""Trains on this machine: in processes of one thread each on a CPU, in this process on a GPU.
+"""Who trains a study or a search: what they are handed, what they say of it, and those of this machine.
 
-The processes are started by `multiprocessing` with "spawn": torch's threads don't survive a fork. They are no `Pool`:
-that breaks as a whole when one of its processes dies, while here only that seed fails.
+On a CPU it is trained in processes of one thread each, on a GPU in this process. The processes are started by
+`multiprocessing` with "spawn": torch's threads don't survive a fork. They are no `Pool`: that breaks as a whole when
+one of its processes dies, while here only that seed fails.
 """
 
 from __future__ import annotations
@@ -12,24 +13,143 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from mnist_lab.commandline import lasting_output
 from mnist_lab.errors import LabError
+from mnist_lab.running import checkpoint
 from mnist_lab.running.job import WORKER, Job
 from mnist_lab.running.machine import available_cores
-from mnist_lab.running.tasks import Epoch, Failed, Given, Message, OnMessage, Task, outcome_of
+from mnist_lab.running.progress import Progress
+from mnist_lab.running.record import run_name_of
+from mnist_lab.running.run import run
 from mnist_lab.tracking.connection import environment_variables
-from mnist_lab.tracking.store import Store, close_abandoned
+from mnist_lab.tracking.store import FinishedRun, Store, can_resume, close_abandoned, close_lost, open_store
 from mnist_lab.training.loop import EpochMetrics
 
 LOOK_SECONDS = 1.0  # how often the display is told that time passes
 END_SECONDS = 20.0  # that a worker gets to close its run when the study is stopped
+
+logger = logging.getLogger(__name__)
+
+
+class Epoch(NamedTuple):
+    """A seed has finished an epoch."""
+
+    seed: int
+    metrics: EpochMetrics
+
+
+class Done(NamedTuple):
+    """A seed has finished its run. A trial of a search has none: Optuna's storage says what came of it."""
+
+    seed: int
+    run: FinishedRun | None
+
+
+class Failed(NamedTuple):
+    """A seed has no run, and why. lost: because its process is gone."""
+
+    seed: int
+    reason: str
+    lost: bool = False
+
+
+Message = Epoch | Done | Failed
+OnEpoch = Callable[[EpochMetrics], None]
+
+
+class Task(Protocol):
+    """What is trained with one seed after another. It can be sent to another process."""
+
+    @property
+    def job(self) -> Job: ...
+    @property
+    def parent_run_id(self) -> str: ...
+
+    def train(self, seed: int, on_epoch: OnEpoch) -> FinishedRun | None: ...
+
+
+Given = tuple[Task, int]  # a task, and the seed to train it with
+OnMessage = Callable[[Task, Message], None]
+
+
+class Trainers(Protocol):
+    """Who trains."""
+
+    def prepare(self, job: Job, store: Store) -> int:
+        """Get ready for tasks of this job, and return how many can train at a time; raises LabError."""
+
+    def storage(self, url: str) -> Any:
+        """Return how tasks reach the storage of Optuna that has this URL here: a URL, or a storage."""
+
+    def train(self, waiting: Iterable[Given], count: int, on_message: OnMessage, on_time: Callable[[], None]) -> None:
+        """Train what is waiting, `count` at a time; `on_time` is called now and then.
+
+        However this ends, the trainings end before it.
+        """
+
+
+class SeedTask(NamedTuple):
+    """The runs of one job, one per seed; see `train_seed`."""
+
+    job: Job
+    parent_run_id: str
+    again: bool = False
+
+    def train(self, seed: int, on_epoch: OnEpoch) -> FinishedRun:
+        return train_seed(self.job, seed, self.parent_run_id, on_epoch, again=self.again)
+
+
+def train_seed(
+    job: Job, seed: int, parent_run_id: str, on_epoch: OnEpoch, *, again: bool = False, is_lost: bool = True
+) -> FinishedRun:
+    """Train and track one seed. An interrupted run of it goes on, with `again` only one that began for this parent.
+
+    parent_run_id: the run of the study or the search.
+    is_lost: whether a run of this seed that the parent has as RUNNING can only be one whose process is gone.
+    """
+    store = open_store(job.tracking_uri)
+    name = run_name_of(job, f"seed {seed}")
+    own = close_lost(store, parent_run_id, name) if is_lost else []
+    if own:
+        logger.warning("%s begins again: its process was lost", name)
+    found = (one for one in checkpoint.alike(store.uri, job.identity, seed) if not again or one.run_id in own)
+    resume = next((one for one in found if can_resume(store, one.run_id)), None)
+    result = run(job, seed, _EpochListener(on_epoch), parent_run_id=parent_run_id, resume=resume)
+    return FinishedRun(result.run_id, seed, result.measured)
+
+
+class _EpochListener(Progress):
+    """Passes the epochs of a run on."""
+
+    def __init__(self, report: OnEpoch) -> None:
+        self.report = report
+
+    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
+        self.report(metrics)
+
+
+def outcome_of(task: Task, seed: int, on_epoch: OnEpoch) -> Done | Failed:
+    """Return what comes of training a seed; an error fails this seed alone."""
+    try:
+        if task.job.experiment is None:  # a job is sent without it
+            task.job.read_experiment()
+        return Done(seed, task.train(seed, on_epoch))
+    except Exception as error:
+        return Failed(seed, reason_of(error))
+
+
+def reason_of(error: Exception) -> str:
+    """Return the sentence of a LabError; of a bug, the traceback."""
+    return str(error) if isinstance(error, LabError) else "".join(traceback.format_exception(error)).rstrip()
 
 
 class Local:
@@ -38,18 +158,13 @@ class Local:
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers
 
-    def check(self, job: Job) -> None:
-        workers, device = self.workers, job.device.type
-        if workers is not None and workers < 1:
-            raise LabError(f"workers: {workers} is not a whole number of at least 1")
-        if workers is not None and device != "cpu":
-            raise LabError(f"workers: {workers} is for a CPU; on {device} the seeds train in one process")
-
     def prepare(self, job: Job, store: Store) -> int:
         self.store, self.in_processes = store, job.device.type == "cpu"
-        if not self.in_processes:
-            return 1
-        return self.workers or max(1, available_cores() // (job.threads or 1))
+        if self.in_processes:
+            return self.workers or max(1, available_cores() // (job.threads or 1))
+        if self.workers is not None:
+            raise LabError(f"workers: {self.workers} is for a CPU; on {job.device.type} the seeds train in one process")
+        return 1
 
     def storage(self, url: str) -> str:
         return url
@@ -168,6 +283,7 @@ def _work(connection: Connection) -> None:
             while (given := connection.recv()) is not None:
                 task, seed = given
                 connection.send(outcome_of(task, seed, report))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself
     except (KeyboardInterrupt, EOFError, OSError):  # stopped, or the study's process is gone
         os._exit(1)
 

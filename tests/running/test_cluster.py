@@ -1,7 +1,6 @@
 """A study and a search over two Ray nodes, each of them real processes: nodes and drivers are killed in the middle."""
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -19,9 +18,8 @@ import psutil
 import pytest
 
 from forkserver import PATIENCE
-from helpers import ROOT, TINY, TrackedRun, read_runs, wait_until
+from helpers import TINY, TrackedRun, read_runs, wait_until
 from mnist_lab.errors import LabError
-from mnist_lab.tracking.server import find_programs
 
 PARENT = "mlflow.parentRunId"
 STARTS = 10  # of a node
@@ -272,14 +270,9 @@ def test_ctrl_c_ends_the_tasks_in_order(cluster: Cluster, server: Server, start:
 
 
 @on_nodes
-@pytest.mark.parametrize(
-    ("flags", "field"), [(["--workers", "3"], "workers: 3"), (["--tracking-uri", "sqlite:///x.db"], "tracking store")]
-)
-def test_what_can_not_be(
-    flags: list[str], field: str, cluster: Cluster, server: Server, start: Callable[..., Process]
-) -> None:
-    program = start("--seeds", "2", "--tracking-uri", server.uri, "--cluster", cluster.address, *flags)
-    assert_refused(program, f"error: {field}")
+def test_two_nodes_do_not_write_to_sqlite(cluster: Cluster, start: Callable[..., Process], uri: str) -> None:
+    program = start("--seeds", "2", "--tracking-uri", uri, "--cluster", cluster.address)
+    assert_refused(program, "error: tracking store")
 
 
 @on_nodes
@@ -299,7 +292,7 @@ def test_what_is_no_cluster(start: Callable[..., Process], uri: str) -> None:
 def test_ray_that_does_not_start(start: Callable[..., Process], uri: str, tmp_path: Path) -> None:
     too_long = tmp_path / ("x" * 120)  # for the path of a socket
     program = start("--seeds", "2", "--tracking-uri", uri, "--cluster", "auto", RAY_TMPDIR=str(too_long))
-    assert_refused(program, "error: cluster: Ray does not start on this machine: ")
+    assert_refused(program, "error: cluster: Ray does not start (local): ")
     assert str(too_long) not in "".join(map(str, (one.info["cmdline"] for one in psutil.process_iter(["cmdline"]))))
 
 
@@ -321,7 +314,7 @@ def test_auto_starts_a_cluster_of_this_machine_on_loopback(
         (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # Ray's note of one that was killed
         program = start("--cluster", "auto", *flags, RAY_TMPDIR=folder)
         program.wait()
-    if program.wait() == 1 and "Ray can't be started on this machine" in program.said:
+    if program.wait() == 1 and "Ray does not start" in program.said:
         pytest.skip(program.said.strip())  # on a busy one: Ray gives its own agents 15 seconds
     assert program.wait() == 0, program.said
     children = [run for run in read_runs(database) if PARENT in run.tags]
@@ -332,7 +325,7 @@ def test_auto_starts_a_cluster_of_this_machine_on_loopback(
 # ---- what a node refuses
 
 
-@pytest.mark.parametrize("name", ["Python", "torch", "lab"])
+@pytest.mark.parametrize("name", ["Python", "torch"])
 def test_a_node_with_another_version_refuses(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str
 ) -> None:
@@ -350,81 +343,3 @@ def test_without_the_flag_nothing_of_ray_is_imported(tmp_path: Path) -> None:
     code = "import sys, mnist_lab.running.study, mnist_lab.running.search; print(sorted({'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-# ---- docs/cluster.md
-
-PAGE = ROOT / "docs" / "cluster.md"
-BLOCKS = dict(re.findall(r"^<!-- run: (\w+) -->\n```\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE))
-PORTS = (5000, 6379)  # that its commands name
-
-
-def is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that has just ended takes none
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return True
-    return False
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Process]]:
-    """Return what types a block of the page into a terminal, where home, runs and temporary folders are the test's."""
-    try:
-        find_programs(Path("nowhere"))
-    except LabError as error:
-        pytest.skip(str(error))
-    if taken := [port for port in PORTS if is_taken(port)]:
-        pytest.skip(f"something else listens on port {taken[0]}")
-    started = []
-    with tempfile.TemporaryDirectory(prefix="ray-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)  # PostgreSQL runs as another user where the tests run as root
-        places = {"HOME": name, "TMPDIR": name, "RAY_TMPDIR": name, "MNIST_LAB_MLRUNS": f"{name}/mlruns"}
-        monkeypatch.setenv("MNIST_LAB_DATA", os.environ.get("MNIST_LAB_DATA", str(ROOT / "data")))
-
-        def begin(block: str, **variables: str) -> Process:
-            log = folder / "logs"
-            log.mkdir(exist_ok=True)
-            started.append(Process("bash", "-c", f"cd {ROOT}\n{BLOCKS[block]}", cwd=log, **places, **variables))
-            return started[-1]
-
-        yield begin
-        for process in reversed(started):
-            process.kill()
-
-
-@on_nodes
-def test_the_page_is_followed_as_written(terminal: Callable[..., Process]) -> None:
-    def start(block: str, ready: str, **variables: str) -> Process:
-        for _ in range(STARTS):  # a node that does not start is started again, as the page says
-            process = terminal(block, **variables)
-            wait_until(lambda started=process: ready in started.said or started.has_ended)
-            if not process.has_ended:
-                return process
-        raise AssertionError(process.said)
-
-    def end(block: str) -> str:
-        process = terminal(block)
-        assert process.wait() == 0, process.said
-        return process.said
-
-    def finished() -> list[str]:
-        client = mlflow.MlflowClient("http://127.0.0.1:5000")
-        (experiment,) = [one for one in client.search_experiments() if one.name == "mnist"]
-        runs = client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'")
-        return sorted(run.data.params["seed"] for run in runs if PARENT in run.data.tags)
-
-    end("token")
-    nodes = [start("head", "Ray runtime started")]
-    nodes += [start("worker", "Ray runtime started") for _ in range(2)]
-    # The folder of the project's own server is not the test's to write to.
-    server = start("server", "Ctrl-C stops the server.", ARGS=f"--folder {Path(nodes[0].output.name).parent}/server")
-    assert "3 nodes, room for 3" in end("study")
-    assert finished() == ["0", "1", "2", "3"]
-    for process in (*reversed(nodes), server):
-        process.interrupt()
-        process.wait()
-    assert not [port for port in PORTS if is_taken(port)]

@@ -1,22 +1,17 @@
-"""How many threads a run takes, beside real other processes."""
+"""How many threads a run takes, beside real other processes, and the memory that it keeps."""
 
+import platform
+import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from mnist_lab.running.machine import Load, crowded, set_threads
+from mnist_lab.running.machine import Load, crowded, keep_freed_memory, set_threads
 
-
-@pytest.fixture(autouse=True)
-def threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+PAGES = (48 << 20) // 4096  # of a block that glibc gives back by default, since it is larger than 32 MiB
 
 
 def test_the_load_of_another_process_is_seen_and_ones_own_is_not() -> None:
@@ -37,18 +32,18 @@ def test_the_load_of_another_process_is_seen_and_ones_own_is_not() -> None:
     assert loud > quiet + 0.5 or loud > torch.multiprocessing.cpu_count() - 1
 
 
-def test_a_run_takes_every_core_that_it_may_use_whatever_else_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("mnist_lab.running.machine.available_cores", lambda: 4)
-
-    assert set_threads(None) == torch.get_num_threads() == 4
-
-
-def test_a_number_that_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set_threads(3) == torch.get_num_threads() == 3
-    torch.set_num_threads(2)
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert set_threads(None) == 2
+def test_a_run_takes_every_core_that_it_may_use_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr("mnist_lab.running.machine.available_cores", lambda: 4)
+        assert set_threads(None) == torch.get_num_threads() == 4
+        assert set_threads(3) == torch.get_num_threads() == 3
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert set_threads(None) == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -60,3 +55,17 @@ def test_a_machine_is_crowded_where_threads_would_wait_for_others(
     monkeypatch.setattr("os.cpu_count", lambda: 2)
 
     assert crowded(threads, others) is expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_blocks_that_are_freed_are_not_fetched_from_the_system_again() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.ones(48 << 18)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    faults()
+
+    assert 20 * faults() < PAGES

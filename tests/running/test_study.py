@@ -18,12 +18,11 @@ from forkserver import Program
 from helpers import ROOT, TrackedRun, read_runs, wait_until
 from mnist_lab.errors import LabError
 from mnist_lab.running import run as runner
-from mnist_lab.running import tasks
+from mnist_lab.running import workers
 from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.running.progress import Progress, RunResult
 from mnist_lab.running.study import study as run_study
-from mnist_lab.running.tasks import Done, Failed, Message, SeedTask
-from mnist_lab.running.workers import Local
+from mnist_lab.running.workers import Done, Failed, Local, Message, SeedTask
 from mnist_lab.tracking.store import FinishedRun, open_store
 from mnist_lab.verdicts.statistics import judge_mean
 
@@ -357,7 +356,7 @@ def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: 
             raise LabError("lr: too high")
         return RunResult(f"run {seed}", [], {"best_epoch": 1}, [])
 
-    monkeypatch.setattr(tasks, "run", train)
+    monkeypatch.setattr(workers, "run", train)
     job = job_of(ROOT / "experiments" / "step2_dropout.py", uri).replaced(device=torch.device("meta"))
     task, messages, trainers = SeedTask(job, "parent", again=True), list[Message](), Local()
 
@@ -366,7 +365,7 @@ def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: 
     trainers.train(waiting, 1, lambda task, message: messages.append(message), lambda: None)
 
     assert trained == [3, 4, 5]
-    done3, done5 = (Done(FinishedRun(f"run {seed}", seed, {"best_epoch": 1})) for seed in (3, 5))
+    done3, done5 = (Done(seed, FinishedRun(f"run {seed}", seed, {"best_epoch": 1})) for seed in (3, 5))
     assert messages == [done3, Failed(4, "lr: too high"), done5]
 
 
@@ -379,18 +378,15 @@ def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seeds", "workers", "sentence"),
+    ("seeds", "sentence"),
     [
-        ([], None, "seeds: there is none; give at least one"),
-        ([1, 2, 1], None, "seeds: 1 is there twice"),
-        ([2**32], None, "seed: 4294967296 is not between 0 and 4294967295"),
-        ([1], 0, "workers: 0 is not a whole number of at least 1"),
+        ([], "seeds: there is none; give at least one"),
+        ([1, 2, 1], "seeds: 1 is there twice"),
+        ([2**32], "seed: 4294967296 is not between 0 and 4294967295"),
     ],
 )
-def test_a_study_that_makes_no_sense_is_refused(
-    seeds: list[int], workers: int | None, sentence: str, folder: Path
-) -> None:
+def test_a_study_that_makes_no_sense_is_refused(seeds: list[int], sentence: str, folder: Path) -> None:
     job = job_of(folder / "my_idea.py", f"sqlite:///{folder}/runs.db")
 
     with pytest.raises(LabError, match=f"^{sentence}$"):
-        run_study(job, seeds, Heard([]), Local(workers))
+        run_study(job, seeds, Heard([]), Local())

@@ -17,9 +17,9 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import distillation
 from mnist_lab.running import run as runner
-from mnist_lab.running import teaching
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
+from mnist_lab.running.run import with_teacher
 from mnist_lab.tracking.store import open_store
 from mnist_lab.tracking.teacher import Teacher, find_teacher, load_teacher
 
@@ -127,13 +127,13 @@ def test_an_interrupted_student_keeps_the_teacher_that_it_began_with(
     optimizer = partial(SGD, lr=0.1)
     experiment = Experiment(net=Net, epochs=1, batch_size=64, optimizer=optimizer, objective=student("large"))
     job = Job(script=script, experiment=experiment, tracking_uri=uri)
-    begun = teaching.find(job, store)
+    begun = with_teacher(job, store)
     train("large", seed=1)
 
-    assert teaching.find(job, store, begun.identity).teacher == begun.teacher
+    assert with_teacher(job, store, begun.identity).teacher == begun.teacher
     assert begun.teacher is not None
     assert begun.teacher.run_id == first.run_id
-    assert teaching.find(job, store).teacher != begun.teacher
+    assert with_teacher(job, store).teacher != begun.teacher
 
 
 class NineClasses(Net):
