@@ -43,7 +43,7 @@ from mnist_lab.results.records import (
 )
 from mnist_lab.results.runs import TARGETS, load_runs
 from mnist_lab.running.record import DESCRIPTION, describe, verdict_tags
-from mnist_lab.running.study import VERDICT, description, draw, judge_runs, mean_epochs, summary
+from mnist_lab.running.study import judge_runs, log_curves, log_verdict
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import (
@@ -308,19 +308,14 @@ def _run(store: Store, commit: str, run: Committed, there: Mapping[str, Run], pa
 def _finish_study(tracked: TrackedRun, runs: Sequence[Committed], ids: Sequence[str]) -> None:
     finished = [FinishedRun(one, run.seed, run.figures) for one, run in zip(ids, runs, strict=True)]
     result = judge_runs(runs[0].targets, int(runs[0].row["epochs"]), tracked.run_id, finished)
-    figures, words = summary(result)
-    tracked.log_once(figures)
-    described = description(result, script_of(runs[0].step))
-    tracked.set_tags({**words, DESCRIPTION: described})
-    tracked.log_text(described + "\n", VERDICT)
+    log_verdict(tracked, result, script_of(runs[0].step))
     unknown = dict.fromkeys(EPOCH_FIGURES, math.nan)
     history = [
         {"run_id": one, "step": run.step, "seed": run.seed, "epoch": epoch, **unknown, **of_epoch}
         for one, run in zip(ids, runs, strict=True)
         for epoch, of_epoch in run.epochs.items()
     ]
-    tracked.log_missing(mean_epochs(history))
-    tracked.log_figures(draw(history, runs[0].targets))
+    log_curves(tracked, history, runs[0].targets)
 
 
 def _shared(of_runs: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from optuna.storages import BaseStorage, get_storage
+from optuna.storages import get_storage
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads these when it is imported
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
@@ -38,18 +38,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnist_lab.data import read_files
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
-from mnist_lab.running import identity
 from mnist_lab.running.identity import LAB, Commit, place
 from mnist_lab.running.job import Job
 from mnist_lab.running.machine import available_cores
 from mnist_lab.running.workers import Done, Epoch, Failed, Given, OnMessage, Task, outcome_of
-from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost, close_orphans, open_store
+from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost, close_orphans
 from mnist_lab.training.loop import EpochMetrics
 
 AUTO = "auto"
 TRIES = 3  # of a seed whose process or node is lost
 ANSWER_SECONDS = 30  # that a cluster has to answer, on a busy machine too
-LOOK_AT_NODES_SECONDS = 180  # that all nodes have to show themselves; a first import of torch is slow
 LOOK_SECONDS = 1.0  # how often the queue is read
 END_SECONDS = 20.0  # that tasks get to close their runs when the command is stopped
 GPU_SHARE = 0.25  # of a GPU, that a task takes
@@ -88,12 +86,7 @@ class Cluster:
         self.address, self.workers = address, workers
 
     def prepare(self, job: Job, store: Store) -> int:
-        """Connect, and see that each node can train this job.
-
-        Raises:
-            LabError: if the cluster does not answer, a node can't train the job or has other versions, or there are
-                several nodes and the store is no server.
-        """
+        """Connect; raises LabError if the cluster does not answer, or has several nodes and the store is no server."""
         on_gpu = job.device.type != "cpu"
         self._task = {"num_cpus": job.threads or 1, "num_gpus": GPU_SHARE if on_gpu else 0, "max_retries": TRIES - 1}
         with tempfile.TemporaryDirectory(prefix="mnist_lab-") as folder:
@@ -109,14 +102,12 @@ class Cluster:
         environment = {name: text for name, text in os.environ.items() if name.startswith("MLFLOW_")}
         self._store = store
         self._order = ray.put(Order(store.uri, _versions(), environment, own_folder(store.uri), job.commit))
-        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _on(_here())})
-        self._look_at([node["NodeID"] for node in nodes if node["Resources"].get("CPU")])
+        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()})
         close_orphans(store)
         room = self._room()
         if room < 1:
             raise LabError(f"cluster: {self._name} has no {'GPU' if on_gpu else 'core'} to train on")
-        if self.workers is not None and self.workers > room:
-            raise LabError(f"workers: {self.workers} is not between 1 and {room}, for which {self._name} has room")
+        logger.warning("%s: %d nodes, room for %d at a time", self._name, len(nodes), room)
         return self.workers or room
 
     def _room(self) -> int:
@@ -124,22 +115,8 @@ class Cluster:
         needs = {"CPU": self._task["num_cpus"], "GPU": self._task["num_gpus"]}
         return int(min(resources.get(name, 0) / needed for name, needed in needs.items() if needed))
 
-    def _look_at(self, nodes: list[str]) -> None:
-        """See that each node has the same versions and reaches the store; raises LabError."""
-        look = ray.remote(num_cpus=0, max_retries=0)(_look)
-        try:
-            looks = [look.options(scheduling_strategy=_on(node)).remote(self._order) for node in nodes]
-            hardware = set(ray.get(looks, timeout=LOOK_AT_NODES_SECONDS))
-        except RayError as error:
-            raise LabError(f"cluster: a node {_why(error)}") from error
-        logger.warning("%s: %d nodes, room for %d at a time", self._name, len(nodes), self._room())
-        if len(hardware) > 1:
-            message = "the nodes differ, and a seed's figures with them: %s"
-            logger.warning(message, "; ".join(sorted(hardware)))
-
-    def storage(self, url: str) -> BaseStorage:
-        server = ray.remote(num_cpus=0)(StorageServer).options(scheduling_strategy=_on(_here())).remote(url)
-        return RemoteStorage(server)
+    def storage(self, url: str) -> RemoteStorage:
+        return RemoteStorage(ray.remote(num_cpus=0, scheduling_strategy=_here())(StorageServer).remote(url))
 
     def train(  # as `Trainers` says; nodes that join are used too, unless workers were asked for
         self, waiting: Iterable[Given], count: int, on_message: OnMessage, on_time: Callable[[], None]
@@ -223,26 +200,23 @@ class StorageServer:
         return getattr(self.storage, name)(*arguments, **named)
 
 
-def _forward(name: str) -> Callable[..., Any]:
-    def call(self: RemoteStorage, *arguments: Any, **named: Any) -> Any:
-        try:
-            return ray.get(self.server.call.remote(name, arguments, named))
-        except RayActorError:
-            raise KeyboardInterrupt from None  # the process that gave the work is gone
-
-    return call
-
-
-_Forwarding: Any = type(
-    "_Forwarding", (BaseStorage,), {name: _forward(name) for name in BaseStorage.__abstractmethods__}
-)
-
-
-class RemoteStorage(_Forwarding):  # type: ignore[misc]
+class RemoteStorage:
     """The storage of a `StorageServer`. Optuna's own proxy would open a port that no token guards."""
 
     def __init__(self, server: Any) -> None:
         self.server = server
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__") or name == "server":  # asked for while it is unpickled
+            raise AttributeError(name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            try:
+                return ray.get(self.server.call.remote(name, arguments, named))
+            except RayActorError:
+                raise KeyboardInterrupt from None  # the process that gave the work is gone
+
+        return call
 
 
 # ---- to the cluster
@@ -312,12 +286,8 @@ def _own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _here() -> str:
-    return str(ray.get_runtime_context().get_node_id())
-
-
-def _on(node: str) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node, soft=False)
+def _here() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _versions() -> dict[str, str]:
@@ -328,21 +298,13 @@ def _versions() -> dict[str, str]:
 # ---- on a node
 
 
-def _look(order: Order) -> str:
-    """Return this node's hardware; raises LabError if it can't train what the order is about."""
-    _settle(order)
-    if sqlite_file(order.tracking_uri) is None:
-        open_store(order.tracking_uri)
-    return identity.hardware(torch.device("cpu"))
-
-
 def _settle(order: Order) -> None:
     """Make this process one that trains for the order; raises LabError if it has other versions."""
     here = _versions()
     for name, wanted in order.versions.items():
         if here[name] != wanted:
-            where = socket.gethostname()
-            raise LabError(f"({where}) has {name} {here[name]}, and the machine that gives it work has {wanted}")
+            message = f"has {name} {here[name]}, and the machine that gives it work has {wanted}"
+            raise LabError(f"cluster: node {socket.gethostname()} {message}")
     os.environ.update(order.environment)
     os.environ[ON_CLUSTER] = "yes"
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -14,7 +14,6 @@ import platform
 import psutil
 import torch
 
-BUSY = 0.5  # the share of a core that, used by others, slows down a thread of torch there
 # The parameters of mallopt(3). Its man page: setting either of them also ends glibc's own adjusting of both.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 THRESHOLD = 1 << 30  # bytes
@@ -30,23 +29,6 @@ def set_threads(wanted: int | None) -> int:
     if wanted is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(wanted or available_cores())
     return torch.get_num_threads()
-
-
-class Load:
-    """Measures how many cores' worth of time other processes have used since this was made."""
-
-    def __init__(self) -> None:
-        self.process = psutil.Process()
-        self.others()
-
-    def others(self) -> float:
-        in_use = psutil.cpu_percent() * (psutil.cpu_count() or 1)
-        return max(0.0, in_use - self.process.cpu_percent()) / 100
-
-
-def crowded(threads: int, others: float) -> bool:
-    """Say whether `threads` threads would wait for other processes, which use `others` cores' worth of time."""
-    return threads > 1 and threads + others > (os.cpu_count() or 1) + BUSY
 
 
 def keep_freed_memory() -> None:

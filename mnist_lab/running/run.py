@@ -18,7 +18,7 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job, check_seed
-from mnist_lab.running.machine import Load, crowded, keep_freed_memory, set_threads, use_float32
+from mnist_lab.running.machine import keep_freed_memory, set_threads, use_float32
 from mnist_lab.running.progress import Progress, Pruned, RunResult
 from mnist_lab.running.record import Record
 from mnist_lab.tracking.fluent import adopted
@@ -49,7 +49,6 @@ def run(
             later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
     """
     check_seed(seed)
-    load = Load()
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store, None if resume is None else resume.identity)
@@ -63,7 +62,9 @@ def run(
         rehearsal.notice(job.overrides)
     if resume is not None:
         _check_same(job, resume)
-    _choose_threads(job, resume, load)
+    if job.device.type == "cpu":
+        keep_freed_memory()
+        set_threads(job.threads if resume is None else resume.threads)  # a run goes on with as many as before
     net = initial_network(experiment, seed, job.device, rehearsal.memory_format)
     rehearsal.watch(net)
     training = Training(
@@ -110,17 +111,6 @@ def first_images(mnist: Mnist, limit: int) -> Mnist:
     if not 1 <= limit <= total:
         raise LabError(f"limit: {limit} is not between 1 and {total:,}, the number of training images")
     return dataclasses.replace(mnist, train_images=mnist.train_images[:limit], train_labels=mnist.train_labels[:limit])
-
-
-def _choose_threads(job: Job, resume: Checkpoint | None, load: Load) -> None:
-    """Set how a CPU trains: its threads, as before where a run goes on, and its memory."""
-    if job.device.type != "cpu":
-        return
-    keep_freed_memory()
-    threads = set_threads(job.threads if resume is None else resume.threads)
-    if crowded(threads, others := load.others()):
-        message = "other processes use %.1f cores: beside them one thread is faster than %d (--threads 1)"
-        logger.warning(message, others, threads)
 
 
 def check_eval_loss(metrics: EpochMetrics) -> None:

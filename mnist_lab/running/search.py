@@ -190,7 +190,9 @@ class TrialTask(NamedTuple):
                 if metrics.epoch < job.experiment.epochs and trial.should_prune():
                     raise Pruned
 
-            run = finished_runs(store, job.params, job.tags, FIGURE).get(0)  # where the same values were drawn before
+            # The same values may have been drawn before, and a process may be lost when it has pruned its run.
+            figure = "validation_accuracy" if is_lost else FIGURE
+            run = finished_runs(store, job.params, job.tags, figure).get(0)
             if run is None:
                 run = train_seed(job, 0, self.parent_run_id, judge, is_lost=is_lost)
             else:

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tabulate import tabulate
 
 from mnist_lab.checking.rehearsal import rehearse
-from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.running import identity
 from mnist_lab.running.job import Job, check_seed
@@ -29,21 +28,11 @@ from mnist_lab.running.run import load_parts, taught, with_teacher
 from mnist_lab.running.workers import Epoch, Failed, Message, SeedTask, Task, Trainers
 from mnist_lab.tracking.points import read_points
 from mnist_lab.tracking.run import TrackedRun, track
-from mnist_lab.tracking.store import (
-    FinishedRun,
-    Store,
-    adopt,
-    finished_runs,
-    open_store,
-    store_failures,
-)
+from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store, store_failures
 from mnist_lab.verdicts.comparison import mean_interval_text
 from mnist_lab.verdicts.measures import MEASURES, percent, protocol, short_figures
 from mnist_lab.verdicts.statistics import aggregate
 from mnist_lab.verdicts.targets import judge
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +51,20 @@ def study(
     Raises:
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
     """
-    _check(seeds)
+    for seed in seeds:
+        check_seed(seed)
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store)
     found = {} if again else finished_runs(store, job.params, job.tags, hardware=identity.hardware(job.device))
     reused = [seed for seed in seeds if seed in found]
     missing = [seed for seed in seeds if seed not in found]
-    count = min(_prepare(job, store, trainers), len(missing)) if missing else 0  # else there is nothing to refuse
+    count = 0
+    if missing:  # else there is nothing to refuse
+        count = min(trainers.prepare(job, store), len(missing))
+        use_float32(job.device)
+        logger.info("Reading MNIST, and trying the declaration on a few batches")
+        rehearse(taught(job, store), load_parts(job)).notice(job.overrides)
     name = run_name_of(job, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}")
     with track(store, name, params=job.params, tags=_tags(job, seeds, reused)) as tracked:
         for seed in reused:
@@ -85,22 +80,13 @@ def study(
             job.experiment.targets, job.experiment.epochs, tracked.run_id, finished, holdout=job.holdout
         )
         result = replace(result, reused=reused, failed=outcomes.failed)
-        _log_verdict(tracked, result, job)
+        log_verdict(tracked, result, job.script, job.tags["overrides"])
         progress.on_study_verdict(result)
         logger.info("Drawing the curves of all seeds")
-        _log_curves(tracked, _read_history(store, job, finished), job.experiment.targets)
+        log_curves(tracked, _read_history(store, job, finished), job.experiment.targets)
         if result.failed:
             tracked.end_status = "FAILED"
     return result
-
-
-def _prepare(job: Job, store: Store, trainers: Trainers) -> int:
-    """Try the declaration, and return how many seeds can train at a time; raises LabError."""
-    count = trainers.prepare(job, store)
-    use_float32(job.device)
-    logger.info("Reading MNIST, and trying the declaration on a few batches")
-    rehearse(taught(job, store), load_parts(job)).notice(job.overrides)
-    return count
 
 
 def _tags(job: Job, seeds: Sequence[int], reused: Sequence[int]) -> dict[str, str]:
@@ -109,7 +95,7 @@ def _tags(job: Job, seeds: Sequence[int], reused: Sequence[int]) -> dict[str, st
         "study": job.step,
         "seeds": " ".join(map(str, seeds)),
         "seeds_reused": " ".join(map(str, reused)),
-        **identity.commit(job.script, written=job.written_by_lab).tags,
+        **job.commit.tags,
         "hardware": identity.hardware(job.device),
         **target_tags(job.experiment),
     }
@@ -134,29 +120,6 @@ class _Outcomes:
             self.progress.on_seed(message.seed, message.run.metrics)
 
 
-def _log_verdict(tracked: TrackedRun, result: StudyResult, job: Job) -> None:
-    metrics, tags = summary(result)
-    text = description(result, job.script, job.tags["overrides"])
-    tracked.log_once(metrics)
-    tracked.set_tags({**tags, DESCRIPTION: text})
-    tracked.log_text(text + "\n", VERDICT)
-
-
-def _log_curves(tracked: TrackedRun, history: Sequence[Mapping[str, object]], targets: Targets) -> None:
-    for epoch, means in mean_epochs(history).items():
-        tracked.log_epoch(epoch, means)
-    tracked.log_figures(draw(history, targets))
-
-
-def _check(seeds: Sequence[int]) -> None:
-    if not seeds:
-        raise LabError("seeds: there is none; give at least one")
-    for seed in seeds:
-        check_seed(seed)
-    if twice := [seed for seed in seeds if list(seeds).count(seed) > 1]:
-        raise LabError(f"seeds: {twice[0]} is there twice")
-
-
 def judge_runs(
     targets: Targets, epochs: int, run_id: str, runs: Sequence[FinishedRun], *, holdout: int = 0
 ) -> StudyResult:
@@ -179,7 +142,7 @@ def judge_runs(
     return StudyResult(run_id, list(runs), [], {}, aggregates, verdicts)
 
 
-def summary(result: StudyResult) -> tuple[dict[str, float], dict[str, str]]:
+def _summary(result: StudyResult) -> tuple[dict[str, float], dict[str, str]]:
     """Return what a study's run keeps of its result: metrics, and tags with the verdicts."""
     metrics: dict[str, float] = {}  # in this order: MLflow's comparison of runs begins with the first
     for name, figures in result.aggregates.items():
@@ -199,33 +162,35 @@ def summary(result: StudyResult) -> tuple[dict[str, float], dict[str, str]]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}, tags
 
 
-def description(result: StudyResult, script: Path, overrides: str = "") -> str:
-    """Return what MLflow's UI shows as the study's description, in Markdown: verdicts, figures, the docstring."""
+def log_verdict(tracked: TrackedRun, result: StudyResult, script: Path, overrides: str = "") -> None:
+    """Log what the seeds show together; verdicts, tables and the docstring are the study's description."""
+    metrics, tags = _summary(result)
     text = "\n\n".join(tabulate(*table, tablefmt="github", disable_numparse=True) for table in tables(result))
-    return describe(script, overrides, result.verdicts, text)
+    described = describe(script, overrides, result.verdicts, text)
+    tracked.log_once(metrics)
+    tracked.set_tags({**tags, DESCRIPTION: described})
+    tracked.log_text(described + "\n", VERDICT)
 
 
-def mean_epochs(history: Sequence[Mapping[str, object]]) -> dict[int, dict[str, float]]:
-    """Return the mean over the runs of each figure that all of them have, epoch by epoch: the study's own curves."""
-    runs = len({record["run_id"] for record in history})
-    epochs: dict[int, dict[str, list[float]]] = {}
-    for record in history:
-        values = epochs.setdefault(int(str(record["epoch"])), {})
-        for name, value in record.items():
-            if name in MEASURES and isinstance(value, float) and math.isfinite(value):
-                values.setdefault(name, []).append(value)
-    means = {
-        epoch: {name: fmean(of_runs) for name, of_runs in values.items() if len(of_runs) == runs}
-        for epoch, values in sorted(epochs.items())
-    }
-    return {epoch: values for epoch, values in means.items() if values}
+def log_curves(tracked: TrackedRun, history: Sequence[Mapping[str, object]], targets: Targets) -> None:
+    """Log the mean over the runs of each figure that all of them have, epoch by epoch, and draw the curves.
 
+    history: a record of each run and epoch.
+    """
+    import pandas as pd
 
-def draw(history: Sequence[Mapping[str, object]], targets: Targets) -> dict[str, Figure]:
-    """Draw the figures that are kept with a study; history: a record of each run and epoch."""
     from mnist_lab.figures import study_figures  # pandas and matplotlib take a second
 
-    return study_figures(history, targets.accuracy) if history else {}
+    if not history:
+        return
+    frame = pd.DataFrame.from_records(list(history))
+    of_epoch = frame.groupby("epoch")
+    means = of_epoch[[name for name in frame if name in MEASURES]].agg(fmean)
+    whole: dict[Any, dict[Any, float]] = means[of_epoch.size() == frame["run_id"].nunique()].to_dict("index")
+    tracked.log_missing(
+        {epoch: {name: mean for name, mean in of.items() if mean == mean} for epoch, of in whole.items()}
+    )
+    tracked.log_figures(study_figures(history, targets.accuracy))
 
 
 def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> list[dict[str, object]]:

@@ -275,12 +275,6 @@ def test_two_nodes_do_not_write_to_sqlite(cluster: Cluster, start: Callable[...,
     assert_refused(program, "error: tracking store")
 
 
-@on_nodes
-def test_a_wrong_token(head: Cluster, start: Callable[..., Process], uri: str) -> None:
-    program = start("--seeds", "2", "--tracking-uri", uri, "--cluster", head.address, RAY_AUTH_TOKEN="b" * 40)
-    assert_refused(program, f"error: cluster: {head.address} ")
-
-
 @pytest.mark.long
 def test_what_is_no_cluster(start: Callable[..., Process], uri: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -334,9 +328,9 @@ def test_a_node_with_another_version_refuses(
     for variable in ("OMP_NUM_THREADS", cluster.OWN_FOLDER, cluster.ON_CLUSTER):
         monkeypatch.setenv(variable, os.environ.get(variable, ""))
     order = cluster.Order(uri, cluster._versions(), {}, tmp_path, identity.commit(TINY))
-    cluster._look(order)
+    cluster._settle(order)
     with pytest.raises(LabError, match=f"has {name} "):
-        cluster._look(order._replace(versions={**order.versions, name: "0"}))
+        cluster._settle(order._replace(versions={**order.versions, name: "0"}))
 
 
 def test_without_the_flag_nothing_of_ray_is_imported(tmp_path: Path) -> None:

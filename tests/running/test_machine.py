@@ -1,35 +1,14 @@
-"""How many threads a run takes, beside real other processes, and the memory that it keeps."""
+"""How many threads a run takes, and the memory that it keeps."""
 
 import platform
 import resource
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 
-from mnist_lab.running.machine import Load, crowded, keep_freed_memory, set_threads
+from mnist_lab.running.machine import keep_freed_memory, set_threads
 
 PAGES = (48 << 20) // 4096  # of a block that glibc gives back by default, since it is larger than 32 MiB
-
-
-def test_the_load_of_another_process_is_seen_and_ones_own_is_not() -> None:
-    own = Load()
-    end = time.monotonic() + 1
-    while time.monotonic() < end:
-        pass
-    quiet = own.others()
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-        try:
-            time.sleep(0.5)
-            load = Load()
-            time.sleep(1.5)
-            loud = load.others()
-        finally:
-            busy.kill()
-    # On a machine that is busy anyway the other process gets its share of what there is.
-    assert loud > quiet + 0.5 or loud > torch.multiprocessing.cpu_count() - 1
 
 
 def test_a_run_takes_every_core_that_it_may_use_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,17 +23,6 @@ def test_a_run_takes_every_core_that_it_may_use_unless_the_user_says_otherwise(m
         assert set_threads(None) == 2
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(
-    ("threads", "others", "expected"), [(2, 0.2, False), (2, 0.9, True), (1, 2.0, False), (2, 2.0, True)]
-)
-def test_a_machine_is_crowded_where_threads_would_wait_for_others(
-    threads: int, others: float, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-
-    assert crowded(threads, others) is expected
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")

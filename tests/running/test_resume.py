@@ -256,18 +256,6 @@ def test_a_file_with_something_else_in_it_is_left_out_by_name(
     assert f"not used: checkpoint {checkpoint.file_of(uri, 'bad')} can't be read: " in caplog.text
 
 
-@pytest.mark.parametrize("content", [3, {}, {"run_id": "bad", "epochs": 3}])
-def test_a_file_of_another_kind_is_left_out(content: object, uri: str, caplog: pytest.LogCaptureFixture) -> None:
-    file = checkpoint.file_of(uri, "bad")
-    file.parent.mkdir()
-    write(file, content)
-    (file.parent / "folder.pt").mkdir()
-    (file.parent / "nowhere.pt").symlink_to(file.parent / "nothing")
-
-    assert list(checkpoint.newest_first(uri)) == []
-    assert caplog.text.count("not used: checkpoint ") == 3
-
-
 def _save_as_is(run_id: str, changes: dict[str, object], uri: str) -> None:
     file = checkpoint.file_of(uri, run_id)
     file.parent.mkdir()
@@ -332,15 +320,6 @@ def test_the_newest_is_found_of_a_step_and_of_all(uri: str) -> None:
     assert checkpoint.find(uri, run_id="b").run_id == "b"
     with pytest.raises(LabError, match=r"^resume: there is no interrupted run of three with a finished epoch in "):
         checkpoint.find(uri, "three")
-
-
-@pytest.mark.parametrize("name", ["../abc", "/etc/passwd", "nothing"])
-def test_a_run_that_has_no_checkpoint_is_refused(name: str, uri: str) -> None:
-    checkpoint.save(example(), uri)
-    with pytest.raises(
-        LabError, match=rf"^resume: there is no interrupted run of step9_idea with id {name}; there are: abc \(step9_"
-    ):
-        checkpoint.find(uri, "step9_idea", name)
 
 
 def full_disk(descriptor: int) -> None:

@@ -293,27 +293,16 @@ def test_one_search_at_a_time_and_a_damaged_database(job: Job, database: Path) -
 def test_the_best_of_n_is_too_good() -> None:
     assert math.isclose(expected_maximum(1), 0.0, abs_tol=1e-9)
     assert math.isclose(expected_maximum(2), 1 / math.sqrt(math.pi), rel_tol=1e-6)
-    draws = torch.randn(20_000, 50, generator=torch.Generator().manual_seed(0)).max(dim=1).values
-    assert math.isclose(expected_maximum(50), draws.mean().item(), rel_tol=0.01)
     assert math.isclose(sd_of_accuracy(99.0, 10_000), 0.0995, rel_tol=1e-3)
 
 
 # ---- as users start it
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--search", "0"], "argument --search: '0'"),
-        (["--search", "2", "--seeds", "2"], "not allowed with argument"),
-        (["--search", "2", "--threads", "1"], "error: search: tiny.py declares no space"),
-    ],
-)
-def test_flags_that_do_not_go_together(flags: list[str], said: str, uri: str, tmp_path: Path) -> None:
-    process = run_program(TINY, *flags, "--tracking-uri", uri, cwd=tmp_path)
-    assert process.returncode in (1, 2)
-    assert said in process.stderr
-    assert "Traceback" not in process.stderr
+def test_a_script_without_a_space_is_refused(uri: str, tmp_path: Path) -> None:
+    process = run_program(TINY, "--search", "2", "--tracking-uri", uri, cwd=tmp_path)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: search: tiny.py declares no space")
 
 
 @pytest.mark.parametrize(

@@ -375,18 +375,3 @@ def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(LabError, match=r"^script: .*empty\.py came to its end without calling main\(EXPERIMENT\)$"):
         read_declaration(script)
-
-
-@pytest.mark.parametrize(
-    ("seeds", "sentence"),
-    [
-        ([], "seeds: there is none; give at least one"),
-        ([1, 2, 1], "seeds: 1 is there twice"),
-        ([2**32], "seed: 4294967296 is not between 0 and 4294967295"),
-    ],
-)
-def test_a_study_that_makes_no_sense_is_refused(seeds: list[int], sentence: str, folder: Path) -> None:
-    job = job_of(folder / "my_idea.py", f"sqlite:///{folder}/runs.db")
-
-    with pytest.raises(LabError, match=f"^{sentence}$"):
-        run_study(job, seeds, Heard([]), Local())
