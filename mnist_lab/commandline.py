@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from mnist_lab.errors import LabError
 from mnist_lab.numerals import whole_number
@@ -74,26 +74,23 @@ class LastingStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            self._write_to_nowhere(error)
-            return len(text)
+        self._try(self._stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._write_to_nowhere(error)
+        self._try(self._stream.flush)
 
-    def _write_to_nowhere(self, error: OSError) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-        with suppress(OSError):
-            self._stream.flush()  # what it still holds
-        if not isinstance(error, BrokenPipeError) and self._stream is not sys.__stderr__:
-            print(f"The output can't be written: {error.strerror}. The run goes on without it.", file=sys.stderr)
+    def _try(self, call: Callable[..., object], *given: str) -> None:
+        try:
+            call(*given)
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            with suppress(OSError):
+                self._stream.flush()  # what it still holds
+            if not isinstance(error, BrokenPipeError) and self._stream is not sys.__stderr__:
+                print(f"The output can't be written: {error.strerror}. The run goes on without it.", file=sys.stderr)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -102,14 +99,13 @@ class LastingStream:
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """Keep a reader that ends (`| head`) and a full disk from ending this program."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = LastingStream(before[0]), LastingStream(before[1])
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = before
+    stdout, stderr = cast("TextIO", LastingStream(sys.stdout)), cast("TextIO", LastingStream(sys.stderr))
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            yield
+        finally:
+            stdout.flush()
+            stderr.flush()
 
 
 DATA_DIR = flag("--data-dir", "where MNIST is kept (default: MNIST_LAB_DATA, else data/)", type=Path)
