@@ -158,10 +158,7 @@ def restore(arguments: argparse.Namespace) -> None:
         tracking_uri=arguments.tracking_uri,
         progress=partial(print, flush=True),
     )
-    removed = f" {done.removed} that the files say something else of by now were taken away." if done.removed else ""
-    print(
-        f"Restored: {done.runs} runs, {done.studies} studies over them; {done.there} runs were there already.{removed}"
-    )
+    print(f"Restored: {done.runs} runs, {done.studies} studies over them; {done.there} runs were there already.")
     if done.without_mistakes:
         print(f"The files do not say which images {done.without_mistakes} of the runs got wrong.")
     if done.runs:

@@ -1,7 +1,7 @@
 """The committed evidence as tracked runs: what docs/results keeps of each run, put into a store.
 
 A restored run has the tags `restored`, the commit that the files are of, and `restored_sha256`, a digest of what they
-say of it. By the digest a second call knows what is there.
+say of all runs. By the digest a second call knows that nothing is to do.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_BRANCH,
     MLFLOW_GIT_COMMIT,
-    MLFLOW_PARENT_RUN_ID,
     MLFLOW_SOURCE_NAME,
     MLFLOW_SOURCE_TYPE,
 )
@@ -50,7 +48,6 @@ from mnist_lab.tracking.store import (
     RESTORED,
     FinishedRun,
     Store,
-    adopt,
     open_store,
     search,
     store_failures,
@@ -68,15 +65,13 @@ NOT_SHARED = {"seed", "step", "targets", "model", DESCRIPTION, DIGEST, MLFLOW_SO
 class Restored:
     """What a call has done to the store.
 
-    runs, studies: how many it added. there: how many runs were there already, restored or trained here.
-    removed: how many restored runs and studies it took away, as the files say something else by now.
+    runs, studies: how many it wrote. there: how many runs of the files were there already, restored or trained here.
     without_mistakes: how many runs of the files have no record of which images they got wrong.
     """
 
     runs: int
     studies: int
     there: int
-    removed: int
     without_mistakes: int
 
 
@@ -185,8 +180,8 @@ def restore(
 ) -> Restored:
     """Put the runs that a folder of CSVs keeps into the store, under a study for each step with several seeds.
 
-    A run that was trained into this store itself is not added again. Restored runs of which the files say something
-    else are replaced, and so are those that an interrupted call left half written. All other runs are left alone.
+    A run that was trained into this store itself is not added again. Where the files say something else than they did
+    before, or an earlier call was interrupted, all restored runs are written anew. All other runs are left alone.
     commit: which the files are of. progress: is told of each step before its runs are written.
 
     Raises:
@@ -203,27 +198,22 @@ def restore(
         for run in committed:
             if _text(run.row) not in trained:
                 steps.setdefault(run.step, []).append(run)
-        wanted = {run.digest for runs in steps.values() for run in runs} | {_study(runs) for runs in steps.values()}
-        there, removed = _sort_out(store, wanted)
-        missing = {step: [run for run in runs if run.digest not in there] for step, runs in steps.items()}
-        steps = {step: runs for step, runs in steps.items() if missing[step] or _study(runs) not in {"", *there}}
-        for number, (step, runs) in enumerate(steps.items(), start=1):
-            count = len(missing[step])
-            progress(f"{step}: {count} run{'' if count == 1 else 's'} ({number} of {len(steps)})")
-            _restore(store, commit, runs, there)
-    added = sum(map(len, missing.values()))
+        studies = sum(len(runs) > 1 for runs in steps.values())
+        marks = {RESTORED: commit, DIGEST: digest([run.digest for runs in steps.values() for run in runs])}
+        added = sum(map(len, steps.values()))
+        if _is_there(store, marks[DIGEST], added + studies):
+            added = studies = 0
+        else:
+            _remove_restored(store)
+            for number, (step, runs) in enumerate(steps.items(), start=1):
+                progress(f"{step}: {len(runs)} run{'' if len(runs) == 1 else 's'} ({number} of {len(steps)})")
+                _restore(store, marks, runs)
     return Restored(
         runs=added,
-        studies=sum(_study(runs) not in {"", *there} for runs in steps.values()),
+        studies=studies,
         there=len(committed) - added,
-        removed=removed,
         without_mistakes=sum(not run.mistakes for run in committed),
     )
-
-
-def _study(runs: Sequence[Committed]) -> str:
-    """Return the digest of the study over the runs of a step; one run alone has none."""
-    return digest([run.digest for run in runs]) if len(runs) > 1 else ""
 
 
 # ---- the store
@@ -252,50 +242,38 @@ def _trained_here(store: Store) -> set[str]:
     return {_text(row) for row in cells(own[own["restored"].isna()].to_dict("records"), RUN_COLUMNS)}
 
 
-def _sort_out(store: Store, wanted: set[str]) -> tuple[dict[str, Run], int]:
-    """Return what is there of the wanted runs, by their digests, and remove what else was restored; how many."""
-    there: dict[str, Run] = {}
-    removed = 0
+def _is_there(store: Store, of: str, count: int) -> bool:
+    """Say whether so many runs of that digest were restored, and no others, each of them whole."""
+    restored = search(store, f"tags.{DIGEST} LIKE '%'")
+    whole = [run for run in restored if run.info.status == "FINISHED" and run.data.tags[DIGEST] == of]
+    return len(whole) == len(restored) == count
+
+
+def _remove_restored(store: Store) -> None:
     for run in search(store, f"tags.{DIGEST} LIKE '%'"):
-        whole = run.info.status == "FINISHED"
-        if whole and (of := run.data.tags[DIGEST]) in wanted and of not in there:
-            there[of] = run
-            continue
-        removed += whole
         with uninterrupted():
             store.client.delete_run(run.info.run_id)
-    return there, removed
 
 
-def _restore(store: Store, commit: str, runs: Sequence[Committed], there: Mapping[str, Run]) -> None:
-    """Write what is missing of a step's runs, and of the study over them."""
-    study = _study(runs)
-    if not study or study in there:
-        for run in runs:
-            _run(store, commit, run, there, there[study].info.run_id if study else None)
+def _restore(store: Store, marks: Mapping[str, str], runs: Sequence[Committed]) -> None:
+    """Write a step's runs, and the study over them if there are several."""
+    if len(runs) == 1:
+        _run(store, marks, runs[0], None)
         return
     clock = Past(min(run.start for run in runs))
     tags = {**_shared([run.tags for run in runs]), "study": runs[0].step, "seeds_reused": ""}
-    tags["seeds"] = " ".join(run.row["seed"] for run in runs)
+    tags = _marked({**tags, "seeds": " ".join(run.row["seed"] for run in runs)}, marks, runs[0].step)
     name, params = f"{runs[0].step} {len(runs)} seeds", _shared([run.params for run in runs])
-    with track(
-        replace(store, clock=clock), name, params=params, tags=_marked(tags, commit, study, runs[0].step)
-    ) as tracked:
-        ids = [_run(store, commit, run, there, tracked.run_id) for run in runs]
-        studies = {one.info.run_id for one in search(store, "tags.study LIKE '%'")}
-        for found in (there[run.digest] for run in runs if run.digest in there):
-            if found.data.tags.get(MLFLOW_PARENT_RUN_ID) not in studies - {tracked.run_id}:
-                adopt(store, tracked.run_id, found.info.run_id)
+    with track(replace(store, clock=clock), name, params=params, tags=tags) as tracked:
+        ids = [_run(store, marks, run, tracked.run_id) for run in runs]
         clock.time = max(run.end for run in runs)
         _finish_study(tracked, runs, ids)
 
 
-def _run(store: Store, commit: str, run: Committed, there: Mapping[str, Run], parent_run_id: str | None) -> str:
-    """Return the id of the run, which is written if it is not there."""
-    if run.digest in there:
-        return str(there[run.digest].info.run_id)
+def _run(store: Store, marks: Mapping[str, str], run: Committed, parent_run_id: str | None) -> str:
+    """Write a run; return its id."""
     clock = Past(run.start)
-    past, tags = replace(store, clock=clock), _marked(run.tags, commit, run.digest, run.step)
+    past, tags = replace(store, clock=clock), _marked(run.tags, marks, run.step)
     with track(past, run.name, params=run.params, tags=tags, parent_run_id=parent_run_id) as tracked:
         clock.time = run.end
         tracked.log_missing(run.epochs)
@@ -327,7 +305,7 @@ def _shared(of_runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
     }
 
 
-def _marked(tags: Mapping[str, str], commit: str, of: str, step: str) -> dict[str, str]:
+def _marked(tags: Mapping[str, str], marks: Mapping[str, str], step: str) -> dict[str, str]:
     source = {MLFLOW_SOURCE_NAME: f"experiments/{step}.py", MLFLOW_SOURCE_TYPE: "LOCAL"}
     source |= {MLFLOW_GIT_COMMIT: tags.get("git_commit", ""), MLFLOW_GIT_BRANCH: ""}  # not those of this moment
-    return {**tags, **source, RESTORED: commit, DIGEST: of}
+    return {**tags, **source, **marks}

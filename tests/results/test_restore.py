@@ -122,7 +122,7 @@ def content(database: Path) -> list[list[tuple[object, ...]]]:
 
 
 def test_a_restored_run_is_what_was_published(published: Store, folder: Path, other: str, tmp_path: Path) -> None:
-    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0, removed=0, without_mistakes=0)
+    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0, without_mistakes=0)
 
     was, now = by_name(database_of(published.uri)), by_name(database_of(other))
     assert set(now) == {*was, "step1_plain 3 seeds", "step2_better 3 seeds"}
@@ -196,7 +196,7 @@ def test_the_committed_runs_of_all_steps_are_restored(uri: str, database: Path, 
     seeds = {
         step: [row for row in COMMITTED.runs if row["step"] == step] for step in {r["step"] for r in COMMITTED.runs}
     }
-    assert (done.runs, done.there, done.removed) == (len(COMMITTED.runs), 0, 0)
+    assert (done.runs, done.there) == (len(COMMITTED.runs), 0)
     assert done.studies == sum(len(rows) > 1 for rows in seeds.values())
     table = results.compare_table(tracking_uri=uri).set_index("step")
     assert table["seeds"].to_dict() == {step: len(rows) for step, rows in seeds.items()}
@@ -212,30 +212,30 @@ def test_the_committed_runs_of_all_steps_are_restored(uri: str, database: Path, 
 def test_a_second_call_adds_nothing(published: Store, folder: Path, other: str) -> None:
     quietly(folder, tracking_uri=other)
     before = content(database_of(other))
-    assert quietly(folder, tracking_uri=other) == Restored(0, 0, there=7, removed=0, without_mistakes=0)
+    assert quietly(folder, tracking_uri=other) == Restored(0, 0, there=7, without_mistakes=0)
     assert content(database_of(other)) == before
 
 
 def test_runs_of_ones_own_are_left_alone_and_not_doubled(published: Store, folder: Path, database: Path) -> None:
     write_run(published, "step1_plain", 9, [99.0], start_time=T0 + 999_999)
     before = content(database)
-    assert quietly(folder, tracking_uri=published.uri) == Restored(0, 0, there=7, removed=0, without_mistakes=0)
+    assert quietly(folder, tracking_uri=published.uri) == Restored(0, 0, there=7, without_mistakes=0)
     assert content(database) == before
 
 
-def test_only_what_the_files_say_otherwise_is_replaced(published: Store, folder: Path, other: str) -> None:
+def test_files_that_say_otherwise_replace_what_was_restored(published: Store, folder: Path, other: str) -> None:
+    write_run(open_store(other), "mine", 0, [99.0], start_time=T0)
     quietly(folder, tracking_uri=other)
-    before = by_name(database_of(other))
     file = folder / "step2_better.csv"
-    header, first, second, *rest = file.read_text().splitlines(keepends=True)
-    file.write_text("".join([header, first, second.replace("2.15.0", "2.16.0"), *rest]))
-    assert quietly(folder, tracking_uri=other) == Restored(1, 1, there=6, removed=2, without_mistakes=0)
-    table = results.run_table("step2_better", columns="all", tracking_uri=other).set_index("seed")
-    assert table["torch"].to_dict() == {0: "2.15.0", 1: "2.16.0", 2: "2.15.0"}
-    assert table["run_id"][0] == before["step2_better seed 0"].run_id
-    parents = {mlflow.MlflowClient(other).get_run(run_id).data.tags[PARENT] for run_id in table["run_id"]}
-    assert len(parents) == 1
-    assert parents != {before["step2_better 3 seeds"].run_id}
+    file.write_text(file.read_text().replace("2.15.0", "2.16.0", 1))
+    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0, without_mistakes=0)
+    table = results.run_table(columns="all", tracking_uri=other)
+    assert len(table) == 8
+    assert table.set_index(["step", "seed"])["torch"]["step2_better"].to_dict() == {
+        0: "2.16.0",
+        1: "2.15.0",
+        2: "2.15.0",
+    }
 
 
 def test_a_call_that_was_killed_is_completed_by_the_next(
@@ -256,13 +256,12 @@ def test_a_call_that_was_killed_is_completed_by_the_next(
             quietly(folder, tracking_uri=other)
     mlflow.MlflowClient(other).update_run(written[2], status="RUNNING")  # as after kill -9
 
-    assert quietly(folder, tracking_uri=other) == Restored(5, 2, there=2, removed=0, without_mistakes=0)
+    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0, without_mistakes=0)
 
     there = [run for run in read_runs(database_of(other)) if run.run_id not in deleted(other)]
     whole = {run.name: run for run in there}
     assert len(whole) == len(there) == 9
     assert {run.status for run in there} == {"FINISHED"}
-    assert {run.run_id for run in there} >= {*written[:2]}
     for name, run in by_name(database_of(published.uri)).items():
         assert {metric: len(points) for metric, points in whole[name].metrics.items()} == {
             metric: len(points) for metric, points in run.metrics.items()
@@ -359,7 +358,7 @@ def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(seeds: Seeds, o
     parent = runs["quick 3 seeds"]
     assert parent.tags["seeds_reused"] == "0 1"
     assert {runs[f"quick seed {seed}"].tags[PARENT] for seed in range(3)} == {parent.run_id}
-    assert quietly(seeds.folder, tracking_uri=other) == Restored(0, 0, there=2, removed=0, without_mistakes=0)
+    assert quietly(seeds.folder, tracking_uri=other) == Restored(0, 0, there=2, without_mistakes=0)
     assert {run.tags.get(PARENT) for run in by_name(database_of(other)).values()} == {None, parent.run_id}
 
     (change,) = publish(seeds.folder, other)
@@ -422,36 +421,24 @@ def without_last_row(text: str) -> str:
 @pytest.mark.parametrize(
     ("name", "spoil", "where"),
     [
-        ("idea", cell("last", "many"), "row 2, last: 'many'"),
         ("idea", cell("last", "1000"), "row 2, last: '1000'"),
-        ("idea", cell("best", "-5"), "row 2, best: '-5'"),
         ("idea", cell("epochs", "0"), "row 2, epochs: '0'"),
         ("idea", cell("num_params", "1.5"), "row 2, num_params"),
         ("idea", cell("minutes", "inf"), "row 2, minutes: 'inf'"),
         ("idea", cell("test_loss", "nan"), "row 2, test_loss: 'nan'"),
         ("idea", cell("num_params", "9" * 400), "row 2, num_params: '999"),
         ("idea", cell("date", "yesterday"), "row 2, date: 'yesterday'"),
-        ("idea", cell("git_dirty", "perhaps"), "row 2, git_dirty: 'perhaps'"),
         ("idea", cell("best", "99.00"), "last accuracy 99.36 is above"),
         ("idea", cell("best_epoch", "7"), "its best_epoch 7"),
         ("idea", replace("date", "day"), "row 1: the column 'date'"),
-        ("idea", replace("seed,", "seed,seed2,"), "row 2: it has 19 cells, not 20"),
         ("idea", cut, "row 2: it has 18 cells, not 19"),
         ("idea", twice, "row 3, seed: 5 is there twice"),
-        ("epochs", cell("seed", "five"), "row 2, seed: 'five'"),
-        ("epochs", cell("epoch", "0"), "row 2, epoch: '0'"),
-        ("epochs", cell("test_accuracy", "101"), "row 2, test_accuracy: '101'"),
-        ("epochs", cell("lr", "-1"), "row 2, lr: '-1'"),
-        ("epochs", twice, "epoch: idea 5 2 is there twice"),
         ("epochs", without_last_row, "idea seed 5: it has other epochs than 1 to 2"),
         ("settings", None, "step1_plain seed 0: it has no params"),
         ("settings", cell("seeds", "0-99999999999"), "row 2, seeds: .* 99999999999"),
         ("settings", cell("seeds", "all"), "row 2, seeds: 'all'"),
-        ("settings", cell("kind", "metric"), "row 2, kind: 'metric'"),
         ("settings", twice, "is there twice"),
         ("mistakes", cell("image", "10000"), "row 2, image: '10000'"),
-        ("mistakes", cell("prediction", "10"), "row 2, prediction: '10'"),
-        ("mistakes", cell("confidence", "1.5"), "row 2, confidence: '1.5'"),
         ("mistakes", without_last_row, "idea seed 5: it got 64 images wrong"),
         ("mistakes", lambda text: text + "\xff", "no CSV in UTF-8"),
     ],
