@@ -181,7 +181,7 @@ def test_eight_writers_at_once_lose_no_point(team: Team) -> None:
 
 
 def test_a_study_whose_server_is_killed_and_comes_back_lacks_no_point(team: Team, tmp_path: Path) -> None:
-    seeds, epochs = 2, 40
+    seeds, epochs = 2, 15
     flags = ["--seeds", str(seeds), "--epochs", str(epochs), "--limit", "256"]
     first = partial(begin, tmp_path / "project")
     patient = {**os.environ, "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE)}  # a busy machine is no outage
