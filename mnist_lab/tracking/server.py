@@ -9,7 +9,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import secrets
 import shlex
 import shutil
@@ -27,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from mnist_lab.errors import LabError, one_line, text_of, without_password
-from mnist_lab.paths import ARTIFACTS, EXPERIMENT_NAME, tracking_uri
-from mnist_lab.tracking.sqlite import has_experiment, known_schemas
-from mnist_lab.tracking.view import TAG, VIEW, state
+from mnist_lab.paths import ARTIFACTS, EXPERIMENT_NAME, sqlite_file, tracking_uri
+from mnist_lab.tracking.sqlite import check_writable, follow_move
+from mnist_lab.tracking.view import VIEW
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -39,7 +38,6 @@ LOOPBACK, EVERYWHERE = (HOST, "localhost", "::1"), ("0.0.0.0", "::")  # noqa: S1
 PORTS_TRIED = 20
 START_TIMEOUT = 120  # seconds; the server takes 4 on a quiet machine, a database longer after a crash
 SERVER_STOP_TIMEOUT, DATABASE_STOP_TIMEOUT = 5, 30
-MARK = "Mnist-Lab"  # a header of the server's answers: another server may have taken the port in the meantime
 # Waits for the end of its input, then ends the process group $1 by the signal $0; by force if it is there $2 s later.
 GUARD = '''
     cat; kill -s "$0" -- "-$1"
@@ -47,27 +45,33 @@ GUARD = '''
     kill -s KILL -- "-$1"'''
 
 APP, PATH = "mnist-lab", "/lab"  # the entry point in pyproject.toml that names `make_app`, and its page
-# Variables of MLflow's own.
-ADMIN_NAME, ADMIN_PASSWORD = "MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_AUTH_ADMIN_PASSWORD"
-PASSWORD_LENGTH = 12  # characters that MLflow asks for
+ADMIN_VARIABLE = "MLFLOW_AUTH_ADMIN_PASSWORD"  # MLflow's own
 # Whoever has a password may read and log; what may be deleted is MLflow's own rule. A worker takes a password that was
 # right as right for a minute: checking one costs more than all else of a request.
-AUTH_INI = "[mlflow]\ndefault_permission = EDIT\nauth_cache_ttl_seconds = 60\ndatabase_uri = {uri}\n"
+AUTH_INI = """[mlflow]
+admin_username = admin
+default_permission = EDIT
+auth_cache_ttl_seconds = 60
+database_uri = {uri}
+"""
 
 DRIVER = "postgresql+psycopg"
 DEBIAN = Path("/usr/lib/postgresql")  # where Debian keeps the server's programs: not on the path
 # As whom the database runs where root runs this program: PostgreSQL refuses root.
 ACCOUNT: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []}
-ROOM = 64 * 2**20  # bytes that must be free where the database is; a new one takes 42 MB
 CONNECTIONS = 200  # at most; a worker of MLflow keeps up to 15 for each of runs, models and users
 
 
 def serve_ui(uri: str, port: int) -> None:
     """Serve the runs in a SQLite store on loopback until interrupted; print the address of the runs table.
 
-    A store that lacks the lab's experiment or its view gets them first. Raises LabError.
+    A store that is not there is made. Raises LabError.
     """
-    if not has_experiment(uri, {TAG: state()}):
+    check_writable(uri)
+    database = sqlite_file(uri)
+    if database is not None and database.exists():
+        follow_move(uri)
+    else:
         from mnist_lab.tracking.store import open_store  # which takes seconds to import
 
         open_store(uri)
@@ -86,11 +90,13 @@ def serve(host: str, port: int, folder: Path, workers: int, *, auth: bool, backe
     Raises LabError if the database or the server does not start, or ends by itself.
     """
     if not is_free(host, port):
-        raise LabError(f"port: {port} is taken{_who_listens(port)}; name another with --port")
+        raise LabError(f"port: {port} is taken; name another with --port")
     folder = folder.absolute()
-    password = _admin_password(folder) if auth else ""
+    exports = _admin_exports(folder) if auth else []
     if host not in LOOPBACK:
-        print(notice(host, port, auth), file=sys.stderr, flush=True)
+        print(
+            f"Other machines reach {host}:{port}: docs/server.md says what is protected.", file=sys.stderr, flush=True
+        )
         os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", _allowed_hosts(host, port))
     with named_database(backend_store_uri) if backend_store_uri else own_database(folder / "postgres") as database:
         uri, process = database
@@ -103,7 +109,6 @@ def serve(host: str, port: int, folder: Path, workers: int, *, auth: bool, backe
         with contextlib.suppress(KeyboardInterrupt), mlflow_server(host, port, *flags) as server:
             url = _url(socket.gethostname() if host in EVERYWHERE else host, port)
             page = f"/#/experiments/{experiment_id}/runs?{VIEW}" if auth else PATH
-            exports = _admin_exports(_url(host, port), password) if auth else []
             lines = [f"The runs: {url}{page}", f"export MLFLOW_TRACKING_URI={url}", *exports]
             _report_and_wait(lines, {"the MLflow server": server, "PostgreSQL": process})
 
@@ -127,9 +132,8 @@ def make_app() -> FastAPI:
 @contextlib.contextmanager
 def mlflow_server(host: str, port: int, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run `mlflow server`, give it when it is there, and end it; raises LabError."""
-    mark = f"pid {os.getpid()}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *flags]
-    command += ["--uvicorn-opts", f"--log-level warning --header '{MARK}:{mark}'"]
+    command += ["--uvicorn-opts", "--log-level warning"]
     environment = {
         **os.environ,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -139,8 +143,8 @@ def mlflow_server(host: str, port: int, *flags: str) -> Iterator[subprocess.Pope
 
     def problem() -> str:
         try:
-            with urllib.request.urlopen(f"{_url(host, port)}/health", timeout=1) as answer:  # noqa: S310 - http
-                return "" if answer.headers.get(MARK) == mark else "another program answers"
+            with urllib.request.urlopen(f"{_url(host, port)}/health", timeout=1):  # noqa: S310 - http
+                return ""
         except OSError as error:
             return text_of(error)
 
@@ -230,19 +234,10 @@ def is_free(host: str, port: int) -> bool:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free, as for the server
             probe.bind(address)
     except (OSError, UnicodeError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             return False
         raise LabError(f"host: {host!r} is no address of this machine ({error})") from error
     return True
-
-
-def _who_listens(port: int) -> str:
-    """Return " by process 4711 (its command)", as far as this user may know."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in process.net_connections()):
-                return f" by process {process.pid} ({shlex.join(process.cmdline())})"
-    return ""
 
 
 def _url(host: str, port: int) -> str:
@@ -251,62 +246,40 @@ def _url(host: str, port: int) -> str:
 
 def _allowed_hosts(host: str, port: int) -> str:
     """Return by which names other machines may call the server; to others it gives no answer."""
-    names = ["localhost", HOST, host]
-    if host in EVERYWHERE:
-        families = (socket.AF_INET, socket.AF_INET6)
-        own = [one.address for ones in psutil.net_if_addrs().values() for one in ones if one.family in families]
-        names = ["localhost", socket.gethostname(), socket.getfqdn(), *own]
-    return ",".join(_url(name, port).removeprefix("http://") for name in dict.fromkeys(names))
-
-
-def notice(host: str, port: int, auth: bool) -> str:
-    """Return what a user should know who lets other machines in."""
-    if auth:
-        return f"Passwords and figures cross the network to {host}:{port} unencrypted: see docs/server.md."
-    return f"No password is asked for: whoever reaches {host}:{port} can read, change and delete the runs (see --auth)."
+    own = [one.address for ones in psutil.net_if_addrs().values() for one in ones if one.family == socket.AF_INET]
+    names = [host, "localhost", socket.gethostname(), socket.getfqdn(), *own]
+    return ",".join(_url(name, port).removeprefix("http://") for name in names)
 
 
 # ---- passwords
 
 
-def _admin_password(folder: Path) -> str:
-    """Put the admin's name and password into the environment; return how a shell gets the password unseen."""
-    os.environ.setdefault(ADMIN_NAME, "admin")
-    if password := os.environ.get(ADMIN_PASSWORD):
-        if len(password) < PASSWORD_LENGTH:
-            raise LabError(f"{ADMIN_PASSWORD} has {len(password)} characters; give {PASSWORD_LENGTH} or more")
-        return f"${ADMIN_PASSWORD}"
-    file = folder / "admin_password"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        os.environ[ADMIN_PASSWORD] = file.read_text().strip() or secrets.token_urlsafe(18)
-        file.write_text(f"{os.environ[ADMIN_PASSWORD]}\n")
-    except OSError as error:
-        raise LabError(f"the admin's password can't be kept in {file}: {error.strerror}") from error
-    return f"$(cat {shlex.quote(str(file))})"
-
-
-def _admin_exports(url: str, password: str) -> list[str]:
-    """Return what the admin sets. The server knows the password with which its database was first served."""
-    import requests  # slow to import
-
-    user = (os.environ[ADMIN_NAME], os.environ[ADMIN_PASSWORD])
-    known = requests.get(f"{url}/version", auth=user, timeout=START_TIMEOUT).status_code != 401
-    shown = f'"{password}"' if known else "...  # the one with which this database was first served, or a later one"
-    return [f"export MLFLOW_TRACKING_USERNAME={user[0]}", f"export MLFLOW_TRACKING_PASSWORD={shown}"]
+def _admin_exports(folder: Path) -> list[str]:
+    """Give MLflow the admin's password, for its first start; return what the admin sets, without showing it."""
+    shown = f"${ADMIN_VARIABLE}"
+    if ADMIN_VARIABLE not in os.environ:
+        file = folder / "admin_password"
+        if not file.exists():
+            _write_secret(file, f"{secrets.token_urlsafe(18)}\n")
+        os.environ[ADMIN_VARIABLE] = file.read_text().strip()
+        shown = f"$(cat {shlex.quote(str(file))})"
+    return ["export MLFLOW_TRACKING_USERNAME=admin", f'export MLFLOW_TRACKING_PASSWORD="{shown}"']
 
 
 def _write_auth_settings(file: Path, uri: str) -> None:
     """Let MLflow ask for passwords; the users are in the same database."""
+    _write_secret(file, AUTH_INI.format(uri=uri.replace("%", "%%")))  # as MLflow reads it
+    os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(file)
+    os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex(32)
+
+
+def _write_secret(file: Path, text: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
-        file.write_text(AUTH_INI.format(uri=uri.replace("%", "%%")))  # as MLflow reads it
+        file.write_text(text)
     except OSError as error:
-        raise LabError(f"the server's settings can't be kept in {file}: {error.strerror}") from error
-    os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(file)
-    os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex(32)
+        raise LabError(f"folder {file.parent}: {file.name} can't be written: {error.strerror}") from error
 
 
 # ---- PostgreSQL
@@ -314,7 +287,7 @@ def _write_auth_settings(file: Path, uri: str) -> None:
 
 @contextlib.contextmanager
 def named_database(uri: str) -> Iterator[tuple[str, None]]:
-    """Give the URI of a database without its password, if it answers, and is empty or MLflow's; raises LabError.
+    """Give the URI of a database that answers, without its password; raises LabError.
 
     The password goes into the environment: what is in a URI could be shown, and is kept in a file.
     """
@@ -338,15 +311,11 @@ def own_database(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 
     It listens on no port, but on a socket in a folder that only this user can enter, so it asks for no password.
     """
-    programs, log = find_programs(folder), folder.with_name(f"{folder.name}.log")
+    programs, log = find_programs(), folder.with_name(f"{folder.name}.log")
     account = ACCOUNT if os.geteuid() == 0 else {}
     with contextlib.ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder.parent).free
-            if free < ROOM:
-                message = f"the disk is full, {free >> 20} MB are free and a database needs {ROOM >> 20}"
-                raise LabError(f"folder {folder.parent}: {message}; make room, or name another with --folder")
             sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="mnist-lab-", ignore_cleanup_errors=True))
             _give(sockets, account)
             if not folder.exists():
@@ -361,7 +330,7 @@ def own_database(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         # To PostgreSQL that signal says: end all sessions, write, stop.
         process = stack.enter_context(child(command, signal.SIGINT, DATABASE_STOP_TIMEOUT, **options))
         uri = f"{DRIVER}://mnist_lab@/postgres?host={sockets}"
-        _wait_until_ready("PostgreSQL", process, lambda: _problem(uri), lambda: _causes(log.read_bytes()[begin:]))
+        _wait_until_ready("PostgreSQL", process, lambda: _problem(uri), lambda: _last_lines(log.read_bytes()[begin:]))
         yield uri, process
 
 
@@ -377,7 +346,7 @@ def _create(folder: Path, programs: Path, account: dict[str, Any]) -> None:
         done = subprocess.run(command, cwd="/", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, **account)
         if done.returncode:
             whom = f" as the user {account['user']!r}" if account else ""
-            raise LabError(f"folder {folder}: PostgreSQL can't make a database there{whom}: {_causes(done.stderr)}")
+            raise LabError(f"folder {folder}: PostgreSQL can't make a database there{whom}: {_last_lines(done.stderr)}")
         new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -388,19 +357,14 @@ def _give(folder: str | Path, account: dict[str, Any]) -> None:
         shutil.chown(folder, account["user"], account["group"])
 
 
-def _causes(messages: bytes) -> str:
-    """Return what messages of PostgreSQL's programs say of the cause, or all of them, on one line."""
-    text = messages.decode(errors="replace")
-    found = re.findall(r"(?:FATAL|PANIC|ERROR|DETAIL|HINT|error|detail|hint): +(.*)", text)
-    return "; ".join(dict.fromkeys(found)) or " ".join(text.split())
+def _last_lines(messages: bytes) -> str:
+    return " ".join(messages.decode(errors="replace").split("\n")[-4:]).strip()
 
 
-def find_programs(folder: Path) -> Path:
-    """Return where PostgreSQL's programs are: of the version that made the database, on the path, or the newest."""
-    version = folder / "PG_VERSION"
-    wanted = version.read_text().strip() if os.access(version, os.R_OK) else ""
+def find_programs() -> Path:
+    """Return the folder of PostgreSQL's programs: on the path, or the newest where Debian keeps them."""
     newest_first = sorted(DEBIAN.glob("*/bin"), key=lambda path: float(path.parent.name), reverse=True)
-    places = [DEBIAN / wanted / "bin", os.environ.get("PATH", ""), *newest_first]
+    places = [os.environ.get("PATH", ""), *newest_first]
     program = shutil.which("postgres", path=os.pathsep.join(map(str, places)))
     if program is None:
         raise LabError(
@@ -411,19 +375,14 @@ def find_programs(folder: Path) -> Path:
 
 
 def _problem(uri: str) -> str:
-    """Say why a database can't be used; nothing if it can."""
+    """Say why a database does not answer; nothing if it does."""
     import psycopg
 
     try:
-        with psycopg.connect(uri.replace(DRIVER, "postgresql", 1), connect_timeout=5) as connection:
-            versions = {version for (version,) in connection.execute("SELECT version_num FROM alembic_version")}
-    except psycopg.errors.UndefinedTable:  # nothing of MLflow's is there yet
-        return ""
+        psycopg.connect(uri.replace(DRIVER, "postgresql", 1), connect_timeout=5).close()
     except psycopg.Error as error:
         return one_line(error)
-    if known_schemas().issuperset(versions):
-        return ""
-    return "it is another program's, or was last used by a newer MLflow, which this one can't read"
+    return ""
 
 
 def _experiment(uri: str) -> str:
@@ -431,19 +390,13 @@ def _experiment(uri: str) -> str:
 
     It is made here and not by the first user: with passwords, that one would own it.
     """
+    from alembic.util import CommandError
     from mlflow.exceptions import MlflowException  # which takes seconds to import
     from sqlalchemy.exc import SQLAlchemyError
 
     from mnist_lab.tracking.store import experiment_of
 
     try:
-        experiment = experiment_of(uri, f"mlflow-artifacts:/{EXPERIMENT_NAME}")
-    except (MlflowException, SQLAlchemyError) as error:
+        return str(experiment_of(uri, f"mlflow-artifacts:/{EXPERIMENT_NAME}").experiment_id)
+    except (MlflowException, SQLAlchemyError, CommandError) as error:  # the last where it is another program's
         raise LabError(f"the database can't be used: {one_line(error).partition(' [SQL:')[0]}") from error
-    location = experiment.artifact_location
-    if location.startswith("file:") or ":" not in location:
-        raise LabError(
-            f"the database's experiment {EXPERIMENT_NAME!r} keeps the artifacts in a folder of one machine, "
-            f"{location}; name another database"
-        )
-    return str(experiment.experiment_id)

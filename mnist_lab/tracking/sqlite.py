@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -85,26 +85,6 @@ def check_writable(uri: str) -> None:
 def _existing(folder: Path) -> Path:
     """Return the folder, or the nearest one above it that is there."""
     return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def has_experiment(uri: str, tags: Mapping[str, str]) -> bool:
-    """Say whether a SQLite store is there and has the lab's experiment with these tags; a moved one is followed.
-
-    Raises LabError if it can't be read or written.
-    """
-    file = sqlite_file(uri)
-    if file is None:
-        return False
-    check_writable(uri)
-    if not file.exists():
-        return False
-    follow_move(uri)
-    query = (
-        "SELECT key, value FROM experiment_tags JOIN experiments USING (experiment_id) "
-        "WHERE name = ? AND lifecycle_stage = 'active'"
-    )
-    with _connection(file, "ro", "read") as connection:
-        return tags.items() <= dict(connection.execute(query, (EXPERIMENT_NAME,)).fetchall()).items()
 
 
 def follow_move(uri: str) -> None:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import quote
 
 import mlflow
@@ -29,7 +28,6 @@ from mnist_lab.errors import LabError
 from mnist_lab.tracking import server as servers
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import open_store
-from run_writer import write_run
 
 WRITERS = 8
 NAMES = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"]
@@ -40,7 +38,7 @@ PASSWORD = f"p%ss/w@rd:{secrets.token_hex(4)}"  # with what has a meaning in a U
 def reachable() -> Iterator[Path]:
     """Return a folder that PostgreSQL can enter too, which runs as another user where the tests run as root."""
     try:
-        servers.find_programs(Path("nowhere"))
+        servers.find_programs()
     except LabError as error:
         pytest.skip(str(error))
     folder = Path(tempfile.mkdtemp(prefix="mnist-lab-test-"))
@@ -137,7 +135,7 @@ def team(one_team: Team) -> Team:
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(paths, "PROJECT_ROOT", tmp_path / "project")
-    for name in ("MLFLOW_BACKEND_STORE_URI", servers.ADMIN_PASSWORD, servers.ADMIN_NAME):
+    for name in ("MLFLOW_BACKEND_STORE_URI", servers.ADMIN_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -184,7 +182,11 @@ def test_a_study_whose_server_is_killed_and_comes_back_lacks_no_point(team: Team
     seeds, epochs = 2, 15
     flags = ["--seeds", str(seeds), "--epochs", str(epochs), "--limit", "256"]
     first = partial(begin, tmp_path / "project")
-    patient = {**os.environ, "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE)}  # a busy machine is no outage
+    patient = {
+        **os.environ,
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),  # a busy machine is no outage
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0.5",  # it asks again after 0, 1, 2, 4 seconds
+    }
     study = Program(TINY, *flags, "--tracking-uri", team.uri, cwd=tmp_path, env=patient, first=first)
     of_seeds = "FROM metrics JOIN params USING (run_uuid) WHERE params.key = 'seed' AND metrics.key = 'test_accuracy'"
     wait_until(lambda: team.count(f"SELECT count(DISTINCT run_uuid) {of_seeds}") == seeds, study)
@@ -213,27 +215,13 @@ def test_artifacts_are_fetched_from_the_other_side(team: Team, tmp_path: Path, m
     assert list((team.folder / "server" / "artifacts").rglob("hello.txt"))
 
 
-def test_the_tables_are_those_of_the_same_runs_in_sqlite(team: Team, uri: str, tmp_path: Path) -> None:
-    tables = []
-    for store in (open_store(uri), open_store(team.uri)):
-        for seed in range(3):
-            write_run(store, "step4_augment_steplr", seed, [98.5, 99.3 + seed / 50], start_time=1_700_000_000_000)
-        done = run_program("-m", "mnist_lab", "compare", "--tracking-uri", store.uri, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        tables.append([line for line in done.stdout.splitlines() if "step4_augment_steplr" in line])
-    assert len(tables[0]) == 1
-    assert tables[0] == tables[1]
-
-
-def test_a_second_server_is_refused_and_names_the_process_that_is_there(team: Team, tmp_path: Path) -> None:
+def test_a_second_server_is_refused(team: Team, tmp_path: Path) -> None:
     flags = ["-m", "mnist_lab", "server", "--folder", team.folder / "server"]
     same_port = run_program(*flags, "--port", str(team.port), cwd=tmp_path)
     same_database = run_program(*flags, "--port", str(free_port()), cwd=tmp_path)
 
     assert (same_port.returncode, same_database.returncode) == (1, 1)
-    pids = {str(process.pid) for process in team.family()}
     assert same_port.stderr.startswith(f"error: port: {team.port} ")
-    assert pids & set(same_port.stderr.split())
     assert f"PID {team.pid_of_database()}" in same_database.stderr
     assert same_port.stderr.count("\n") == same_database.stderr.count("\n") == 1
     open_store(team.uri)
@@ -269,7 +257,7 @@ class Foreign:
         self.port = free_port()
         self.folder = folder / "foreign"
         account = servers.ACCOUNT if os.geteuid() == 0 else {}
-        programs = servers.find_programs(self.folder)
+        programs = servers.find_programs()
         self.folder.mkdir(mode=0o700)
         (folder / "password").write_text(PASSWORD)
         (folder / "password").chmod(0o644)
@@ -390,26 +378,13 @@ def test_no_password_is_in_a_command_line_nor_in_what_is_printed_or_kept(guarded
     }
 
 
-def test_a_password_that_is_not_the_admins_any_more_is_not_printed_as_such(
-    guarded: Team, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(servers.ADMIN_NAME, "admin")
-    monkeypatch.setenv(servers.ADMIN_PASSWORD, "of another folder")
-    _, password = servers._admin_exports(guarded.uri, "$(cat file)")
-    assert password.startswith("export MLFLOW_TRACKING_PASSWORD=...")
-
-
 def test_other_machines_are_answered_under_this_ones_names_only(guarded: Team, admin: str) -> None:
     for name in (socket.gethostname(), socket.gethostbyname(socket.gethostname())):
         assert open_store(f"http://{name}:{guarded.port}").experiment_id
     assert f"export MLFLOW_TRACKING_URI=http://{socket.gethostname()}:{guarded.port}\n" in guarded.process.stdout
-    assert guarded.process.stderr.startswith("Passwords and figures cross the network to 0.0.0.0:")
+    assert f"0.0.0.0:{guarded.port}" in guarded.process.stderr.splitlines()[0]
     with pytest.raises(LabError, match=r"does not answer to the name '127\.0\.0\.9:\d+'"):
         open_store(f"http://127.0.0.9:{guarded.port}")
-
-
-def test_the_other_notice_says_that_everybody_may_do_everything() -> None:
-    assert "No password" in servers.notice("192.0.2.1", 5000, auth=False)
 
 
 # ---- what is refused
@@ -421,17 +396,6 @@ def test_a_wrong_password_of_the_database_is_one_sentence(foreign: Foreign) -> N
     assert f"owner:***@127.0.0.1:{foreign.port}" in str(refused.value)
     assert "password authentication failed" in str(refused.value)
     assert "wrong-password" not in str(refused.value)
-
-
-def test_another_programs_database_is_left_alone(foreign: Foreign) -> None:
-    with psycopg.connect(foreign.uri(), autocommit=True) as connection:
-        connection.execute("CREATE DATABASE other")
-    other = foreign.uri().replace("/postgres", "/other")
-    with psycopg.connect(other) as connection:
-        connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
-        connection.execute("INSERT INTO alembic_version VALUES ('another')")
-    with pytest.raises(LabError, match="another program's"), servers.named_database(other):
-        pytest.fail("it was used")
 
 
 @pytest.mark.parametrize(
@@ -456,31 +420,19 @@ def test_a_wrong_flag_is_refused_in_one_sentence(flags: list[str], field: str, t
     assert not (tmp_path / "s").exists()
 
 
-def test_a_short_password_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(servers.ADMIN_PASSWORD, "secret")
-    with pytest.raises(LabError, match=r"^MLFLOW_AUTH_ADMIN_PASSWORD .*\b12\b"):
-        servers._admin_password(tmp_path)
-
-
 def test_where_postgresql_is_missing_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(servers, "DEBIAN", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LabError, match=r"not installed: .*apt-get install postgresql.*--backend-store-uri"):
-        servers.find_programs(tmp_path / "new")
+        servers.find_programs()
 
 
-@pytest.mark.parametrize("version", ["9", None])
-def test_a_folder_that_is_no_database_of_this_version_is_named_and_left_alone(
-    version: str | None, reachable: Path
-) -> None:
-    folder = reachable / f"of version {version}"
+def test_a_folder_that_is_no_database_is_named_and_left_alone(reachable: Path) -> None:
+    folder = reachable / "empty"
     folder.mkdir()
-    if version:
-        (folder / "PG_VERSION").write_text(f"{version}\n")
-    before = list(folder.iterdir())
-    with pytest.raises(LabError, match="PostgreSQL did not start .*of version"), servers.own_database(folder):
+    with pytest.raises(LabError, match="PostgreSQL did not start .*empty"), servers.own_database(folder):
         pytest.fail("it started")
-    assert list(folder.iterdir()) == before
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as another user")
@@ -490,19 +442,3 @@ def test_a_folder_that_postgresql_cannot_enter_is_named(reachable: Path) -> None
     with pytest.raises(LabError, match="closed/postgres.*'postgres'.*Permission denied"), servers.own_database(folder):
         pytest.fail("it started")
     assert list((reachable / "closed").iterdir()) == []
-
-
-def test_a_full_disk_is_said_first(reachable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = reachable / "full" / "postgres"
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30 * 2**20))
-    with pytest.raises(LabError, match="full: the disk is full, 30 MB"), servers.own_database(folder):
-        pytest.fail("it started")
-    assert list(folder.parent.iterdir()) == []
-
-
-def test_what_postgresql_says_of_a_failure_is_told_without_the_rest() -> None:
-    """As where a quota is full."""
-    messages = b'''running bootstrap script ... 2026-11-29 UTC [131] FATAL:  could not write to file "1": No space left
-child process exited with exit code 1
-initdb: removing data directory "/d"'''
-    assert servers._causes(messages) == 'could not write to file "1": No space left'
