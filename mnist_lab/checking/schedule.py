@@ -160,7 +160,7 @@ def without_effect(experiment: Experiment, net: nn.Module, num_images: int) -> d
         built, *walked = _held(experiment, net, num_images)
         for name, value in experiment.hyperparameters().items():
             part, _ = experiment.where(name)
-            if part not in reasons or type(value) not in (int, float) or not walked:
+            if part not in reasons or not isinstance(value, int | float) or isinstance(value, bool) or not walked:
                 continue
             changed = value + 1 if isinstance(value, int) else value * 0.9 + 0.01 * (value == 0)
             with suppress(Exception):  # that value is not allowed, which is a difference
