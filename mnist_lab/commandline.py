@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +14,21 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from mnist_lab.errors import LabError
-from mnist_lab.numerals import whole_number
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number in the digits 0 to 9; raises ValueError."""
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def finite_number(text: str) -> float:
+    """Read a number in the digits 0 to 9, such as 0.05 or 5e-2; raises ValueError, also if it is too large."""
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) or math.isinf(float(text)):
+        raise ValueError(f"{text!r} is not a finite number")
+    return float(text)
+
 
 Flag = tuple[str, dict[str, Any]]  # of a command line: its name, and how argparse reads it
 

@@ -20,7 +20,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from mnist_lab.arguments import MAX_TEXT, held, stable_text
-from mnist_lab.numerals import finite_number, whole_number
+from mnist_lab.commandline import finite_number, whole_number
 
 
 class Schedule:
