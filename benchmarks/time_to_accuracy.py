@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from measure import ROOT, STEP, Report, Sample, Setting, interleave, load_experiment, make_parser, parse, silenced
 
 from mnist_lab.data import load_mnist
-from mnist_lab.results.evidence import PUBLISHED
-from mnist_lab.results.records import read_rows, rows_of
+from mnist_lab.results.publish import PUBLISHED, read_rows, rows_of
 from training import Task, first, lab, quiet
 
 STEPS = ("five_epochs", "three_epochs", "quick")

@@ -136,7 +136,7 @@ def compare(arguments: argparse.Namespace) -> None:
 @job(READING, TRACKING_URI, folder("reports/results", "where to"))
 def export(arguments: argparse.Namespace) -> None:
     """Write the tracked runs' figures to reports/results."""
-    from mnist_lab.results.evidence import export_runs
+    from mnist_lab.results.publish import export_runs
 
     for file in export_runs(arguments.folder, tracking_uri=arguments.tracking_uri):
         print(f"Written: {file}")
@@ -174,7 +174,7 @@ def restore(arguments: argparse.Namespace) -> None:
 )
 def publish(arguments: argparse.Namespace) -> None:
     """Put the tracked runs' figures into docs/results and README."""
-    from mnist_lab.results.evidence import prepare_publication
+    from mnist_lab.results.publish import prepare_publication
 
     publication = prepare_publication(arguments.folder, arguments.readme, tracking_uri=arguments.tracking_uri)
     print("\n".join(publication.changes) or "The published rows are those of the store already.")

@@ -8,18 +8,18 @@ from collections import Counter, defaultdict
 import pytest
 
 from helpers import ROOT
-from mnist_lab.results import records
+from mnist_lab.results import publish as files
 from mnist_lab.verdicts.comparison import p_text
 from mnist_lab.verdicts.statistics import judge_mean
 
 RESULTS = ROOT / "docs" / "results"
-RECORDS = records.read_records(RESULTS)
+RECORDS = files.read_records(RESULTS)
 PAGE = (ROOT / "docs" / "frontier.md").read_text()
 STEPS = sorted({row["step"] for row in RECORDS.runs})
 
 
 def figures(step: str, column: str = "last") -> list[float]:
-    return [float(row[column]) for row in records.rows_of(step, RECORDS.runs)]
+    return [float(row[column]) for row in files.rows_of(step, RECORDS.runs)]
 
 
 def check_mean_and_sd(step: str, text: str) -> None:
@@ -65,7 +65,7 @@ def test_a_result_is_that_of_the_committed_runs(step: str) -> None:
     for least, most in re.findall(r"(?:from|between) (\d+\.\d+) (?:to|and) (\d+\.\d+)", result):
         assert (float(least), float(most)) == (min(figures(step)), max(figures(step)))
     for raw in re.findall(r"[Ww]ithout (?:averaging|it) the same ten networks end at (\d+\.\d+)", told):
-        (final,) = {row["epochs"] for row in records.rows_of(step, RECORDS.runs)}
+        (final,) = {row["epochs"] for row in files.rows_of(step, RECORDS.runs)}
         last = [row for row in RECORDS.epochs if row["step"] == step and row["epoch"] == final]
         assert float(raw) == pytest.approx(statistics.mean(float(row["raw_test_accuracy"]) for row in last), abs=0.0051)
     check_shown(step, told)

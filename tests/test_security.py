@@ -13,7 +13,7 @@ from helpers import ROOT
 from mnist_lab import __main__ as jobs
 from mnist_lab import results
 from mnist_lab.errors import LabError
-from mnist_lab.results import evidence
+from mnist_lab.results import publish as files
 from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.tracking.store import open_store
@@ -147,7 +147,7 @@ def test_a_step_that_is_no_file_name_is_not_exported(step: str, uri: str, tmp_pa
     (tmp_path / "README.md").write_text(PAGE)
 
     with pytest.raises(LabError, match="^step: .* can't name a file of figures"):
-        evidence.export_runs(tmp_path / "results", tracking_uri=uri)
+        files.export_runs(tmp_path / "results", tracking_uri=uri)
 
     assert not (tmp_path / "results").exists()
     assert (tmp_path / "README.md").read_text() == PAGE
@@ -161,7 +161,7 @@ def test_what_a_store_says_of_a_run_is_text_in_the_tables(uri: str, tmp_path: Pa
     for page in (tmp_path / "README.md", folder / "README.md"):
         page.write_text(f"{PAGE}<!-- runs -->\n<!-- /runs -->\n")
 
-    evidence.prepare_publication(folder, tmp_path / "README.md", tracking_uri=uri).write()
+    files.prepare_publication(folder, tmp_path / "README.md", tracking_uri=uri).write()
 
     page = (folder / "README.md").read_text()
     assert "&lt;img src=x onerror=hardware&gt; \\| b" in page

@@ -9,8 +9,7 @@ from mnist_lab.results.compare import (
     median_run,
     newest_runs,
 )
-from mnist_lab.results.predictions import keeps_predictions, predictions
-from mnist_lab.results.runs import epoch_history, load_runs, run_table
+from mnist_lab.results.runs import epoch_history, keeps_predictions, load_runs, predictions, run_table
 
 __all__ = [
     "compare",

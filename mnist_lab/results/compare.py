@@ -10,8 +10,7 @@ import pandas as pd
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
-from mnist_lab.results.predictions import predictions
-from mnist_lab.results.runs import TARGETS, LoadedRuns, full_names, load_runs, run_table
+from mnist_lab.results.runs import TARGETS, LoadedRuns, full_names, load_runs, predictions, run_table
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import (
     PAIRS,

@@ -29,9 +29,8 @@ from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.paths import PROJECT_ROOT, script_named
 from mnist_lab.results.compare import summarise
-from mnist_lab.results.evidence import PUBLISHED, TEMPLATES
-from mnist_lab.results.predictions import predictions_of
-from mnist_lab.results.runs import LoadedRuns, full_names
+from mnist_lab.results.publish import PUBLISHED, TEMPLATES
+from mnist_lab.results.runs import LoadedRuns, full_names, predictions_of
 from mnist_lab.story import Story, read_story
 from mnist_lab.tracking.disk import replace_files
 from mnist_lab.verdicts.comparison import step_order

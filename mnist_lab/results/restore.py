@@ -26,8 +26,7 @@ from mlflow.utils.mlflow_tags import (
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import LOCKS, PROJECT_ROOT, own_folder
-from mnist_lab.results.predictions import MISTAKES
-from mnist_lab.results.records import (
+from mnist_lab.results.publish import (
     DATE,
     EPOCH_FIGURES,
     IMAGES,
@@ -39,7 +38,7 @@ from mnist_lab.results.records import (
     read_records,
     to_csv,
 )
-from mnist_lab.results.runs import TARGETS, load_runs
+from mnist_lab.results.runs import MISTAKES, TARGETS, load_runs
 from mnist_lab.running.record import DESCRIPTION, describe, verdict_tags
 from mnist_lab.running.study import judge_runs, log_curves, log_verdict
 from mnist_lab.tracking.connection import short_timeouts

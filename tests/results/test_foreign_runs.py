@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from helpers import copy_store
 from mnist_lab import __main__, figures, results
 from mnist_lab.errors import LabError
-from mnist_lab.results import evidence
+from mnist_lab.results import publish as files
 from mnist_lab.results import runs as tracked
 from mnist_lab.results.report import write_report
 from mnist_lab.tracking.store import Store, open_store
@@ -217,7 +217,7 @@ def test_an_export_takes_what_can_name_a_file(store: Store, tmp_path: Path, capl
     for page in (readme, folder / "README.md"):
         page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("results", "effects", "runs")))
 
-    evidence.prepare_publication(folder, readme, tracking_uri=store.uri).write()
+    files.prepare_publication(folder, readme, tracking_uri=store.uri).write()
 
     assert {"step1.csv", "few.csv", "lost.csv", "é.csv"} <= {file.name for file in folder.iterdir()}
     assert "| `step1` | 2 |" in readme.read_text()
@@ -336,7 +336,7 @@ def test_a_deleted_experiment_is_said_to_be_so(store: Store, tmp_path: Path) -> 
         lambda: results.compare_table(tracking_uri=store.uri),
         lambda: results.compare("a", "b", tracking_uri=store.uri),
         lambda: write_report(tmp_path, tracking_uri=store.uri, scripts=tmp_path),
-        lambda: evidence.export_runs(tmp_path, tracking_uri=store.uri),
+        lambda: files.export_runs(tmp_path, tracking_uri=store.uri),
         lambda: open_store(store.uri),  # as writers say
     ):
         with pytest.raises(LabError, match=sentence):

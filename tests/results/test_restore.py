@@ -23,7 +23,7 @@ from mnist_lab import results
 from mnist_lab.__main__ import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.results import evidence, records
+from mnist_lab.results import publish as files
 from mnist_lab.results.report import write_report
 from mnist_lab.results.restore import Restored, restore
 from mnist_lab.tracking.run import TrackedRun
@@ -33,7 +33,7 @@ from report_store import predict
 from run_writer import STEP4, TARGETS, write_run
 
 RESULTS = ROOT / "docs" / "results"
-COMMITTED = records.read_records(RESULTS)
+COMMITTED = files.read_records(RESULTS)
 CODE = {"step1_plain": "0123456789abcdef", "step2_better": "fedcba9876543210"}
 PARENT = "mlflow.parentRunId"
 quietly = partial(restore, commit="c0ffee0123", progress=lambda _: None)
@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def publish(folder: Path, uri: str) -> list[str]:
-    publication = evidence.prepare_publication(folder, folder.parent / "README.md", tracking_uri=uri)
+    publication = files.prepare_publication(folder, folder.parent / "README.md", tracking_uri=uri)
     publication.write()
     return publication.changes
 
@@ -92,7 +92,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, mnist: Mn
     place = tmp_path_factory.mktemp("sound")
     uri = f"sqlite:///{copy_store(empty_store, place / 'store' / 'mlflow.db')}"
     write_published(open_store(uri), mnist, place)
-    return evidence.export_runs(place / "results", tracking_uri=uri)[0].parent
+    return files.export_runs(place / "results", tracking_uri=uri)[0].parent
 
 
 def csvs(folder: Path) -> dict[str, str]:
@@ -140,7 +140,7 @@ def test_a_restored_run_is_what_was_published(published: Store, folder: Path, ot
             assert back.metrics[metric] == [(step, pytest.approx(value, rel=1e-3)) for step, value in points], metric
         assert (back.tags["restored"], back.tags["verdict_params"]) == ("c0ffee0123", "met")
 
-    evidence.export_runs(tmp_path / "again", tracking_uri=other)
+    files.export_runs(tmp_path / "again", tracking_uri=other)
     assert csvs(tmp_path / "again") == csvs(folder)
 
 
@@ -200,7 +200,7 @@ def test_the_committed_runs_of_all_steps_are_restored(uri: str, database: Path, 
     assert done.studies == sum(len(rows) > 1 for rows in seeds.values())
     table = results.compare_table(tracking_uri=uri).set_index("step")
     assert table["seeds"].to_dict() == {step: len(rows) for step, rows in seeds.items()}
-    evidence.export_runs(tmp_path / "again", tracking_uri=uri)
+    files.export_runs(tmp_path / "again", tracking_uri=uri)
     assert csvs(tmp_path / "again") == csvs(RESULTS)
     page, _ = write_report(tmp_path / "reports", tracking_uri=uri)
     assert page.stat().st_size < 2_000_000

@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT, largest_file
 from mnist_lab.__main__ import main
 from mnist_lab.errors import LabError
-from mnist_lab.results import evidence, records
+from mnist_lab.results import publish as files
 from mnist_lab.running.identity import code_sha256, find_sources
 from mnist_lab.tracking.store import Store, open_store
 from pages import PAGE, T0
@@ -38,25 +38,25 @@ def test_the_committed_runs_are_those_of_the_script_as_it_is(script: Path) -> No
 @pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"], ids=["README", "docs/results"])
 def test_the_committed_tables_are_made_of_the_committed_csvs(page: Path) -> None:
     text = page.read_text()
-    assert evidence.with_tables(text, evidence.tables(records.read_rows(RESULTS))) == text, "make publish"
+    assert files.with_tables(text, files.tables(files.read_rows(RESULTS))) == text, "make publish"
 
 
 def test_the_committed_picture_is_drawn_from_the_committed_csvs() -> None:
-    made = evidence.picture(records.read_rows(RESULTS))
+    made = files.picture(files.read_rows(RESULTS))
     (points,) = re.findall(r"<dc:description>(.*?)</dc:description>", made, flags=re.DOTALL)
     assert "step4_augment_steplr: 7,852 parameters, 99.41 %" in points
     assert f"<dc:description>{points}</dc:description>" in (RESULTS / "accuracy.svg").read_text(), "make publish"
 
 
 def test_the_committed_effects_are_those_of_the_committed_seeds() -> None:
-    made = evidence.effect_rows(evidence.compare_rows(records.read_rows(RESULTS)))
+    made = files.effect_rows(files.compare_rows(files.read_rows(RESULTS)))
     assert rows_of(RESULTS / "effects.csv") == made
 
 
 def test_the_committed_epochs_end_at_the_committed_figures() -> None:
     epochs = rows_of(RESULTS / "epochs.csv")
     assert epochs
-    for run in records.read_rows(RESULTS):
+    for run in files.read_rows(RESULTS):
         mine = [row for row in epochs if (row["step"], row["seed"]) == (run["step"], run["seed"])]
         if mine:  # the first runs' epochs were not kept
             accuracies = [row["test_accuracy"] for row in mine]
@@ -66,18 +66,18 @@ def test_the_committed_epochs_end_at_the_committed_figures() -> None:
 
 
 def test_every_committed_csv_is_of_a_script() -> None:
-    assert {row["step"] for row in records.read_rows(RESULTS)} <= {
+    assert {row["step"] for row in files.read_rows(RESULTS)} <= {
         file.stem for file in (ROOT / "experiments").glob("*.py")
     }
 
 
 def test_the_committed_files_say_of_every_run_how_it_was_made() -> None:
-    committed = records.read_records(RESULTS)
-    runs = {records.run_of(row): row for row in committed.runs}
-    digests = {records.run_of(row): row["value"] for row in committed.settings if row["name"] == "code_sha256"}
+    committed = files.read_records(RESULTS)
+    runs = {files.run_of(row): row for row in committed.runs}
+    digests = {files.run_of(row): row["value"] for row in committed.settings if row["name"] == "code_sha256"}
     assert {run: digest[:12] for run, digest in digests.items()} == {r: row["code_sha256"] for r, row in runs.items()}
-    assert {records.run_of(row) for row in (*committed.settings, *committed.epochs, *committed.mistakes)} == {*runs}
-    wrong = Counter(map(records.run_of, committed.mistakes))  # of the runs up to 25 November they were not kept
+    assert {files.run_of(row) for row in (*committed.settings, *committed.epochs, *committed.mistakes)} == {*runs}
+    wrong = Counter(map(files.run_of, committed.mistakes))  # of the runs up to 25 November they were not kept
     assert {run: 10_000 - round(100 * float(runs[run]["last"])) for run in wrong} == wrong
 
 
@@ -85,7 +85,7 @@ def test_the_committed_files_say_of_every_run_how_it_was_made() -> None:
 
 
 def publish(folder: Path, readme: Path, uri: str) -> list[Path]:
-    return evidence.prepare_publication(folder, readme, tracking_uri=uri).write()
+    return files.prepare_publication(folder, readme, tracking_uri=uri).write()
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -116,7 +116,7 @@ def store(uri: str) -> Store:
 def test_a_publication_has_a_row_per_seed(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
     written = publish(folder, readme, store.uri)
-    names = ["README.md", "accuracy.svg", *(f"{name}.csv" for name in (*records.OTHER_FILES, *STEPS))]
+    names = ["README.md", "accuracy.svg", *(f"{name}.csv" for name in (*files.OTHER_FILES, *STEPS))]
     assert sorted(written) == sorted([readme, *(folder / name for name in names)])
     rows = rows_of(folder / "step1_baseline.csv")
     assert [row["seed"] for row in rows] == ["0", "1", "2"]
@@ -242,12 +242,12 @@ def test_a_full_disk_leaves_every_file_as_it_was(store: Store, pages: tuple[Path
 
 def test_each_row_that_changes_is_said(store: Store, pages: tuple[Path, Path]) -> None:
     folder, readme = pages
-    first = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    first = files.prepare_publication(folder, readme, tracking_uri=store.uri)
     assert first.changes[:2] == [f"step1_baseline seed {seed}: added, 99.{seed}0 on a CPU" for seed in (0, 1)]
     assert (len(first.changes), first.refusals) == (7, [])
     assert not (folder / "step1_baseline.csv").exists()
     first.write()
-    again = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    again = files.prepare_publication(folder, readme, tracking_uri=store.uri)
     assert (again.changes, again.refusals) == ([], [])
 
 
@@ -256,11 +256,11 @@ def test_a_published_seed_is_not_replaced_unasked(store: Store, pages: tuple[Pat
     publish(folder, readme, store.uri)
     file = folder / "step10_new.csv"
     file.write_text(file.read_text().replace("0,99.50", "0,99.61"))
-    found = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    found = files.prepare_publication(folder, readme, tracking_uri=store.uri)
     assert found.changes == ["step10_new seed 0: replaced, last 99.61 -> 99.50"]
     assert found.refusals == ["1 published row would be replaced or removed"]
     file.write_text(file.read_text() + file.read_text().splitlines()[1].replace("0,", "1,", 1).replace("0123", "4567"))
-    found = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    found = files.prepare_publication(folder, readme, tracking_uri=store.uri)
     assert found.changes[1] == "step10_new seed 1: removed, 99.61; the store's runs of the step are of other code"
 
 
@@ -268,14 +268,14 @@ def test_hardware_is_not_mixed_unasked(store: Store, pages: tuple[Path, Path]) -
     folder, readme = pages
     publish(folder, readme, store.uri)
     write_run(store, "step10_new", 1, [99.0], start_time=T0 + 9, tags=TARGETS | {"code_sha256": "0123456789abcdef"})
-    assert evidence.prepare_publication(folder, readme, tracking_uri=store.uri).refusals == []
+    assert files.prepare_publication(folder, readme, tracking_uri=store.uri).refusals == []
     tags = TARGETS | {"hardware": "a GPU"}
     write_run(store, "other", 0, [99.0], start_time=T0, tags=tags)
-    found = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    found = files.prepare_publication(folder, readme, tracking_uri=store.uri)
     assert found.refusals == ["the tables would mix hardware: 'a CPU' and 'a GPU'"]
     found.write()
     write_run(store, "step10_new", 2, [99.0], start_time=T0 + 10, tags=tags | {"code_sha256": "0123456789abcdef"})
-    found = evidence.prepare_publication(folder, readme, tracking_uri=store.uri)
+    found = files.prepare_publication(folder, readme, tracking_uri=store.uri)
     assert found.refusals == ["the seeds of step10_new would mix hardware: 'a CPU' and 'a GPU'"]
 
 
@@ -305,15 +305,15 @@ def test_publish_says_what_it_would_do_and_waits_for_replace(
 
 def test_an_export_is_of_the_store_alone(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "new" / "results"
-    names = ["README.md", *(f"{name}.csv" for name in (*records.OTHER_FILES, *STEPS))]
-    assert evidence.export_runs(folder, tracking_uri=store.uri) == sorted(folder / name for name in names)
+    names = ["README.md", *(f"{name}.csv" for name in (*files.OTHER_FILES, *STEPS))]
+    assert files.export_runs(folder, tracking_uri=store.uri) == sorted(folder / name for name in names)
     page = (folder / "README.md").read_text()
     assert "| `step1_baseline` | 3 | **99.00** ± 0.100 | too few seeds |" in page
     assert "`step1_baseline` → `step2_dropout`" in page
     assert "--seed N` | 0-2 | abc |" in page
     (folder / "README.md").write_text(page + "My notes.\n")
     (folder / "earlier.csv").write_text((folder / "step10_new.csv").read_text())
-    evidence.export_runs(folder, tracking_uri=store.uri)
+    files.export_runs(folder, tracking_uri=store.uri)
     assert (folder / "README.md").read_text() == page + "My notes.\n"
     not_known, left = caplog.messages[-2:]
     assert not_known.startswith("not known: which test images 7 runs got wrong, the first is ")
@@ -322,4 +322,4 @@ def test_an_export_is_of_the_store_alone(store: Store, tmp_path: Path, caplog: p
 
 def test_an_export_leaves_the_published_figures_alone(store: Store) -> None:
     with pytest.raises(LabError, match="holds the published figures; `make publish` adds to them"):
-        evidence.export_runs(RESULTS, tracking_uri=store.uri)
+        files.export_runs(RESULTS, tracking_uri=store.uri)
