@@ -67,7 +67,7 @@ class _TrainingDisplay(_Display):
     """Has a line for each epoch."""
 
     def __init__(self, job: Job) -> None:
-        from mnist_lab.checking.average import FirstWeights
+        from mnist_lab.checking.schedule import FirstWeights
 
         self.job, self.epochs = job, job.experiment.epochs
         self.first_weights = FirstWeights(job.experiment)

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tiny
 from helpers import TINY
-from mnist_lab.checking.average import FirstWeights
+from mnist_lab.checking.schedule import FirstWeights
 from mnist_lab.console import Console, StudyConsole, how_sure, print_result, print_run_id
 from mnist_lab.experiment import Targets
 from mnist_lab.running.job import Job

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,33 +65,14 @@ def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
     Raises:
         ValueError: if there are such tensors.
     """
-    if shapes := _unregistered(net, output, images):
-        raise ValueError(
-            f"uses weights that it does not register, of shape {listed(shapes)}: they would be neither trained nor "
-            "counted; keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter"
-        )
-
-
-def notice_own_weights(minimised: str, net: nn.Module, loss: Tensor, images: Tensor) -> Iterator[str]:
-    """Yield a notice if the loss depends on weights that are not the network's, as a learned temperature is.
-
-    minimised: "loss" or "objective".
-    """
-    if shapes := _unregistered(net, loss, images):
-        yield (
-            f"{minimised}: has weights of its own, of shape {listed(shapes)}, which are not trained: the optimizer "
-            "is given the network's only; make them parameters of the network"
-        )
-
-
-def _unregistered(net: nn.Module, output: Tensor, images: Tensor) -> list[str]:
-    """Return the shapes of what an output depends on and wants a gradient, without parameters and changed images."""
     registered = {id(parameter) for parameter in net.parameters()}
-    return [
-        f"({', '.join(map(str, leaf.shape))})"
-        for leaf in _leaves(output)
-        if id(leaf) not in registered and leaf.shape != images.shape
-    ]
+    leaves = [leaf for leaf in _leaves(output) if id(leaf) not in registered and leaf.shape != images.shape]
+    if leaves:
+        raise ValueError(
+            f"uses weights that it does not register, of shape {listed([str(tuple(leaf.shape)) for leaf in leaves])}: "
+            "they would be neither trained nor counted; keep layers in nn.ModuleList or nn.ModuleDict, and tensors in "
+            "nn.Parameter"
+        )
 
 
 def _leaves(output: Tensor) -> Iterator[Tensor]:
@@ -123,55 +103,26 @@ def notice_optimized(net: nn.Module, optimizer: Optimizer) -> Iterator[str]:
         yield f"optimizer: it is not given {listed(missing)}, which are not trained, though they count as parameters"
 
 
-def notice_outputs(
-    logits: Tensor, minimised: str, of_shifted: Callable[[float], float], is_cross_entropy: bool
-) -> Iterator[str]:
+def notice_outputs(logits: Tensor, takes_log_probabilities: bool) -> Iterator[str]:
     """Yield a notice if a network ends with softmax or sigmoid, or not with the log-probabilities that its loss takes.
 
     logits: what it gives for some images, (N, 10).
-    minimised: "loss" or "objective".
-    of_shifted: returns what is minimised if a number is added to all logits of a batch. It tells losses apart, however
-        they are declared: those that take logits don't change, those that take log-probabilities fall in proportion.
-    is_cross_entropy: whether it is the lab's own loss.
     """
-    ends_with = _ending(logits)
-    if is_cross_entropy and not ends_with:
-        return
-    takes = "logits" if is_cross_entropy else _takes(of_shifted)
-    if ends_with and takes == "logits":
-        yield f"net: seems to end with {ends_with}, and the {minimised} takes logits, so it trains badly; leave it out"
-    elif ends_with:
+    if bool(((logits > 0) & (logits < 1)).all()):
+        ending = "softmax" if _sums_to_one(logits) else "sigmoid"
         yield (
-            f"net: seems to end with {ends_with}, and the reported losses are the cross-entropy of its output taken as "
-            "logits; accuracies are not concerned"
+            f"net: seems to end with {ending}: a loss that takes logits, such as cross_entropy, trains badly on that, "
+            f"and the reported losses take it for logits, too; leave {ending} out unless your loss takes probabilities"
         )
-    elif takes == "log-probabilities" and not _sums_to_one(logits.exp()):
+    elif takes_log_probabilities and not _sums_to_one(logits.exp()):
         yield (
-            f"{minimised}: takes log-probabilities, and the network gives others: their exponentials do not sum to 1 "
-            "for each image; use cross_entropy, or end the network with log_softmax(dim=1)"
+            "loss: takes log-probabilities, and the network gives others: their exponentials do not sum to 1 for each "
+            "image; use cross_entropy, or end the network with log_softmax(dim=1)"
         )
-
-
-def _ending(logits: Tensor) -> str:
-    if not bool(((logits > 0) & (logits < 1)).all()):
-        return ""
-    return "softmax" if _sums_to_one(logits) else "sigmoid"
 
 
 def _sums_to_one(numbers: Tensor) -> bool:
     return torch.allclose(numbers.sum(dim=1), torch.ones_like(numbers[:, 0]), atol=1e-3)
-
-
-def _takes(of_shifted: Callable[[float], float]) -> str:
-    """Return what a loss takes: "logits", "log-probabilities", or nothing where that does not show."""
-    try:
-        at_rest, by_one, by_two = map(of_shifted, (0.0, 1.0, 2.0))
-    except Exception:  # some take numbers between 0 and 1 only
-        return ""
-    if math.isclose(by_one, at_rest, rel_tol=1e-4, abs_tol=1e-4):
-        return "logits"
-    falls = by_one < at_rest and math.isclose(by_two - at_rest, 2 * (by_one - at_rest), rel_tol=1e-3)
-    return "log-probabilities" if falls else ""
 
 
 def failing_layer(error: BaseException, net: nn.Module) -> str:
@@ -192,3 +143,9 @@ def listed(names: Sequence[str]) -> str:
     """Return the first of these names for a sentence, and how many more there are."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
+
+
+def kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from mnist_lab.checking.average import notice_slow_average
-from mnist_lab.checking.draws import check_draws
+from mnist_lab.arguments import stable_text
+from mnist_lab.checking.augmentation import check_augmentation
 from mnist_lab.checking.network import (
     Sharing,
     check_registered,
     failing_layer,
+    kind,
     listed,
     notice_optimized,
     notice_outputs,
-    notice_own_weights,
     notice_same_start,
 )
-from mnist_lab.checking.remembered import Remembered
-from mnist_lab.checking.schedule import check_schedule, without_effect
+from mnist_lab.checking.schedule import check_schedule, notice_slow_average, without_effect
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, is_script, script_line, text_of
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.tracking import fluent
 from mnist_lab.training import loop as training
-from mnist_lab.training.generators import kept_generators, seed_generators
+from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import (
     EVALUATION_BATCH_SIZE,
     EpochMetrics,
@@ -47,7 +44,6 @@ from mnist_lab.training.loop import (
     evaluation_part,
     initial_network,
     loss_and_logits,
-    minimises_cross_entropy,
     normalize,
     num_params,
     predict,
@@ -55,21 +51,14 @@ from mnist_lab.training.loop import (
     train_step,
     training_batch,
 )
-from mnist_lab.training.states import load_parts_state, own_parts, parts_state
-from mnist_lab.training.transforms import Augmentation, is_mixing, is_torchvision
+from mnist_lab.training.states import PARTS, load_parts_state, objects_in, own_parts, parts_state
+from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts.targets import out_of_reach
 
 logger = logging.getLogger(__name__)
 
 SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
-DRAWS_SEED = 2**31  # of what is drawn twice alike; not a network's, so that one built meanwhile is another
-OUTSIDE = 0.01  # by which an augmented pixel may lie outside [0, 1]: an interpolation may overshoot
 FEW = 100  # images, where any will do
-# Transforms of torchvision that code for other programs has, and what to do here.
-DONE_BY_THE_LAB = {
-    "Normalize": "is the lab's own business: declare normalize=(mean, deviation) in its place",
-    **dict.fromkeys(("ToTensor", "PILToTensor"), "is for other images: leave it out, they are tensors in [0, 1] here"),
-}
 TRAINING = Path(training.__file__)
 
 
@@ -185,13 +174,12 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
 
 def _rehearse(declared: Experiment, mnist: Mnist, memory_format: torch.memory_format) -> Rehearsal:
     trial = Trial(own_parts(declared), mnist, memory_format)
-    remembered = Remembered(declared, trial.experiment)
     notices: list[str] = []
     with fluent.silenced() as called:
         for blamed, check in CHECKS:
             with blame(trial.minimised if blamed == "loss" else blamed, trial):
                 notices += check(trial)
-    notices += [*remembered.notices(), *fluent.notices(called)]
+    notices += [*_notice_memory(declared, trial.experiment), *fluent.notices(called)]
     return Rehearsal(trial.memory_format, trial.untrained, trial.no_effect, notices)
 
 
@@ -219,26 +207,12 @@ def _check_optimizer(trial: Trial) -> Iterator[str]:
     trial.takes = step_takes(trial.experiment, trial.net)
 
 
-def _check_augmentation(trial: Trial) -> Iterator[str]:
-    declared = trial.experiment.augmentation
-    for name in (type(transform).__name__ for _, transform in trial.augment.parts if is_torchvision(transform)):
-        if name in DONE_BY_THE_LAB:
-            raise ValueError(f"{name} {DONE_BY_THE_LAB[name]}")
-    start, state = time.perf_counter(), deepcopy(parts_state(trial.experiment))
-    seed_generators(DRAWS_SEED)
-    try:
-        trial.images, trial.labels = trial.batch(trial.batch_size)
-        _check_batch(trial.images, trial.labels, trial.batch_size)
-    except Exception as error:
-        message = f"{text_of(error)}{_image_by_image(trial)}"
-        raise ValueError(message).with_traceback(error.__traceback__) from error
-    if declared is not None:
-        yield from _notice_transforms(trial, time.perf_counter() - start)
-        load_parts_state(trial.experiment, state, trial.images.device)
-        yield from _notice_images(trial)
+def _check_augmentation(trial: Trial) -> list[str]:
+    trial.images, trial.labels, notices = check_augmentation(trial.experiment, trial.mnist, trial.batch_size)
+    return notices
 
 
-def _check_gradients(trial: Trial) -> Iterator[str]:
+def _check_gradients(trial: Trial) -> list[str]:
     """Try the forward and the backward pass of a batch, and look through the graph between them."""
     net, images = trial.net.train(), normalize(trial.images, trial.experiment.normalize)
     if trial.experiment.objective is None:  # what it makes of the network's output is its own business
@@ -253,7 +227,7 @@ def _check_gradients(trial: Trial) -> Iterator[str]:
         raise ValueError("has no gradient in the network's parameters, so it can't train them")
     with blame("net", trial):
         check_registered(net, logits if logits.requires_grad else loss, images)
-    yield from notice_own_weights(trial.minimised, net, loss, images)
+    return []
 
 
 def _check_evaluation(trial: Trial) -> Iterator[str]:
@@ -271,8 +245,9 @@ def _check_evaluation(trial: Trial) -> Iterator[str]:
             f"net: gives an image other logits beside other images, so its accuracy depends on the batches of "
             f"{EVALUATION_BATCH_SIZE} that it is evaluated in; see for dim=0 where dim=1 is meant"
         )
-    is_cross_entropy = minimises_cross_entropy(trial.experiment)
-    yield from notice_outputs(logits, trial.minimised, partial(_minimised, trial), is_cross_entropy)
+    loss = trial.experiment.loss
+    function = loss.func if isinstance(loss, partial) else loss
+    yield from notice_outputs(logits, function is F.nll_loss or isinstance(function, nn.NLLLoss))
 
 
 def _check_average(trial: Trial) -> Iterator[str]:
@@ -344,71 +319,9 @@ CHECKS: tuple[tuple[str, Check], ...] = (  # "loss" stands for the objective whe
 # ---- what the checks are made of
 
 
-def _check_batch(images: object, labels: object, size: int) -> None:
-    if not isinstance(images, Tensor) or images.shape != (size, 1, 28, 28) or images.dtype != torch.float32:
-        raise ValueError(f"gives {_kind(images)}, not torch.float32 images of shape ({size}, 1, 28, 28)")
-    if not images.isfinite().all():
-        raise ValueError("gives pixels that are not finite")
-    are_digits = isinstance(labels, Tensor) and labels.shape == (size,) and labels.dtype == torch.int64
-    are_shares = isinstance(labels, Tensor) and labels.shape == (size, 10) and labels.is_floating_point()
-    if not are_digits and not are_shares:
-        raise ValueError(
-            f"gives {_kind(labels)} for the labels, not torch.int64 digits of shape ({size},) or probabilities of "
-            f"shape ({size}, 10)"
-        )
-
-
-def _image_by_image(trial: Trial) -> str:
-    """Return what to do about an augmentation that works with a single image."""
-    for transform in (transform for given, transform in trial.augment.parts if given == "batch"):
-        with suppress(Exception):
-            if transform(trial.mnist.train_images[0].float() / 255).shape == (1, 28, 28):
-                return (
-                    f"; it is given a batch ({trial.batch_size}, 1, 28, 28); image by image: "
-                    "partial(image_by_image, transform=...) from mnist_lab.augmentation"
-                )
-    return ""
-
-
-def _notice_transforms(trial: Trial, seconds: float) -> Iterator[str]:
-    """Refuse what draws once for a whole batch, and say which can't be tried; seconds: that one batch took."""
-    images = trial.mnist.train_images
-    for given, transform in trial.augment.parts:
-        name = type(transform).__name__
-        if given == "batch":
-            check_draws(transform, images[0].float() / 255)
-        elif given == "labels" and is_mixing(transform):
-            own = "; mnist_lab.objectives.mixup draws one for each image" if name == "MixUp" else ""
-            yield f"augmentation: torchvision's {name} draws once for all images of a batch{own}"
-        elif given == "labels":
-            yield (
-                "augmentation: takes the labels, so it may mix images, and it can't be tried out whether it draws for "
-                "each image; see that it does"
-            )
-    if any(given == "image" for given, _ in trial.augment.parts):
-        yield (
-            f"augmentation: torchvision's transforms draw once per call, so they are applied image by image, some "
-            f"{math.ceil(seconds * len(images) / trial.batch_size)} s of an epoch; those of mnist_lab.augmentation "
-            "take a batch at once"
-        )
-
-
-def _notice_images(trial: Trial) -> Iterator[str]:
-    seed_generators(DRAWS_SEED)
-    again, _ = trial.batch(trial.batch_size)
-    if not torch.allclose(trial.images, again, atol=1e-5):
-        yield (
-            "the run's seed does not decide what augmentation draws: it has a generator or numbers of its own, "
-            "which a resumed run does not go on with either; draw from torch, random or np.random themselves"
-        )
-    low, high = trial.images.min().item(), trial.images.max().item()
-    if low < -OUTSIDE or high > 1 + OUTSIDE:
-        yield f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
-
-
 def _check_logits(logits: object, size: int) -> None:
     if not isinstance(logits, Tensor):
-        raise TypeError(f"gives {_kind(logits)}, not a tensor of logits")
+        raise TypeError(f"gives {kind(logits)}, not a tensor of logits")
     if logits.dtype not in (torch.float32, torch.float64, torch.float16):
         raise TypeError(f"gives {logits.dtype} logits; give torch.float32, e.g. by .float() on the output")
     if logits.shape != (size, 10):
@@ -422,22 +335,16 @@ def _check_logits(logits: object, size: int) -> None:
 def _checked_loss(returned: object, size: int) -> tuple[Tensor, Tensor]:
     """Return loss and logits if these are what was returned."""
     if not isinstance(returned, tuple) or len(returned) != 2:
-        raise TypeError(f"gives {_kind(returned)}, not a loss and the batch's logits: return loss, logits")
+        raise TypeError(f"gives {kind(returned)}, not a loss and the batch's logits: return loss, logits")
     loss, logits = returned
     if not isinstance(loss, Tensor) or loss.shape != ():
-        raise ValueError(f"gives {_kind(loss)} for the loss, not a single number")
+        raise ValueError(f"gives {kind(loss)} for the loss, not a single number")
     _check_logits(logits, size)
     if not loss.isfinite():
         raise ValueError(f"is {loss.item()} on the first batch")
     if not loss.requires_grad:
         raise ValueError("has no gradient in the network's parameters, so it can't train them")
     return loss, logits
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
 
 
 def _check_alike(again: Tensor, logits: Tensor) -> None:
@@ -449,15 +356,26 @@ def _check_alike(again: Tensor, logits: Tensor) -> None:
         )
 
 
-def _minimised(trial: Trial, added: float) -> float:
-    """Return what is minimised of the first batch if a number is added to all logits."""
-    seed_generators(DRAWS_SEED)
-    hook = trial.net.train().register_forward_hook(lambda module, given, output: output + added)
-    try:
-        images = normalize(trial.images, trial.experiment.normalize)
-        return loss_and_logits(trial.net, images, trial.labels, trial.experiment)[0].item()
-    finally:
-        hook.remove()
+def _notice_memory(declared: Experiment, used: Experiment) -> Iterator[str]:
+    """Yield a notice for each part that changes from batch to batch what a checkpoint does not keep."""
+    resumed = own_parts(declared)
+    load_parts_state(resumed, parts_state(used), torch.device("cpu"))
+    for part in PARTS:
+        after, anew = (_attributes(getattr(one, part)) for one in (used, resumed))
+        if changed := sorted(name for name in after if after[name] != anew.get(name)):
+            yield (
+                f"{part}: changes {', '.join(changed)} from batch to batch, which `--resume` begins anew; keep it in a "
+                "buffer, or write state_dict and load_state_dict"
+            )
+
+
+def _attributes(part: object) -> dict[str, str]:
+    return {
+        name: stable_text(value)
+        for one in objects_in(part)
+        for name, value in vars(one).items()
+        if not name.startswith("__")
+    }
 
 
 # ---- who is to blame

@@ -165,23 +165,11 @@ def test_a_training_that_is_taken_up_again_ends_as_if_never_stopped(changes: Any
 # ---- what loss, objective and augmentation change
 
 
-def listing() -> Any:
-    seen: list[int] = []
-
-    def objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(len(images))
-        logits = net(images)
-        return F.cross_entropy(logits, labels), logits
-
-    return objective
-
-
 @pytest.mark.parametrize(
     ("objective", "named"),
     [
         (Counts(), ["batches"]),
         (partial(weighed, by=Counts()), ["batches"]),
-        (listing(), ["variables of an outer function"]),
         (Ramp(), []),
         (partial(mixup, alpha=0.2), []),
     ],
