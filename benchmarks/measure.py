@@ -264,12 +264,11 @@ class Report:
 
     def write(self) -> None:
         """Write `<out>/<name>.json`."""
-        arguments, commit = self.arguments, identity.commit(Path(__file__))
+        arguments, commit = self.arguments, identity.commit_tags(Path(__file__))
         content = {
             "benchmark": arguments.name,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "git_commit": commit.sha,
-            "git_dirty": commit.dirty,
+            **commit,
             "settings": {flag: getattr(arguments, flag) for flag in (*arguments.settings, "quick", "threads")},
             "environment": self.environment,
             "sections": self.sections,

@@ -148,13 +148,13 @@ def restore(arguments: argparse.Namespace) -> None:
     print(f"Reading the runs in {arguments.folder} ...", flush=True)
 
     from mnist_lab.results.restore import restore as restore_runs
-    from mnist_lab.running.identity import commit
+    from mnist_lab.running.identity import commit_tags
 
     interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
-    state = commit(arguments.folder / "README.md")
+    state = commit_tags(arguments.folder / "README.md")
     done = restore_runs(
         arguments.folder,
-        commit=state.sha + (" + changes" if state.dirty else ""),
+        commit=state["git_commit"] + (" + changes" if state["git_dirty"] == "true" else ""),
         tracking_uri=arguments.tracking_uri,
         progress=partial(print, flush=True),
     )

@@ -156,7 +156,7 @@ def full_run(mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory, worker_id
     database = folder / "store" / "mlflow.db"
     with FileLock(shared / "full_run.lock"):
         if not said.exists():
-            commit = identity.commit(script).sha
+            commit = identity.commit_tags(script)["git_commit"]
             folder.mkdir()
             flags = ["--epochs", "1", "--seed", "3", "--tracking-uri", f"sqlite:///{database}"]
             process = run_program(script, *flags, cwd=folder)

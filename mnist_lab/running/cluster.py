@@ -38,7 +38,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnist_lab.data import read_files
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
-from mnist_lab.running.identity import LAB, Commit, place
+from mnist_lab.running.identity import LAB, place
 from mnist_lab.running.job import Job
 from mnist_lab.running.machine import available_cores
 from mnist_lab.running.workers import Done, Epoch, Failed, Given, OnMessage, Task, outcome_of
@@ -71,7 +71,7 @@ class Order(NamedTuple):
     versions: Mapping[str, str]
     environment: Mapping[str, str]
     folder: Path
-    commit: Commit
+    commit_tags: dict[str, str]
 
 
 class Cluster:
@@ -101,7 +101,7 @@ class Cluster:
             )
         environment = {name: text for name, text in os.environ.items() if name.startswith("MLFLOW_")}
         self._store = store
-        self._order = ray.put(Order(store.uri, _versions(), environment, own_folder(store.uri), job.commit))
+        self._order = ray.put(Order(store.uri, _versions(), environment, own_folder(store.uri), job.commit_tags))
         self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()})
         close_orphans(store)
         room = self._room()
@@ -338,7 +338,7 @@ def _train_there(order: Order, queue: Queue, task: Task, seed: int) -> Done | Fa
     logging.getLogger(LAB.name).addHandler(notices)
     try:
         _settle(order)
-        task.job.lies_in(PROJECT_ROOT, order.commit)
+        task.job.lies_in(PROJECT_ROOT, order.commit_tags)
         sys.argv = [str(task.job.script)]  # by which MLflow names a run's source
         return outcome_of(task, seed, report)
     finally:

@@ -1,4 +1,4 @@
-"""What a run is of: the script, what that imports and their digest; commit, uncommitted changes, versions, hardware."""
+"""What a run is of: the script, what that imports, and their digest; commit, versions, hardware."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import resolve_name
@@ -31,15 +30,6 @@ SCRIPT = "script"  # the name under which the script itself counts, whatever its
 # Fields of syntax nodes that say nothing of what is computed.
 SILENT_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
 PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pandas", "matplotlib")
-MAX_DIFF = 1_000_000  # characters
-DIFF = ("--no-ext-diff", "--no-color", "--no-renames", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
-# Names of files that hold keys and passwords: their text must not get into a store, which others may read.
-SECRET_FILES = (
-    *(".env", ".env.*", "*.env", ".envrc", ".netrc", "_netrc", ".pgpass", ".pypirc", ".npmrc", ".htpasswd"),
-    *("*.pem", "*.key", "*.p12", "*.pfx", "*.ppk", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.asc"),
-    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "kaggle.json", "*.token", "token", "token.*", "*[_-]token*"),
-    *("*credential*", "*secret*", "*password*", "*passwd*", "*api[_-]key*", "*apikey*"),
-)
 
 logger = logging.getLogger(__name__)
 
@@ -193,60 +183,29 @@ def _is_text_alone(node: object) -> bool:
 # ---- where it comes from
 
 
-@dataclass(frozen=True)
-class Commit:
-    """The state of the repository that holds a script.
+def commit_tags(script: Path, written: Iterable[Path] = ()) -> dict[str, str]:
+    """Return the state of the repository that the script lies in, as tags of a run.
 
-    sha: the commit, "none" outside a repository or before the first commit, or "unknown" where git refuses to say.
-    dirty: whether any file differs from that commit, new files included; None where git refuses to say.
-    diff: `git diff` against the commit, after lines that name what is left out.
-    """
-
-    sha: str
-    dirty: bool | None
-    diff: str
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """The commit as tags of a run."""
-        return {"git_commit": self.sha, "git_dirty": "unknown" if self.dirty is None else str(self.dirty).lower()}
-
-
-def commit(script: Path, written: Iterable[Path] = ()) -> Commit:
-    """Return the state of the repository that `script` lies in.
-
+    git_commit: the commit, "none" outside a repository or before the first commit, "unknown" where git refuses to say.
+    git_dirty: whether any file differs from that commit, new files included.
     written: files and folders that the lab itself writes or fetches, such as a tracking store. They are no changes.
     """
     folder = script.resolve().parent
     try:
         with Repo(folder, search_parent_directories=True) as repository:
-            return _state(repository, folder, written)
+            root = Path(str(repository.working_dir))
+            own = [path.resolve() for path in written]
+            own = [path for path in own if path.is_relative_to(root) and not folder.is_relative_to(path)]
+            others = [":/", *(f":(top,exclude,literal){path.relative_to(root)}" for path in own)]
+            changes = repository.git.status("--porcelain", "--untracked-files=all", "--", *others)
+            sha = repository.head.commit.hexsha if repository.head.is_valid() else "none"
+            return {"git_commit": sha, "git_dirty": "true" if changes else "false"}
     except InvalidGitRepositoryError:
-        return Commit("none", dirty=False, diff="")
+        return {"git_commit": "none", "git_dirty": "false"}
     except GitError as error:
         reason = next(iter(re.findall("fatal: .*", str(error))), f"git can't be used: {error}")
         _warn_once(f"commit and changes of {folder} are recorded as unknown: {reason}")
-        return Commit("unknown", dirty=None, diff="")
-
-
-def _state(repository: Repo, folder: Path, written: Iterable[Path]) -> Commit:
-    git, root = repository.git, Path(str(repository.working_dir))
-    own = [path for path in map(Path.resolve, written) if path.is_relative_to(root) and not folder.is_relative_to(path)]
-    files = [":/", *(f":(top,exclude,literal){path.relative_to(root)}" for path in own)]
-    is_dirty = bool(git.status("--porcelain", "--untracked-files=all", "--", *files))  # fails where git refuses
-    if not repository.head.is_valid():
-        return Commit("none", dirty=is_dirty, diff="")
-    secret = [f":(top,exclude,icase,glob)**/{name}{below}" for name in SECRET_FILES for below in ("", "/**")]
-    changed, shown = (
-        git.diff("-z", "--name-only", "--no-renames", "HEAD", "--", *files, *left_out).split("\0")
-        for left_out in ([], secret)
-    )
-    diff = "".join(f"Left out (may hold keys or passwords): {name!r}\n" for name in changed if name not in shown)
-    content = git.diff(*DIFF, "HEAD", "--", *files, *secret, stdout_as_string=False, strip_newline_in_stdout=False)
-    diff += content.decode("utf-8", "replace")
-    if len(diff) > MAX_DIFF:
-        diff = f"Cut after {MAX_DIFF:,} of {len(diff):,} characters\n{diff[:MAX_DIFF]}"
-    return Commit(git.rev_parse("HEAD"), is_dirty, diff)
+        return {"git_commit": "unknown", "git_dirty": "unknown"}
 
 
 def environment(device: torch.device) -> dict[str, str]:

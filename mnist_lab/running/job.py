@@ -20,7 +20,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.paths import PROJECT_ROOT, own_files
 from mnist_lab.running import identity
-from mnist_lab.running.identity import SCRIPT, Commit, code_sha256, find_sources, place
+from mnist_lab.running.identity import SCRIPT, code_sha256, find_sources, place
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from mnist_lab.tracking.teacher import Teacher
@@ -88,14 +88,10 @@ class Job:
         return code_sha256(self.sources)
 
     @cached_property
-    def commit(self) -> Commit:
-        """The state of the repository that holds the script."""
-        return identity.commit(self.script, self.written_by_lab)
-
-    @property
-    def written_by_lab(self) -> list[Path]:
-        """The files and folders that do not count as changes to the project."""
-        return [*own_files(self.tracking_uri), find_data_dir(self.data_dir), PROJECT_ROOT / "reports"]
+    def commit_tags(self) -> dict[str, str]:
+        """The state of the repository that holds the script; see `identity.commit_tags`."""
+        written = [*own_files(self.tracking_uri), find_data_dir(self.data_dir), PROJECT_ROOT / "reports"]
+        return identity.commit_tags(self.script, written)
 
     def _read_params(self) -> dict[str, str]:
         held_out = {"holdout": str(self.holdout)} if self.holdout else {}
@@ -121,7 +117,7 @@ class Job:
     def replaced(self, **changes: Any) -> Job:
         """Return the job with other fields, and the code that was read for it."""
         changed = dataclasses.replace(self, **changes)
-        read = ("sources", "code_sha256", "commit")
+        read = ("sources", "code_sha256", "commit_tags")
         vars(changed).update({name: value for name, value in vars(self).items() if name in read})
         return changed
 
@@ -129,14 +125,14 @@ class Job:
         """Leave the experiment behind: its network's class may live in the script, which the other process reads."""
         return {**vars(self), "experiment": None, "code_sha256": self.code_sha256, "sources": self.sources}
 
-    def lies_in(self, folder: Path, commit: Commit) -> None:
+    def lies_in(self, folder: Path, commit_tags: dict[str, str]) -> None:
         """Read the script, what it imports, and MNIST in this folder from now on, to which another machine sent them.
 
-        commit: what `commit` is there. `script` stays, as it names the runs and is what their checkpoints go on with.
+        commit_tags: what they are there. `script` stays, as it names the runs and is what their checkpoints go on with.
         """
         vars(self)["sources"] = {name: folder / place(name, file) for name, file in self.sources.items()}
         vars(self)["data_dir"] = folder / "data"
-        vars(self)["commit"] = commit
+        vars(self)["commit_tags"] = commit_tags
 
     def check_unchanged(self) -> None:
         """Refuse to go on if the script, or what it imports, is another one than when this was first called.

@@ -92,7 +92,7 @@ class Record:
         is_channels_last = self.rehearsal.memory_format == torch.channels_last
         return {
             **job.tags,
-            **job.commit.tags,
+            **job.commit_tags,
             "data_sha256": self.mnist.sha256,
             **{name: environment[name] for name in ("hardware", "torch", "threads")},
             "memory_format": "channels_last" if is_channels_last else "contiguous",
@@ -110,8 +110,6 @@ class Record:
         for name, file in job.sources.items():  # `nets.blocks` goes to `source/nets`
             self.tracked.log_file(file, str(Path("source") / place(name, file).parent))
         self.tracked.log_json(environment, "environment.json")
-        if job.commit.diff:
-            self.tracked.log_text(job.commit.diff, "source/uncommitted.diff")
 
     def log_epoch(self, metrics: EpochMetrics) -> None:
         """Log the newest of `epochs`."""

@@ -347,7 +347,7 @@ def _rehearse(job: Job, space: Space, store: Store) -> None:
 @contextmanager
 def _track(job: Job, store: Store, what: str, space: Space, earlier: str | None) -> Iterator[TrackedRun]:
     """Open the run whose children are those of the trials, or go on with the earlier one."""
-    tags = {**job.tags, **job.commit.tags, "hardware": identity.hardware(job.device)}
+    tags = {**job.tags, **job.commit_tags, "hardware": identity.hardware(job.device)}
     params = {**job.params, **{name: str(distribution) for name, distribution in space.items()}}
     name = run_name_of(job, what)
     with track(store, name, params=params, tags=tags, resume_run_id=earlier, reopen=True) as tracked:

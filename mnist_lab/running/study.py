@@ -95,7 +95,7 @@ def _tags(job: Job, seeds: Sequence[int], reused: Sequence[int]) -> dict[str, st
         "study": job.step,
         "seeds": " ".join(map(str, seeds)),
         "seeds_reused": " ".join(map(str, reused)),
-        **job.commit.tags,
+        **job.commit_tags,
         "hardware": identity.hardware(job.device),
         **target_tags(job.experiment),
     }

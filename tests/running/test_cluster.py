@@ -327,7 +327,7 @@ def test_a_node_with_another_version_refuses(
 
     for variable in ("OMP_NUM_THREADS", cluster.OWN_FOLDER, cluster.ON_CLUSTER):
         monkeypatch.setenv(variable, os.environ.get(variable, ""))
-    order = cluster.Order(uri, cluster._versions(), {}, tmp_path, identity.commit(TINY))
+    order = cluster.Order(uri, cluster._versions(), {}, tmp_path, identity.commit_tags(TINY))
     cluster._settle(order)
     with pytest.raises(LabError, match=f"has {name} "):
         cluster._settle(order._replace(versions={**order.versions, name: "0"}))
