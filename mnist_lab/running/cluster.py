@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from optuna.storages import get_storage
+from optuna.storages import RDBStorage
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads these when it is imported
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
@@ -116,7 +116,7 @@ class Cluster:
         return int(min(resources.get(name, 0) / needed for name, needed in needs.items() if needed))
 
     def storage(self, url: str) -> RemoteStorage:
-        return RemoteStorage(ray.remote(num_cpus=0, scheduling_strategy=_here())(StorageServer).remote(url))
+        return RemoteStorage(ray.remote(num_cpus=0, scheduling_strategy=_here())(RDBStorage).remote(url))
 
     def train(  # as `Trainers` says; nodes that join are used too, unless workers were asked for
         self, waiting: Iterable[Given], count: int, on_message: OnMessage, on_time: Callable[[], None]
@@ -190,18 +190,8 @@ def _why(error: RayError) -> str:
     return str(cause) if isinstance(cause, LabError) else f"can't run the lab: {one_line(cause)[:200]}"
 
 
-class StorageServer:
-    """An actor beside the command, by which tasks on all nodes use Optuna's database there."""
-
-    def __init__(self, url: str) -> None:
-        self.storage = get_storage(url)
-
-    def call(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        return getattr(self.storage, name)(*arguments, **named)
-
-
 class RemoteStorage:
-    """The storage of a `StorageServer`. Optuna's own proxy would open a port that no token guards."""
+    """Optuna's storage in an actor beside the command. Optuna's own proxy would open a port that no token guards."""
 
     def __init__(self, server: Any) -> None:
         self.server = server
@@ -212,7 +202,7 @@ class RemoteStorage:
 
         def call(*arguments: Any, **named: Any) -> Any:
             try:
-                return ray.get(self.server.call.remote(name, arguments, named))
+                return ray.get(getattr(self.server, name).remote(*arguments, **named))
             except RayActorError:
                 raise KeyboardInterrupt from None  # the process that gave the work is gone
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import optuna
 import torch
@@ -41,9 +41,6 @@ from mnist_lab.tracking.store import Store, adopt, finished_runs, open_store, qu
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, initial_network, num_params
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Space = Mapping[str, BaseDistribution]
 FIGURE = "final_validation_accuracy"
@@ -111,7 +108,11 @@ def search(
 
             progress.on_search(study.study_name, count, _counts(study).done, at_a_time, job.device)
             trainers.train(waiting(), at_a_time, on_message, progress.on_time)
-            result = _result(study, job, tracked.run_id)
+            counts, best, too_good = _counts(study), _finished(study)[:BEST], 0.0
+            if best:
+                of_one = sd_of_accuracy(best[0].accuracy, job.holdout)
+                too_good = expected_maximum(counts.finished + counts.pruned) * of_one
+            result = SearchResult(tracked.run_id, study.study_name, counts, best, too_good)
             _log(tracked, study, job, result)
     return result
 
@@ -354,13 +355,6 @@ def _track(job: Job, store: Store, what: str, space: Space, earlier: str | None)
         yield tracked
 
 
-def _result(study: optuna.Study, job: Job, run_id: str) -> SearchResult:
-    counts, best, too_good = _counts(study), _finished(study)[:BEST], 0.0
-    if best:
-        too_good = expected_maximum(counts.finished + counts.pruned) * sd_of_accuracy(best[0].accuracy, job.holdout)
-    return SearchResult(run_id, study.study_name, counts, best, too_good)
-
-
 def _log(tracked: TrackedRun, study: optuna.Study, job: Job, result: SearchResult) -> None:
     counts = result.counts
     metrics: dict[str, float] = {
@@ -376,26 +370,3 @@ def _log(tracked: TrackedRun, study: optuna.Study, job: Job, result: SearchResul
     tracked.log_missing({counts.done: metrics})
     with quiet():
         tracked.log_text(study.trials_dataframe().to_csv(index=False), "trials.csv")
-        tracked.log_figures(_figures(study))
-
-
-def _figures(study: optuna.Study) -> dict[str, Figure]:
-    """Draw Optuna's figures, which need two trials that differ."""
-    from matplotlib import pyplot as plt
-    from optuna.visualization import matplotlib as plots
-
-    if len({trial.accuracy for trial in _finished(study)}) < 2:
-        return {}
-    plt.switch_backend("agg")
-    figures = {}
-    wanted: dict[str, Callable[..., object]] = {
-        "history": plots.plot_optimization_history,
-        "parallel_coordinate": plots.plot_parallel_coordinate,
-        "importances": plots.plot_param_importances,
-    }
-    for name, plot in wanted.items():
-        with plt.rc_context({"figure.figsize": (9, 5), "figure.constrained_layout.use": True}):
-            plot(study, target_name="validation accuracy")
-            figures[name] = plt.gcf()
-        plt.close()
-    return figures
