@@ -32,6 +32,7 @@ def pictures(node: nbformat.NotebookNode) -> int:
 def test_a_notebook_runs_from_any_folder(notebook: Path, tmp_path: Path, full_run: FullRun) -> None:
     node = execute(notebook, tmp_path, f"sqlite:///{full_run.database}")
     assert pictures(node) == {"01_data": 3, "02_compare_steps": 3, "03_mistakes": 2}[notebook.stem]
+    assert not any(output.output_type == "stream" for cell in node.cells for output in cell.get("outputs", []))
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
@@ -41,7 +42,7 @@ def test_a_notebook_is_committed_executed(notebook: Path) -> None:
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert pictures(node) > 0
     assert notebook.stat().st_size < 2**20
-    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+    assert not {"error", "stream"} & {output.output_type for cell in code for output in cell.outputs}
 
 
 def test_an_empty_store_says_what_to_run_without_a_traceback(tmp_path: Path) -> None:

@@ -1,5 +1,9 @@
 """Tracked runs, read from MLflow: as tables, compared, as committed figures and as a report."""
 
+import warnings
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # MLflow's bars in a notebook; they are off
+
 from mnist_lab.results.compare import (
     compare,
     compare_pairs,

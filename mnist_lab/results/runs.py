@@ -12,15 +12,12 @@ import os
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
-
-warnings.filterwarnings("ignore", message="IProgress not found")  # MLflow's bars in a notebook; they are off
 
 import mlflow
 import numpy as np
