@@ -278,16 +278,16 @@ def draw(arguments: argparse.Namespace) -> None:
 def champion(arguments: argparse.Namespace) -> None:
     """Let the median seed of a step read pictures: models:/mnist@champion."""
     from mnist_lab import results
-    from mnist_lab.tracking import champion as champions
+    from mnist_lab.tracking import models
     from mnist_lab.tracking.store import open_store
 
     run = results.median_run(script_named(arguments.step), tracking_uri=arguments.tracking_uri)
     store = open_store(arguments.tracking_uri)
-    version = champions.register(store, run["run_id"])
+    version = models.register(store, run["run_id"])
     said = f"{run['step']} seed {run['seed']}, the median of its seeds, with {run['final_test_accuracy']:.2f} %"
-    print(f"{champions.URI}, version {version}: {said}")
+    print(f"{models.CHAMPION}, version {version}: {said}")
     if arguments.commit:
-        origin = champions.Origin(
+        origin = models.Origin(
             step=run["step"],
             seed=int(run["seed"]),
             run_id=run["run_id"],
@@ -298,7 +298,7 @@ def champion(arguments: argparse.Namespace) -> None:
             hardware=str(run["hardware"]),
             torch=str(run["torch"]),
         )
-        for file in champions.commit(store, origin, arguments.folder):
+        for file in models.commit(store, origin, arguments.folder):
             print(f"Written: {file}")
 
 

@@ -21,9 +21,9 @@ from mnist_lab.errors import LabError
 from mnist_lab.paths import sqlite_file, tracking_uri
 from mnist_lab.reading.ink import NoDigit
 from mnist_lab.reading.pictures import Reader, find_reader, read_digit
+from mnist_lab.tracking.models import runs_with_a_model
 from mnist_lab.tracking.server import HOST
 from mnist_lab.tracking.store import open_store
-from mnist_lab.tracking.teacher import runs_with_a_model
 
 PAGE = Path(__file__).with_suffix(".html")
 MOST_BYTES = 2**20  # of a drawing; the page sends some 10 kB

@@ -181,25 +181,24 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
     """
     import torch
 
-    from mnist_lab.tracking import champion
+    from mnist_lab.tracking import models
     from mnist_lab.tracking.store import open_store
-    from mnist_lab.tracking.teacher import find_teacher, load_teacher
 
     uri = resolve_uri(tracking_uri)
     if model is None:
         database = sqlite_file(uri)
-        if (database is not None and not database.exists()) or not champion.is_registered(open_store(uri)):
-            net, origin = champion.load_committed()
+        if (database is not None and not database.exists()) or not models.is_registered(open_store(uri)):
+            net, origin = models.load_committed()
             return Reader(origin.run_id, f"{origin.step} seed {origin.seed}, the champion of docs/results", net)
-        model = champion.URI
+        model = models.CHAMPION
     elif re.fullmatch(r"runs:/[^/]+", model):
         model += "/model"
     else:
         model = script_named(model)
     check_readable(uri)
     store = open_store(uri)
-    found = find_teacher(store, model, holdout=0, called="model")
-    net = load_teacher(store, found, torch.device("cpu"), MNIST_PIXELS, called="model")
+    found = models.find_teacher(store, model, holdout=0, called="model")
+    net = models.load_teacher(store, found, torch.device("cpu"), MNIST_PIXELS, called="model")
     return Reader(found.run_id, str(store.client.get_run(found.run_id).info.run_name), net)
 
 

@@ -23,7 +23,7 @@ from mnist_lab.running import identity
 from mnist_lab.running.identity import SCRIPT, code_sha256, find_sources, place
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
-    from mnist_lab.tracking.teacher import Teacher
+    from mnist_lab.tracking.models import Teacher
 
 MAX_SEED = 2**32 - 1
 WORKER = "mnist_lab worker"  # the name of a study's worker processes

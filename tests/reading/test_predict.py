@@ -26,7 +26,7 @@ from mnist_lab.reading.pictures import find_pictures, find_reader, picture_of, r
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
-from mnist_lab.tracking.champion import load_committed, register
+from mnist_lab.tracking.models import load_committed, register
 from mnist_lab.tracking.store import open_store
 
 Pixels = NDArray[np.uint8]

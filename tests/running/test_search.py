@@ -31,8 +31,8 @@ from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Counts, Progress
 from mnist_lab.running.search import SearchResult, check_space, paste_lines, search
 from mnist_lab.running.workers import Local
+from mnist_lab.tracking.models import Teacher
 from mnist_lab.tracking.store import open_store
-from mnist_lab.tracking.teacher import Teacher
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
 
 PARENT = "mlflow.parentRunId"

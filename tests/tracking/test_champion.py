@@ -23,7 +23,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS
 from mnist_lab.reading.pictures import find_reader
 from mnist_lab.results.publish import read_rows
-from mnist_lab.tracking import champion
+from mnist_lab.tracking import models as champion
 from mnist_lab.tracking.store import open_store
 from pages import T0
 from run_writer import write_run

@@ -20,8 +20,8 @@ from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
 from mnist_lab.running.run import with_teacher
+from mnist_lab.tracking.models import Teacher, find_teacher, load_teacher
 from mnist_lab.tracking.store import open_store
-from mnist_lab.tracking.teacher import Teacher, find_teacher, load_teacher
 
 CPU = torch.device("cpu")
 

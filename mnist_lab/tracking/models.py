@@ -1,4 +1,7 @@
-"""Trained networks in MLflow: teachers that another network learns from, and readers of pictures."""
+"""Trained networks in MLflow: teachers that another network learns from, readers of pictures, and the champion.
+
+The champion reads pictures by default: `models:/mnist@champion` in a store, or the committed one.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,34 @@ import hashlib
 import io
 import json
 import re
-from dataclasses import dataclass
+import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow
 import torch
-from mlflow.entities import LifecycleStage, LoggedModel, Run
+from mlflow.entities import LifecycleStage, Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from mnist_lab.errors import LabError, one_line
-from mnist_lab.tracking.connection import short_timeouts
+from mnist_lab.experiment import MNIST_PIXELS
+from mnist_lab.paths import PROJECT_ROOT
+from mnist_lab.tracking.connection import environment_variables, short_timeouts
+from mnist_lab.tracking.disk import replace_files
 from mnist_lab.tracking.store import Store, quiet, search, store_failures
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+NAME, ALIAS = "mnist", "champion"
+CHAMPION = f"models:/{NAME}@{ALIAS}"
+COMMITTED = PROJECT_ROOT / "docs" / "results"
+NETWORK, ORIGIN = "champion.pt2", "champion.json"
+NO_SUCH = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's words for no such model, and no such alias
 RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
 STEP = re.compile(r"\w[\w.-]*")
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]+)|@(?P<alias>.+))?")
@@ -60,9 +73,9 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
     """
     try:
         with quiet(), short_timeouts():
-            model = _find_model(store, declared, holdout, called)
-            run = store.client.get_run(str(model.source_run_id))
-            sha256 = _sha256(_file(store, model, called))
+            model_id = _model_id(store, declared, holdout, called)
+            run = store.client.get_run(str(store.client.get_logged_model(model_id).source_run_id))
+            sha256 = _sha256(_file(store, model_id, called))
     except (MlflowException, OSError) as error:
         raise LabError(f"{called} {declared!r} is not in {store.name!r}: {one_line(error)}") from error
     status = "deleted" if run.info.lifecycle_stage == LifecycleStage.DELETED else run.info.status
@@ -74,18 +87,13 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
             f"{called} {declared!r}: run {run.info.run_id} held out {seen} images, and so has seen some of "
             f"the {holdout} that are held out here; train it with --holdout {holdout}"
         )
-    return Teacher(model.model_id, run.info.run_id, sha256)
+    return Teacher(model_id, run.info.run_id, sha256)
 
 
 def runs_with_a_model(store: Store) -> set[str]:
-    """Return the ids of the runs that have logged a model; raises LabError if the store does not answer."""
-    found, token = set(), None
-    with store_failures(store, "can't be read"), quiet(), short_timeouts():
-        while True:
-            page = store.client.search_logged_models([store.experiment_id], page_token=token)
-            found |= {str(model.source_run_id) for model in page}
-            if not (token := page.token):
-                return found
+    """Return the ids of the finished runs that have logged a model; raises LabError if the store does not answer."""
+    runs = search(store, "attributes.status = 'FINISHED'")
+    return {run.info.run_id for run in runs if run.outputs is not None and run.outputs.model_outputs}
 
 
 def load_teacher(
@@ -96,23 +104,14 @@ def load_teacher(
     normalize: of the images that it will be given; where it was trained with others, it gets its own.
     called: how sentences name it.
     """
-    file, own = find_exported(store, teacher, normalize, called=called)
     named = f"{called} {teacher.model_id} of run {teacher.run_id}"
-    return load_exported(file, teacher.sha256, device, normalize=normalize, own=own, named=named)
-
-
-def find_exported(
-    store: Store, teacher: Teacher, normalize: tuple[float, float], *, called: str = CALLED
-) -> tuple[Path, tuple[float, float]]:
-    """Return the teacher's file on this machine, and how its images were normalised: `normalize` if it does not say."""
     try:
         with quiet(), short_timeouts():
-            file = _file(store, store.client.get_logged_model(teacher.model_id), called)
-            mean, deviation = (Model.load(str(file.parents[1])).metadata or {}).get("normalize", normalize)
+            file = _file(store, teacher.model_id, called)
+            own = _normalize_of(file, normalize)
     except Exception as error:  # what a store gives can be broken in many ways
-        named = f"{called} {teacher.model_id} of run {teacher.run_id}"
         raise LabError(f"{named} can't be loaded: {one_line(error)}") from error
-    return file, (mean, deviation)
+    return load_exported(file, teacher.sha256, device, normalize=normalize, own=own, named=named)
 
 
 def load_exported(
@@ -184,7 +183,7 @@ class _Renormalized(nn.Module):
         return self.net((images * deviation + mean - own_mean) / own_deviation)  # type: ignore[no-any-return]
 
 
-def _find_model(store: Store, declared: str, holdout: int, called: str) -> LoggedModel:
+def _model_id(store: Store, declared: str, holdout: int, called: str) -> str:
     if match := RUN_URI.fullmatch(declared):
         return _model_of(store, store.client.get_run(match["run_id"]), match["name"], called)
     if STEP.fullmatch(declared):
@@ -194,24 +193,20 @@ def _find_model(store: Store, declared: str, holdout: int, called: str) -> Logge
         raise LabError(
             f"{called} {declared!r} is neither runs:/<id>/model nor models:/<name>/<version> nor the name of a script"
         )
-    model_id, version, alias = match["name"], match["version"], match["alias"]
-    if version or alias:
-        by_alias = store.client.get_model_version_by_alias
-        registered = store.client.get_model_version(model_id, version) if version else by_alias(model_id, alias)
-        model_id = registered.model_id or str(registered.source).removeprefix("models:/")
-    model = store.client.get_logged_model(model_id)
-    if not model.source_run_id:
-        raise LabError(f"{called} {declared!r} comes from no run, so what it was trained on is not known")
-    return model
+    name, version, alias = match["name"], match["version"], match["alias"]
+    if not version and not alias:
+        return name
+    by_alias = store.client.get_model_version_by_alias
+    registered = store.client.get_model_version(name, version) if version else by_alias(name, alias)
+    return str(registered.source).removeprefix("models:/")
 
 
-def _model_of(store: Store, run: Run, name: str, called: str) -> LoggedModel:
-    """Return the model of that name that a run has logged; "model" means the only one, whatever its name."""
+def _model_of(store: Store, run: Run, name: str, called: str) -> str:
+    """Return the id of the model of that name that a run has logged; "model" means the only one, whatever its name."""
     outputs = [] if run.outputs is None else run.outputs.model_outputs
-    models = [store.client.get_logged_model(output.model_id) for output in outputs]
-    for model in models:
-        if model.name == name or (name == "model" and len(models) == 1):
-            return model
+    for output in outputs:
+        if (name == "model" and len(outputs) == 1) or store.client.get_logged_model(output.model_id).name == name:
+            return str(output.model_id)
     raise LabError(f"{called}: run {run.info.run_id} ({run.info.status}) has no model {name!r}")
 
 
@@ -228,18 +223,125 @@ def _newest_run(store: Store, step: str, holdout: int, called: str) -> Run:
     )
 
 
-def _file(store: Store, model: LoggedModel, called: str) -> Path:
+def _file(store: Store, model_id: str, called: str) -> Path:
     """Return the model's file on this machine; raises LabError if it is in another format than torch.export's."""
-    folder = mlflow.artifacts.download_artifacts(artifact_uri=model.artifact_location, tracking_uri=store.uri)
-    file = Path(folder) / EXPORTED
+    location = store.client.get_logged_model(model_id).artifact_location
+    file = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, tracking_uri=store.uri)) / EXPORTED
     if not file.is_file():
         raise LabError(
-            f"{called} {model.model_id}: it is not kept by torch.export, so loading it might run code in its "
+            f"{called} {model_id}: it is not kept by torch.export, so loading it might run code in its "
             "file; log it with serialization_format='pt2'"
         )
     return file
 
 
+def _normalize_of(file: Path, default: tuple[float, float]) -> tuple[float, float]:
+    """Return the mean and deviation by which a model's images were normalised, as its metadata say."""
+    mean, deviation = (Model.load(str(file.parents[1])).metadata or {}).get("normalize", default)
+    return mean, deviation
+
+
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---- the champion
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a committed network comes from, and how it is used.
+
+    accuracy: of the run's last epoch on the 10,000 test images, in percent.
+    normalize: the mean and standard deviation by which the network's input is normalised.
+    sha256: of the file with the network.
+    """
+
+    step: str
+    seed: int
+    run_id: str
+    accuracy: float
+    num_params: int
+    code_sha256: str
+    git_commit: str
+    hardware: str
+    torch: str
+    normalize: tuple[float, float] = MNIST_PIXELS
+    sha256: str = ""
+
+
+def register(store: Store, run_id: str) -> str:
+    """Make the network of a finished run `models:/mnist@champion` and return its version; raises LabError."""
+    found = find_teacher(store, f"runs:/{run_id}/model", holdout=0, called="model")
+    client = store.client
+    here = environment_variables({"MLFLOW_TRACKING_URI": store.uri})  # where MLflow looks for the model's files
+    with store_failures(store, "can't be written"), quiet(), short_timeouts(), here:
+        try:
+            client.create_registered_model(NAME)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        versions = list(client.search_model_versions(f"name = '{NAME}' and run_id = '{run_id}'"))
+        if not versions:
+            source = f"models:/{found.model_id}"
+            versions = [client.create_model_version(NAME, source, run_id=run_id, model_id=found.model_id)]
+        client.set_registered_model_alias(NAME, ALIAS, versions[0].version)
+    return str(versions[0].version)
+
+
+def is_registered(store: Store) -> bool:
+    """Say whether the store has a `models:/mnist@champion`. Raises LabError if it can't be read."""
+    with store_failures(store, "can't be read"), quiet(), short_timeouts():
+        try:
+            store.client.get_model_version_by_alias(NAME, ALIAS)
+        except MlflowException as error:
+            if error.error_code in NO_SUCH:
+                return False
+            raise
+    return True
+
+
+def commit(store: Store, origin: Origin, folder: Path = COMMITTED) -> list[Path]:
+    """Write the network of the run that `origin` names into the folder, with the origin beside it; return the files."""
+    found = find_teacher(store, f"runs:/{origin.run_id}/model", holdout=0, called="model")
+    file = _file(store, found.model_id, "model")
+    network, normalize = _without_paths(file), _normalize_of(file, origin.normalize)
+    content = asdict(origin) | {"normalize": normalize, "sha256": hashlib.sha256(network).hexdigest()}
+    files: dict[Path, str | bytes] = {folder / NETWORK: network, folder / ORIGIN: json.dumps(content, indent=2) + "\n"}
+    try:
+        replace_files(files)
+    except OSError as error:
+        raise LabError(f"the champion can't be written: {error.strerror}: {error.filename}") from error
+    return list(files)
+
+
+def load_committed(folder: Path = COMMITTED) -> tuple[nn.Module, Origin]:
+    """Return the committed network, for images normalised as MNIST's are, and where it comes from.
+
+    Raises:
+        LabError: if there is none, or it can't be loaded, or is another one than the file beside it says.
+    """
+    try:
+        origin = TypeAdapter(Origin).validate_json((folder / ORIGIN).read_bytes())
+    except FileNotFoundError as error:
+        advice = "name a network by --model, or choose one of your own by `make champion STEP=step8`"
+        raise LabError(f"champion: there is none in the store, and none is committed in {folder}; {advice}") from error
+    except (OSError, ValidationError) as error:
+        raise LabError(f"champion: {folder / ORIGIN} is not as the lab writes it: {one_line(error)}") from error
+    cpu, named = torch.device("cpu"), f"champion {folder / NETWORK}"
+    file = folder / NETWORK
+    return load_exported(file, origin.sha256, cpu, normalize=MNIST_PIXELS, own=origin.normalize, named=named), origin
+
+
+def _without_paths(file: Path) -> bytes:
+    """Return an exported network's file without what torch notes of the files in which its layers are written."""
+    with quiet():
+        exported = read_exported(file)
+        for module in exported.graph_module.modules():
+            for node in module.graph.nodes if hasattr(module, "graph") else ():
+                node.meta.pop("stack_trace", None)
+        with tempfile.TemporaryDirectory() as temporary:
+            new = Path(temporary) / NETWORK
+            torch.export.save(exported, new)
+            return new.read_bytes()
