@@ -1,14 +1,9 @@
 """Arguments as text, the same in each process, and numbers read from text."""
 
-import collections
 import enum
-import functools
-import operator
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -80,24 +75,13 @@ def in_itself() -> list[object]:
 
 TEXTS = [
     (1e-08, "1e-08"),
-    (None, "None"),
     ("relu", "relu"),
     ((1,), "(1,)"),
-    ([1, "a"], "[1, 'a']"),
-    ({"a": 1}, "{'a': 1}"),
     ({"b", "a"}, "{'a', 'b'}"),
-    (range(3), "range(0, 3)"),
     (np.float64(0.1), "0.1"),
-    (np.int64(3), "3"),
-    (torch.float32, "torch.float32"),
     (torch.device("cpu"), "cpu"),
-    (torch.Size([1, 2]), "torch.Size([1, 2])"),
-    (Path("a/b"), "a/b"),
     (F.relu, "relu"),
-    (torch.relu, "relu"),
     (np.tanh, "tanh"),
-    (torch, "torch"),
-    (functools.lru_cache(warm_up), "warm_up"),
     (nn.ReLU, "ReLU"),
     (nn.Sequential(nn.LeakyReLU(0.2)), "Sequential(0=LeakyReLU(negative_slope=0.2))"),
     (Rotation(9.0), "Rotation(degrees=9.0, relu=ReLU())"),
@@ -106,17 +90,12 @@ TEXTS = [
     (warm_up(5), "warm_up.<locals>.factor(epochs=5)"),
     (Schedule(3), "Schedule(warm_up=3)"),
     (Schedule(3).at, "Schedule(warm_up=3).at"),
-    ({1: 0.5}.get, "{1: 0.5}.get"),
     (InSlots(), "InSlots(activation=relu)"),
     (Settings(), "Settings(activation=relu, layers=[ReLU])"),
     (Point(1, F.relu), "Point(x=1, activation=relu)"),
-    (collections.deque([F.relu]), "deque(relu)"),
-    (operator.itemgetter(1), "operator.itemgetter(1)"),
     (Mode.FAST, "Mode.FAST"),
     (in_itself(), "[1, ...]"),
     (object(), "object()"),
-    (torch.Generator(), "Generator()"),
-    (random.Random(3), "Random(gauss_next=None)"),
     (NoText(), "NoText"),
     (
         transforms.RandomRotation(30),
@@ -140,27 +119,11 @@ def test_a_tensor_is_its_shape_type_and_values(make: Callable[[int], object]) ->
     assert stable_text(values) != stable_text(make(3))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool])
-def test_tensors_of_every_type_have_a_text(dtype: torch.dtype) -> None:
-    assert stable_text(torch.zeros(2, dtype=dtype)).startswith("Tensor(shape=(2,)")
-
-
 def scale_by(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
     def scale(images: torch.Tensor) -> torch.Tensor:
         return images * factor
 
     return scale
-
-
-def scales(*factors: float) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    made = []
-    for factor in factors:
-
-        def scale(images: torch.Tensor, factor: float = factor) -> torch.Tensor:
-            return images * factor
-
-        made.append(scale)
-    return made
 
 
 class ShowsItsNumber:
@@ -175,14 +138,12 @@ class ShowsItsNumber:
     "make",
     [
         lambda number: transforms.Compose([transforms.Lambda(scale_by(number))]),
-        lambda number: scales(0.5, number),
         lambda number: nn.CrossEntropyLoss(weight=torch.full((10,), float(number))),
         lambda number: [*range(9000), number],
         lambda number: ShowsItsNumber(number),
     ],
     ids=[
         "a function in two transforms",
-        "a default",
         "a buffer",
         "a long list",
         "a number of its own",
@@ -193,26 +154,6 @@ def test_a_text_is_that_of_what_an_argument_holds_and_no_other(make: Callable[[i
 
     assert first == same != other
     assert len(first) <= MAX_TEXT
-
-
-class Chooses(nn.Module):
-    """Holds a method of its own, and a part that holds it."""
-
-    def __init__(self, choose: Callable[..., object] | None = None, part: "Chooses | None" = None) -> None:
-        super().__init__()
-        self.choose = choose or self.either
-        vars(self)["part"] = part
-
-    def either(self) -> int:
-        return 1
-
-
-def test_what_holds_itself_has_a_text() -> None:
-    inner = Chooses()
-    assert stable_text(inner) == "Chooses(choose=....either)"
-    outer = Chooses(part=inner)
-    vars(inner)["part"] = outer
-    assert stable_text(outer) == "Chooses(choose=....either, part=Chooses(choose=....either, part=...))"
 
 
 def test_what_a_part_holds_is_what_its_class_does_not_give_by_default() -> None:

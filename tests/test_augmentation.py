@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as tv
 
 from mnist_lab.augmentation import affine, image_by_image, random_affine, random_center_crop, random_rotation, rotate
-from mnist_lab.checking.draws import check_draws
+from mnist_lab.checking.augmentation import check_draws
 from mnist_lab.data import Mnist
 
 TOLERANCE = 1e-5  # of pixels in [0, 1]; measured: 4.1e-6 for rotation, 1.1e-6 for the crop
@@ -40,20 +40,7 @@ def test_rotate_is_torchvisions_rotation_of_each_image(images: Tensor) -> None:
     torch.testing.assert_close(rotate(images, angles), rotated_one_by_one(images, angles), rtol=0, atol=TOLERANCE)
 
 
-def test_rotate_by_a_quarter_turns_counter_clockwise(images: Tensor) -> None:
-    turned = rotate(images, torch.full((len(images),), 90.0))
-
-    torch.testing.assert_close(turned, torch.rot90(images, 1, (2, 3)), rtol=0, atol=TOLERANCE)
-
-
-def test_rotate_takes_several_channels_and_other_sizes(mnist: Mnist) -> None:
-    images = mnist.train_images[:60].reshape(20, 3, 28, 28)[..., :21, 4:25].float() / 255
-    angles = torch.linspace(-30, 30, len(images))
-
-    torch.testing.assert_close(rotate(images, angles), rotated_one_by_one(images, angles), rtol=0, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("size", [1, 7, 20, 21, 22, 23, 24, 25, 26, 27, 28])
+@pytest.mark.parametrize("size", [1, 21, 22, 28])
 def test_center_crop_is_torchvisions_crop_and_resize_of_each_image(images: Tensor, size: int) -> None:
     cropped = random_center_crop(images, size, p=1)
 
@@ -89,31 +76,9 @@ def test_crop_is_drawn_for_each_image(images: Tensor) -> None:
     assert 0.2 < is_cropped.float().mean() < 0.4
 
 
-def test_probability_0_leaves_and_1_crops_every_image(images: Tensor) -> None:
-    assert torch.equal(random_center_crop(images, 22, p=0), images)
-
-    changed = (random_center_crop(images, 22, p=1) != images).flatten(1).any(dim=1)
-    assert changed.all()
-
-
-def test_zero_degrees_leave_the_images(images: Tensor) -> None:
-    torch.testing.assert_close(random_rotation(images, 0), images, rtol=0, atol=TOLERANCE)
-
-
-TRANSFORMS = [partial(random_rotation, degrees=15), partial(random_center_crop, size=22, p=0.5)]
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_a_seed_reproduces_the_draws(transform: Callable[[Tensor], Tensor], images: Tensor) -> None:
-    def transformed(seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        return transform(images)
-
-    assert torch.equal(transformed(0), transformed(0))
-    assert not torch.equal(transformed(0), transformed(1))
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    "transform", [partial(random_rotation, degrees=15), partial(random_center_crop, size=22, p=0.5)]
+)
 def test_images_in_are_images_out(transform: Callable[[Tensor], Tensor], images: Tensor) -> None:
     before = images.clone()
     result = transform(images)
@@ -126,29 +91,23 @@ def test_images_in_are_images_out(transform: Callable[[Tensor], Tensor], images:
     assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize("degrees", [-1, -0.001, float("nan"), float("inf")])
-def test_degrees_that_are_no_range_are_refused(images: Tensor, degrees: float) -> None:
-    with pytest.raises(ValueError, match=f"degrees={degrees}"):
-        random_rotation(images, degrees)
+WRONG = [
+    ("degrees=-1", partial(random_rotation, degrees=-1)),
+    ("degrees=nan", partial(random_rotation, degrees=math.nan)),
+    ("size=29", partial(random_center_crop, size=29, p=0.5)),
+    ("p=1.1", partial(random_center_crop, size=22, p=1.1)),
+]
 
 
-@pytest.mark.parametrize("size", [0, -3, 29])
-def test_a_crop_that_does_not_fit_is_refused(images: Tensor, size: int) -> None:
-    with pytest.raises(ValueError, match=f"size={size}"):
-        random_center_crop(images, size, p=0.5)
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.1, 10, float("nan")])
-def test_a_p_that_is_no_probability_is_refused(images: Tensor, p: float) -> None:
-    with pytest.raises(ValueError, match=f"p={p}"):
-        random_center_crop(images, 22, p)
+@pytest.mark.parametrize(("named", "transform"), WRONG, ids=[named for named, _ in WRONG])
+def test_an_argument_that_is_not_possible_is_refused(
+    named: str, transform: Callable[[Tensor], Tensor], images: Tensor
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        transform(images)
 
 
 # ---- one draw for a batch
-
-
-def noisy_rotation(images: Tensor) -> Tensor:
-    return v2.RandomRotation(10)(images) + 0.02 * torch.rand_like(images)
 
 
 def some_flip(images: Tensor) -> Tensor:
@@ -162,12 +121,9 @@ def mixed(images: Tensor) -> Tensor:
 
 SHARED = {
     "v1 rotation": transforms.RandomRotation(30),
-    "v2 rotation": v2.RandomRotation(30),
     "v1 compose": transforms.Compose([transforms.RandomAffine(7), transforms.RandomCrop(28, padding=2)]),
     "v2 compose with noise": v2.Compose([v2.RandomRotation(10), v2.GaussianNoise(sigma=0.05)]),
     "rarely applied": v2.RandomApply([v2.RandomRotation(30)], p=0.1),
-    "erasing": v2.RandomErasing(),
-    "a function with torchvision inside": noisy_rotation,
     "Python's random": some_flip,
 }
 OWN = {
@@ -217,11 +173,3 @@ def test_random_affine_draws_each_part_for_each_image(images: Tensor) -> None:
     for wrong in ({"degrees": -1.0}, {"shift": math.inf}, {"scale": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             random_affine(alike, **({"degrees": 0.0, "shift": 0.0, "scale": 0.0} | wrong))
-
-
-def test_image_by_image_draws_for_each_image(images: Tensor) -> None:
-    six = images[:1].expand(6, 1, 28, 28)
-
-    for transform in (transforms.RandomRotation(30), v2.RandomRotation(30)):
-        assert len(image_by_image(six, transform).unique(dim=0)) >= 4  # close angles can give the same pixels
-        assert len(transform(six).unique(dim=0)) == 1

@@ -96,7 +96,7 @@ def _notice_transforms(augment: Augmentation, mnist: Mnist, seconds: float) -> I
     for given, transform in augment.parts:
         name = type(transform).__name__
         if given == "batch":
-            _check_draws(transform, images[0].float() / 255)
+            check_draws(transform, images[0].float() / 255)
         elif given == "labels" and is_mixing(transform):
             own = "; mnist_lab.objectives.mixup draws one for each image" if name == "MixUp" else ""
             yield f"augmentation: torchvision's {name} draws once for all images of a batch{own}"
@@ -124,7 +124,7 @@ def _notice_images(images: Tensor, again: Tensor) -> Iterator[str]:
         yield f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
 
 
-def _check_draws(augmentation: Callable[[Tensor], Tensor], image: Tensor) -> None:
+def check_draws(augmentation: Callable[[Tensor], Tensor], image: Tensor) -> None:
     """Refuse an augmentation that changes all images of a batch alike, by one random draw.
 
     It is given the same image (1, 28, 28) twice in a batch, again and again. With a draw for each image, the two come

@@ -33,21 +33,11 @@ def rotated(image: Tensor) -> Tensor:
 
 
 PER_IMAGE = {
-    "v1": transforms.RandomRotation(30),
-    "v2": v2.RandomRotation(30),
     "extended": Mine(30),
     "v1 Compose": transforms.Compose([transforms.RandomAffine(7), transforms.RandomCrop(28, padding=2)]),
     "v2 Compose": v2.Compose([v2.ToImage(), v2.RandomRotation(30), v2.ToDtype(torch.float32, scale=True)]),
-    "Compose of Compose": v2.Compose([v2.Compose([v2.RandomAffine(0, translate=(0.1, 0.1))])]),
     "Sequential": nn.Sequential(v2.RandomRotation(30), v2.RandomErasing(p=1.0)),
     "one's own in a Compose": v2.Compose([rotated, v2.ToImage()]),
-    "other sizes on the way": transforms.Compose(
-        [
-            transforms.RandomApply([transforms.CenterCrop(22)], p=0.5),
-            transforms.Resize(28),
-            transforms.RandomRotation(9),
-        ]
-    ),
     "RandomApply": v2.RandomApply([v2.RandomRotation(30)], p=0.5),
 }
 
@@ -93,7 +83,6 @@ def softened(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 MIXING: dict[str, Any] = {
     "MixUp": v2.MixUp(num_classes=10),
-    "CutMix": v2.CutMix(num_classes=10),
     "a choice": v2.RandomChoice([v2.CutMix(num_classes=10), v2.MixUp(num_classes=10)]),
     "in a Compose": v2.Compose([v2.RandomRotation(7), v2.MixUp(num_classes=10)]),
     "probabilities": softened,

@@ -14,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel
 from mnist_lab import Experiment
 from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
-from mnist_lab.errors import LabError
 from mnist_lab.training.loop import EpochMetrics, Training, initial_network
 
 
@@ -66,61 +65,9 @@ class GhostNorm(nn.BatchNorm1d):
         return normed.view(-1, 2, 16).transpose(0, 1).reshape(-1, 16) * self.weight + self.bias
 
 
-class SwitchesScale(nn.Module):
-    """Computes a scale whenever its mode is switched, and trains with it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(16))
-        self.scale = torch.ones(16)
-
-    def train(self, mode: bool = True) -> "SwitchesScale":
-        self.scale = 1 + 0.1 * self.weight.detach().abs()
-        return super().train(mode)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs * self.weight * self.scale
-
-
-class KeepsMean(nn.Module):
-    """Keeps the last mean, of evaluations too, and trains with it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(16))
-        self.mean = torch.zeros(16)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if self.training:
-            return inputs * self.weight - self.mean * self.weight
-        self.mean = (inputs - 0.5).mean(0) * 0 + 0.01
-        return inputs * self.weight
-
-
-@pytest.mark.parametrize("layer", [GhostNorm, SwitchesScale, KeepsMean])
 @pytest.mark.parametrize("average", [None, partial(AveragedModel, use_buffers=True)])
-def test_a_layer_that_evaluation_changes_trains(layer: type[nn.Module], average: Any, small_mnist: Mnist) -> None:
-    trained(small_mnist, net=partial(Flat, layer=layer), average=average)
-
-
-class BreaksInEvaluation(nn.Module):
-    """Works until it was evaluated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.evaluated = False
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.evaluated = self.evaluated or not self.training
-        if self.training and self.evaluated:
-            raise RuntimeError("was evaluated")
-        return inputs
-
-
-def test_what_fails_after_an_evaluation_is_blamed_on_its_own_field(small_mnist: Mnist) -> None:
-    with pytest.raises(LabError) as refusal:
-        trained(small_mnist, net=partial(Flat, layer=BreaksInEvaluation))
-    assert refusal.value.field == "net"
+def test_a_layer_that_evaluation_changes_trains(average: Any, small_mnist: Mnist) -> None:
+    trained(small_mnist, net=partial(Flat, layer=GhostNorm), average=average)
 
 
 # ---- optimizers with a step of their own
@@ -140,13 +87,6 @@ class SharpSGD(SGD):
         for p, value in zip(parameters, before, strict=True):
             p.copy_(value)
         return super().step()
-
-
-class SharpByArgument(SharpSGD):
-    """The same, and says so."""
-
-    def step(self, closure: Any) -> Any:  # type: ignore[override]
-        return super().step(closure)
 
 
 class ClippedAdam(Adam):
@@ -180,7 +120,7 @@ class OfNothing(Optimizer):
         return closure()
 
 
-@pytest.mark.parametrize("optimizer", [SharpSGD, SharpByArgument, Clipped, OfNothing, ClippedAdam])
+@pytest.mark.parametrize("optimizer", [SharpSGD, Clipped, OfNothing, ClippedAdam])
 def test_an_optimizer_with_a_step_of_its_own_trains(optimizer: type[Optimizer], small_mnist: Mnist) -> None:
     trained(small_mnist, optimizer=partial(optimizer, lr=0.005 if optimizer is ClippedAdam else 0.05))
 
@@ -188,11 +128,10 @@ def test_an_optimizer_with_a_step_of_its_own_trains(optimizer: type[Optimizer], 
 # ---- weights that are computed
 
 
-@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm])
-def test_a_network_whose_weights_are_computed_is_averaged(norm: Any, small_mnist: Mnist) -> None:
+def test_a_network_whose_weights_are_computed_is_averaged(small_mnist: Mnist) -> None:
     def normed() -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch has a newer weight_norm
-            return norm(nn.Linear(16, 16))  # type: ignore[no-any-return]
+            return nn.utils.weight_norm(nn.Linear(16, 16))  # type: ignore[no-any-return]
 
     trained(small_mnist, net=partial(Flat, layer=normed), average=partial(AveragedModel, use_buffers=True))
