@@ -159,8 +159,6 @@ def restore(arguments: argparse.Namespace) -> None:
         progress=partial(print, flush=True),
     )
     print(f"Restored: {done.runs} runs, {done.studies} studies over them; {done.there} runs were there already.")
-    if done.without_mistakes:
-        print(f"The files do not say which images {done.without_mistakes} of the runs got wrong.")
     if done.runs:
         print("`make ui` shows them, `make compare` and `make report` tell of them.")
 

@@ -9,7 +9,6 @@ from mnist_lab.results.compare import (
     compare_pairs,
     compare_table,
     compare_text,
-    effects_table,
     median_run,
     newest_runs,
 )
@@ -20,7 +19,6 @@ __all__ = [
     "compare_pairs",
     "compare_table",
     "compare_text",
-    "effects_table",
     "epoch_history",
     "keeps_predictions",
     "load_runs",

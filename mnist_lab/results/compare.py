@@ -143,21 +143,6 @@ def compare(a: str, b: str, *, holdout: int = 0, tracking_uri: str | None = None
     return _compare(pair, runs, loaded.uri)
 
 
-def effects_table(pairs: Iterable[Pair] = PAIRS, *, holdout: int = 0, tracking_uri: str | None = None) -> pd.DataFrame:
-    """Return what each single change is worth: one row per pair of experiments that both have runs.
-
-    Columns: those of `Comparison`, with `seeds`, `shown` and `verdict`; p_holm is adjusted for the rows of the table.
-    A pair that can't be compared is left out; `compare_pairs` says why.
-
-    Raises:
-        LabError: if the store is missing or foreign, or no run has this protocol.
-    """
-    comparisons, _ = compare_pairs(pairs, holdout=holdout, tracking_uri=tracking_uri)
-    columns = ["a", "b", "change", "effect", "low", "high", "p", "p_holm", "test", "n", "seeds_needed"]
-    columns += ["seeds", "shown", "verdict"]
-    return pd.DataFrame([[getattr(c, name) for name in columns] for c in comparisons], columns=columns)
-
-
 def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
     """Return the row of `run_table` of the step's median seed, by the test accuracy of the last epoch and then by seed.
 
@@ -186,7 +171,7 @@ def compare_pairs(
     Returns the comparisons, and a sentence for each pair that has runs but can't be compared.
 
     Raises:
-        LabError: as `effects_table`.
+        LabError: if the store is missing or foreign, or no run has this protocol.
     """
     loaded = loaded or load_runs(tracking_uri)
     runs = newest_runs(run_table(columns="all", holdout=holdout, loaded=loaded))

@@ -159,6 +159,7 @@ class Records:
             folder / "epochs.csv": to_csv([name for name in EPOCH_COLUMNS if name not in unused], self.epochs),
             folder / "settings.csv": to_csv(SETTING_COLUMNS, _by_setting(self.settings)),
             folder / "mistakes.csv": to_csv(MISTAKE_COLUMNS, self.mistakes),
+            folder / "effects.csv": to_csv(EFFECT_COLUMNS, effect_rows(compare_rows(self.runs))),
         }
 
 
@@ -363,11 +364,7 @@ def cells(records: Iterable[Mapping[Any, Any]], columns: Columns) -> list[Row]:
 
 
 def to_csv(columns: Iterable[str], rows: Iterable[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return pd.DataFrame(rows, columns=list(columns), dtype="str").to_csv(index=False, lineterminator="\n")
 
 
 # ---- into files
@@ -403,7 +400,6 @@ def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
         old = page.read_text("utf-8") if page.exists() else TEMPLATES.get_template("exported.md").render()
         files = {
             **records.csvs(folder, steps),
-            folder / "effects.csv": _effects(records.runs),
             page: with_tables(old, tables(records.runs)),
         }
         replace_files(files)
@@ -461,7 +457,6 @@ def prepare_publication(folder: Path, readme: Path, *, tracking_uri: str | None 
         made = tables(records.runs)
         files = {
             **records.csvs(folder, steps),
-            folder / "effects.csv": _effects(records.runs),
             folder / PICTURE: picture(records.runs),
             **{page: with_tables(page.read_text("utf-8"), made) for page in (readme, folder / "README.md")},
         }
@@ -496,10 +491,6 @@ def _mixed_hardware(old: Iterable[Row], new: Iterable[Row], what: str) -> list[s
     """Say so where the new rows are of several kinds of hardware, and not all of these are among the old ones."""
     was, now = ({row["hardware"] for row in rows if row["hardware"]} for rows in (old, new))
     return [f"{what} would mix hardware: {' and '.join(map(repr, sorted(now)))}"] if len(now) > 1 and now - was else []
-
-
-def _effects(rows: Iterable[Row]) -> str:
-    return to_csv(EFFECT_COLUMNS, effect_rows(compare_rows(rows)))
 
 
 @contextmanager

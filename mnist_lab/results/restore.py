@@ -65,13 +65,11 @@ class Restored:
     """What a call has done to the store.
 
     runs, studies: how many it wrote. there: how many runs of the files were there already, restored or trained here.
-    without_mistakes: how many runs of the files have no record of which images they got wrong.
     """
 
     runs: int
     studies: int
     there: int
-    without_mistakes: int
 
 
 @dataclass
@@ -103,10 +101,6 @@ class Committed:
     tags: Mapping[str, str]
     mistakes: Sequence[Row]
     digest: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.step} seed {self.seed}"
 
 
 def _committed(records: Records, folder: Path) -> Committed:
@@ -207,12 +201,7 @@ def restore(
             for number, (step, runs) in enumerate(steps.items(), start=1):
                 progress(f"{step}: {len(runs)} run{'' if len(runs) == 1 else 's'} ({number} of {len(steps)})")
                 _restore(store, marks, runs)
-    return Restored(
-        runs=added,
-        studies=studies,
-        there=len(committed) - added,
-        without_mistakes=sum(not run.mistakes for run in committed),
-    )
+    return Restored(added, studies, there=len(committed) - added)
 
 
 # ---- the store
@@ -273,7 +262,9 @@ def _run(store: Store, marks: Mapping[str, str], run: Committed, parent_run_id: 
     """Write a run; return its id."""
     clock = Past(run.start)
     past, tags = replace(store, clock=clock), _marked(run.tags, marks, run.step)
-    with track(past, run.name, params=run.params, tags=tags, parent_run_id=parent_run_id) as tracked:
+    with track(
+        past, f"{run.step} seed {run.seed}", params=run.params, tags=tags, parent_run_id=parent_run_id
+    ) as tracked:
         clock.time = run.end
         tracked.log_missing(run.epochs)
         tracked.log_once(run.figures)

@@ -496,17 +496,10 @@ def _from_logits(file: Path) -> pd.DataFrame:
     """Read truth (N,), prediction (N,) and logits (N, 10); a damaged file raises errors of many kinds."""
     with np.load(file, allow_pickle=False) as arrays:
         truth, prediction, logits = arrays["truth"], arrays["prediction"], arrays["logits"]
-    for name, array, kinds, shape in (
-        ("truth", truth, "iu", (truth.size,)),
-        ("prediction", prediction, "iu", (truth.size,)),
-        ("logits", logits, "f", (truth.size, 10)),
-    ):
-        if array.dtype.kind not in kinds or array.shape != shape or not array.size:
-            raise ValueError(f"{name} is {array.dtype} {array.shape}, which is not of the right kind")
-    if not np.isin([truth, prediction], range(10)).all():
-        raise ValueError("truth or prediction has values that are not digits from 0 to 9")
-    if not np.isfinite(logits).all():
-        raise ValueError("logits has values that are not finite")
+    if not truth.size or not truth.shape == prediction.shape or logits.shape != (truth.size, 10):
+        raise ValueError("truth (N,), prediction (N,) and logits (N, 10) have other shapes")
+    if not np.isin([truth, prediction], range(10)).all() or not np.isfinite(logits).all():
+        raise ValueError("truth or prediction is no digit from 0 to 9, or logits are not finite")
     table = pd.DataFrame({"truth": truth, "prediction": prediction}).astype("int64")
     table["confidence"] = special.softmax(logits, axis=1).max(axis=1)
     return table.join(pd.DataFrame(logits, columns=[f"logit_{digit}" for digit in range(10)]))

@@ -89,19 +89,6 @@ class Comparison(Difference, Pair):
             return "no difference shown"
         return f"no difference shown (needs about {seeds_text(self.seeds_needed)} seeds for {size})"
 
-    @property
-    def sentence(self) -> str:
-        """The comparison in one sentence, with its figures."""
-        interval = {"-": "", TOO_FEW: f", {TOO_FEW} for an interval"}.get(
-            self.interval, f", 95 % interval {self.interval}"
-        )
-        unit = "test images" if self.test == MCNEMAR else "shared seeds" if len(self.n) == 1 else "seeds"
-        counts = " and ".join(f"{n:,}" for n in self.n)
-        return (
-            f"{self.b} against {self.a}: {self.verdict}; {self.effect:+.2f} points{interval}, "
-            f"p = {p_text(self.p)} ({self.test}, {counts} {unit})."
-        )
-
 
 def compare_seeds(pair: Pair, a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
     """Compare two experiments by their test accuracies in percent, by seed.

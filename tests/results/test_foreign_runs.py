@@ -127,11 +127,6 @@ def test_what_cant_be_right_is_left_out_and_named_once(store: Store, caplog: pyt
         assert message.startswith(f"left out: run {run_id}: {sentence}")
 
 
-def test_a_store_with_nothing_else_has_an_empty_table(uri: str) -> None:
-    write_foreign_run(open_store(uri), params=PARAMS | {"seed": "abc"})
-    assert results.run_table(tracking_uri=uri).empty
-
-
 def test_runs_without_a_step_or_a_seed_are_no_runs_of_the_lab(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     write_foreign_run(store, params={"epochs": "many"}, tags=TAGS)
     write_foreign_run(store, tags={"overrides": ""})

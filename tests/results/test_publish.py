@@ -48,11 +48,6 @@ def test_the_committed_picture_is_drawn_from_the_committed_csvs() -> None:
     assert f"<dc:description>{points}</dc:description>" in (RESULTS / "accuracy.svg").read_text(), "make publish"
 
 
-def test_the_committed_effects_are_those_of_the_committed_seeds() -> None:
-    made = files.effect_rows(files.compare_rows(files.read_rows(RESULTS)))
-    assert rows_of(RESULTS / "effects.csv") == made
-
-
 def test_the_committed_epochs_end_at_the_committed_figures() -> None:
     epochs = rows_of(RESULTS / "epochs.csv")
     assert epochs
@@ -63,12 +58,6 @@ def test_the_committed_epochs_end_at_the_committed_figures() -> None:
             assert len(accuracies) == int(run["epochs"])
             assert accuracies[-1] == run["last"]
             assert max(accuracies, key=float) == run["best"] == accuracies[int(run["best_epoch"]) - 1]
-
-
-def test_every_committed_csv_is_of_a_script() -> None:
-    assert {row["step"] for row in files.read_rows(RESULTS)} <= {
-        file.stem for file in (ROOT / "experiments").glob("*.py")
-    }
 
 
 def test_the_committed_files_say_of_every_run_how_it_was_made() -> None:
@@ -221,11 +210,6 @@ def test_a_page_without_markers_is_refused(store: Store, pages: tuple[Path, Path
     with pytest.raises(LabError, match="has no markers for a table: <!-- summary -->, <!-- results -->"):
         publish(folder, readme, store.uri)
     assert readme.read_text() == "# Page\n"
-
-
-def test_a_missing_page_is_refused(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(LabError, match="can't be exported: No such file"):
-        publish(tmp_path / "results", tmp_path / "README.md", store.uri)
 
 
 def test_a_full_disk_leaves_every_file_as_it_was(store: Store, pages: tuple[Path, Path]) -> None:

@@ -1,10 +1,7 @@
 """The report, written from a small real store and read back as a reader's program would."""
 
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -175,11 +172,6 @@ def test_the_comparison_in_markdown_has_the_same_figures(report: Report, store: 
     assert {len(row) for row in rows} == {10}
 
 
-def test_the_best_epoch_is_labelled_as_picked_on_the_test_images(report: Report) -> None:
-    for text in (report.page.text, report.md):
-        assert "best epoch was picked on the test images" in " ".join(text.split())
-
-
 def test_the_runs_behind_it_are_listed_with_hardware_and_commit(report: Report, store: Store) -> None:
     _, *rows = report.page.tables[1]
     assert [row[0] for row in rows] == [
@@ -276,22 +268,6 @@ def test_a_docstring_is_read_without_importing_the_script(scripts: Path) -> None
     assert dict(story.sections)["Analysis"].endswith("a list:\n\n- one\n- two")
 
 
-@pytest.mark.parametrize(
-    ("docstring", "story"),
-    [
-        ("", Story("", "", [])),
-        ("A title.\nover two lines.", Story("A title. over two lines", "", [])),
-        ("Title.\n\nSome words.\n\nTarget: t", Story("Title", "Some words.", [("Target", "t")])),
-        ("Target: t\nResult:\n    r", Story("", "", [("Target", "t"), ("Result", "r")])),
-        ("T.\n\nResult: a\n\nResult: b", Story("T", "", [("Result", "a"), ("Result", "b")])),
-    ],
-)
-def test_docstrings_of_other_shapes(tmp_path: Path, docstring: str, story: Story) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(f"'''{docstring}'''")
-    assert read_story(script) == story
-
-
 # ---- the figures
 
 
@@ -376,30 +352,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@contextmanager
-def unwritable(folder: Path) -> Iterator[None]:
-    """Take away the right to write into a folder; root, who may write anyway, gets a folder where a file should be."""
-    if os.geteuid() == 0:
-        (folder / "steps_files").write_text("")
-        yield
-        return
-    folder.chmod(0o500)
-    try:
-        yield
-    finally:
-        folder.chmod(0o700)
-
-
-def test_a_folder_that_cant_be_written_to(tmp_path: Path, overridden_uri: str, scripts: Path) -> None:
-    folder = tmp_path / "reports"
-    folder.mkdir()
-    (folder / "steps.html").write_text("the old report")
-    with unwritable(folder), pytest.raises(LabError, match="^the report can't be written to .*reports: "):
-        write_report(folder, tracking_uri=overridden_uri, scripts=scripts)
-    assert (folder / "steps.html").read_text() == "the old report"
-    assert {path.name for path in folder.iterdir()} <= {"steps.html", "steps_files"}
-
-
 def test_a_file_that_cant_be_replaced(tmp_path: Path, overridden_uri: str, scripts: Path) -> None:
     (tmp_path / "steps.md").mkdir()
     with pytest.raises(LabError, match="^the report can't be written to .*: Is a directory: "):
@@ -443,10 +395,6 @@ def test_a_report_of_some_steps_tells_of_these_alone(tmp_path: Path, store: Stor
         write(tmp_path, store.uri, scripts, "nothing")
 
 
-def test_details_of_many_steps_are_folded(report: Report) -> None:
-    assert [set(details) for details in report.page.all("details")] == [set()] * 7
-
-
 def refused(tmp_path: Path, uri: str, scripts: Path) -> str:
     """Return the sentence of the refusal; nothing is written."""
     folder = tmp_path / "reports"
@@ -454,16 +402,6 @@ def refused(tmp_path: Path, uri: str, scripts: Path) -> str:
         write_report(folder, tracking_uri=uri, scripts=scripts)
     assert not folder.exists()
     return str(caught.value)
-
-
-def test_a_missing_store(tmp_path: Path, scripts: Path) -> None:
-    assert "does not exist" in refused(tmp_path, f"sqlite:///{tmp_path}/none.db", scripts)
-    assert not (tmp_path / "none.db").exists()
-
-
-def test_a_foreign_store(tmp_path: Path, scripts: Path) -> None:
-    (tmp_path / "other.db").write_text("not a database at all, but long enough to look like a file")
-    assert "other.db" in refused(tmp_path, f"sqlite:///{tmp_path}/other.db", scripts)
 
 
 def test_a_store_without_a_finished_run(tmp_path: Path, overridden_uri: str, scripts: Path) -> None:

@@ -122,7 +122,7 @@ def content(database: Path) -> list[list[tuple[object, ...]]]:
 
 
 def test_a_restored_run_is_what_was_published(published: Store, folder: Path, other: str, tmp_path: Path) -> None:
-    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0, without_mistakes=0)
+    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0)
 
     was, now = by_name(database_of(published.uri)), by_name(database_of(other))
     assert set(now) == {*was, "step1_plain 3 seeds", "step2_better 3 seeds"}
@@ -212,14 +212,14 @@ def test_the_committed_runs_of_all_steps_are_restored(uri: str, database: Path, 
 def test_a_second_call_adds_nothing(published: Store, folder: Path, other: str) -> None:
     quietly(folder, tracking_uri=other)
     before = content(database_of(other))
-    assert quietly(folder, tracking_uri=other) == Restored(0, 0, there=7, without_mistakes=0)
+    assert quietly(folder, tracking_uri=other) == Restored(0, 0, there=7)
     assert content(database_of(other)) == before
 
 
 def test_runs_of_ones_own_are_left_alone_and_not_doubled(published: Store, folder: Path, database: Path) -> None:
     write_run(published, "step1_plain", 9, [99.0], start_time=T0 + 999_999)
     before = content(database)
-    assert quietly(folder, tracking_uri=published.uri) == Restored(0, 0, there=7, without_mistakes=0)
+    assert quietly(folder, tracking_uri=published.uri) == Restored(0, 0, there=7)
     assert content(database) == before
 
 
@@ -228,7 +228,7 @@ def test_files_that_say_otherwise_replace_what_was_restored(published: Store, fo
     quietly(folder, tracking_uri=other)
     file = folder / "step2_better.csv"
     file.write_text(file.read_text().replace("2.15.0", "2.16.0", 1))
-    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0, without_mistakes=0)
+    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0)
     table = results.run_table(columns="all", tracking_uri=other)
     assert len(table) == 8
     assert table.set_index(["step", "seed"])["torch"]["step2_better"].to_dict() == {
@@ -256,7 +256,7 @@ def test_a_call_that_was_killed_is_completed_by_the_next(
             quietly(folder, tracking_uri=other)
     mlflow.MlflowClient(other).update_run(written[2], status="RUNNING")  # as after kill -9
 
-    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0, without_mistakes=0)
+    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0)
 
     there = [run for run in read_runs(database_of(other)) if run.run_id not in deleted(other)]
     whole = {run.name: run for run in there}
@@ -358,7 +358,7 @@ def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(seeds: Seeds, o
     parent = runs["quick 3 seeds"]
     assert parent.tags["seeds_reused"] == "0 1"
     assert {runs[f"quick seed {seed}"].tags[PARENT] for seed in range(3)} == {parent.run_id}
-    assert quietly(seeds.folder, tracking_uri=other) == Restored(0, 0, there=2, without_mistakes=0)
+    assert quietly(seeds.folder, tracking_uri=other) == Restored(0, 0, there=2)
     assert {run.tags.get(PARENT) for run in by_name(database_of(other)).values()} == {None, parent.run_id}
 
     (change,) = publish(seeds.folder, other)

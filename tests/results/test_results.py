@@ -147,19 +147,6 @@ def test_a_short_name_of_a_step_will_do(uri: str) -> None:
         results.run_table("step44", tracking_uri=uri)
 
 
-def test_overridden_runs_stand_in_where_a_step_has_no_run_as_declared(uri: str) -> None:
-    store = open_store(uri)
-    write_run(store, "step1", 0, [98.0], start_time=T0, tags={"overrides": "epochs=9"})
-    write_run(store, "step1", 0, [98.1], start_time=T0 + 1000, tags={"overrides": "epochs=1"})
-    write_run(store, "step1", 1, [98.2], start_time=T0 + 2000, tags={"overrides": "epochs=1"})
-    write_run(store, "step2", 0, [98.3], start_time=T0 + 3000)
-    write_run(store, "step2", 0, [98.4], start_time=T0 + 4000, tags={"overrides": "epochs=1"})
-    table = results.run_table(include_overrides="if_none", tracking_uri=store.uri)
-    assert table["final_test_accuracy"].tolist() == [98.1, 98.2, 98.3]
-    assert table["overrides"].tolist() == ["epochs=1", "epochs=1", ""]
-    assert results.run_table(tracking_uri=store.uri)["final_test_accuracy"].tolist() == [98.3]
-
-
 def test_epoch_history_is_tidy(store: Store) -> None:
     history = results.epoch_history(tracking_uri=store.uri)
     assert list(history.columns) == ["run_id", "step", "overrides", "seed", "epoch", *TESTED.each_epoch]
@@ -397,8 +384,6 @@ def test_compare_pairs_the_seeds_of_the_newest_runs(uri: str) -> None:
     )
     assert found.effect == pytest.approx(0.19)
     assert found.shown
-    said = "b against a: better by 0.19 points; +0.19 points, too few seeds for an interval, p = 0.012 "
-    assert found.sentence.startswith(said)
     back = results.compare("b", "a", tracking_uri=uri)
     assert (back.effect, back.word) == (pytest.approx(-0.19), "worse")
 
@@ -434,19 +419,18 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> No
             results.compare(a, b, tracking_uri=held_out)
 
 
-def test_the_effects_table_adjusts_for_its_own_rows(uri: str) -> None:
+def test_compared_pairs_are_adjusted_for_their_number(uri: str) -> None:
     store = open_store(uri)
     for seed, accuracies in enumerate([(99.0, 99.2, 99.20), (99.1, 99.25, 99.31), (98.9, 99.12, 99.1)]):
         for step, accuracy in zip("abc", accuracies, strict=True):
             write_run(store, step, seed, [accuracy], start_time=T0 + seed)
     write_run(store, "single", 0, [99.0], start_time=T0)
     pairs = [Pair("a", "b", "first"), Pair("b", "c", "second"), Pair("a", "gone", "third"), Pair("a", "single", "4th")]
-    table = results.effects_table(pairs, tracking_uri=uri)
-    assert table["change"].tolist() == ["first", "second"]
-    assert table["p_holm"].tolist() == pytest.approx([2 * table["p"][0], table["p"][1]])
-    assert table["shown"].tolist() == [bool(2 * table["p"][0] < 0.05), False]
-    assert table["seeds"].tolist() == ["3", "3"]
-    _, refused = results.compare_pairs(pairs, tracking_uri=uri)
+    (first, second), refused = results.compare_pairs(pairs, tracking_uri=uri)
+    assert (first.change, second.change) == ("first", "second")
+    assert (first.p_holm, second.p_holm) == pytest.approx((2 * first.p, second.p))
+    assert (first.shown, second.shown) == (2 * first.p < 0.05, False)
+    assert (first.seeds, second.seeds) == ("3", "3")
     (sentence,) = refused  # a pair without runs is no one's mistake
     assert sentence.startswith("single against a is not compared: single has one seed and a has 3")
 

@@ -6,16 +6,12 @@ import re
 import pytest
 
 from helpers import ROOT
-from mnist_lab.errors import LabError
 from mnist_lab.verdicts.comparison import (
     PAIRS,
     Comparison,
     Pair,
     adjust,
-    compare_predictions,
-    compare_seeds,
     effects_text,
-    interval_text,
     mean_interval_text,
     p_text,
     seeds_text,
@@ -48,40 +44,13 @@ def test_the_verdict_says_what_was_shown(given: dict[str, object], verdict: str)
     assert comparison(**given).verdict == verdict
 
 
-def test_the_sentence_has_the_figures() -> None:
-    assert comparison().sentence == (
-        "better against plain: no difference shown (needs about 40 seeds for 0.03 points); +0.03 points, "
-        "95 % interval -0.01 to +0.07, p = 0.20 (paired t-test, 5 shared seeds)."
-    )
-    without_interval = comparison(low=math.nan, high=math.nan, test="Welch's t-test", n=(4, 7))
-    assert without_interval.sentence.endswith("; +0.03 points, p = 0.20 (Welch's t-test, 4 and 7 seeds).")
-
-
 def test_a_difference_of_under_four_seeds_has_no_interval() -> None:
     for test, n in (("paired t-test", (3,)), ("Welch's t-test", (10, 3))):
         few = comparison(test=test, n=n)
         assert few.interval == "too few seeds"
-        assert "; +0.03 points, too few seeds for an interval, p = 0.20 (" in few.sentence
         assert "too few seeds" in effects_text([few])
     assert comparison(n=(4,)).interval == "-0.01 to +0.07"
     assert comparison(test="McNemar's exact test", n=(10_000,)).interval == "-0.01 to +0.07"
-
-
-def test_seeds_are_paired_by_their_numbers() -> None:
-    found = compare_seeds(PAIR, {0: 99.0, 1: 99.1, 2: 99.2}, {2: 99.3, 1: 99.2, 7: 10.0})
-    assert (found.n, found.seeds) == ((2,), "2")
-    assert found.effect == pytest.approx(0.1)
-
-
-def test_one_seed_is_refused() -> None:
-    with pytest.raises(LabError, match="at least two seeds"):
-        compare_seeds(PAIR, {0: 99.0}, {0: 99.3, 1: 99.2})
-
-
-def test_two_networks_are_compared_in_points() -> None:
-    found = compare_predictions(PAIR, [True] * 90 + [False] * 10, [True] * 98 + [False] * 2)
-    assert (found.effect, found.p) == (pytest.approx(8.0), 2 / 2**8)
-    assert found.verdict == "better by 8.00 points in this one run of each"
 
 
 def test_a_table_of_comparisons_is_adjusted_together() -> None:
@@ -107,11 +76,6 @@ def test_a_table_leaves_out_what_is_empty_and_names_what_it_has_no_place_for() -
 )
 def test_a_p_value_is_never_a_bare_zero(p: float, text: str) -> None:
     assert p_text(p) == text
-
-
-def test_an_interval_that_is_not_there_is_a_dash() -> None:
-    assert interval_text(math.nan, math.nan) == "-"
-    assert interval_text(-0.014, 0.05, signed=True) == "-0.01 to +0.05"
 
 
 def test_experiments_are_in_natural_order() -> None:

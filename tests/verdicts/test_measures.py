@@ -41,9 +41,3 @@ def test_a_value_is_written_with_its_unit(name: str, value: float | None, text: 
 def test_a_mean_between_two_digits_is_rounded_one_way_everywhere(mean: float) -> None:
     assert MEASURES["best_test_accuracy"].text(mean) == "99.26 %"
     assert short_figures(dict.fromkeys(SHORT.values(), mean)) == dict.fromkeys(SHORT, 99.26)
-
-
-def test_an_axis_names_the_unit() -> None:
-    assert MEASURES["test_accuracy"].axis == "test accuracy (%)"
-    assert MEASURES["test_loss"].axis == "test loss (cross-entropy)"
-    assert MEASURES["lr"].axis == "learning rate"
