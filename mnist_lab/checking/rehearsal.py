@@ -32,7 +32,7 @@ from mnist_lab.checking.schedule import check_schedule, notice_slow_average, wit
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, is_script, script_line, text_of
 from mnist_lab.experiment import Experiment, quoted
-from mnist_lab.tracking import fluent
+from mnist_lab.tracking import run as tracking
 from mnist_lab.training import loop as training
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import (
@@ -175,11 +175,11 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
 def _rehearse(declared: Experiment, mnist: Mnist, memory_format: torch.memory_format) -> Rehearsal:
     trial = Trial(own_parts(declared), mnist, memory_format)
     notices: list[str] = []
-    with fluent.silenced() as called:
+    with tracking.silenced() as called:
         for blamed, check in CHECKS:
             with blame(trial.minimised if blamed == "loss" else blamed, trial):
                 notices += check(trial)
-    notices += [*_notice_memory(declared, trial.experiment), *fluent.notices(called)]
+    notices += [*_notice_memory(declared, trial.experiment), *tracking.notices(called)]
     return Rehearsal(trial.memory_format, trial.untrained, trial.no_effect, notices)
 
 

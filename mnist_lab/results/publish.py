@@ -46,7 +46,7 @@ from mnist_lab.results.runs import (
     predictions_of,
     run_table,
 )
-from mnist_lab.tracking.disk import replace_files
+from mnist_lab.tracking.store import replace_files
 from mnist_lab.verdicts.comparison import (
     PAIRS,
     TOO_FEW,

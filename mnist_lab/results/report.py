@@ -32,7 +32,7 @@ from mnist_lab.results.compare import summarise
 from mnist_lab.results.publish import PUBLISHED, TEMPLATES
 from mnist_lab.results.runs import LoadedRuns, full_names, predictions_of
 from mnist_lab.story import Story, read_story
-from mnist_lab.tracking.disk import replace_files
+from mnist_lab.tracking.store import replace_files
 from mnist_lab.verdicts.comparison import step_order
 
 logger = logging.getLogger(__name__)

@@ -34,8 +34,7 @@ from mnist_lab.experiment import MAX_COUNT, quoted
 from mnist_lab.paths import EXPERIMENT_NAME, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
 from mnist_lab.tracking.connection import environment_variables
-from mnist_lab.tracking.points import read_points
-from mnist_lab.tracking.sqlite import check_readable, follow_move
+from mnist_lab.tracking.sqlite import check_readable, follow_move, read_points
 from mnist_lab.tracking.store import check_not_deleted
 from mnist_lab.verdicts.comparison import step_order
 from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED, protocol

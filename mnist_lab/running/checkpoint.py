@@ -16,8 +16,7 @@ from pydantic import Field, TypeAdapter
 
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.paths import CHECKPOINTS, PROJECT_ROOT, own_folder
-from mnist_lab.tracking.disk import replace_files
-from mnist_lab.tracking.store import is_deleted
+from mnist_lab.tracking.store import is_deleted, replace_files
 from mnist_lab.training.loop import EpochMetrics
 
 logger = logging.getLogger(__name__)

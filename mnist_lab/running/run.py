@@ -21,8 +21,8 @@ from mnist_lab.running.job import Job, check_seed
 from mnist_lab.running.machine import keep_freed_memory, set_threads, use_float32
 from mnist_lab.running.progress import Progress, Pruned, RunResult
 from mnist_lab.running.record import Record
-from mnist_lab.tracking.fluent import adopted
 from mnist_lab.tracking.models import find_teacher, load_teacher
+from mnist_lab.tracking.run import adopted
 from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.training.loop import EpochMetrics, Training, initial_network
 from mnist_lab.training.states import own_parts

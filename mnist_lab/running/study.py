@@ -26,8 +26,8 @@ from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
 from mnist_lab.running.run import load_parts, taught, with_teacher
 from mnist_lab.running.workers import Epoch, Failed, Message, SeedTask, Task, Trainers
-from mnist_lab.tracking.points import read_points
 from mnist_lab.tracking.run import TrackedRun, track
+from mnist_lab.tracking.sqlite import read_points
 from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store, store_failures
 from mnist_lab.verdicts.comparison import mean_interval_text
 from mnist_lab.verdicts.measures import MEASURES, percent, protocol, short_figures

@@ -26,8 +26,7 @@ from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import MNIST_PIXELS
 from mnist_lab.paths import PROJECT_ROOT
 from mnist_lab.tracking.connection import environment_variables, short_timeouts
-from mnist_lab.tracking.disk import replace_files
-from mnist_lab.tracking.store import Store, quiet, search, store_failures
+from mnist_lab.tracking.store import Store, quiet, replace_files, search, store_failures
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

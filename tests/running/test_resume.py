@@ -27,8 +27,7 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running.run import restore
 from mnist_lab.tracking import run as tracking
-from mnist_lab.tracking.disk import replace_files
-from mnist_lab.tracking.store import open_store
+from mnist_lab.tracking.store import open_store, replace_files
 from mnist_lab.training.loop import EpochMetrics, Training
 
 FLAGS = ["--limit", "512", "--epochs", "5", "--seed", "5"]

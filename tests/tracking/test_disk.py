@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers import largest_file
-from mnist_lab.tracking.disk import replace_files
+from mnist_lab.tracking.store import replace_files
 
 ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -55,7 +55,7 @@ def test_text_is_utf_8_in_an_ascii_locale(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from mnist_lab.tracking.disk import replace_files
+from mnist_lab.tracking.store import replace_files
 replace_files({Path(sys.argv[1], "a"): "\\u2013 \\u00b1"})
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=os.environ | ASCII_LOCALE, check=True)
