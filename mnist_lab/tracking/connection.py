@@ -8,7 +8,6 @@ import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from urllib.parse import urlsplit
 
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
@@ -21,6 +20,11 @@ from mnist_lab.paths import EXPERIMENT_NAME
 
 SHORT_TIMEOUT = 4  # seconds: who starts a training wants to hear within ten that there is no server
 LONG_TIMEOUT = 30  # seconds for each attempt of a run under way
+REFUSALS = {
+    401: "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment, or MLFLOW_TRACKING_TOKEN",
+    403: f"its admin can permit it, by a permission on the experiment {EXPERIMENT_NAME!r}; or, where the server was "
+    "called by another name than its own, by MLFLOW_SERVER_ALLOWED_HOSTS",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -46,36 +50,21 @@ def ask(uri: str) -> None:
         max_retries=0,
         raise_on_status=False,
     )
-    if answer.status_code == 403 and "Host header" in answer.text:
-        raise ValueError(
-            f"the server does not answer to the name {urlsplit(uri).netloc.rpartition('@')[2]!r}: call it by another "
-            "one, or start it with MLFLOW_SERVER_ALLOWED_HOSTS"
-        )
-    if answer.status_code in (401, 403):
+    if answer.status_code in REFUSALS:
         raise ValueError(_refuses_you(answer.status_code))
     try:
         content = answer.json()
     except ValueError:
         content = None
     if answer.status_code >= 500:
-        why = "it may not take MLFLOW_TRACKING_TOKEN; " if os.environ.get("MLFLOW_TRACKING_TOKEN") else ""
         message = content.get("message") if isinstance(content, dict) else None
-        raise ValueError(f"the server fails (HTTP {answer.status_code}): {message or why + 'its own log says why'}")
+        raise ValueError(f"the server fails (HTTP {answer.status_code}): {message or 'its own log says why'}")
     if not isinstance(content, dict) or not content.keys() & {"experiment", "error_code"}:
         raise ValueError(f"what answers there is no MLflow server (HTTP {answer.status_code})")
 
 
 def _refuses_you(status: int) -> str:
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    if status == 403 and user:
-        return (
-            f"the server does not permit {user!r} to do this (HTTP 403): its admin can, by a permission on the "
-            f"experiment {EXPERIMENT_NAME!r}"
-        )
-    return (
-        f"the server refuses you (HTTP {status}): give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-        "MLFLOW_TRACKING_TOKEN, in the environment"
-    )
+    return f"the server refuses you (HTTP {status}): {REFUSALS[status]}"
 
 
 def why_refused(error: Exception, uri: str = "") -> str:
@@ -83,21 +72,12 @@ def why_refused(error: Exception, uri: str = "") -> str:
 
     uri: of a server, which is asked once more where MLflow has kept nothing of its answers but their number.
     """
-    if is_server(uri) and (status := _status(error)) in (401, 403):
+    if is_server(uri) and (status := _status(error)) in REFUSALS:
         return _refuses_you(status)
     for cause in _causes(error):
         match cause:
-            case ssl.SSLCertVerificationError():
-                return (
-                    f"the server's certificate is not trusted ({cause.verify_message}); if it should be, name the file "
-                    "of its authority in MLFLOW_TRACKING_SERVER_CERT_PATH"
-                )
-            case ssl.SSLError():
-                return f"the server and this machine can't agree on a secure connection ({cause.reason or cause})"
-            case socket.gaierror():
-                return f"its host's name can't be resolved ({cause.strerror})"
-            case ConnectionRefusedError():
-                return f"no server listens there ({cause.strerror})"
+            case ssl.SSLError() | socket.gaierror() | ConnectionError():
+                return f"no connection to the server ({cause.strerror or cause})"
             case Timeout() | TimeoutError():
                 return "the server does not answer in time"
             case ResponseError():
@@ -106,7 +86,6 @@ def why_refused(error: Exception, uri: str = "") -> str:
                         ask(uri)
                     except ValueError as answer:
                         return one_line(answer)
-                return f"the server answers that it fails ({cause})"
     return one_line(error)
 
 
