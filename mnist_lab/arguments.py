@@ -6,9 +6,8 @@ import functools
 import hashlib
 import inspect
 import re
-import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -104,7 +103,7 @@ def _container(value: Any, text: Text) -> str:
 
 
 def _object(value: Any, text: Text) -> str:
-    """Return an object's own text, or where that has an address or hides functions, its class and what it holds."""
+    """Return an object's own text, or where that has an address, its class and what it holds."""
     if type(value) is str:
         return repr(value)
     name, shown = type(value).__qualname__, _plain(value)
@@ -113,7 +112,7 @@ def _object(value: Any, text: Text) -> str:
         if settings and not ADDRESS.search(settings):
             return _call(name, [settings, *_pairs(dict(value.named_children()), text)])
         return _call(name, _pairs(held(value, text), text))
-    if not (hasattr(value, "__dataclass_fields__") or ADDRESS.search(shown) or _holds_functions(value, set())):
+    if not (hasattr(value, "__dataclass_fields__") or ADDRESS.search(shown)):
         return shown
     holds = _pairs(_attributes(value), text)
     return _call(name, list(map(text, value)) if isinstance(value, Collection) and not holds else holds)
@@ -167,22 +166,3 @@ def _attributes(value: object) -> dict[str, object]:
     if isinstance(value, nn.Module):
         found |= {name: item for name, item in {**value._modules, **value._buffers}.items() if item is not None}
     return found
-
-
-def _holds_functions(value: object, seen: set[int]) -> bool:
-    """Say whether there are functions among what a value holds, or among what that holds in turn."""
-    if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
-        return True
-    if id(value) in seen or isinstance(value, type | Tensor) or _is_of_standard_library(value):
-        return False
-    seen.add(id(value))
-    items: Iterable[object] = value.values() if isinstance(value, Mapping) else _attributes(value).values()
-    if isinstance(value, list | tuple | set | frozenset):
-        items = value
-    return any(_holds_functions(item, seen) for item in items)
-
-
-def _is_of_standard_library(value: object) -> bool:
-    """Say whether the standard library has made a value's class; a logger, for one, holds all others."""
-    module = type(value).__module__.partition(".")[0]
-    return module != "builtins" and module in sys.stdlib_module_names

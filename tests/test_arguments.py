@@ -119,13 +119,6 @@ def test_a_tensor_is_its_shape_type_and_values(make: Callable[[int], object]) ->
     assert stable_text(values) != stable_text(make(3))
 
 
-def scale_by(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    def scale(images: torch.Tensor) -> torch.Tensor:
-        return images * factor
-
-    return scale
-
-
 class ShowsItsNumber:
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -137,13 +130,11 @@ class ShowsItsNumber:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda number: transforms.Compose([transforms.Lambda(scale_by(number))]),
         lambda number: nn.CrossEntropyLoss(weight=torch.full((10,), float(number))),
         lambda number: [*range(9000), number],
         lambda number: ShowsItsNumber(number),
     ],
     ids=[
-        "a function in two transforms",
         "a buffer",
         "a long list",
         "a number of its own",

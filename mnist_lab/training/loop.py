@@ -185,7 +185,10 @@ class Training:
                 objective = torch.stack(self.losses).mean().item()
             minimised = train_loss if objective is None else objective
             if not math.isfinite(minimised):
-                raise LabError(self._divergence())
+                raise LabError(
+                    f"loss: is {minimised} in epoch {self.epoch + 1} of {self.experiment.epochs}; the training has "
+                    "diverged, e.g. by too high a learning rate"
+                )
             if self.experiment.scheduler_interval == "epoch":
                 self._step_schedule(minimised)
             evaluated_on, images, labels = evaluation_part(self.mnist)
@@ -271,16 +274,6 @@ class Training:
     def _evaluated(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
         self.logits = predict(net, images, self.experiment.normalize)
         return evaluate(self.logits, labels)
-
-    def _divergence(self) -> str:
-        """Say where the loss was not finite."""
-        losses = torch.stack(self.losses)
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        epoch = f"in epoch {self.epoch + 1} of {self.experiment.epochs}"
-        if not bad:  # each is a number, but their sum is too large for one
-            return f"loss: grew beyond all bounds {epoch}; the training has diverged, e.g. by too high a learning rate"
-        value, batch = losses[bad[0]].item(), f"batch {bad[0] + 1} of {len(losses)}"
-        return f"loss: is {value} {epoch}, {batch}; the training has diverged, e.g. by too high a learning rate"
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it."""
