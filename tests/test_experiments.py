@@ -219,33 +219,6 @@ def test_recipe_is_the_reported_one(stem: str, load_script: Load) -> None:
     assert (experiment.targets, experiment.reported) == (targets, reported)
 
 
-@pytest.mark.parametrize("stem", RECIPES)
-def test_loss_is_the_cross_entropy(stem: str, load_script: Load, small_mnist: Mnist) -> None:
-    script = load_script(stem)
-    net = script.Net().eval()
-    images = small_mnist.train_images[:64].float() / 255
-    labels = small_mnist.train_labels[:64]
-
-    loss, output = training.loss_and_logits(net, training.normalize(images), labels, script.EXPERIMENT)
-
-    torch.testing.assert_close(loss, nn.NLLLoss()(output.log_softmax(1), labels))
-    is_log_softmax = torch.allclose(output.exp().sum(1), torch.ones(64), atol=1e-5)
-    assert is_log_softmax or stem in STEPS
-
-
-def test_four_conv_pools_before_the_activation(load_script: Load) -> None:
-    net = load_script("four_conv").Net().eval()
-    images = torch.rand(8, 1, 28, 28)
-
-    x = net.conv1(images).relu()
-    x = nn.functional.max_pool2d(net.conv2(x), 2).relu()
-    x = net.conv3(x).relu()
-    x = nn.functional.max_pool2d(net.conv4(x), 2).relu()
-    expected = net.linear2(net.linear1(x.flatten(1)).relu()).log_softmax(1)
-
-    torch.testing.assert_close(net(images), expected)
-
-
 def test_four_conv_crops_one_image_in_ten_then_rotates(load_script: Load, small_mnist: Mnist) -> None:
     experiment = load_script("four_conv").EXPERIMENT
     images = small_mnist.train_images.float() / 255

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
 from torch.optim.swa_utils import AveragedModel
-from torchvision.transforms import v2
 
 from forkserver import SIGNALS
 from helpers import first, read_value
@@ -73,16 +72,8 @@ text = st.text(max_size=12) | st.sampled_from(
     ["", " ", "\0", "a\nb", "\x1b[31m", SURROGATES, "١", "x" * 5000, "∞", "-"]
 )
 whole = st.integers(-3, 300) | st.integers() | st.sampled_from([2**31, 2**32, 2**63, 2**64, 10**30, 10**400])
-number_text = (
-    whole.map(str)
-    | st.floats().map(repr)
-    | st.sampled_from(
-        ["1e999", "-0", "+1", "1_0", "0x10", " 3 ", "9" * 5000, "0x" + "f" * 5000, "1e38", "1e-400", "True"]
-    )
-)
-literal = st.sampled_from(
-    ["None", "[]", "{}", "()", "(1, 2)", "(" * 3000, "1+1j", "b'x'", "'", "{[]: 1}", "__import__('os')"]
-)
+number_text = whole.map(str) | st.floats().map(repr) | st.sampled_from(["1e999", "1_0", "0x10", "9" * 5000, "True"])
+literal = st.sampled_from(["None", "(1, 2)", "(" * 3000, "b'x'", "'", "{[]: 1}"])
 
 
 # ---- command lines
@@ -290,22 +281,15 @@ anything = st.one_of(
 )
 huge = st.sampled_from([2**63, 10**30, 10**5000])
 numbers = st.floats() | st.integers(-2, 300) | text
-RIGHT: dict[str, st.SearchStrategy[Any]] = {
-    "net": st.sampled_from([Net, partial(Net, dropout=0.5), lambda: Net()]),
-    "epochs": st.integers(1, 30),
-    "batch_size": st.integers(1, 200),
-    "optimizer": st.sampled_from([partial(SGD, lr=0.01), Adam, partial(SGD, lr=0.01, momentum=0.9)]),
-    "scheduler": st.sampled_from([None, partial(StepLR, step_size=2), partial(ExponentialLR, gamma=0.9)]),
-    "scheduler_interval": st.sampled_from(["epoch", "batch"]),
-    "augmentation": st.sampled_from(
-        [None, partial(random_rotation, degrees=7.0), v2.RandomRotation(7), v2.MixUp(num_classes=10)]
-    ),
-    "loss": st.sampled_from([None, nn.functional.cross_entropy, nn.CrossEntropyLoss()]),
-    "objective": st.none(),
-    "average": st.sampled_from([None, AveragedModel, partial(AveragedModel, use_buffers=True)]),
-    "normalize": st.sampled_from([(0.1307, 0.3081), (0.5, 0.5), (0, 1)]),
-    "targets": st.just(Targets(accuracy=99.4)),
-    "reported": st.just({"best_epoch": 3}),
+RIGHT: dict[str, Any] = {
+    "net": Net,
+    "epochs": 3,
+    "batch_size": 50,
+    "optimizer": partial(SGD, lr=0.01),
+    "scheduler": partial(ExponentialLR, gamma=0.9),
+    "augmentation": partial(random_rotation, degrees=7.0),
+    "average": partial(AveragedModel, use_buffers=True),
+    "targets": Targets(accuracy=99.4),
 }
 ODD: dict[str, st.SearchStrategy[Any]] = {
     "net": st.builds(partial, st.just(Net), dropout=numbers)
@@ -337,14 +321,9 @@ ODD: dict[str, st.SearchStrategy[Any]] = {
 def declarations(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
     """Return fields, and the names of those that may be wrong."""
     odd = set(draw(st.lists(st.sampled_from(list(ODD)), min_size=0, max_size=2)))
-    fields = {
-        name: draw((anything if draw(st.integers(0, 3)) == 0 else ODD[name]) if name in odd else RIGHT[name])
-        for name in RIGHT
-    }
-    if fields["objective"] is not None:
-        fields["loss"] = None
+    if "objective" in odd:
         odd -= {"loss"}
-    return fields, odd
+    return RIGHT | {name: draw(ODD[name] | anything) for name in sorted(odd)}, odd
 
 
 @HOW_MANY

@@ -80,19 +80,6 @@ def test_the_recipe_for_distillation_finds_its_teacher(train: Train) -> None:
     assert student.params["teacher"] == "step1_baseline"
 
 
-def test_a_recipe_is_a_script_that_make_would_start(tmp_path: Path, database: Path) -> None:
-    script = tmp_path / "averaged.py"
-    script.write_text(RECIPES["Weights averaged over the batches"])
-    (tmp_path / "step4_augment_steplr.py").write_text((ROOT / "experiments" / "step4_augment_steplr.py").read_text())
-
-    done = run_program(
-        script, "--epochs", "1", "--limit", "256", "--tracking-uri", f"sqlite:///{database}", cwd=tmp_path
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert "raw" in done.stdout
-
-
 def test_a_submission_to_kaggle_has_a_row_for_each_image_in_order(
     mnist: Mnist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,14 +111,6 @@ def job(small_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytest.
     return make
 
 
-def test_the_layout_is_tagged(job: Callable[..., Job], database: Path) -> None:
-    runner.run(job(), 0, Progress())
-    runner.run(job(net=partial(Convolutions, flatten=view)), 0, Progress())
-
-    assert sorted(run.tags["memory_format"] for run in read_runs(database)) == ["channels_last", "contiguous"]
-    assert all(run.status == "FINISHED" for run in read_runs(database))
-
-
 # ---- evaluation mode
 
 
@@ -353,11 +345,6 @@ def by_numpy(images: Tensor) -> Tensor:
 def test_what_is_meant_is_let_through_without_a_word(changes: dict[str, Any], small_mnist: Mnist) -> None:
     rehearsal = rehearse(declare(**changes), small_mnist)
     assert (rehearsal.notices, rehearsal.memory_format) == ([], torch.channels_last)
-
-
-def test_two_outputs_in_training_are_refused_without_an_objective(small_mnist: Mnist) -> None:
-    with pytest.raises(LabError, match="^net: gives a tuple"):
-        rehearse(declare(net=Auxiliary), small_mnist)
 
 
 class Recomputed(Convolutions):
