@@ -58,7 +58,9 @@ def ask(uri: str) -> None:
         content = None
     if answer.status_code >= 500:
         message = content.get("message") if isinstance(content, dict) else None
-        raise ValueError(f"the server fails (HTTP {answer.status_code}): {message or 'its own log says why'}")
+        token = "it may not take MLFLOW_TRACKING_TOKEN; " if os.environ.get("MLFLOW_TRACKING_TOKEN") else ""
+        why = message or f"{token}its own log says why"
+        raise ValueError(f"the server fails (HTTP {answer.status_code}): {why}")
     if not isinstance(content, dict) or not content.keys() & {"experiment", "error_code"}:
         raise ValueError(f"what answers there is no MLflow server (HTTP {answer.status_code})")
 

@@ -317,15 +317,16 @@ def admin(guarded: Team, monkeypatch: pytest.MonkeyPatch) -> str:
     [
         {},
         {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "not-the-password"},
+        {"MLFLOW_TRACKING_TOKEN": "not-a-token"},
     ],
-    ids=["nothing", "a wrong password"],
+    ids=["nothing", "a wrong password", "a wrong token"],
 )
 def test_nobody_is_let_in_without_the_right_password(
     variables: dict[str, str], guarded: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, text in variables.items():
         monkeypatch.setenv(name, text)
-    with pytest.raises(LabError, match="MLFLOW_TRACKING_USERNAME"):
+    with pytest.raises(LabError, match="MLFLOW_TRACKING_USERNAME|MLFLOW_TRACKING_TOKEN"):
         open_store(guarded.uri)
 
 
