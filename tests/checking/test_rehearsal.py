@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,14 +197,6 @@ def test_a_copy_does_not_count_and_a_layer_that_is_trained_later_does(job: Calla
     assert f"Trainable params: {own:,}" in summary
 
 
-def test_every_size_that_is_evaluated_is_tried_with_a_hold_out_too(small_mnist: Mnist) -> None:
-    held = replace(
-        small_mnist, validation_images=small_mnist.train_images[:70], validation_labels=small_mnist.train_labels[:70]
-    )
-    by_view = partial(Changing, by_view=lambda training, n: not training and n == len(held.test_images))
-    assert rehearse(declare(net=by_view), held).memory_format == torch.contiguous_format
-
-
 class SameStart(Convolutions):
     def __init__(self) -> None:
         torch.manual_seed(1)
@@ -350,19 +341,12 @@ def test_what_is_meant_is_let_through_without_a_word(changes: dict[str, Any], sm
 class Recomputed(Convolutions):
     """Computes its activations again in the backward pass, as memory-saving networks do."""
 
-    def __init__(self, use_reentrant: bool) -> None:
-        super().__init__()
-        self.use_reentrant = use_reentrant
-
     def forward(self, images: Tensor) -> Tensor:
-        return checkpoint(super().forward, images.requires_grad_(), use_reentrant=self.use_reentrant)
+        return checkpoint(super().forward, images.requires_grad_(), use_reentrant=False)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_what_is_computed_again_has_the_same_dropout(
-    use_reentrant: bool, small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recomputed = declare(net=partial(Recomputed, use_reentrant))
+def test_what_is_computed_again_has_the_same_dropout(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch) -> None:
+    recomputed = declare(net=Recomputed)
     assert rehearse(recomputed, small_mnist).notices == []
 
     def train(experiment: Experiment) -> list[float]:

@@ -86,12 +86,11 @@ def test_the_network_gets_normalised_pixels_and_is_in_training_mode_in_each_epoc
             seen.append((self.training, images))
             return super().forward(images)
 
-    train(declare(net=Watching, batch_size=500), small_mnist)
+    train(declare(net=Watching, batch_size=500, normalize=(0.2, 0.5)), small_mnist)
 
     assert [training for training, _ in seen] == [True, False] * 2
-    expected = (small_mnist.test_images.double() / 255 - 0.1307) / 0.3081
+    expected = (small_mnist.test_images.double() / 255 - 0.2) / 0.5
     torch.testing.assert_close(seen[1][1].double(), expected, rtol=0, atol=1e-5)
-    assert seen[0][1].mean() == pytest.approx(0.0, abs=0.05)
 
 
 def test_augmentation_is_for_training_images_as_fractions(small_mnist: Mnist) -> None:
@@ -426,12 +425,6 @@ def test_one_cycle_is_given_the_runs_epochs_and_batches(small_mnist: Mnist) -> N
     assert per_batch == torchs_rates(experiment, 12, epochs=3, steps_per_epoch=4)
 
 
-def test_one_cycle_per_epoch_turns_once_in_the_run(small_mnist: Mnist) -> None:
-    """One step is an epoch here: with a batch's worth of steps it would stay in its warm-up to the end."""
-    experiment = declare(epochs=6, scheduler=partial(OneCycleLR, max_lr=0.2))
-    assert rates(experiment, small_mnist)[0] == torchs_rates(experiment, 6, total_steps=6)
-
-
 @pytest.mark.parametrize("given", [{"total_steps": 20}, {"epochs": 5}])
 def test_what_the_script_gives_one_cycle_is_kept(given: dict[str, int], small_mnist: Mnist) -> None:
     experiment = declare(epochs=3, scheduler=partial(OneCycleLR, max_lr=0.2, **given), scheduler_interval="batch")
@@ -439,15 +432,6 @@ def test_what_the_script_gives_one_cycle_is_kept(given: dict[str, int], small_mn
     _, per_batch = rates(experiment, small_mnist)
 
     assert per_batch == torchs_rates(declare(scheduler=partial(OneCycleLR, max_lr=0.2)), 20, total_steps=20)[:12]
-
-
-def test_a_schedule_of_the_scripts_own_is_given_what_it_asks_for(small_mnist: Mnist) -> None:
-    def linear_to_zero(optimizer: Optimizer, epochs: int, steps_per_epoch: int) -> LambdaLR:
-        return LambdaLR(optimizer, lambda step: 1 - step / (epochs * steps_per_epoch))
-
-    experiment = declare(epochs=2, batch_size=250, scheduler=linear_to_zero, scheduler_interval="batch")
-
-    assert rates(experiment, small_mnist)[1] == pytest.approx([0.05, 0.0375, 0.025, 0.0125])
 
 
 def test_reduce_on_plateau_follows_the_training_loss(small_mnist: Mnist) -> None:
@@ -595,11 +579,3 @@ def test_a_rehearsal_leaves_random_numbers_data_and_declaration_alone(small_mnis
     assert torch.equal(small_mnist.train_labels, labels)
     assert lr == 0.1
     assert torch.is_grad_enabled()
-
-
-def test_interruptions_are_no_refusals(small_mnist: Mnist) -> None:
-    def interrupt(images: Tensor) -> Tensor:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        rehearse(declare(augmentation=interrupt), small_mnist)

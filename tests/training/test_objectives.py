@@ -102,19 +102,3 @@ def test_an_objective_beside_a_loss_is_refused() -> None:
     with pytest.raises(LabError) as refusal:
         declare(loss=F.nll_loss, objective=partial(mixup, alpha=0.2)).check()
     assert refusal.value.field == "objective"
-
-
-def test_the_network_is_given_images_that_are_normalised_as_declared(small_mnist: Mnist) -> None:
-    seen: list[Tensor] = []
-
-    class Watching(Linear):
-        def forward(self, images: Tensor) -> Tensor:
-            seen.append(images)
-            return super().forward(images)
-
-    experiment = declare(net=Watching, normalize=(0.5, 0.5))
-    train(experiment, small_mnist)
-
-    assert {(images.min().item(), images.max().item()) for images in seen} == {(-1.0, 1.0)}
-    assert experiment.hyperparameters()["normalize"] == (0.5, 0.5)
-    assert declare().override({"normalize": "(0, 1)"})[0].normalize == (0, 1)
