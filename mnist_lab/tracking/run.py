@@ -8,7 +8,6 @@ import importlib.metadata
 import io
 import json
 import logging
-import os
 import re
 import tempfile
 import time
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlflow
 import numpy as np
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, one_line, without_password
 from mnist_lab.paths import CHECKPOINTS, own_folder
-from mnist_lab.tracking.connection import is_server, patience, short_timeouts, why_refused
+from mnist_lab.tracking.connection import environment_variables, is_server, patience, short_timeouts, why_refused
 from mnist_lab.tracking.store import (
     Store,
     process_tag,
@@ -443,33 +443,22 @@ def silenced() -> Iterator[set[str]]:
 
         return ignore
 
-    before = {name: getattr(mlflow, name) for name in CALLS}
-    try:
-        for name in CALLS:
-            setattr(mlflow, name, silent(name))
+    with patch.multiple(mlflow, **{name: silent(name) for name in CALLS}):
         yield called
-    finally:
-        for name, function in before.items():
-            setattr(mlflow, name, function)
 
 
 @contextmanager
 def adopted(uri: str, run_id: str) -> Iterator[None]:
     """Let what a script logs go into this run, unless a run of its own is active or it has chosen another store."""
-    before = {name: os.environ.get(name) for name in (RUN, STORE)}
-    os.environ[STORE] = uri
-    if mlflow.get_tracking_uri() == uri:
-        os.environ[RUN] = run_id
-    try:
-        yield
-    finally:
-        active = mlflow.active_run()
-        if active is not None and active.info.run_id == run_id:
-            mlflow.end_run()  # the lab says how it has ended
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    with environment_variables({STORE: uri}):
+        is_its_store = mlflow.get_tracking_uri() == uri
+        with environment_variables({RUN: run_id} if is_its_store else {}):
+            try:
+                yield
+            finally:
+                active = mlflow.active_run()
+                if active is not None and active.info.run_id == run_id:
+                    mlflow.end_run()  # the lab says how it has ended
 
 
 def notices(called: set[str]) -> Iterator[str]:

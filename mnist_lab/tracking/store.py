@@ -159,12 +159,7 @@ def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.enti
     with quiet():
         experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
         if experiment is None:
-            try:
-                experiment = client.get_experiment(client.create_experiment(EXPERIMENT_NAME, artifact_location))
-            except MlflowException:  # another program that uses the server made it meanwhile
-                experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
-                if experiment is None:
-                    raise
+            experiment = client.get_experiment(client.create_experiment(EXPERIMENT_NAME, artifact_location))
     check_not_deleted(uri, experiment)
     if experiment.tags.get(view.TAG) != view.state():
         with quiet(), suppress(MlflowException):  # who may not change it still may read
