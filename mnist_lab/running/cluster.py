@@ -42,7 +42,7 @@ from mnist_lab.running.identity import LAB, place
 from mnist_lab.running.job import Job
 from mnist_lab.running.machine import available_cores
 from mnist_lab.running.workers import Done, Epoch, Failed, Given, OnMessage, Task, outcome_of
-from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost, close_orphans
+from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost
 from mnist_lab.training.loop import EpochMetrics
 
 AUTO = "auto"
@@ -103,7 +103,6 @@ class Cluster:
         self._store = store
         self._order = ray.put(Order(store.uri, _versions(), environment, own_folder(store.uri), job.commit_tags))
         self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()})
-        close_orphans(store)
         room = self._room()
         if room < 1:
             raise LabError(f"cluster: {self._name} has no {'GPU' if on_gpu else 'core'} to train on")

@@ -257,13 +257,14 @@ def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
 def close_abandoned(store: Store) -> None:
     """Mark the runs KILLED that stand as RUNNING though their process is gone; raises LabError.
 
-    The lock that it held tells whether it is gone. Where that says nothing, as on another machine, the run is left.
+    The lock that it held tells whether it is gone. Where that says nothing, as on another machine, the run is left,
+    unless it is of a worker of a cluster, which ends with the process that wrote the parent's run.
     """
-    with store_failures(store, "can't be written"):
-        for run in search(store, "attributes.status = 'RUNNING'"):
-            # Another machine may reach the folder of locks by a network that shows it none.
-            if _was_locked(store, run) and _is_of_this_system(run):
-                _kill_unless_locked(store, run)
+    for run in reversed(search(store, "attributes.status = 'RUNNING'")):  # parents first
+        # Another machine may reach the folder of locks by a network that shows it none.
+        seen = Path(lock_of(store, run.info.run_id).lock_file).exists() and _is_of_this_system(run)
+        if seen or _is_orphan(store, run):
+            _kill_unless_locked(store, run)
 
 
 def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) -> list[str]:
@@ -273,44 +274,33 @@ def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) ->
     """
     children = search(store, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}'")
     named = [run for run in children if run_name in (None, run.info.run_name)]
-    with store_failures(store, "can't be written"):
-        for run in named:
+    for run in named:
+        if run.info.status == "RUNNING":
             _kill_unless_locked(store, run)
     return [run.info.run_id for run in named]
 
 
-def close_orphans(store: Store) -> None:
-    """Mark the runs of a cluster's workers KILLED that stand as RUNNING though what gave them work has ended.
-
-    Such a worker ends with the process that wrote the parent's run, on whatever machine it is. Raises LabError.
-    """
-    with store_failures(store, "can't be written"):
-        for run in search(store, "attributes.status = 'RUNNING'"):
-            parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
-            if parent and run.data.tags.get("process", "").endswith(f" {OF_CLUSTER}"):
-                with short_timeouts():
-                    has_ended = store.client.get_run(parent).info.status != "RUNNING"
-                if has_ended:
-                    _kill_unless_locked(store, run)
+def _is_orphan(store: Store, run: Run) -> bool:
+    parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+    if parent is None or not run.data.tags.get("process", "").endswith(f" {OF_CLUSTER}"):
+        return False
+    with store_failures(store, "can't be read"), short_timeouts():
+        return bool(store.client.get_run(parent).info.status != "RUNNING")
 
 
 def _kill_unless_locked(store: Store, run: Run) -> None:
     """Mark a run KILLED that stands as RUNNING, but for one that a process on this machine still writes."""
-    if run.info.status != "RUNNING":
-        return
-    lock, was_locked = lock_of(store, run.info.run_id), _was_locked(store, run)
-    try:
+    lock = lock_of(store, run.info.run_id)
+    was_locked = Path(lock.lock_file).exists()  # the file is removed when the run is closed
+    with store_failures(store, "can't be written"), suppress(Timeout), short_timeouts():
         if was_locked:
             lock.acquire()
-    except Timeout:
-        return
-    try:
-        with short_timeouts():
+        try:
             if store.client.get_run(run.info.run_id).info.status == "RUNNING":  # it may have ended by itself since
                 store.client.set_terminated(run.info.run_id, "KILLED")
-    finally:
-        if was_locked:
-            release(lock)
+        finally:
+            if was_locked:
+                release(lock)
 
 
 def search(store: Store, condition: str) -> list[Run]:
@@ -357,11 +347,6 @@ def lock_of(store: Store, run_id: str) -> FileLock:
     """Return the lock that a process holds while it writes the run; the system frees it when the process ends."""
     name = Path(run_id).name  # a database from elsewhere may hold a path
     return FileLock(own_folder(store.uri) / LOCKS / f"{name}.lock", timeout=0, thread_local=False)
-
-
-def _was_locked(store: Store, run: Run) -> bool:
-    """Say whether the file of the run's lock is there: it is removed when the run is closed."""
-    return Path(lock_of(store, run.info.run_id).lock_file).exists()
 
 
 def take_lock(store: Store, run_id: str) -> FileLock:

@@ -25,7 +25,6 @@ fork = multiprocessing.get_context("fork")
 
 
 # What another process makes of a run that it finds in the store: its status, and whether it would go on with it.
-# What another process makes of a run that it finds in the store: its status, and whether it would go on with it.
 LOOK = """
 import sys
 from mnist_lab.tracking.run import track
@@ -150,6 +149,22 @@ def test_a_run_that_ends_while_it_is_looked_at_keeps_its_status(
     close_abandoned(store)
 
     assert status(database) == "FINISHED"
+
+
+def test_a_run_of_a_clusters_worker_ends_with_the_run_that_gave_it_work(
+    uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(stores.ON_CLUSTER, "1")
+    store = open_store(uri)
+    with track(store, "study", params={}, tags={}) as study:
+        tags = {"process": stores.process_tag(), "mlflow.parentRunId": study.run_id}
+        store.client.create_run(store.experiment_id, tags=tags, run_name="seed 0")
+        close_abandoned(store)
+        assert [run.status for run in read_runs(database)] == ["RUNNING", "RUNNING"]
+
+    close_abandoned(store)
+
+    assert {run.name: run.status for run in read_runs(database)} == {"study": "FINISHED", "seed 0": "KILLED"}
 
 
 def test_two_processes_do_not_go_on_with_one_run(uri: str) -> None:
