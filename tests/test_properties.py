@@ -7,7 +7,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import itertools
 import re
 import signal
 import sys
@@ -98,7 +97,6 @@ EXPERIMENT = Experiment(
     augmentation=partial(random_rotation, degrees=7.0),
     targets=Targets(accuracy=99.4, params=10_000, epochs=15),
 )
-HYPERPARAMETERS = [name for name in EXPERIMENT.hyperparameters() if name not in ("foreach",)]
 # The flags that a sentence may be about, by how it begins; every other one is about a hyperparameter, thus --set.
 ABOUT = {
     "seed": ("--seed", "--seeds"),
@@ -112,41 +110,21 @@ ABOUT = {
     "tracking store": ("--tracking-uri",),
     "data_dir": ("--data-dir",),
 }
-GOOD = {
-    "--epochs": ["1", "3"],
-    "--batch-size": ["1", "64", "1000"],
-    "--seed": ["0", "7"],
-    "--threads": ["1", "2"],
-    "--device": ["cpu"],
-    "--limit": ["1", "65", "130"],
-    "--holdout": ["50"],
-    "--set": ["lr=0.1", "momentum=0", "gamma=0.5", "step_size=1", "dropout=0.5", "bias=True", "name=a b", "degrees=3"],
-}
-
-
-def odd_arguments(places: list[str]) -> st.SearchStrategy[list[str]]:
-    """Return a strategy for one or two arguments that are mostly wrong."""
-    value = number_text | text | literal
-    setting = st.builds("{}={}".format, st.sampled_from(HYPERPARAMETERS) | text, value) | text
-    flags = st.sampled_from(["--epochs", "--batch-size", "--seed", "--seeds", "--workers", "--threads", "--limit"])
-    return st.one_of(
-        st.tuples(flags, value).map(list),
-        st.tuples(flags, whole.map(str)).map(list),
-        st.tuples(st.sampled_from(["--holdout", "--device"]), value).map(list),
-        setting.map(lambda given: ["--set", given]),
-        (st.sampled_from(["../../x", "/etc/passwd", "", "a" * 32]) | text).map(lambda run: ["--resume", run]),
-        (st.sampled_from(places) | text.filter(lambda name: "/" not in name)).map(lambda uri: ["--tracking-uri", uri]),
-        st.sampled_from([["--resume"], ["--help"], ["--se", "1"], ["--data-dir", "\0"], ["-x"], ["--set"]]),
-        text.map(lambda junk: [junk]),
-    )
+FLAGS = ["--epochs", "--batch-size", "--seed", "--seeds", "--workers", "--threads", "--limit", "--holdout", "--device"]
+GOOD = ["--epochs=3", "--batch-size=64", "--seed=7", "--threads=2", "--limit=65", "--set=lr=0.1", "--set=name=a b"]
 
 
 def command_lines(places: list[str]) -> st.SearchStrategy[list[str]]:
-    good = st.sampled_from([[flag, value] for flag, values in GOOD.items() for value in values])
-    some_good = st.lists(good, max_size=3)
-    with_odd = st.tuples(some_good, st.lists(odd_arguments(places), min_size=1, max_size=2))
-    return st.one_of(some_good, *[with_odd.map(lambda both: both[0] + both[1])] * 5).map(
-        lambda groups: list(itertools.chain.from_iterable(groups))
+    value = number_text | text | literal
+    names = st.sampled_from([*EXPERIMENT.hyperparameters()]) | text
+    odd = st.one_of(
+        st.builds("{}={}".format, st.sampled_from(FLAGS), value),
+        st.builds("--set={}={}".format, names, value),
+        st.builds("--tracking-uri={}".format, st.sampled_from(places)),
+        st.sampled_from(["--resume", "--resume=../../x", "--help", "--se=1", "--data-dir=\0", "-x", "--set"]) | text,
+    )
+    return st.lists(st.sampled_from(GOOD), max_size=2).flatmap(
+        lambda good: st.lists(odd, max_size=2).map(lambda more: [*good, *more])
     )
 
 
@@ -237,20 +215,11 @@ def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
 
     holds()
 
-    print(outcomes)
     assert sum(outcomes.values()) >= examples
     assert min(outcomes[kind] for kind in ("begun", "usage", "sentence")) >= examples / 20
 
 
 # ---- declarations
-
-
-def is_hashable(value: object) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 class Awkward:
@@ -311,9 +280,7 @@ ODD: dict[str, st.SearchStrategy[Any]] = {
     "average": st.sampled_from([nn.Module, str, raises, copy.deepcopy]),
     "normalize": st.tuples(numbers, numbers) | st.tuples(st.floats(-2, 2), st.floats(0.1, 2)),
     "targets": st.builds(Targets, accuracy=anything, params=anything, epochs=anything),
-    "reported": st.dictionaries(
-        st.sampled_from(["best_epoch", "best"]) | anything.filter(is_hashable), anything, max_size=2
-    ),
+    "reported": st.dictionaries(st.sampled_from(["best_epoch", "best"]), anything, max_size=2),
 }
 
 

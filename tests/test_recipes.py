@@ -43,14 +43,6 @@ def train(small_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytes
     return train
 
 
-def test_the_page_has_a_recipe_for_each_of_these() -> None:
-    code = "\n".join(RECIPES.values())
-    wanted = (
-        "AveragedModel label_smoothing distillation mixup clip_grad_norm_ weight_decay LambdaLR SequentialLR v2. CutMix"
-    )
-    assert [word for word in (*wanted.split(), "normalize=", "OneCycleLR") if word not in code] == []
-
-
 def test_a_runs_network_is_loaded_as_the_page_of_metrics_says(
     train: Train, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -283,12 +283,6 @@ def _check_steps(trial: Trial) -> list[str]:
     return []
 
 
-def _check_trained(trial: Trial) -> list[str]:
-    images = trial.evaluated(FEW)
-    _check_alike(trial.logits(images), trial.logits(images))
-    return []
-
-
 def _check_scheduler(trial: Trial) -> Iterator[str]:
     yield from check_schedule(trial.experiment, trial.net, len(trial.mnist.train_images))
     trial.no_effect = without_effect(trial.experiment, trial.net, len(trial.mnist.train_images))
@@ -308,7 +302,6 @@ CHECKS: tuple[tuple[str, Check], ...] = (  # "loss" stands for the objective whe
     ("net", _check_evaluation),
     ("average", _check_average),  # after an evaluation: an activation that a network keeps can be copied then only
     ("optimizer", _check_steps),
-    ("net", _check_trained),
     ("scheduler", _check_scheduler),
     ("targets", _check_targets),
 )

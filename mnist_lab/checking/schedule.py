@@ -116,7 +116,7 @@ def _notices(experiment: Experiment, scheduler: LRScheduler, rates: list[float],
             "leave out epochs, steps_per_epoch and total_steps, and they are filled in"
         ]
     steps = _half_way(scheduler, rates, 0.1 * largest, experiment.epochs * batches)
-    if by_batch and 0 < steps <= experiment.epochs:
+    if by_batch and 0 < steps <= min(experiment.epochs, batches // 4):
         unit, other, interval = f"batches, which are {steps / batches:.2g} epochs", f"{steps:,} epochs", "epoch"
     elif not by_batch and steps > max(run, LONG):
         unit, other, interval = f"epochs, and the run has {run:,}", f"{steps / batches:.2g} epochs", "batch"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,16 @@ TOLERANCE, TINY = 1e-3, 1e-6  # relative and absolute: a GPU may add up in any o
 Work = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-class Stateful(Protocol):
-    """What holds all that the work may change."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
 class Captured:
     """Does `work` on a batch by launching a graph of it; the work sets the gradients of the network's parameters.
 
     A graph serves one shape of batch, as long as the same parameters are trained. What Python does meanwhile (draws
     numbers, counts, looks at values) would be frozen in it, so it is first compared with batches launched one by one.
+
+    training: whose `state_dict` holds all that the work may change.
     """
 
-    def __init__(self, work: Work, net: nn.Module, training: Stateful) -> None:
+    def __init__(self, work: Work, net: nn.Module, training: Any) -> None:
         self.work, self.parameters, self.training = work, list(net.parameters()), training
         self.graphs: dict[Hashable, Work] = {}
 

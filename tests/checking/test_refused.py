@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,17 +75,6 @@ class Counts(Linear):
         return super().forward(images) * self.calls
 
 
-class LearnsItsNoise(Linear):
-    """Draws in evaluation too, but the noise has no effect before the first update."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.zeros(()))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images) + self.scale * torch.randn(len(images), 10)
-
-
 class Listed(Linear):
     """Keeps a layer where torch does not look for it."""
 
@@ -132,7 +120,6 @@ NETS: dict[str, tuple[Any, str]] = {
     "larger than memory": (then(lambda net: nn.Linear(10**6, 10**6)), "memory"),
     "dropout in evaluation": (giving(lambda y: F.dropout(y, 0.1)), r"training=self\.training"),
     "counts its calls": (Counts, "other logits"),
-    "noise that is learned": (LearnsItsNoise, "other logits"),
     "shared layers": (lambda: flat(SHARED), r"1\.weight, 1\.bias"),
     "layers in a list": (Listed, r"\(10, 10\)|\(10\)"),
 }
@@ -253,9 +240,3 @@ def test_what_cannot_work_is_refused_by_its_field(
     assert refusal.value.field == field, sentence
     assert re.search(said, sentence), sentence
     assert sentence.isprintable()
-
-
-def test_a_refusal_names_the_line_of_the_script(small_mnist: Mnist) -> None:
-    line = raises.__code__.co_firstlineno + 1
-    with pytest.raises(LabError, match=rf"\({Path(__file__).name}, line {line}\)$"):
-        rehearse(Experiment(net=Linear, epochs=1, batch_size=64, optimizer=SGD, loss=raises), small_mnist)

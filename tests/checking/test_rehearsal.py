@@ -73,7 +73,6 @@ def declare(**changes: Any) -> Experiment:
 CONTIGUOUS = {
     "view": {"net": partial(Convolutions, flatten=view)},
     "LBFGS": {"optimizer": partial(LBFGS, lr=0.1, max_iter=2)},
-    "view of the last batch": {"net": partial(Changing, by_view=lambda training, n: training and n == 500 % 128)},
     "view in evaluation": {"net": partial(Changing, by_view=lambda training, n: not training and n == 300)},
 }
 

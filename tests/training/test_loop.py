@@ -207,41 +207,15 @@ def test_a_loss_that_is_not_finite_is_named_by_its_epoch(small_mnist: Mnist) -> 
 # ---- evaluation
 
 
-class SaysItsMode(nn.Module):
-    """Gives logits that say whether it is in training mode; part of it is frozen in evaluation mode."""
-
-    def __init__(self, fails: bool = False) -> None:
-        super().__init__()
-        self.frozen = nn.Dropout().eval()
-        self.fails = fails
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.fails:
-            raise ArithmeticError
-        return torch.full((len(images), 10), float(self.training))
-
-
-def test_prediction_is_in_evaluation_mode_and_leaves_each_part_in_its_own(small_mnist: Mnist) -> None:
-    net = SaysItsMode()
-    assert not predict(net, small_mnist.test_images).any()
-    assert (net.training, net.frozen.training) == (True, False)
-
-    predict(net.eval(), small_mnist.test_images)
-    assert (net.training, net.frozen.training) == (False, False)
-
-    fails = SaysItsMode(fails=True)
-    with pytest.raises(ArithmeticError):
-        predict(fails, small_mnist.test_images)
-    assert fails.training
-
-
 def test_prediction_leaves_the_network_alone(mnist: Mnist) -> None:
     net = train(declare(net=Small), first(mnist, 500))[0].net
+    net.train()
     state = {name: value.clone() for name, value in net.state_dict().items()}
     random_state = torch.get_rng_state()
 
     logits = predict(net, mnist.test_images)
 
+    assert net.training
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     with torch.no_grad():
@@ -338,19 +312,6 @@ def test_the_hooks_of_an_optimizer_find_the_gradients(small_mnist: Mnist) -> Non
     assert min(norms) > 1e-3
     moved = [after - before for after, before in zip(training.net.parameters(), start.parameters(), strict=True)]
     assert 0 < nn.utils.get_total_norm(moved) <= 4.1e-3
-
-
-def test_an_optimizer_that_can_do_without_a_closure_gets_none(small_mnist: Mnist) -> None:
-    given: list[object] = []
-
-    class Watching(SGD):
-        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-            given.append(closure)
-            return super().step(closure)
-
-    train(declare(epochs=1, optimizer=partial(Watching, lr=0.05)), small_mnist)
-
-    assert set(given) == {None}
 
 
 def test_the_rate_of_each_parameter_group_is_reported(small_mnist: Mnist) -> None:
