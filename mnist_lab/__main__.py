@@ -168,18 +168,15 @@ def restore(arguments: argparse.Namespace) -> None:
     TRACKING_URI,
     folder("docs/results", "where the CSVs are"),
     flag("--readme", "the page with the tables", type=Path, default=PROJECT_ROOT / "README.md"),
-    flag("--replace", "also replace published rows and mix hardware", action="store_true"),
+    flag("--replace", "also replace or remove published rows", action="store_true"),
 )
 def publish(arguments: argparse.Namespace) -> None:
     """Put the tracked runs' figures into docs/results and README."""
-    from mnist_lab.results.publish import prepare_publication
+    from mnist_lab.results.publish import publish as publish_runs
 
-    publication = prepare_publication(arguments.folder, arguments.readme, tracking_uri=arguments.tracking_uri)
-    print("\n".join(publication.changes) or "The published rows are those of the store already.")
-    if publication.refusals and not arguments.replace:
-        reasons = ", and ".join(publication.refusals)
-        raise LabError(f'nothing was written: {reasons}; if that is meant, `make publish ARGS="--replace"`')
-    for file in publication.write():
+    for file in publish_runs(
+        arguments.folder, arguments.readme, replace=arguments.replace, tracking_uri=arguments.tracking_uri
+    ):
         print(f"Written: {file}")
 
 

@@ -161,7 +161,7 @@ def test_what_a_store_says_of_a_run_is_text_in_the_tables(uri: str, tmp_path: Pa
     for page in (tmp_path / "README.md", folder / "README.md"):
         page.write_text(f"{PAGE}<!-- runs -->\n<!-- /runs -->\n")
 
-    files.prepare_publication(folder, tmp_path / "README.md", tracking_uri=uri).write()
+    files.publish(folder, tmp_path / "README.md", tracking_uri=uri)
 
     page = (folder / "README.md").read_text()
     assert "&lt;img src=x onerror=hardware&gt; \\| b" in page

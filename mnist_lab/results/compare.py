@@ -137,7 +137,7 @@ def compare(a: str, b: str, *, holdout: int = 0, tracking_uri: str | None = None
         LabError: if a step has no such run, their protocols differ, or one has a single seed and the other several.
     """
     loaded = load_runs(tracking_uri)
-    a, b = full_names([a, b], loaded, holdout)
+    a, b = full_names([a, b], loaded)
     runs = newest_runs(run_table([a, b], columns="all", holdout=holdout, loaded=loaded))
     pair = next((pair for pair in PAIRS if (pair.a, pair.b) == (a, b)), Pair(a, b, change=""))
     return _compare(pair, runs, loaded.uri)

@@ -408,45 +408,30 @@ def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
     return sorted(files)
 
 
-@dataclass(frozen=True)
-class Publication:
-    """What publishing the tracked runs would change.
-
-    changes: a sentence for each row that is added, replaced or removed.
-    refusals: why it takes `--replace`; a sentence each.
-    """
-
-    changes: list[str]
-    refusals: list[str]
-    files: dict[Path, str]
-
-    def write(self) -> list[Path]:
-        """Write the files, and return them.
-
-        Raises:
-            LabError: if one can't be written; then nothing was changed.
-        """
-        with _file_errors(*self.files):
-            replace_files(self.files)
-        return sorted(self.files)
-
-
-def prepare_publication(folder: Path, readme: Path, *, tracking_uri: str | None = None) -> Publication:
+def publish(
+    folder: Path,
+    readme: Path,
+    *,
+    replace: bool = False,
+    tracking_uri: str | None = None,
+    progress: Callable[[str], None] = print,
+) -> list[Path]:
     """Lay the tracked runs over the published CSVs in the folder, and make the tables of `readme` and its README.md.
 
     A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere,
-    such as those that were restored into the store. Nothing is written. A step that can't name a file is left out, with
-    a warning.
+    such as those that were restored into the store. A step that can't name a file is left out, with a warning.
+    replace: whether a published row may be replaced or removed. progress: is told of each row that changes.
+    Returns what was written.
 
     Raises:
-        LabError: if the store has no runs that can be published, a page has no markers for its tables, or a file can't
-            be read.
+        LabError: if the store has no runs that can be published, a published row would be replaced unasked, a page has
+            no markers for its tables, or a file can't be read or written; then nothing was changed.
     """
     own = tracked_records(tracking_uri, restored=False)
     steps = {row["step"] for row in own.runs}
     seeds = set(map(run_of, own.runs))
     codes = {(row["step"], row["code_sha256"]) for row in own.runs}
-    with _file_errors(folder, readme):
+    with _file_errors(folder):
         old = read_records(folder)
         kept = {
             run_of(row)
@@ -454,54 +439,53 @@ def prepare_publication(folder: Path, readme: Path, *, tracking_uri: str | None 
             if row["step"] not in steps or (run_of(row) not in seeds and (row["step"], row["code_sha256"]) in codes)
         }
         records = own + old.only(kept.__contains__)
+        added, replaced = _changes(old.runs, records.runs)
+        for sentence in added + replaced or ["The published rows are those of the store already."]:
+            progress(sentence)
+        if replaced and not replace:
+            raise LabError(
+                f"nothing was written: published rows that would be replaced or removed: {len(replaced)}; "
+                'if that is meant, `make publish ARGS="--replace"`'
+            )
         made = tables(records.runs)
         files = {
             **records.csvs(folder, steps),
             folder / PICTURE: picture(records.runs),
             **{page: with_tables(page.read_text("utf-8"), made) for page in (readme, folder / "README.md")},
         }
-    return Publication(*_changes(old.runs, records.runs), files)
+        replace_files(files)
+    return sorted(files)
 
 
 def _changes(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Return a sentence for each row that changes, and one for each reason not to publish without being told to."""
-    before, after = ({(row["step"], row["seed"]): row for row in rows} for rows in (old, new))
-    added, replaced = [], []
-    for step, seed in dict.fromkeys([*after, *before]):
-        was, row, name = before.get((step, seed)), after.get((step, seed)), f"{step} seed {seed}"
-        if was is None and row is not None:
-            added.append(f"{name}: added, {row['last']} on {row['hardware'] or 'unknown hardware'}")
-        elif was is not None and row is None:
-            replaced.append(f"{name}: removed, {was['last']}; the store's runs of the step are of other code")
-        elif was is not None and row is not None and was != row:
+    """Return a sentence for each row that is added, and one for each that is replaced or removed."""
+    before, after = ({run_of(row): row for row in rows} for rows in (old, new))
+    added = [
+        f"{step} seed {seed}: added, {row['last']} on {row['hardware'] or 'unknown hardware'}"
+        for (step, seed), row in after.items()
+        if (step, seed) not in before
+    ]
+    replaced = []
+    for (step, seed), was in before.items():
+        row = after.get((step, seed))
+        if row is None:
+            replaced.append(
+                f"{step} seed {seed}: removed, {was['last']}; the store's runs of the step are of other code"
+            )
+        elif was != row:
             cells = [f"{column} {was.get(column)} -> {cell}" for column, cell in row.items() if was.get(column) != cell]
-            replaced.append(f"{name}: replaced, {', '.join(cells)}")
-    refusals = []
-    if replaced:
-        rows_are = "row" if len(replaced) == 1 else "rows"
-        refusals.append(f"{len(replaced)} published {rows_are} would be replaced or removed")
-    refusals += _mixed_hardware(old, new, "the tables")
-    if not refusals:
-        for step in dict.fromkeys(row["step"] for row in new):
-            refusals += _mixed_hardware(rows_of(step, old), rows_of(step, new), f"the seeds of {step}")
-    return added + replaced, refusals
-
-
-def _mixed_hardware(old: Iterable[Row], new: Iterable[Row], what: str) -> list[str]:
-    """Say so where the new rows are of several kinds of hardware, and not all of these are among the old ones."""
-    was, now = ({row["hardware"] for row in rows if row["hardware"]} for rows in (old, new))
-    return [f"{what} would mix hardware: {' and '.join(map(repr, sorted(now)))}"] if len(now) > 1 and now - was else []
+            replaced.append(f"{step} seed {seed}: replaced, {', '.join(cells)}")
+    return added, replaced
 
 
 @contextmanager
-def _file_errors(*files: Path) -> Iterator[None]:
+def _file_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LabError(f"the results can't be exported: {error.strerror}: {error.filename}") from error
+        raise LabError(f"the figures can't be written to {folder}: {error.strerror}: {error.filename}") from error
     except UnicodeDecodeError as error:
-        where = " or ".join(map(str, files))
-        raise LabError(f"the results can't be exported: a file in {where} is not UTF-8") from error
+        raise LabError(f"the figures can't be written to {folder}: a page is not UTF-8") from error
 
 
 def compare_rows(rows: Iterable[Row]) -> list[Comparison]:

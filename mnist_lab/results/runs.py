@@ -15,9 +15,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, Unpack
 
 import mlflow
 import numpy as np
@@ -35,14 +35,13 @@ from mnist_lab.paths import EXPERIMENT_NAME, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
 from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.sqlite import check_readable, follow_move, read_points
-from mnist_lab.tracking.store import check_not_deleted
+from mnist_lab.tracking.store import MAX_RUNS, check_not_deleted
 from mnist_lab.verdicts.comparison import step_order
 from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED, protocol
 
 logger = logging.getLogger(__name__)
 
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
-RUNS_PER_PAGE = 1000
 OF_THE_LAB = "tags.step LIKE '%' AND params.seed LIKE '%'"  # a study's own run, the parent of its seeds', has no seed
 SHORT_COMMIT = 7  # digits
 TARGETS = ("accuracy", "params", "epochs")
@@ -296,19 +295,8 @@ def _search(uri: str) -> list[Run]:
         if experiment is None:
             return []
         check_not_deleted(uri, experiment)
-        search = partial(
-            client.search_runs,
-            [experiment.experiment_id],
-            OF_THE_LAB,
-            order_by=["attributes.start_time DESC"],
-            max_results=RUNS_PER_PAGE,
-        )
-        page = search()
-        runs = list(page)
-        while page.token:
-            page = search(page_token=page.token)
-            runs += page
-    return runs
+        order = ["attributes.start_time DESC"]
+        return list(client.search_runs([experiment.experiment_id], OF_THE_LAB, max_results=MAX_RUNS, order_by=order))
 
 
 def _find_runs(
@@ -326,7 +314,7 @@ def _find_runs(
     if status is not None and status not in STATUSES:
         raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
     runs = _of_protocol(loaded, holdout)
-    named = None if steps is None else full_names(steps, loaded, holdout)
+    named = None if steps is None else full_names(steps, loaded)
     if named is not None:
         runs = runs[runs["step"].isin(named)]
     if status is not None:
@@ -338,7 +326,8 @@ def _find_runs(
             counted = by_step.transform(lambda of_step: "" if "" in set(of_step) else of_step.iloc[0])
         runs = runs[runs["overrides"] == counted]
     for step in set(named or ()) - set(runs["step"]):
-        _refuse(step, loaded.runs[(loaded.runs["step"] == step) & (loaded.runs["holdout"] == holdout)], status)
+        if status == "FINISHED":
+            _refuse(step, loaded.runs[loaded.runs["step"] == step], holdout)
     if seeds is not None:
         runs = runs[runs["seed"].isin(list(seeds) if isinstance(seeds, Iterable) else [seeds])]
     return replace(loaded, runs=runs)
@@ -357,38 +346,35 @@ def _of_protocol(loaded: LoadedRuns, holdout: int) -> pd.DataFrame:
     return runs
 
 
-def _refuse(step: str, runs: pd.DataFrame, status: str | None) -> None:
-    """Say why a step that was asked for by its name has none of the finished runs as declared; raises LabError."""
-    if status != "FINISHED":
-        return
-    overridden = int(((runs["status"] == status) & (runs["overrides"] != "")).sum())
-    if not overridden:
-        raise LabError(f"steps: no finished run of {step!r}; its runs are {', '.join(sorted(set(runs['status'])))}")
-    its = "its run is" if overridden == 1 else f"its {overridden} runs are"
-    raise LabError(f"{step}: {its} overridden; include_overrides=True (--include-overrides) shows them")
+def _refuse(step: str, runs: pd.DataFrame, holdout: int) -> NoReturn:
+    """Say what runs a step has, where none is finished, as declared and of this protocol; raises LabError."""
+    kinds = {
+        f"{status}, holdout {held:,}" + (", overridden (--include-overrides shows it)" if overrides else "")
+        for status, held, overrides in runs[["status", "holdout", "overrides"]].to_numpy()
+    }
+    raise LabError(
+        f"steps: no finished run of {step!r} as declared with holdout {holdout:,}; its runs are: "
+        f"{'; '.join(sorted(kinds))}"
+    )
 
 
-def full_names(steps: Iterable[str] | str, loaded: LoadedRuns, holdout: int = 0) -> list[str]:
+def full_names(steps: Iterable[str] | str, loaded: LoadedRuns) -> list[str]:
     """Return the steps by the names that their runs have: "step4" is short for "step4_augment_steplr".
 
     Raises:
-        LabError: if a step has no run of this protocol, or a short name fits several.
+        LabError: if a step has no run, or a short name fits several.
     """
-    return [_full_name(step, loaded, holdout) for step in ([steps] if isinstance(steps, str) else steps)]
+    return [_full_name(step, loaded) for step in ([steps] if isinstance(steps, str) else steps)]
 
 
-def _full_name(step: str, loaded: LoadedRuns, holdout: int) -> str:
+def _full_name(step: str, loaded: LoadedRuns) -> str:
     known = sorted(loaded.runs["step"].unique())
     alike = [name for name in known if re.fullmatch(r"step\d+", step) and name.startswith(f"{step}_")]
     name = next((name for name in (step, script_named(step)) if name in known), alike[0] if len(alike) == 1 else None)
+    if name is None and alike:
+        raise LabError(f"steps: {step!r} is not clear: {', '.join(alike)}")
     if name is None:
-        if alike:
-            raise LabError(f"steps: {step!r} is not clear: {', '.join(alike)}")
         raise LabError(f"steps: no run of {step!r} in {loaded.name}; there are runs of {', '.join(known)}")
-    protocols = loaded.runs["holdout"][loaded.runs["step"] == name].unique()
-    if holdout not in protocols:
-        held = " or ".join(f"{number:,}" for number in sorted(protocols))
-        raise LabError(f"holdout: the runs of {name!r} hold out {held} training images, not {holdout:,}")
     return name
 
 

@@ -212,7 +212,7 @@ def test_an_export_takes_what_can_name_a_file(store: Store, tmp_path: Path, capl
     for page in (readme, folder / "README.md"):
         page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("results", "effects", "runs")))
 
-    files.prepare_publication(folder, readme, tracking_uri=store.uri).write()
+    files.publish(folder, readme, tracking_uri=store.uri)
 
     assert {"step1.csv", "few.csv", "lost.csv", "é.csv"} <= {file.name for file in folder.iterdir()}
     assert "| `step1` | 2 |" in readme.read_text()

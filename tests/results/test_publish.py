@@ -74,7 +74,7 @@ def test_the_committed_files_say_of_every_run_how_it_was_made() -> None:
 
 
 def publish(folder: Path, readme: Path, uri: str) -> list[Path]:
-    return files.prepare_publication(folder, readme, tracking_uri=uri).write()
+    return files.publish(folder, readme, tracking_uri=uri)
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -186,7 +186,7 @@ def test_seeds_that_the_same_code_computed_elsewhere_are_kept(store: Store, page
     file.write_text("\n".join([header, first, elsewhere, other_code, *rest, ""]))
     epochs.write_text(epochs.read_text() + "step1_baseline,7,1,97.00,,,,,\nstep1_baseline,8,1,97.00,,,,,\n")
 
-    publish(folder, readme, store.uri)
+    files.publish(folder, readme, replace=True, tracking_uri=store.uri)
 
     assert file.read_text().splitlines() == [header, first, *rest, elsewhere]
     assert {row["seed"] for row in rows_of(epochs) if row["step"] == "step1_baseline"} == {"0", "1", "2", "7"}
@@ -216,51 +216,12 @@ def test_a_full_disk_leaves_every_file_as_it_was(store: Store, pages: tuple[Path
     folder, readme = pages
     publish(folder, readme, store.uri)
     write_run(store, "step1_baseline", 3, [99.0] * 200, start_time=T0 + 9, tags=TARGETS)  # 200 epochs: 6 kB
-    files = [readme, *sorted(folder.iterdir())]
-    before = [file.read_bytes() for file in files]
-    with largest_file(4000), pytest.raises(LabError, match=r"can't be exported: File too large: .*epochs\.csv"):
-        publish(folder, readme, store.uri)
-    assert [readme, *sorted(folder.iterdir())] == files
-    assert [file.read_bytes() for file in files] == before
-
-
-def test_each_row_that_changes_is_said(store: Store, pages: tuple[Path, Path]) -> None:
-    folder, readme = pages
-    first = files.prepare_publication(folder, readme, tracking_uri=store.uri)
-    assert first.changes[:2] == [f"step1_baseline seed {seed}: added, 99.{seed}0 on a CPU" for seed in (0, 1)]
-    assert (len(first.changes), first.refusals) == (7, [])
-    assert not (folder / "step1_baseline.csv").exists()
-    first.write()
-    again = files.prepare_publication(folder, readme, tracking_uri=store.uri)
-    assert (again.changes, again.refusals) == ([], [])
-
-
-def test_a_published_seed_is_not_replaced_unasked(store: Store, pages: tuple[Path, Path]) -> None:
-    folder, readme = pages
-    publish(folder, readme, store.uri)
-    file = folder / "step10_new.csv"
-    file.write_text(file.read_text().replace("0,99.50", "0,99.61"))
-    found = files.prepare_publication(folder, readme, tracking_uri=store.uri)
-    assert found.changes == ["step10_new seed 0: replaced, last 99.61 -> 99.50"]
-    assert found.refusals == ["1 published row would be replaced or removed"]
-    file.write_text(file.read_text() + file.read_text().splitlines()[1].replace("0,", "1,", 1).replace("0123", "4567"))
-    found = files.prepare_publication(folder, readme, tracking_uri=store.uri)
-    assert found.changes[1] == "step10_new seed 1: removed, 99.61; the store's runs of the step are of other code"
-
-
-def test_hardware_is_not_mixed_unasked(store: Store, pages: tuple[Path, Path]) -> None:
-    folder, readme = pages
-    publish(folder, readme, store.uri)
-    write_run(store, "step10_new", 1, [99.0], start_time=T0 + 9, tags=TARGETS | {"code_sha256": "0123456789abcdef"})
-    assert files.prepare_publication(folder, readme, tracking_uri=store.uri).refusals == []
-    tags = TARGETS | {"hardware": "a GPU"}
-    write_run(store, "other", 0, [99.0], start_time=T0, tags=tags)
-    found = files.prepare_publication(folder, readme, tracking_uri=store.uri)
-    assert found.refusals == ["the tables would mix hardware: 'a CPU' and 'a GPU'"]
-    found.write()
-    write_run(store, "step10_new", 2, [99.0], start_time=T0 + 10, tags=tags | {"code_sha256": "0123456789abcdef"})
-    found = files.prepare_publication(folder, readme, tracking_uri=store.uri)
-    assert found.refusals == ["the seeds of step10_new would mix hardware: 'a CPU' and 'a GPU'"]
+    there = [readme, *sorted(folder.iterdir())]
+    before = [file.read_bytes() for file in there]
+    with largest_file(4000), pytest.raises(LabError, match=r"File too large: .*epochs\.csv"):
+        files.publish(folder, readme, replace=True, tracking_uri=store.uri)
+    assert [readme, *sorted(folder.iterdir())] == there
+    assert [file.read_bytes() for file in there] == before
 
 
 def test_publish_says_what_it_would_do_and_waits_for_replace(
@@ -269,14 +230,18 @@ def test_publish_says_what_it_would_do_and_waits_for_replace(
     folder, readme = pages
     publish(folder, readme, store.uri)
     file = folder / "step10_new.csv"
-    file.write_text(file.read_text().replace("0,99.50", "0,99.61"))
+    kept = file.read_text().replace("0,99.50", "0,99.61")
+    file.write_text(kept + kept.splitlines()[1].replace("0,", "1,", 1).replace("0123", "4567"))
+    capsys.readouterr()
     command = ["mnist_lab", "publish", "--folder", str(folder), "--readme", str(readme), "--tracking-uri", store.uri]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="1"):
         main()
     said = capsys.readouterr()
-    assert said.out == "step10_new seed 0: replaced, last 99.61 -> 99.50\n"
-    assert "nothing was written: 1 published row would be replaced or removed; if that is meant" in said.err
+    replaced, removed = said.out.splitlines()
+    assert replaced == "step10_new seed 0: replaced, last 99.61 -> 99.50"
+    assert removed.startswith("step10_new seed 1: removed, 99.61")
+    assert "nothing was written: published rows that would be replaced or removed: 2; " in said.err
     assert len(said.err.splitlines()) == 1
     assert "99.61" in file.read_text()
     monkeypatch.setattr(sys, "argv", [*command, "--replace"])
