@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch.nn.functional as F
 from pydantic import Field, InstanceOf, TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -109,6 +110,13 @@ class Experiment:
     normalize: tuple[float, float] = MNIST_PIXELS
     targets: Targets = Targets()
     reported: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take Python's numbers for numpy's, which neither a params' text nor JSON is made for."""
+        for name in ("epochs", "batch_size", "normalize"):
+            value = getattr(self, name)
+            plain = tuple(map(_plain_number, value)) if isinstance(value, tuple) else _plain_number(value)
+            object.__setattr__(self, name, plain)
 
     def check(self) -> None:
         """Refuse values that can't be right on their face. What only torch can judge, `rehearsal.rehearse` tries.
@@ -260,6 +268,10 @@ def _read(text: str, kind: type) -> object:
         return read(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def _plain_number(value: object) -> object:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_part(part: str, value: Any) -> None:

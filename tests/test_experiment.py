@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -292,3 +293,11 @@ def test_what_a_part_was_made_with_cannot_be_overridden() -> None:
     with pytest.raises(LabError) as refusal:
         declare(augmentation=RandomRotation(30)).override({"degrees": "[0, 1]"})
     assert refusal.value.field == "degrees"
+
+
+def test_numbers_of_numpys_are_taken_as_pythons() -> None:
+    declared = declare(epochs=np.int64(3), batch_size=np.int32(50), normalize=(np.float64(0.13), np.float32(0.5)))
+    declared.check()
+    fields = (declared.epochs, declared.batch_size, *declared.normalize)
+    assert fields == (3, 50, 0.13, 0.5)
+    assert [type(one) for one in fields] == [int, int, float, float]

@@ -12,17 +12,36 @@ from torch.optim import Optimizer
 MAX_NAMES = 5  # of tensors in a sentence
 
 
-def check_unshared(net: nn.Module, other: nn.Module) -> None:
-    """Refuse a network whose trainable parameters another one, built from the same declaration, has too.
+class Sharing:
+    """Compares a network with another that was built from the same declaration.
 
-    What it is trained to would carry over from one seed to the next, and from the rehearsal to the run.
+    What is shared and changes in training would carry over from one seed to the next, and from the rehearsal to the
+    run. Frozen weights and fixed buffers may be shared.
     """
-    places = {parameter.data_ptr() for parameter in other.parameters()}
-    if shared := [name for name, p in net.named_parameters() if p.requires_grad and p.data_ptr() in places - {0}]:
-        raise ValueError(
-            f"two networks built from it share {listed(shared)}, so a seed would go on with what another has trained; "
-            "build the layers anew for each network, in its __init__, or by copy.deepcopy"
-        )
+
+    def __init__(self, net: nn.Module, other: nn.Module) -> None:
+        places = {_place(tensor) for tensor in (*other.parameters(), *other.buffers())}
+        self.parameters = [name for name, p in net.named_parameters() if p.requires_grad and _place(p) in places]
+        self.buffers = [
+            (name, buffer, buffer.clone())
+            for name, buffer in net.named_buffers()
+            if _place(buffer) in places and buffer.layout == torch.strided  # torch can't compare sparse ones
+        ]
+
+    def check(self) -> None:
+        """Refuse what is shared, once batches were trained; raises ValueError."""
+        changed = [name for name, buffer, before in self.buffers if not torch.equal(buffer, before)]
+        if shared := self.parameters + changed:
+            raise ValueError(
+                f"two networks built from it share {listed(shared)}, so a seed would go on with what another has "
+                "trained; build the layers anew for each network, in its __init__, or by copy.deepcopy"
+            )
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, int]:
+    """Return what tells apart tensors of different memory; one that has none, such as a sparse one, is itself."""
+    address = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+    return tensor.device, address or id(tensor)
 
 
 def notice_same_start(net: nn.Module, other: nn.Module) -> Iterator[str]:

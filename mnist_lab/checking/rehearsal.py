@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from mnist_lab.arguments import stable_text
 from mnist_lab.checking.augmentation import check_augmentation
 from mnist_lab.checking.network import (
+    Sharing,
     check_registered,
-    check_unshared,
     failing_layer,
     kind,
     listed,
@@ -117,6 +117,7 @@ class Trial:
     mnist: Mnist
     memory_format: torch.memory_format
     net: nn.Module = field(init=False)
+    sharing: Sharing = field(init=False)
     optimizer: Optimizer = field(init=False)
     takes: Takes = "gradients"  # what the step of the optimizer takes
     images: Tensor = field(init=False)  # of the first batch, augmented, in [0, 1]
@@ -191,7 +192,7 @@ def _check_building(trial: Trial) -> Iterator[str]:
     trial.net = initial_network(trial.experiment, SEED, device, trial.memory_format)
     if num_params(trial.net) == 0:
         raise ValueError("has no parameters to train")
-    check_unshared(trial.net, other)
+    trial.sharing = Sharing(trial.net, other)
     yield from notice_same_start(trial.net, other)
 
 
@@ -283,6 +284,13 @@ def _check_steps(trial: Trial) -> list[str]:
     return []
 
 
+def _check_trained(trial: Trial) -> list[str]:
+    images = trial.evaluated(FEW)
+    _check_alike(trial.logits(images), trial.logits(images))
+    trial.sharing.check()
+    return []
+
+
 def _check_scheduler(trial: Trial) -> Iterator[str]:
     yield from check_schedule(trial.experiment, trial.net, len(trial.mnist.train_images))
     trial.no_effect = without_effect(trial.experiment, trial.net, len(trial.mnist.train_images))
@@ -302,6 +310,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (  # "loss" stands for the objective whe
     ("net", _check_evaluation),
     ("average", _check_average),  # after an evaluation: an activation that a network keeps can be copied then only
     ("optimizer", _check_steps),
+    ("net", _check_trained),
     ("scheduler", _check_scheduler),
     ("targets", _check_targets),
 )

@@ -27,7 +27,7 @@ import psutil
 
 from mnist_lab.errors import LabError, one_line, text_of, without_password
 from mnist_lab.paths import ARTIFACTS, EXPERIMENT_NAME, sqlite_file, tracking_uri
-from mnist_lab.tracking.sqlite import check_writable, follow_move
+from mnist_lab.tracking.sqlite import check_writable, follow_move, known_schemas
 from mnist_lab.tracking.view import VIEW
 
 if TYPE_CHECKING:
@@ -375,14 +375,18 @@ def find_programs() -> Path:
 
 
 def _problem(uri: str) -> str:
-    """Say why a database does not answer; nothing if it does."""
+    """Say why a database can't be used; nothing if it can. Another program's is left as it is."""
     import psycopg
 
     try:
-        psycopg.connect(uri.replace(DRIVER, "postgresql", 1), connect_timeout=5).close()
+        with psycopg.connect(uri.replace(DRIVER, "postgresql", 1), connect_timeout=5) as connection:
+            versions = {version for (version,) in connection.execute("SELECT version_num FROM alembic_version")}
+    except psycopg.errors.UndefinedTable:  # nothing of MLflow's is there yet
+        return ""
     except psycopg.Error as error:
         return one_line(error)
-    return ""
+    unknown = versions - known_schemas()
+    return "it is another program's, or was last used by a newer MLflow, which this one can't read" if unknown else ""
 
 
 def _experiment(uri: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
@@ -24,6 +24,7 @@ from mnist_lab.training.cudagraph import Captured, Work
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import generator_states, kept_generators, seed_generators, set_generator_states
 from mnist_lab.training.states import (
+    held_optimizers,
     load_module_state,
     load_optimizer_state,
     load_parts_state,
@@ -377,11 +378,24 @@ def step_takes(experiment: Experiment, net: nn.Module) -> Takes:
     The signature of an overridden `step` can't tell, so that is found out by trial, on copies of the parameters.
     """
     optimizer = build_optimizer(experiment, net.parameters())
+    likely: Takes = "closure" if _needs_closure(optimizer) else "gradients"
     if type(optimizer).step.__module__.startswith("torch."):
-        return "closure" if isinstance(optimizer, LBFGS) else "gradients"
-    ways: tuple[Takes, ...] = ("gradients", "both", "closure")
+        return likely
+    ways: tuple[Takes, ...] = (likely, "both")
     with kept_generators(next(net.parameters()).device):
-        return next((takes for takes in ways if _can_step(experiment, net, takes)), "gradients")
+        return next((takes for takes in ways if _can_step(experiment, net, takes)), likely)
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """Say whether a step that it has, inherits, or has in an optimizer that it holds requires an argument."""
+    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+    return any(map(_requires_argument, steps)) or any(map(_needs_closure, held_optimizers(optimizer).values()))
+
+
+def _requires_argument(step: Callable[..., object]) -> bool:
+    _, *parameters = inspect.signature(step).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(p.default is p.empty and p.kind not in variadic for p in parameters)
 
 
 def _can_step(experiment: Experiment, net: nn.Module, takes: Takes) -> bool:

@@ -38,6 +38,17 @@ class Linear(nn.Module):
         return self.change(logits) if self.change and (self.trained_too or not self.training) else logits
 
 
+class LearnsItsNoise(Linear):
+    """Draws in evaluation too, but the noise has no effect before the first update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + self.scale * torch.randn(len(images), 10)
+
+
 def giving(change: Callable[[Tensor], Any]) -> Callable[[], nn.Module]:
     return partial(Linear, change)
 
@@ -93,6 +104,7 @@ def in_place(logits: Tensor) -> Tensor:
 
 
 SHARED = nn.Linear(784, 10)
+STATISTICS = nn.BatchNorm2d(1, affine=False)
 flat = partial(nn.Sequential, nn.Flatten())
 linear = partial(nn.Linear, 784)
 
@@ -121,6 +133,8 @@ NETS: dict[str, tuple[Any, str]] = {
     "dropout in evaluation": (giving(lambda y: F.dropout(y, 0.1)), r"training=self\.training"),
     "counts its calls": (Counts, "other logits"),
     "shared layers": (lambda: flat(SHARED), r"1\.weight, 1\.bias"),
+    "shared statistics": (lambda: nn.Sequential(STATISTICS, nn.Flatten(), nn.Linear(784, 10)), r"0\.running_mean"),
+    "noise that is learned": (LearnsItsNoise, "other logits"),
     "layers in a list": (Listed, r"\(10, 10\)|\(10\)"),
 }
 

@@ -398,6 +398,17 @@ def test_a_wrong_password_of_the_database_is_one_sentence(foreign: Foreign) -> N
     assert "wrong-password" not in str(refused.value)
 
 
+def test_the_database_of_another_program_is_left_alone(foreign: Foreign) -> None:
+    with psycopg.connect(foreign.uri(), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE other")
+    other = foreign.uri().replace("/postgres", "/other")
+    with psycopg.connect(other) as connection:
+        connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        connection.execute("INSERT INTO alembic_version VALUES ('another')")
+    with pytest.raises(LabError, match="another program's"), servers.named_database(other):
+        pytest.fail("it was used")
+
+
 @pytest.mark.parametrize(
     ("flags", "field"),
     [

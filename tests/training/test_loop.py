@@ -314,6 +314,19 @@ def test_the_hooks_of_an_optimizer_find_the_gradients(small_mnist: Mnist) -> Non
     assert 0 < nn.utils.get_total_norm(moved) <= 4.1e-3
 
 
+def test_an_optimizer_that_can_do_without_a_closure_gets_none(small_mnist: Mnist) -> None:
+    given: list[object] = []
+
+    class Watching(SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            given.append(closure)
+            return super().step(closure)
+
+    train(declare(epochs=1, optimizer=partial(Watching, lr=0.05)), small_mnist)
+
+    assert set(given) == {None}
+
+
 def test_the_rate_of_each_parameter_group_is_reported(small_mnist: Mnist) -> None:
     def three_groups(parameters: Iterator[nn.Parameter]) -> Optimizer:
         weight, bias = parameters
