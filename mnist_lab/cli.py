@@ -280,7 +280,7 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
 def _seeds(text: str) -> Sequence[int]:
     """Read "10" as the seeds 0 to 9, "3,7,9" as these, and "0-4,9" as those from 0 to 4, and 9."""
     if re.fullmatch("[^-,]*|-.*", text):
-        ranges = [range(number_from(1)(text))]
+        ranges = [range(number_from(1, MAX_SEEDS)(text))]
     else:
         ranges = [_seeds_from_to(part.strip()) for part in text.split(",")]
     if (count := sum(map(len, ranges))) > MAX_SEEDS:
@@ -298,6 +298,8 @@ def _seeds_from_to(text: str) -> range:
     low, high = number_from(0)(first), number_from(0)(last)
     if high < low:
         raise argparse.ArgumentTypeError(f"{text!r} ends before it begins")
+    if high - low >= MAX_SEEDS:  # Python can't even count them
+        raise argparse.ArgumentTypeError(f"{high - low + 1:,} seeds are more than {MAX_SEEDS:,}")
     return range(low, high + 1)
 
 
