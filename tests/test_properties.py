@@ -117,15 +117,18 @@ GOOD = ["--epochs=3", "--batch-size=64", "--seed=7", "--threads=2", "--limit=65"
 def command_lines(places: list[str]) -> st.SearchStrategy[list[str]]:
     value = number_text | text | literal
     names = st.sampled_from([*EXPERIMENT.hyperparameters()]) | text
+    setting = st.builds("--set={}={}".format, names, value)
     odd = st.one_of(
         st.builds("{}={}".format, st.sampled_from(FLAGS), value),
-        st.builds("--set={}={}".format, names, value),
+        setting,
         st.builds("--tracking-uri={}".format, st.sampled_from(places)),
         st.sampled_from(["--resume", "--resume=../../x", "--help", "--se=1", "--data-dir=\0", "-x", "--set"]) | text,
     )
-    return st.lists(st.sampled_from(GOOD), max_size=2).flatmap(
+    mixed = st.lists(st.sampled_from(GOOD), max_size=2).flatmap(
         lambda good: st.lists(odd, max_size=2).map(lambda more: [*good, *more])
     )
+    # Alone, too: argparse itself refuses most of the other flags.
+    return st.one_of(mixed, setting.map(lambda one: [one]))
 
 
 class Begun(BaseException):
@@ -218,7 +221,7 @@ def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
     holds()
 
     assert sum(outcomes.values()) >= examples
-    assert min(outcomes[kind] for kind in ("begun", "usage", "sentence")) >= examples // 25
+    assert min(outcomes[kind] for kind in ("begun", "usage", "sentence")) >= examples / 20
 
 
 # ---- declarations
@@ -340,6 +343,6 @@ def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples:
     holds()
 
     assert sum(outcomes.values()) >= examples
-    assert min(outcomes.values()) >= examples // 25
+    assert min(outcomes.values()) >= examples / 20
     if examples == MANY:
         assert named.keys() >= {name for name in ODD if name != "reported"}

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_BRANCH,
     MLFLOW_GIT_COMMIT,
@@ -23,7 +25,7 @@ from mlflow.utils.mlflow_tags import (
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
-from mnist_lab.paths import PROJECT_ROOT
+from mnist_lab.paths import LOCKS, PROJECT_ROOT, own_folder
 from mnist_lab.results.publish import (
     DATE,
     EPOCH_FIGURES,
@@ -176,13 +178,14 @@ def restore(
     commit: which the files are of. progress: is told of each step before its runs are written.
 
     Raises:
-        LabError: if the folder has no such files, they are not as the lab writes them, or the store can't be written.
+        LabError: if the folder has no such files, they are not as the lab writes them, the store can't be written, or
+            another call is at work on it.
     """
     committed = [_committed(records, folder) for records in read_records(folder).by_run()]
     if not committed:
         raise LabError(f"folder: {folder} has no CSVs of runs")
     store = open_store(tracking_uri)
-    with store_failures(store, "can't be written"), short_timeouts():
+    with store_failures(store, "can't be written"), _alone(store), short_timeouts():
         trained = _trained_here(store)
         steps: dict[str, list[Committed]] = {}
         for run in committed:
@@ -202,6 +205,18 @@ def restore(
 
 
 # ---- the store
+
+
+@contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """Keep other calls from the store meanwhile."""
+    file = own_folder(store.uri) / LOCKS / "restore.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(file, timeout=0):
+            yield
+    except Timeout:
+        raise LabError(f"another process is restoring runs into {store.name!r}; wait until it is through") from None
 
 
 def _text(row: Row) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from forkserver import run_program
 from helpers import ROOT, copy_store, read_runs
@@ -274,6 +275,14 @@ def deleted(uri: str) -> set[str]:
     with closing(sqlite3.connect(database_of(uri))) as connection:
         query = "SELECT run_uuid FROM runs WHERE lifecycle_stage = 'deleted'"
         return {run_id for (run_id,) in connection.execute(query)}
+
+
+def test_two_calls_at_once_are_not_mixed(published: Store, folder: Path, other: str) -> None:
+    lock = database_of(other).parent / "locks" / "restore.lock"
+    lock.parent.mkdir()
+    with FileLock(lock), pytest.raises(LabError, match="^another process is restoring runs into .*; wait until"):
+        quietly(folder, tracking_uri=other)
+    assert read_runs(database_of(other)) == []
 
 
 # ---- a study that goes on from restored seeds
