@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any, Literal
 
@@ -61,9 +61,10 @@ def compare_table(
         seeds, the accuracy is that of the images held out, and the target for test images is not judged.
 
     Columns: step, overrides, seeds (their number), left_out (runs of other code), num_params, epochs, last, last_sd,
-    low and high (95 % interval of the mean; missing for one seed, as last_sd is), best, train, the targets, the
-    reported figures, verdict_accuracy, verdict_params, verdict_epochs, and p and seeds_needed of the accuracy's
-    verdict. Accuracies are in percent; last and train are of the last epoch, best as in `run_table`.
+    low and high (95 % interval of the mean; missing for one seed, as last_sd is), above (the target that the mean is
+    just shown to be above), best, train, the targets, the reported figures, verdict_accuracy, verdict_params,
+    verdict_epochs, and p and seeds_needed of the accuracy's verdict. Accuracies are in percent; last and train are of
+    the last epoch, best as in `run_table`.
 
     A verdict is "met" or "missed", "-" where no target was stated; of several seeds' accuracy, also "not shown".
 
@@ -82,7 +83,7 @@ def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
     facts = [str(name) for name in runs if str(name).startswith(("target_", "reported_"))]
     best = (HELD_OUT if HELD_OUT.best in runs else TESTED).best
     counts = ["seeds", "left_out", "num_params", "epochs"]
-    columns = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "best", "train", *facts]
+    columns = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "above", "best", "train", *facts]
     columns += [*(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
     rows = []
     for _, group in runs.groupby(["step", "overrides"]):
@@ -97,6 +98,7 @@ def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
         row = {
             **newest[["step", "overrides", "left_out", "num_params", "epochs", *facts]],
             **{"seeds": last.n, "last": last.mean, "last_sd": last.sd, "low": last.low, "high": last.high},
+            "above": statistics.lower_bound(accuracies),
             "best": fmean(group[best]),
             "train": group["final_train_accuracy"].mean(),
             **{f"verdict_{name}": "-" for name in TARGETS},
@@ -211,4 +213,15 @@ def _compare(pair: Pair, runs: pd.DataFrame, uri: str, folds: int) -> Comparison
             f"{single} has one seed and {several} has {max(len(of_a), len(of_b))}: a test needs at least two of each, "
             f'e.g. `make {single} ARGS="--seed 1"`'
         )
-    return compare_seeds(pair, *(dict(zip(of["seed"], of[figure], strict=True)) for of in (of_a, of_b)))
+    a, b = (dict(zip(of["seed"], of[figure], strict=True)) for of in (of_a, of_b))
+    # One fold has the same images on all hardware.
+    return compare_seeds(pair, a, b, made_on=None if folds else hardware_of(runs.to_dict("records")))
+
+
+def hardware_of(runs: Iterable[Mapping[Any, Any]]) -> dict[str, dict[int, str]]:
+    """Return what each run was trained on, by step and seed; "" where that is not known."""
+    made_on: dict[str, dict[int, str]] = {}
+    for run in runs:
+        known = run["hardware"] if isinstance(run["hardware"], str) else ""
+        made_on.setdefault(run["step"], {})[int(run["seed"])] = known
+    return made_on

@@ -340,9 +340,8 @@ def _of_protocol(loaded: LoadedRuns, holdout: int, folds: int) -> pd.DataFrame:
     runs = loaded.runs[(loaded.runs["holdout"] == holdout) & (loaded.runs["folds"] == folds)]
     if runs.empty and not loaded.runs.empty:
         kinds = sorted({_held_out(*one) for one in loaded.runs[["holdout", "folds"]].to_numpy()})
-        raise LabError(
-            f"no run in {loaded.name} has {_held_out(holdout, folds)}; there are runs with {'; '.join(kinds)}"
-        )
+        field, wanted = "folds" if folds else "holdout", _held_out(holdout, folds)
+        raise LabError(f"{field}: no run in {loaded.name} has {wanted}; there are runs with {'; '.join(kinds)}")
     return runs
 
 

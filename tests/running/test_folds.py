@@ -14,12 +14,14 @@ from helpers import TrackedRun, copy_store, first, read_runs
 from mnist_lab import results
 from mnist_lab.data import Mnist, hold_out_fold, images_of_fold
 from mnist_lab.errors import LabError
+from mnist_lab.results import publish as files
 from mnist_lab.running import record, run, workers
 from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.study import study
 from mnist_lab.running.workers import Local
 
+RENAMED = {"one": "step7_depth", "other": "step8_averaging"}
 TINY = Path(__file__).parents[1] / "tiny.py"
 
 
@@ -134,6 +136,31 @@ def test_experiments_are_compared_image_by_image_with_the_folds_as_clusters(fold
 
 def told(folds: Folds) -> list[pd.DataFrame]:
     return [results.predictions(run.run_id, tracking_uri=folds.uri) for run in folds.studies["one"].runs]
+
+
+def test_whole_cross_validations_are_published_and_read_back(folds: Folds, tmp_path: Path) -> None:
+    readme, said = tmp_path / "page.md", list[str]()
+    for page in (readme, tmp_path / "README.md"):
+        page.write_text("<!-- folds -->\n<!-- /folds -->\n")
+
+    for _ in range(2):
+        files.publish(tmp_path, readme, tracking_uri=folds.uri, progress=said.append)
+
+    assert [sentence.partition(" added, ")[0] for sentence in said[:-1]] == [
+        f"{step}, 3 folds, seed {fold}:" for step in ("one", "other") for fold in range(3)
+    ]
+    assert said[-1] == "The published rows are those of the store already."
+    table = results.run_table(columns="all", folds=3, tracking_uri=folds.uri)
+    rows = files.read_records(tmp_path).folds
+    assert [(row["step"], row["fold"]) for row in rows] == [*zip(table["step"], map(str, table["seed"]), strict=True)]
+    assert [float(row["accuracy"]) for row in rows] == pytest.approx(
+        table["final_validation_accuracy"].tolist(), abs=5e-4
+    )
+    effect = results.compare("one", "other", folds=3, tracking_uri=folds.uri).effect
+    assert f"| `one` | 3 | **{table['final_validation_accuracy'][:3].mean():.2f}** ±" in readme.read_text()
+    assert files.compare_folds(rows) == []  # none of PAIRS
+    renamed = files.compare_folds([{**row, "step": RENAMED[row["step"]]} for row in rows])
+    assert renamed[0].effect == pytest.approx(effect, abs=1e-3)
 
 
 def test_a_teacher_that_has_seen_all_images_is_refused(folds: Folds) -> None:
