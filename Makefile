@@ -27,7 +27,7 @@ help:  ## list the targets
 	  name=$$(basename "$$script" .py); \
 	  [[ $$name =~ ^step[0-9]+_ ]] && alike=(experiments/$${name%%_*}.py experiments/$${name%%_*}_*.py) && \
 	    [[ $$(ls "$${alike[@]}" 2>/dev/null | wc -l) == 1 ]] && name=$${name%%_*}; \
-	  printf '  %-16s %s\n' "$$name" "$$(sed -n '1s/^"""//p' "$$script")"; \
+	  printf '  %-16s %s\n' "$$name" "$$(sed -n '1{s/^"""//;s/"""$$//;p}' "$$script")"; \
 	done
 	@echo; echo 'Flags pass through: make step3 ARGS="--epochs 2 --seed 7 --set lr=0.05"'
 	@echo 'A study of ten seeds: make step3 SEEDS=10'
@@ -52,8 +52,9 @@ $(INSTALLED): requirements.lock pyproject.toml | $(UV)
 	  $(UV) venv --quiet --python '>=3.11,<3.14' .venv; }
 	@echo 'Set-up: fetching and installing the packages of requirements.lock, a minute or two' >&2
 	@$(UV) pip sync --quiet --compile-bytecode --require-hashes requirements.lock & \
-	  while sleep 1; kill -0 $$! 2>/dev/null; do (( SECONDS % 10 )) || \
-	    echo "Set-up: $$SECONDS s, $$(ls -d .venv/lib/python3*/site-packages/*.dist-info 2>/dev/null | wc -l) packages" >&2; \
+	  while sleep 1; kill -0 $$! 2>/dev/null; do (( SECONDS % 10 )) && continue; \
+	    now=$$(ls -d .venv/lib/python3*/site-packages/*.dist-info 2>/dev/null | wc -l); \
+	    echo "Set-up: $$SECONDS s, $$now packages$$( (( now && now == before )) && echo ', compiling them')" >&2; before=$$now; \
 	  done; wait $$!
 	@$(UV) pip install --quiet --no-deps --editable .
 	@echo "$(CURDIR)" > $@
@@ -76,7 +77,7 @@ data: $(INSTALLED)  ## fetch and verify MNIST
 # ---- experiments
 
 .PHONY: steps
-steps: $(STEPS)  ## train all nine steps, one after another
+steps: $(STEPS)  ## train the nine steps, and the teacher of the last, one after another
 
 step:
 	@echo 'make: step needs its number, e.g. make step1; make help lists them' >&2; exit 2

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mnist_lab.commandline import (
     DATA_DIR,
@@ -106,7 +106,7 @@ def data(arguments: argparse.Namespace) -> None:
     READING,
     TRACKING_URI,
     flag("steps", "only these, e.g. step3 step4 my_idea", nargs="*", metavar="STEP"),
-    flag("--include-overrides", "also runs with overridden hyperparameters", action="store_true"),
+    flag("--include-overrides", "also overridden runs of experiments that have others", action="store_true"),
     flag("--holdout", "runs that hold out N training images (default 0)", type=number_from(), default=0, metavar="N"),
     flag("--folds", "cross-validated runs with K folds", type=number_from(2), default=0, metavar="K"),
 )
@@ -119,20 +119,20 @@ def compare(arguments: argparse.Namespace) -> None:
     holdout, folds = arguments.holdout, arguments.folds
     held_out = {"holdout": holdout, "folds": folds}
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    overridden = arguments.include_overrides
-    table = results.compare_table(steps, include_overrides=overridden, **held_out, loaded=loaded)
+    include: Literal[True, "if_none"] = True if arguments.include_overrides else "if_none"
+    table = results.compare_table(steps, include_overrides=include, **held_out, loaded=loaded)
     if table.empty:
-        if not results.compare_table(include_overrides=True, **held_out, loaded=loaded).empty:
-            flags = "--include-overrides" + "".join(f" --{name} {value}" for name, value in held_out.items() if value)
-            raise LabError(
-                f'the finished runs in {loaded.name} are all overridden; `make compare ARGS="{flags}"` shows them'
-            )
         raise LabError(f"no finished runs in {loaded.name}; train first, e.g. `make step1`")
-    lines = CROSS_VALIDATED if folds else TESTED
+    lines = [*(CROSS_VALIDATED if folds else TESTED)]
     if holdout:
         lines = [line.replace("on the test images", f"on the {holdout:,} training images held out") for line in lines]
     for row in table[table["left_out"] > 0].to_dict("records"):
         lines.append(f"{row['step']}: {row['left_out']} older runs by other code (code_sha256) are left out.")
+    every = results.compare_table([*table["step"].unique()], include_overrides=True, **held_out, loaded=loaded)
+    if overridden := len(every) - len(table):
+        lines.append(
+            f"Left out: {overridden} overridden variants of these experiments; --include-overrides shows them."
+        )
     print(results.compare_text(table, **held_out, width=width), end="\n\n")
     print("\n".join(textwrap.fill(line, width) if width else line for line in lines))
     pairs = [pair for pair in PAIRS if {pair.a, pair.b} <= set(table["step"])]

@@ -204,11 +204,17 @@ def _wrong_texts(arguments: argparse.Namespace) -> Iterator[str]:
 def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
     from mnist_lab.running.run import run
 
-    consequence = (
-        "A run that had begun is marked KILLED; its finished epochs are in MLflow. "
-        "The same command with --resume goes on after the last of them."
-    )
-    with sentences(consequence), closing(Console(job)) as console:
+    console = Console(job)
+
+    def consequence() -> str:
+        if console.epoch == 1:
+            return "No epoch was finished; the same command begins anew."
+        return (
+            "The run is marked KILLED; its finished epochs are in MLflow. "
+            "The same command with --resume goes on after the last of them."
+        )
+
+    with sentences(consequence), closing(console):
         result = run(job, seed, console, resume=resume)
     print_run_id(result.run_id, job)
 
@@ -220,7 +226,7 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
         f"Runs that had begun are marked KILLED; the same command trains only the {job.unit}s that are missing."
     )
     seeds = arguments.seeds or range(job.folds)
-    with sentences(consequence), _trainers(arguments) as trainers, closing(StudyConsole(job)) as console:
+    with sentences(lambda: consequence), _trainers(arguments) as trainers, closing(StudyConsole(job)) as console:
         result = study(job, seeds, console, trainers, again=arguments.again)
     print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the {job.unit}s below it.", flush=True)
     if result.failed:
@@ -235,7 +241,7 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
     from mnist_lab.running import search
 
     consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
-    with sentences(consequence), _trainers(arguments) as trainers, closing(SearchConsole()) as console:
+    with sentences(lambda: consequence), _trainers(arguments) as trainers, closing(SearchConsole()) as console:
         result = search.search(job, space, arguments.search, console, trainers, again=arguments.again)
     print_search(result, job)
     if not result.best:

@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
 
 
 @contextmanager
-def sentences(consequence: str = "") -> Iterator[None]:
+def sentences(consequence: Callable[[], str] = str) -> Iterator[None]:
     """Show a LabError as its sentence, and Ctrl-C as a word with what follows from it; a bug keeps its traceback."""
     try:
         yield
@@ -51,7 +51,7 @@ def sentences(consequence: str = "") -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. {consequence}".rstrip(), file=sys.stderr)
+        print(f"\nInterrupted. {consequence()}".rstrip(), file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 

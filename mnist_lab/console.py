@@ -75,10 +75,8 @@ class _TrainingDisplay(_Display):
     def epoch_line(self, metrics: EpochMetrics) -> str:
         return (
             f"epoch {metrics.epoch:>{len(str(self.epochs))}}/{self.epochs}  "
-            f"train loss {metrics.train_loss:.4f}, "
-            f"accuracy {metrics.train_correct}/{metrics.train_images} ({metrics.train_accuracy:.2f}%)  "
-            f"{metrics.evaluated_on} loss {metrics.eval_loss:.4f}, "
-            f"accuracy {metrics.eval_correct}/{metrics.eval_images} ({metrics.eval_accuracy:.2f}%)"
+            f"train loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2f} %  "
+            f"{metrics.evaluated_on} loss {metrics.eval_loss:.4f}, accuracy {metrics.eval_accuracy:.2f} %"
             f"{self._raw_accuracy(metrics)}  lr {metrics.lr:.3g}  {metrics.epoch_seconds:.1f} s"
         )
 
@@ -86,7 +84,7 @@ class _TrainingDisplay(_Display):
         """Return the accuracy without averaging, and whether it says more than that of the average."""
         if metrics.raw_accuracy is None:
             return ""
-        raw = f"raw weights {metrics.raw_accuracy:.2f}%"
+        raw = f"raw weights {metrics.raw_accuracy:.2f} %"
         share = self.first_weights.share(
             metrics.epoch * math.ceil(metrics.train_images / self.job.experiment.batch_size)
         )
@@ -242,11 +240,14 @@ def print_search(result: SearchResult, job: Job) -> None:
         print("\n" + best_table(result))
         print("\nThe best values, to write into the script:\n")
         print("\n".join(f"    {line}" for line in paste_lines(job, result.best[0].values)) + "\n")
-        settings = " ".join(f"--set {name}={value}" for name, value in result.best[0].values.items())
+        changed = {**job.overrides, **result.best[0].values}
+        settings = [f"--set {name}={value}" for name, value in changed.items()]
+        settings += [f"--limit {job.limit}"] if job.limit else []
+        command = f"make {job.step} ARGS='--holdout {job.holdout} --seeds 1-10 {' '.join(settings)}'"
         print(
             f"The best of {counts.finished + counts.pruned} is too good by up to about {result.too_good:.2f} points: "
             f"so much would chance alone lift it on {job.holdout:,} images if all were equally good. "
-            f"What it reaches with other seeds: --holdout {job.holdout} --seeds 1-10 {settings}"
+            f"What it reaches with other seeds: {command}"
         )
     print("The test images were not read.")
     print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the trials below it.")
@@ -259,10 +260,11 @@ def print_result(result: RunResult, job: Job) -> None:
     print()
     if result.verdicts:
         print(verdict_table(result.verdicts) + "\n")
-    names, reported = job.protocol.summary, job.experiment.reported
+    names, reported = (*job.protocol.summary, *job.protocol.at_times), job.experiment.reported
     rows = [
         (MEASURES[name].label, MEASURES[name].text(result.measured[name]), MEASURES[name].text(reported.get(name)))
         for name in names
+        if name in result.measured
     ]
     headers = ("", "measured", "reported") if reported.keys() & {*names} else ("", "measured")
     print(tabulate([row[: len(headers)] for row in rows], headers=headers, disable_numparse=True))
@@ -317,7 +319,7 @@ def how_sure(verdict: Verdict) -> str:
 
 def _print_overrides(job: Job) -> None:
     if overrides := job.tags["overrides"]:
-        print(f"Overridden ({overrides}): tagged so, and left out of the tables of results.")
+        print(f"Overridden ({overrides}): tagged so, and not counted among the runs as declared.")
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:

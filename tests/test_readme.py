@@ -57,7 +57,7 @@ def test_the_experiment_of_ones_own_runs_as_it_is_written(tmp_path: Path) -> Non
     script.write_text(PROGRAMS[1])
     flags = ["--limit", "500", "--epochs", "1", "--tracking-uri", f"sqlite:///{database}"]
     done = run_program(script, *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     (run,) = read_runs(database)
     assert (run.status, run.tags["step"]) == ("FINISHED", "my_idea")
     assert run.metrics["num_params"][-1][1] < 10_000
@@ -69,7 +69,7 @@ def test_every_command_is_there() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert [name for name in sorted(targets) if not re.search(rf"^  {name} ", shown, flags=re.MULTILINE)] == []
     flags = set(re.findall(r"--[a-z-]+", "\n".join(PLAIN)))
-    assert {"--limit", "--holdout", "--include-overrides", "--search"} <= flags
+    assert {"--limit", "--holdout", "--folds", "--search"} <= flags
     assert "SEEDS=10" in PAGE
 
 

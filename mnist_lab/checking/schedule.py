@@ -110,6 +110,8 @@ def _notices(experiment: Experiment, scheduler: LRScheduler, rates: list[float],
             "meant?"
         ]
     planned = getattr(scheduler, "total_steps", None)
+    if planned == run:  # it comes to its end with the run
+        return []
     if isinstance(planned, int) and planned > run:
         return [
             f"scheduler: {name} is made for {planned:,} steps and the run has {run:,}, so it does not come to its end; "
@@ -123,8 +125,8 @@ def _notices(experiment: Experiment, scheduler: LRScheduler, rates: list[float],
     else:
         return []
     return [
-        f"scheduler: {name} has come half of its way after {steps:,} {unit}; with scheduler_interval={interval!r} it "
-        f"would be {other}"
+        f"scheduler: {name} has come half of its way after {steps:,} {unit}; is scheduler_interval={interval!r} meant, "
+        f"with which it would be {other}?"
     ]
 
 

@@ -25,9 +25,9 @@ def digit_on(pixels: NDArray[np.float64], name: str) -> NDArray[np.float64]:
 
     The ground may have shadows, a margin, ruled lines and specks.
 
-    Ink is what a closing (dark ink) or an opening (light ink) of the picture takes away: whatever is narrower than
-    their window. Shades, shadows and the margin of a sheet are wider, and stay. Of what is left, connected parts that
-    are no thin strokes, or go on beyond the picture, are not the digit.
+    Ink is what a closing (dark ink, as a share of the light on the paper) or an opening (light ink) of the picture
+    takes away: whatever is narrower than their window. Shades, shadows and the margin of a sheet are wider, and stay.
+    Of what is left, connected parts that are no thin strokes, or go on beyond the picture, are not the digit.
     https://en.wikipedia.org/wiki/Top-hat_transform
 
     Raises:
@@ -41,7 +41,8 @@ def digit_on(pixels: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     if (from_ground.max(axis=2) < EVEN).mean() > 0.5:  # drawn, not photographed: all else is ink, however thick
         changes = [from_ground]
     else:
-        changes = [ndimage.grey_closing(smooth, window) - smooth, smooth - ndimage.grey_opening(smooth, window)]
+        paper = ndimage.grey_closing(smooth, window)
+        changes = [(paper - smooth) / (paper + 0.1), smooth - ndimage.grey_opening(smooth, window)]
     for change in changes:
         ink = change.max(axis=2)
         ink = np.clip(ink - np.median(ink), 0, None)

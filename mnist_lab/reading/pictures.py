@@ -32,7 +32,7 @@ FAINTEST_INK = 0.05  # of the darkest: what is fainter doesn't count for the box
 BOX, FIELD = 20, 28  # pixels: a digit of MNIST, and the image that it is centred in
 THINNEST, USUAL = 1.5, 2.5  # pixels: the width of a stroke in MNIST
 IMAGES_AT_ONCE = 1_000  # that the network is given
-UNSURE = 0.5  # probability of the likeliest digit below which a picture may show something else
+UNSURE = 0.8  # probability of the likeliest digit below which a picture may show something else
 SHADES = " .:-=+*#%@"
 
 

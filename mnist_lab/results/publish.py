@@ -206,6 +206,9 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
     if folds and not (loaded.runs[["holdout", "folds"]] == 0).all(axis=1).any():
         return Records(folds=folds)
     runs = _that_can_name_a_file(newest_runs(run_table(columns="all", loaded=loaded)))
+    others = run_table(include_overrides="if_none", loaded=loaded)["step"]
+    if overridden := sorted({*others} - {*run_table(loaded=loaded)["step"]}):
+        logger.warning("left out, as they have only overridden runs: %s", ", ".join(overridden))
     if not restored:
         runs = runs[runs["restored"].isna()]
     history = epoch_history(loaded=loaded, metrics=EPOCH_FIGURES)
@@ -618,7 +621,7 @@ def headline(summary: pd.DataFrame) -> pd.DataFrame:
     Ablations, which are compared with their step elsewhere, and experiments without targets are left out.
     """
     ablations = {step for pair in PAIRS for step in (pair.a, pair.b) if not re.match(r"step\d+_", step)}
-    chosen = summary[summary["target_params"].notna() & ~summary["step"].isin(ablations)]
+    chosen = summary[summary["target_accuracy"].notna() & ~summary["step"].isin(ablations)]
     return summary if chosen.empty else chosen
 
 

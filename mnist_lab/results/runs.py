@@ -352,7 +352,7 @@ def _held_out(holdout: int, folds: int) -> str:
 def _refuse(step: str, runs: pd.DataFrame, wanted: str) -> NoReturn:
     """Say what runs a step has, where none is finished, as declared and of this protocol; raises LabError."""
     kinds = {
-        f"{status}, {_held_out(*held)}" + (", overridden (--include-overrides shows it)" if overrides else "")
+        f"{status}, {_held_out(*held)}" + (", overridden" if overrides else "")
         for status, overrides, *held in runs[["status", "overrides", "holdout", "folds"]].to_numpy()
     }
     raise LabError(

@@ -106,7 +106,7 @@ class Cluster:
         room = self._room()
         if room < 1:
             raise LabError(f"cluster: {self._name} has no {'GPU' if on_gpu else 'core'} to train on")
-        logger.warning("%s: %d nodes, room for %d at a time", self._name, len(nodes), room)
+        logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.workers or room)
         return self.workers or room
 
     def _room(self) -> int:

@@ -256,6 +256,8 @@ def measure(num_params: int, epochs: list[EpochMetrics], experiment: Experiment)
         "best_epoch": best.epoch,
         f"final_{part}_loss": last.eval_loss,
     }
+    if last.raw_accuracy is not None:
+        measured[f"raw_{part}_accuracy"] = last.raw_accuracy
     if (accuracy := experiment.targets.accuracy) is not None:
         measured["epochs_at_target"] = sum(epoch.eval_accuracy >= accuracy for epoch in epochs)
     return measured

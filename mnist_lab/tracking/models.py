@@ -211,10 +211,15 @@ def _model_of(store: Store, run: Run, name: str, called: str) -> str:
 
 def _newest_run(store: Store, step: str, holdout: int, called: str) -> Run:
     """Return the newest finished run of a script, as it is declared, with this hold-out."""
+    why_none = ""
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.step = '{step}'"):
-        as_declared = not run.data.tags.get("overrides") and run.data.params.get("holdout", "0") == str(holdout)
-        if as_declared and "model" not in run.data.tags:  # that tag says why it has none
+        if run.data.tags.get("overrides") or run.data.params.get("holdout", "0") != str(holdout):
+            continue
+        if "folds" not in run.data.params and "model" not in run.data.tags:
             return run
+        why_none = run.data.tags.get("model", why_none)
+    if why_none:
+        raise LabError(f"{called} {step!r}: no run of that script has a network: {why_none}; train it")
     with_holdout = f" with --holdout {holdout}" if holdout else ""
     raise LabError(
         f"{called} {step!r}: {store.name!r} has no finished run of that script as declared{with_holdout}; "
