@@ -29,6 +29,7 @@ from helpers import ROOT, TrackedRun, copy_store, first, read_runs
 
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
     from mnist_lab.data import Mnist
+    from mnist_lab.tracking.store import Store
 
 EXPERIMENTS = ROOT / "experiments"
 
@@ -110,6 +111,14 @@ def empty_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
             open_store(f"sqlite:///{new}/mlflow.db")
             new.rename(folder)
     return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def new_store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> "Callable[[], Store]":
+    """Return a function that makes a store without runs, which tests can share."""
+    from mnist_lab.tracking.store import open_store
+
+    return lambda: open_store(f"sqlite:///{copy_store(empty_store, tmp_path_factory.mktemp('store') / 'mlflow.db')}")
 
 
 @pytest.fixture
