@@ -82,6 +82,21 @@ def _notices_reach_each_test() -> None:
             logger.disabled = False
 
 
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that does what `python -m mnist_lab` does with these words, and returns what it prints."""
+    from mnist_lab.__main__ import main
+
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+
+    def run(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["mnist_lab", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
 # ---- tracking stores
 
 

@@ -2,7 +2,6 @@
 
 import io
 import math
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from mnist_lab import __main__, figures, results
+from mnist_lab import figures, results
 from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
 from mnist_lab.results.report import write_report
@@ -186,14 +185,14 @@ def test_an_export_takes_what_can_name_a_file(
     assert ",nan" not in (tmp_path / "epochs.csv").read_text()
 
 
-def test_names_that_a_locale_cant_write_are_printed_all_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_a_locale_cant_write_are_printed_all_the_same(
+    store: Store, lab: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_foreign_run(store, tags=TAGS | {"step": "größe"})
     printed = io.BytesIO()
-    monkeypatch.setattr(sys, "argv", ["mnist_lab", "compare", "--tracking-uri", store.uri])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii", write_through=True))
-    monkeypatch.setattr(signal, "signal", lambda *given: None)
 
-    __main__.main()
+    lab("compare", "--tracking-uri", store.uri)
 
     assert b"gr\\xf6\\xdfe" in printed.getvalue()
 

@@ -3,7 +3,6 @@
 import csv
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT, largest_file
-from mnist_lab.__main__ import main
 from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
 from mnist_lab.running.identity import code_sha256, find_sources
@@ -211,16 +209,15 @@ def test_a_page_without_markers_or_a_full_disk_leaves_every_file_as_it_was(store
 
 
 def test_publish_says_what_it_would_do_and_waits_for_replace(
-    store: str, published: Pages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: str, published: Pages, lab: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, readme = published
     file = folder / "step10_new.csv"
     kept = file.read_text().replace("0,99.50", "0,99.61")
     file.write_text(kept + kept.splitlines()[1].replace("0,", "1,", 1).replace("0123", "4567"))
-    command = ["mnist_lab", "publish", "--folder", str(folder), "--readme", str(readme), "--tracking-uri", store]
-    monkeypatch.setattr(sys, "argv", command)
+    command = ("publish", "--folder", folder, "--readme", readme, "--tracking-uri", store)
     with pytest.raises(SystemExit, match="1"):
-        main()
+        lab(*command)
     said = capsys.readouterr()
     replaced, removed = said.out.splitlines()
     assert replaced == "step10_new seed 0: replaced, last 99.61 -> 99.50"
@@ -228,8 +225,7 @@ def test_publish_says_what_it_would_do_and_waits_for_replace(
     assert "nothing was written: published rows that would be replaced or removed: 2; " in said.err
     assert len(said.err.splitlines()) == 1
     assert "99.61" in file.read_text()
-    monkeypatch.setattr(sys, "argv", [*command, "--replace"])
-    main()
+    lab(*command, "--replace")
     assert "99.50" in file.read_text()
 
 

@@ -191,11 +191,12 @@ def test_the_committed_runs_of_all_steps_are_restored(uri: str, tmp_path: Path) 
 
 
 def test_a_second_call_adds_nothing_and_neither_does_one_on_the_store_that_was_published(
-    published: Published, restored: str
+    published: Published, restored: str, lab: Callable[..., str]
 ) -> None:
     for uri in (restored, published.uri):
         before = content(uri)
-        assert quietly(published.folder, tracking_uri=uri) == Restored(0, 0, there=7)
+        said = lab("restore", "--folder", published.folder, "--tracking-uri", uri)
+        assert "Restored: 0 runs, 0 studies over them; 7 runs were there already." in said
         assert content(uri) == before
 
 
@@ -214,15 +215,16 @@ def test_files_that_say_otherwise_replace_what_was_restored(
     assert torch_of.to_dict() == {0: "2.16.0", 1: "2.15.0", 2: "2.15.0"}
 
 
+@pytest.mark.parametrize("accuracy", [99.32, 99.36], ids=["at the third run", "at the last"])
 def test_a_call_that_was_killed_is_completed_by_the_next(
-    published: Published, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
+    accuracy: float, published: Published, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[str] = []
+    begun: list[str] = []
     log_once = tracking.TrackedRun.log_once
 
     def killed(run: tracking.TrackedRun, metrics: Mapping[str, float]) -> None:
-        written.append(run.run_id)
-        if len(written) == 3:
+        if metrics.get("final_test_accuracy") == accuracy:
+            begun.append(run.run_id)
             raise KeyboardInterrupt
         log_once(run, metrics)
 
@@ -230,7 +232,7 @@ def test_a_call_that_was_killed_is_completed_by_the_next(
         patch.setattr(tracking.TrackedRun, "log_once", killed)
         with pytest.raises(KeyboardInterrupt):
             quietly(published.folder, tracking_uri=uri)
-    mlflow.MlflowClient(uri).update_run(written[2], status="RUNNING")  # as after kill -9
+    mlflow.MlflowClient(uri).update_run(*begun, status="RUNNING")  # as after kill -9
 
     assert quietly(published.folder, tracking_uri=uri) == Restored(7, 2, there=0)
 

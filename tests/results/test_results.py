@@ -1,8 +1,6 @@
 """Run tables and comparisons, read from real stores."""
 
 import re
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +10,8 @@ import pytest
 from mlflow.entities import Metric
 
 from mnist_lab import results
-from mnist_lab.__main__ import main
 from mnist_lab.errors import LabError
+from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.verdicts.comparison import Pair, seeds_text
 from mnist_lab.verdicts.measures import TESTED
@@ -93,21 +91,8 @@ def test_run_table_filters(store: Store) -> None:
     assert results.epoch_history(seeds=77, tracking_uri=store.uri).empty
 
 
-@pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return what `make compare` prints."""
-    monkeypatch.setattr(signal, "signal", lambda *given: None)
-
-    def run(uri: str, *flags: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["mnist_lab", "compare", *flags, "--tracking-uri", uri])
-        main()
-        return capsys.readouterr().out
-
-    return run
-
-
 def test_a_step_without_a_run_as_declared_says_so(
-    uri: str, compare: Callable[..., str], capsys: pytest.CaptureFixture[str]
+    uri: str, lab: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = open_store(uri)
     write_seeds(store, "my_idea", 98.0, 98.0, tags={"overrides": "epochs=1"})
@@ -118,10 +103,10 @@ def test_a_step_without_a_run_as_declared_says_so(
         results.run_table(steps="begun", tracking_uri=uri)
     assert len(results.run_table(steps="my_idea", include_overrides=True, tracking_uri=uri)) == 2
     with pytest.raises(SystemExit, match="1"):
-        compare(uri)
+        lab("compare", "--tracking-uri", uri)
     (sentence,) = capsys.readouterr().err.splitlines()
     assert "--include-overrides" in sentence
-    assert "my_idea epochs=1" in compare(uri, "--include-overrides")
+    assert "my_idea epochs=1" in lab("compare", "--include-overrides", "--tracking-uri", uri)
 
 
 def test_a_short_name_of_a_step_will_do(uri: str) -> None:
@@ -330,22 +315,22 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> No
             results.compare(a, b, tracking_uri=held_out)
 
 
-def test_compare_prints_the_tables_of_one_protocol(held_out: str, compare: Callable[..., str]) -> None:
+def test_compare_prints_the_tables_of_one_protocol(held_out: str, lab: Callable[..., str]) -> None:
     store = open_store(held_out)
     write_seeds(store, "step2_dropout", 99.0, 99.1)
     write_seeds(store, "gap_alone", 99.3, 99.1)
     write_seeds(store, "step3_gap", 99.2)
-    text = compare(held_out)
+    text = lab("compare", "--tracking-uri", held_out)
     assert re.search(r"^step2_dropout +99\.05 \+- 0\.071 +not shown +2 .* 4 ", text, re.MULTILINE)
     assert re.search(r"^GAP alone +\+0\.15 +not shown +too few seeds ", text, re.MULTILINE)
     assert "step2_dropout -> gap_alone" in text
     assert "step3_gap against gap_alone is not compared: step3_gap has one seed and gap_alone has 2" in text
     assert "validation" not in text
     assert max(map(len, text.splitlines()[:8])) <= 120
-    text = compare(held_out, "step2_dropout", "gap_alone")
+    text = lab("compare", "step2_dropout", "gap_alone", "--tracking-uri", held_out)
     assert "step2_dropout -> gap_alone" in text
     assert "step3_gap" not in text
-    text = compare(held_out, "--holdout", "10000")
+    text = lab("compare", "--holdout", 10_000, "--tracking-uri", held_out)
     assert re.search(r"best\s.*\n.*validation", text)
     assert "98.70" in text
     assert "step2_dropout" not in text
@@ -360,11 +345,7 @@ def test_a_store_without_runs_says_what_to_run_and_is_not_made(uri: str, tmp_pat
         with pytest.raises(LabError, match="no runs yet: .*make step1"):
             read(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_server_that_is_not_there_gives_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(LabError, match="tracking store 'http://127.0.0.1:9' can't be read"):
+    with short_timeouts(), pytest.raises(LabError, match="tracking store 'http://127.0.0.1:9' can't be read"):
         results.run_table(tracking_uri="http://127.0.0.1:9")
 
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -370,14 +370,15 @@ def test_a_named_database_that_cannot_be_used_is_refused_and_left_alone(foreign:
         (["--backend-store-uri", "postgresql://me:secret@127.0.0.1:port/x"], "backend store 'postgresql://me:***@127"),
     ],
 )
-def test_a_wrong_flag_is_refused_in_one_sentence(flags: list[str], field: str, tmp_path: Path) -> None:
-    port = [] if "--port" in flags else ["--port", str(free_port())]
-    done = run_program("-m", "mnist_lab", "server", "--folder", tmp_path / "s", *flags, *port, cwd=tmp_path)
-
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {field}")
-    assert done.stderr.count("\n") == 1
-    assert "secret" not in done.stderr
+def test_a_wrong_flag_is_refused_in_one_sentence(
+    flags: list[str], field: str, lab: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    port = [] if "--port" in flags else ["--port", free_port()]
+    with pytest.raises(SystemExit, match="1"):
+        lab("server", "--folder", tmp_path / "s", *flags, *port)
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"error: {field}")
+    assert "secret" not in sentence
     assert not (tmp_path / "s").exists()
 
 

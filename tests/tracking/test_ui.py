@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from forkserver import PATIENCE, Program, run_program
+from forkserver import PATIENCE, Program
 from helpers import all_gone, ports_of, wait_until
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import server as servers
@@ -105,10 +105,13 @@ def test_it_answers_nobody_who_is_led_to_it_by_another_page(server: Server) -> N
             assert answer.status == status
 
 
-def test_a_server_that_is_running_needs_no_ui(server: Server, tmp_path: Path) -> None:
-    done = run_program("-m", "mnist_lab", "ui", "--tracking-uri", server.address, cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert server.address in done.stderr
+def test_a_server_that_is_running_needs_no_ui(
+    server: Server, lab: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        lab("ui", "--tracking-uri", server.address)
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert server.address in sentence
 
 
 def test_kill_9_of_the_program_ends_all_that_it_started(server: Server) -> None:
