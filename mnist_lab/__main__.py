@@ -39,6 +39,20 @@ READING = "Reading the tracked runs"
 NETWORKS = "runs:/<id>, models:/<name>@<alias> or a script's name (default: models:/mnist@champion, else docs/results)"
 DATABASE = "postgresql://user@host:5432/database (default: MLFLOW_BACKEND_STORE_URI, else a database of its own)"
 
+# What the columns of `compare` mean.
+TESTED = [
+    "Test accuracies in %. last: of the last epoch, mean +- sd over seeds; it is what the verdict judges.",
+    "verdict: of one run, its figure by itself. Of several seeds, what their mean shows at p < 0.01.",
+    "best: of the best epoch, picked on the test images. train: training accuracy of the last epoch.",
+    "seeds needed: about so many would show a difference of the observed size, with 80 % power.",
+    "One run on 10,000 images is known to about +- 0.15 points (95 %) at 99.4.",
+]
+CROSS_VALIDATED = [
+    "Accuracies in % on training images: each fold is judged by a network that was trained on the others.",
+    "last: of the last epoch, mean +- sd over the folds. best: of the best epoch, picked on the same images.",
+    "train: training accuracy of the last epoch. The test images were not read, and no target for them is judged.",
+]
+
 Run = Callable[[argparse.Namespace], None]
 JOBS: dict[str, tuple[Run, str, Sequence[Flag]]] = {}
 
@@ -94,39 +108,37 @@ def data(arguments: argparse.Namespace) -> None:
     flag("steps", "only these, e.g. step3 step4 my_idea", nargs="*", metavar="STEP"),
     flag("--include-overrides", "also runs with overridden hyperparameters", action="store_true"),
     flag("--holdout", "runs that hold out N training images (default 0)", type=number_from(), default=0, metavar="N"),
+    flag("--folds", "cross-validated runs with K folds", type=number_from(2), default=0, metavar="K"),
 )
 def compare(arguments: argparse.Namespace) -> None:
     """Print one row per experiment, and what each single change is worth."""
     from mnist_lab import results
     from mnist_lab.verdicts.comparison import PAIRS, effects_text
 
-    holdout, steps, loaded = arguments.holdout, arguments.steps or None, results.load_runs(arguments.tracking_uri)
+    steps, loaded = arguments.steps or None, results.load_runs(arguments.tracking_uri)
+    holdout, folds = arguments.holdout, arguments.folds
+    held_out = {"holdout": holdout, "folds": folds}
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     overridden = arguments.include_overrides
-    table = results.compare_table(steps, include_overrides=overridden, holdout=holdout, loaded=loaded)
+    table = results.compare_table(steps, include_overrides=overridden, **held_out, loaded=loaded)
     if table.empty:
-        if not results.compare_table(include_overrides=True, holdout=holdout, loaded=loaded).empty:
-            flags = "--include-overrides" + (f" --holdout {holdout}" if holdout else "")
+        if not results.compare_table(include_overrides=True, **held_out, loaded=loaded).empty:
+            flags = "--include-overrides" + "".join(f" --{name} {value}" for name, value in held_out.items() if value)
             raise LabError(
                 f'the finished runs in {loaded.name} are all overridden; `make compare ARGS="{flags}"` shows them'
             )
         raise LabError(f"no finished runs in {loaded.name}; train first, e.g. `make step1`")
-    best = f"on the {holdout:,} training images held out" if holdout else "on the test images"
-    lines = [
-        "Test accuracies in %. last: of the last epoch, mean +- sd over seeds; it is what the verdict judges.",
-        "verdict: of one run, its figure by itself. Of several seeds, what their mean shows at p < 0.01.",
-        f"best: of the best epoch, picked {best}. train: training accuracy of the last epoch.",
-        "seeds needed: about so many would show a difference of the observed size, with 80 % power.",
-        "One run on 10,000 images is known to about +- 0.15 points (95 %) at 99.4.",
-    ]
+    lines = CROSS_VALIDATED if folds else TESTED
+    if holdout:
+        lines = [line.replace("on the test images", f"on the {holdout:,} training images held out") for line in lines]
     for row in table[table["left_out"] > 0].to_dict("records"):
         lines.append(f"{row['step']}: {row['left_out']} older runs by other code (code_sha256) are left out.")
-    print(results.compare_text(table, holdout=holdout, width=width), end="\n\n")
+    print(results.compare_text(table, **held_out, width=width), end="\n\n")
     print("\n".join(textwrap.fill(line, width) if width else line for line in lines))
     pairs = [pair for pair in PAIRS if {pair.a, pair.b} <= set(table["step"])]
-    comparisons, refused = results.compare_pairs(pairs, holdout=holdout, loaded=loaded)
+    comparisons, refused = results.compare_pairs(pairs, **held_out, loaded=loaded)
     if comparisons:
-        print("\nWhat each change is worth: test accuracy of the last epoch, in points, with 95 % interval\n")
+        print("\nWhat each change is worth: accuracy of the last epoch, in points, with 95 % interval\n")
         print(effects_text(comparisons, width))
         print("\np (Holm) is adjusted for the rows of this table; a difference is shown where it is below 0.05.")
     for sentence in refused:

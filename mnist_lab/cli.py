@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--he
 logger = logging.getLogger(__name__)
 
 MAX_SEEDS = 10_000  # of one study
+MAX_FOLDS = 100
 MAX_TRIALS = 100_000  # of one search
 HELD_OUT = 10_000  # images that a search is judged by, unless told otherwise
 MAX_THREADS = 1_024  # starting very many ends the process
@@ -66,7 +67,7 @@ def main(
     *,
     search: Mapping[str, BaseDistribution] | None = None,
 ) -> None:
-    """Train one run, or with `--seeds` a study, as the command line says, print its verdict, and track it in MLflow.
+    """Train one run, or a study of several, as the command line says, print its verdict, and track it in MLflow.
 
     search: the space that `--search` draws from: Optuna's distributions, by the names that `--set` takes.
     The name of the script that was started names the step. A script may call it once: its runs are told apart by the
@@ -87,7 +88,7 @@ def main(
         interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
         if arguments.search is not None:
             _search(job, search, arguments)
-        elif arguments.seeds is not None:
+        elif arguments.seeds is not None or arguments.folds is not None:
             _study(job, arguments)
         else:
             _run(job, arguments.seed or 0, resume)
@@ -140,7 +141,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     changed, overrides = experiment.override(changes)
     resume, uri = None, tracking_uri(arguments.tracking_uri)
     searching = arguments.search is not None
-    if arguments.resume is not None and arguments.seeds is None and not searching:  # these go on by themselves
+    if arguments.resume is not None and not _several(arguments):  # these go on by themselves
         wanted = {name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")}
         wanted_changes = {name: overrides.get(name) for name in changes}  # None: as declared
         resume = checkpoint.find(uri, script.stem, arguments.resume, changes=wanted_changes, **wanted)
@@ -157,6 +158,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
         tracking_uri=uri,
         limit=arguments.limit,
         holdout=arguments.holdout or (HELD_OUT if searching else 0),
+        folds=arguments.folds or 0,
     )
     job.check_unchanged()
     return job, resume
@@ -172,13 +174,23 @@ def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> 
 
 def _wrong_combinations(arguments: argparse.Namespace) -> Iterator[str]:
     """Yield the flags that don't go with the others, and why."""
-    given = [name for name, value in vars(arguments).items() if value not in (None, False)]
-    several = [name for name in ("seeds", "search") if name in given]
+    given, several = _given(arguments), _several(arguments)
     if not several:
         alone = [name for name in ("workers", "again", "cluster") if name in given]
-        yield from (f"{name}: only allowed with --seeds or --search" for name in alone)
+        yield from (f"{name}: only allowed with --seeds, --folds or --search" for name in alone)
     if several and arguments.resume:
-        yield f"resume: --{several[-1]} goes on by itself where it stopped, not with the run {arguments.resume}"
+        yield f"resume: --{several} goes on by itself where it stopped, not with the run {arguments.resume}"
+    if {"folds", "holdout"} <= given:
+        yield "folds: not allowed with --holdout: each fold is held out in turn"
+
+
+def _given(arguments: argparse.Namespace) -> set[str]:
+    return {name for name, value in vars(arguments).items() if value not in (None, False)}
+
+
+def _several(arguments: argparse.Namespace) -> str:
+    """Return the flag that asks for several runs, where one does."""
+    return next((name for name in ("seeds", "folds", "search") if name in _given(arguments)), "")
 
 
 def _wrong_texts(arguments: argparse.Namespace) -> Iterator[str]:
@@ -204,12 +216,16 @@ def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
 def _study(job: Job, arguments: argparse.Namespace) -> None:
     from mnist_lab.running.study import study
 
-    consequence = "Runs that had begun are marked KILLED; the same command trains only the seeds that are missing."
+    consequence = (
+        f"Runs that had begun are marked KILLED; the same command trains only the {job.unit}s that are missing."
+    )
+    seeds = arguments.seeds or range(job.folds)
     with sentences(consequence), _trainers(arguments) as trainers, closing(StudyConsole(job)) as console:
-        result = study(job, arguments.seeds, console, trainers, again=arguments.again)
-    print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the seeds below it.", flush=True)
+        result = study(job, seeds, console, trainers, again=arguments.again)
+    print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the {job.unit}s below it.", flush=True)
     if result.failed:
-        print(f"Failed: seed {', '.join(map(str, result.failed))}; the same command tries again.", file=sys.stderr)
+        failed = ", ".join(map(str, result.failed))
+        print(f"Failed: {job.unit} {failed}; the same command tries again.", file=sys.stderr)
         sys.exit(1)
 
 
@@ -256,6 +272,8 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     seeds.add_argument("--seed", type=number_from(0), help="of weights, order, dropout, augmentation (default 0)")
     several = "a study: so many seeds, from 0 on, or these (3,7,9 or 0-9); finished ones are not trained again"
     seeds.add_argument("--seeds", type=_seeds, metavar="N", help=several)
+    parts = "cross-validate: train K networks, each judged on its K-th of the training images, which it has not seen"
+    seeds.add_argument("--folds", type=number_from(2, MAX_FOLDS), metavar="K", help=parts)
     trials = "a search: train N trials of the script's SEARCH, judged on held-out images; the same command goes on"
     seeds.add_argument("--search", type=number_from(1, MAX_TRIALS), metavar="N", help=trials)
     processes = "processes of a study or a search on a CPU (default: one per core, fewer with --threads)"
@@ -263,7 +281,7 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     add("--cluster", metavar="ADDRESS", help=CLUSTER)
     which = "continue the newest interrupted run of this script that has the other flags, or this one"
     add("--resume", nargs="?", const="", metavar="RUN_ID", help=which)
-    add("--again", action="store_true", help="train all seeds of a study, finished or not; begin a new search")
+    add("--again", action="store_true", help="train all of a study anew, finished or not; begin a new search")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     threads = "of torch on a CPU (default: one per core, or 1 in a study or search; give 1 beside other work)"
     add("--threads", type=number_from(1, MAX_THREADS), metavar="N", help=threads)

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mnist_lab.running.progress import Progress
-from mnist_lab.verdicts.measures import MEASURES, protocol
+from mnist_lab.verdicts.measures import MEASURES
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
     import torch
@@ -147,7 +147,7 @@ class StudyConsole(_TrainingDisplay):
         if not missing:
             return
         how = f"{workers} at a time" if device.type == "cpu" or workers > 1 else "one after another"
-        which = "seed" if len(missing) == 1 else "seeds"
+        which = self.job.unit if len(missing) == 1 else f"{self.job.unit}s"
         print(f"{name}: training {which} {', '.join(map(str, missing))} ({how}, on {device.type})", flush=True)
         if sys.stdout.isatty():
             form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left]"
@@ -160,28 +160,32 @@ class StudyConsole(_TrainingDisplay):
         if self.bar is not None:
             self.bar.update(max(0, metrics.epoch - before))  # a seed that a cluster's node took along begins again
         else:
-            print(f"seed {seed:>{self.width}}  {self.epoch_line(metrics)}", flush=True)
+            print(f"{self._name(seed)}  {self.epoch_line(metrics)}", flush=True)
 
     def on_seed(self, seed: int, metrics: Mapping[str, float]) -> None:
         self.done += 1
-        measures = protocol(self.job.holdout)
-        last, best = (MEASURES[name].text(metrics[name]) for name in ("final_test_accuracy", measures.best))
+        measures = self.job.protocol
+        last, best = (MEASURES[name].text(metrics[name]) for name in (measures.judged, measures.best))
+        judged = MEASURES[measures.judged].label.removeprefix("final ")
         self._write(
-            f"seed {seed:>{self.width}}  done: test accuracy {last} in the last epoch; "
+            f"{self._name(seed)}  done: {judged} {last} in the last epoch; "
             f"best {measures.part} accuracy {best} in epoch {metrics['best_epoch']:.0f}  ({self._seeds_done()})"
         )
 
     def on_failure(self, seed: int, reason: str) -> None:
         if self.bar is not None and self.bar.total is not None:
             self.bar.total -= self.epochs - self.trained.get(seed, 0)  # they will not be trained
-        self._write(f"seed {seed:>{self.width}}  failed: {reason}")
+        self._write(f"{self._name(seed)}  failed: {reason}")
 
     def on_study_verdict(self, result: StudyResult) -> None:
         self.close()
         print_study(result, self.job)
 
     def _seeds_done(self) -> str:
-        return f"{self.done}/{self.wanted} seeds"
+        return f"{self.done}/{self.wanted} {self.job.unit}s"
+
+    def _name(self, seed: int) -> str:
+        return f"{self.job.unit} {seed:>{self.width}}"
 
     def _write(self, line: str) -> None:
         if self.bar is None:
@@ -255,7 +259,7 @@ def print_result(result: RunResult, job: Job) -> None:
     print()
     if result.verdicts:
         print(verdict_table(result.verdicts) + "\n")
-    names, reported = protocol(job.holdout).summary, job.experiment.reported
+    names, reported = job.protocol.summary, job.experiment.reported
     rows = [
         (MEASURES[name].label, MEASURES[name].text(result.measured[name]), MEASURES[name].text(reported.get(name)))
         for name in names
@@ -290,6 +294,8 @@ def print_study(result: StudyResult, job: Job) -> None:
     for verdict in result.verdicts:
         if verdict.name == "accuracy":
             print(f"\n{how_sure(verdict)}")
+    if job.folds:
+        print("\nEach fold was judged by a network that has not seen its images. The test images were not read.")
     _print_overrides(job)
 
 

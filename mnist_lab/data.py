@@ -115,11 +115,36 @@ def hold_out(mnist: Mnist, count: int) -> Mnist:
         if (sizes == 0).any():
             digit = int((sizes == 0).nonzero()[0])
             raise LabError(f"holdout: {count:,} leaves no image of the digit {digit} in the {part} part")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(HOLD_OUT_SEED), device="cpu")
-    chosen = torch.zeros(total, dtype=torch.bool, device="cpu")
-    for digit in range(10):
-        chosen[order[labels[order] == digit][: held[digit]]] = True
-    validation, training = (part.nonzero().flatten().to(mnist.train_images.device) for part in (chosen, ~chosen))
+    order = _order(total)
+    chosen = torch.cat([order[labels[order] == digit][: held[digit]] for digit in range(10)])
+    return _held_out(mnist, chosen)
+
+
+def images_of_fold(labels: Tensor, fold: int, folds: int) -> Tensor:
+    """Return the indices, in rising order, of one of `folds` parts of the images with these labels (N,).
+
+    Each image is in one part. Parts differ by one image at most, and by one of each digit. A generator of torch with a
+    fixed seed deals them out, so they are the same in every run and on every device.
+    """
+    order = _order(len(labels))
+    by_digit = order[labels.cpu()[order].argsort(stable=True)]
+    return by_digit[fold::folds].sort().values
+
+
+def hold_out_fold(mnist: Mnist, fold: int, folds: int) -> Mnist:
+    """Return the data with a part of the training images held out for validation, and without test images."""
+    mnist = dataclasses.replace(mnist, test_images=mnist.test_images[:0], test_labels=mnist.test_labels[:0])
+    return _held_out(mnist, images_of_fold(mnist.train_labels, fold, folds))
+
+
+def _order(total: int) -> Tensor:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(HOLD_OUT_SEED), device="cpu")
+
+
+def _held_out(mnist: Mnist, chosen: Tensor) -> Mnist:
+    is_chosen = torch.zeros(len(mnist.train_labels), dtype=torch.bool, device="cpu")
+    is_chosen[chosen] = True
+    validation, training = (part.nonzero().flatten().to(mnist.train_images.device) for part in (is_chosen, ~is_chosen))
     return dataclasses.replace(
         mnist,
         train_images=mnist.train_images[training],

@@ -43,7 +43,7 @@ NAMES_OF_PARTS = ("optimizer", "scheduler", "scheduler_interval", "loss", "augme
 OPTIONAL_PARTS = ("scheduler", "loss", "augmentation", "objective", "average")
 LISTED_WHERE_DECLARED = ("loss", "objective", "average")  # so runs of before they could be declared are still the same
 # Logged beside the hyperparameters: an argument so named is qualified by its part.
-RUN_PARAMS = ("seed", "device", "holdout")
+RUN_PARAMS = ("seed", "device", "holdout", "folds")
 MNIST_PIXELS = (0.1307, 0.3081)  # mean and standard deviation of the training pixels, scaled to [0, 1]
 MAX_COUNT = 1_000_000_000  # of epochs or images in a batch: torch counts no further than 64 bits go
 MAX_SHOWN = 1_000  # characters of a value in a sentence

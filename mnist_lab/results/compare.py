@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from mnist_lab.verdicts.comparison import (
     step_order,
     table_text,
 )
-from mnist_lab.verdicts.measures import HELD_OUT, TESTED, percent
+from mnist_lab.verdicts.measures import HELD_OUT, TESTED, percent, protocol
 from mnist_lab.verdicts.targets import judge
 
 
@@ -51,17 +51,20 @@ def compare_table(
     *,
     include_overrides: bool | Literal["if_none"] = False,
     holdout: int = 0,
+    folds: int = 0,
     tracking_uri: str | None = None,
     loaded: LoadedRuns | None = None,
 ) -> pd.DataFrame:
     """Return one row per experiment: the mean over its seeds, of the finished runs that `newest_runs` leaves.
 
-    steps, include_overrides, holdout, tracking_uri, loaded: as for `run_table`.
+    steps, include_overrides, holdout, folds, tracking_uri, loaded: as for `run_table`. With folds, these stand for
+        seeds, the accuracy is that of the images held out, and the target for test images is not judged.
 
     Columns: step, overrides, seeds (their number), left_out (runs of other code), num_params, epochs, last, last_sd,
-    low and high (95 % interval of the mean; missing for one seed, as last_sd is), best, train, the targets, the
-    reported figures, verdict_accuracy, verdict_params, verdict_epochs, and p and seeds_needed of the accuracy's
-    verdict. Accuracies are in percent; last and train are of the last epoch, best as in `run_table`.
+    low and high (95 % interval of the mean; missing for one seed, as last_sd is), above (the target that the mean is
+    just shown to be above), best, train, the targets, the reported figures, verdict_accuracy, verdict_params,
+    verdict_epochs, and p and seeds_needed of the accuracy's verdict. Accuracies are in percent; last and train are of
+    the last epoch, best as in `run_table`.
 
     A verdict is "met" or "missed", "-" where no target was stated; of several seeds' accuracy, also "not shown".
 
@@ -69,28 +72,33 @@ def compare_table(
         LabError: as `run_table`.
     """
     loaded = loaded or load_runs(tracking_uri)
-    table = run_table(steps, columns="all", include_overrides=include_overrides, holdout=holdout, loaded=loaded)
-    return summarise(newest_runs(table))
+    table = run_table(
+        steps, columns="all", include_overrides=include_overrides, holdout=holdout, folds=folds, loaded=loaded
+    )
+    return summarise(newest_runs(table), folds)
 
 
-def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
     """Return the rows of `compare_table` for these runs, the newest of each seed."""
     facts = [str(name) for name in runs if str(name).startswith(("target_", "reported_"))]
     best = (HELD_OUT if HELD_OUT.best in runs else TESTED).best
     counts = ["seeds", "left_out", "num_params", "epochs"]
-    columns = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "best", "train", *facts]
+    columns = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "above", "best", "train", *facts]
     columns += [*(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
     rows = []
     for _, group in runs.groupby(["step", "overrides"]):
-        newest, accuracies = group.iloc[0], group["final_test_accuracy"].tolist()
+        newest, accuracies = group.iloc[0], group[protocol(0, folds).judged].tolist()
         last = statistics.aggregate(accuracies)
         stated = {name: newest[f"target_{name}"] for name in TARGETS if pd.notna(newest[f"target_{name}"])}
+        if folds:
+            stated.pop("accuracy", None)
         verdicts = judge(
             Targets(**stated), accuracies=accuracies, num_params=newest["num_params"], epochs=newest["epochs"]
         )
         row = {
             **newest[["step", "overrides", "left_out", "num_params", "epochs", *facts]],
             **{"seeds": last.n, "last": last.mean, "last_sd": last.sd, "low": last.low, "high": last.high},
+            "above": statistics.lower_bound(accuracies),
             "best": fmean(group[best]),
             "train": group["final_train_accuracy"].mean(),
             **{f"verdict_{name}": "-" for name in TARGETS},
@@ -105,19 +113,19 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return table.astype({"num_params": "Int64", "epochs": "Int64", "p": "float64", "seeds_needed": "Int64"})
 
 
-def compare_text(table: pd.DataFrame, *, holdout: int = 0, width: int | None = None) -> str:
+def compare_text(table: pd.DataFrame, *, holdout: int = 0, folds: int = 0, width: int | None = None) -> str:
     """Return `compare_table` as text, without columns that no row has a value in; width: as for `table_text`."""
     rows = table.to_dict("records")
     columns = {
         "experiment": [" ".join(f"{row['step']} {row['overrides']}".split()) for row in rows],
         "last": [percent(row["last"]) + ("" if row["seeds"] == 1 else f" +- {row['last_sd']:.3f}") for row in rows],
         "verdict": [row["verdict_accuracy"] for row in rows],
-        "seeds": [str(row["seeds"]) for row in rows],
-        "wanted": ["-" if pd.isna(row["target_accuracy"]) else f"{row['target_accuracy']:g}" for row in rows],
+        "folds" if folds else "seeds": [str(row["seeds"]) for row in rows],
+        "wanted": ["-" if folds or pd.isna(row["target_accuracy"]) else f"{row['target_accuracy']:g}" for row in rows],
         "parameters": [f"{row['num_params']:,} {row['verdict_params']}" for row in rows],
         "epochs": [f"{row['epochs']} {row['verdict_epochs']}" for row in rows],
         "seeds\nneeded": ["-" if pd.isna(row["seeds_needed"]) else seeds_text(row["seeds_needed"]) for row in rows],
-        "best\nvalidation" if holdout else "best": [percent(row["best"]) for row in rows],
+        "best\nvalidation" if holdout or folds else "best": [percent(row["best"]) for row in rows],
         "train": [percent(row["train"]) for row in rows],
         "reported\nlast": [percent(row["reported_final_test_accuracy"]) for row in rows],
         "reported\nbest": [percent(row["reported_best_test_accuracy"]) for row in rows],
@@ -125,22 +133,24 @@ def compare_text(table: pd.DataFrame, *, holdout: int = 0, width: int | None = N
     return table_text(columns, width)
 
 
-def compare(a: str, b: str, *, holdout: int = 0, tracking_uri: str | None = None) -> Comparison:
+def compare(a: str, b: str, *, holdout: int = 0, folds: int = 0, tracking_uri: str | None = None) -> Comparison:
     """Compare two experiments by the test accuracy of their last epochs, b - a, in points.
+
+    With folds, they are compared image by image: paired over the images of each fold, with the folds as clusters.
 
     a, b: steps, e.g. "gap_alone" and "step3_gap". The newest finished run of each seed counts, as declared
         (`newest_runs`). Seeds that both have are paired. One run on each side is compared by its stored predictions,
         image by image, which says something of these two trained networks only.
-    holdout: as for `run_table`.
+    holdout, folds: as for `run_table`.
 
     Raises:
         LabError: if a step has no such run, their protocols differ, or one has a single seed and the other several.
     """
     loaded = load_runs(tracking_uri)
     a, b = full_names([a, b], loaded)
-    runs = newest_runs(run_table([a, b], columns="all", holdout=holdout, loaded=loaded))
+    runs = newest_runs(run_table([a, b], columns="all", holdout=holdout, folds=folds, loaded=loaded))
     pair = next((pair for pair in PAIRS if (pair.a, pair.b) == (a, b)), Pair(a, b, change=""))
-    return _compare(pair, runs, loaded.uri)
+    return _compare(pair, runs, loaded.uri, folds)
 
 
 def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
@@ -163,6 +173,7 @@ def compare_pairs(
     pairs: Iterable[Pair] = PAIRS,
     *,
     holdout: int = 0,
+    folds: int = 0,
     tracking_uri: str | None = None,
     loaded: LoadedRuns | None = None,
 ) -> tuple[list[Comparison], list[str]]:
@@ -174,19 +185,22 @@ def compare_pairs(
         LabError: if the store is missing or foreign, or no run has this protocol.
     """
     loaded = loaded or load_runs(tracking_uri)
-    runs = newest_runs(run_table(columns="all", holdout=holdout, loaded=loaded))
+    runs = newest_runs(run_table(columns="all", holdout=holdout, folds=folds, loaded=loaded))
     found, refused = [], []
     for pair in pairs:
         if {pair.a, pair.b} <= set(runs["step"]):
             try:
-                found.append(_compare(pair, runs, loaded.uri))
+                found.append(_compare(pair, runs, loaded.uri, folds))
             except LabError as error:
                 refused.append(f"{pair.b} against {pair.a} is not compared: {error}")
     return adjust(found), refused
 
 
-def _compare(pair: Pair, runs: pd.DataFrame, uri: str) -> Comparison:
+def _compare(pair: Pair, runs: pd.DataFrame, uri: str, folds: int) -> Comparison:
     of_a, of_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
+    figure = protocol(0, folds).judged
+    if folds and {*of_a["seed"]} != {*of_b["seed"]}:
+        raise LabError(f"they don't have the same of the {folds} folds")
     if len(of_a) == len(of_b) == 1:
         ids = [of_a["run_id"].iloc[0], of_b["run_id"].iloc[0]]
         said_a, said_b = (predictions(run_id, tracking_uri=uri) for run_id in ids)
@@ -199,4 +213,15 @@ def _compare(pair: Pair, runs: pd.DataFrame, uri: str) -> Comparison:
             f"{single} has one seed and {several} has {max(len(of_a), len(of_b))}: a test needs at least two of each, "
             f'e.g. `make {single} ARGS="--seed 1"`'
         )
-    return compare_seeds(pair, *(dict(zip(of["seed"], of["final_test_accuracy"], strict=True)) for of in (of_a, of_b)))
+    a, b = (dict(zip(of["seed"], of[figure], strict=True)) for of in (of_a, of_b))
+    # One fold has the same images on all hardware.
+    return compare_seeds(pair, a, b, made_on=None if folds else hardware_of(runs.to_dict("records")))
+
+
+def hardware_of(runs: Iterable[Mapping[Any, Any]]) -> dict[str, dict[int, str]]:
+    """Return what each run was trained on, by step and seed; "" where that is not known."""
+    made_on: dict[str, dict[int, str]] = {}
+    for run in runs:
+        known = run["hardware"] if isinstance(run["hardware"], str) else ""
+        made_on.setdefault(run["step"], {})[int(run["seed"])] = known
+    return made_on

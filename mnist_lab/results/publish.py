@@ -17,7 +17,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import replace as replace_field
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,7 @@ from typing import Any
 from urllib.parse import quote
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
@@ -32,7 +34,7 @@ from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import quoted
 from mnist_lab.figures import plot_summary
 from mnist_lab.paths import PROJECT_ROOT
-from mnist_lab.results.compare import newest_runs, summarise
+from mnist_lab.results.compare import hardware_of, newest_runs, summarise
 from mnist_lab.results.runs import COLUMNS as COLUMN_KINDS
 from mnist_lab.results.runs import (
     COUNT,
@@ -59,6 +61,7 @@ from mnist_lab.verdicts.comparison import (
     step_order,
 )
 from mnist_lab.verdicts.measures import MEASURES, TESTED, percent
+from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate, interval_for_new_images
 
 logger = logging.getLogger(__name__)
 
@@ -106,15 +109,35 @@ KINDS = {
     **{"git_dirty": Kind("str", form="True|False|"), "kind": Kind("str", form="param|tag")},
     **{"name": Kind("str", form=".+"), "seeds": Kind("str", form=r"\d{1,19}(-\d{1,19})?(, \d{1,19}(-\d{1,19})?)*")},
 }
-NEEDED = ("seed", "last", "best", "best_epoch", "num_params", "epochs", "date", "epoch", *list(MISTAKE_COLUMNS)[2:])
+NEEDED = (
+    "seed",
+    "last",
+    "folds",
+    "fold",
+    "accuracy",
+    "best",
+    "best_epoch",
+    "num_params",
+    "epochs",
+    "date",
+    "epoch",
+    *list(MISTAKE_COLUMNS)[2:],
+)
 # Tags that decide or explain a run's figures, beside those that have a column of their own in <step>.csv.
 TAGS = re.compile(
     "code_sha256|data_sha256|threads|memory_format|no_effect|teacher_run_id|teacher_sha256|cuda_graph|reported_.*"
 )
-OTHER_FILES = ("effects", "epochs", "settings", "mistakes")  # CSVs in the folder that belong to no step
+FOLD_COLUMNS = {
+    **{"step": ("step", ""), "folds": ("folds", ""), "fold": ("seed", "")},
+    **{"accuracy": ("final_validation_accuracy", ".3f"), "loss": ("final_validation_loss", ".5f")},
+    **{name: COLUMNS[name] for name in ("num_params", "epochs", "minutes", "hardware", "torch", "git_commit")},
+    **{name: COLUMNS[name] for name in ("git_dirty", "code_sha256", "date")},
+}
+OTHER_FILES = ("effects", "epochs", "settings", "mistakes", "folds")  # CSVs in the folder that belong to no step
 
 
 run_of = itemgetter("step", "seed")
+cross_validation_of = itemgetter("step", "folds")
 
 
 @dataclass(frozen=True)
@@ -122,13 +145,15 @@ class Records:
     """Rows of runs, each with step and seed, in order.
 
     runs: COLUMNS. epochs: EPOCH_COLUMNS. settings: kind ("param" or "tag"), name and value. mistakes: the test images
-    that the run got wrong, by their numbers from 0, with the prediction and its confidence.
+    that the run got wrong, by their numbers from 0, with the prediction and its confidence. folds: of the runs of
+    cross-validations, which are no others' rows: FOLD_COLUMNS.
     """
 
     runs: list[Row] = field(default_factory=list)
     epochs: list[Row] = field(default_factory=list)
     settings: list[Row] = field(default_factory=list)
     mistakes: list[Row] = field(default_factory=list)
+    folds: list[Row] = field(default_factory=list)
 
     def only(self, wanted: Callable[[tuple[str, str]], bool]) -> Records:
         """Return the rows of the runs whose step and seed are wanted."""
@@ -159,6 +184,7 @@ class Records:
             folder / "epochs.csv": to_csv([name for name in EPOCH_COLUMNS if name not in unused], self.epochs),
             folder / "settings.csv": to_csv(SETTING_COLUMNS, _by_setting(self.settings)),
             folder / "mistakes.csv": to_csv(MISTAKE_COLUMNS, self.mistakes),
+            folder / "folds.csv": to_csv(FOLD_COLUMNS, self.folds),
             folder / "effects.csv": to_csv(EFFECT_COLUMNS, effect_rows(compare_rows(self.runs))),
         }
 
@@ -176,6 +202,9 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
         LabError: if the store has no such runs.
     """
     loaded = load_runs(tracking_uri, artifacts=True)
+    folds = _folds(loaded)
+    if folds and not (loaded.runs[["holdout", "folds"]] == 0).all(axis=1).any():
+        return Records(folds=folds)
     runs = _that_can_name_a_file(newest_runs(run_table(columns="all", loaded=loaded)))
     if not restored:
         runs = runs[runs["restored"].isna()]
@@ -186,7 +215,18 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
         in_order(cells(history.to_dict("records"), EPOCH_COLUMNS)),
         in_order(_settings(loaded, runs)),
         in_order(_mistakes(loaded, runs)),
+        folds,
     )
+
+
+def _folds(loaded: LoadedRuns) -> list[Row]:
+    """Return the rows of the cross-validations, as declared, that have all their folds."""
+    found: list[Row] = []
+    for folds in sorted({*loaded.runs["folds"]} - {0}):
+        runs = newest_runs(run_table(columns="all", folds=folds, loaded=loaded))
+        whole = runs[runs.groupby("step")["seed"].transform("size") == folds].sort_values("seed")
+        found += cells(whole.to_dict("records"), FOLD_COLUMNS)
+    return found
 
 
 def _that_can_name_a_file(runs: pd.DataFrame) -> pd.DataFrame:
@@ -246,6 +286,7 @@ def read_records(folder: Path) -> Records:
         in_order(_read(folder / "epochs.csv", EPOCH_COLUMNS, "step", "seed", "epoch")),
         in_order(_read_settings(folder / "settings.csv", seeds)),
         in_order(_read(folder / "mistakes.csv", MISTAKE_COLUMNS, "step", "seed", "image")),
+        _read(folder / "folds.csv", FOLD_COLUMNS, "step", "folds", "fold"),
     )
 
 
@@ -376,7 +417,7 @@ EFFECT_COLUMNS = {
     **{"p": ("p", ".4g"), "p_holm": ("p_holm", ".4g")},
     **{name: (name, "") for name in ("test", "seeds", "seeds_needed")},
 }
-TABLES = ("summary", "results", "effects", "runs")
+TABLES = ("summary", "results", "effects", "folds", "runs")
 PICTURE = "accuracy.svg"  # beside the CSVs: accuracy against parameters
 PUBLISHED = PROJECT_ROOT / "docs" / "results"
 
@@ -400,7 +441,7 @@ def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
         old = page.read_text("utf-8") if page.exists() else TEMPLATES.get_template("exported.md").render()
         files = {
             **records.csvs(folder, steps),
-            page: with_tables(old, tables(records.runs)),
+            page: with_tables(old, tables(records)),
         }
         replace_files(files)
         for step in sorted({file.stem for file in folder.glob("*.csv")} - steps - {*OTHER_FILES}):
@@ -439,7 +480,12 @@ def publish(
             if row["step"] not in steps or (run_of(row) not in seeds and (row["step"], row["code_sha256"]) in codes)
         }
         records = own + old.only(kept.__contains__)
-        added, replaced = _changes(old.runs, records.runs)
+        renewed = set(map(cross_validation_of, own.folds))
+        folds = own.folds + [row for row in old.folds if cross_validation_of(row) not in renewed]
+        records = replace_field(
+            records, folds=sorted(folds, key=lambda row: (step_order(row["step"]), int(row["folds"]), int(row["fold"])))
+        )
+        added, replaced = _changes(_all_rows(old), _all_rows(records))
         for sentence in added + replaced or ["The published rows are those of the store already."]:
             progress(sentence)
         if replaced and not replace:
@@ -447,14 +493,20 @@ def publish(
                 f"nothing was written: published rows that would be replaced or removed: {len(replaced)}; "
                 'if that is meant, `make publish ARGS="--replace"`'
             )
-        made = tables(records.runs)
+        made = tables(records)
         files = {
             **records.csvs(folder, steps),
-            folder / PICTURE: picture(records.runs),
+            **({folder / PICTURE: picture(records.runs)} if records.runs else {}),
             **{page: with_tables(page.read_text("utf-8"), made) for page in (readme, folder / "README.md")},
         }
         replace_files(files)
     return sorted(files)
+
+
+def _all_rows(records: Records) -> list[Row]:
+    """Return the rows of runs, those of folds under names of their own."""
+    of_folds = ({**row, "step": f"{row['step']}, {row['folds']} folds,", "seed": row["fold"]} for row in records.folds)
+    return [*records.runs, *({**row, "last": row["accuracy"]} for row in of_folds)]
 
 
 def _changes(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], list[str]]:
@@ -488,13 +540,29 @@ def _file_errors(folder: Path) -> Iterator[None]:
         raise LabError(f"the figures can't be written to {folder}: a page is not UTF-8") from error
 
 
-def compare_rows(rows: Iterable[Row]) -> list[Comparison]:
+def compare_rows(rows: Sequence[Row]) -> list[Comparison]:
     """Compare the PAIRS of experiments that both have several seeds, adjusted for their number (Holm)."""
     last: dict[str, dict[int, float]] = {}
     for row in rows:
         last.setdefault(row["step"], {})[int(row["seed"])] = float(row["last"])
     several = {step for step, accuracies in last.items() if len(accuracies) > 1}
-    return adjust([compare_seeds(pair, last[pair.a], last[pair.b]) for pair in PAIRS if {pair.a, pair.b} <= several])
+    pairs, made_on = [pair for pair in PAIRS if {pair.a, pair.b} <= several], hardware_of(rows)
+    return adjust([compare_seeds(pair, last[pair.a], last[pair.b], made_on) for pair in pairs])
+
+
+def compare_folds(rows: Sequence[Row]) -> list[Comparison]:
+    """Compare the PAIRS of experiments that were cross-validated with the same folds, adjusted for their number."""
+    of: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        of.setdefault(row["folds"], {}).setdefault(row["step"], {})[int(row["fold"])] = float(row["accuracy"])
+    return adjust(
+        [
+            compare_seeds(pair, accuracies[pair.a], accuracies[pair.b])
+            for accuracies in of.values()
+            for pair in PAIRS
+            if {pair.a, pair.b} <= accuracies.keys()
+        ]
+    )
 
 
 def effect_rows(comparisons: Sequence[Comparison]) -> list[Row]:
@@ -516,16 +584,32 @@ def summary_of(rows: Sequence[Row]) -> pd.DataFrame:
     return summarise(table.rename(columns={name: column for name, (column, _) in COLUMNS.items()}))
 
 
-def tables(rows: Sequence[Row]) -> dict[str, str]:
+def tables(records: Records) -> dict[str, str]:
     """Return each table that is made of the rows of the CSVs, by the name of its template and its markers."""
-    summary = summary_of(rows)
+    rows, summary = records.runs, summary_of(records.runs)
+    validated = {key: list(of) for key, of in groupby(records.folds, cross_validation_of)}
     told = {
         "experiments": summary.to_dict("records"),
         "headline": headline(summary).to_dict("records"),
         "comparisons": compare_rows(rows),
         "studies": {step: rows_of(step, rows) for step in dict.fromkeys(row["step"] for row in rows)},
+        "new_images": {step: _new_images(step, records) for step in summary["step"]},
+        "validated": {key: aggregate([float(row["accuracy"]) for row in of]) for key, of in validated.items()},
+        "folds": validated,
+        "fold_comparisons": compare_folds(records.folds),
     }
     return {name: TEMPLATES.get_template(f"{name}.md").render(told).strip() for name in TABLES}
+
+
+def _new_images(step: str, records: Records) -> tuple[int, float, float] | None:
+    """Return the interval of a mean accuracy for other seeds and images, and from how many seeds' mistakes it is."""
+    mistakes = rows_of(step, records.mistakes)
+    seeds = {seed: place for place, seed in enumerate(sorted({row["seed"] for row in mistakes}))}
+    if len(seeds) < FEWEST_FOR_INTERVAL:
+        return None
+    wrong = np.zeros((len(seeds), IMAGES), dtype=bool)
+    wrong[[seeds[row["seed"]] for row in mistakes], [int(row["image"]) for row in mistakes]] = True
+    return len(seeds), *interval_for_new_images(wrong)
 
 
 def headline(summary: pd.DataFrame) -> pd.DataFrame:
@@ -610,6 +694,7 @@ TEMPLATES.globals |= {"mean_interval": mean_interval_text}
 TEMPLATES.filters |= {
     "percent": lambda value: percent(value, "–"),
     "wanted": lambda value: "–" if value != value else f"{value:g}",  # as the script states it
+    "floored": lambda value: "–" if value != value else f"{math.floor(100 * value) / 100:.2f}",
     "cell": markdown_cell,
     "md": lambda text: html.escape(text, quote=False),  # Markdown may hold HTML
     "paragraphs": lambda text: re.split(r"\n\s*\n", text),

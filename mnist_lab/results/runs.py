@@ -37,7 +37,7 @@ from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.sqlite import check_readable, follow_move, read_points
 from mnist_lab.tracking.store import MAX_RUNS, check_not_deleted
 from mnist_lab.verdicts.comparison import step_order
-from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED, protocol
+from mnist_lab.verdicts.measures import FOLDED, HELD_OUT, MEASURES, TESTED, protocol
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +77,10 @@ TEXT, PERCENTAGE, LOSS = Kind("str"), Kind("float64", 0, 100), Kind("float64")
 SEED, COUNT, STATED = Kind("Int64", 0, 2**53), Kind("Int64", 1, 2**62), Kind("float64", 1, MAX_COUNT)
 EPOCHS = Kind("Int64", 1, MAX_COUNT)
 TIME = Kind("Int64", 0, 32_503_680_000_000)  # milliseconds from 1970 to the year 3000
-# The columns of the run table. The hyperparameters, which differ from run to run, follow `holdout`.
+# The columns of the run table. The hyperparameters, which differ from run to run, follow `folds`.
 COLUMNS = {
-    **{"step": TEXT, "seed": SEED, "holdout": SEED, "num_params": COUNT, "final_train_accuracy": PERCENTAGE},
+    **{"step": TEXT, "seed": SEED, "holdout": SEED, "folds": SEED, "num_params": COUNT},
+    "final_train_accuracy": PERCENTAGE,
     **{"final_validation_accuracy": PERCENTAGE, "best_validation_accuracy": PERCENTAGE, "final_validation_loss": LOSS},
     **{"final_test_accuracy": PERCENTAGE, "best_test_accuracy": PERCENTAGE},
     **{"best_epoch": COUNT, "epochs_at_target": SEED, "final_test_loss": LOSS, "targets": TEXT},
@@ -130,6 +131,7 @@ class RunFilter(TypedDict, total=False):
     status: "FINISHED" (the default), "RUNNING", "FAILED" or "KILLED", or None for all.
     holdout: only the runs that hold out so many training images; 0, the default, is the write-ups' protocol, which
         tests after each epoch. The two are never in one table.
+    folds: only the runs of a cross-validation with so many folds, whose seeds are the folds; 0, the default, for none.
     tracking_uri: the store; the usual one if not given.
     loaded: what `load_runs` gave, so that the store is not asked again.
     """
@@ -137,6 +139,7 @@ class RunFilter(TypedDict, total=False):
     include_overrides: bool | Literal["if_none"]
     status: str | None
     holdout: int
+    folds: int
     tracking_uri: str | None
     loaded: LoadedRuns | None
 
@@ -153,12 +156,13 @@ def run_table(
     steps, seeds: only these. A step is named by its script, e.g. "step3_gap", or "step3" for short.
     columns: "all" for every column; else the eight that a reader needs most, and `overrides` and `restored` where a run
         has any.
-    include_overrides, status, holdout, tracking_uri, loaded: as in `runs.RunFilter`.
+    include_overrides, status, holdout, folds, tracking_uri, loaded: as in `runs.RunFilter`.
 
-    All columns: step, seed, holdout, every hyperparameter (missing where a run has none of that name), num_params,
-    accuracies in percent, verdicts, targets, reported figures, device, versions, commit, times, run_id. `final_` is the
-    last epoch; `best_` was picked on the test images, or on the validation images where there are any. `restored` is
-    the commit whose docs/results a run was restored from, and missing of runs that were trained into this store.
+    All columns: step, seed, holdout, folds, every hyperparameter (missing where a run has none of that name),
+    num_params, accuracies in percent, verdicts, targets, reported figures, device, versions, commit, times, run_id.
+    `final_` is the last epoch; `best_` was picked on the test images, or on the validation images where there are any.
+    `restored` is the commit whose docs/results a run was restored from, and missing of runs that were trained into this
+    store.
 
     Raises:
         LabError: if the store is missing or foreign, a step has no such run, or an argument is out of range.
@@ -166,11 +170,11 @@ def run_table(
     if columns not in (None, "all"):
         raise LabError(f'columns: {columns!r} is not "all", nor None for the most useful ones')
     found = _find_runs(steps, seeds, **which).runs
-    other_protocol = TESTED_COLUMNS if which.get("holdout") else VALIDATION_COLUMNS
+    other_protocol = TESTED_COLUMNS if which.get("holdout") or which.get("folds") else VALIDATION_COLUMNS
     names = [name for name in COLUMNS if name not in other_protocol]
     shown = found if found.empty else found.dropna(axis="columns", how="all")
     hyperparameters = {str(name): _typed(found[name]) for name in shown if name not in COLUMNS}
-    table = found.assign(**hyperparameters)[[*names[:3], *hyperparameters, *names[3:]]]
+    table = found.assign(**hyperparameters)[[*names[:4], *hyperparameters, *names[4:]]]
     order = {step: place for place, step in enumerate(sorted(table["step"].unique(), key=step_order))}
     by_seed = table.assign(place=table["step"].map(order)).sort_values(["place", "seed"], kind="stable")
     table = by_seed.drop(columns="place").reset_index(drop=True)
@@ -199,7 +203,7 @@ def epoch_history(
         LabError: as `run_table`.
     """
     found = _find_runs(steps, seeds, **which)
-    metrics = list(metrics or protocol(which.get("holdout", 0)).each_epoch)
+    metrics = list(metrics or protocol(which.get("holdout", 0), which.get("folds", 0)).each_epoch)
     epochs = {str(run_id): int(number) for run_id, number in found.runs[["run_id", "epochs"]].to_numpy()}
     points = _points(found.uri, epochs, metrics)
     # Should a point have been logged twice, its latest value counts.
@@ -256,7 +260,7 @@ def _row(run: Run) -> dict[str, object]:
         **last,
         **{name: metrics.get(name, last.get(name)) for name in {*TESTED.once, *HELD_OUT.once}},
         **{name: params.get(name) for name in ("seed", "epochs", "device")},
-        "holdout": params.get("holdout", "0"),
+        **{name: params.get(name, "0") for name in ("holdout", "folds")},
         # Without the hold-out: that is a protocol, with a column of its own.
         "overrides": re.sub(r"(^| )holdout=\d+(?= |$)", "", tags.get("overrides", "")).strip(),
         **{name: getattr(info, name) for name in ("status", "run_id", "start_time", "end_time")},
@@ -265,8 +269,9 @@ def _row(run: Run) -> dict[str, object]:
 
 def _why_left_out(raw: pd.DataFrame) -> dict[Any, str]:
     """Return what can't be right about runs, by their places in the table: the first such value of each."""
-    best = raw[TESTED.best].where(raw["holdout"] == "0", raw[HELD_OUT.best])
-    no_result = raw[["num_params", "final_test_accuracy"]].assign(best=best).isna().any(axis=1)
+    best = raw[TESTED.best].where((raw["holdout"] == "0") & (raw["folds"] == "0"), raw[HELD_OUT.best])
+    judged = raw[TESTED.judged].where(raw["folds"] == "0", raw[FOLDED.judged])
+    no_result = raw[["num_params"]].assign(best=best, judged=judged).isna().any(axis=1)
     wrong: list[tuple[pd.Series[bool], str | pd.Series[str]]] = [
         (raw["step"].astype("str").str.strip() == "", "its step has no name"),
         (raw["epochs"].isna(), "it has no epochs"),
@@ -300,61 +305,58 @@ def _search(uri: str) -> list[Run]:
 
 
 def _find_runs(
-    steps: Iterable[str] | str | None,
-    seeds: Iterable[int] | int | None,
-    *,
-    include_overrides: bool | Literal["if_none"] = False,
-    status: str | None = "FINISHED",
-    holdout: int = 0,
-    tracking_uri: str | None = None,
-    loaded: LoadedRuns | None = None,
+    steps: Iterable[str] | str | None, seeds: Iterable[int] | int | None, **which: Unpack[RunFilter]
 ) -> LoadedRuns:
     """Return the runs asked for, newest first."""
-    loaded = loaded or load_runs(tracking_uri)
+    loaded = which.get("loaded") or load_runs(which.get("tracking_uri"))
+    status, overridden = which.get("status", "FINISHED"), which.get("include_overrides", False)
     if status is not None and status not in STATUSES:
         raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
-    runs = _of_protocol(loaded, holdout)
+    held_out = which.get("holdout", 0), which.get("folds", 0)
+    runs = _of_protocol(loaded, *held_out)
     named = None if steps is None else full_names(steps, loaded)
     if named is not None:
         runs = runs[runs["step"].isin(named)]
     if status is not None:
         runs = runs[runs["status"] == status]
-    if include_overrides is not True:
+    if overridden is not True:
         counted: str | pd.Series[str] = ""
-        if include_overrides == "if_none":
+        if overridden == "if_none":
             by_step = runs.groupby("step")["overrides"]
             counted = by_step.transform(lambda of_step: "" if "" in set(of_step) else of_step.iloc[0])
         runs = runs[runs["overrides"] == counted]
     for step in set(named or ()) - set(runs["step"]):
         if status == "FINISHED":
-            _refuse(step, loaded.runs[loaded.runs["step"] == step], holdout)
+            _refuse(step, loaded.runs[loaded.runs["step"] == step], _held_out(*held_out))
     if seeds is not None:
         runs = runs[runs["seed"].isin(list(seeds) if isinstance(seeds, Iterable) else [seeds])]
     return replace(loaded, runs=runs)
 
 
-def _of_protocol(loaded: LoadedRuns, holdout: int) -> pd.DataFrame:
-    """Return the runs that hold out so many training images; raises LabError if there are only others."""
+def _of_protocol(loaded: LoadedRuns, holdout: int, folds: int) -> pd.DataFrame:
+    """Return the runs that hold out so many images, or a fold of so many; raises LabError if there are only others."""
     if loaded.runs.empty and not loaded.left_out:
         raise LabError(f"no runs yet in {loaded.name}; train first, e.g. `make step1`")
-    runs = loaded.runs[loaded.runs["holdout"] == holdout]
+    runs = loaded.runs[(loaded.runs["holdout"] == holdout) & (loaded.runs["folds"] == folds)]
     if runs.empty and not loaded.runs.empty:
-        held = " or ".join(f"{number:,}" for number in sorted(loaded.runs["holdout"].unique()))
-        raise LabError(
-            f"holdout: no run in {loaded.name} holds out {holdout:,} training images; there are runs with {held}"
-        )
+        kinds = sorted({_held_out(*one) for one in loaded.runs[["holdout", "folds"]].to_numpy()})
+        field, wanted = "folds" if folds else "holdout", _held_out(holdout, folds)
+        raise LabError(f"{field}: no run in {loaded.name} has {wanted}; there are runs with {'; '.join(kinds)}")
     return runs
 
 
-def _refuse(step: str, runs: pd.DataFrame, holdout: int) -> NoReturn:
+def _held_out(holdout: int, folds: int) -> str:
+    return f"folds {folds}" if folds else f"holdout {holdout:,}"
+
+
+def _refuse(step: str, runs: pd.DataFrame, wanted: str) -> NoReturn:
     """Say what runs a step has, where none is finished, as declared and of this protocol; raises LabError."""
     kinds = {
-        f"{status}, holdout {held:,}" + (", overridden (--include-overrides shows it)" if overrides else "")
-        for status, held, overrides in runs[["status", "holdout", "overrides"]].to_numpy()
+        f"{status}, {_held_out(*held)}" + (", overridden (--include-overrides shows it)" if overrides else "")
+        for status, overrides, *held in runs[["status", "overrides", "holdout", "folds"]].to_numpy()
     }
     raise LabError(
-        f"steps: no finished run of {step!r} as declared with holdout {holdout:,}; its runs are: "
-        f"{'; '.join(sorted(kinds))}"
+        f"steps: no finished run of {step!r} as declared with {wanted}; its runs are: {'; '.join(sorted(kinds))}"
     )
 
 
@@ -417,6 +419,8 @@ def reading(uri: str) -> Iterator[None]:
 
 def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame:
     """Return what a run's trained network says of each of the 10,000 test images, in their order.
+
+    That of a fold says it of the fold's images; the index has their numbers among the 60,000 training images.
 
     Columns: truth, prediction, confidence (softmax of the predicted digit), logit_0 to logit_9. Of a restored run, only
     mistakes are known: other images have no confidence, and there are no logits.
@@ -481,10 +485,11 @@ def _from_logits(file: Path) -> pd.DataFrame:
     """Read truth (N,), prediction (N,) and logits (N, 10); a damaged file raises errors of many kinds."""
     with np.load(file, allow_pickle=False) as arrays:
         truth, prediction, logits = arrays["truth"], arrays["prediction"], arrays["logits"]
+        images = pd.Index(arrays["image"], name="image") if "image" in arrays else pd.RangeIndex(len(truth))
     if not truth.size or not truth.shape == prediction.shape or logits.shape != (truth.size, 10):
         raise ValueError("truth (N,), prediction (N,) and logits (N, 10) have other shapes")
     if not np.isin([truth, prediction], range(10)).all() or not np.isfinite(logits).all():
         raise ValueError("truth or prediction is no digit from 0 to 9, or logits are not finite")
-    table = pd.DataFrame({"truth": truth, "prediction": prediction}).astype("int64")
+    table = pd.DataFrame({"truth": truth, "prediction": prediction}, images).astype("int64")
     table["confidence"] = special.softmax(logits, axis=1).max(axis=1)
-    return table.join(pd.DataFrame(logits, columns=[f"logit_{digit}" for digit in range(10)]))
+    return table.join(pd.DataFrame(logits, images, columns=[f"logit_{digit}" for digit in range(10)]))

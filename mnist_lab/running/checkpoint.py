@@ -126,13 +126,14 @@ def find(
 ) -> Checkpoint:
     """Return the checkpoint of a run, or the newest one of a step, or the newest of all; raises LabError.
 
-    A trial of a search is none of them: the search itself goes on with it.
+    A trial of a search and a fold are none of them: the same command goes on with those.
     changes: only one whose hyperparameters were changed so, by flat name; None for one that stands as declared.
     wanted: only one with this seed, limit, holdout or threads, where they are not None.
     """
     changes = changes or {}
     wanted = {name: value for name, value in wanted.items() if value is not None}
-    kept = [one for one in newest_first(uri) if step in (None, one.step) and "search" not in one.identity]
+    of_step = (one for one in newest_first(uri) if step in (None, one.step))
+    kept = [one for one in of_step if not {"search", "folds"} & one.identity.keys()]
     for one in [one for one in kept if run_id in (None, "", one.run_id)]:
         changed = {name: one.changes.get(name) for name in changes}
         if changed != changes or any(getattr(one, name) != value for name, value in wanted.items()):

@@ -21,6 +21,7 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.paths import PROJECT_ROOT, own_files
 from mnist_lab.running import identity
 from mnist_lab.running.identity import SCRIPT, code_sha256, find_sources, place
+from mnist_lab.verdicts.measures import Protocol, protocol
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from mnist_lab.tracking.models import Teacher
@@ -44,6 +45,8 @@ class Job:
     limit: train on the first so many images only, which counts as an override too; None for all.
     holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
         test images are then read once, at the end. 0 for none.
+    folds: cross-validate: the run with the seed k holds out number k of so many parts of the training images, and is
+        evaluated on it; no run is given the test images. 0 for none.
     search: the name of the search that this is a trial of; no run of it is ever given the test images.
     teacher: the network in MLflow that the objective learns from, once `run.with_teacher` has found it.
     params: what is logged as params, but for the seed; read once, as objects among the arguments may change in use.
@@ -62,6 +65,7 @@ class Job:
     tracking_uri: str
     limit: int | None = None
     holdout: int = 0
+    folds: int = 0
     search: str | None = None
     teacher: Teacher | None = None
     params: Mapping[str, str] = field(init=False)
@@ -77,6 +81,15 @@ class Job:
     @property
     def step(self) -> str:
         return self.script.stem
+
+    @property
+    def protocol(self) -> Protocol:
+        return protocol(self.holdout, self.folds)
+
+    @property
+    def unit(self) -> str:
+        """What a study has one run for each of."""
+        return "fold" if self.folds else "seed"
 
     @cached_property
     def sources(self) -> dict[str, Path]:
@@ -94,7 +107,7 @@ class Job:
         return identity.commit_tags(self.script, written)
 
     def _read_params(self) -> dict[str, str]:
-        held_out = {"holdout": str(self.holdout)} if self.holdout else {}
+        held_out = {name: str(getattr(self, name)) for name in ("holdout", "folds") if getattr(self, name)}
         declared = {name: stable_text(value) for name, value in self.experiment.hyperparameters().items()}
         return {**declared, "device": self.device.type, **held_out}
 

@@ -36,6 +36,7 @@ class StudyResult:
     runs: the finished run of each seed, in the order of the seeds that were asked for.
     failed: why the other seeds have none.
     aggregates: by the name of the figure, the last epoch's accuracy first.
+    unit: what there is a run for each of, "seed" or "fold".
     """
 
     run_id: str
@@ -44,6 +45,7 @@ class StudyResult:
     failed: dict[int, str]
     aggregates: dict[str, Aggregate]
     verdicts: list[Verdict]
+    unit: str = "seed"
 
 
 @dataclass(frozen=True)

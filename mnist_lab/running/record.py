@@ -15,7 +15,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from mnist_lab.checking.rehearsal import Rehearsal, blame
-from mnist_lab.data import Mnist, find_data_dir
+from mnist_lab.data import Mnist, find_data_dir, images_of_fold, load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import identity
@@ -32,7 +32,7 @@ from mnist_lab.training.loop import EpochMetrics, Training, evaluate, normalize,
 from mnist_lab.training.states import own_parts
 from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts import targets
-from mnist_lab.verdicts.measures import HELD_OUT, protocol, short_figures
+from mnist_lab.verdicts.measures import short_figures
 from mnist_lab.verdicts.targets import Verdict
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Record:
         """Open the run in MLflow and log what it is, or take up the one of `resume`; give its id."""
         job, device = self.job, self.mnist.train_images.device
         job.check_unchanged()
-        name, environment = run_name_of(job, f"seed {self.seed}"), identity.environment(device)
+        name, environment = run_name_of(job, f"{job.unit} {self.seed}"), identity.environment(device)
         with kept_generators(device):  # the layers may draw
             summary = summarize(self.training.result, self.rehearsal.untrained)
         progress.on_run(name, device, self.num_params, summary, len(self.mnist.train_images))
@@ -124,12 +124,14 @@ class Record:
     def finish(self, progress: Progress) -> RunResult:
         """Judge the trained network, say so, then write what takes longer: predictions, figures and the model.
 
-        A trial of a search is not given the test images, so it has no verdict.
+        A trial of a search and a fold are not given the test images, so they have no verdict.
         """
         tracked, job = self.tracked, self.job
         measured = measure(self.num_params, self.epochs, job.experiment)
-        if job.search is not None:
-            tracked.log_once(logged_once(measured, HELD_OUT.once))
+        if not len(self.mnist.test_images):
+            tracked.log_once(logged_once(measured, job.protocol.once))
+            if job.folds:
+                self._log_fold()
             return RunResult(tracked.run_id, self.epochs, measured, [])
         logger.info("Evaluating the trained network")
         logits = self._test_logits()
@@ -142,7 +144,7 @@ class Record:
             num_params=int(measured["num_params"]),
             epochs=len(self.epochs),
         )
-        tracked.log_once(logged_once(measured, protocol(job.holdout).once))
+        tracked.log_once(logged_once(measured, job.protocol.once))
         description = describe(job.script, job.tags["overrides"], verdicts)
         tracked.set_tags({**verdict_tags(verdicts), DESCRIPTION: description})
         result = RunResult(tracked.run_id, self.epochs, measured, verdicts)
@@ -159,6 +161,13 @@ class Record:
             if not logits.isfinite().all():
                 raise ValueError("gives logits of the test images that are not finite, after the last epoch")
         return logits
+
+    def _log_fold(self) -> None:
+        """Log what the network says of each image of its fold, under the image's number among the 60,000."""
+        logits, labels = self.training.logits, load_mnist(self.job.data_dir).train_labels
+        assert logits is not None
+        images = images_of_fold(labels, self.seed, self.job.folds)
+        self.tracked.log_predictions(labels[images], logits, images)
 
     def _log_network(self, logits: Tensor) -> None:
         logger.info("Logging predictions, figures and the model")

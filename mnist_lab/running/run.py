@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from mnist_lab.checking.rehearsal import blame_script, rehearse, without_exits
-from mnist_lab.data import Mnist, hold_out, load_mnist
+from mnist_lab.data import Mnist, hold_out, hold_out_fold, load_mnist
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
@@ -55,7 +55,7 @@ def run(
     experiment = taught(job, store)
     use_float32(job.device)
     logger.info("Reading MNIST")
-    mnist = load_parts(job)
+    mnist = load_parts(job, seed)
     logger.info("Trying the declaration on a few batches")
     rehearsal = rehearse(experiment, mnist)
     if parent_run_id is None:  # else the study has said it
@@ -92,12 +92,14 @@ def run(
     return result
 
 
-def load_parts(job: Job) -> Mnist:
+def load_parts(job: Job, seed: int = 0) -> Mnist:
     """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` others.
 
-    A trial of a search gets no test images, so that nothing can read them.
+    A trial of a search and a fold get no test images, so that nothing can read them.
     """
     mnist = load_mnist(job.data_dir, job.device)
+    if job.folds:
+        mnist = hold_out_fold(mnist, seed, job.folds)
     if job.holdout:
         mnist = hold_out(mnist, job.holdout)
     if job.search is not None:
@@ -133,6 +135,11 @@ def with_teacher(job: Job, store: Store, interrupted: Mapping[str, str] | None =
     declared = _declared_teacher(job.experiment)
     if declared is None or job.teacher is not None:
         return job
+    if job.folds:
+        raise LabError(
+            f"folds: the teacher {declared!r} has seen the images that each fold holds out, so an experiment that "
+            "learns from one can't be cross-validated; --holdout judges it on held-out images"
+        )
     if interrupted and "teacher_run_id" in interrupted and ":/" not in declared:
         declared = f"runs:/{interrupted['teacher_run_id']}/model"
     return job.replaced(teacher=find_teacher(store, declared, job.holdout))

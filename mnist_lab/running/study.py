@@ -30,7 +30,7 @@ from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import read_points
 from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store, store_failures
 from mnist_lab.verdicts.comparison import mean_interval_text
-from mnist_lab.verdicts.measures import MEASURES, percent, protocol, short_figures
+from mnist_lab.verdicts.measures import FOLDED, MEASURES, TESTED, Protocol, percent, short_figures
 from mnist_lab.verdicts.statistics import aggregate
 from mnist_lab.verdicts.targets import judge
 
@@ -56,7 +56,8 @@ def study(
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store)
-    found = {} if again else finished_runs(store, job.params, job.tags, hardware=identity.hardware(job.device))
+    hardware, figure = identity.hardware(job.device), job.protocol.judged
+    found = {} if again else finished_runs(store, job.params, job.tags, figure, hardware=hardware)
     reused = [seed for seed in seeds if seed in found]
     missing = [seed for seed in seeds if seed not in found]
     count = 0
@@ -65,7 +66,7 @@ def study(
         use_float32(job.device)
         logger.info("Reading MNIST, and trying the declaration on a few batches")
         rehearse(taught(job, store), load_parts(job)).notice(job.overrides)
-    name = run_name_of(job, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}")
+    name = run_name_of(job, f"{len(seeds)} {job.unit}{'s' if len(seeds) > 1 else ''}")
     with track(store, name, params=job.params, tags=_tags(job, seeds, reused)) as tracked:
         for seed in reused:
             adopt(store, tracked.run_id, found[seed].run_id)
@@ -76,9 +77,7 @@ def study(
             trainers.train([(task, seed) for seed in missing], count, outcomes.on_message, progress.on_time)
         logger.info("Judging the seeds together")
         finished = [outcomes.runs[seed] for seed in seeds if seed in outcomes.runs]
-        result = judge_runs(
-            job.experiment.targets, job.experiment.epochs, tracked.run_id, finished, holdout=job.holdout
-        )
+        result = judge_runs(job.experiment.targets, job.experiment.epochs, tracked.run_id, finished, job.protocol)
         result = replace(result, reused=reused, failed=outcomes.failed)
         log_verdict(tracked, result, job.script, job.tags["overrides"])
         progress.on_study_verdict(result)
@@ -121,25 +120,27 @@ class _Outcomes:
 
 
 def judge_runs(
-    targets: Targets, epochs: int, run_id: str, runs: Sequence[FinishedRun], *, holdout: int = 0
+    targets: Targets, epochs: int, run_id: str, runs: Sequence[FinishedRun], measured: Protocol = TESTED
 ) -> StudyResult:
     """Judge the finished runs of a study together.
 
-    epochs: of each of them. run_id: of the study. holdout: how many training images they hold out.
+    epochs: of each of them. run_id: of the study. measured: by which protocol. The target for the accuracy is one for
+    the test images, so runs without them are not judged by it.
     """
+    if measured is FOLDED:
+        targets = replace(targets, accuracy=None)
     aggregates, verdicts = {}, []
     if runs:
         aggregates = {
-            name: aggregate([run.metrics[name] for run in runs], targets.accuracy)
-            for name in protocol(holdout).over_seeds
+            name: aggregate([run.metrics[name] for run in runs], targets.accuracy) for name in measured.over_seeds
         }
         verdicts = judge(
             targets,
-            accuracies=[run.metrics["final_test_accuracy"] for run in runs],
+            accuracies=[run.metrics[measured.judged] for run in runs],
             num_params=int(runs[0].metrics["num_params"]),
             epochs=epochs,
         )
-    return StudyResult(run_id, list(runs), [], {}, aggregates, verdicts)
+    return StudyResult(run_id, list(runs), [], {}, aggregates, verdicts, "fold" if measured is FOLDED else "seed")
 
 
 def _summary(result: StudyResult) -> tuple[dict[str, float], dict[str, str]]:
@@ -195,7 +196,7 @@ def log_curves(tracked: TrackedRun, history: Sequence[Mapping[str, object]], tar
 
 def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
     """Return a record of each epoch of these runs, with the losses and accuracies; raises LabError."""
-    names = protocol(job.holdout).curves
+    names = job.protocol.curves
     seeds = {run.run_id: run.seed for run in runs}
     records: dict[tuple[str, int], dict[str, object]] = {}
     with store_failures(store, "can't be read"):
@@ -225,9 +226,9 @@ def tables(result: StudyResult) -> list[tuple[list[tuple[str, ...]], tuple[str, 
     ]
     headers = ("accuracy in percent", "mean", "sd", "95 % interval", "minimum", "median", "at target")
     per_seed: list[tuple[str, ...]] = [
-        (str(run.seed), *(f"{run.metrics[name]:.2f}" for name in result.aggregates), run.run_id) for run in result.runs
+        (str(run.seed), *(percent(run.metrics[name]) for name in result.aggregates), run.run_id) for run in result.runs
     ]
-    return [(over_seeds, headers), (per_seed, ("seed", *map(_label, result.aggregates), "run"))]
+    return [(over_seeds, headers), (per_seed, (result.unit, *map(_label, result.aggregates), "run"))]
 
 
 def _label(name: str) -> str:

@@ -117,7 +117,7 @@ def train_seed(
     is_lost: whether a run of this seed that the parent has as RUNNING can only be one whose process is gone.
     """
     store = open_store(job.tracking_uri)
-    name = run_name_of(job, f"seed {seed}")
+    name = run_name_of(job, f"{job.unit} {seed}")
     own = close_lost(store, parent_run_id, name) if is_lost else []
     if own:
         logger.warning("%s begins again: its process was lost", name)

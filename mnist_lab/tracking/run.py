@@ -166,14 +166,18 @@ class TrackedRun:
             time.sleep(pause)
         return self._client.log_inputs(self.run_id, [data])
 
-    def log_predictions(self, truth: Tensor, logits: Tensor) -> None:
-        """Log truth (N,), prediction (N,) and logits (N, 10) of the test images as `predictions.npz`, pickle-free."""
+    def log_predictions(self, truth: Tensor, logits: Tensor, images: Tensor | None = None) -> None:
+        """Log truth (N,), prediction (N,) and logits (N, 10) as `predictions.npz`, pickle-free.
+
+        images: the numbers (N,) of the images; None for all test images in their order.
+        """
         with self._artifact("predictions.npz") as file:
             np.savez_compressed(
                 file,
                 truth=truth.cpu().numpy().astype(np.uint8),
                 prediction=logits.argmax(dim=1).cpu().numpy().astype(np.uint8),
                 logits=logits.float().cpu().numpy(),
+                **({} if images is None else {"image": images.cpu().numpy()}),  # type: ignore[arg-type]
             )
 
     def log_model(self, step: str, net: nn.Module, images: Tensor, normalize: tuple[float, float]) -> str | None:

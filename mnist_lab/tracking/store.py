@@ -32,6 +32,7 @@ from mnist_lab.paths import EXPERIMENT_NAME, LOCKS, SQLITE, artifacts_of, own_fo
 from mnist_lab.tracking import view
 from mnist_lab.tracking.connection import ask, short_timeouts, why_refused
 from mnist_lab.tracking.sqlite import check_writable, follow_move
+from mnist_lab.verdicts.comparison import rounds_alike
 
 # MLflow shows each error of the database with its traceback, and raises it too; one sentence is made of that.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -234,9 +235,7 @@ def finished_runs(
         alike = run.data.params == {**params, "seed": seed} and tags.items() <= run.data.tags.items()
         if not alike or not seed.isdecimal() or figure not in run.data.metrics:
             continue
-        # CPUs with the same vector instructions, which stand last, add in the same order.
-        rounds_alike = made_on.rpartition(", ")[2] == hardware.rpartition(", ")[2] != ""
-        if RESTORED in run.data.tags and not rounds_alike:
+        if RESTORED in run.data.tags and not rounds_alike(made_on, hardware):
             elsewhere[int(seed)] = made_on
             continue
         kind = restored if RESTORED in run.data.tags else found

@@ -90,14 +90,27 @@ class Comparison(Difference, Pair):
         return f"no difference shown (needs about {seeds_text(self.seeds_needed)} seeds for {size})"
 
 
-def compare_seeds(pair: Pair, a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
-    """Compare two experiments by their test accuracies in percent, by seed.
+def compare_seeds(
+    pair: Pair, a: Mapping[int, float], b: Mapping[int, float], made_on: Mapping[str, Mapping[int, str]] | None = None
+) -> Comparison:
+    """Compare two experiments by their accuracies in percent, by seed or fold.
+
+    made_on: the hardware of each seed, by experiment. Seeds are paired where they were trained on hardware that rounds
+        alike: elsewhere the same seed is another draw. None: they are paired.
 
     Raises:
         LabError: if either has fewer than two seeds.
     """
-    found = statistics.compare_means(a, b)
+    shared = [seed for seed in a if seed in b]
+    paired = made_on is None or all(rounds_alike(made_on[pair.a][seed], made_on[pair.b][seed]) for seed in shared)
+    found = statistics.compare_means(a, b, paired=paired)
     return Comparison(**vars(pair), **vars(found), p_holm=found.p)
+
+
+def rounds_alike(one: str, other: str) -> bool:
+    """Say whether both add in the same order: one GPU, or CPUs with the same vector instructions, which stand last."""
+    last = one.rpartition(", ")[2]
+    return last == other.rpartition(", ")[2] and last != "" and not last.endswith(" cores")
 
 
 def compare_predictions(pair: Pair, a_correct: ArrayLike, b_correct: ArrayLike) -> Comparison:

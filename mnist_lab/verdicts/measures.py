@@ -113,6 +113,11 @@ class Protocol:
         return f"best_{self.part}_accuracy"
 
     @property
+    def judged(self) -> str:
+        """The accuracy that experiments are judged and compared by."""
+        return self.over_seeds[0]
+
+    @property
     def curves(self) -> list[str]:
         """What the curves of a training show."""
         return ["train_loss", f"{self.part}_loss", "train_accuracy", f"{self.part}_accuracy"]
@@ -145,9 +150,19 @@ HELD_OUT = Protocol(  # validated on training images held out, and tested once
 )
 
 
-def protocol(holdout: int) -> Protocol:
-    """Return the protocol of a run that holds out so many training images."""
-    return HELD_OUT if holdout else TESTED
+FOLDED = Protocol(  # validated on the fold that is held out, and never tested
+    part="validation",
+    each_epoch=HELD_OUT.each_epoch,
+    at_times=HELD_OUT.at_times,
+    once=("num_params", "final_validation_accuracy", "best_validation_accuracy", "best_epoch"),
+    summary=("final_train_accuracy", "final_validation_accuracy"),
+    over_seeds=("final_validation_accuracy",),
+)
+
+
+def protocol(holdout: int, folds: int = 0) -> Protocol:
+    """Return the protocol of a run that holds out so many training images, or one of so many folds."""
+    return FOLDED if folds else HELD_OUT if holdout else TESTED
 
 
 # The names under which MLflow's table shows a run's figure and a study's mean in one column, short enough for it.

@@ -116,6 +116,38 @@ def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate
     )
 
 
+def lower_bound(values: Sequence[float]) -> float:
+    """Return the target that a mean over seeds is just shown to be above, by the test of `judge_mean`.
+
+    It is the one-sided 99 % bound of the mean; nan for one seed. Raises AssertionError as `aggregate`.
+    """
+    from scipy import stats
+
+    x = _numbers(values)
+    if len(x) == 1:
+        return math.nan
+    return float(x.mean() - stats.t.ppf(1 - ALPHA_TARGET, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+
+
+def interval_for_new_images(wrong: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean accuracy, in percent, for other seeds and other images of the same kind.
+
+    wrong: (seeds, images), whether the network of that seed reads that image wrongly.
+
+    The variance is clustered by seed and by image: Cameron, Gelbach and Miller, Robust Inference with Multiway
+    Clustering, 2011, whose advice the degrees of freedom are: one fewer than the smaller number of clusters.
+    """
+    from scipy import stats
+
+    mean, (seeds, images) = wrong.mean(), wrong.shape
+    by_seed = seeds / (seeds - 1) * ((wrong.sum(axis=1) - images * mean) ** 2).sum()
+    by_image = images / (images - 1) * ((wrong.sum(axis=0) - seeds * mean) ** 2).sum()
+    of_each = wrong.size * mean * (1 - mean)
+    deviation = math.sqrt(by_seed + by_image - of_each) / wrong.size
+    half = float(stats.t.ppf(0.975, min(seeds, images) - 1)) * deviation
+    return 100 * (1 - float(mean) - half), 100 * (1 - float(mean) + half)
+
+
 def judge_mean(values: Sequence[float], target: float) -> StudyVerdict:
     """Judge the mean over seeds by a one-sided one-sample t-test: "met" needs mean > target at p < ALPHA_TARGET.
 
@@ -133,10 +165,11 @@ def judge_mean(values: Sequence[float], target: float) -> StudyVerdict:
     return StudyVerdict("not shown" if not shown else "met" if over.mean() > 0 else "missed", p, needed)
 
 
-def compare_means(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
+def compare_means(a: Mapping[int, float], b: Mapping[int, float], *, paired: bool = True) -> Difference:
     """Compare two means of figures by seed: by the paired t-test over the seeds that both have, else by Welch's t-test.
 
     They are paired where at least two seeds are shared. Without any spread the paired test is the sign test.
+    paired: whether one seed means the same in both.
 
     Raises:
         LabError: if a or b has fewer than two values, and so no spread to measure a difference by.
@@ -146,7 +179,7 @@ def compare_means(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
     x, y = _numbers(list(a.values())), _numbers(list(b.values()))
     if min(len(x), len(y)) < 2:
         raise LabError(f"a comparison of means needs at least two seeds on each side; there are {len(x)} and {len(y)}")
-    tail, shared = ALPHA_DIFFERENCE / 2, [seed for seed in a if seed in b]
+    tail, shared = ALPHA_DIFFERENCE / 2, [seed for seed in a if seed in b and paired]
     if len(shared) > 1:
         d = np.array([b[seed] - a[seed] for seed in shared])
         scale = float(np.abs(x).max())

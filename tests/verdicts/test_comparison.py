@@ -11,6 +11,7 @@ from mnist_lab.verdicts.comparison import (
     Comparison,
     Pair,
     adjust,
+    compare_seeds,
     effects_text,
     mean_interval_text,
     p_text,
@@ -42,6 +43,23 @@ def comparison(**given: object) -> Comparison:
 )
 def test_the_verdict_says_what_was_shown(given: dict[str, object], verdict: str) -> None:
     assert comparison(**given).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "test"),
+    [
+        ("AMD EPYC, 2 cores, AVX2", "Intel Xeon, 4 cores, AVX2", "paired t-test"),
+        ("NVIDIA H100", "NVIDIA H100", "paired t-test"),
+        ("AMD EPYC, 2 cores, AVX2", "AMD EPYC, 2 cores, AVX512", "Welch's t-test"),
+        ("AMD EPYC, 2 cores", "AMD EPYC, 2 cores", "Welch's t-test"),  # which instructions is not known
+        ("", "", "Welch's t-test"),
+    ],
+)
+def test_seeds_are_pairs_where_both_were_trained_on_what_rounds_alike(one: str, other: str, test: str) -> None:
+    a, b = {0: 99.1, 1: 99.2, 2: 99.0}, {0: 99.3, 1: 99.45, 2: 99.3, 3: 99.2}
+    made_on = {"plain": dict.fromkeys(a, one), "better": dict.fromkeys(b, other)}
+    assert compare_seeds(PAIR, a, b, made_on).test == test
+    assert compare_seeds(PAIR, a, b).test == "paired t-test"
 
 
 def test_a_difference_of_under_four_seeds_has_no_interval() -> None:

@@ -16,7 +16,9 @@ from mnist_lab.verdicts.statistics import (
     aggregate,
     compare_means,
     holm,
+    interval_for_new_images,
     judge_mean,
+    lower_bound,
     mcnemar_exact,
     seeds_needed,
 )
@@ -53,6 +55,25 @@ def test_aggregate_of_one_seed_has_no_spread_and_no_interval() -> None:
     one = aggregate([99.39])
     assert (one.n, one.mean, one.minimum, one.median, one.maximum) == (1, 99.39, 99.39, 99.39, 99.39)
     assert all(math.isnan(value) for value in (one.sd, one.low, one.high, one.share_at_target))
+
+
+def test_the_lower_bound_is_the_target_that_is_just_met() -> None:
+    bound = lower_bound(GAINS)
+    assert judge_mean(GAINS, bound - 1e-6).word == "met"
+    assert judge_mean(GAINS, bound + 1e-6).word == "not shown"
+    assert math.isnan(lower_bound([99.4]))
+
+
+def test_the_interval_for_new_images_is_that_of_a_bootstrap_over_seeds_and_images() -> None:
+    """Some images are hard for every network, as in MNIST; networks differ a little."""
+    random = np.random.default_rng(0)
+    hard = random.beta(0.02, 3.0, size=2000)
+    wrong = random.random((40, 2000)) < hard * random.normal(1.0, 0.2, size=(40, 1))
+    drawn = [wrong[random.integers(0, 40, 40)][:, random.integers(0, 2000, 2000)].mean() for _ in range(1000)]
+    low, high = interval_for_new_images(wrong)
+    assert (low + high) / 2 == pytest.approx(100 * (1 - wrong.mean()))
+    expected = np.percentile(drawn, 97.5) - np.percentile(drawn, 2.5)
+    assert high - low == pytest.approx(100 * expected, rel=0.1)
 
 
 def test_a_value_at_the_target_counts_as_reaching_it() -> None:

@@ -1,0 +1,171 @@
+"""Cross-validation: a study whose runs are folds, each judged on the training images that it has not seen."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from helpers import TrackedRun, copy_store, first, read_runs
+from mnist_lab import results
+from mnist_lab.data import Mnist, hold_out_fold, images_of_fold
+from mnist_lab.errors import LabError
+from mnist_lab.results import publish as files
+from mnist_lab.running import record, run, workers
+from mnist_lab.running.job import Job, read_declaration
+from mnist_lab.running.progress import Progress, StudyResult
+from mnist_lab.running.study import study
+from mnist_lab.running.workers import Local
+
+RENAMED = {"one": "step7_depth", "other": "step8_averaging"}
+TINY = Path(__file__).parents[1] / "tiny.py"
+
+
+@pytest.mark.parametrize("folds", [2, 6, 7])
+def test_folds_share_the_training_images_out_by_digit(folds: int, mnist: Mnist) -> None:
+    parts = [images_of_fold(mnist.train_labels, fold, folds) for fold in range(folds)]
+
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(60_000))
+    counts = torch.stack([mnist.train_labels[part].bincount(minlength=10) for part in parts])
+    for of_parts in (counts, counts.sum(dim=1, keepdim=True)):
+        assert (of_parts.max(dim=0).values - of_parts.min(dim=0).values).max() <= 1
+
+
+def test_a_fold_is_not_trained_on_and_nothing_is_tested(mnist: Mnist) -> None:
+    images = images_of_fold(mnist.train_labels, 1, 6)
+    others = torch.ones(60_000, dtype=torch.bool)
+    others[images] = False
+
+    data = hold_out_fold(mnist, 1, 6)
+
+    assert data.validation_images is not None
+    assert data.validation_labels is not None
+    assert torch.equal(data.validation_images, mnist.train_images[images])
+    assert torch.equal(data.validation_labels, mnist.train_labels[images])
+    assert torch.equal(data.train_images, mnist.train_images[others])
+    assert torch.equal(data.train_labels, mnist.train_labels[others])
+    assert len(data.test_images) == len(data.test_labels) == 0
+
+
+@pytest.fixture(scope="module")
+def few(mnist: Mnist) -> Mnist:
+    return first(mnist, 1200, 300)
+
+
+class Folds:
+    """Two experiments, each with three folds, in one store."""
+
+    def __init__(self, folder: Path, empty_store: Path) -> None:
+        self.database = copy_store(empty_store, folder / "runs.db")
+        self.uri = f"sqlite:///{self.database}"
+        self.studies = {step: self.study(Path(shutil.copy(TINY, folder / f"{step}.py"))) for step in ("one", "other")}
+
+    def study(self, script: Path) -> StudyResult:
+        experiment = replace(read_declaration(script), epochs=1 if script.stem == "one" else 2)
+        job = Job(script=script, experiment=experiment, tracking_uri=self.uri, threads=1, folds=3)
+        return study(job, range(3), Progress(), Local())
+
+    def runs(self) -> list[TrackedRun]:
+        return read_runs(self.database)
+
+
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, few: Mnist) -> Iterator[Folds]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (run, record):
+            patch.setattr(module, "load_mnist", lambda *_: few)
+        in_this_process = lambda waiting, count, on_message, on_time: workers._train_here(waiting, on_message)  # noqa: E731
+        patch.setattr(workers, "_train_in_processes", in_this_process)
+        yield Folds(tmp_path_factory.mktemp("folds"), empty_store)
+
+
+def right(folds: Folds, step: str) -> "pd.Series[bool]":
+    """Return whether each of the 1,200 images was read rightly by the network that had not seen it."""
+    tables = [results.predictions(run.run_id, tracking_uri=folds.uri) for run in folds.studies[step].runs]
+    table = pd.concat(tables).sort_index()
+    assert table.index.tolist() == list(range(1200))
+    return table["truth"] == table["prediction"]
+
+
+def test_each_training_image_is_judged_once_by_a_network_that_has_not_seen_it(folds: Folds, few: Mnist) -> None:
+    table = results.run_table("one", columns="all", folds=3, tracking_uri=folds.uri)
+
+    told = [results.predictions(run, tracking_uri=folds.uri) for run in table["run_id"]]
+    assert table["seed"].tolist() == [0, 1, 2]
+    for fold, (accuracy, of_fold) in enumerate(zip(table["final_validation_accuracy"], told, strict=True)):
+        images = images_of_fold(few.train_labels, fold, 3)
+        assert of_fold.index.tolist() == images.tolist()
+        assert of_fold["truth"].tolist() == few.train_labels[images].tolist()
+        assert accuracy == pytest.approx(100 * (of_fold["truth"] == of_fold["prediction"]).mean())
+    mean = results.compare_table("one", folds=3, tracking_uri=folds.uri)["last"].item()
+    assert mean == pytest.approx(100 * right(folds, "one").mean())
+
+
+def test_a_fold_has_no_figures_of_the_test_images_and_is_in_no_other_table(folds: Folds) -> None:
+    assert all("test" not in metric for run in folds.runs() for metric in run.metrics)
+    assert "verdict_accuracy" not in {tag for run in folds.runs() for tag in run.tags}
+    with pytest.raises(LabError, match="folds 3"):
+        results.run_table(tracking_uri=folds.uri)
+    with pytest.raises(LabError, match="folds 2"):
+        results.run_table(folds=2, tracking_uri=folds.uri)
+
+
+def test_finished_folds_are_not_trained_again(folds: Folds) -> None:
+    again = folds.study(folds.database.parent / "one.py")
+
+    assert again.reused == [0, 1, 2]
+    assert [run.run_id for run in again.runs] == [run.run_id for run in folds.studies["one"].runs]
+
+
+def test_experiments_are_compared_image_by_image_with_the_folds_as_clusters(folds: Folds) -> None:
+    """By Obuchowski (1998), with the t-distribution, as there are few clusters."""
+    better = right(folds, "other").astype(int) - right(folds, "one").astype(int)
+    sums = np.array([better[run.index].sum() for run in told(folds)])
+    effect = sums.sum() / 1200
+    deviation = np.sqrt(3 / 2 * ((sums - 400 * effect) ** 2).sum()) / 1200
+
+    found = results.compare("one", "other", folds=3, tracking_uri=folds.uri)
+
+    assert found.effect == pytest.approx(100 * effect)
+    assert (found.high - found.effect) / 4.302653 == pytest.approx(100 * deviation, rel=1e-6)  # t of 2 degrees, 97.5 %
+
+
+def told(folds: Folds) -> list[pd.DataFrame]:
+    return [results.predictions(run.run_id, tracking_uri=folds.uri) for run in folds.studies["one"].runs]
+
+
+def test_whole_cross_validations_are_published_and_read_back(folds: Folds, tmp_path: Path) -> None:
+    readme, said = tmp_path / "page.md", list[str]()
+    for page in (readme, tmp_path / "README.md"):
+        page.write_text("<!-- folds -->\n<!-- /folds -->\n")
+
+    for _ in range(2):
+        files.publish(tmp_path, readme, tracking_uri=folds.uri, progress=said.append)
+
+    assert [sentence.partition(" added, ")[0] for sentence in said[:-1]] == [
+        f"{step}, 3 folds, seed {fold}:" for step in ("one", "other") for fold in range(3)
+    ]
+    assert said[-1] == "The published rows are those of the store already."
+    table = results.run_table(columns="all", folds=3, tracking_uri=folds.uri)
+    rows = files.read_records(tmp_path).folds
+    assert [(row["step"], row["fold"]) for row in rows] == [*zip(table["step"], map(str, table["seed"]), strict=True)]
+    assert [float(row["accuracy"]) for row in rows] == pytest.approx(
+        table["final_validation_accuracy"].tolist(), abs=5e-4
+    )
+    effect = results.compare("one", "other", folds=3, tracking_uri=folds.uri).effect
+    assert f"| `one` | 3 | **{table['final_validation_accuracy'][:3].mean():.2f}** ±" in readme.read_text()
+    assert files.compare_folds(rows) == []  # none of PAIRS
+    renamed = files.compare_folds([{**row, "step": RENAMED[row["step"]]} for row in rows])
+    assert renamed[0].effect == pytest.approx(effect, abs=1e-3)
+
+
+def test_a_teacher_that_has_seen_all_images_is_refused(folds: Folds) -> None:
+    script = TINY.parents[1] / "experiments" / "step9_distillation.py"
+    job = Job(script=script, experiment=read_declaration(script), tracking_uri=folds.uri, folds=3)
+
+    with pytest.raises(LabError, match="folds: the teacher"):
+        study(job, range(3), Progress(), Local())
