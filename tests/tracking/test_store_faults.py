@@ -189,6 +189,8 @@ def test_a_store_of_another_user_is_found_before_the_run(mode: int, path: str, n
 
     (public.parent / path).chmod(0o777)
     assert contents(public.parent) == before
+    with another_user():
+        open_store(f"sqlite:///{public}")
 
 
 # ---- programs
