@@ -29,6 +29,7 @@ from helpers import ROOT, TrackedRun, copy_store, first, read_runs
 
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
     from mnist_lab.data import Mnist
+    from mnist_lab.tracking.store import Store
 
 EXPERIMENTS = ROOT / "experiments"
 
@@ -81,6 +82,21 @@ def _notices_reach_each_test() -> None:
             logger.disabled = False
 
 
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that does what `python -m mnist_lab` does with these words, and returns what it prints."""
+    from mnist_lab.__main__ import main
+
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+
+    def run(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["mnist_lab", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
 # ---- tracking stores
 
 
@@ -110,6 +126,14 @@ def empty_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
             open_store(f"sqlite:///{new}/mlflow.db")
             new.rename(folder)
     return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def new_store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> "Callable[[], Store]":
+    """Return a function that makes a store without runs, which tests can share."""
+    from mnist_lab.tracking.store import open_store
+
+    return lambda: open_store(f"sqlite:///{copy_store(empty_store, tmp_path_factory.mktemp('store') / 'mlflow.db')}")
 
 
 @pytest.fixture

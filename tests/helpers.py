@@ -7,12 +7,13 @@ import pty
 import resource
 import select
 import shutil
+import socket
 import sqlite3
 import struct
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from forkserver import PATIENCE, Program
 
 if TYPE_CHECKING:
+    import psutil
+
     from mnist_lab.data import Mnist
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +151,24 @@ def wait_until(condition: Callable[[], object], program: Program | None = None) 
         time.sleep(0.05)
     said = f": {program.stdout}{program.stderr}" if program is not None else ""
     raise AssertionError(f"not so after {PATIENCE} seconds{said}") from error
+
+
+def free_port() -> int:
+    """Return a port of loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def all_gone(processes: Iterable["psutil.Process"]) -> bool:
+    """Say whether these processes have ended."""
+    return not [one for one in processes if one.is_running() and one.status() != "zombie"]
+
+
+def ports_of(processes: Iterable["psutil.Process"]) -> set[tuple[str, int]]:
+    """Return the addresses that these processes listen on."""
+    connections = [one for process in processes for one in process.net_connections("inet")]
+    return {tuple(one.laddr) for one in connections if one.status == "LISTEN"}
 
 
 @contextmanager

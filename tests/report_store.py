@@ -8,11 +8,10 @@ import numpy as np
 from mnist_lab.data import Mnist
 from mnist_lab.figures import plot_samples
 from mnist_lab.tracking.store import Store, open_store
-from run_writer import write_run
+from run_writer import TARGETS, log_predictions, write_run
 
 T0 = 1_790_000_000_000
 REPORTED = {"reported_best_test_accuracy": "99.46", "reported_best_train_accuracy": "99.32"}
-STATED = {"target_accuracy": "99.4", "target_params": "10000", "target_epochs": "15"}
 # step, seed, test accuracy of each epoch in percent; the oldest run first
 RUNS = (
     ("step1_plain", 0, (97.5, 98.9, 98.97)),
@@ -31,13 +30,10 @@ def write_sample_store(folder: Path, mnist: Mnist) -> Store:
     truth = mnist.test_labels.numpy()
     samples = plot_samples(mnist.test_images[:10, 0], truth[:10])
     for number, (step, seed, accuracies) in enumerate(RUNS):
-        tags, start = STATED | REPORTED, T0 + number * 3_600_000
+        tags, start = TARGETS | REPORTED, T0 + number * 3_600_000
         run = write_run(store, step, seed, accuracies, start_time=start, num_params=NUM_PARAMS[step], tags=tags)
         client.log_figure(run.info.run_id, samples, "figures/samples.png")
-        file = folder / "predictions.npz"
-        np.savez_compressed(file, truth=truth, **predict(truth, accuracies[-1]))
-        client.log_artifact(run.info.run_id, str(file))
-        file.unlink()
+        log_predictions(store, run, truth=truth, **predict(truth, accuracies[-1]))
     return store
 
 

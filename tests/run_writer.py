@@ -1,8 +1,12 @@
 """Write runs into a real store as the runner does, but without training: for what only reads them."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import mlflow
+import numpy as np
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from mnist_lab.tracking.store import Store
@@ -19,6 +23,7 @@ STEP4 = {
     "gamma": "0.6",
     "device": "cpu",
 }
+T0 = 1_700_000_000_000  # milliseconds since 1970
 TARGETS = {"target_accuracy": "99.4", "target_params": "10000", "target_epochs": "15"}
 
 
@@ -72,3 +77,17 @@ def write_run(
     if status is not None:
         client.set_terminated(run.info.run_id, status=status, end_time=start_time + 60_000)
     return client.get_run(run.info.run_id)
+
+
+def write_seeds(store: Store, step: str, *accuracies: float, **more: Any) -> None:
+    """Write a run of one epoch for each of these accuracies: seeds 0, 1, 2 and so on; `more` is `write_run`'s."""
+    for seed, accuracy in enumerate(accuracies):
+        write_run(store, step, seed, [accuracy], start_time=T0 + seed, **more)
+
+
+def log_predictions(store: Store, run: Run, **arrays: np.ndarray) -> None:
+    """Give a run its `predictions.npz`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "predictions.npz")
+        np.savez_compressed(file, **arrays)
+        store.client.log_artifact(run.info.run_id, str(file))

@@ -119,8 +119,6 @@ def write_report(
     stories, troubles = _read_stories(scripts)
     loaded = results.load_runs(tracking_uri, artifacts=True)
     runs = results.newest_runs(results.run_table(columns="all", include_overrides="if_none", loaded=loaded))
-    if runs.empty:
-        raise LabError("no finished run to report on; train first, e.g. `make step1`")
     published = {file.stem for file in PUBLISHED.glob("*.csv")}
     copied = find_copies(stories, published)
     told = {*stories, *troubles, *runs["step"]}
@@ -128,6 +126,8 @@ def write_report(
         named = [next((name for name in (step, script_named(step)) if name in told), None) for step in steps]
         told = {name or full_names(step, loaded)[0] for name, step in zip(named, steps, strict=True)}
         runs = runs[runs["step"].isin(told)]
+    if runs.empty:
+        raise LabError("no finished run to report on; train first, e.g. `make step1`")
     history = results.epoch_history(include_overrides="if_none", loaded=loaded)
     rows = summarise(runs).to_dict("records")
     images = load_mnist().test_images[:, 0].numpy()  # (10000, 28, 28)

@@ -2,20 +2,20 @@
 
 import csv
 import re
-import sys
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from helpers import ROOT, largest_file
-from mnist_lab.__main__ import main
 from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
 from mnist_lab.running.identity import code_sha256, find_sources
 from mnist_lab.tracking.store import Store, open_store
-from pages import PAGE, T0
-from run_writer import TARGETS, write_run
+from pages import PAGE
+from run_writer import T0, TARGETS, write_run
 
 RESULTS = ROOT / "docs" / "results"
 SCRIPTS = sorted((ROOT / "experiments").glob("*.py"))
@@ -31,8 +31,7 @@ def test_the_committed_runs_are_those_of_the_script_as_it_is(script: Path) -> No
     says_so = "Result: not trained yet" in script.read_text()
     assert file.exists() != says_so
     if file.exists():
-        digests = {row["code_sha256"] for row in rows_of(file)}
-        assert digests == {code_sha256(find_sources(script))[:12]}
+        assert {row["code_sha256"] for row in rows_of(file)} == {code_sha256(find_sources(script))[:12]}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"], ids=["README", "docs/results"])
@@ -73,8 +72,7 @@ def test_the_committed_files_say_of_every_run_how_it_was_made() -> None:
 # ---- a publication
 
 
-def publish(folder: Path, readme: Path, uri: str) -> list[Path]:
-    return files.publish(folder, readme, tracking_uri=uri)
+Pages = tuple[Path, Path]
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -82,53 +80,53 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-@pytest.fixture
-def pages(tmp_path: Path) -> tuple[Path, Path]:
+def make_pages(place: Path) -> Pages:
     """Return a folder of results and a README, both with markers."""
-    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    folder, readme = place / "results", place / "README.md"
     folder.mkdir()
     readme.write_text(PAGE)
     (folder / "README.md").write_text("<!-- runs -->\n<!-- /runs -->\n")
     return folder, readme
 
 
-@pytest.fixture
-def store(uri: str) -> Store:
-    store = open_store(uri)
+@pytest.fixture(scope="module")
+def store(new_store: Callable[[], Store]) -> str:
+    """Return a store of three steps, which the tests only read."""
+    store = new_store()
     tags = TARGETS | {"code_sha256": "0123456789abcdef", "torch": "2.15.0", "reported_best_test_accuracy": "99.46"}
     for step, accuracies in STEPS.items():
         for seed, accuracy in enumerate(accuracies):
             write_run(store, step, seed, [98.0, accuracy + 0.01, accuracy], start_time=T0 + seed, tags=tags)
-    return store
+    return store.uri
 
 
-def test_a_publication_has_a_row_per_seed(store: Store, pages: tuple[Path, Path]) -> None:
-    folder, readme = pages
-    written = publish(folder, readme, store.uri)
-    names = ["README.md", "accuracy.svg", *(f"{name}.csv" for name in (*files.OTHER_FILES, *STEPS))]
-    assert sorted(written) == sorted([readme, *(folder / name for name in names)])
+@pytest.fixture(scope="module")
+def publication(store: str, tmp_path_factory: pytest.TempPathFactory) -> Pages:
+    """Return what a publication of the store has written, for tests that only read it."""
+    folder, readme = make_pages(tmp_path_factory.mktemp("publication"))
+    written = files.publish(folder, readme, tracking_uri=store)
+    assert sorted(written) == sorted([readme, *folder.iterdir()])
+    return folder, readme
+
+
+@pytest.fixture
+def published(publication: Pages, tmp_path: Path) -> Pages:
+    """Return a copy of it."""
+    folder, readme = publication
+    return shutil.copytree(folder, tmp_path / "results"), Path(shutil.copy(readme, tmp_path))
+
+
+def test_a_publication_has_a_row_per_seed(publication: Pages) -> None:
+    folder, _ = publication
+    names = {"README.md", "accuracy.svg", *(f"{name}.csv" for name in (*files.OTHER_FILES, *STEPS))}
+    assert {file.name for file in folder.iterdir()} == names
     rows = rows_of(folder / "step1_baseline.csv")
     assert [row["seed"] for row in rows] == ["0", "1", "2"]
     assert rows[1] == {
-        "seed": "1",
-        "last": "99.10",
-        "best": "99.11",
-        "best_epoch": "2",
-        "train": "99.000",
-        "test_loss": "0.03000",
-        "num_params": "7852",
-        "epochs": "3",
-        "minutes": "1.0",
-        "hardware": "a CPU",
-        "torch": "2.15.0",
-        "git_commit": "abc",
-        "git_dirty": "False",
-        "code_sha256": "0123456789ab",
-        "date": "2023-11-14 22:13",
-        "target_accuracy": "99.4",
-        "target_params": "10000",
-        "target_epochs": "15",
-        "reported_best": "99.46",
+        **{"seed": "1", "last": "99.10", "best": "99.11", "best_epoch": "2", "train": "99.000", "test_loss": "0.03000"},
+        **{"num_params": "7852", "epochs": "3", "minutes": "1.0", "hardware": "a CPU", "torch": "2.15.0"},
+        **{"git_commit": "abc", "git_dirty": "False", "code_sha256": "0123456789ab", "date": "2023-11-14 22:13"},
+        **{"target_accuracy": "99.4", "target_params": "10000", "target_epochs": "15", "reported_best": "99.46"},
     }
     epochs = rows_of(folder / "epochs.csv")
     assert len(epochs) == 7 * 3
@@ -137,15 +135,15 @@ def test_a_publication_has_a_row_per_seed(store: Store, pages: tuple[Path, Path]
         **{"train_accuracy": "97.900", "train_loss": "1.00000", "lr": "0.1", "epoch_seconds": "21.0"},
     }
     assert [row["step"] for row in epochs[::3]] == ["step1_baseline"] * 3 + ["step2_dropout"] * 3 + ["step10_new"]
+    (effect,) = rows_of(folder / "effects.csv")
+    assert (effect["points"], effect["test"], effect["seeds"]) == ("0.200", "paired t-test", "3")
 
 
-def test_the_page_gets_its_tables_and_keeps_its_prose(store: Store, pages: tuple[Path, Path]) -> None:
-    folder, readme = pages
-    publish(folder, readme, store.uri)
+def test_the_page_gets_its_tables_and_keeps_its_prose(publication: Pages) -> None:
+    folder, readme = publication
     page = readme.read_text()
-    assert re.sub(r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", r"\1\3", page, flags=re.DOTALL) == re.sub(
-        r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", r"\1\3", PAGE, flags=re.DOTALL
-    )
+    tables = re.compile(r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", re.DOTALL)
+    assert tables.sub(r"\1\3", page) == tables.sub(r"\1\3", PAGE)
     assert "old" not in page
     one = "| `step1_baseline` | 3 | **99.00** ± 0.100 | too few seeds | – | 98.59 | 99.4 | 99.01 | 98.90 | 7,852 | 3 |"
     assert f"{one} accuracy not shown (needs about 4 seeds), params met, epochs met | 99.46 |" in page
@@ -154,49 +152,39 @@ def test_the_page_gets_its_tables_and_keeps_its_prose(store: Store, pages: tuple
     assert "| `step1_baseline` → `step2_dropout` | +0.20 | too few seeds |" in page
     assert "| better by 0.20 points |" in page
     assert "| `python experiments/step1_baseline.py --seed N` | 0-2 | abc |" in (folder / "README.md").read_text()
-    (effect,) = rows_of(folder / "effects.csv")
-    assert (effect["points"], effect["test"], effect["seeds"]) == ("0.200", "paired t-test", "3")
-    publish(folder, readme, store.uri)
+
+
+def test_rows_of_other_steps_and_of_the_same_code_elsewhere_are_kept(store: str, published: Pages) -> None:
+    folder, readme = published
+    file, epochs, earlier = (folder / f"{name}.csv" for name in ("step1_baseline", "epochs", "earlier"))
+    earlier.write_text((folder / "step2_dropout.csv").read_text().replace("99.20", "99.21"))
+    kept = earlier.read_text()
+    header, first, *rest = file.read_text().splitlines()
+    elsewhere = first.replace("0,", "7,", 1)
+    other_code = first.replace("0,", "8,", 1).replace("0123456789ab", "other")
+    file.write_text("\n".join([header, first, elsewhere, other_code, *rest, ""]))
+    lines = epochs.read_text()
+    of_seeds = ["step1_baseline,7,1,97.00,,,,,\n", "step1_baseline,8,1,97.00,,,,,\n"]
+    epochs.write_text("".join([lines, *of_seeds, "earlier,0,1,97.00,,,,,\n"]))
+
+    files.publish(folder, readme, replace=True, tracking_uri=store)
+
+    assert file.read_text().splitlines() == [header, first, *rest, elsewhere]
+    assert earlier.read_text() == kept
+    of_step = [row["seed"] for row in rows_of(epochs) if row["step"] == file.stem]
+    assert of_step == [*"000111222", "7"]
+    assert {*lines.splitlines(), "earlier,0,1,97.00,,,,,"} < {*epochs.read_text().splitlines()}
+    page = readme.read_text()
+    assert "| `step1_baseline` | 4 |" in page
+    assert "| `earlier` | 3 |" in page
+    files.publish(folder, readme, tracking_uri=store)
     assert readme.read_text() == page
 
 
-def test_a_step_without_runs_in_the_store_keeps_its_csv(store: Store, pages: tuple[Path, Path]) -> None:
-    folder, readme = pages
-    publish(folder, readme, store.uri)
-    kept = (folder / "step2_dropout.csv").read_text().replace("99.20", "99.21")
-    (folder / "earlier.csv").write_text(kept)
-    lines = (folder / "epochs.csv").read_text()
-    (folder / "epochs.csv").write_text(lines + "earlier,0,1,97.00,,,,,\n")
-    publish(folder, readme, store.uri)
-    assert (folder / "earlier.csv").read_text() == kept
-    assert "| `earlier` | 3 |" in readme.read_text()
-    assert (folder / "epochs.csv").read_text() == lines + "earlier,0,1,97.00,,,,,\n"
-
-
-def test_seeds_that_the_same_code_computed_elsewhere_are_kept(store: Store, pages: tuple[Path, Path]) -> None:
-    folder, readme = pages
-    publish(folder, readme, store.uri)
-    file, epochs = folder / "step1_baseline.csv", folder / "epochs.csv"
-    header, first, *rest = file.read_text().splitlines()
-    code = rows_of(file)[0]["code_sha256"]
-    elsewhere, other_code = first.replace("0,", "7,", 1), first.replace("0,", "8,", 1).replace(code, "other")
-    assert first.startswith("0,")
-    assert code
-    assert code in first
-    file.write_text("\n".join([header, first, elsewhere, other_code, *rest, ""]))
-    epochs.write_text(epochs.read_text() + "step1_baseline,7,1,97.00,,,,,\nstep1_baseline,8,1,97.00,,,,,\n")
-
-    files.publish(folder, readme, replace=True, tracking_uri=store.uri)
-
-    assert file.read_text().splitlines() == [header, first, *rest, elsewhere]
-    assert {row["seed"] for row in rows_of(epochs) if row["step"] == "step1_baseline"} == {"0", "1", "2", "7"}
-    assert "| `step1_baseline` | 4 |" in readme.read_text()
-
-
-def test_figures_that_were_not_recorded_are_empty(uri: str, pages: tuple[Path, Path]) -> None:
-    folder, readme = pages
+def test_figures_that_were_not_recorded_are_empty(uri: str, tmp_path: Path) -> None:
+    folder, readme = make_pages(tmp_path)
     write_run(open_store(uri), "idea", 0, [99.0], start_time=T0, tags={})
-    publish(folder, readme, uri)
+    files.publish(folder, readme, tracking_uri=uri)
     (row,) = rows_of(folder / "idea.csv")
     unknown = ("torch", "code_sha256", "target_accuracy", "target_params", "target_epochs", "reported_best")
     assert [row[name] for name in unknown] == [""] * 6
@@ -204,39 +192,32 @@ def test_figures_that_were_not_recorded_are_empty(uri: str, pages: tuple[Path, P
     assert "No change has runs of several seeds on both sides yet." in readme.read_text()
 
 
-def test_a_page_without_markers_is_refused(store: Store, pages: tuple[Path, Path]) -> None:
-    folder, readme = pages
-    readme.write_text("# Page\n")
-    with pytest.raises(LabError, match="has no markers for a table: <!-- summary -->, <!-- results -->"):
-        publish(folder, readme, store.uri)
-    assert readme.read_text() == "# Page\n"
-
-
-def test_a_full_disk_leaves_every_file_as_it_was(store: Store, pages: tuple[Path, Path]) -> None:
-    folder, readme = pages
-    publish(folder, readme, store.uri)
-    write_run(store, "step1_baseline", 3, [99.0] * 200, start_time=T0 + 9, tags=TARGETS)  # 200 epochs: 6 kB
+def test_a_page_without_markers_or_a_full_disk_leaves_every_file_as_it_was(store: str, published: Pages) -> None:
+    folder, readme = published
+    csv_file = folder / "step2_dropout.csv"
+    csv_file.write_text(csv_file.read_text().replace("99.20", "99.21"))  # which is to be replaced, before epochs.csv
     there = [readme, *sorted(folder.iterdir())]
     before = [file.read_bytes() for file in there]
-    with largest_file(4000), pytest.raises(LabError, match=r"File too large: .*epochs\.csv"):
-        files.publish(folder, readme, replace=True, tracking_uri=store.uri)
+    with largest_file(1000), pytest.raises(LabError, match=r"File too large: .*epochs\.csv"):
+        files.publish(folder, readme, replace=True, tracking_uri=store)
     assert [readme, *sorted(folder.iterdir())] == there
     assert [file.read_bytes() for file in there] == before
+    readme.write_text("# Page\n")
+    with pytest.raises(LabError, match="has no markers for a table: <!-- summary -->, <!-- results -->"):
+        files.publish(folder, readme, replace=True, tracking_uri=store)
+    assert [file.read_bytes() for file in there] == [b"# Page\n", *before[1:]]
 
 
 def test_publish_says_what_it_would_do_and_waits_for_replace(
-    store: Store, pages: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: str, published: Pages, lab: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, readme = pages
-    publish(folder, readme, store.uri)
+    folder, readme = published
     file = folder / "step10_new.csv"
     kept = file.read_text().replace("0,99.50", "0,99.61")
     file.write_text(kept + kept.splitlines()[1].replace("0,", "1,", 1).replace("0123", "4567"))
-    capsys.readouterr()
-    command = ["mnist_lab", "publish", "--folder", str(folder), "--readme", str(readme), "--tracking-uri", store.uri]
-    monkeypatch.setattr(sys, "argv", command)
+    command = ("publish", "--folder", folder, "--readme", readme, "--tracking-uri", store)
     with pytest.raises(SystemExit, match="1"):
-        main()
+        lab(*command)
     said = capsys.readouterr()
     replaced, removed = said.out.splitlines()
     assert replaced == "step10_new seed 0: replaced, last 99.61 -> 99.50"
@@ -244,31 +225,24 @@ def test_publish_says_what_it_would_do_and_waits_for_replace(
     assert "nothing was written: published rows that would be replaced or removed: 2; " in said.err
     assert len(said.err.splitlines()) == 1
     assert "99.61" in file.read_text()
-    monkeypatch.setattr(sys, "argv", [*command, "--replace"])
-    main()
+    lab(*command, "--replace")
     assert "99.50" in file.read_text()
 
 
-# ---- an export
-
-
-def test_an_export_is_of_the_store_alone(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_export_is_of_the_store_alone(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "new" / "results"
     names = ["README.md", *(f"{name}.csv" for name in (*files.OTHER_FILES, *STEPS))]
-    assert files.export_runs(folder, tracking_uri=store.uri) == sorted(folder / name for name in names)
+    assert files.export_runs(folder, tracking_uri=store) == sorted(folder / name for name in names)
     page = (folder / "README.md").read_text()
     assert "| `step1_baseline` | 3 | **99.00** ± 0.100 | too few seeds |" in page
     assert "`step1_baseline` → `step2_dropout`" in page
     assert "--seed N` | 0-2 | abc |" in page
     (folder / "README.md").write_text(page + "My notes.\n")
     (folder / "earlier.csv").write_text((folder / "step10_new.csv").read_text())
-    files.export_runs(folder, tracking_uri=store.uri)
+    files.export_runs(folder, tracking_uri=store)
     assert (folder / "README.md").read_text() == page + "My notes.\n"
     not_known, left = caplog.messages[-2:]
     assert not_known.startswith("not known: which test images 7 runs got wrong, the first is ")
     assert left == "left as it is: earlier.csv, as the store has no runs of that step"
-
-
-def test_an_export_leaves_the_published_figures_alone(store: Store) -> None:
     with pytest.raises(LabError, match="holds the published figures; `make publish` adds to them"):
-        files.export_runs(RESULTS, tracking_uri=store.uri)
+        files.export_runs(RESULTS, tracking_uri=store)

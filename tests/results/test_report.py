@@ -2,24 +2,23 @@
 
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
-import mlflow
-import pandas as pd
 import pytest
 
 from helpers import ROOT
 from mnist_lab import results
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.results.report import find_copies, write_report
-from mnist_lab.story import Story, read_story
+from mnist_lab.results.report import write_report
+from mnist_lab.story import read_story
 from mnist_lab.tracking.store import Store, open_store
-from report_store import STATED, T0, write_sample_store
-from run_writer import write_run
+from report_store import T0, write_sample_store
+from run_writer import TARGETS, write_run, write_seeds
 
 HOSTILE = "../a|b <script>alert(1)</script>"  # a step's name is free text to the store
 SCRIPTS = {
@@ -86,12 +85,16 @@ class Page(HTMLParser):
 
 @dataclass(frozen=True)
 class Report:
-    """A written report."""
+    """A written report; `texts` is what a reader sees of the page, and of the Markdown."""
 
     folder: Path
     html: str
     md: str
     page: Page
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        return self.page.text, self.md
 
 
 def write(folder: Path, uri: str, scripts: Path, *steps: str) -> Report:
@@ -111,11 +114,12 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, mnist: Mnist) -> Store:
+def store(new_store: Callable[[], Store], mnist: Mnist) -> Store:
     """Return the sample store with what a report must tell apart: hostile, overridden and unfinished runs."""
-    store = write_sample_store(tmp_path_factory.mktemp("store"), mnist)
+    store = new_store()
+    write_sample_store(Path(store.uri.removeprefix("sqlite:///")).parent, mnist)
     write_run(store, HOSTILE, 0, [97.0], start_time=T0, num_params=20_000, tags={})  # and it has no predictions
-    write_run(store, "step2_better", 0, [99.9], start_time=T0 + 10**9, tags=STATED | {"overrides": "lr=0.2"})
+    write_run(store, "step2_better", 0, [99.9], start_time=T0 + 10**9, tags=TARGETS | {"overrides": "lr=0.2"})
     write_run(store, "step2_better", 7, [99.9], start_time=T0 + 10**9, status="FAILED")
     write_run(store, "step3_next", 0, [99.9], start_time=T0 + 10**9, status=None)
     return store
@@ -126,86 +130,59 @@ def report(tmp_path_factory: pytest.TempPathFactory, store: Store, scripts: Path
     return write(tmp_path_factory.mktemp("reports") / "new" / "folder", store.uri, scripts)
 
 
-def percent(value: float) -> str:
-    return "–" if pd.isna(value) else f"{value:.2f}"
-
-
 # ---- the tables
 
 
-def expected_rows(store: Store) -> list[list[str]]:
-    """Return the figures of `compare_table` in the order of the columns; HOSTILE has no targets and one seed."""
-    rows = []
-    for row in results.compare_table(tracking_uri=store.uri).to_dict("records"):
-        last = percent(row["last"]) + (f" ± {row['last_sd']:.3f}" if row["seeds"] > 1 else "")
-        cells = [row["step"], last, f"{row['num_params']:,}", str(row["epochs"]), str(row["seeds"])]
-        cells += [percent(row[name]) for name in ("best", "train")]
-        reported = ("final_test_accuracy", "best_test_accuracy", "best_train_accuracy")
-        rows.append(cells + [percent(row[f"reported_{name}"]) for name in reported])
-    return rows
+ROWS = [  # the newest run of each seed counts; HOSTILE states no target
+    ["step1_plain", "98.90 ± 0.099", "10,970", "3", "2", "98.90", "98.80", "–", "99.46", "99.32"],
+    ["step2_better", "99.82 ± 0.014", "7,852", "3", "2", "99.84", "99.72", "–", "99.46", "99.32"],
+    [HOSTILE, "97.00", "20,000", "1", "1", "97.00", "96.90", "–", "–", "–"],
+]
 
 
-def test_the_comparison_is_that_of_compare_table(report: Report, store: Store) -> None:
+def test_the_comparison_has_figures_and_verdicts(report: Report) -> None:
     _, _, *rows = report.page.tables[0]
-    judged = {1: "verdict_accuracy", 2: "verdict_params", 3: "verdict_epochs"}
-    table = results.compare_table(tracking_uri=store.uri)
-    assert list(table["step"]) == LINES
-    shown = [[re.sub(r"[✓✗?].*", "", cell) for cell in row] for row in rows]
-    assert shown == expected_rows(store)
-    for row, (_, line) in zip(rows, table.iterrows(), strict=True):
-        words = {column: re.findall("met|missed|not shown", row[column]) for column in judged}
-        assert words == {column: [line[name]] if line[name] != "-" else [] for column, name in judged.items()}
+    assert [[re.sub(r"[✓✗?].*", "", cell) for cell in row] for row in rows] == ROWS
+    assert [[re.findall("met|missed|not shown", cell) for cell in row[1:4]] for row in rows] == [
+        [["not shown"], ["missed"], ["met"]],  # two seeds at 98.97 and 98.83 don't refute it at p < 0.01
+        [["met"], ["met"], ["met"]],
+        [[], [], []],
+    ]
     assert "missed < 10,000" in rows[0][2]
-    assert "met < 10,000" in rows[1][2]
-    assert "? not shown ≥ 99.4" in rows[0][1]  # two seeds at 98.97 and 98.83 don't refute it at p < 0.01
     assert "✓ met ≥ 99.4" in rows[1][1]
 
 
-def test_the_comparison_in_markdown_has_the_same_figures(report: Report, store: Store) -> None:
+def test_the_comparison_in_markdown_has_the_same_figures(report: Report) -> None:
     lines = [line for line in report.md.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:5]]
+    name = HOSTILE.replace("|", r"\|").replace("<", "&lt;").replace(">", "&gt;")
     shown = [[re.sub(r" \((met|missed|not shown)\)$", "", cell) for cell in row] for row in rows]
-    expected = expected_rows(store)
-    expected[2][0] = HOSTILE.replace("|", r"\|").replace("<", "&lt;").replace(">", "&gt;")
-    assert shown == expected
+    assert shown == [*ROWS[:2], [name, *ROWS[2][1:]]]
     assert rows[0][2] == "10,970 (missed)"
-    assert {len(row) for row in rows} == {10}
 
 
 def test_the_runs_behind_it_are_listed_with_hardware_and_commit(report: Report, store: Store) -> None:
     _, *rows = report.page.tables[1]
-    assert [row[0] for row in rows] == [
-        *(f"{step} seed {seed}" for step in LINES[:2] for seed in (0, 1)),
-        f"{HOSTILE} seed 0",
-    ]
+    names = [f"{step} seed {seed}" for step in LINES[:2] for seed in (0, 1)]
+    assert [row[0] for row in rows] == [*names, f"{HOSTILE} seed 0"]
     newest = results.run_table("step2_better", 0, columns="all", tracking_uri=store.uri).iloc[0]
     assert rows[2][1] == "99.81"
     assert rows[2][2] == f"{newest['start_time']:%Y-%m-%d %H:%M}"
     assert rows[2][3:] == ["1.0", "cpu: a CPU", "abc", newest["run_id"]]
     assert newest["run_id"] in report.md
     assert "mlflow 3" in report.page.text
+    assert "lr=0.2" not in report.html + report.md  # an overridden run
+    assert all("All of its targets are met by step2_better." in text for text in report.texts)
 
 
-def test_overridden_runs_are_left_out(report: Report) -> None:
-    assert "lr=0.2" not in report.html + report.md
-
-
-def test_runs_of_other_code_are_left_out_and_counted(tmp_path: Path, scripts: Path, uri: str, mnist: Mnist) -> None:
+def test_runs_of_other_code_are_left_out_and_counted(tmp_path: Path, scripts: Path, uri: str) -> None:
     store = open_store(uri)
-    network = {"code_sha256": "old"}
-    write_run(store, "step1_plain", 0, [98.0], start_time=T0, num_params=7_852, tags=STATED | network)
-    write_run(store, "step1_plain", 1, [98.0], start_time=T0 + 1, num_params=7_852, tags=STATED | network)
-    network = {"code_sha256": "new"}
-    write_run(store, "step1_plain", 0, [99.0], start_time=T0 + 2, num_params=10_970, tags=STATED | network)
+    write_seeds(store, "step1_plain", 98.0, 98.0, num_params=7_852, tags={"code_sha256": "old"})
+    write_run(store, "step1_plain", 0, [99.0], start_time=T0, num_params=10_970, tags={"code_sha256": "new"})
     report = write(tmp_path, uri, scripts)
     assert "2 older runs are left out: other code computed them" in report.page.text
     assert "Left out: 2 older runs that other code computed" in report.md
     assert "98.00" not in report.md
-
-
-def test_what_meets_all_targets_is_named(report: Report) -> None:
-    assert "All of its targets are met by step2_better." in report.page.text
-    assert "All of its targets are met by step2_better." in report.md
 
 
 # ---- the story
@@ -219,53 +196,49 @@ def test_the_experiments_stand_in_order(report: Report) -> None:
     ]
 
 
-def test_a_result_is_told_under_the_script_that_it_belongs_to(tmp_path: Path, uri: str, mnist: Mnist) -> None:
+def test_a_result_is_told_under_the_script_that_it_belongs_to_and_a_broken_script_is_named(
+    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
     write_run(open_store(uri), "mine", 0, [98.0], start_time=T0)
     original = (ROOT / "experiments" / "step3_gap.py").read_text()
-    (tmp_path / "mine.py").write_text(original)
-    (tmp_path / "a_copy.py").write_text(original)
-    (tmp_path / "step3_gap.py").write_text(original)
+    for name in ("mine", "a_copy", "step3_gap"):
+        (tmp_path / f"{name}.py").write_text(original)
     (tmp_path / "changed.py").write_text(original.replace("99.12 +- 0.09", "99.00 +- 0.09"))
+    for name in ("new", "newer"):
+        (tmp_path / f"{name}.py").write_text('"""New.\n\nResult: not trained yet\n"""')  # without a figure: nobody's
+    (tmp_path / "broken.py").write_text('"""Title."""\ndef')
     report = write(tmp_path / "reports", uri, tmp_path)
-    for page in (report.md, report.page.text):
+    for page in report.texts:
         page = " ".join(page.split())
         assert page.count("99.12 +- 0.09 % in the last epoch") == 1
         assert page.count("99.00 +- 0.09 % in the last epoch") == 1
+        assert page.count("This docstring was copied from ") == 2
         assert page.count("This docstring was copied from step3_gap, so its Result and Analysis are not told") == 2
         committed = "The figures under Result are the committed ones, of docs/results; no run in this store"
         assert page.count(committed) == 1  # of step 3, which has no run here
+    for text in (*report.texts, caplog.text):
+        assert re.search(r"script .*broken\.py can't be read: .*line 2", text)
 
 
-def test_a_result_without_a_figure_is_nobodys() -> None:
-    stories = {name: Story("", "", [("Result", "not trained yet")]) for name in ("a", "b")}
-    assert find_copies(stories, {"a"}) == {}
-
-
-def test_a_script_without_a_finished_run_says_how_to_make_one(report: Report) -> None:
+def test_what_a_script_lacks_is_said(report: Report) -> None:
     for step in ("step3_next", "an_idea", "no_words"):
         assert f"No finished run yet: make {step}" in report.page.text
         assert f"No finished run yet: `make {step}`" in report.md
-
-
-def test_a_missing_heading_is_named(report: Report) -> None:
-    for text in (report.page.text, report.md):
+    for text in report.texts:
         assert text.count("has nothing under: Target, Change, Result, Analysis.") == 2
+        assert re.search(r"No confusion matrix and no mistakes: run \w+ has no predictions: .*", text)
     assert "There is no script of this name" in report.page.text
 
 
-def test_a_story_has_no_html_in_markdown(scripts: Path) -> None:
-    text = read_story(scripts / "step2_better.py").markdown()
-    assert text.startswith('**Step 2: &lt;script&gt;alert("2")&lt;/script&gt; &amp;c**')
-    assert "a &lt; b" in text
-
-
-def test_a_docstring_is_read_without_importing_the_script(scripts: Path) -> None:
+def test_a_docstring_is_read_without_importing_the_script_and_has_no_html_in_markdown(scripts: Path) -> None:
     story = read_story(scripts / "step1_plain.py")
-    assert story.title == "Step 1, plain: the ground"
-    assert story.missing == []
+    assert (story.title, story.missing) == ("Step 1, plain: the ground", [])
     assert [heading for heading, _ in story.sections] == ["Target", "Change", "Result", "Analysis"]
     assert dict(story.sections)["Result"] == "98.90 +- 0.10 (2 seeds)."
     assert dict(story.sections)["Analysis"].endswith("a list:\n\n- one\n- two")
+    text = read_story(scripts / "step2_better.py").markdown()
+    assert text.startswith('**Step 2: &lt;script&gt;alert("2")&lt;/script&gt; &amp;c**')
+    assert "a &lt; b" in text
 
 
 # ---- the figures
@@ -281,11 +254,6 @@ def test_every_figure_says_what_it_shows(report: Report) -> None:
     assert "The first is a 7 read as 8 with 99.9 %." in texts[3]
     assert "9,981 of 10,000" in texts[5]
     assert all(f"![{text.replace('<', '&lt;').replace('>', '&gt;')}](" in report.md for text in texts)
-
-
-def test_a_run_without_predictions_has_a_sentence_instead(report: Report) -> None:
-    for text in (report.page.text, report.md):
-        assert re.search(r"No confusion matrix and no mistakes: run \w+ has no predictions: .*", text)
 
 
 def test_markdown_refers_to_pictures_that_are_there(report: Report) -> None:
@@ -316,14 +284,11 @@ def test_hostile_text_is_shown_as_text(report: Report) -> None:
     assert "&lt;script&gt;" in report.md
 
 
-def test_links_lead_somewhere(report: Report) -> None:
-    ids = [attributes["id"] for _, attributes in report.page.elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    assert {unquote(link["href"] or "")[1:] for link in report.page.all("a")} <= set(ids)
-
-
-def test_the_page_has_landmarks_and_labelled_tables(report: Report) -> None:
+def test_links_lead_somewhere_and_tables_are_labelled(report: Report) -> None:
     page = report.page
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {unquote(link["href"] or "")[1:] for link in page.all("a")} <= set(ids)
     assert page.all("html") == [{"lang": "en"}]
     assert [len(page.all(tag)) for tag in ("h1", "header", "nav", "main")] == [1, 1, 1, 1]
     assert len(page.all("table")) == len(page.all("caption")) == 2
@@ -340,48 +305,32 @@ def test_writing_again_gives_the_same_and_leaves_other_files_alone(
     shutil.copytree(report.folder, folder)
     (folder / "steps_files" / "mine.png").write_text("mine")
     (folder / "steps.html").write_text("an old one")
-    again = write(folder, store.uri, scripts)
-    assert (again.html, again.md) == (report.html, report.md)
-    assert (folder / "steps_files" / "mine.png").read_text() == "mine"
-    (folder / "steps_files" / "mine.png").unlink()
-    assert contents(folder / "steps_files") == contents(report.folder / "steps_files")
-    assert {path.name for path in folder.iterdir()} == {"steps.html", "steps.md", "steps_files"}
+    write(folder, store.uri, scripts)
+    assert contents(folder) == contents(report.folder) | {"steps_files/mine.png": b"mine"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def test_a_file_that_cant_be_replaced(tmp_path: Path, overridden_uri: str, scripts: Path) -> None:
-    (tmp_path / "steps.md").mkdir()
-    with pytest.raises(LabError, match="^the report can't be written to .*: Is a directory: "):
-        write_report(tmp_path, tracking_uri=overridden_uri, scripts=scripts)
-    assert not list(tmp_path.rglob("*.new"))
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 # ---- stores and scripts that won't do
 
 
-@pytest.fixture
-def overridden_uri(uri: str) -> str:
-    """Return a store as after `make step1 ARGS="--epochs 1"` and nothing else."""
-    write_run(open_store(uri), "step1_plain", 0, [97.0], start_time=T0, tags=STATED | {"overrides": "epochs=1"})
-    return uri
-
-
 def test_overridden_runs_are_told_where_there_are_none_as_declared_but_compared_on_request_only(
-    tmp_path: Path, overridden_uri: str, scripts: Path
+    tmp_path: Path, uri: str, scripts: Path
 ) -> None:
-    report = write(tmp_path / "all", overridden_uri, scripts)
+    store = open_store(uri)
+    write_run(store, "step1_plain", 0, [97.0], start_time=T0, tags=TARGETS | {"overrides": "epochs=1"})
+    report = write(tmp_path / "all", uri, scripts)
     assert report.page.tables[0][1][0] == "step1_plain [epochs=1] seed 0"  # the runs; there is no comparison
-    for text in (report.page.text, report.md):
+    for text in report.texts:
         assert "No experiment has a finished run as declared yet" in text
         assert "No finished run as declared yet. This is step1_plain [epochs=1]" in text
         assert "98.90 +- 0.10 (2 seeds)." in text  # the story is told all the same
-    asked = write(tmp_path / "asked", overridden_uri, scripts, "step1")
+    asked = write(tmp_path / "asked", uri, scripts, "step1")
     assert asked.page.tables[0][2][0] == "step1_plain [epochs=1]"
-    write_run(open_store(overridden_uri), "step2_better", 0, [99.0], start_time=T0, tags=STATED)
-    report = write(tmp_path / "two", overridden_uri, scripts)
+    write_run(store, "step2_better", 0, [99.0], start_time=T0, tags=TARGETS)
+    report = write(tmp_path / "two", uri, scripts)
     assert [row[0] for row in report.page.tables[0][2:]] == ["step2_better"]
     assert "No finished run as declared yet. This is step1_plain [epochs=1]" in report.page.text
 
@@ -395,33 +344,17 @@ def test_a_report_of_some_steps_tells_of_these_alone(tmp_path: Path, store: Stor
         write(tmp_path, store.uri, scripts, "nothing")
 
 
-def refused(tmp_path: Path, uri: str, scripts: Path) -> str:
-    """Return the sentence of the refusal; nothing is written."""
-    folder = tmp_path / "reports"
-    with pytest.raises(LabError) as caught:
-        write_report(folder, tracking_uri=uri, scripts=scripts)
-    assert not folder.exists()
-    return str(caught.value)
+def test_what_cannot_be_reported_is_refused_and_nothing_written(tmp_path: Path, scripts: Path, uri: str) -> None:
+    def refuse(sentence: str, steps: Sequence[str] = (), scripts: Path = scripts) -> None:
+        with pytest.raises(LabError, match=sentence):
+            write_report(tmp_path / "reports", steps, tracking_uri=uri, scripts=scripts)
 
-
-def test_a_store_without_a_finished_run(tmp_path: Path, overridden_uri: str, scripts: Path) -> None:
-    client = mlflow.MlflowClient(overridden_uri)
-    (run_id,) = results.run_table(include_overrides=True, tracking_uri=overridden_uri)["run_id"]
-    client.delete_run(run_id)
-    write_run(open_store(overridden_uri), "step1_plain", 0, [97.0], start_time=T0, status="FAILED")
-    assert refused(tmp_path, overridden_uri, scripts).endswith("train first, e.g. `make step1`")
-
-
-def test_a_script_that_is_no_python_is_named_and_the_page_goes_on(
-    tmp_path: Path, store: Store, scripts: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    shutil.copytree(scripts, tmp_path / "scripts")
-    (tmp_path / "scripts" / "broken.py").write_text('"""Title."""\ndef')
-    report = write(tmp_path / "reports", store.uri, tmp_path / "scripts")
-    for text in (report.page.text, report.md, caplog.text):
-        assert re.search(r"script .*broken\.py can't be read: .*line 2", text)
-    assert "Step 1, plain" in report.page.text
-
-
-def test_scripts_that_are_not_there(tmp_path: Path, store: Store) -> None:
-    assert refused(tmp_path, store.uri, tmp_path / "none") == f"scripts: {tmp_path / 'none'} is not a folder"
+    write_run(open_store(uri), "step1_plain", 0, [97.0], start_time=T0, status="FAILED")
+    refuse("train first, e.g. `make step1`$")
+    write_run(open_store(uri), "step1_plain", 0, [97.0], start_time=T0)
+    refuse("train first, e.g. `make step1`$", steps=["an_idea"])
+    refuse(f"^scripts: {tmp_path / 'none'} is not a folder$", scripts=tmp_path / "none")
+    assert not (tmp_path / "reports").exists()
+    (tmp_path / "reports" / "steps.md").mkdir(parents=True)
+    refuse("^the report can't be written to .*: Is a directory: ")
+    assert not list(tmp_path.rglob("*.new"))

@@ -4,7 +4,6 @@ import csv
 import io
 import shutil
 import sqlite3
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,101 +16,95 @@ import pytest
 from filelock import FileLock
 
 from forkserver import run_program
-from helpers import ROOT, copy_store, read_runs
-from helpers import TrackedRun as StoredRun
+from helpers import ROOT, TINY, TrackedRun, read_runs
 from mnist_lab import results
-from mnist_lab.__main__ import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
 from mnist_lab.results.report import write_report
 from mnist_lab.results.restore import Restored, restore
-from mnist_lab.tracking.run import TrackedRun
-from mnist_lab.tracking.store import Store, finished_runs, open_store
-from pages import PAGE, T0
+from mnist_lab.tracking import run as tracking
+from mnist_lab.tracking.store import Store, open_store
+from pages import PAGE
 from report_store import predict
-from run_writer import STEP4, TARGETS, write_run
+from run_writer import T0, TARGETS, log_predictions, write_run
 
 RESULTS = ROOT / "docs" / "results"
 COMMITTED = files.read_records(RESULTS)
-CODE = {"step1_plain": "0123456789abcdef", "step2_better": "fedcba9876543210"}
 PARENT = "mlflow.parentRunId"
 quietly = partial(restore, commit="c0ffee0123", progress=lambda _: None)
 
 
-@pytest.fixture
-def other(empty_store: Path, tmp_path: Path) -> str:
-    """Return the URI of a second store without runs."""
-    return f"sqlite:///{copy_store(empty_store, tmp_path / 'other' / 'mlflow.db')}"
+@dataclass(frozen=True)
+class Published:
+    """A store, and the folder of CSVs that its runs were published into."""
+
+    uri: str
+    folder: Path
+
+    @property
+    def database(self) -> Path:
+        return Path(self.uri.removeprefix("sqlite:///"))
+
+    def publish(self) -> list[str]:
+        changes: list[str] = []
+        page = self.folder.parent / "README.md"
+        files.publish(self.folder, page, tracking_uri=self.uri, progress=changes.append)
+        return changes
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return a folder to publish into."""
-    folder = tmp_path / "results"
-    folder.mkdir()
-    (folder / "README.md").write_text(PAGE)
-    (tmp_path / "README.md").write_text(PAGE)
-    return folder
-
-
-def publish(folder: Path, uri: str) -> list[str]:
-    changes: list[str] = []
-    files.publish(folder, folder.parent / "README.md", tracking_uri=uri, progress=changes.append)
-    return changes
-
-
-@pytest.fixture
-def published(uri: str, folder: Path, mnist: Mnist, tmp_path: Path) -> Store:
-    """Return a store whose runs, two steps of three seeds and one of one, stand in the folder too."""
-    store = open_store(uri)
-    write_published(store, mnist, tmp_path)
-    publish(folder, uri)
-    return store
-
-
-def write_published(store: Store, mnist: Mnist, folder: Path) -> None:
-    truth = mnist.test_labels.numpy()
-    runs = [(step, seed) for step in CODE for seed in range(3)] + [("idea", 5)]
-    for number, (step, seed) in enumerate(runs):
-        accuracies = [98.0 + seed / 10, 99.3 + number / 100]
-        tags = TARGETS | {
-            "code_sha256": CODE.get(step, "00"),
-            **{"threads": "1", "hardware": "a CPU, 2 cores, AVX2", "torch": "2.15.0"},
-            "reported_best_test_accuracy": "99.46",
-        }
-        run = write_run(store, step, seed, accuracies, start_time=T0 + 60_000 * number, tags=tags)
-        file = folder / "predictions.npz"
-        np.savez_compressed(file, truth=truth, **predict(truth, accuracies[-1]))
-        store.client.log_artifact(run.info.run_id, str(file))
+def new_place(store: Store, place: Path) -> Published:
+    """Return a store, and a folder to publish into."""
+    (place / "results").mkdir(parents=True)
+    for folder in (place, place / "results"):
+        (folder / "README.md").write_text(PAGE)
+    return Published(store.uri, place / "results")
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, mnist: Mnist) -> Path:
-    """Return a folder of sound CSVs."""
-    place = tmp_path_factory.mktemp("sound")
-    uri = f"sqlite:///{copy_store(empty_store, place / 'store' / 'mlflow.db')}"
-    write_published(open_store(uri), mnist, place)
-    return files.export_runs(place / "results", tracking_uri=uri)[0].parent
+def published(new_store: Callable[[], Store], mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """Publish two steps of three seeds and one of one, for tests that change nothing of it."""
+    store, truth = new_store(), mnist.test_labels.numpy()
+    tags = TARGETS | {
+        **{"code_sha256": "0123456789abcdef", "threads": "1", "hardware": "a CPU, 2 cores, AVX2"},
+        **{"torch": "2.15.0", "reported_best_test_accuracy": "99.46"},
+    }
+    runs = [(step, seed) for step in ("step1_plain", "step2_better") for seed in range(3)] + [("idea", 5)]
+    for number, (step, seed) in enumerate(runs):
+        accuracies = [98.0 + seed / 10, 99.3 + number / 100]
+        run = write_run(store, step, seed, accuracies, start_time=T0 + 60_000 * number, tags=tags)
+        log_predictions(store, run, truth=truth, **predict(truth, accuracies[-1]))
+    published = new_place(store, tmp_path_factory.mktemp("published") / "here")
+    published.publish()
+    return published
+
+
+@pytest.fixture(scope="module")
+def restored(published: Published, new_store: Callable[[], Store]) -> str:
+    """Return a store with a run of its own that they were restored into, for tests that change nothing of it."""
+    store = new_store()
+    write_run(store, "mine", 0, [99.0], start_time=T0, tags={"overrides": "lr=1"})  # so no file has it
+    assert quietly(published.folder, tracking_uri=store.uri) == Restored(7, 2, there=0)
+    return store.uri
 
 
 def csvs(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in folder.glob("*.csv")}
 
 
-def by_name(database: Path) -> dict[str, StoredRun]:
-    runs = read_runs(database)
-    assert len({run.name for run in runs}) == len(runs)
-    return {run.name: run for run in runs}
-
-
 def database_of(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///"))
 
 
-def content(database: Path) -> list[list[tuple[object, ...]]]:
+def by_name(uri: str) -> dict[str, TrackedRun]:
+    runs = read_runs(database_of(uri))
+    assert len({run.name for run in runs}) == len(runs)
+    return {run.name: run for run in runs}
+
+
+def content(uri: str) -> list[list[tuple[object, ...]]]:
     """Return all that the store says of runs."""
-    with closing(sqlite3.connect(database)) as connection:
+    with closing(sqlite3.connect(database_of(uri))) as connection:
         return [
             sorted(connection.execute(f"SELECT * FROM {table}"), key=repr)  # noqa: S608
             for table in ("runs", "params", "tags", "metrics")
@@ -121,11 +114,9 @@ def content(database: Path) -> list[list[tuple[object, ...]]]:
 # ---- what comes back
 
 
-def test_a_restored_run_is_what_was_published(published: Store, folder: Path, other: str, tmp_path: Path) -> None:
-    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0)
-
-    was, now = by_name(database_of(published.uri)), by_name(database_of(other))
-    assert set(now) == {*was, "step1_plain 3 seeds", "step2_better 3 seeds"}
+def test_a_restored_run_is_what_was_published(published: Published, restored: str, tmp_path: Path) -> None:
+    was, now = by_name(published.uri), by_name(restored)
+    assert set(now) == {*was, "step1_plain 3 seeds", "step2_better 3 seeds", "mine seed 0"}
     for name, run in was.items():
         back = now[name]
         assert (back.status, back.params) == ("FINISHED", run.params)
@@ -140,38 +131,28 @@ def test_a_restored_run_is_what_was_published(published: Store, folder: Path, ot
             assert back.metrics[metric] == [(step, pytest.approx(value, rel=1e-3)) for step, value in points], metric
         assert (back.tags["restored"], back.tags["verdict_params"]) == ("c0ffee0123", "met")
 
-    files.export_runs(tmp_path / "again", tracking_uri=other)
-    assert csvs(tmp_path / "again") == csvs(folder)
+    files.export_runs(tmp_path / "again", tracking_uri=restored)
+    assert csvs(tmp_path / "again") == csvs(published.folder)
+    table = results.run_table(include_overrides=True, tracking_uri=restored).set_index("step")["restored"]
+    assert table.drop("mine").eq("c0ffee0").all()
+    assert table.isna()["mine"]
 
 
-def test_which_images_were_wrong_comes_back(published: Store, folder: Path, other: str) -> None:
-    quietly(folder, tracking_uri=other)
-    was, now = (
-        results.run_table("step2_better", 2, columns="all", tracking_uri=uri).iloc[0] for uri in (published.uri, other)
+def test_which_images_were_wrong_comes_back(published: Published, restored: str) -> None:
+    said, back = (
+        results.predictions(results.run_table("step2_better", 2, tracking_uri=uri)["run_id"][0], tracking_uri=uri)
+        for uri in (published.uri, restored)
     )
-    said, back = (results.predictions(run["run_id"], tracking_uri=uri)
-                  for run, uri in ((was, published.uri), (now, other)))  # fmt: skip
     wrong = said["truth"] != said["prediction"]
-    assert wrong.sum() == 10_000 - round(100 * now["final_test_accuracy"]) == 65
+    assert wrong.sum() == 65
     assert back[["truth", "prediction"]].equals(said[["truth", "prediction"]])
     assert np.allclose(back["confidence"][wrong], said["confidence"][wrong], atol=1e-4)
     assert back["confidence"][~wrong].isna().all()
-    assert results.compare("idea", "idea", tracking_uri=other).effect == 0
+    assert results.compare("idea", "idea", tracking_uri=restored).effect == 0
 
 
-def test_run_tables_mark_what_was_restored(published: Store, folder: Path, other: str) -> None:
-    write_run(open_store(other), "mine", 0, [99.0], start_time=T0)
-    quietly(folder, tracking_uri=other)
-    table = results.run_table(tracking_uri=other).set_index("step")
-    assert list(table)[-1] == "restored"
-    marked = table["restored"]
-    assert marked.drop("mine").eq("c0ffee0").all()
-    assert marked.isna()["mine"]
-
-
-def test_runs_stand_under_the_study_of_their_step(published: Store, folder: Path, other: str) -> None:
-    quietly(folder, tracking_uri=other)
-    runs = by_name(database_of(other))
+def test_runs_stand_under_the_study_of_their_step(restored: str) -> None:
+    runs = by_name(restored)
     parent = runs["step2_better 3 seeds"]
     children = {name for name, run in runs.items() if run.tags.get(PARENT) == parent.run_id}
     assert children == {f"step2_better seed {seed}" for seed in range(3)}
@@ -191,7 +172,7 @@ def test_the_committed_csvs_are_read_and_written_byte_for_byte() -> None:
 
 
 @pytest.mark.long
-def test_the_committed_runs_of_all_steps_are_restored(uri: str, database: Path, tmp_path: Path) -> None:
+def test_the_committed_runs_of_all_steps_are_restored(uri: str, tmp_path: Path) -> None:
     done = quietly(RESULTS, tracking_uri=uri)
     seeds = {
         step: [row for row in COMMITTED.runs if row["step"] == step] for step in {r["step"] for r in COMMITTED.runs}
@@ -209,60 +190,59 @@ def test_the_committed_runs_of_all_steps_are_restored(uri: str, database: Path, 
 # ---- a second call
 
 
-def test_a_second_call_adds_nothing(published: Store, folder: Path, other: str) -> None:
-    quietly(folder, tracking_uri=other)
-    before = content(database_of(other))
-    assert quietly(folder, tracking_uri=other) == Restored(0, 0, there=7)
-    assert content(database_of(other)) == before
+def test_a_second_call_adds_nothing_and_neither_does_one_on_the_store_that_was_published(
+    published: Published, restored: str, lab: Callable[..., str]
+) -> None:
+    for uri in (restored, published.uri):
+        before = content(uri)
+        said = lab("restore", "--folder", published.folder, "--tracking-uri", uri)
+        assert "Restored: 0 runs, 0 studies over them; 7 runs were there already." in said
+        assert content(uri) == before
 
 
-def test_runs_of_ones_own_are_left_alone_and_not_doubled(published: Store, folder: Path, database: Path) -> None:
-    write_run(published, "step1_plain", 9, [99.0], start_time=T0 + 999_999)
-    before = content(database)
-    assert quietly(folder, tracking_uri=published.uri) == Restored(0, 0, there=7)
-    assert content(database) == before
-
-
-def test_files_that_say_otherwise_replace_what_was_restored(published: Store, folder: Path, other: str) -> None:
-    write_run(open_store(other), "mine", 0, [99.0], start_time=T0)
-    quietly(folder, tracking_uri=other)
+def test_files_that_say_otherwise_replace_what_was_restored(
+    published: Published, restored: str, tmp_path: Path
+) -> None:
+    shutil.copytree(database_of(restored).parent, tmp_path / "store")
+    other = f"sqlite:///{tmp_path}/store/mlflow.db"
+    folder = shutil.copytree(published.folder, tmp_path / "results")
     file = folder / "step2_better.csv"
     file.write_text(file.read_text().replace("2.15.0", "2.16.0", 1))
     assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0)
-    table = results.run_table(columns="all", tracking_uri=other)
+    table = results.run_table(columns="all", include_overrides=True, tracking_uri=other)
     assert len(table) == 8
-    assert table.set_index(["step", "seed"])["torch"]["step2_better"].to_dict() == {
-        0: "2.16.0",
-        1: "2.15.0",
-        2: "2.15.0",
-    }
+    torch_of = table.set_index(["step", "seed"])["torch"]["step2_better"]
+    assert torch_of.to_dict() == {0: "2.16.0", 1: "2.15.0", 2: "2.15.0"}
 
 
+@pytest.mark.parametrize("accuracy", [99.32, 99.36], ids=["at the third run", "at the last"])
 def test_a_call_that_was_killed_is_completed_by_the_next(
-    published: Store, folder: Path, other: str, monkeypatch: pytest.MonkeyPatch
+    accuracy: float, published: Published, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[str] = []
-    log_once = TrackedRun.log_once
+    begun: list[str] = []
+    log_once = tracking.TrackedRun.log_once
 
-    def killed(run: TrackedRun, metrics: Mapping[str, float]) -> None:
-        written.append(run.run_id)
-        if len(written) == 3:
+    def killed(run: tracking.TrackedRun, metrics: Mapping[str, float]) -> None:
+        if metrics.get("final_test_accuracy") == accuracy:
+            begun.append(run.run_id)
             raise KeyboardInterrupt
         log_once(run, metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrackedRun, "log_once", killed)
+        patch.setattr(tracking.TrackedRun, "log_once", killed)
         with pytest.raises(KeyboardInterrupt):
-            quietly(folder, tracking_uri=other)
-    mlflow.MlflowClient(other).update_run(written[2], status="RUNNING")  # as after kill -9
+            quietly(published.folder, tracking_uri=uri)
+    mlflow.MlflowClient(uri).update_run(*begun, status="RUNNING")  # as after kill -9
 
-    assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0)
+    assert quietly(published.folder, tracking_uri=uri) == Restored(7, 2, there=0)
 
-    there = [run for run in read_runs(database_of(other)) if run.run_id not in deleted(other)]
+    store = open_store(uri)
+    not_deleted = {run.info.run_id for run in store.client.search_runs([store.experiment_id])}
+    there = [run for run in read_runs(database) if run.run_id in not_deleted]
     whole = {run.name: run for run in there}
     assert len(whole) == len(there) == 9
     assert {run.status for run in there} == {"FINISHED"}
-    for name, run in by_name(database_of(published.uri)).items():
+    for name, run in by_name(published.uri).items():
         assert {metric: len(points) for metric, points in whole[name].metrics.items()} == {
             metric: len(points) for metric, points in run.metrics.items()
         }
@@ -271,125 +251,55 @@ def test_a_call_that_was_killed_is_completed_by_the_next(
     }
 
 
-def deleted(uri: str) -> set[str]:
-    with closing(sqlite3.connect(database_of(uri))) as connection:
-        query = "SELECT run_uuid FROM runs WHERE lifecycle_stage = 'deleted'"
-        return {run_id for (run_id,) in connection.execute(query)}
-
-
-def test_two_calls_at_once_are_not_mixed(published: Store, folder: Path, other: str) -> None:
-    lock = database_of(other).parent / "locks" / "restore.lock"
+def test_two_calls_at_once_are_not_mixed(published: Published, uri: str, database: Path) -> None:
+    lock = database.parent / "locks" / "restore.lock"
     lock.parent.mkdir()
     with FileLock(lock), pytest.raises(LabError, match="^another process is restoring runs into .*; wait until"):
-        quietly(folder, tracking_uri=other)
-    assert read_runs(database_of(other)) == []
+        quietly(published.folder, tracking_uri=uri)
+    with pytest.raises(LabError, match="^folder: .* has no CSVs of runs$"):
+        quietly(database.parent, tracking_uri=uri)
+    assert read_runs(database) == []
 
 
 # ---- a study that goes on from restored seeds
 
-QUICK = """
-from functools import partial
 
-import torch
-from torch import nn
+def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(
+    new_store: Callable[[], Store], uri: str, tmp_path: Path
+) -> None:
+    script, place = tmp_path / "quick.py", new_place(new_store(), tmp_path / "first")
+    script.write_text(TINY.read_text().replace("epochs=2", "epochs=1").replace("batch_size=64", "batch_size=1000"))
 
-from mnist_lab import Experiment, Targets, main
-
-
-class Net(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(784, 10))
-
-
-EXPERIMENT = Experiment(
-    net=Net, epochs=1, batch_size=1000, optimizer=partial(torch.optim.SGD, lr=0.1), targets=Targets(accuracy=80.0)
-)
-if __name__ == "__main__":
-    main(EXPERIMENT)
-"""
-
-
-@dataclass(frozen=True)
-class Seeds:
-    """The script of a study, and the folder that its seeds 0 and 1 were published into."""
-
-    script: Path
-    folder: Path
-
-    def train(self, seeds: int, uri: str) -> None:
-        """Train a study from a shell."""
+    def train(seeds: int, uri: str) -> None:
         flags = ["--seeds", str(seeds), "--workers", "1", "--device", "cpu", "--tracking-uri", uri]
-        done = run_program(self.script, *flags, cwd=self.script.parent)
+        done = run_program(script, *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
+    train(2, place.uri)
+    assert len(place.publish()) == 2
+    quietly(place.folder, tracking_uri=uri)
+    before = {name: text.splitlines() for name, text in csvs(place.folder).items()}
 
-@pytest.fixture(scope="module")
-def two_seeds(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Seeds:
-    """Train and publish two seeds."""
-    place = tmp_path_factory.mktemp("two_seeds")
-    seeds = Seeds(place / "quick.py", place / "results")
-    seeds.script.write_text(QUICK)
-    seeds.folder.mkdir()
-    for folder in (place, seeds.folder):
-        (folder / "README.md").write_text(PAGE)
-    uri = f"sqlite:///{copy_store(empty_store, place / 'store' / 'mlflow.db')}"
-    seeds.train(2, uri)
-    assert len(publish(seeds.folder, uri)) == 2
-    return seeds
+    train(3, uri)
 
-
-@pytest.fixture
-def seeds(two_seeds: Seeds, tmp_path: Path) -> Seeds:
-    """Return a copy of them."""
-    shutil.copytree(two_seeds.folder, tmp_path / "results")
-    for file in (two_seeds.script, two_seeds.folder.parent / "README.md"):
-        shutil.copy(file, tmp_path)
-    return Seeds(tmp_path / "quick.py", tmp_path / "results")
-
-
-def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(seeds: Seeds, other: str) -> None:
-    quietly(seeds.folder, tracking_uri=other)
-    before = {name: text.splitlines() for name, text in csvs(seeds.folder).items()}
-
-    seeds.train(3, other)
-
-    runs = by_name(database_of(other))
+    runs = by_name(uri)
     assert [name for name, run in runs.items() if "restored" not in run.tags] == ["quick 3 seeds", "quick seed 2"]
     parent = runs["quick 3 seeds"]
     assert parent.tags["seeds_reused"] == "0 1"
     assert {runs[f"quick seed {seed}"].tags[PARENT] for seed in range(3)} == {parent.run_id}
-    assert quietly(seeds.folder, tracking_uri=other) == Restored(0, 0, there=2)
-    assert {run.tags.get(PARENT) for run in by_name(database_of(other)).values()} == {None, parent.run_id}
+    assert quietly(place.folder, tracking_uri=uri) == Restored(0, 0, there=2)
+    assert {run.tags.get(PARENT) for run in by_name(uri).values()} == {None, parent.run_id}
 
-    (change,) = publish(seeds.folder, other)
+    (change,) = Published(uri, place.folder).publish()
     assert change.startswith("quick seed 2: added, ")
-    after = {name: text.splitlines() for name, text in csvs(seeds.folder).items()}
+    after = {name: text.splitlines() for name, text in csvs(place.folder).items()}
     for name in ("quick.csv", "epochs.csv", "mistakes.csv"):
         assert after[name][: len(before[name])] == before[name]
         assert len(after[name]) > len(before[name])
     assert after["settings.csv"] == [line.replace(",0-1,", ",0-2,") for line in before["settings.csv"]]
 
 
-@pytest.mark.parametrize(
-    ("hardware", "seeds"),
-    [("another CPU, 8 cores, AVX2", [0, 1, 2]), ("a CPU, 2 cores, Z80", []), ("a CPU, 2 cores", [])],
-)
-def test_seeds_of_another_processor_are_trained_again(
-    published: Store, folder: Path, other: str, hardware: str, seeds: list[int]
-) -> None:
-    quietly(folder, tracking_uri=other)
-    store = open_store(other)
-    tags = {"step": "step1_plain", "code_sha256": CODE["step1_plain"]}
-    params = {**STEP4, "epochs": "2"}
-    assert sorted(finished_runs(store, params, tags, hardware=hardware)) == seeds
-    assert finished_runs(store, params, tags | {"code_sha256": "changed"}, hardware=hardware) == {}
-
-
 # ---- what is refused
-
-
-def replace(old: str, new: str) -> Callable[[str], str]:
-    return lambda text: text.replace(old, new, 1)
 
 
 def cell(column: str, value: str) -> Callable[[str], str]:
@@ -410,10 +320,6 @@ def twice(text: str) -> str:
     return text + text.splitlines()[-1] + "\n"
 
 
-def cut(text: str) -> str:
-    return text.rpartition(",")[0] + "\n"
-
-
 def without_last_row(text: str) -> str:
     return "".join(text.splitlines(keepends=True)[:-1])
 
@@ -430,8 +336,8 @@ def without_last_row(text: str) -> str:
         ("idea", cell("date", "yesterday"), "row 2, date: 'yesterday'"),
         ("idea", cell("best", "99.00"), "last accuracy 99.36 is above"),
         ("idea", cell("best_epoch", "7"), "its best_epoch 7"),
-        ("idea", replace("date", "day"), "row 1: the column 'date'"),
-        ("idea", cut, "row 2: it has 18 cells, not 19"),
+        ("idea", lambda text: text.replace("date", "day"), "row 1: the column 'date'"),
+        ("idea", lambda text: text.rpartition(",")[0] + "\n", "row 2: it has 18 cells, not 19"),
         ("idea", twice, "row 3, seed: 5 is there twice"),
         ("epochs", without_last_row, "idea seed 5: it has other epochs than 1 to 2"),
         ("settings", None, "step1_plain seed 0: it has no params"),
@@ -444,24 +350,14 @@ def without_last_row(text: str) -> str:
     ],
 )
 def test_files_that_are_not_the_labs_are_refused_by_file_row_and_column(
-    sound: Path, other: str, tmp_path: Path, name: str, spoil: Callable[[str], str] | None, where: str
+    published: Published, uri: str, tmp_path: Path, name: str, spoil: Callable[[str], str] | None, where: str
 ) -> None:
-    folder = shutil.copytree(sound, tmp_path / "spoiled")
+    folder = shutil.copytree(published.folder, tmp_path / "spoiled")
     file = folder / f"{name}.csv"
     if spoil is None:
         file.unlink()
     else:
         file.write_bytes(spoil(file.read_text()).encode("latin-1"))
     with pytest.raises(LabError, match=rf"{name}\.csv[:,] .*{where}"):
-        quietly(folder, tracking_uri=other)
-    assert read_runs(database_of(other)) == []
-
-
-def test_a_refusal_is_one_sentence_and_an_exit_code(
-    tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["mnist_lab", "restore", "--folder", str(tmp_path), "--tracking-uri", other])
-    with pytest.raises(SystemExit, match="1"):
-        main()
-    (message,) = capsys.readouterr().err.splitlines()
-    assert message.startswith(f"error: folder: {tmp_path} has no CSVs")
+        quietly(folder, tracking_uri=uri)
+    assert read_runs(database_of(uri)) == []

@@ -1,77 +1,44 @@
-"""Run tables read from real stores: a SQLite file and a tracking server over it."""
+"""Run tables and comparisons, read from real stores."""
 
-import math
-import os
 import re
-import signal
-import socket
-import sys
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from mlflow.utils import rest_utils
+from mlflow.entities import Metric
 
-from forkserver import Program
-from helpers import copy_store, wait_until
 from mnist_lab import results
-from mnist_lab.__main__ import main
 from mnist_lab.errors import LabError
-from mnist_lab.tracking import sqlite
+from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.verdicts.comparison import Pair, seeds_text
 from mnist_lab.verdicts.measures import TESTED
 from mnist_lab.verdicts.statistics import compare_means, seeds_needed
-from run_writer import STEP4, write_run
+from run_writer import STEP4, T0, log_predictions, write_run, write_seeds
 
-T0 = 1_700_000_000_000
-NO_SCHEDULE = {name: value for name, value in STEP4.items() if name not in ("step_size", "gamma")} | {
-    "scheduler": "none",
-    "lr": "0.01",
-    "dropout": "0.1",
-}
+NO_SCHEDULE = {name: STEP4[name] for name in ("batch_size", "epochs", "optimizer", "momentum", "device")}
+NO_SCHEDULE |= {"scheduler": "none", "lr": "0.01", "dropout": "0.1"}
 
 
 @pytest.fixture(scope="module")
-def store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(new_store: Callable[[], Store]) -> Store:
     """Return a store with every kind of run that the tables must tell apart."""
-    store = open_store(f"sqlite:///{copy_store(empty_store, tmp_path_factory.mktemp('store') / 'mlflow.db')}")
+    store = new_store()
     write_run(store, "step4", 0, [99.0, 99.5, 99.4], start_time=T0)
     write_run(store, "step4", 1, [98.9, 99.3, 99.3], start_time=T0 + 1000)
     write_run(store, "step4", 0, [99.1, 99.6, 99.5], start_time=T0 + 2000)  # seed 0 again: this one counts
-    write_run(store, "step2", 0, [98.0, 99.0], start_time=T0 + 3000, num_params=6864, params=NO_SCHEDULE)
+    step2 = write_run(store, "step2", 0, [98.0, 99.0], start_time=T0 + 3000, num_params=6864, params=NO_SCHEDULE)
+    store.client.log_metric(step2.info.run_id, "test_accuracy", 98.5, timestamp=T0 + 3500, step=1)  # logged twice
     write_run(store, "my_idea", 0, [97.0], start_time=T0 + 4000, num_params=20_000, tags={})
     write_run(store, "step4", 0, [99.9], start_time=T0 + 5000, tags={"overrides": "lr=0.2"})
     write_run(store, "step4", 2, [98.0, 98.5], start_time=T0 + 6000, status="FAILED")
     write_run(store, "step4", 3, [98.0], start_time=T0 + 7000, status=None)
+    study = store.client.create_run(store.experiment_id, T0 + 8000, tags={"study": "step4", "step": "step4"})
+    store.client.log_metric(study.info.run_id, "final_test_accuracy", 99.0)
+    store.client.set_terminated(study.info.run_id)
     return store
-
-
-@pytest.fixture(scope="module")
-def server(store: Store) -> Iterator[str]:
-    """Return the address of a real tracking server over the same store."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--workers", "1", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store.uri]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = Program("-m", "mlflow", "server", *flags, cwd=Path.cwd(), env=environment)
-    address = f"http://127.0.0.1:{port}"
-
-    def is_there() -> bool:
-        with urllib.request.urlopen(f"{address}/health", timeout=10):
-            return True
-
-    try:
-        wait_until(is_there, process)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
 
 
 def test_run_table_has_one_typed_row_per_finished_run(store: Store) -> None:
@@ -79,12 +46,9 @@ def test_run_table_has_one_typed_row_per_finished_run(store: Store) -> None:
     assert table["step"].tolist() == ["step2", "step4", "step4", "step4", "my_idea"]
     assert table["seed"].tolist() == [0, 0, 0, 1, 0]
     newest = table.iloc[1]  # of two runs of seed 0
-    assert newest["final_test_accuracy"] == 99.5
-    assert newest["best_test_accuracy"] == 99.6
-    assert newest["best_epoch"] == 2
+    figures = ["final_test_accuracy", "best_test_accuracy", "best_epoch", "num_params", "minutes"]
+    assert newest[figures].tolist() == [99.5, 99.6, 2, 7852, 1]
     assert newest["final_train_accuracy"] == pytest.approx(99.4)
-    assert newest["num_params"] == 7852
-    assert newest["minutes"] == 1
     assert newest["start_time"] == pd.Timestamp(T0 + 2000, unit="ms", tz="UTC")
     kinds = {name: str(kind) for name, kind in table.dtypes.items()}
     assert [kinds[name] for name in ("batch_size", "epochs", "step_size")] == ["Int64"] * 3
@@ -116,33 +80,44 @@ def test_run_table_filters(store: Store) -> None:
     assert ids(steps="step4", include_overrides=True) == [("step4", 0), ("step4", 0), ("step4", 0), ("step4", 1)]
     assert ids(status="FAILED") == [("step4", 2)]
     assert ids(status="RUNNING") == [("step4", 3)]
-    assert len(ids(status=None)) == 7
+    assert len(ids(status=None)) == 7  # the study's own run is none
+    with pytest.raises(LabError, match="no run of 'step9'.*my_idea, step2, step4"):
+        ids(steps="step9")
+    with pytest.raises(LabError, match="status: 'DONE' is none of FINISHED"):
+        ids(status="DONE")
+    nothing = results.run_table(seeds=77, columns="all", tracking_uri=store.uri)
+    assert nothing.empty
+    assert {"step", "seed", "lr", "final_test_accuracy", "run_id"} <= set(nothing)
+    assert results.epoch_history(seeds=77, tracking_uri=store.uri).empty
 
 
-def test_a_step_without_a_run_as_declared_says_so(uri: str) -> None:
+def test_a_step_without_a_run_as_declared_says_so(
+    uri: str, lab: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     store = open_store(uri)
-    for seed in (0, 1):
-        write_run(store, "my_idea", seed, [98.0], start_time=T0, tags={"overrides": "epochs=1"})
+    write_seeds(store, "my_idea", 98.0, 98.0, tags={"overrides": "epochs=1"})
     write_run(store, "begun", 0, [98.0], start_time=T0, status=None)
     with pytest.raises(LabError, match="^steps: .*'my_idea'.*overridden .*include-overrides"):
         results.run_table(steps="my_idea", tracking_uri=uri)
     with pytest.raises(LabError, match="^steps: no finished run of 'begun' .*RUNNING"):
         results.run_table(steps="begun", tracking_uri=uri)
     assert len(results.run_table(steps="my_idea", include_overrides=True, tracking_uri=uri)) == 2
+    with pytest.raises(SystemExit, match="1"):
+        lab("compare", "--tracking-uri", uri)
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "--include-overrides" in sentence
+    assert "my_idea epochs=1" in lab("compare", "--include-overrides", "--tracking-uri", uri)
 
 
 def test_a_short_name_of_a_step_will_do(uri: str) -> None:
     store = open_store(uri)
-    for number, step in enumerate(("step3_gap", "step4_augment_steplr", "step44_a", "step44_b")):
-        for seed in (0, 1):
-            write_run(store, step, seed, [99.0 + number / 10 + seed / 100], start_time=T0)
+    for step in ("step3_gap", "step4_augment_steplr", "step44_a", "step44_b"):
+        write_seeds(store, step, 99.0, 99.1)
     assert results.run_table("step4", tracking_uri=uri)["step"].tolist() == ["step4_augment_steplr"] * 2
     assert results.epoch_history(["step3"], tracking_uri=uri)["step"].unique().tolist() == ["step3_gap"]
     assert results.compare("step3", "step4", tracking_uri=uri).change == "step 4 as a whole"
-    assert results.compare_table(steps=["step4", "step3"], tracking_uri=uri)["step"].tolist() == [
-        "step3_gap",
-        "step4_augment_steplr",
-    ]
+    compared = results.compare_table(steps=["step4", "step3"], tracking_uri=uri)
+    assert compared["step"].tolist() == ["step3_gap", "step4_augment_steplr"]
     assert results.median_run("step4", tracking_uri=uri)["step"] == "step4_augment_steplr"
     with pytest.raises(LabError, match="^steps: 'step44' is not clear: step44_a, step44_b"):
         results.run_table("step44", tracking_uri=uri)
@@ -157,40 +132,9 @@ def test_epoch_history_is_tidy(store: Store) -> None:
     assert one["epoch"].tolist() == [1, 2, 3]
     assert one["test_accuracy"].tolist() == [98.9, 99.3, 99.3]
     assert one["lr"].tolist() == pytest.approx([0.1, 0.1, 0.06])
-    assert set(results.epoch_history("step2", tracking_uri=store.uri)["step"]) == {"step2"}
-
-
-def test_a_server_gives_the_same_tables_as_the_file(store: Store, server: str) -> None:
-    pd.testing.assert_frame_equal(results.run_table(tracking_uri=server), results.run_table(tracking_uri=store.uri))
-    key = ["run_id", "epoch"]
-    over_http = results.epoch_history(status=None, include_overrides=True, tracking_uri=server)
-    from_file = results.epoch_history(status=None, include_overrides=True, tracking_uri=store.uri)
-    pd.testing.assert_frame_equal(
-        over_http.sort_values(key, ignore_index=True), from_file.sort_values(key, ignore_index=True)
-    )
-
-
-def test_the_history_of_many_runs_takes_few_requests(
-    store: Store, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    http_request = rest_utils.http_request
-    monkeypatch.setattr(
-        rest_utils, "http_request", lambda *given, **more: asked.append(more) or http_request(*given, **more)
-    )
-    monkeypatch.setattr(sqlite, "RUNS_PER_REQUEST", 3)
-    history = results.epoch_history(status=None, include_overrides=True, tracking_uri=server)
-    assert history["run_id"].nunique() == 8
-    histories = [more for more in asked if "metric_key" in more.get("params", {})]
-    assert len(histories) == math.ceil(8 / 3) * len(TESTED.each_epoch)
-
-
-def test_a_point_logged_twice_counts_once_with_its_latest_value(uri: str) -> None:
-    store = open_store(uri)
-    run = write_run(store, "step1", 0, [98.0, 99.0], start_time=T0)
-    mlflow.MlflowClient(store.uri).log_metric(run.info.run_id, "test_accuracy", 98.5, timestamp=T0 + 500, step=1)
-    history = results.epoch_history(tracking_uri=store.uri)
-    assert history["test_accuracy"].tolist() == [98.5, 99.0]
+    step2 = results.epoch_history("step2", tracking_uri=store.uri)
+    assert set(step2["step"]) == {"step2"}
+    assert step2["test_accuracy"].tolist() == [98.5, 99.0]  # of a point that was logged twice the later value
 
 
 def test_compare_takes_the_newest_run_of_each_seed_and_their_mean(store: Store) -> None:
@@ -212,63 +156,35 @@ def test_compare_takes_the_newest_run_of_each_seed_and_their_mean(store: Store) 
 
 def test_the_verdict_on_several_seeds_is_what_their_mean_shows(uri: str) -> None:
     store = open_store(uri)
-    studies = {
-        "above": (99.50, 99.52, 99.51),
-        "below": (99.1, 99.12, 99.11),
-        "near": (99.3, 99.6, 99.45),
-        "one": (99.5,),
-    }
-    for step, accuracies in studies.items():
-        for seed, accuracy in enumerate(accuracies):
-            write_run(store, step, seed, [accuracy], start_time=T0 + seed)
+    write_seeds(store, "above", 99.50, 99.52, 99.51)
+    write_seeds(store, "below", 99.1, 99.12, 99.11)
+    write_seeds(store, "near", 99.3, 99.6, 99.45)
+    write_seeds(store, "one", 99.5)
     table = results.compare_table(tracking_uri=uri).set_index("step")
     assert table["verdict_accuracy"].to_dict() == {"above": "met", "below": "missed", "near": "not shown", "one": "met"}
     assert table.loc["near", "seeds_needed"] == seeds_needed(0.05 / 0.15, arms=1, tail=0.01)
     assert table["seeds_needed"].isna().tolist() == [True, True, False, True]
     text = results.compare_text(table.reset_index())
     header, _, _, _, *rows = [re.split(r"  +", line) for line in text.splitlines()]
-    assert header == [
-        "experiment",
-        "last",
-        "verdict",
-        "seeds",
-        "wanted",
-        "parameters",
-        "epochs",
-        "seeds",
-        "best",
-        "train",
-    ]
+    assert " ".join(header) == "experiment last verdict seeds wanted parameters epochs seeds best train"
     assert rows[1][1:5] == ["99.45 +- 0.150", "not shown", "3", "99.4"]
     assert rows[1][7] == seeds_text(table.loc["near", "seeds_needed"])
     assert rows[2][1:4] == ["99.50", "met", "1"]
 
 
-@pytest.mark.parametrize("width", [60, 80, 100])
-def test_a_comparison_fits_the_terminal_and_names_what_it_has_no_place_for(store: Store, width: int) -> None:
-    table = results.compare_table(tracking_uri=store.uri)
-    text = results.compare_text(table, width=width)
-    assert max(map(len, text.splitlines())) <= width
-    assert "reported" not in text  # no row has such a figure
-    everything = results.compare_text(table).splitlines()[0].split()
-    shown, _, left_out = text.partition("A wider terminal also shows:")
-    assert set(everything) <= {*shown.split(), *re.findall(r"\w+", left_out)}
-    assert "99.40 +- 0.141" in shown
-
-
-@pytest.mark.parametrize("tag", ["code_sha256", "teacher_sha256"])
-def test_seeds_of_different_code_or_teachers_are_not_averaged(uri: str, tag: str) -> None:
+def test_seeds_of_different_code_or_teachers_are_not_averaged(uri: str) -> None:
     store = open_store(uri)
-    for start, (seed, accuracy, code) in enumerate(
-        [(0, 98.0, "old"), (1, 98.1, "old"), (2, 98.2, "old"), (0, 99.0, "new"), (1, 99.1, "new")]
-    ):
-        write_run(store, "step1", seed, [accuracy], start_time=T0 + start, tags={tag: code})
-    write_run(store, "step2", 0, [97.0], start_time=T0)  # runs without such a tag are of one kind
-    write_run(store, "step2", 1, [97.2], start_time=T0 + 1)
+    seeds = [(0, 98.0, "old"), (1, 98.1, "old"), (2, 98.2, "old"), (0, 99.0, "new"), (1, 99.1, "new")]
+    for start, (seed, accuracy, digest) in enumerate(seeds, start=T0):
+        write_run(store, "code", seed, [accuracy], start_time=start, tags={"code_sha256": digest})
+        write_run(store, "taught", seed, [accuracy], start_time=start, tags={"teacher_sha256": digest})
+    write_seeds(store, "bare", 97.0, 97.2)  # runs without such a tag are of one kind, but for those of another network
+    write_run(store, "bare", 2, [50.0], start_time=T0 - 5, num_params=10)
     table = results.compare_table(tracking_uri=uri).set_index("step")
+    newest = {"seeds": 2, "left_out": 3, "last": pytest.approx(99.05)}
     assert table[["seeds", "left_out", "last"]].to_dict("index") == {
-        "step1": {"seeds": 2, "left_out": 3, "last": pytest.approx(99.05)},
-        "step2": {"seeds": 2, "left_out": 0, "last": pytest.approx(97.1)},
+        **{"code": newest, "taught": newest},
+        "bare": {"seeds": 2, "left_out": 1, "last": pytest.approx(97.1)},
     }
 
 
@@ -280,46 +196,28 @@ def held_out(uri: str) -> str:
     """Return a store with a run of each protocol of one step, and one that is overridden besides."""
     store = open_store(uri)
     write_run(store, "step1", 0, [98.0, 99.0], start_time=T0)
-    write_held_out_run(store, "step1", 0, [97.0, 98.9, 98.8], final_test_accuracy=98.7, start_time=T0 + 1)
-    write_held_out_run(store, "step1", 1, [98.5], final_test_accuracy=98.4, start_time=T0 + 2, overrides="lr=0.5 ")
+    write_held_out_run(store, "step1", 0, [97.0, 98.9, 98.8], tested=98.7)
+    write_held_out_run(store, "step1", 1, [98.5], tested=98.4, overrides="lr=0.5 ")
     return uri
 
 
 def write_held_out_run(
-    store: Store,
-    step: str,
-    seed: int,
-    accuracies: list[float],
-    *,
-    final_test_accuracy: float,
-    start_time: int,
-    overrides: str = "",
+    store: Store, step: str, seed: int, accuracies: list[float], *, tested: float, overrides: str = ""
 ) -> None:
     """Write a run that held out 10,000 images, whose epochs had these validation accuracies."""
-    run = write_run(
-        store,
-        step,
-        seed,
-        [],
-        start_time=start_time,
-        params={**STEP4, "holdout": "10000"},
-        tags={"overrides": f"{overrides}holdout=10000"},
-    )
-    client, run_id = mlflow.MlflowClient(store.uri), run.info.run_id
-    for epoch, accuracy in enumerate(accuracies, start=1):
-        client.log_metric(run_id, "validation_accuracy", accuracy, step=epoch)
-        client.log_metric(run_id, "validation_loss", (100 - accuracy) / 30, step=epoch)
-        client.log_metric(run_id, "train_accuracy", accuracy + 0.1, step=epoch)
+    params, tags = {**STEP4, "holdout": "10000"}, {"overrides": f"{overrides}holdout=10000"}
+    run_id = write_run(store, step, seed, [], start_time=T0 + 1, params=params, tags=tags).info.run_id
+    best = max(accuracies)
     once = {
-        "num_params": 7852.0,
-        "final_validation_accuracy": accuracies[-1],
-        "best_validation_accuracy": max(accuracies),
-        "best_epoch": 1.0 + accuracies.index(max(accuracies)),
-        "final_test_accuracy": final_test_accuracy,
-        "final_test_loss": 0.04,
+        **{"num_params": 7852, "final_test_accuracy": tested, "final_test_loss": 0.04},
+        **{"final_validation_accuracy": accuracies[-1], "best_validation_accuracy": best},
+        "best_epoch": 1 + accuracies.index(best),
     }
-    for name, value in once.items():
-        client.log_metric(run_id, name, value)
+    points = [Metric(name, value, T0, 0) for name, value in once.items()]
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        values = {"validation_accuracy": accuracy, "validation_loss": (100 - accuracy) / 30, "train_accuracy": accuracy}
+        points += [Metric(name, value, T0 + epoch, epoch) for name, value in values.items()]
+    store.client.log_batch(run_id, metrics=points)
 
 
 def test_the_protocols_are_in_separate_tables(held_out: str) -> None:
@@ -340,60 +238,57 @@ def test_the_protocols_are_in_separate_tables(held_out: str) -> None:
     table = results.compare_table(holdout=10_000, tracking_uri=held_out)
     assert table[["last", "best"]].to_numpy().tolist() == [[98.7, 98.9]]
     assert "validation" in results.compare_text(table, holdout=10_000)
-
-
-def test_a_protocol_without_runs_is_refused(held_out: str) -> None:
     with pytest.raises(LabError, match="holdout: no run in .* has holdout 5,000; .* with holdout 0; holdout 10,000"):
         results.run_table(holdout=5_000, tracking_uri=held_out)
-
-
-def test_a_studys_own_run_is_in_no_table(uri: str) -> None:
-    store = open_store(uri)
-    run = write_run(store, "step1", 0, [99.0], start_time=T0)
-    client = mlflow.MlflowClient(store.uri)
-    tags = {"study": "step1", "step": "step1", "overrides": ""}
-    parent = client.create_run(store.experiment_id, start_time=T0 + 1, tags=tags, run_name="step1 study")
-    client.log_metric(parent.info.run_id, "final_test_accuracy", 99.0)
-    client.set_terminated(parent.info.run_id)
-    assert results.run_table(status=None, tracking_uri=uri)["run_id"].tolist() == [run.info.run_id]
-    assert results.compare_table(tracking_uri=uri)["seeds"].tolist() == [1]
 
 
 # ---- two experiments
 
 
-def log_predictions(store: Store, run: mlflow.entities.Run, folder: Path, wrong: slice) -> None:
+def predict(wrong: slice) -> dict[str, np.ndarray]:
     truth = np.arange(1000, dtype=np.uint8) % 10
     prediction = truth.copy()
     prediction[wrong] = (truth[wrong] + 1) % 10
-    file = folder / "predictions.npz"
-    np.savez_compressed(file, truth=truth, prediction=prediction, logits=np.eye(10, dtype=np.float32)[prediction])
-    mlflow.MlflowClient(store.uri).log_artifact(run.info.run_id, str(file))
+    return {"truth": truth, "prediction": prediction, "logits": np.eye(10, dtype=np.float32)[prediction]}
 
 
-def test_compare_pairs_the_seeds_of_the_newest_runs(uri: str) -> None:
+def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(uri: str) -> None:
     store = open_store(uri)
     write_run(store, "a", 0, [90.0], start_time=T0 - 1)  # an older run of seed 0
-    for start, (seed, a, b) in enumerate([(0, 99.0, 99.2), (1, 99.1, 99.25), (2, 98.9, 99.12)]):
-        write_run(store, "a", seed, [a], start_time=T0 + start)
-        write_run(store, "b", seed, [b], start_time=T0 + 20 - start)  # in another order of time
+    write_seeds(store, "a", 99.0, 99.1, 98.9)
+    for seed, accuracy in ((2, 99.12), (1, 99.25), (0, 99.2)):  # in another order of time
+        write_run(store, "b", seed, [accuracy], start_time=T0 - seed)
     write_run(store, "b", 9, [50.0], start_time=T0 + 30, tags={"overrides": "lr=9"})
-    found = results.compare("a", "b", tracking_uri=uri)
+    write_seeds(store, "c", 99.20, 99.31, 99.1)
+    write_seeds(store, "single", 99.0)
+    pairs = [Pair("a", "b", "first"), Pair("b", "c", "second"), Pair("a", "gone", "third"), Pair("a", "single", "4th")]
+
+    (first, second), refused = results.compare_pairs(pairs, tracking_uri=uri)
+
     expected = compare_means(dict(enumerate([99.0, 99.1, 98.9])), dict(enumerate([99.2, 99.25, 99.12])))
-    assert (found.a, found.b, found.test, found.n, found.seeds) == ("a", "b", "paired t-test", (3,), "3")
-    assert (found.effect, found.low, found.high, found.p) == pytest.approx(
+    assert (first.a, first.b, first.test, first.n, first.seeds) == ("a", "b", "paired t-test", (3,), "3")
+    assert (first.effect, first.low, first.high, first.p) == pytest.approx(
         (expected.effect, expected.low, expected.high, expected.p)
     )
-    assert found.effect == pytest.approx(0.19)
-    assert found.shown
-    back = results.compare("b", "a", tracking_uri=uri)
+    assert first.effect == pytest.approx(0.19)
+    assert (first.change, second.change) == ("first", "second")
+    assert (first.p_holm, second.p_holm) == pytest.approx((2 * first.p, second.p))
+    assert (first.shown, second.shown) == (2 * first.p < 0.05, False)
+    (sentence,) = refused  # a pair without runs is no one's mistake
+    assert sentence.startswith("single against a is not compared: single has one seed and a has 3")
+    one, back = (results.compare(*names, tracking_uri=uri) for names in (("a", "b"), ("b", "a")))
+    assert one.shown
     assert (back.effect, back.word) == (pytest.approx(-0.19), "worse")
 
 
-def test_one_run_each_is_compared_image_by_image(uri: str, tmp_path: Path) -> None:
+def test_one_run_each_is_compared_image_by_image(uri: str) -> None:
     store = open_store(uri)
-    log_predictions(store, write_run(store, "a", 0, [98.0], start_time=T0), tmp_path, slice(0, 20))
-    log_predictions(store, write_run(store, "b", 3, [99.6], start_time=T0), tmp_path, slice(18, 22))
+    run = write_run(store, "a", 0, [98.0], start_time=T0)
+    log_predictions(store, run, **predict(wrong=slice(0, 20)))
+    log_predictions(store, write_run(store, "b", 3, [99.6], start_time=T0), **predict(wrong=slice(18, 22)))
+    table = results.predictions(run.info.run_id, tracking_uri=uri)
+    assert np.array_equal(table.filter(like="logit_").to_numpy(), predict(wrong=slice(0, 20))["logits"])
+    assert table["confidence"].to_numpy() == pytest.approx(np.e / (np.e + 9))
     found = results.compare("a", "b", tracking_uri=uri)
     assert (found.test, found.n, found.seeds) == ("McNemar's exact test", (1000,), "1")
     assert found.effect == pytest.approx(1.6)  # points: 18 images that only b reads rightly, and 2 that only a does
@@ -405,9 +300,8 @@ def test_one_run_each_is_compared_image_by_image(uri: str, tmp_path: Path) -> No
 
 def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> None:
     store = open_store(held_out)
-    write_run(store, "several", 0, [99.0], start_time=T0)
-    write_run(store, "several", 1, [99.0], start_time=T0)
-    write_held_out_run(store, "held", 0, [99.0], final_test_accuracy=98.7, start_time=T0)
+    write_seeds(store, "several", 99.0, 99.0)
+    write_held_out_run(store, "held", 0, [99.0], tested=98.7)
     write_run(store, "changed", 0, [99.0], start_time=T0, tags={"overrides": "lr=9"})
     for a, b, sentence in (
         ("step1", "nothing", "steps: no run of 'nothing' in "),
@@ -421,120 +315,38 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> No
             results.compare(a, b, tracking_uri=held_out)
 
 
-def test_compared_pairs_are_adjusted_for_their_number(uri: str) -> None:
-    store = open_store(uri)
-    for seed, accuracies in enumerate([(99.0, 99.2, 99.20), (99.1, 99.25, 99.31), (98.9, 99.12, 99.1)]):
-        for step, accuracy in zip("abc", accuracies, strict=True):
-            write_run(store, step, seed, [accuracy], start_time=T0 + seed)
-    write_run(store, "single", 0, [99.0], start_time=T0)
-    pairs = [Pair("a", "b", "first"), Pair("b", "c", "second"), Pair("a", "gone", "third"), Pair("a", "single", "4th")]
-    (first, second), refused = results.compare_pairs(pairs, tracking_uri=uri)
-    assert (first.change, second.change) == ("first", "second")
-    assert (first.p_holm, second.p_holm) == pytest.approx((2 * first.p, second.p))
-    assert (first.shown, second.shown) == (2 * first.p < 0.05, False)
-    assert (first.seeds, second.seeds) == ("3", "3")
-    (sentence,) = refused  # a pair without runs is no one's mistake
-    assert sentence.startswith("single against a is not compared: single has one seed and a has 3")
-
-
-@pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return what `make compare` prints."""
-    monkeypatch.setattr(signal, "signal", lambda *given: None)
-
-    def run(uri: str, *flags: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["mnist_lab", "compare", *flags, "--tracking-uri", uri])
-        main()
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_compare_prints_the_tables_of_one_protocol(held_out: str, compare: Callable[..., str]) -> None:
+def test_compare_prints_the_tables_of_one_protocol(held_out: str, lab: Callable[..., str]) -> None:
     store = open_store(held_out)
-    for step, accuracies in (("step2_dropout", (99.0, 99.1)), ("gap_alone", (99.3, 99.1)), ("step3_gap", (99.2,))):
-        for seed, accuracy in enumerate(accuracies):
-            write_run(store, step, seed, [accuracy], start_time=T0 + seed)
-
-    text = compare(held_out)
+    write_seeds(store, "step2_dropout", 99.0, 99.1)
+    write_seeds(store, "gap_alone", 99.3, 99.1)
+    write_seeds(store, "step3_gap", 99.2)
+    text = lab("compare", "--tracking-uri", held_out)
     assert re.search(r"^step2_dropout +99\.05 \+- 0\.071 +not shown +2 .* 4 ", text, re.MULTILINE)
     assert re.search(r"^GAP alone +\+0\.15 +not shown +too few seeds ", text, re.MULTILINE)
     assert "step2_dropout -> gap_alone" in text
     assert "step3_gap against gap_alone is not compared: step3_gap has one seed and gap_alone has 2" in text
     assert "validation" not in text
     assert max(map(len, text.splitlines()[:8])) <= 120
-    text = compare(held_out, "step2_dropout", "gap_alone")
+    text = lab("compare", "step2_dropout", "gap_alone", "--tracking-uri", held_out)
     assert "step2_dropout -> gap_alone" in text
     assert "step3_gap" not in text
-    text = compare(held_out, "--holdout", "10000")
+    text = lab("compare", "--holdout", 10_000, "--tracking-uri", held_out)
     assert re.search(r"best\s.*\n.*validation", text)
     assert "98.70" in text
     assert "step2_dropout" not in text
 
 
-def test_compare_names_the_flag_where_all_runs_are_overridden(
-    uri: str, compare: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_run(open_store(uri), "step1", 0, [99.0], start_time=T0, tags={"overrides": "lr=0.2"})
-    with pytest.raises(SystemExit, match="1"):
-        compare(uri)
-    (sentence,) = capsys.readouterr().err.splitlines()
-    assert "--include-overrides" in sentence
-    assert "step1 lr=0.2" in compare(uri, "--include-overrides")
-
-
-def test_an_empty_store_says_what_to_run(uri: str) -> None:
-    store = open_store(uri)
+def test_a_store_without_runs_says_what_to_run_and_is_not_made(uri: str, tmp_path: Path) -> None:
+    open_store(uri)
+    before = sorted(tmp_path.iterdir())
     for read in (results.run_table, results.epoch_history, results.compare_table):
         with pytest.raises(LabError, match="no runs yet in .*make step1"):
-            read(tracking_uri=store.uri)
-
-
-def test_no_matching_run_gives_an_empty_table_with_the_columns(store: Store) -> None:
-    table = results.run_table(seeds=77, columns="all", tracking_uri=store.uri)
-    assert table.empty
-    assert {"step", "seed", "lr", "final_test_accuracy", "run_id"} <= set(table)
-    assert results.epoch_history(seeds=77, tracking_uri=store.uri).empty
-
-
-@pytest.mark.parametrize(
-    ("filters", "sentence"),
-    [
-        ({"steps": "step9"}, "no run of 'step9'.*my_idea, step2, step4"),
-        ({"status": "DONE"}, "status: 'DONE' is none of FINISHED"),
-    ],
-)
-def test_a_filter_that_nothing_can_match_is_refused(store: Store, filters: dict[str, str], sentence: str) -> None:
-    with pytest.raises(LabError, match=sentence):
-        results.run_table(tracking_uri=store.uri, **filters)
-
-
-def test_a_missing_store_says_what_to_run_and_is_not_made(tmp_path: Path) -> None:
-    with pytest.raises(LabError, match="no runs yet: .*make step1"):
-        results.run_table(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_server_that_is_not_there_gives_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(LabError, match="tracking store 'http://127.0.0.1:9' can't be read"):
+            read(tracking_uri=uri)
+        with pytest.raises(LabError, match="no runs yet: .*make step1"):
+            read(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert sorted(tmp_path.iterdir()) == before
+    with short_timeouts(), pytest.raises(LabError, match="tracking store 'http://127.0.0.1:9' can't be read"):
         results.run_table(tracking_uri="http://127.0.0.1:9")
-
-
-def test_predictions_come_back_as_they_were_logged(uri: str, tmp_path: Path) -> None:
-    store = open_store(uri)
-    run = write_run(store, "step1", 0, [98.0], start_time=T0)
-    logits = np.random.default_rng(0).normal(size=(50, 10)).astype(np.float32)
-    truth = np.arange(50, dtype=np.uint8) % 10
-    file = tmp_path / "predictions.npz"
-    np.savez_compressed(file, truth=truth, prediction=logits.argmax(axis=1).astype(np.uint8), logits=logits)
-    mlflow.MlflowClient(store.uri).log_artifact(run.info.run_id, str(file))
-    table = results.predictions(run.info.run_id, tracking_uri=store.uri)
-    assert table["truth"].tolist() == truth.tolist()
-    assert table["prediction"].tolist() == logits.argmax(axis=1).tolist()
-    assert np.array_equal(table.filter(like="logit_").to_numpy(), logits)
-    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    assert table["confidence"].to_numpy() == pytest.approx(softmax.max(axis=1), abs=1e-6)
 
 
 def test_predictions_that_are_not_there_are_refused(store: Store) -> None:

@@ -1,11 +1,8 @@
 """Which runs are in training: told by a lock that their process holds, whatever container or machine looks."""
 
 import multiprocessing
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -15,28 +12,13 @@ import pytest
 from mlflow import MlflowClient
 
 from forkserver import PATIENCE
-from helpers import ROOT, read_runs
+from helpers import read_runs
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import store as stores
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import can_resume, close_abandoned, lock_of, open_store
 
 fork = multiprocessing.get_context("fork")
-
-
-# What another process makes of a run that it finds in the store: its status, and whether it would go on with it.
-LOOK = """
-import sys
-from mnist_lab.tracking.run import track
-from mnist_lab.tracking.store import close_abandoned, open_store
-store = open_store(sys.argv[1])
-close_abandoned(store)
-try:
-    with track(store, "resumed", params={}, tags={}, resume_run_id=sys.argv[2]):
-        print("resumed")
-except ValueError as error:
-    print(error)
-"""
 
 
 def train(uri: str, run_ids: object) -> None:
@@ -58,6 +40,12 @@ def in_training(uri: str) -> Iterator[tuple[BaseProcess, str]]:
         process.join()
 
 
+def killed(uri: str) -> str:
+    """Return the id of a run whose process was killed."""
+    with in_training(uri) as (_, run_id):
+        return run_id
+
+
 def status(database: Path) -> str:
     return read_runs(database)[0].status
 
@@ -76,63 +64,31 @@ def test_a_run_is_left_alone_while_its_process_lives_and_closed_when_it_is_kille
     assert list((database.parent / "locks").iterdir()) == []
 
 
-@pytest.mark.long
-@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="containers need Linux and root")
-def test_a_run_is_left_alone_from_another_container(uri: str, database: Path) -> None:
-    with in_training(uri) as (process, run_id):
-        inside = ["unshare", "--pid", "--uts", "--fork", "--mount-proc", sys.executable, "-c", LOOK, uri, run_id]
-        first = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT)
-        if first.returncode and "unshare" in first.stderr:
-            pytest.skip(f"no container can be made here: {first.stderr}")
-        assert first.stdout.startswith(f"resume: run {run_id} is still in training, in another process"), first
-        assert status(database) == "RUNNING"
-
-        process.kill()
-        process.join()
-        second = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT)
-
-    assert second.stdout == "resumed\n", second
-    assert status(database) == "FINISHED"
-
-
 @pytest.mark.parametrize(
-    ("boot", "machine", "host", "ends"),
+    ("same", "ends"),
     [
-        (True, False, False, "KILLED"),  # another container under the same running system
-        (False, True, True, "KILLED"),  # this machine, started again after a power cut
-        (False, False, True, "RUNNING"),  # another machine of the same name, to which the lock may not show
-        (False, True, False, "RUNNING"),  # a copy of this machine
-        (False, False, False, "RUNNING"),
+        ("boot lock", "KILLED"),  # another container under the same running system
+        ("machine host lock", "KILLED"),  # this machine, started again after a power cut
+        ("host lock", "RUNNING"),  # another machine of the same name, to which the lock may not show
+        ("machine lock", "RUNNING"),  # a copy of this machine
+        ("lock", "RUNNING"),
+        ("boot machine host", "RUNNING"),  # a copy of the database alone
     ],
 )
 def test_a_free_lock_counts_where_it_could_have_been_seen(
-    boot: bool, machine: bool, host: bool, ends: str, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
+    same: str, ends: str, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with in_training(uri) as (process, run_id):
-        process.kill()
-        process.join()
-    for name, same in (("_boot", boot), ("_machine", machine)):
-        if not same:
-            monkeypatch.setattr(stores, name, lambda: "another")
-    if not host:
-        monkeypatch.setattr(stores.socket, "gethostname", lambda: "another.host")
+    run_id = killed(uri)
+    for name, place in (("boot", "_boot"), ("machine", "_machine"), ("host", "socket.gethostname")):
+        if name not in same:
+            monkeypatch.setattr(f"mnist_lab.tracking.store.{place}", lambda: "another")
+    if "lock" not in same:
+        shutil.rmtree(database.parent / "locks")
 
     close_abandoned(open_store(uri))
 
     assert status(database) == ends
     assert can_resume(open_store(uri), run_id) == (ends == "KILLED")
-
-
-def test_a_run_whose_lock_is_not_there_is_left_alone(uri: str, database: Path) -> None:
-    """As in a copy of the database alone."""
-    with in_training(uri) as (process, _):
-        process.kill()
-        process.join()
-    shutil.rmtree(database.parent / "locks")
-
-    close_abandoned(open_store(uri))
-
-    assert status(database) == "RUNNING"
 
 
 def test_a_run_that_ends_while_it_is_looked_at_keeps_its_status(
@@ -142,8 +98,7 @@ def test_a_run_that_ends_while_it_is_looked_at_keeps_its_status(
     with track(store, "a run", params={}, tags={}) as tracked:
         found = stores.search(store, "attributes.status = 'RUNNING'")
     monkeypatch.setattr(stores, "search", lambda *_: found)
-    lock = lock_of(store, tracked.run_id)
-    with lock:  # left there, as by a process that is killed before it can remove it
+    with lock_of(store, tracked.run_id):  # left there, as by a process that is killed before it can remove it
         pass
 
     close_abandoned(store)
@@ -168,12 +123,8 @@ def test_a_run_of_a_clusters_worker_ends_with_the_run_that_gave_it_work(
 
 
 def test_two_processes_do_not_go_on_with_one_run(uri: str) -> None:
+    run_id = killed(uri)
     store = open_store(uri)
-    with in_training(uri) as (process, run_id):
-        process.kill()
-        process.join()
-    close_abandoned(store)
-
     with (
         track(store, "a run", params={}, tags={}, resume_run_id=run_id),
         pytest.raises(LabError, match=f"^resume: run {run_id} is still in training, in another process"),
@@ -210,12 +161,9 @@ def test_a_lock_that_cannot_be_made_leaves_no_run_in_training(uri: str, database
 
 
 def test_a_deleted_run_is_refused_by_name(uri: str, caplog: pytest.LogCaptureFixture) -> None:
-    with in_training(uri) as (process, run_id):
-        process.kill()
-        process.join()
+    run_id = killed(uri)
     MlflowClient(uri).delete_run(run_id)
     store = open_store(uri)
-    close_abandoned(store)
 
     assert not can_resume(store, run_id)
     assert f"not used: checkpoint of run {run_id}: run {run_id} was deleted in MLflow" in caplog.text

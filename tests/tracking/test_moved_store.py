@@ -3,7 +3,6 @@
 import shutil
 import sqlite3
 import subprocess
-import urllib.request
 from contextlib import closing
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from mlflow import MlflowClient
 from mlflow.tracking._tracking_service import utils
 from torch import nn
 
-from forkserver import PATIENCE, Program
-from helpers import ROOT, wait_until
+from helpers import ROOT, copy_store
 from mnist_lab import results
 from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
@@ -28,19 +26,6 @@ NAMES = ["renamed", "mit Leerzeichen und ünïcödé #1"]
 
 
 # ---- a real run
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Return a project's folder that holds a store with a finished run, and the run's id."""
-    project = tmp_path_factory.mktemp("moved") / "project"
-    store = open_store(f"sqlite:///{project}/mlruns/mlflow.db")
-    with track(store, "step9 seed 0", params={"seed": 0}, tags={"step": "step9"}) as run:
-        run.log_text("hello", "figures/hello.txt")
-        run.log_predictions(torch.arange(10), torch.eye(10))
-        net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-        assert run.log_model("step9", net, torch.zeros(2, 1, 28, 28), (0, 1)) is None
-        return project, run.run_id
 
 
 def check_found(project: Path, run_id: str) -> None:
@@ -62,9 +47,16 @@ def check_found(project: Path, run_id: str) -> None:
 
 
 def test_a_project_that_was_renamed_again_and_again_and_copied_shows_every_runs_artifacts(
-    original: tuple[Path, str],
+    empty_store: Path, tmp_path: Path
 ) -> None:
-    project, run_id = original
+    project = tmp_path / "project"
+    store = open_store(f"sqlite:///{copy_store(empty_store, project / 'mlruns' / 'mlflow.db')}")
+    with track(store, "step9 seed 0", params={"seed": 0}, tags={"step": "step9"}) as run:
+        run.log_text("hello", "figures/hello.txt")
+        run.log_predictions(torch.arange(10), torch.eye(10))
+        net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        assert run.log_model("step9", net, torch.zeros(2, 1, 28, 28), (0, 1)) is None
+        run_id = run.run_id
     try:
         for name in NAMES:
             project = project.rename(project.with_name(name))
@@ -76,24 +68,6 @@ def test_a_project_that_was_renamed_again_and_again_and_copied_shows_every_runs_
         check_found(project, run_id)
     finally:
         mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
-        project.rename(original[0])
-
-
-def test_the_ui_shows_the_artifacts_of_a_copy(original: tuple[Path, str], tmp_path: Path) -> None:
-    project, run_id = original
-    shutil.copytree(project, tmp_path / "copy ü")
-    (shown,) = (tmp_path / "copy ü").glob("mlruns/artifacts/*/artifacts/figures/hello.txt")
-    shown.write_text("hello from the copy")
-    process = Program("-m", "mnist_lab", "ui", "--tracking-uri", "sqlite:///copy ü/mlruns/mlflow.db", cwd=tmp_path)
-    try:
-        wait_until(lambda: "/lab" in process.stdout, process)
-        address = process.stdout.removeprefix("The runs: ").partition("/lab")[0]
-        path = f"{address}/get-artifact?run_uuid={run_id}&path=figures%2Fhello.txt"
-        with urllib.request.urlopen(path, timeout=PATIENCE) as answer:
-            assert answer.read() == b"hello from the copy"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 # ---- what is changed, and what is not
@@ -103,75 +77,60 @@ class Places:
     """The artifact locations in a database: of the experiment `mnist`, another experiment, runs and models."""
 
     TABLES = """
-        CREATE TABLE experiments (experiment_id INTEGER, name TEXT, artifact_location TEXT);
-        CREATE TABLE runs (run_uuid TEXT, artifact_uri TEXT);
-        CREATE TABLE logged_models (model_id TEXT, artifact_location TEXT);
+        CREATE TABLE experiments (name TEXT, artifact_location TEXT);
+        CREATE TABLE runs (artifact_uri TEXT);
+        CREATE TABLE logged_models (artifact_location TEXT);
         CREATE TABLE model_versions (source TEXT, storage_location TEXT);
     """
 
-    def __init__(self, folder: Path, location: str, runs: list[str], others: list[str]) -> None:
+    def __init__(self, folder: Path, location: str, runs: list[str]) -> None:
         self.database = folder / "mlflow.db"
-        self.uri = f"sqlite:///{self.database}"
         folder.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self.database)) as connection, connection:
             connection.executescript(self.TABLES)
-            connection.execute("INSERT INTO experiments VALUES (1, 'mnist', ?)", (location,))
-            connection.executemany("INSERT INTO experiments VALUES (2, 'of others', ?)", [(one,) for one in others])
-            connection.executemany("INSERT INTO runs VALUES ('run', ?)", [(one,) for one in runs])
-            connection.executemany("INSERT INTO logged_models VALUES ('model', ?)", [(one,) for one in runs])
-            connection.executemany("INSERT INTO model_versions VALUES (?, NULL)", [(one,) for one in runs])
+            connection.execute("INSERT INTO experiments VALUES ('mnist', ?), ('of others', 'file:///x')", (location,))
+            for values in ("runs VALUES (?)", "logged_models VALUES (?)", "model_versions VALUES (?, NULL)"):
+                connection.executemany(f"INSERT INTO {values}", [(one,) for one in runs])
 
-    def read(self) -> list[str]:
-        """Return the location of `mnist`, those of the runs, and those of the other experiments."""
+    def follow(self) -> list[str]:
+        """Return the location of `mnist` and those of the runs, after the store was asked whether it was moved."""
+        follow_move(f"sqlite:///{self.database}")
         with closing(sqlite3.connect(self.database)) as connection:
             runs = connection.execute("SELECT artifact_uri FROM runs").fetchall()
             assert connection.execute("SELECT artifact_location FROM logged_models").fetchall() == runs
             assert connection.execute("SELECT source FROM model_versions").fetchall() == runs
-            mnist, *others = connection.execute("SELECT artifact_location FROM experiments ORDER BY 1 = 0").fetchall()
-            return [mnist[0], *(one for (one,) in runs), *(one for (one,) in others)]
+            (mnist,), other = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+            assert other == ("file:///x",)
+            return [mnist, *(one for (one,) in runs)]
 
 
 def test_paths_inside_the_folder_are_corrected_and_no_others(tmp_path: Path) -> None:
     old, new = tmp_path / "alt #1 ü" / "artifacts", tmp_path / "new #2 é" / "artifacts"
     beside = [old.with_name("artifacts2").as_uri() + "/r3", "mlflow-artifacts:/r4", "s3://bucket/artifacts", "./rel"]
-    runs = [f"{old.as_uri()}/{run}" for run in ("r1", "r2")]
-    places = Places(new.parent, old.as_uri(), [*runs, *beside], [(tmp_path / "x").as_uri()])
+    places = Places(new.parent, old.as_uri(), [f"{old.as_uri()}/r1", f"{old.as_uri()}/r2", *beside])
     (new / "r2").mkdir(parents=True)
 
-    follow_move(places.uri)
-
-    moved = [f"{new.as_uri()}/{run}" for run in ("r1", "r2")]
-    assert places.read() == [new.as_uri(), *moved, *beside, (tmp_path / "x").as_uri()]
+    moved = [new.as_uri(), f"{new.as_uri()}/r1", f"{new.as_uri()}/r2", *beside]
+    assert places.follow() == moved
     before = places.database.read_bytes()
-    follow_move(places.uri)
+    assert places.follow() == moved
     assert places.database.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    "case", ["nothing beside it", "others' artifacts beside it", "a server's", "a folder of the user's"]
+    "case", ["nothing beside it", "others' artifacts beside it", "a server's", "a folder of the user's", "no runs"]
 )
 def test_what_was_not_moved_with_its_artifacts_is_left_alone(case: str, tmp_path: Path) -> None:
-    old, new = tmp_path / "old" / "artifacts", tmp_path / "new" / "artifacts"
+    old, new = (tmp_path / name / "artifacts" for name in ("old", "new"))
     location = {"a server's": "mlflow-artifacts:/1", "a folder of the user's": str(tmp_path / "big disk")}
-    places = Places(new.parent, location.get(case, old.as_uri()), [f"{old.as_uri()}/r1"], [])
+    runs = [f"{old.as_uri()}/r1"] * (case != "no runs")  # without any, it keeps its artifacts beside it
+    places = Places(new.parent, location.get(case, old.as_uri()), runs)
     if case != "nothing beside it":
         (new / "something").mkdir(parents=True)
-    if case == "others' artifacts beside it":
+    if case in ("others' artifacts beside it", "no runs"):
         (old / "r1").mkdir(parents=True)
-    before = places.database.read_bytes()
 
-    follow_move(places.uri)
-
-    assert places.database.read_bytes() == before
-
-
-def test_a_store_without_runs_keeps_its_artifacts_beside_it_wherever_it_goes(tmp_path: Path) -> None:
-    (tmp_path / "old" / "artifacts").mkdir(parents=True)
-    places = Places(tmp_path / "new", (tmp_path / "old" / "artifacts").as_uri(), [], [])
-
-    follow_move(places.uri)
-
-    assert places.read() == [(tmp_path / "new" / "artifacts").as_uri()]
+    assert places.follow() == ([new.as_uri()] if case == "no runs" else [location.get(case, old.as_uri()), *runs])
 
 
 # ---- an interrupted run

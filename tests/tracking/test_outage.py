@@ -1,6 +1,7 @@
-"""Tracking servers that are away in the middle of a run: it waits, or ends and can go on, and nothing is lost."""
+"""Tracking servers: tables of their runs; and runs whose server is away, which wait, or end and can go on."""
 
 import http.client
+import math
 import os
 import shutil
 import signal
@@ -9,33 +10,40 @@ import ssl
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import requests
 import torch
 from mlflow.entities import LoggedModel
+from mlflow.utils import rest_utils
 from urllib3 import HTTPSConnectionPool
 from urllib3.exceptions import MaxRetryError, SSLError
 
 import tiny
 from forkserver import PATIENCE, Program
-from helpers import TINY, TrackedRun, read_runs, wait_until, within
+from helpers import TINY, TrackedRun, free_port, read_runs, wait_until, within
+from mnist_lab import results
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
 from mnist_lab.tracking import run as tracking
-from mnist_lab.tracking.connection import why_refused
+from mnist_lab.tracking import sqlite
+from mnist_lab.tracking.connection import environment_variables, why_refused
 from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics
+from mnist_lab.verdicts.measures import TESTED
+from run_writer import T0, write_run
 
 EPOCHS = 4
 
@@ -44,9 +52,7 @@ class Server:
     """A real tracking server over a SQLite store, which can be killed, frozen and started again at its address."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.folder = folder
         self.database = folder / "mlflow.db"
@@ -64,13 +70,9 @@ class Server:
         with urllib.request.urlopen(f"{self.uri}/health", timeout=10):
             return True
 
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        os.killpg(self.process.pid, number)
-
     def kill(self) -> None:
         if self.process is not None:
-            self.signal(signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
 
@@ -109,30 +111,24 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class After(Progress):
-    """Listens to a run, and does something after each of its epochs."""
+    """Listens to a run, and does something after one of its epochs."""
 
-    def __init__(self, **deeds: Callable[[], None]) -> None:
-        self.deeds = deeds
-
-    def on_run(self, *_: object) -> None:
-        self.deeds.get("start", lambda: None)()
+    def __init__(self, epoch: int = 0, deed: Callable[[], None] = bool) -> None:
+        self.epoch, self.deed = epoch, deed
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
-        self.deeds.get(f"epoch_{metrics.epoch}", lambda: None)()
+        if metrics.epoch == self.epoch:
+            self.deed()
 
 
-@pytest.fixture(scope="module")
-def experiment() -> Experiment:
-    return tiny.EXPERIMENT.override({"epochs": EPOCHS})[0]  # type: ignore[no-any-return]
-
-
-def train(experiment: Experiment, uri: str, listener: After | None = None, seed: int = 5) -> str:
-    return runner.run(job_of(experiment, uri), seed, listener or After()).run_id
-
-
-def job_of(experiment: Experiment, uri: str) -> Job:
-    changes = {"epochs": EPOCHS}
+def job_of(uri: str) -> Job:
+    changes: dict[str, object] = {"epochs": EPOCHS}
+    experiment = tiny.EXPERIMENT.override(changes)[0]
     return Job(script=TINY, experiment=experiment, overrides=changes, threads=1, tracking_uri=uri, limit=256)
+
+
+def train(uri: str, listener: Progress | None = None) -> str:
+    return runner.run(job_of(uri), 5, listener or After()).run_id
 
 
 def check_same(run: TrackedRun, whole: TrackedRun, server: Server) -> None:
@@ -158,11 +154,8 @@ def check_same(run: TrackedRun, whole: TrackedRun, server: Server) -> None:
     assert sorted((m.key, m.step, m.value) for m in model.metrics) == sorted(
         (m.key, m.step, m.value) for m in theirs_too.metrics
     )
-    mlflow.set_tracking_uri(server.uri)
-    try:
+    with environment_variables({"MLFLOW_TRACKING_URI": server.uri}):
         nets = [mlflow.pytorch.load_model(f"runs:/{one.run_id}/{one.tags['step']}") for one in (run, whole)]
-    finally:
-        mlflow.set_tracking_uri(None)
     images = torch.rand(3, 1, 28, 28)
     assert torch.equal(nets[0](images), nets[1](images))
 
@@ -178,27 +171,51 @@ def by_id(server: Server, run_id: str) -> TrackedRun:
 
 
 @pytest.fixture(scope="module")
-def whole(one_server: Server, experiment: Experiment) -> TrackedRun:
+def whole(one_server: Server) -> TrackedRun:
     """Return a run that nothing disturbed."""
     if one_server.process is None:
         one_server.start()
-    return by_id(one_server, train(experiment, one_server.uri))
+    return by_id(one_server, train(one_server.uri))
 
 
-def resume(experiment: Experiment, uri: str) -> None:
+def resume(uri: str) -> str:
     found = checkpoint.find(uri)
-    runner.run(job_of(experiment, uri), found.seed, After(), resume=found)
+    return runner.run(job_of(uri), found.seed, After(), resume=found).run_id
+
+
+def test_a_server_gives_the_same_tables_as_the_file_and_the_history_of_many_runs_in_few_requests(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, store = f"sqlite:///{server.database}", open_store(server.uri)
+    for seed in range(8):
+        write_run(store, "step4", seed, [99.0, 99.5], start_time=T0 + seed, status="FINISHED" if seed < 6 else "FAILED")
+    asked = []
+    http_request = rest_utils.http_request
+    record = lambda *given, **more: asked.append(more) or http_request(*given, **more)  # noqa: E731
+    monkeypatch.setattr(rest_utils, "http_request", record)
+    monkeypatch.setattr(sqlite, "RUNS_PER_REQUEST", 3)
+
+    table, history = (
+        [read("step4", status=status, tracking_uri=uri) for uri in (server.uri, file)]
+        for read, status in ((partial(results.run_table, columns="all"), "FINISHED"), (results.epoch_history, None))
+    )
+
+    pd.testing.assert_frame_equal(*table)
+    pd.testing.assert_frame_equal(*(one.sort_values(["run_id", "epoch"], ignore_index=True) for one in history))
+    assert history[0]["run_id"].nunique() == 8
+    histories = [more for more in asked if "metric_key" in more.get("params", {})]
+    assert len(histories) == math.ceil(8 / 3) * len(TESTED.each_epoch)
 
 
 @pytest.mark.parametrize("seconds", [2, pytest.param(20, marks=pytest.mark.long)])  # and those that its start takes
 def test_a_server_that_is_away_for_a_while_is_waited_for(
-    seconds: int, whole: TrackedRun, server: Server, experiment: Experiment, caplog: pytest.LogCaptureFixture
+    seconds: int, whole: TrackedRun, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     def go_away() -> None:
         server.kill()
         threading.Timer(seconds, server.start).start()
 
-    run_id = train(experiment, server.uri, After(epoch_1=go_away))
+    run_id = train(server.uri, After(1, go_away))
 
     assert "the run waits for it" in caplog.text
     check_same(by_id(server, run_id), whole, server)
@@ -206,22 +223,22 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(
 
 @pytest.mark.long
 def test_a_server_that_hangs_for_a_while_is_waited_for(
-    whole: TrackedRun, server: Server, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+    whole: TrackedRun, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
     def hang() -> None:
-        server.signal(signal.SIGSTOP)
-        threading.Timer(8, server.signal, (signal.SIGCONT,)).start()
+        os.killpg(server.process.pid, signal.SIGSTOP)
+        threading.Timer(8, os.killpg, (server.process.pid, signal.SIGCONT)).start()
 
-    run_id = train(experiment, server.uri, After(epoch_2=hang))
+    run_id = train(server.uri, After(2, hang))
 
     check_same(by_id(server, run_id), whole, server)
 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_run_whose_server_stays_away_ends_and_goes_on_when_it_is_back(
-    whole: TrackedRun, server: Server, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+    whole: TrackedRun, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = tracking.TrackedRun._logged_model
 
@@ -230,30 +247,29 @@ def test_a_run_whose_server_stays_away_ends_and_goes_on_when_it_is_back(
         server.kill()
         return find(*given)
 
-    monkeypatch.setattr(tracking.TrackedRun, "_logged_model", make_and_die)  # the worst moment: a model is half there
-    with pytest.raises(LabError, match=r"^tracking store .* failed during the run: .*`--resume \w+` goes on") as end:
-        train(experiment, server.uri)
-    run_id = str(end.value).partition("--resume ")[2].partition("`")[0]
-    monkeypatch.setattr(tracking.TrackedRun, "_logged_model", find)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.TrackedRun, "_logged_model", make_and_die)  # the worst moment: a model is half there
+        sentence = r"^tracking store .* failed during the run: .*`--resume \w+` goes on"
+        with pytest.raises(LabError, match=sentence) as end:
+            train(server.uri)
 
     server.start()
-    resume(experiment, server.uri)
+    run_id = resume(server.uri)
 
+    assert f"--resume {run_id}`" in str(end.value)
     check_same(by_id(server, run_id), whole, server)
 
 
-def test_ctrl_c_ends_the_wait_for_a_server(whole: TrackedRun, server: Server, experiment: Experiment) -> None:
+def test_ctrl_c_ends_the_wait_for_a_server(whole: TrackedRun, server: Server) -> None:
     def go_away() -> None:
         server.kill()
         threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     with within(60), pytest.raises(KeyboardInterrupt):
-        train(experiment, server.uri, After(epoch_1=go_away))
+        train(server.uri, After(1, go_away))
 
     server.start()
-    found = checkpoint.find(server.uri)
-    resume(experiment, server.uri)
-    check_same(by_id(server, found.run_id), whole, server)
+    check_same(by_id(server, resume(server.uri)), whole, server)
 
 
 class Proxy(BaseHTTPRequestHandler):
@@ -295,21 +311,19 @@ class Proxy(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-@pytest.fixture
-def proxy(server: Server) -> Iterator[str]:
-    """Return the address of a proxy of the server."""
-    Proxy.port, Proxy.begun, Proxy.lost, Proxy.answer = server.port, False, set(), None
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{proxy.server_port}"
-    proxy.shutdown()
-    proxy.server_close()
+@contextmanager
+def serve(port: int = 0, *, begun: bool = False, answer: tuple[int, bytes] | None = None) -> Iterator[str]:
+    """Give the address, without http://, of a proxy of the server at that port."""
+    Proxy.port, Proxy.begun, Proxy.lost, Proxy.answer = port, begun, set(), answer
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{proxy.server_port}"
+        proxy.shutdown()
 
 
-def test_what_is_asked_again_because_the_answer_was_lost_is_there_once(
-    whole: TrackedRun, server: Server, proxy: str, experiment: Experiment
-) -> None:
-    run_id = train(experiment, proxy)
+def test_what_is_asked_again_because_the_answer_was_lost_is_there_once(whole: TrackedRun, server: Server) -> None:
+    with serve(server.port) as proxy:
+        run_id = train(f"http://{proxy}")
 
     lost = {kind.rpartition("/mlflow")[2] for kind in Proxy.lost}
     assert lost >= {"/runs/log-batch", "/runs/outputs", "/runs/update", "/logged-models"}
@@ -329,70 +343,49 @@ def test_what_is_asked_again_because_the_answer_was_lost_is_there_once(
     ],
 )
 def test_a_server_that_refuses_or_fails_in_mid_run_is_said_cause_first(
-    answer: tuple[int, bytes], cause: str, proxy: str, experiment: Experiment
+    answer: tuple[int, bytes], cause: str, server: Server
 ) -> None:
-    Proxy.answer = answer
-    ended = pytest.raises(LabError, match=f"^tracking store '{proxy}' failed during the run: {cause}.*`--resume ")
-    with ended:
-        train(experiment, proxy)
+    sentence = f"^tracking store 'http://[^']*' failed during the run: {cause}.*`--resume "
+    with serve(server.port, answer=answer) as proxy, pytest.raises(LabError, match=sentence):
+        train(f"http://{proxy}")
 
 
 # ---- before any training
 
 
-def check_refused_by(uri: str, cause: str) -> None:
-    """Check that the sentence begins with the cause, comes within ten seconds, and does not give the password away."""
-    refused = pytest.raises(LabError, match=rf"^tracking store 'https?://[^']+' can't be used: {cause}")
-    with within(10), refused as refusal:
-        open_store(uri)
-    assert "pass-word" not in str(refusal.value)
+@contextmanager
+def mute() -> Iterator[str]:
+    """Give the address of a program that takes connections and says nothing."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
 
 
 @pytest.mark.parametrize(
-    ("host", "cause"),
+    ("server", "cause"),
     [
-        ("bob:pass-word@127.0.0.1:9", r"no connection to the server \(Connection refused\)"),
-        ("bob:pass-word@no-such-host.invalid", r"no connection to the server \("),
+        (nullcontext("127.0.0.1:9"), r"no connection to the server \(Connection refused\)"),
+        (nullcontext("no-such-host.invalid"), r"no connection to the server \("),
+        (mute(), "the server does not answer in time"),
+        (serve(begun=True, answer=(401, b"")), r"the server refuses you \(HTTP 401\): give MLFLOW_TRACKING_USERNAME"),
+        (
+            serve(begun=True, answer=(200, b"<html></html>")),
+            r"what answers there is no MLflow server \(HTTP 200\)",
+        ),
+        (serve(begun=True, answer=(503, b"")), r"the server fails \(HTTP 503\): its own log says why"),
     ],
 )
-def test_what_the_network_says_comes_first(host: str, cause: str) -> None:
-    check_refused_by(f"http://{host}", cause)
+def test_a_server_that_is_none_is_refused_within_ten_seconds_the_cause_first_and_without_the_password(
+    server: AbstractContextManager[str], cause: str
+) -> None:
+    refused = pytest.raises(LabError, match=rf"^tracking store 'https?://[^']+' can't be used: {cause}")
+    with server as host, within(10), refused as refusal:
+        open_store(f"http://bob:pass-word@{host}")
+    assert "pass-word" not in str(refusal.value)
 
 
 def test_a_certificate_that_is_not_trusted_is_named_first() -> None:
     inner = ssl.SSLCertVerificationError(1, "certificate verify failed: self-signed certificate")
     nested = requests.exceptions.SSLError(MaxRetryError(HTTPSConnectionPool("runs"), "/", SSLError(inner)))
     assert why_refused(nested).endswith("(certificate verify failed: self-signed certificate)")
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "cause"),
-    [
-        (401, b"who are you?", r"the server refuses you \(HTTP 401\): give MLFLOW_TRACKING_USERNAME"),
-        (200, b"<html>a router</html>", r"what answers there is no MLflow server \(HTTP 200\)"),
-        (503, b"", r"the server fails \(HTTP 503\): its own log says why"),
-    ],
-)
-def test_what_a_server_answers_is_said_in_a_sentence(status: int, body: bytes, cause: str) -> None:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None: ...
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        check_refused_by(f"http://bob:pass-word@127.0.0.1:{server.server_port}", cause)
-        server.shutdown()
-
-
-@pytest.mark.parametrize("listens", [True, False])
-def test_a_server_that_does_not_answer_is_refused_within_ten_seconds(listens: bool) -> None:
-    with socket.socket() as mute:
-        mute.bind(("127.0.0.1", 0))
-        if listens:
-            mute.listen()  # it takes connections and says nothing
-        with within(10), pytest.raises(LabError, match=r"^tracking store 'http://127.* can't be used: "):
-            open_store(f"http://127.0.0.1:{mute.getsockname()[1]}")

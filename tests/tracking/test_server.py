@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import mlflow
@@ -21,12 +22,12 @@ from mlflow.server import get_app_client
 
 import forkserver
 from forkserver import PATIENCE, Program, processes, run_program
-from helpers import TINY, wait_until
+from helpers import TINY, all_gone, free_port, ports_of, wait_until
 from load_workers import log_points, value
 from mnist_lab import paths
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import server as servers
-from mnist_lab.tracking.run import track
+from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.store import open_store
 
 WRITERS = 8
@@ -45,12 +46,6 @@ def reachable() -> Iterator[Path]:
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def begin(project: Path, *, anew: bool = False) -> None:
@@ -99,21 +94,10 @@ class Team:
     def pid_of_database(self) -> int:
         return int((self.folder / "server" / "postgres" / "postmaster.pid").read_text().split()[0])
 
-    @contextlib.contextmanager
-    def sql(self) -> Iterator[psycopg.Connection]:
+    def sql(self, query: str) -> list[tuple[Any, ...]]:
         sockets = (self.folder / "server" / "postgres" / "postmaster.pid").read_text().splitlines()[4]
-        with psycopg.connect(host=sockets, user="mnist_lab", dbname="postgres", autocommit=True) as connection:
-            yield connection
-
-    def count(self, query: str) -> int:
-        with self.sql() as connection:
-            row = connection.execute(query.encode()).fetchone()
-        assert row is not None
-        return int(row[0])
-
-
-def all_gone(processes: list[psutil.Process]) -> bool:
-    return not [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        with psycopg.connect(host=sockets, user="mnist_lab", dbname="postgres") as connection:
+            return connection.execute(query.encode()).fetchall()
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +125,8 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_it_says_what_to_set_and_listens_on_one_port_of_loopback(team: Team) -> None:
     lines = team.process.stdout.splitlines()
-    sockets = {
-        tuple(connection.laddr)
-        for process in team.family()
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-
     assert lines[:2] == [f"The runs: {team.uri}/lab", f"export MLFLOW_TRACKING_URI={team.uri}"]
-    assert sockets == {("127.0.0.1", team.port)}
+    assert ports_of(team.family()) == {("127.0.0.1", team.port)}
 
 
 def test_eight_writers_at_once_lose_no_point(team: Team) -> None:
@@ -163,23 +140,18 @@ def test_eight_writers_at_once_lose_no_point(team: Team) -> None:
         process.join(PATIENCE)
 
     assert [process.exitcode for process in started] == [0] * WRITERS
-    with team.sql() as connection:
-        points = connection.execute(
-            "SELECT p.value, m.key, m.step, m.value FROM metrics m JOIN params p USING (run_uuid) "
-            "WHERE p.key = 'writer'"
-        ).fetchall()
-        status = connection.execute("SELECT status FROM runs WHERE name LIKE 'writer %'").fetchall()
-    assert sorted(points) == sorted(
+    of_writers = "FROM metrics m JOIN params p USING (run_uuid) WHERE p.key = 'writer'"
+    assert sorted(team.sql(f"SELECT p.value, m.key, m.step, m.value {of_writers}")) == sorted(
         (str(writer), name, epoch, value(writer, epoch, number))
         for writer in range(WRITERS)
         for epoch in range(1, epochs + 1)
         for number, name in enumerate(NAMES)
     )
-    assert status == [("FINISHED",)] * WRITERS
+    assert team.sql("SELECT status FROM runs WHERE name LIKE 'writer %'") == [("FINISHED",)] * WRITERS
 
 
 def test_a_study_whose_server_is_killed_and_comes_back_lacks_no_point(team: Team, tmp_path: Path) -> None:
-    seeds, epochs = 2, 15
+    seeds, epochs = 2, 6
     flags = ["--seeds", str(seeds), "--epochs", str(epochs), "--limit", "256"]
     first = partial(begin, tmp_path / "project")
     patient = {
@@ -189,30 +161,17 @@ def test_a_study_whose_server_is_killed_and_comes_back_lacks_no_point(team: Team
     }
     study = Program(TINY, *flags, "--tracking-uri", team.uri, cwd=tmp_path, env=patient, first=first)
     of_seeds = "FROM metrics JOIN params USING (run_uuid) WHERE params.key = 'seed' AND metrics.key = 'test_accuracy'"
-    wait_until(lambda: team.count(f"SELECT count(DISTINCT run_uuid) {of_seeds}") == seeds, study)
+    wait_until(lambda: team.sql(f"SELECT count(DISTINCT run_uuid) {of_seeds}") == [(seeds,)], study)
 
     team.kill()
     team.start()
 
     assert study.wait() == 0, study.stderr
     assert "View run" not in study.stdout  # which MLflow prints for each run that ends
-    assert team.count(f"SELECT count(*) {of_seeds}") == seeds * epochs
-    assert team.count(f"SELECT count(DISTINCT (run_uuid, step)) {of_seeds}") == seeds * epochs
-    with team.sql() as connection:
-        runs = connection.execute("SELECT name, status FROM runs WHERE name LIKE 'tiny%' ORDER BY name").fetchall()
+    points = team.sql(f"SELECT params.value, step {of_seeds} ORDER BY 1, 2")
+    assert points == [(str(seed), epoch) for seed in range(seeds) for epoch in range(1, epochs + 1)]
+    runs = team.sql("SELECT name, status FROM runs WHERE name LIKE 'tiny%' ORDER BY name")
     assert [status for _, status in runs] == ["FINISHED"] * (seeds + 1), runs
-
-
-def test_artifacts_are_fetched_from_the_other_side(team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with track(open_store(team.uri), "with an artifact", params={}, tags={}) as tracked:
-        tracked.log_text("hello", "texts/hello.txt")
-
-    uri = mlflow.MlflowClient(team.uri).get_run(tracked.run_id).info.artifact_uri
-    assert uri.startswith("mlflow-artifacts:/")  # no path of the server's machine
-    fetched = mlflow.artifacts.download_artifacts(f"{uri}/texts/hello.txt", dst_path=".", tracking_uri=team.uri)
-    assert Path(fetched).read_text() == "hello"
-    assert list((team.folder / "server" / "artifacts").rglob("hello.txt"))
 
 
 def test_a_second_server_is_refused(team: Team, tmp_path: Path) -> None:
@@ -321,48 +280,43 @@ def admin(guarded: Team, monkeypatch: pytest.MonkeyPatch) -> str:
     ],
     ids=["nothing", "a wrong password", "a wrong token"],
 )
-def test_nobody_is_let_in_without_the_right_password(
-    variables: dict[str, str], guarded: Team, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, text in variables.items():
-        monkeypatch.setenv(name, text)
-    with pytest.raises(LabError, match="MLFLOW_TRACKING_USERNAME|MLFLOW_TRACKING_TOKEN"):
+def test_nobody_is_let_in_without_the_right_password(variables: dict[str, str], guarded: Team) -> None:
+    wanted = "MLFLOW_TRACKING_USERNAME|MLFLOW_TRACKING_TOKEN"
+    with environment_variables(variables), pytest.raises(LabError, match=wanted):
         open_store(guarded.uri)
 
 
-def test_a_user_whom_the_admin_adds_trains_and_compares(
-    guarded: Team, admin: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    own = secrets.token_urlsafe(18)
-    get_app_client("basic-auth", guarded.uri).create_user("mia", own)
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "mia")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", own)
+def add_user(name: str, guarded: Team, deny: str = "") -> dict[str, str]:
+    """Add a user as the admin, who is denied an experiment; return the user's environment."""
+    own, users = secrets.token_urlsafe(18), get_app_client("basic-auth", guarded.uri)
+    users.create_user(name, own)
+    if deny:
+        users.grant_user_permission(name, "experiment", deny, "DENY")
+    return {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": own}
 
+
+@pytest.mark.usefixtures("admin")
+def test_a_user_whom_the_admin_adds_trains_and_compares_and_one_who_is_denied_is_told_so(
+    guarded: Team, tmp_path: Path
+) -> None:
+    denied = add_user("max", guarded, deny=open_store(guarded.uri).experiment_id)
+    with environment_variables(denied), pytest.raises(LabError, match="HTTP 403.*'mnist'"):
+        open_store(guarded.uri)
+    environment = os.environ | add_user("mia", guarded)
     flags = ["--epochs", "2", "--limit", "256", "--threads", "1"]
-    trained = Program(TINY, *flags, cwd=tmp_path, first=partial(begin, tmp_path / "project"))
+    trained = Program(TINY, *flags, cwd=tmp_path, env=environment, first=partial(begin, tmp_path / "project"))
     assert trained.wait() == 0, trained.stderr
-    compared = run_program("-m", "mnist_lab", "compare", "--include-overrides", cwd=tmp_path)
+    compared = run_program("-m", "mnist_lab", "compare", "--include-overrides", cwd=tmp_path, env=environment)
 
     assert compared.returncode == 0, compared.stderr
     assert "tiny" in compared.stdout
     client = mlflow.MlflowClient(guarded.uri)
     (run,) = client.search_runs([open_store(guarded.uri).experiment_id])
     assert run.info.status == "FINISHED"
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:/")  # no path of the server's machine
+    assert list((guarded.folder / "server" / "artifacts").rglob("predictions.npz"))
     assert len(client.get_metric_history(run.info.run_id, "test_accuracy")) == 2
     assert mlflow.pytorch.load_model(f"runs:/{run.info.run_id}/{run.data.tags['step']}") is not None
-
-
-def test_a_user_who_is_denied_the_experiment_is_told_so(
-    guarded: Team, admin: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    experiment_id, own = open_store(guarded.uri).experiment_id, secrets.token_urlsafe(18)
-    users = get_app_client("basic-auth", guarded.uri)
-    users.create_user("max", own)
-    users.grant_user_permission("max", "experiment", experiment_id, "DENY")
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "max")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", own)
-    with pytest.raises(LabError, match="HTTP 403.*'mnist'"):
-        open_store(guarded.uri)
 
 
 def test_no_password_is_in_a_command_line_nor_in_what_is_printed_or_kept(guarded: Team, admin: str) -> None:
@@ -373,9 +327,8 @@ def test_no_password_is_in_a_command_line_nor_in_what_is_printed_or_kept(guarded
         assert secret not in guarded.process.stdout + guarded.process.stderr
         kept = [path for path in guarded.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
         assert kept == files
-    assert {(guarded.folder / "server" / name).stat().st_mode & 0o777 for name in ("admin_password", "auth.ini")} == {
-        0o600
-    }
+    modes = [(guarded.folder / "server" / name).stat().st_mode & 0o777 for name in ("admin_password", "auth.ini")]
+    assert modes == [0o600, 0o600]
 
 
 def test_other_machines_are_answered_under_this_ones_names_only(guarded: Team, admin: str) -> None:
@@ -390,15 +343,12 @@ def test_other_machines_are_answered_under_this_ones_names_only(guarded: Team, a
 # ---- what is refused
 
 
-def test_a_wrong_password_of_the_database_is_one_sentence(foreign: Foreign) -> None:
+def test_a_named_database_that_cannot_be_used_is_refused_and_left_alone(foreign: Foreign) -> None:
     with pytest.raises(LabError) as refused, servers.named_database(foreign.uri("wrong-password")):
         pytest.fail("it was let in")
     assert f"owner:***@127.0.0.1:{foreign.port}" in str(refused.value)
     assert "password authentication failed" in str(refused.value)
     assert "wrong-password" not in str(refused.value)
-
-
-def test_the_database_of_another_program_is_left_alone(foreign: Foreign) -> None:
     with psycopg.connect(foreign.uri(), autocommit=True) as connection:
         connection.execute("CREATE DATABASE other")
     other = foreign.uri().replace("/postgres", "/other")
@@ -420,14 +370,15 @@ def test_the_database_of_another_program_is_left_alone(foreign: Foreign) -> None
         (["--backend-store-uri", "postgresql://me:secret@127.0.0.1:port/x"], "backend store 'postgresql://me:***@127"),
     ],
 )
-def test_a_wrong_flag_is_refused_in_one_sentence(flags: list[str], field: str, tmp_path: Path) -> None:
-    port = [] if "--port" in flags else ["--port", str(free_port())]
-    done = run_program("-m", "mnist_lab", "server", "--folder", tmp_path / "s", *flags, *port, cwd=tmp_path)
-
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {field}")
-    assert done.stderr.count("\n") == 1
-    assert "secret" not in done.stderr
+def test_a_wrong_flag_is_refused_in_one_sentence(
+    flags: list[str], field: str, lab: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    port = [] if "--port" in flags else ["--port", free_port()]
+    with pytest.raises(SystemExit, match="1"):
+        lab("server", "--folder", tmp_path / "s", *flags, *port)
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"error: {field}")
+    assert "secret" not in sentence
     assert not (tmp_path / "s").exists()
 
 
@@ -438,18 +389,14 @@ def test_where_postgresql_is_missing_it_says_how_to_get_it(monkeypatch: pytest.M
         servers.find_programs()
 
 
-def test_a_folder_that_is_no_database_is_named_and_left_alone(reachable: Path) -> None:
-    folder = reachable / "empty"
-    folder.mkdir()
-    with pytest.raises(LabError, match="PostgreSQL did not start .*empty"), servers.own_database(folder):
-        pytest.fail("it started")
-    assert list(folder.iterdir()) == []
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as another user")
-def test_a_folder_that_postgresql_cannot_enter_is_named(reachable: Path) -> None:
-    (reachable / "closed").mkdir(mode=0o700)
-    folder = reachable / "closed" / "postgres"
-    with pytest.raises(LabError, match="closed/postgres.*'postgres'.*Permission denied"), servers.own_database(folder):
-        pytest.fail("it started")
-    assert list((reachable / "closed").iterdir()) == []
+def test_a_folder_that_is_no_database_or_cannot_be_entered_is_named_and_left_alone(reachable: Path) -> None:
+    for name, mode, sentence in (
+        ("empty", 0o755, "PostgreSQL did not start .*empty"),
+        ("closed/postgres", 0o700, "closed/postgres.*'postgres'.*Permission denied"),  # PostgreSQL is another user
+    ):
+        folder = reachable / name
+        (reachable / name.partition("/")[0]).mkdir(mode=mode)
+        if os.geteuid() == 0 or mode == 0o755:
+            with pytest.raises(LabError, match=sentence), servers.own_database(folder):
+                pytest.fail("it started")
+            assert list((reachable / name.partition("/")[0]).iterdir()) == []

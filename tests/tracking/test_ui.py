@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from forkserver import PATIENCE, Program, run_program
-from helpers import read_runs, wait_until
+from forkserver import PATIENCE, Program
+from helpers import all_gone, ports_of, wait_until
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import server as servers
 from mnist_lab.tracking import view
@@ -46,10 +47,6 @@ def start(*flags: str, cwd: Path, first: Callable[[], object] = bool) -> Program
 
 def family(program: Program) -> list[psutil.Process]:
     return psutil.Process(program.pid).children(recursive=True)
-
-
-def all_gone(processes: list[psutil.Process]) -> bool:
-    return not [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             process.wait()
 
 
-def test_a_taken_port_gives_the_next_which_is_said(server: Server) -> None:
+def test_a_taken_port_gives_the_next_which_is_said_and_alone_listens_on_loopback(server: Server) -> None:
     port = int(server.address.rpartition(":")[2])
     assert server.taken_port < port < server.taken_port + servers.PORTS_TRIED
     assert server.process.stderr.startswith(f"Port {server.taken_port} is taken; using {port}.\n")
     assert "Warning" not in server.process.stderr
+    assert ports_of(family(server.process)) == {("127.0.0.1", port)}
 
 
 def test_it_serves_mlflow_with_the_page_that_leads_to_the_runs(server: Server) -> None:
@@ -95,49 +93,25 @@ def test_it_serves_mlflow_with_the_page_that_leads_to_the_runs(server: Server) -
     assert found["artifact_location"] == (server.database.parent / "artifacts").as_uri()  # not the server's own
 
 
-def test_it_listens_on_loopback_only(server: Server) -> None:
-    sockets = {
-        tuple(connection.laddr)
-        for process in family(server.process)
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert sockets == {("127.0.0.1", int(server.address.rpartition(":")[2]))}
-
-
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [({}, 200), ({"Host": "evil.example"}, 403), ({"Origin": "http://evil.example"}, 403)],
-    ids=["its own page", "a foreign host", "a foreign page"],
-)
-def test_it_answers_nobody_who_is_led_to_it_by_another_page(
-    headers: dict[str, str], status: int, server: Server
-) -> None:
-    asked = urllib.request.Request(
-        f"{server.address}/api/2.0/mlflow/experiments/search",
-        data=b'{"max_results": 1}',
-        headers={"Content-Type": "application/json", **headers},
-    )
+def test_it_answers_nobody_who_is_led_to_it_by_another_page(server: Server) -> None:
     opener = urllib.request.build_opener()
     opener.process_response.clear()  # a refusal is an answer too
-    with opener.open(asked, timeout=PATIENCE) as answer:
-        assert answer.status == status
+    address = f"{server.address}/api/2.0/mlflow/experiments/search"
+    for headers, status in (({}, 200), ({"Host": "evil.example"}, 403), ({"Origin": "http://evil.example"}, 403)):
+        asked = urllib.request.Request(
+            address, data=b'{"max_results": 1}', headers={"Content-Type": "application/json", **headers}
+        )
+        with opener.open(asked, timeout=PATIENCE) as answer:
+            assert answer.status == status
 
 
-def test_runs_can_be_tracked_through_the_server(server: Server) -> None:
-    with track(open_store(server.address), "by http", params={"lr": 0.1}, tags={"step": "a"}) as tracked:
-        tracked.log_epoch(1, {"test_accuracy": 98.5})
-        tracked.log_text("hello", "hello.txt")
-
-    (run,) = read_runs(server.database)
-    assert (run.name, run.status, run.metrics) == ("by http", "FINISHED", {"test_accuracy": [(1, 98.5)]})
-    assert (run.artifacts / "hello.txt").read_text() == "hello"
-
-
-def test_a_server_that_is_running_needs_no_ui(server: Server, tmp_path: Path) -> None:
-    done = run_program("-m", "mnist_lab", "ui", "--tracking-uri", server.address, cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert server.address in done.stderr
+def test_a_server_that_is_running_needs_no_ui(
+    server: Server, lab: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        lab("ui", "--tracking-uri", server.address)
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert server.address in sentence
 
 
 def test_kill_9_of_the_program_ends_all_that_it_started(server: Server) -> None:
@@ -157,12 +131,24 @@ def print_into(pipe: Path) -> None:
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
 
 
-def test_sigterm_ends_it_in_order_though_nobody_reads_what_it_prints(uri: str, tmp_path: Path) -> None:
+def test_it_shows_the_artifacts_of_a_copy_and_sigterm_ends_it_in_order_though_nobody_reads_what_it_prints(
+    uri: str, database: Path, tmp_path: Path
+) -> None:
+    with track(open_store(uri), "a run", params={}, tags={}) as tracked:
+        tracked.log_text("hello", "figures/hello.txt")
+    shutil.copytree(database.parent, tmp_path / "copy ü")
+    (shown,) = (tmp_path / "copy ü").glob("artifacts/*/artifacts/figures/hello.txt")
+    shown.write_text("hello from the copy")
     pipe = tmp_path / "printed"
     os.mkfifo(pipe)
-    process = start("--tracking-uri", uri, cwd=tmp_path, first=partial(print_into, pipe))
+    process = start("--tracking-uri", "sqlite:///copy ü/mlflow.db", cwd=tmp_path, first=partial(print_into, pipe))
     with pipe.open() as printed:
-        assert printed.readline().startswith("The runs: "), process.stderr
+        line = printed.readline()
+    assert line.startswith("The runs: "), process.stderr
+    address = line.removeprefix("The runs: ").partition("/lab")[0]
+    path = f"{address}/get-artifact?run_uuid={tracked.run_id}&path=figures%2Fhello.txt"
+    with urllib.request.urlopen(path, timeout=PATIENCE) as answer:
+        assert answer.read() == b"hello from the copy"
     started = family(process)
 
     process.send_signal(signal.SIGTERM)
@@ -172,46 +158,26 @@ def test_sigterm_ends_it_in_order_though_nobody_reads_what_it_prints(uri: str, t
     assert "Traceback" not in process.stderr
 
 
-def test_an_interrupt_while_it_starts_is_an_end_in_order(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    open_store(uri)
-    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", uri)
-
-    def interrupt(name: str, process: subprocess.Popen[bytes], *ignored: object) -> None:
-        started.append(psutil.Process(process.pid))
-        raise KeyboardInterrupt
-
-    started: list[psutil.Process] = []
-    monkeypatch.setattr(servers, "_wait_until_ready", interrupt)
-    servers.serve_ui(uri, servers.free_port(5000))
-    assert all_gone(started)
-
-
 # ---- ports
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104
-def test_a_taken_port_is_passed_over(host: str) -> None:
-    with listening(host) as port:
-        assert port < servers.free_port(port) < port + servers.PORTS_TRIED
-    assert servers.free_port(port) == port
-
-
-def test_ports_that_are_all_taken_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_port_is_passed_over_and_one_that_cannot_be_had_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for host in ("127.0.0.1", "0.0.0.0"):  # noqa: S104
+        with listening(host) as port:
+            assert port < servers.free_port(port) < port + servers.PORTS_TRIED
+        assert servers.free_port(port) == port
+    for wrong in (-1, 1023, 65536):
+        with pytest.raises(LabError, match=f"^port: {wrong} .*1024 and 65535"):
+            servers.free_port(wrong)
     monkeypatch.setattr(servers, "PORTS_TRIED", 1)
     with listening() as port, pytest.raises(LabError, match=f"^port: {port} to {port} "):
-        servers.free_port(port)
-
-
-@pytest.mark.parametrize("port", [-1, 1023, 65536])
-def test_a_port_out_of_range_is_refused(port: int) -> None:
-    with pytest.raises(LabError, match=f"^port: {port} .*1024 and 65535"):
         servers.free_port(port)
 
 
 # ---- the view
 
 
-def test_the_server_imports_nothing_that_takes_seconds(uri: str, tmp_path: Path) -> None:
+def test_the_server_imports_nothing_that_takes_seconds(tmp_path: Path) -> None:
     """MLflow and torch each do, and a person would wait."""
     program = (
         "import sys; from mnist_lab import __main__; from mnist_lab.tracking import server; "
@@ -221,15 +187,11 @@ def test_the_server_imports_nothing_that_takes_seconds(uri: str, tmp_path: Path)
     assert done.stdout == "[]\n"
 
 
-def test_a_store_with_another_view_gets_todays(uri: str) -> None:
+def test_a_store_gets_todays_view_studies_first_in_the_order_of_their_names_then_the_newest_runs(uri: str) -> None:
     store = open_store(uri)
     store.client.set_experiment_tag(store.experiment_id, view.TAG, "{}")
     open_store(uri)
     assert store.client.get_experiment(store.experiment_id).tags[view.TAG] == view.state()
-
-
-def test_studies_come_first_in_the_order_of_their_names_then_the_newest_runs(uri: str) -> None:
-    store = open_store(uri)
     for name, tags in (("b", {"study": "step2"}), ("seed", {}), ("a", {"study": "step1"}), ("newest", {})):
         with track(store, name, params={}, tags=tags):
             pass
