@@ -1,12 +1,11 @@
 """The training loop: what an epoch sees and reports, beside a plain loop written here."""
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from networks import CPU, Linear, Small, declare, first, train
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import (
+    ConstantLR,
     ExponentialLR,
     LambdaLR,
     LRScheduler,
@@ -84,11 +84,11 @@ def reference_epochs(experiment: Experiment, mnist: Mnist, seed: int) -> Iterato
     net = experiment.net()
     mean, deviation = experiment.normalize
     optimizer = experiment.optimizer(net.parameters())
-    scheduler = experiment.scheduler(optimizer) if experiment.scheduler else None
+    scheduler = own_scheduler(experiment, optimizer, math.ceil(len(mnist.train_images) / experiment.batch_size))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(experiment.epochs):
         net.train()
-        losses, corrects = [], 0
+        losses, corrects, lr = [], 0, optimizer.param_groups[0]["lr"]
         for batch in torch.randperm(len(mnist.train_images), generator=generator).split(experiment.batch_size):
             images, labels = mnist.train_images[batch] / 255, mnist.train_labels[batch]
             if experiment.augmentation is not None:
@@ -101,9 +101,10 @@ def reference_epochs(experiment: Experiment, mnist: Mnist, seed: int) -> Iterato
             optimizer.step()
             losses += [loss.item()] * len(batch)
             corrects += int((log_probabilities.argmax(dim=1) == labels).sum())
-        lr = optimizer.param_groups[0]["lr"]
-        if scheduler is not None:
-            scheduler.step()
+            if experiment.scheduler_interval == "batch":
+                scheduler.step()
+        if experiment.scheduler_interval == "epoch":
+            scheduler.step(*[statistics.fmean(losses)] * isinstance(scheduler, ReduceLROnPlateau))
         net.eval()
         with torch.no_grad():
             log_probabilities = F.log_softmax(net((mnist.test_images / 255 - mean) / deviation), dim=1)
@@ -117,8 +118,26 @@ def reference_epochs(experiment: Experiment, mnist: Mnist, seed: int) -> Iterato
         }
 
 
+def own_scheduler(experiment: Experiment, optimizer: Optimizer, batches: int) -> LRScheduler:
+    """Return torch's scheduler; what a script does not give OneCycleLR is the run's."""
+    if experiment.scheduler is None:
+        return ConstantLR(optimizer, factor=1.0)
+    given = getattr(experiment.scheduler, "keywords", {})
+    of_run = {"epochs": experiment.epochs, "steps_per_epoch": batches} if "max_lr" in given else {}
+    missing = {} if "total_steps" in given else {name: of_run[name] for name in of_run.keys() - given.keys()}
+    return experiment.scheduler(optimizer, **missing)
+
+
 def invert(images: Tensor) -> Tensor:
     return images.neg_().add_(1)  # in place: the data must not notice
+
+
+def warm_up_then_decay(optimizer: Optimizer) -> SequentialLR:
+    warm_up = LambdaLR(optimizer, lambda step: (step + 1) / 3)
+    return SequentialLR(optimizer, [warm_up, ExponentialLR(optimizer, 0.5)], milestones=[2])
+
+
+by_batch = partial(declare, epochs=3, scheduler_interval="batch")
 
 
 @pytest.mark.parametrize(
@@ -132,10 +151,17 @@ def invert(images: Tensor) -> Tensor:
             augmentation=partial(random_rotation, degrees=7.0),
         ),
         declare(epochs=3, optimizer=partial(AdamW, lr=0.01), augmentation=invert, normalize=(0.2, 0.5)),
+        declare(epochs=4, scheduler=warm_up_then_decay),
+        declare(epochs=10, scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.2)),
+        by_batch(scheduler=warm_up_then_decay),
+        by_batch(scheduler=partial(OneCycleLR, max_lr=0.2)),
+        by_batch(scheduler=partial(OneCycleLR, max_lr=0.2, total_steps=20)),
+        by_batch(scheduler=partial(OneCycleLR, max_lr=0.2, epochs=5)),
     ],
 )
 def test_figures_equal_those_of_a_plain_loop(experiment: Experiment, small_mnist: Mnist) -> None:
     before = small_mnist.train_images.clone()
+    rehearse(experiment, small_mnist)
     _, epochs = train(experiment, small_mnist, seed=5)
     assert torch.equal(small_mnist.train_images, before)
     expected = list(reference_epochs(experiment, small_mnist, seed=5))
@@ -166,7 +192,7 @@ def test_a_loss_that_is_not_finite_is_named_by_its_epoch(small_mnist: Mnist) -> 
         train(declare(loss=breaks), small_mnist)
 
 
-# ---- optimizers and schedules
+# ---- optimizers
 
 
 def test_an_optimizer_that_evaluates_often_reports_the_loss_before_its_step(small_mnist: Mnist) -> None:
@@ -181,22 +207,14 @@ def test_an_optimizer_that_evaluates_often_reports_the_loss_before_its_step(smal
     assert evaluate(predict(net, small_mnist.train_images), small_mnist.train_labels)[0] < 0.9 * before[0]
 
 
-def test_the_hooks_of_an_optimizer_find_the_gradients_and_it_gets_no_closure_that_it_can_do_without(
-    small_mnist: Mnist,
-) -> None:
+def test_the_hooks_of_an_optimizer_find_the_gradients(small_mnist: Mnist) -> None:
     norms: list[float] = []
-    given: list[object] = []
-
-    class Watching(SGD):
-        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-            given.append(closure)
-            return super().step(closure)
 
     def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         norms.append(nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e-3).item())
 
     def clipped(parameters: Iterator[nn.Parameter]) -> Optimizer:
-        optimizer = Watching(parameters, lr=1.0)
+        optimizer = SGD(parameters, lr=1.0)
         optimizer.register_step_pre_hook(clip)
         return optimizer
 
@@ -204,11 +222,23 @@ def test_the_hooks_of_an_optimizer_find_the_gradients_and_it_gets_no_closure_tha
     start = initial_network(experiment, 0, CPU)
     training, _ = train(experiment, small_mnist)
 
-    assert set(given) == {None}
     assert len(norms) == 4
     assert min(norms) > 1e-3
     moved = [after - before for after, before in zip(training.net.parameters(), start.parameters(), strict=True)]
     assert 0 < nn.utils.get_total_norm(moved) <= 4.1e-3
+
+
+def test_an_optimizer_that_can_do_without_a_closure_gets_none(small_mnist: Mnist) -> None:
+    given: list[object] = []
+
+    class Watching(SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            given.append(closure)
+            return super().step(closure)
+
+    train(declare(epochs=1, optimizer=partial(Watching, lr=0.05)), small_mnist)
+
+    assert set(given) == {None}
 
 
 def test_the_rate_of_each_parameter_group_is_reported(small_mnist: Mnist) -> None:
@@ -222,87 +252,6 @@ def test_the_rate_of_each_parameter_group_is_reported(small_mnist: Mnist) -> Non
 
     assert [(epoch.lr, *epoch.other_lrs) for epoch in epochs] == [(0.1, 0.5, 0.0), (0.05, 0.25, 0.0)]
     assert {"lr": 0.05, "lr_1": 0.25, "lr_2": 0.0}.items() <= epoch_metrics(epochs[1]).items()
-
-
-def rates(experiment: Experiment, mnist: Mnist) -> tuple[list[float], list[float]]:
-    """Rehearse and train; return the learning rate as reported for each epoch, and as it stood for each batch."""
-    rehearse(experiment, mnist)
-    optimizers: list[Optimizer] = []
-    per_batch: list[float] = []
-
-    def build(parameters: Iterator[nn.Parameter]) -> Optimizer:
-        optimizers.append(experiment.optimizer(parameters))
-        return optimizers[-1]
-
-    def note_rate(images: Tensor) -> Tensor:
-        per_batch.append(float(optimizers[0].param_groups[0]["lr"]))
-        return images
-
-    _, epochs = train(dataclasses.replace(experiment, optimizer=build, augmentation=note_rate), mnist)
-    return [epoch.lr for epoch in epochs], per_batch
-
-
-def torchs_rates(experiment: Experiment, steps: int, losses: Any = None, **arguments: object) -> list[float]:
-    """Return the rates that torch's own scheduler gives, stepped `steps` times, or with these losses."""
-    optimizer = experiment.optimizer([nn.Parameter(torch.zeros(1))])
-    assert experiment.scheduler is not None
-    scheduler = experiment.scheduler(optimizer, **arguments)
-    sequence = []
-    for step in range(steps):
-        sequence.append(float(optimizer.param_groups[0]["lr"]))
-        optimizer.step()
-        scheduler.step(*([] if losses is None else [losses[step]]))
-    return sequence
-
-
-def warm_up_then_decay(optimizer: Optimizer) -> SequentialLR:
-    warm_up = LambdaLR(optimizer, lambda step: (step + 1) / 3)
-    return SequentialLR(optimizer, [warm_up, ExponentialLR(optimizer, 0.5)], milestones=[2])
-
-
-@pytest.mark.parametrize("scheduler", [partial(StepLR, step_size=2, gamma=0.6), warm_up_then_decay])
-def test_a_schedule_is_torchs_own_per_epoch_and_per_batch(
-    scheduler: Callable[..., LRScheduler], small_mnist: Mnist
-) -> None:
-    experiment = declare(epochs=4, batch_size=200, scheduler=scheduler)
-    per_epoch, per_batch = rates(experiment, small_mnist)
-    assert per_epoch == torchs_rates(experiment, 4)
-    assert per_batch == [rate for rate in per_epoch for _ in range(3)]
-
-    by_batch = dataclasses.replace(experiment, scheduler_interval="batch", epochs=2)
-    per_epoch, per_batch = rates(by_batch, small_mnist)
-    assert per_batch == torchs_rates(experiment, 6)
-    assert per_epoch == per_batch[::3]  # of each epoch's first batch
-
-
-@pytest.mark.parametrize(
-    ("given", "filled_in"),
-    [
-        ({}, {"epochs": 3, "steps_per_epoch": 4}),
-        ({"total_steps": 20}, {"total_steps": 20}),
-        ({"epochs": 5}, {"total_steps": 20}),
-    ],
-)
-def test_one_cycle_is_given_the_runs_epochs_and_batches_but_for_what_the_script_gives(
-    given: dict[str, int], filled_in: dict[str, int], small_mnist: Mnist
-) -> None:
-    experiment = declare(epochs=3, scheduler=partial(OneCycleLR, max_lr=0.2, **given), scheduler_interval="batch")
-
-    _, per_batch = rates(experiment, small_mnist)
-
-    torchs = torchs_rates(declare(scheduler=partial(OneCycleLR, max_lr=0.2)), 12, **filled_in)
-    assert per_batch == torchs
-
-
-def test_reduce_on_plateau_follows_the_training_loss(small_mnist: Mnist) -> None:
-    experiment = declare(epochs=10, scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.2))
-    rehearse(experiment, small_mnist)
-
-    _, epochs = train(experiment, small_mnist)
-
-    measured = [epoch.lr for epoch in epochs]
-    assert measured == torchs_rates(experiment, 10, [epoch.train_loss for epoch in epochs])
-    assert measured != torchs_rates(experiment, 10, [epoch.eval_loss for epoch in epochs])
 
 
 class DrawsElsewhere:
