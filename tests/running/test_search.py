@@ -139,16 +139,12 @@ def test_trials_are_trained_or_pruned_and_never_see_the_test_images(job: Job, da
         assert FIGURE not in run.metrics
     assert not list((database.parent / "checkpoints").glob("*.pt"))
 
-
-@pytest.mark.usefixtures("here")
-def test_values_to_paste_are_short_and_those_that_were_trained(job: Job, database: Path) -> None:
-    best = search_for(job, 3).best[0]
-
-    (pasted, *_) = (read_runs(database)[0].artifacts / "best.txt").read_text().splitlines()
+    # What is to be pasted is short, and was trained.
+    (pasted, *_) = (parent.artifacts / "best.txt").read_text().splitlines()
     rate = pasted.removeprefix("lr=").removesuffix(",  # optimizer")
     assert len(rate.removeprefix("0.").lstrip("0")) <= 4
-    assert float(rate) == best.values["lr"]
-    assert rate in {run.params["lr"] for run in read_runs(database)}
+    assert float(rate) == result.best[0].values["lr"]
+    assert rate in {run.params["lr"] for run in children}
     assert paste_lines(job, {"lr": 0.25, "epochs": 3}) == ["lr=0.25,  # optimizer", "epochs=3,  # EXPERIMENT"]
 
 
