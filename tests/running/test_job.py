@@ -215,6 +215,7 @@ INTERRUPTED = [
     {"run_id": "b", "seed": 12, "changes": {"epochs": 3}, "limit": 128},
     {"run_id": "c", "seed": 11, "limit": 128},
     {"run_id": "d", "seed": 11, "changes": {"epochs": 2, "lr": 0.05}, "limit": 64, "holdout": 500},
+    {"run_id": "e", "seed": 13, "changes": {"epochs": 5}, "limit": 256},
 ]
 
 
@@ -240,11 +241,12 @@ def test_the_flags_choose_the_interrupted_run_and_those_that_none_has_are_refuse
         ("--seed 12", "b"),
         ("--set epochs=1", "c"),
         ("--holdout 500", "d"),
-        ("", "d"),
+        ("--limit 64", "d"),
+        ("", "e"),
     ]:
         assert choose(flags) == run_id, flags
     for flags, asked in [
-        ("--seed 13", "seed 13"),
+        ("--seed 14", "seed 14"),
         ("--epochs 7 --seed 11", "seed 11, epochs 7"),
         ("--epochs 1 --seed 12", "seed 12, epochs as declared"),
     ]:
