@@ -13,7 +13,7 @@ import logging
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 
-from forkserver import run_program
+from forkserver import SIGNALS, run_program
 from helpers import ROOT, TrackedRun, copy_store, first, read_runs
 
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
@@ -71,6 +71,15 @@ def load_script() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers_are_put_back() -> Iterator[None]:
+    """Undo what the command line's `main` sets, where a test calls it in its own process."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +162,7 @@ def uri(database: Path) -> str:
 
 @dataclass(frozen=True)
 class FullRun:
-    """What a user gets from one epoch of step 1 on all of MNIST."""
+    """What a user gets from one epoch of step 1."""
 
     script: Path
     commit: str  # of the project, when the run began
@@ -182,7 +191,7 @@ def full_run(mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory, worker_id
         if not said.exists():
             commit = identity.commit_tags(script)["git_commit"]
             folder.mkdir()
-            flags = ["--epochs", "1", "--seed", "3", "--tracking-uri", f"sqlite:///{database}"]
+            flags = ["--epochs", "1", "--limit", "12000", "--seed", "3", "--tracking-uri", f"sqlite:///{database}"]
             process = run_program(script, *flags, cwd=folder)
             assert process.returncode == 0, process.stderr
             said.write_text(json.dumps([commit, process.stdout, process.stderr]))

@@ -20,7 +20,6 @@ import tempfile
 import termios
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -32,42 +31,18 @@ PATIENCE = 400  # seconds until a program counts as hung, on a machine that is v
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     [
-        "mnist_lab",  # first: it tells MLflow how to be imported
-        "mlflow.pytorch",
-        "mlflow.pyfunc",
-        "mlflow.store.tracking.sqlalchemy_store",
-        "alembic.command",
-        "git",
-        "torch.export._trace",
-        "mnist_lab.results.report",
-        "mnist_lab.running.run",
-        "mnist_lab.running.study",
-        "mnist_lab.tracking.connection",
-        "mnist_lab.tracking.server",
-        "mnist_lab.figures",
-        "pytest",
+        *("mnist_lab", "mlflow.pytorch", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store", "alembic.command"),
+        *("git", "torch.export._trace", "mnist_lab.results.report", "mnist_lab.running.run", "mnist_lab.running.study"),
+        *("mnist_lab.tracking.connection", "mnist_lab.tracking.server", "mnist_lab.figures", "pytest"),
     ]
 )
 
 
-def set_default_signals(ignored: tuple[signal.Signals, ...] = ()) -> None:
+def _set_signals(ignored: tuple[signal.Signals, ...]) -> None:
     """Let this program's signals be as from a shell, however pytest itself was started."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
-
-
-@dataclass(frozen=True)
-class _Start:
-    """What a program is started with."""
-
-    command: tuple[str, ...]  # a script or "-m" and a module, and the arguments
-    cwd: str
-    environment: dict[str, str]
-    stdout: str  # a file, or the terminal
-    stderr: str
-    terminal: bool
-    ignored: tuple[signal.Signals, ...]
-    first: Callable[[], None] | None
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in ignored else usual)
 
 
 class Program:
@@ -84,14 +59,14 @@ class Program:
         env: Mapping[str, str] | None = None,
         ignored: tuple[signal.Signals, ...] = (),
         terminal: str | None = None,
-        first: Callable[[], None] | None = None,
+        first: Callable[[], None] = bool,
     ) -> None:
         self.args = [str(word) for word in command]
         self._output = [tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()]  # noqa: SIM115
-        stdout, stderr = (terminal or file.name for file in self._output)
+        output = [terminal or file.name for file in self._output]
         environment = dict(os.environ if env is None else env)
-        start = _Start(tuple(self.args), str(cwd), environment, stdout, stderr, terminal is not None, ignored, first)
-        self._process = processes.Process(target=_run, args=(start,))
+        start = (self.args, str(cwd), environment, output, terminal is not None, ignored, first)
+        self._process = processes.Process(target=_run, args=start)
         self._process.start()
         atexit.register(self._process.kill)  # else multiprocessing would wait for it where pytest is interrupted
         assert self._process.pid is not None
@@ -144,31 +119,34 @@ def run_program(
 _path = list(sys.path)
 
 
-def _run(start: _Start) -> None:
+def _run(
+    command: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    output: list[str],
+    terminal: bool,
+    ignored: tuple[signal.Signals, ...],
+    first: Callable[[], None],
+) -> None:
     """Be that program, in the copied process."""
-    set_default_signals(start.ignored)
-    if signal.SIGINT not in start.ignored:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python itself does when it begins
+    _set_signals(ignored)
     os.environ.clear()
-    os.environ.update(start.environment)
-    os.chdir(start.cwd)
+    os.environ.update(environment)
+    os.chdir(cwd)
     _path[:] = sys.path
-    multiprocessing.process.ORIGINAL_DIR = start.cwd  # where its own processes look for the script
+    multiprocessing.process.ORIGINAL_DIR = cwd  # where its own processes look for the script
     os.setsid()
-    for number, path in ((1, start.stdout), (2, start.stderr)):
-        file = os.open(path, os.O_RDWR | os.O_APPEND)
-        os.dup2(file, number)
-        os.close(file)
-    if start.terminal:
+    for number, path in enumerate(output, start=1):
+        os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), number)
+    if terminal:
         os.dup2(1, 0)
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that the program gets SIGHUP when the terminal is closed
-    sys.stdout.reconfigure(line_buffering=start.terminal)  # type: ignore[attr-defined]
-    if start.first is not None:
-        start.first()
+    sys.stdout.reconfigure(line_buffering=terminal)  # type: ignore[attr-defined]
+    first()
     subprocess.Popen = _Popen  # type: ignore[misc]
     multiprocessing.util.spawnv_passfds = _spawn
-    _carry_out(start.command)
+    _carry_out(command)
 
 
 def _carry_out(command: Sequence[str]) -> None:
@@ -237,7 +215,7 @@ def _can_be_copied() -> bool:
 
 def _become(words: list[str], environment: Mapping[str, str] | None, kept: Sequence[int]) -> NoReturn:
     """Be that program, in a copy of the one that starts it, and end."""
-    code = 1
+    code: object = 1
     try:
         _forget_the_parent(kept)
         if environment is not None:
@@ -265,9 +243,7 @@ def _forget_the_parent(kept: Sequence[int]) -> None:
     for file in [int(path.name) for path in Path("/dev/fd").iterdir()]:
         if file > 2 and file not in (null, *kept):
             os.dup2(null, file)  # what still holds its number must not meet another file there
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _set_signals(tuple(number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN))
     atexit._clear()
     sys.stdin, sys.stdout, sys.stderr = (open(file, mode, closefd=False) for file, mode in enumerate("rww"))  # noqa: SIM115
     sys.stderr.reconfigure(line_buffering=True)  # type: ignore[attr-defined]

@@ -41,6 +41,21 @@ def first(mnist: "Mnist", training: int, test: int) -> "Mnist":
     )
 
 
+def write_search(folder: Path, declared: str) -> Path:
+    """Write the tiny script with a space to search in, whose lower end `LOW` is declared by this line."""
+    space = f'{declared}\nSEARCH = {{"lr": FloatDistribution(LOW, 1.0, log=True)}}\n\n'
+    text = TINY.read_text().replace("main(EXPERIMENT)", "main(EXPERIMENT, search=SEARCH)")
+    text = text.replace("import torch\n", "import torch\nfrom optuna.distributions import FloatDistribution\n", 1)
+    (folder / "idea.py").write_text(text.replace("if __name__", f"{space}if __name__"))
+    return folder / "idea.py"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def open_terminal() -> tuple[int, int]:
     """Return both ends of a new pseudo-terminal: what a screen shows, and what a program writes to."""
     master, slave = pty.openpty()

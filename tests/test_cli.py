@@ -8,18 +8,18 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 import tiny
 from conftest import FullRun
-from forkserver import SIGNALS, Program, run_program
+from forkserver import Program, run_program
 from helpers import ROOT, TINY, Terminal, TrackedRun, read_runs, wait_until
 from mnist_lab.cli import _parse, main
 from mnist_lab.errors import LabError
@@ -30,14 +30,6 @@ BESIDE_THE_DATABASE = ("locks", "mlflow.db.lock", "mlflow.db-wal", "mlflow.db-sh
 STEP4 = ROOT / "experiments" / "step4_augment_steplr.py"
 
 
-@pytest.fixture(autouse=True)
-def _signal_handlers_are_put_back() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 # ---- not on a terminal
 
 
@@ -46,10 +38,12 @@ def test_a_run_prints_plain_lines_and_a_verdict_beside_targets_and_reported_figu
     assert not [shown for shown in ("\r", "\x1b", "images/s", "Conv2d") if shown in output]  # there is no terminal
     accuracy = full_run.tracked.metrics["final_test_accuracy"][0][1]
 
-    assert output.startswith("step1_baseline seed 3 [epochs=1]: 10,970 parameters, 60,000 training images, on ")
+    assert output.startswith(
+        "step1_baseline seed 3 [epochs=1 limit=12000]: 10,970 parameters, 12,000 training images, on "
+    )
     (line,) = [line for line in output.splitlines() if line.startswith("epoch ")]
     assert re.fullmatch(
-        r"epoch 1/1  train loss 0\.\d{4}, accuracy \d{5}/60000 \(\d\d\.\d\d%\)  "
+        r"epoch 1/1  train loss 0\.\d{4}, accuracy \d{5}/12000 \(\d\d\.\d\d%\)  "
         r"test loss 0\.\d{4}, accuracy 9\d{3}/10000 \(9\d\.\d\d%\)  lr 0\.01  \d+\.\d s",
         line,
     )
@@ -60,7 +54,7 @@ def test_a_run_prints_plain_lines_and_a_verdict_beside_targets_and_reported_figu
     assert re.search(r"^epochs +fewer than 15 +1 +met$", output, re.MULTILINE)
     assert re.search(rf"^best test accuracy +{accuracy:.2f} % +99\.29 %$", output, re.MULTILINE)
     assert "targets.params: " in full_run.stderr  # before the training: it has too many
-    assert "Overridden (epochs=1)" in output
+    assert "Overridden (epochs=1 limit=12000)" in output
     assert f"MLflow run {full_run.tracked.run_id}" in output
 
 
@@ -76,11 +70,10 @@ def test_nothing_is_left_in_the_current_folder(full_run: FullRun) -> None:
 # ---- what is refused, quickly and in one sentence
 
 
-@pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
-    """Return what says how a command line is refused; it is given in this process, to save the imports."""
-
-    def refused(flags: list[str]) -> str:
+def test_a_wrong_value_is_refused_by_its_name(
+    uri: str, database: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*flags: str) -> str:
         monkeypatch.setattr(sys, "argv", [str(TINY), *flags])
         with pytest.raises(SystemExit) as refusal:
             main(tiny.EXPERIMENT)
@@ -88,28 +81,22 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         assert (refusal.value.code, captured.out) == (1, "")
         return captured.err.splitlines()[-1]
 
-    return refused
-
-
-# The command line, the field that the sentence begins with, and what else it names.
-WRONG_VALUES = [
-    ("--set lr", "--set", "'lr'"),
-    ("--epochs -1", "epochs", "-1"),
-    ("--seeds 4294967296,1", "seed", "4294967296"),
-    ("--seeds 2 --set lr=-1", "optimizer", "-1"),
-    ("--holdout 10000 --limit 50001", "limit", "50,000"),
-]
-
-
-@pytest.mark.parametrize(("flags", "field", "named"), WRONG_VALUES, ids=[flags for flags, *_ in WRONG_VALUES])
-def test_a_wrong_value_is_refused_by_its_name(
-    flags: str, field: str, named: str, refused: Callable[[list[str]], str], uri: str, database: Path
-) -> None:
-    sentence = refused([*flags.split(), "--tracking-uri", uri])
-
-    assert sentence.startswith(f"error: {field}: ")
-    assert named in sentence
+    for flags, field, named in [
+        ("--set lr", "--set", "'lr'"),
+        ("--epochs -1", "epochs", "-1"),
+        ("--seeds 4294967296,1", "seed", "4294967296"),
+        ("--seeds 2 --set lr=-1", "optimizer", "-1"),
+        ("--holdout 10000 --limit 50001", "limit", "50,000"),
+        ("--search 2", "search", "tiny.py declares no space"),
+    ]:
+        sentence = refused(*flags.split(), "--tracking-uri", uri)
+        assert sentence.startswith(f"error: {field}: "), flags
+        assert named in sentence
     assert read_runs(database) == []
+    for words in ("host=db password=SECRET", "postgresql:bob:SECRET@db/x", "SECRET"):
+        sentence = refused("--tracking-uri", words)
+        assert sentence.startswith("error: tracking store: ")
+        assert "SECRET" not in sentence
 
 
 WRONG_FLAGS = {
@@ -119,21 +106,8 @@ WRONG_FLAGS = {
     "--limit": ["0", "1e3"],
     "--holdout": ["0", "-1"],
     "--seeds": [
-        "0",
-        "-3",
-        "many",
-        "10001",
-        "9223372036854775808",
-        "0-9223372036854775808",
-        "3,3",
-        "3,-1",
-        "3,x",
-        "3,",
-        "5-2",
-        "0-10000",
-        "0-4,3",
-        "2-",
-        "1-2-3",
+        *("0", "-3", "many", "10001", "9223372036854775808", "0-9223372036854775808", "3,3", "3,-1", "3,x", "3,"),
+        *("5-2", "0-10000", "0-4,3", "2-", "1-2-3"),
     ],
     "--workers": ["2", "0 --seeds 3"],
     "--again": [""],
@@ -145,36 +119,23 @@ WRONG_FLAGS = {
 }
 
 
-@pytest.mark.parametrize("flag", WRONG_FLAGS)
-def test_a_command_line_that_makes_no_sense_is_refused_by_its_flag(
-    flag: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for rest in WRONG_FLAGS[flag]:
-        with pytest.raises(SystemExit):
-            _parse(TINY, tiny.EXPERIMENT, [flag, *rest.split()])
-        assert flag in capsys.readouterr().err.splitlines()[-1], rest
+def test_a_command_line_that_makes_no_sense_is_refused_by_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, values in WRONG_FLAGS.items():
+        for rest in values:
+            with pytest.raises(SystemExit):
+                _parse(TINY, tiny.EXPERIMENT, [flag, *rest.split()])
+            assert flag in capsys.readouterr().err.splitlines()[-1], rest
 
 
-@pytest.mark.parametrize(
-    ("line", "name", "value"),
-    [
+def test_flags_are_combined_as_people_do() -> None:
+    for line, name, value in [
         ("--seeds 3", "seeds", [0, 1, 2]),
         ("--seeds 7,3", "seeds", [7, 3]),
         ("--seeds 0-2,9", "seeds", [0, 1, 2, 9]),
         ("--seeds 2 --threads 2", "threads", 2),
         ("--seeds 2 --resume", "seeds", [0, 1]),
-    ],
-)
-def test_flags_are_combined_as_people_do(line: str, name: str, value: object) -> None:
-    assert getattr(_parse(TINY, tiny.EXPERIMENT, line.split()), name) == value
-
-
-def test_what_is_no_uri_is_not_shown(refused: Callable[[list[str]], str]) -> None:
-    for words in ("host=db password=SECRET", "postgresql:bob:SECRET@db/x", "SECRET"):
-        sentence = refused(["--tracking-uri", words])
-
-        assert sentence.startswith("error: tracking store: ")
-        assert "SECRET" not in sentence
+    ]:
+        assert getattr(_parse(TINY, tiny.EXPERIMENT, line.split()), name) == value, line
 
 
 def test_help_is_given_before_anything_slow_is_imported(tmp_path: Path) -> None:
@@ -201,10 +162,6 @@ REFUSED_CALLS = [
     ("partial(torch.optim.SGD, lr=", "torch.optim.SGD(lr=", "optimizer", "partial(torch.optim.SGD, lr=0.01"),
     ("epochs=14", "scheduler=StepLR(2, gamma=0.1), epochs=14", "scheduler", "partial(StepLR, step_size=2, gamma=0.1)"),
 ]
-MISTAKES = [
-    ("nn.Conv2d(10, 10, 7", "nn.Conv2d(10, 9, 7", "net", "(128, 9)"),
-    REFUSED_CALLS[0],
-]
 
 
 def write_with_mistake(script: Path, right: str, wrong: str) -> None:
@@ -214,23 +171,30 @@ def write_with_mistake(script: Path, right: str, wrong: str) -> None:
     script.write_text(source.replace(right, wrong).replace("from mnist_lab import", imported, 1))
 
 
-@pytest.mark.parametrize(("right", "wrong", "field", "named"), REFUSED_CALLS, ids=[one[1] for one in REFUSED_CALLS])
-def test_a_call_that_python_refuses_is_one_sentence(
-    right: str, wrong: str, field: str, named: str, tmp_path: Path
-) -> None:
-    write_with_mistake(tmp_path / "my_idea.py", right, wrong)
+def sentence_of(script: Path) -> str | None:
     with pytest.raises(TypeError) as error:
-        runpy.run_path(str(tmp_path / "my_idea.py"))
-
-    sentence = sentence_about(error.value)
-
-    assert sentence is not None
-    assert sentence.startswith(f"{field}: ")
-    assert named in sentence
-    assert "my_idea.py, line " in sentence
+        runpy.run_path(str(script))
+    return sentence_about(error.value)
 
 
-@pytest.mark.parametrize(("right", "wrong", "field", "named"), MISTAKES, ids=[one[1] for one in MISTAKES])
+def test_a_call_that_python_refuses_is_one_sentence_and_other_errors_keep_their_traceback(tmp_path: Path) -> None:
+    script = tmp_path / "my_idea.py"
+    for right, wrong, field, named in REFUSED_CALLS:
+        write_with_mistake(script, right, wrong)
+        sentence = sentence_of(script) or ""
+        assert sentence.startswith(f"{field}: "), wrong
+        assert named in sentence
+        assert "my_idea.py, line " in sentence
+
+    write_with_mistake(script, "epochs=14", "epochs=len(14)")
+    assert sentence_of(script) is None
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "field", "named"),
+    [("nn.Conv2d(10, 10, 7", "nn.Conv2d(10, 9, 7", "net", "(128, 9)"), REFUSED_CALLS[0]],
+    ids=["in a layer", "in a name"],
+)
 def test_a_mistake_in_a_script_ends_with_one_sentence_before_any_training(
     right: str, wrong: str, field: str, named: str, uri: str, database: Path, tmp_path: Path
 ) -> None:
@@ -243,15 +207,6 @@ def test_a_mistake_in_a_script_ends_with_one_sentence_before_any_training(
     assert sentence.startswith(f"error: {field}: ")
     assert named in sentence
     assert read_runs(database) == []
-
-
-def test_other_errors_of_a_script_keep_their_traceback(tmp_path: Path) -> None:
-    write_with_mistake(tmp_path / "my_idea.py", "epochs=14", "epochs=len(14)")
-
-    with pytest.raises(TypeError) as error:
-        runpy.run_path(str(tmp_path / "my_idea.py"))
-
-    assert sentence_about(error.value) is None
 
 
 def test_a_second_call_of_main_is_refused(uri: str, database: Path, tmp_path: Path) -> None:
@@ -286,13 +241,9 @@ def test_main_is_refused_where_no_script_is_started(way: str, monkeypatch: pytes
 class Unwritable(io.StringIO):
     """What stdout is on a full disk, or where its reader has ended."""
 
-    def __init__(self, error: OSError) -> None:
+    def __init__(self, error: OSError, file: TextIO) -> None:
         super().__init__()
-        self.error = error
-        self.file = tempfile.TemporaryFile("w")  # noqa: SIM115 - has the descriptor that is sent elsewhere
-
-    def fileno(self) -> int:
-        return self.file.fileno()
+        self.error, self.fileno = error, file.fileno  # type: ignore[method-assign]  # which is sent elsewhere
 
     def write(self, text: str) -> int:
         raise self.error
@@ -301,47 +252,39 @@ class Unwritable(io.StringIO):
         raise self.error
 
 
+NO_SPACE = "The output can't be written: No space left. The run goes on without it."
+
+
 @pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (BrokenPipeError(32, "Broken pipe"), ""),
-        (OSError(28, "No space left"), "The output can't be written: No space left. The run goes on without it.\n"),
-    ],
+    ("error", "said"), [(BrokenPipeError(32, "Broken pipe"), set()), (OSError(28, "No space left"), {NO_SPACE})]
 )
 def test_a_run_does_not_depend_on_who_reads_its_output(
-    error: OSError,
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    uri: str,
-    database: Path,
-) -> None:
+    error: OSError, said: set[str], uri: str, database: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     flags = ["--tracking-uri", uri, "--epochs", "1", "--limit", "128", "--device", "cpu", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", [str(TINY), *flags])
-    monkeypatch.setattr(sys, "stdout", Unwritable(error))
-
-    main(tiny.EXPERIMENT)
+    with (tmp_path / "file").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", Unwritable(error, file))
+        main(tiny.EXPERIMENT)
 
     assert [run.status for run in read_runs(database)] == ["FINISHED"]
-    assert set(capsys.readouterr().err.splitlines(keepends=True)) == {said} - {""}
+    assert set(capsys.readouterr().err.splitlines()) == said
 
 
 # ---- copied scripts that train: on a terminal, and until a signal comes
 
 
 class Training:
-    """A training of a user's own script that would go on for hours."""
+    """A training of a user's own script that would go on for hours; `terminal`: of many layers, on a real terminal."""
 
-    script = TINY
-
-    def __init__(self, database: Path, ignored: tuple[signal.Signals, ...] = (), limit: int = 200) -> None:
-        self.folder, self.database = database.parent, database
-        shutil.copy(self.script, self.folder / "my_idea.py")
-        flags = ["--epochs", "100000", "--limit", str(limit), "--tracking-uri", f"sqlite:///{database.name}"]
-        self.process = self.start("my_idea.py", *flags, ignored=ignored)
-
-    def start(self, *command: str, ignored: tuple[signal.Signals, ...]) -> Program:
-        return Program(*command, cwd=self.folder, ignored=ignored)
+    def __init__(self, database: Path, ignored: tuple[signal.Signals, ...] = (), terminal: bool = False) -> None:
+        folder, self.database = database.parent, database
+        shutil.copy(STEP1 if terminal else TINY, folder / "my_idea.py")
+        limit = "3000" if terminal else "200"
+        command = ("my_idea.py", "--epochs", "100000", "--limit", limit, "--tracking-uri", f"sqlite:///{database.name}")
+        self.terminal = Terminal(*command, cwd=folder) if terminal else None
+        self.process = self.terminal.process if self.terminal else Program(*command, cwd=folder, ignored=ignored)
 
     def epochs(self) -> int:
         runs = read_runs(self.database)
@@ -352,16 +295,6 @@ class Training:
         self.process.wait()
         (run,) = read_runs(self.database)
         return run
-
-
-class TrainingOnTerminal(Training):
-    """One of a network of many layers, on a real terminal."""
-
-    script = STEP1
-
-    def start(self, *command: str, ignored: tuple[signal.Signals, ...]) -> Program:
-        self.terminal = Terminal(*command, cwd=self.folder)
-        return self.terminal.process
 
 
 @pytest.fixture
@@ -381,12 +314,14 @@ def train(database: Path) -> Iterator[Callable[..., Training]]:
 
 
 def test_a_terminal_shows_summary_bar_and_epochs_and_its_end_is_that_of_the_training(database: Path) -> None:
-    training = TrainingOnTerminal(database, limit=3000)
+    training = Training(database, terminal=True)
+    terminal = training.terminal
+    assert terminal is not None
     try:
-        wait_until(lambda: "\repoch      2/100000  " in training.terminal.text(), training.process)
-        shown = training.terminal.text()
+        wait_until(lambda: "\repoch      2/100000  " in terminal.text(), training.process)
+        shown = terminal.text()
     finally:
-        training.terminal.hang_up()
+        terminal.hang_up()
         run = training.ended()
 
     assert (run.status, training.process.returncode != 0) == ("KILLED", True)

@@ -102,11 +102,6 @@ def drawn_texts(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[Text]:
     return list(drawn.values())
 
 
-def mistakes(wrong: int, limit: int = 32) -> Figure:
-    prediction = np.where(np.arange(60) < wrong, (LABELS + 1) % 10, LABELS)
-    return figures.plot_mistakes(IMAGES, LABELS, prediction, np.linspace(0.3, 1, 60), limit)
-
-
 DRAWINGS: dict[str, Callable[[], Figure]] = {
     "samples": lambda: figures.plot_samples(IMAGES, LABELS, limit=13),
     "augmentation": lambda: figures.plot_augmentation(IMAGES[:12], np.stack([IMAGES[:12]] * 3)),
@@ -115,16 +110,14 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "learning rate": lambda: figures.plot_learning_rate(
         pd.concat([make_history(LONG + str(i), 2, 14, lr) for i, lr in enumerate((0.1, 0.1, 0.1, 0.01, 0.0001))])
     ),
-    "steps": lambda: figures.plot_steps(make_runs(*STEPS, sd=0.042)),
     "steps, one run": lambda: figures.plot_steps(make_runs(STEPS[5], seeds=1)),
-    "steps, no targets": lambda: figures.plot_steps(make_runs(*STEPS[:4]), None, None),
     "steps, long names and a bad one": lambda: figures.plot_steps(
         make_runs(*STEPS, (LONG, 7_852, 99.46), ("linear", 7_850, 30.0))
     ),
     "README's picture": lambda: figures.plot_summary(headline(summary_of(files.read_rows(PUBLISHED)))),
     "confusion": lambda: figures.plot_confusion(np.repeat(np.arange(10), 1000), RNG.integers(0, 10, 10_000)),
-    "mistakes": lambda: mistakes(50, limit=20),
-    "no mistakes": lambda: mistakes(0),
+    "mistakes": lambda: figures.plot_mistakes(IMAGES, LABELS, (LABELS + 1) % 10, np.linspace(0.3, 1, 60), 20),
+    "no mistakes": lambda: figures.plot_mistakes(IMAGES, LABELS, LABELS, np.linspace(0.3, 1, 60)),
 }
 
 
@@ -177,48 +170,19 @@ def test_training_draws_mean_and_range_over_seeds() -> None:
     assert {"test, smallest to largest", "training, smallest to largest"} < set(legend_texts(figure))
 
 
-def test_an_overridden_run_is_named_with_what_it_overrides() -> None:
-    history = make_history(seeds=1).assign(overrides="epochs=1")
-    assert figures.plot_training(history).get_suptitle() == "step3_gap [epochs=1]"
+def test_training_of_one_seed_has_no_band_and_is_named_with_what_it_overrides() -> None:
+    figure = figures.plot_training(make_history(seeds=1).assign(overrides="epochs=1"), target_accuracy=None)
+    assert figure.get_suptitle() == "step3_gap [epochs=1]"
+    for axes in figure.axes:
+        assert set(curves(axes)) == {"test", "training"}
+        assert not axes.collections
+        assert len({line.get_linestyle() for line in axes.lines}) == 2  # told apart in grey
 
 
 def test_the_figures_of_a_study_without_losses_are_drawn_all_the_same() -> None:
     history = make_history(seeds=4).assign(train_loss=math.nan, test_loss=math.nan).to_dict("records")
     assert set(figures.study_figures(history, 99.4)) == {"training"}
     assert figures.study_figures([{"run_id": "a"}], 99.4) == {}
-
-
-def test_training_of_one_seed_has_two_lines_a_panel_and_no_band() -> None:
-    figure = figures.plot_training(make_history(seeds=1), target_accuracy=None)
-    for axes in figure.axes:
-        assert set(curves(axes)) == {"test", "training"}
-        assert not axes.collections
-        assert len({line.get_linestyle() for line in axes.lines}) == 2  # told apart in grey
-        assert len({line.get_marker() for line in axes.lines}) == 2
-
-
-def test_training_of_one_epoch_shows_markers_the_range_and_whole_epochs() -> None:
-    history = make_history(seeds=4, epochs=1)
-    _, accuracy = figures.plot_training(history).axes
-    assert all(line.get_marker() != "None" for line in accuracy.lines[:2])
-    segment = accuracy.collections[0].get_segments()[0]  # type: ignore[attr-defined]
-    np.testing.assert_allclose(segment[:, 1], [history["test_accuracy"].min(), history["test_accuracy"].max()])
-    left, right = accuracy.get_xlim()
-    assert [tick for tick in accuracy.get_xticks() if left < tick < right] == [1]
-
-
-@pytest.mark.parametrize(("low", "high"), [(99.0, 99.55), (97.1, 97.9), (10.0, 99.6)])
-def test_an_accuracy_axis_has_ticks_to_read_it_by(low: float, high: float) -> None:
-    figure = figures.plot_steps(make_runs(("step1", 6_000, low), ("step2", 9_000, high), sd=0.0), None, None)
-    figure.canvas.draw()
-    above, below = figure.axes[:2]
-    for axis, (start, end) in ((above.yaxis, above.get_ylim()), (below.xaxis, below.get_xlim())):
-        ticks = zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)
-        labels = [label for label, place in ticks if start <= place <= end]
-        assert len(labels) >= 3
-        for one, other in combinations(labels, 2):
-            assert not one.get_window_extent().overlaps(other.get_window_extent())
-        assert "stretched" in axis.get_label_text()
 
 
 def test_of_several_runs_of_one_seed_the_first_counts() -> None:
@@ -249,10 +213,11 @@ def test_values_that_are_not_finite_are_announced() -> None:
     np.testing.assert_allclose(curves(figure.axes[0])["training, mean of 2 seeds"], expected)
 
 
-def test_learning_rate_has_one_line_a_schedule() -> None:
+def test_learning_rate_has_one_line_a_schedule_and_none_where_it_is_no_number() -> None:
     steplr = make_history("step4", 2, 14)
     steplr["lr"] = 0.1 * 0.6 ** ((steplr["epoch"] - 1) // 2)
-    figure = figures.plot_learning_rate(pd.concat([make_history("step1"), make_history("step2"), steplr]))
+    odd = [make_history("a", 1, 2, math.nan), make_history("b", 1, 2, math.inf)]
+    figure = figures.plot_learning_rate(pd.concat([make_history("step1"), make_history("step2"), steplr, *odd]))
     (axes,) = figure.axes
     assert list(curves(axes)) == ["step1, step2", "step4"]
     np.testing.assert_allclose(curves(axes)["step4"], [0.1 * 0.6**k for k in range(7) for _ in range(2)])
@@ -283,16 +248,9 @@ def test_steps_draws_the_mean_with_a_t_interval_over_seeds() -> None:
     best = next(line for line in below.lines if "best epoch" in str(line.get_label()))
     np.testing.assert_allclose(points_of(best), np.array([(99.5, 0), (99.35, 1)]))
     assert {"mean over seeds, 95 % t-interval", "mean, too few seeds for an interval"} <= set(legend_texts(figure))
-
-
-def test_steps_shows_targets_only_where_asked() -> None:
-    runs = make_runs(*STEPS[:4])
-    figure = figures.plot_steps(runs)
-    above, below = figure.axes[:2]
     assert curves(above)["target 99.4 %"].tolist() == [99.4, 99.4]
     assert any(points_of(line)[:, 0].tolist() == [99.4, 99.4] for line in below.lines)
     assert "target 10,000 parameters" in legend_texts(figure)
-    assert above.get_xscale() == "log"
     assert not any(text.startswith("target") for text in legend_texts(figures.plot_steps(runs, None, None)))
 
 
@@ -353,7 +311,6 @@ def test_mistakes_are_the_wrong_ones_most_confident_first() -> None:
 
 HISTORY, RUNS = make_history(), make_runs(*STEPS[:2])
 ERRORS: dict[str, Callable[[], Figure]] = {
-    r"images .*\(0, 28, 28\)": lambda: figures.plot_samples(IMAGES[:0], LABELS[:0]),
     r"labels .*\(3,\)": lambda: figures.plot_samples(IMAGES, LABELS[:3]),
     r"after .*59, 28, 28\)": lambda: figures.plot_augmentation(IMAGES, IMAGES[1:]),
     "history has no rows": lambda: figures.plot_training(HISTORY.iloc[:0]),
@@ -362,18 +319,15 @@ ERRORS: dict[str, Callable[[], Figure]] = {
     r"num_params in step1_baseline \(10,970, 7\)": lambda: figures.plot_steps(
         pd.concat([RUNS, make_runs(("step1_baseline", 7, 99.0), seeds=20)])
     ),
-    "final_test_accuracy .*unfinished": lambda: figures.plot_steps(
-        pd.concat([RUNS, make_runs(("unfinished", 7_852, math.nan))])
-    ),
-    r"prediction .*\(59,\)": lambda: figures.plot_confusion(LABELS, LABELS[1:]),
+    "final_test_accuracy .*bad": lambda: figures.plot_steps(pd.concat([RUNS, make_runs(("bad", 7_852, math.nan))])),
     "prediction .* 0 to 9": lambda: figures.plot_confusion(LABELS, LABELS - 1),
 }
 
 
-@pytest.mark.parametrize("named", ERRORS)
-def test_bad_input_is_named(named: str) -> None:
-    with pytest.raises(LabError, match=named):
-        ERRORS[named]()
+def test_bad_input_is_named() -> None:
+    for named, plot in ERRORS.items():
+        with pytest.raises(LabError, match=named):
+            plot()
 
 
 HOSTILE = ["a$\\frac{$", "_hidden", "two\nlines\tand\x00more", "m" * 5_000]
@@ -389,11 +343,3 @@ def test_names_are_free_text_and_drawn_as_it_is(monkeypatch: pytest.MonkeyPatch)
         assert not any(text.get_parse_math() for text in texts)
         assert figure.get_figwidth() < 20
     assert figures.plot_training(make_history(HOSTILE[0])).get_suptitle() == HOSTILE[0]
-
-
-def test_learning_rates_that_are_no_numbers_are_left_out() -> None:
-    history = pd.concat([make_history("a", 1, 2, math.nan), make_history("b", 1, 2, math.inf), make_history("c", 1, 2)])
-
-    (axes,) = figures.plot_learning_rate(history).axes
-
-    assert list(curves(axes)) == ["c"]

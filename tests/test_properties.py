@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import io
 import re
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
 from torch.optim.swa_utils import AveragedModel
 
-from forkserver import SIGNALS
 from helpers import first, read_value
 from mnist_lab import Experiment, Targets
 from mnist_lab.augmentation import random_rotation
@@ -56,12 +54,9 @@ def tiny_mnist(mnist: Mnist) -> Mnist:
 @pytest.fixture(autouse=True)
 def _short_schedules_and_settings_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(schedule, "MAX_SCHEDULE_STEPS", 100)
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 # ---- what people may give for a value
@@ -98,17 +93,9 @@ EXPERIMENT = Experiment(
     targets=Targets(accuracy=99.4, params=10_000, epochs=15),
 )
 # The flags that a sentence may be about, by how it begins; every other one is about a hyperparameter, thus --set.
-ABOUT = {
-    "seed": ("--seed", "--seeds"),
-    "epochs": ("--epochs", "--set"),
-    "batch_size": ("--batch-size", "--set"),
-    "device": ("--device",),
-    "limit": ("--limit",),
-    "holdout": ("--holdout",),
-    "resume": ("--resume",),
-    "workers": ("--workers",),
-    "tracking store": ("--tracking-uri",),
-    "data_dir": ("--data-dir",),
+ABOUT = {name: (f"--{name}",) for name in ("device", "limit", "holdout", "resume", "workers")} | {
+    **{"seed": ("--seed", "--seeds"), "epochs": ("--epochs", "--set"), "batch_size": ("--batch-size", "--set")},
+    **{"tracking store": ("--tracking-uri",), "data_dir": ("--data-dir",)},
 }
 FLAGS = ["--epochs", "--batch-size", "--seed", "--seeds", "--workers", "--threads", "--limit", "--holdout", "--device"]
 GOOD = ["--epochs=3", "--batch-size=64", "--seed=7", "--threads=2", "--limit=65", "--set=lr=0.1", "--set=name=a b"]
@@ -135,74 +122,55 @@ class Begun(BaseException):
     """All checks are passed, and the training begins."""
 
 
-@dataclasses.dataclass
-class Desk:
-    """Where command lines are tried: a script, a store without runs, and things that are no store."""
-
-    script: Path
-    database: Path
-    places: list[str]
-
-    def outcome(self, arguments: list[str]) -> str:
-        """Return "begun", "help" or "usage", or the sentence with which the arguments are refused."""
-        stdout, stderr = io.StringIO(), io.StringIO()
-        given = ["--tracking-uri", f"sqlite:///{self.database}", *arguments]
-        try:
-            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-                main(EXPERIMENT, given)
-        except Begun:
-            return "begun"
-        except SystemExit as end:
-            if end.code == 1:
-                _, error, sentence = stderr.getvalue().rstrip("\n").rpartition("error: ")
-                assert error
-                return sentence
-            if end.code == 0:
-                assert stdout.getvalue().startswith("usage: my_idea.py")
-                return "help"
-            if end.code != 2:
-                raise
-            said = stderr.getvalue().partition("my_idea.py: error: ")[2]
-            assert re.match("argument --|unrecognized arguments: |ambiguous option: ", said), stderr.getvalue()
-            return "usage"
-        return "finished"
-
-
-@pytest.fixture
-def desk(tiny_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    script, here = tmp_path / "my_idea.py", tmp_path / "here"
-    script.write_text("from mnist_lab import Experiment, main\n\nEXPERIMENT = Experiment(...)\nmain(EXPERIMENT)\n")
-    here.mkdir()
-    (tmp_path / "notes.txt").write_text("my notes\n")
-    load = runner.load_mnist
-
-    def load_few(folder: Path | None, device: torch.device) -> Mnist:
-        return tiny_mnist if folder is None else load(folder, device)
-
-    monkeypatch.setattr(runner, "load_mnist", load_few)
-    monkeypatch.setattr(sys, "argv", [str(script)])
-    monkeypatch.chdir(here)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    places = [f"sqlite:///{tmp_path}/notes.txt", f"sqlite:///{tmp_path}", "foo://x", "http://127.0.0.1:9"]
-    return Desk(script, database, places)
+def outcome_of(arguments: list[str]) -> str:
+    """Return "begun", "help" or "usage", or the sentence with which the command line is refused."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            main(EXPERIMENT, arguments)
+    except Begun:
+        return "begun"
+    except SystemExit as end:
+        if end.code == 1:
+            _, error, sentence = stderr.getvalue().rstrip("\n").rpartition("error: ")
+            assert error
+            return sentence
+        if end.code == 0:
+            assert stdout.getvalue().startswith("usage: my_idea.py")
+            return "help"
+        if end.code != 2:
+            raise
+        said = stderr.getvalue().partition("my_idea.py: error: ")[2]
+        assert re.match("argument --|unrecognized arguments: |ambiguous option: ", said), stderr.getvalue()
+        return "usage"
+    return "finished"
 
 
 @HOW_MANY
 def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
-    examples: int, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    examples: int, tiny_mnist: Mnist, uri: str, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begin(*arguments: object, **more: object) -> None:
         raise Begun
 
+    load = runner.load_mnist
+    monkeypatch.setattr(runner, "load_mnist", lambda *given: tiny_mnist if given[0] is None else load(*given))
     monkeypatch.setattr(runner, "initial_network", begin)
     monkeypatch.setattr(study, "track", begin)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "my_idea.py")])
+    (tmp_path / "my_idea.py").write_text("from mnist_lab import Experiment, main\n\nmain(Experiment(...))\n")
+    (tmp_path / "notes.txt").write_text("my notes\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    places = [f"sqlite:///{tmp_path}/notes.txt", f"sqlite:///{tmp_path}", "foo://x", "http://127.0.0.1:9"]
     outcomes: Counter[str] = Counter()
 
     @settings(max_examples=examples)
-    @given(command_lines(desk.places))
+    @given(command_lines(places))
     def holds(arguments: list[str]) -> None:
-        outcome = desk.outcome(arguments)
+        outcome = outcome_of(["--tracking-uri", uri, *arguments])
         torch.set_num_threads(1)
         if outcome in ("begun", "help", "usage"):
             outcomes[outcome] += 1
@@ -216,7 +184,7 @@ def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
             assert any(argument.startswith(about) for argument in arguments), outcome
             if about == ("--set",) and not re.match("--set|net|optimizer|scheduler|augmentation|loss", outcome):
                 assert of_a_setting, outcome
-        assert read_value(desk.database, "SELECT COUNT(*) FROM runs") == 0
+        assert read_value(database, "SELECT COUNT(*) FROM runs") == 0
 
     holds()
 

@@ -5,7 +5,6 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
-from torch import Tensor, nn
-from torch.optim import SGD
 
 import mnist_lab
-from conftest import FullRun
-from mnist_lab import Experiment
+import tiny
 from mnist_lab.__main__ import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
-from mnist_lab.reading.pictures import find_pictures, find_reader, picture_of, read_digit
+from mnist_lab.reading.pictures import find_pictures, find_reader, read_digit
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
@@ -34,8 +30,7 @@ COUNT = 200
 
 
 def coloured(digit: Pixels, ink: tuple[int, int, int], paper: tuple[int, int, int]) -> Image.Image:
-    share = digit[..., None] / 255
-    return Image.fromarray((share * np.array(ink) + (1 - share) * np.array(paper)).astype(np.uint8))
+    return ImageOps.colorize(Image.fromarray(digit), paper, ink)
 
 
 def enlarged(digit: Pixels, size: int) -> Image.Image:
@@ -54,27 +49,19 @@ def transparent(digit: Pixels, ink: str) -> Image.Image:
     return picture
 
 
-def noisy(digit: Pixels) -> Image.Image:
-    noise = np.random.default_rng(0).normal(0, 6, (280, 280))
-    return Image.fromarray(
-        np.clip(230 - 0.7 * np.asarray(enlarged(digit, 280), float) + noise, 0, 255).astype(np.uint8)
-    )
-
-
 STYLES: dict[str, Callable[[Pixels], Image.Image]] = {
     "inverted": lambda digit: Image.fromarray(255 - digit),
     "blue on yellow": lambda digit: coloured(digit, (20, 40, 160), (250, 240, 120)),
-    "red on green": lambda digit: coloured(digit, (200, 40, 40), (40, 130, 40)),
     "pale": lambda digit: coloured(digit, (150, 150, 150), (110, 110, 110)),
     "transparent, dark": lambda digit: transparent(digit, "black"),
     "transparent, light": lambda digit: transparent(digit, "white"),
     "16 bits": lambda digit: Image.fromarray(digit.astype(np.uint16) * 200),
+    "red on green": lambda digit: coloured(digit, (200, 40, 40), (40, 130, 40)),
     "black and white": lambda digit: Image.fromarray(digit).convert("1", dither=Image.Dither.NONE),
     "200x300": lambda digit: placed(ImageOps.invert(enlarged(digit, 200)), (200, 300), (0, 60), 255),
     "off centre": lambda digit: placed(enlarged(255 - digit, 112), (400, 300), (7, 170), 255),
     "thick": lambda digit: enlarged(digit, 280).filter(ImageFilter.MaxFilter(13)),
     "thin": lambda digit: enlarged(255 - digit, 280).filter(ImageFilter.MaxFilter(11)),
-    "noisy": noisy,
 }
 
 
@@ -94,16 +81,22 @@ def read(picture: Image.Image) -> Pixels:
 
 
 def test_images_of_mnist_come_out_as_they_are(digits: Pixels) -> None:
-    prepared = [read(Image.fromarray(digit)) for digit in digits]
-    assert sum(np.array_equal(one, digit) for one, digit in zip(prepared, digits, strict=True)) > 0.7 * COUNT
-    assert np.abs(np.stack(prepared).astype(int) - digits).mean() < 0.1
+    prepared = np.stack([read(Image.fromarray(digit)) for digit in digits])
+    assert (prepared == digits).all(axis=(1, 2)).mean() > 0.7
+    assert np.abs(prepared.astype(int) - digits).mean() < 0.1
 
 
 def test_colour_and_place_make_no_difference(digits: Pixels) -> None:
     clean = read(Image.fromarray(digits[0]))
-    for name in ("inverted", "transparent, dark", "transparent, light", "16 bits", "blue on yellow", "pale"):
+    for name in list(STYLES)[:6]:
         assert np.abs(read(STYLES[name](digits[0])).astype(int) - clean).max() <= 8, name
     assert np.array_equal(read(placed(Image.fromarray(digits[0]), (90, 50), (55, 3), 0)), clean)
+
+
+def test_pictures_in_all_styles_are_read(digits: Pixels, mnist: Mnist) -> None:
+    for name, style in STYLES.items():
+        read = mnist_lab.predict([style(digit) for digit in digits[:20]]).digits
+        assert (read == mnist.test_labels[:20].numpy()).sum() >= 19, name
 
 
 def test_a_picture_is_turned_as_its_exif_says(digits: Pixels, tmp_path: Path) -> None:
@@ -113,13 +106,6 @@ def test_a_picture_is_turned_as_its_exif_says(digits: Pixels, tmp_path: Path) ->
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     Image.fromarray(digits[0]).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
     assert np.array_equal(read_digit(turned), read_digit(upright))
-
-
-def test_the_image_is_shown_as_text(digits: Pixels) -> None:
-    lines = picture_of(digits[0]).splitlines()
-    assert [len(line) for line in lines] == [56] * 28
-    assert "@@" in lines[8] + lines[9] + lines[10]
-    assert lines[0].strip() == ""
 
 
 # ---- photos: a digit on a sheet of 450x350, as a telephone sees it
@@ -176,11 +162,11 @@ def photo(light: NDArray[np.float64], rng: np.random.Generator) -> Image.Image:
 
 @pytest.mark.parametrize("name", PHOTOS)
 def test_digits_in_photos_are_read(name: str, digits: Pixels, mnist: Mnist) -> None:
-    taken = [
-        (rng := np.random.default_rng(n)) and photo(PHOTOS[name](sheet(digits[n], rng), rng), rng) for n in range(20)
-    ]
-    read = mnist_lab.predict(taken).digits
-    assert (read == mnist.test_labels[:20].numpy()).sum() >= 18
+    taken = []
+    for n in range(10):
+        rng = np.random.default_rng(n)
+        taken.append(photo(PHOTOS[name](sheet(digits[n], rng), rng), rng))
+    assert (mnist_lab.predict(taken).digits == mnist.test_labels[:10].numpy()).sum() >= 9
 
 
 def test_two_digits_in_one_picture_are_refused(digits: Pixels) -> None:
@@ -196,10 +182,6 @@ def test_two_digits_in_one_picture_are_refused(digits: Pixels) -> None:
 # ---- what is refused
 
 
-def text_file(file: Path) -> None:
-    file.write_text("hello")
-
-
 def half_a_picture(file: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60), dtype=np.uint8)).save(file)
     file.write_bytes(file.read_bytes()[:1500])
@@ -213,7 +195,7 @@ def animation(file: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (text_file, "not a picture"),
+        (lambda file: file.write_text("hello"), "not a picture"),
         (half_a_picture, "can't be read: "),
         (animation, "3 pictures"),
         (lambda file: Image.new("1", (20_000, 20_000)).save(file), "pixels"),
@@ -236,33 +218,18 @@ def test_what_is_no_picture_of_a_digit_is_refused(
     assert [str(one.message) for one in recwarn if "image" in str(one.message).lower()] == []
 
 
-@pytest.mark.parametrize(("paths", "named"), [([], "image: "), ([Path("a" * 300)], "File name too long")])
-def test_no_file_is_refused(paths: list[Path], named: str) -> None:
-    with pytest.raises(LabError, match=named):
-        find_pictures(paths)
-
-
 # ---- the network
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(784, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(images.flatten(1))
 
 
 @pytest.fixture
 def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Return a function that trains a network of one layer for an epoch, and gives the id of its run."""
+    """Return a function that trains a network for an epoch, and gives the id of its run."""
     monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
 
     def train(name: str, seed: int = 0, lr: float = 0.05, **given: Any) -> str:
         script = tmp_path / f"{name}.py"
         script.touch()
-        experiment = Experiment(net=Net, epochs=1, batch_size=100, optimizer=partial(SGD, lr=lr))
+        experiment, _ = tiny.EXPERIMENT.override({"epochs": 1, "lr": lr})
         job = Job(script=script, experiment=experiment, tracking_uri=uri, threads=1, **given)
         return runner.run(job, seed, Progress()).run_id
 
@@ -323,23 +290,8 @@ def test_a_bad_picture_among_others_loses_none_of_them(
     assert {"picture", "runner-up"} <= set(shown.splitlines()[0].split())
     assert f"Read by good seed 0, run {run_id}." in shown
     assert shown.count("as the network sees it:") == 2
-
-
-@pytest.mark.parametrize("count", [50, pytest.param(COUNT, marks=pytest.mark.long)])
-def test_pictures_in_all_styles_are_read_as_the_test_images_are(
-    count: int, full_run: FullRun, digits: Pixels, mnist: Mnist
-) -> None:
-    reader = find_reader(f"runs:/{full_run.tracked.run_id}", tracking_uri=f"sqlite:///{full_run.database}")
-
-    def right(prepared: list[Pixels]) -> float:
-        found = [reading.digit for reading in reader.read(prepared)]
-        return float((np.array(found) == mnist.test_labels[:count].numpy()).mean())
-
-    tracked = right(list(digits[:count]))
-    assert tracked > 0.95
-    assert right([read(Image.fromarray(digit)) for digit in digits[:count]]) >= tracked - 0.005
-    for name, style in STYLES.items():
-        assert right([read(style(digit)) for digit in digits[:count]]) >= min(0.97, tracked - 0.03), name
+    assert all(len(line) == 56 for line in shown.splitlines() if "@@" in line)
+    assert "@@" in shown
 
 
 # ---- from Python
@@ -362,9 +314,8 @@ def test_images_are_read_as_arrays_tensors_and_pictures(digits: Pixels, mnist: M
     assert mnist_lab.predict(STYLES["200x300"](digits[0])).digits.tolist() == [7]
 
 
-@pytest.mark.parametrize(
-    ("images", "sentence"),
-    [
+def test_what_are_no_images_is_refused() -> None:
+    cases: list[tuple[object, str]] = [
         (np.zeros((30, 30)), r"float64 \(30, 30\) is not \(28, 28\)"),
         (np.zeros((2, 3, 28, 28)), r"float64 \(2, 3, 28, 28\) is not"),
         (np.zeros((0, 28, 28)), "there is none"),
@@ -374,8 +325,10 @@ def test_images_are_read_as_arrays_tensors_and_pictures(digits: Pixels, mnist: M
         (np.full((28, 28), 300), "int64 values"),
         ([[1, 2], [3]], "can't be read as an array"),
         (Image.new("L", (40, 40), 200), "number 0: there is no digit"),
-    ],
-)
-def test_what_are_no_images_is_refused(images: object, sentence: str) -> None:
-    with pytest.raises(LabError, match=f"^images: .*{sentence}"):
-        mnist_lab.predict(images)
+    ]
+    for images, sentence in cases:
+        with pytest.raises(LabError, match=f"^images: .*{sentence}"):
+            mnist_lab.predict(images)
+    for paths, named in (([], "image: "), ([Path("a" * 300)], "File name too long")):
+        with pytest.raises(LabError, match=named):
+            find_pictures(paths)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from forkserver import PATIENCE
-from helpers import TINY, TrackedRun, read_runs, wait_until
+from helpers import TINY, TrackedRun, free_port, read_runs, wait_until, write_search
 from mnist_lab.errors import LabError
 
 PARENT = "mlflow.parentRunId"
@@ -33,60 +33,32 @@ RAY = {
 }
 
 
-def on_nodes(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test that takes a minute or more; and Ray gives the agents of each node 15 seconds to start."""
-    return pytest.mark.long(pytest.mark.load(test))
+on_nodes = pytest.mark.load  # and long: Ray gives the agents of each node 15 seconds to start
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Process:
+class Process(subprocess.Popen[str]):
     """A program in a session of its own, what it has printed, and all that it has started."""
 
     def __init__(self, *command: str | Path, cwd: Path, **environment: str) -> None:
         self.output = (cwd / f"output-{time.monotonic_ns()}.txt").open("w+")
-        self.process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=cwd,
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": self.output, "stderr": subprocess.STDOUT}
+        words = [str(word) for word in command]
+        super().__init__(words, cwd=cwd, env={**os.environ, **environment}, start_new_session=True, **streams)
 
     @property
     def said(self) -> str:
         return Path(self.output.name).read_text()
 
-    @property
-    def has_ended(self) -> bool:
-        return self.process.poll() is not None
-
-    def wait(self) -> int:
-        return self.process.wait(PATIENCE)
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def interrupt(self) -> None:
-        """Do what Ctrl-C in its terminal does."""
-        os.killpg(self.process.pid, signal.SIGINT)
-
-    def kill(self) -> None:
+    def end(self) -> None:
         """Kill it and all that it has started."""
         with suppress(psutil.NoSuchProcess):
-            program = psutil.Process(self.process.pid)
+            program = psutil.Process(self.pid)
             every = [program, *program.children(recursive=True)]
             for one in every:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
             psutil.wait_procs(every, timeout=PATIENCE)
-        self.process.wait()
+        self.wait()
 
 
 class Cluster:
@@ -95,8 +67,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder, port = folder, free_port()
         self.address = f"127.0.0.2:{port}"
-        self.head = self._start("--head", f"--port={port}", "--include-dashboard=false")
-        self.nodes: list[Process] = []
+        self.nodes = [self._start("--head", f"--port={port}", "--include-dashboard=false")]
 
     def _start(self, *flags: str) -> Process:
         """Start a node; again where a busy machine did not start Ray's agents within the 15 seconds that Ray allows."""
@@ -106,36 +77,30 @@ class Cluster:
             # Two nodes in one folder would unpack the code over one another's; its path must be short.
             own = f"--temp-dir={tempfile.mkdtemp(prefix='ray-', dir=self.folder)}"
             process = Process(*command, own, cwd=self.folder, **RAY)
-            wait_until(lambda started=process: "Ray runtime started" in started.said or started.has_ended)
-            if not process.has_ended:
+            wait_until(lambda started=process: "Ray runtime started" in started.said or started.poll() is not None)
+            if process.poll() is None:
                 return process
         raise AssertionError(process.said)
 
-    def add_node(self) -> Process:
+    def add_node(self) -> None:
         self.nodes.append(self._start(f"--address={self.address}"))
-        return self.nodes[-1]
-
-    def end(self) -> None:
-        for process in (*self.nodes, self.head):
-            process.kill()
 
 
 class Server:
-    """A tracking server over SQLite."""
+    """A tracking server over SQLite, which makes the experiment anew: the template's has its artifacts in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, empty_store: Path, folder: Path) -> None:
         self.database, port = folder / "mlflow.db", free_port()
+        shutil.copy(empty_store, self.database)
+        client = mlflow.MlflowClient(f"sqlite:///{self.database}")
+        client.rename_experiment(client.get_experiment_by_name("mnist").experiment_id, "template")
         self.uri = f"http://127.0.0.1:{port}"
         flags = ["--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
         flags += ["--backend-store-uri", f"sqlite:///{self.database}"]
         flags += ["--artifacts-destination", str(folder / "artifacts")]
         light = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self.process = Process(sys.executable, "-m", "mlflow", "server", *flags, cwd=folder, **light)
-        wait_until(self._is_there)
-
-    def _is_there(self) -> bool:
-        with urllib.request.urlopen(f"{self.uri}/health", timeout=10):
-            return True
+        wait_until(lambda: urllib.request.urlopen(f"{self.uri}/health", timeout=10).close() is None)
 
     def runs(self) -> list[TrackedRun]:
         return read_runs(self.database)
@@ -143,14 +108,9 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(empty_store, folder / "mlflow.db")
-    # The template's experiment keeps its artifacts in a folder; let the server make one that it serves itself.
-    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    client.rename_experiment(client.get_experiment_by_name("mnist").experiment_id, "template")
-    server = Server(folder)
+    server = Server(empty_store, tmp_path_factory.mktemp("server"))
     yield server
-    server.process.kill()
+    server.process.end()
 
 
 @pytest.fixture(scope="module")
@@ -159,43 +119,33 @@ def head() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         cluster = Cluster(Path(folder))
         yield cluster
-        cluster.end()
+        cluster.nodes[0].end()
 
 
 @pytest.fixture
 def cluster(head: Cluster) -> Iterator[Cluster]:
     head.add_node()
     yield head
-    while head.nodes:
-        head.nodes.pop().kill()
+    while len(head.nodes) > 1:
+        head.nodes.pop().end()
 
 
 @pytest.fixture
-def idea(tmp_path: Path) -> Path:
-    """Return a script with a space to search in, and a module that it imports, in a folder of its own."""
-    imported = "from optuna.distributions import FloatDistribution\n\nfrom parts.places import LOW\n"
-    space = 'SEARCH = {"lr": FloatDistribution(LOW, 1.0, log=True)}\n\n\n'
-    text = TINY.read_text().replace("main(EXPERIMENT)", "main(EXPERIMENT, search=SEARCH)")
-    text = text.replace("import torch\n", f"import torch\n{imported}", 1).replace("if __name__", f"{space}if __name__")
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Return what starts, with flags, a script with a space to search in, which imports a module beside it."""
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "places.py").write_text("LOW = 0.01\n")
-    (tmp_path / "idea.py").write_text(text)
-    return tmp_path / "idea.py"
-
-
-@pytest.fixture
-def start(idea: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Return what starts the script with flags."""
+    script = write_search(tmp_path, "from parts.places import LOW")
     started = []
 
     def start(*flags: str, **variables: str) -> Process:
         variables = {"MNIST_LAB_MLRUNS": str(tmp_path), **RAY, **variables}
-        started.append(Process(sys.executable, idea, *flags, cwd=tmp_path, **variables))
+        started.append(Process(sys.executable, script, *flags, cwd=tmp_path, **variables))
         return started[-1]
 
     yield start
     for process in started:
-        process.kill()
+        process.end()
 
 
 def runs_since(server: Server) -> Callable[[], list[TrackedRun]]:
@@ -204,15 +154,16 @@ def runs_since(server: Server) -> Callable[[], list[TrackedRun]]:
     return lambda: [run for run in server.runs() if run.run_id not in before]
 
 
+@pytest.mark.long
 @on_nodes
 def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, server: Server, start: Callable[..., Process]) -> None:
     runs = runs_since(server)
     flags = ("--limit", "6000", "--epochs", "3", "--tracking-uri", server.uri)
     program = start("--seeds", "6", "--cluster", cluster.address, *flags)
     wait_until(lambda: len([run for run in runs() if PARENT in run.tags and "test_accuracy" in run.metrics]) >= 2)
-    assert not program.has_ended, program.said
-    cluster.nodes[0].kill()
-    assert program.wait() == 0, program.said
+    assert program.poll() is None, program.said
+    cluster.nodes[1].end()
+    assert program.wait(PATIENCE) == 0, program.said
 
     assert "begins again: its process was lost" in program.said
     parent, *children = runs()
@@ -224,7 +175,7 @@ def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, server: Server, star
 
     again = runs_since(server)
     local = start("--seeds", "2", "--again", *flags)
-    assert local.wait() == 0, local.said
+    assert local.wait(PATIENCE) == 0, local.said
     for run in again()[1:]:  # to the last digit
         (there,) = [one for one in children if one.params["seed"] == run.params["seed"]]
         assert run.metrics["test_loss"] == there.metrics["test_loss"]
@@ -232,19 +183,29 @@ def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, server: Server, star
             assert run.tags[tag] == there.tags[tag]
 
 
+@pytest.mark.long
 @on_nodes
-def test_a_search_whose_driver_is_killed_goes_on(
-    cluster: Cluster, server: Server, start: Callable[..., Process]
+def test_a_search_goes_on_after_ctrl_c_and_when_its_driver_is_killed(
+    cluster: Cluster, server: Server, start: Callable[..., Process], uri: str
 ) -> None:
-    runs = runs_since(server)
-    flags = ("--search", "6", "--limit", "3000", "--cluster", cluster.address, "--tracking-uri", server.uri)
-    program = start(*flags)
-    wait_until(lambda: [run for run in runs() if "final_validation_accuracy" in run.metrics])
-    program.signal(signal.SIGKILL)
-    program.wait()
+    flags = ("--limit", "3000", "--cluster", cluster.address, "--tracking-uri")
+    assert_refused(start("--seeds", "2", *flags, uri), "error: tracking store")  # SQLite is for one node
 
-    again = start(*flags)
-    assert again.wait() == 0, again.said
+    runs = runs_since(server)
+    program = start("--search", "6", *flags, server.uri)
+    wait_until(lambda: len([run for run in runs() if "validation_accuracy" in run.metrics]) >= 2)
+    program.send_signal(signal.SIGINT)
+    assert program.wait(PATIENCE) == 130, program.said
+    assert "Interrupted. " in program.said
+    assert "Traceback" not in program.said
+    assert {run.status for run in runs()} <= {"FINISHED", "KILLED"}
+
+    program = start("--search", "6", *flags, server.uri)
+    wait_until(lambda: [run for run in runs() if "final_validation_accuracy" in run.metrics])
+    program.kill()
+    program.wait(PATIENCE)
+    again = start("--search", "6", *flags, server.uri)
+    assert again.wait(PATIENCE) == 0, again.said
 
     assert "6 trials: " in again.said
     assert {run.status for run in runs()} <= {"FINISHED", "KILLED"}
@@ -256,23 +217,11 @@ def test_a_search_whose_driver_is_killed_goes_on(
     assert not [name for run in finished for name in run.metrics if "test" in name]
 
 
-@on_nodes
-def test_ctrl_c_ends_the_tasks_in_order(cluster: Cluster, server: Server, start: Callable[..., Process]) -> None:
-    runs = runs_since(server)
-    program = start("--seeds", "3", "--epochs", "50", "--cluster", cluster.address, "--tracking-uri", server.uri)
-    wait_until(lambda: len([run for run in runs() if "test_accuracy" in run.metrics]) >= 2)
-    program.signal(signal.SIGINT)
-    assert program.wait() == 130, program.said
-
-    assert "Interrupted. " in program.said
-    assert "Traceback" not in program.said
-    assert [run.status for run in runs()] == ["KILLED"] * 3  # the study's, and those of two seeds
-
-
-@on_nodes
-def test_two_nodes_do_not_write_to_sqlite(cluster: Cluster, start: Callable[..., Process], uri: str) -> None:
-    program = start("--seeds", "2", "--tracking-uri", uri, "--cluster", cluster.address)
-    assert_refused(program, "error: tracking store")
+def test_ray_that_does_not_start(start: Callable[..., Process], uri: str, tmp_path: Path) -> None:
+    too_long = tmp_path / ("x" * 120)  # for the path of a socket
+    program = start("--seeds", "2", "--tracking-uri", uri, "--cluster", "auto", RAY_TMPDIR=str(too_long))
+    assert_refused(program, "error: cluster: Ray does not start (local): ")
+    assert str(too_long) not in "".join(map(str, (one.info["cmdline"] for one in psutil.process_iter(["cmdline"]))))
 
 
 @pytest.mark.long
@@ -283,16 +232,9 @@ def test_what_is_no_cluster(start: Callable[..., Process], uri: str) -> None:
         assert_refused(program, f"error: cluster: {address} ")
 
 
-def test_ray_that_does_not_start(start: Callable[..., Process], uri: str, tmp_path: Path) -> None:
-    too_long = tmp_path / ("x" * 120)  # for the path of a socket
-    program = start("--seeds", "2", "--tracking-uri", uri, "--cluster", "auto", RAY_TMPDIR=str(too_long))
-    assert_refused(program, "error: cluster: Ray does not start (local): ")
-    assert str(too_long) not in "".join(map(str, (one.info["cmdline"] for one in psutil.process_iter(["cmdline"]))))
-
-
 def assert_refused(program: Process, sentence: str) -> None:
     """Assert that the command ends with this sentence, and nothing but notices before it."""
-    assert program.wait() == 1
+    assert program.wait(PATIENCE) == 1
     assert sentence in program.said
     assert "Traceback" not in program.said
     assert len(program.said.strip().splitlines()) <= 2, program.said
@@ -307,10 +249,10 @@ def test_auto_starts_a_cluster_of_this_machine_on_loopback(
         (Path(folder) / "ray").mkdir()
         (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # Ray's note of one that was killed
         program = start("--cluster", "auto", *flags, RAY_TMPDIR=folder)
-        program.wait()
-    if program.wait() == 1 and "Ray does not start" in program.said:
+        program.wait(PATIENCE)
+    if program.wait(PATIENCE) == 1 and "Ray does not start" in program.said:
         pytest.skip(program.said.strip())  # on a busy one: Ray gives its own agents 15 seconds
-    assert program.wait() == 0, program.said
+    assert program.wait(PATIENCE) == 0, program.said
     children = [run for run in read_runs(database) if PARENT in run.tags]
     assert [run.status for run in children] == ["FINISHED"] * 2
     assert {run.tags["process"].split()[-1] for run in children} == {"cluster"}

@@ -6,11 +6,13 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import tiny
 from helpers import read_runs
 from mnist_lab.cli import make_job, parser
 from mnist_lab.errors import LabError
@@ -28,7 +30,7 @@ from nets.wide import Net
 
 from mnist_lab import Experiment, main
 
-EXPERIMENT = Experiment(net=Net, epochs=4, batch_size=64, optimizer=partial(torch.optim.SGD, lr=0.01))
+EXPERIMENT = Experiment(net=Net, epochs=1, batch_size=64, optimizer=partial(torch.optim.SGD, lr=0.01))
 main(EXPERIMENT)
 """
 NET = """
@@ -46,6 +48,11 @@ class Net(nn.Module):
         return self.layers(images)
 """
 Command = Callable[..., int]
+
+
+def forget_nets() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nets"]:
+        del sys.modules[name]
 
 
 @pytest.fixture
@@ -75,8 +82,7 @@ def command(script: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> Command:
         monkeypatch.setattr(runner.checkpoint, "save", stop)
         fixed = ["--tracking-uri", uri, "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", [str(script), *fixed, *flags])
-        for name in [name for name in sys.modules if name.partition(".")[0] == "nets"]:
-            del sys.modules[name]
+        forget_nets()
         try:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
@@ -89,17 +95,14 @@ def command(script: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> Command:
 
 
 def job_of(script: Path, uri: str) -> Job:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "nets"]:
-        del sys.modules[name]
-    changes = {"epochs": 1}
-    experiment, overrides = read_declaration(script).override(changes)
-    return Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=64)
+    forget_nets()
+    return Job(script=script, experiment=read_declaration(script), tracking_uri=uri, limit=64)
 
 
 def test_a_layer_widened_in_a_module_beside_the_script_makes_another_experiment(
     command: Command, script: Path, uri: str, database: Path
 ) -> None:
-    assert command("--epochs", "1", "--limit", "64") == 0
+    assert command("--limit", "64") == 0
     (run,) = read_runs(database)
     store, job = open_store(uri), job_of(script, uri)
     assert set(finished_runs(store, job.params, job.tags)) == {0}
@@ -170,8 +173,7 @@ def test_functions_classes_modules_and_tensors_are_declared_alike_in_every_proce
     command: Command, script: Path, uri: str, database: Path
 ) -> None:
     script.write_text(WITH_CALLABLES)
-    job = Job(script=script, experiment=read_declaration(script), tracking_uri=uri, limit=64)
-    pickle.loads(pickle.dumps(job)).read_experiment()  # noqa: S301  as a worker does
+    pickle.loads(pickle.dumps(job_of(script, uri))).read_experiment()  # noqa: S301  as a worker does
 
     assert command("--limit", "64", stop_after=2) == 130
     assert command("--limit", "64", "--resume") == 0
@@ -185,7 +187,7 @@ def test_functions_classes_modules_and_tensors_are_declared_alike_in_every_proce
         "kind": "GELU",
     }
     assert re.fullmatch(r"Tensor\(shape=\(2,\), dtype=float32, sha256=[0-9a-f]{12}\)", run.params["scale"])
-    again = Job(script=script, experiment=read_declaration(script), tracking_uri=uri, limit=64)
+    again = job_of(script, uri)
     assert set(finished_runs(open_store(uri), again.params, again.tags)) == {0}
 
 
@@ -208,101 +210,64 @@ def test_a_value_without_effect_is_tagged_and_refused_as_an_override(
 
 
 # Of runs that were stopped after their first epoch; the last is the newest.
-INTERRUPTED = {
-    "11 epochs=3 limit=128": {"seed": 11, "changes": {"epochs": 3}, "limit": 128},
-    "12 epochs=3 limit=128": {"seed": 12, "changes": {"epochs": 3}, "limit": 128},
-    "11 limit=128": {"seed": 11, "limit": 128},
-    "11 epochs=2 limit=64 lr=0.05": {"seed": 11, "changes": {"epochs": 2, "lr": 0.05}, "limit": 64, "holdout": 500},
-}
+INTERRUPTED = [
+    {"run_id": "a", "seed": 11, "changes": {"epochs": 3}, "limit": 128},
+    {"run_id": "b", "seed": 12, "changes": {"epochs": 3}, "limit": 128},
+    {"run_id": "c", "seed": 11, "limit": 128},
+    {"run_id": "d", "seed": 11, "changes": {"epochs": 2, "lr": 0.05}, "limit": 64, "holdout": 500},
+    {"run_id": "e", "seed": 13, "changes": {"epochs": 5}, "limit": 256},
+]
 
 
-@pytest.fixture
-def interrupted(script: Path, uri: str) -> None:
+def test_the_flags_choose_the_interrupted_run_and_those_that_none_has_are_refused_by_name(
+    script: Path, uri: str
+) -> None:
     first = EpochMetrics(1, 0.5, 90, 100, 0.4, 9_000, 10_000, lr=0.1, epoch_seconds=1.0)
     same = {"script": str(script), "threads": 1, "identity": {}, "epochs": [first], "training": {}}
-    for age, (name, fields) in enumerate(INTERRUPTED.items()):
-        run_id = name.replace(" ", "_")
-        named = {"changes": {}, "holdout": 0} | fields
-        checkpoint.save(checkpoint.Checkpoint(run_id=run_id, **same, **named), uri)  # type: ignore[arg-type]
-        os.utime(checkpoint.file_of(uri, run_id), (age, age))
-
-
-def choose(script: Path, uri: str, flags: str) -> checkpoint.Checkpoint:
+    for age, fields in enumerate(INTERRUPTED):
+        one = checkpoint.Checkpoint(**{"changes": {}, "holdout": 0, **same, **fields})  # type: ignore[arg-type]
+        checkpoint.save(one, uri)
+        os.utime(checkpoint.file_of(uri, one.run_id), (age, age))
     experiment = read_declaration(script)
-    arguments = parser(script, experiment).parse_args([*flags.split(), "--resume", "--tracking-uri", uri])
-    _, resume = make_job(experiment, script, arguments)
-    assert resume is not None
-    return resume
 
+    def choose(flags: str) -> str:
+        given = [*flags.split(), "--resume", "--tracking-uri", uri]
+        _, resume = make_job(experiment, script, parser(script, experiment).parse_args(given))
+        assert resume is not None
+        return resume.run_id
 
-@pytest.mark.parametrize(
-    ("flags", "resumed"),
-    [
-        ("--epochs 3 --limit 128 --seed 11", "11 epochs=3 limit=128"),
-        ("--seed 12", "12 epochs=3 limit=128"),
-        ("--set epochs=4", "11 limit=128"),
-        ("--holdout 500", "11 epochs=2 limit=64 lr=0.05"),
-        ("", "11 epochs=2 limit=64 lr=0.05"),
-    ],
-)
-def test_the_flags_choose_the_interrupted_run(
-    flags: str, resumed: str, interrupted: None, script: Path, uri: str
-) -> None:
-    assert choose(script, uri, flags).run_id == resumed.replace(" ", "_")
-
-
-@pytest.mark.parametrize(
-    ("flags", "asked"),
-    [
-        ("--seed 13", "seed 13"),
+    for flags, run_id in [
+        ("--epochs 3 --limit 128 --seed 11", "a"),
+        ("--seed 12", "b"),
+        ("--set epochs=1", "c"),
+        ("--holdout 500", "d"),
+        ("--limit 64", "d"),
+        ("", "e"),
+    ]:
+        assert choose(flags) == run_id, flags
+    for flags, asked in [
+        ("--seed 14", "seed 14"),
         ("--epochs 7 --seed 11", "seed 11, epochs 7"),
-        ("--epochs 4 --seed 12", "seed 12, epochs as declared"),
-    ],
-)
-def test_flags_that_no_interrupted_run_has_are_refused_by_name(
-    flags: str, asked: str, interrupted: None, script: Path, uri: str
-) -> None:
-    with pytest.raises(LabError) as refusal:
-        choose(script, uri, flags)
-
-    assert refusal.value.field == "resume"
-    assert asked in str(refusal.value)
-    assert "seed 12 epochs=3 limit=128" in str(refusal.value)
-
-
-COUNTS = """
-from functools import partial
-
-import torch
-from nets.wide import Net
-
-from mnist_lab import Experiment, main
+        ("--epochs 1 --seed 12", "seed 12, epochs as declared"),
+    ]:
+        with pytest.raises(LabError, match=f"^resume: .*{asked}.*seed 12 epochs=3 limit=128"):
+            choose(flags)
 
 
 class Counts:
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, images):
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         return images
 
 
-main(Experiment(
-    net=Net, epochs=1, batch_size=64, optimizer=partial(torch.optim.SGD, lr=0.01), augmentation=Counts()
-))
-"""
-
-
 def test_params_are_those_declared_though_an_object_changes_in_use(script: Path, uri: str) -> None:
-    script.write_text(COUNTS)
-    job = Job(script=script, experiment=read_declaration(script), tracking_uri=uri)
+    counts = Counts()
+    job = Job(script=script, experiment=replace(tiny.EXPERIMENT, augmentation=counts), tracking_uri=uri)
     before = dict(job.params)
 
-    assert job.experiment.augmentation is not None
-    job.experiment.augmentation(torch.zeros(1, 1, 28, 28))
+    counts(torch.zeros(1, 1, 28, 28))
 
     assert job.params == before
-    received = pickle.loads(pickle.dumps(job))  # noqa: S301
-    received.read_experiment()
-    assert received.params == before

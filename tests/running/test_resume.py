@@ -8,10 +8,9 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,24 +67,16 @@ def die_at(point: str) -> None:
 class Lab:
     """Runs the lab's command line on a store of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, empty_store: Path) -> None:
         self.folder = folder
-        self.database = folder / "mlflow.db"
+        self.database = copy_store(empty_store, folder / "mlflow.db")
         self.script = shutil.copy(TINY, folder)  # beside it lies no module that would count as its own
         self.said = ""
 
     def run(self, *flags: str, point: str = "", kill_after: float | None = None) -> int:
         """Return the exit code, negative for a signal; `kill_after` so many seconds the process is killed outright."""
-        program = Program(
-            self.script,
-            *flags,
-            "--threads",
-            "1",
-            "--tracking-uri",
-            f"sqlite:///{self.database}",
-            cwd=self.folder,
-            first=partial(die_at, point) if point else None,
-        )
+        command = (self.script, *flags, "--threads", "1", "--tracking-uri", f"sqlite:///{self.database}")
+        program = Program(*command, cwd=self.folder, first=partial(die_at, point) if point else bool)
         if kill_after is not None:
             time.sleep(kill_after)
             program.kill()
@@ -93,31 +84,23 @@ class Lab:
         self.said = program.stderr
         return code
 
-
-@dataclass(frozen=True)
-class Reference:
-    run: TrackedRun
-    seconds: float
+    def unfinished(self) -> list[Path]:
+        return list((self.folder / "checkpoints").glob("*"))
 
 
-@pytest.fixture(scope="module")
-def make_lab(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Lab]:
-    def make() -> Lab:
-        lab = Lab(tmp_path_factory.mktemp("lab"))
-        copy_store(empty_store, lab.database)
-        return lab
-
-    return make
+@pytest.fixture
+def lab(empty_store: Path, tmp_path: Path) -> Lab:
+    return Lab(tmp_path, empty_store)
 
 
 @pytest.fixture(scope="module")
-def reference(make_lab: Callable[[], Lab]) -> Reference:
+def whole(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrackedRun, float]:
     """Return a run that nothing interrupted, and how long it took."""
-    lab = make_lab()
+    lab = Lab(tmp_path_factory.mktemp("whole"), empty_store)
     start = time.monotonic()
     assert lab.run(*FLAGS) == 0
     (run,) = read_runs(lab.database)
-    return Reference(run, time.monotonic() - start)
+    return run, time.monotonic() - start
 
 
 def check_same(run: TrackedRun, whole: TrackedRun) -> None:
@@ -134,47 +117,37 @@ def check_same(run: TrackedRun, whole: TrackedRun) -> None:
 
 @pytest.mark.parametrize("number", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
-    make_lab: Callable[[], Lab], reference: Reference, number: int
+    lab: Lab, whole: tuple[TrackedRun, float], number: int
 ) -> None:
     moments = random.Random(7)
-    lab, kills = make_lab(), 0
+    kills = 0
     while kills < number:
-        unfinished = any((lab.database.parent / "checkpoints").glob("*.pt"))
-        flags = ["--resume"] if unfinished else FLAGS
-        code = lab.run(*flags, kill_after=moments.uniform(0.1, 0.7 * reference.seconds))
+        flags = ["--resume"] if lab.unfinished() else FLAGS
+        code = lab.run(*flags, kill_after=moments.uniform(0.1, 0.7 * whole[1]))
         kills += code == -signal.SIGKILL
         assert code in (0, -signal.SIGKILL), lab.said
-    while any((lab.database.parent / "checkpoints").glob("*.pt")):
+    while lab.unfinished():
         assert lab.run("--resume") == 0, lab.said
-    if not (finished := [run for run in read_runs(lab.database) if run.status == "FINISHED"]):
+    if not any(run.status == "FINISHED" for run in read_runs(lab.database)):
         assert lab.run(*FLAGS) == 0
-        finished = [run for run in read_runs(lab.database) if run.status == "FINISHED"]
 
-    for run in finished:
-        check_same(run, reference.run)
-    # What was killed before its first checkpoint has no end, but does not stand as RUNNING either.
-    assert {run.status for run in read_runs(lab.database)} <= {"FINISHED", "KILLED"}
+    for run in read_runs(lab.database):
+        # What was killed before its first checkpoint has no end, but does not stand as RUNNING either.
+        if run.status != "KILLED":
+            check_same(run, whole[0])
 
 
 def test_a_run_killed_in_the_midst_of_writing_ends_as_one_that_was_not(
-    make_lab: Callable[[], Lab], reference: Reference
+    lab: Lab, whole: tuple[TrackedRun, float]
 ) -> None:
-    lab = make_lab()
     assert lab.run(*FLAGS, point="after the rename") == -signal.SIGKILL
-    for point in [
-        "in the midst of saving",
-        "before the rename",
-        "after the rename",
-        "before logging the epoch",
-        "before the last figures",
-        "before the model",
-    ]:
+    for point in POINTS:
         assert lab.run("--resume", point=point) == -signal.SIGKILL, point
     assert lab.run("--resume") == 0, lab.said
 
     (run,) = read_runs(lab.database)
-    check_same(run, reference.run)
-    assert list((lab.database.parent / "checkpoints").iterdir()) == []
+    check_same(run, whole[0])
+    assert lab.unfinished() == []
 
 
 # ---- the files
@@ -183,15 +156,8 @@ def test_a_run_killed_in_the_midst_of_writing_ends_as_one_that_was_not(
 def example(run_id: str = "abc", **changes: object) -> checkpoint.Checkpoint:
     epoch = EpochMetrics(1, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5)
     fields = {
-        "run_id": run_id,
-        "script": "/somewhere/step9_idea.py",
-        "seed": 3,
-        "changes": {"lr": 0.1, "sizes": (1, 2)},
-        "limit": None,
-        "holdout": None,
-        "identity": {"lr": "0.1"},
-        "threads": 1,
-        "epochs": [epoch],
+        **{"run_id": run_id, "script": "/somewhere/step9_idea.py", "seed": 3, "changes": {"lr": 0.1, "sizes": (1, 2)}},
+        **{"limit": None, "holdout": None, "identity": {"lr": "0.1"}, "threads": 1, "epochs": [epoch]},
         "training": {"epoch": 1, "net": {"weight": torch.ones(3)}},
     }
     return checkpoint.Checkpoint(**{**fields, **changes})  # type: ignore[arg-type]
@@ -202,14 +168,21 @@ def uri(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
-def test_a_checkpoint_comes_back_as_it_was(uri: str) -> None:
-    checkpoint.save(example(), uri)
-    found = checkpoint.find(uri, "step9_idea")
-    assert {**vars(found), "training": None} == {**vars(example()), "training": None}
+def test_a_checkpoint_comes_back_as_it_was_and_is_found_by_step_and_run(uri: str) -> None:
+    for number, (run_id, script) in enumerate([("a", "/x/one.py"), ("b", "/x/one.py"), ("c", "/x/two.py")]):
+        checkpoint.save(example(run_id, script=script), uri)
+        os.utime(checkpoint.file_of(uri, run_id), (number, number))
+    found = checkpoint.find(uri)
+    assert {**vars(found), "training": None} == {**vars(example("c", script="/x/two.py")), "training": None}
     assert torch.equal(found.training["net"]["weight"], torch.ones(3))
+    assert checkpoint.find(uri, "one").run_id == "b"
+    assert checkpoint.find(uri, "one", "a").run_id == "a"
+    assert checkpoint.find(uri, run_id="b").run_id == "b"
+    with pytest.raises(LabError, match=r"^resume: there is no interrupted run of three with a finished epoch in "):
+        checkpoint.find(uri, "three")
 
 
-def flipped(content: bytes, place: int, bit: int = 0) -> bytes:
+def flipped(content: bytes, place: int, bit: int) -> bytes:
     damaged = bytearray(content)
     damaged[place] ^= 1 << bit
     return bytes(damaged)
@@ -232,34 +205,31 @@ def test_each_bit_of_a_checkpoint_counts(uri: str) -> None:
     assert [one.run_id for one in checkpoint.newest_first(uri)] == ["bad"]
 
 
-@pytest.mark.parametrize(
-    "nonsense",
-    [
-        {"seed": -1},
-        {"script": "a\0b"},
-        {"changes": [1]},
-        {"identity": {"lr": 0.1}},
-        {"threads": 0},
-        {"training": []},
-        {"epochs": []},
-        {"epochs": [EpochMetrics(2, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5)]},
-        {"epochs": [EpochMetrics(1, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5, "train")]},  # type: ignore[arg-type]
-    ],
-)
-def test_a_file_with_something_else_in_it_is_left_out_by_name(
-    nonsense: dict[str, object], uri: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    checkpoint.save(example("bad", **nonsense), uri) if "script" not in nonsense else _save_as_is("bad", nonsense, uri)
-
-    assert list(checkpoint.newest_first(uri)) == []
-    assert f"not used: checkpoint {checkpoint.file_of(uri, 'bad')} can't be read: " in caplog.text
+NONSENSE: list[dict[str, Any]] = [
+    {"seed": -1},
+    {"script": "a\0b"},
+    {"changes": [1]},
+    {"identity": {"lr": 0.1}},
+    {"threads": 0},
+    {"training": []},
+    {"epochs": []},
+    {"epochs": [EpochMetrics(2, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5)]},
+    {"epochs": [EpochMetrics(1, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5, "train")]},  # type: ignore[arg-type]
+]
 
 
-def _save_as_is(run_id: str, changes: dict[str, object], uri: str) -> None:
-    file = checkpoint.file_of(uri, run_id)
+def test_a_file_with_something_else_in_it_is_left_out_by_name(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    file = checkpoint.file_of(uri, "bad")
     file.parent.mkdir()
-    one = example(run_id)
-    write(file, {**vars(one), "epochs": [vars(epoch) for epoch in one.epochs], **changes})
+    for nonsense in NONSENSE:
+        one = vars(example("bad", **nonsense))
+        write(file, {**one, "epochs": [vars(epoch) for epoch in one["epochs"]]})
+        caplog.clear()
+
+        assert list(checkpoint.newest_first(uri)) == [], nonsense
+        assert f"not used: checkpoint {file} can't be read: " in caplog.text
+    write(file, {**vars(example("bad")), "epochs": [vars(epoch) for epoch in example().epochs]})
+    assert [one.run_id for one in checkpoint.newest_first(uri)] == ["bad"]
 
 
 def write(file: Path, content: object) -> None:
@@ -307,18 +277,6 @@ def test_a_file_that_would_run_code_is_refused(uri: str, tmp_path: Path) -> None
     with pytest.raises(LabError, match=r"checkpoint .*evil\.pt can't be read"):
         checkpoint.load(file)
     assert not (tmp_path / "code ran").exists()
-
-
-def test_the_newest_is_found_of_a_step_and_of_all(uri: str) -> None:
-    for number, (run_id, script) in enumerate([("a", "one.py"), ("b", "one.py"), ("c", "two.py")]):
-        checkpoint.save(example(run_id, script=script), uri)
-        os.utime(checkpoint.file_of(uri, run_id), (number, number))
-    assert checkpoint.find(uri).run_id == "c"
-    assert checkpoint.find(uri, "one").run_id == "b"
-    assert checkpoint.find(uri, "one", "a").run_id == "a"
-    assert checkpoint.find(uri, run_id="b").run_id == "b"
-    with pytest.raises(LabError, match=r"^resume: there is no interrupted run of three with a finished epoch in "):
-        checkpoint.find(uri, "three")
 
 
 def full_disk(descriptor: int) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -18,48 +18,46 @@ from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from conftest import FullRun
-from helpers import ROOT, TrackedRun, copy_store, read_runs
+from helpers import ROOT, TrackedRun, read_runs
 from mnist_lab.cli import Console
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.running import run as runner
-from mnist_lab.running.job import Job, check_seed, choose_device
-from mnist_lab.running.progress import Progress, RunResult
+from mnist_lab.running.job import Job, choose_device
+from mnist_lab.running.progress import Progress
 from mnist_lab.running.record import describe, draw, measure
 from mnist_lab.running.run import first_images
 from mnist_lab.story import read_story
 from mnist_lab.training.loop import EpochMetrics
 
 Load = Callable[[str], ModuleType]
-CPU = torch.device("cpu")
 
 
-# ---- one epoch of step 1 on all of MNIST, through its script
+# ---- one epoch of step 1, through its script
 
 
-def test_a_real_epoch_learns_and_has_six_metrics_and_the_run_seven(full_run: FullRun) -> None:
+def test_a_real_epoch_learns(full_run: FullRun) -> None:
     metrics = full_run.tracked.metrics
     ((step, accuracy),) = metrics["test_accuracy"]
 
     assert step == 1
-    assert accuracy >= 97
+    assert accuracy >= 95
     assert metrics["final_test_accuracy"] == metrics["best_test_accuracy"] == [(0, accuracy)]
     assert metrics["best_epoch"] == [(0, 1)]
-    assert metrics["train_accuracy"][0][1] > 90
+    assert metrics["train_accuracy"][0][1] > 80
     assert 0 < metrics["test_loss"][0][1] < metrics["train_loss"][0][1] < 1
-    per_epoch = {"train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"}
-    once = {"num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target"}
-    short = {"last": "final_test_accuracy", "best": "best_test_accuracy"}
-    assert metrics.keys() == per_epoch | once | short.keys()
-    assert all(metrics[name] == metrics[long] for name, long in short.items())
-    assert all([step for step, _ in metrics[name]] == [1] for name in per_epoch)
+    assert metrics["last"] == metrics["best"] == [(0, accuracy)]
     assert metrics["lr"] == [(1, 0.01)]
     assert metrics["num_params"] == [(0, 10_970)]
     assert metrics["epochs_at_target"] == [(0, 0)]
 
 
 def test_the_params_are_the_declared_hyperparameters(full_run: FullRun) -> None:
+    assert (full_run.tracked.name, full_run.tracked.status) == (
+        "step1_baseline seed 3 [epochs=1 limit=12000]",
+        "FINISHED",
+    )
     assert full_run.tracked.params == {
         "batch_size": "128",
         "epochs": "1",
@@ -74,21 +72,12 @@ def test_the_params_are_the_declared_hyperparameters(full_run: FullRun) -> None:
     }
 
 
-def test_the_run_is_finished_and_named_after_the_step_and_seed(full_run: FullRun) -> None:
-    run = full_run.tracked
-    (read_by_mlflow,) = MlflowClient(f"sqlite:///{full_run.database}").search_runs(["1"])
-
-    assert (run.name, run.status) == ("step1_baseline seed 3 [epochs=1]", "FINISHED")
-    assert (read_by_mlflow.info.run_id, read_by_mlflow.info.run_name) == (run.run_id, run.name)
-    assert read_by_mlflow.data.metrics["test_accuracy"] == run.metrics["test_accuracy"][0][1]
-
-
 def test_the_description_is_the_verdict_and_what_was_planned_where_the_run_is_overridden(full_run: FullRun) -> None:
     text = full_run.tracked.tags["mlflow.note.content"]
     story = read_story(full_run.script)
 
     assert re.search(r"^\| accuracy +\| at least 99.4 % +\| 9\d\.\d\d % +\| missed +\|$", text, re.MULTILINE)
-    assert "**Overridden:** `epochs=1`" in text
+    assert "**Overridden:** `epochs=1 limit=12000`" in text
     assert f"**{story.title}**" in text
     assert f"**Target:** {dict(story.sections)['Target']}" in text
     assert "**Result:**" not in text  # the docstring's Result is that of 14 epochs
@@ -115,7 +104,7 @@ def test_the_tags_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) 
     assert own.pop("threads") == json.loads((full_run.tracked.artifacts / "environment.json").read_text())["threads"]
     assert own == {
         "step": "step1_baseline",
-        "overrides": "epochs=1",
+        "overrides": "epochs=1 limit=12000",
         "git_commit": full_run.commit,
         "data_sha256": mnist.sha256,
         "torch": torch.__version__.partition("+")[0],
@@ -133,12 +122,16 @@ def test_the_tags_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) 
     assert re.fullmatch("[0-9a-f]{64}", mnist.sha256)
 
 
-def test_the_data_are_inputs_of_the_run(full_run: FullRun, mnist: Mnist) -> None:
-    inputs = MlflowClient(f"sqlite:///{full_run.database}").get_run(full_run.tracked.run_id).inputs.dataset_inputs
-
-    shapes = {entry.tags[0].value: json.loads(entry.dataset.profile)["features_shape"] for entry in inputs}
-    assert shapes == {"training": [60_000, 1, 28, 28], "test": [10_000, 1, 28, 28]}
+def inputs_of(database: Path, run: TrackedRun, mnist: Mnist) -> dict[str, list[int]]:
+    """Return the shape of the images that each input of the run has."""
+    inputs = MlflowClient(f"sqlite:///{database}").get_run(run.run_id).inputs.dataset_inputs
     assert {entry.dataset.digest for entry in inputs} == {mnist.sha256[:36]}
+    return {entry.tags[0].value: json.loads(entry.dataset.profile)["features_shape"] for entry in inputs}
+
+
+def test_the_data_are_inputs_of_the_run(full_run: FullRun, mnist: Mnist) -> None:
+    inputs = inputs_of(full_run.database, full_run.tracked, mnist)
+    assert inputs == {"training": [12_000, 1, 28, 28], "test": [10_000, 1, 28, 28]}
 
 
 def test_the_kept_predictions_give_the_logged_accuracy(full_run: FullRun, mnist: Mnist) -> None:
@@ -155,97 +148,61 @@ def test_the_kept_predictions_give_the_logged_accuracy(full_run: FullRun, mnist:
 # ---- repeating a run
 
 
-@dataclasses.dataclass
-class Runs:
-    """Short runs of step 4, which draws for everything: weights, order, dropout and rotation."""
-
-    silent: RunResult
-    on_terminal: RunResult
-    shown: str  # what the terminal was sent
-    other_seed: RunResult
-    database: Path
-
-    def tracked(self, result: RunResult) -> TrackedRun:
-        return next(run for run in read_runs(self.database) if run.run_id == result.run_id)
-
-
 class Screen(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
-@pytest.fixture(scope="module")
-def runs(load_script: Load, mnist: Mnist, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def test_two_runs_with_one_seed_are_identical_and_one_with_another_seed_is_not(
+    load_script: Load, uri: str, database: Path
+) -> None:
+    """Short runs of step 4, which draws for everything: weights, order, dropout and rotation."""
     script = ROOT / "experiments" / "step4_augment_steplr.py"
-    database = copy_store(empty_store, tmp_path_factory.mktemp("runs") / "mlflow.db")
     changes = {"lr": 0.05, "gamma": 0.5, "step_size": 1, "epochs": 2}
     experiment, overrides = load_script(script.stem).EXPERIMENT.override(changes)
+    job = Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=1000)
 
-    def run(make_progress: Callable[[Job], Progress], seed: int) -> RunResult:
-        uri = f"sqlite:///{database}"
-        job = Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=2000)
-        return runner.run(job, seed, make_progress(job))
-
-    silent = run(lambda job: Progress(), 1)
+    result = runner.run(job, 1, Progress())
     with redirect_stdout(Screen()) as screen:
-        on_terminal = run(Console, 1)
-    other_seed = run(lambda job: Progress(), 2)
-    return Runs(silent, on_terminal, screen.getvalue(), other_seed, database)
+        runner.run(job, 1, Console(job))
+    runner.run(job, 2, Progress())
 
-
-def without_times(epochs: Sequence[EpochMetrics]) -> list[EpochMetrics]:
-    return [dataclasses.replace(epoch, epoch_seconds=0.0) for epoch in epochs]
-
-
-def test_two_runs_with_one_seed_are_identical(runs: Runs) -> None:
-    silent, on_terminal = runs.tracked(runs.silent), runs.tracked(runs.on_terminal)
-    kept = [np.load(run.artifacts / "predictions.npz")["logits"] for run in (silent, on_terminal)]
-
-    assert len(runs.silent.epochs) == 2
-    assert without_times(runs.silent.epochs) == without_times(runs.on_terminal.epochs)
-    for name in silent.metrics.keys() - {"epoch_seconds"}:
-        assert silent.metrics[name] == on_terminal.metrics[name]
+    assert re.search(r"\r.* images/s", screen.getvalue())  # the terminal was really drawn on
+    run, on_terminal, other = read_runs(database)
+    for name in run.metrics.keys() - {"epoch_seconds"}:
+        assert run.metrics[name] == on_terminal.metrics[name]
+    kept = [np.load(one.artifacts / "predictions.npz")["logits"] for one in (run, on_terminal)]
     np.testing.assert_array_equal(*kept)
-    assert "\r" in runs.shown  # the terminal was really drawn on
-    assert " images/s" in runs.shown
+    assert all(run.metrics[name][0] != other.metrics[name][0] for name in ("train_loss", "test_loss"))
+    assert other.name.startswith("step4_augment_steplr seed 2 [epochs=2 ")
 
-
-def test_another_seed_is_another_run(runs: Runs) -> None:
-    one, other = runs.silent.epochs[0], runs.other_seed.epochs[0]
-
-    assert one.train_loss != other.train_loss
-    assert one.eval_loss != other.eval_loss
-    assert runs.tracked(runs.other_seed).name.startswith("step4_augment_steplr seed 2 [epochs=2 ")
-
-
-def test_overrides_are_applied_and_tagged(runs: Runs) -> None:
-    run = runs.tracked(runs.silent)
-
-    assert {name: run.params[name] for name in ("lr", "gamma", "step_size", "epochs", "momentum", "degrees")} == {
-        "lr": "0.05",
-        "gamma": "0.5",
-        "step_size": "1",
-        "epochs": "2",
-        "momentum": "0.9",
-        "degrees": "7.0",
-    }
+    declared = {"momentum": "0.9", "degrees": "7.0"}
+    assert {name: str(value) for name, value in changes.items()}.items() | declared.items() <= run.params.items()
     assert run.metrics["lr"] == [(1, 0.05), (2, 0.025)]
-    assert set(run.tags["overrides"].split()) == {"lr=0.05", "gamma=0.5", "step_size=1", "epochs=2", "limit=2000"}
-    assert [(epoch.train_images, epoch.eval_images) for epoch in runs.silent.epochs] == [(2000, 10_000)] * 2
+    assert set(run.tags["overrides"].split()) == {"lr=0.05", "gamma=0.5", "step_size=1", "epochs=2", "limit=1000"}
+    assert [(epoch.train_images, epoch.eval_images) for epoch in result.epochs] == [(1000, 10_000)] * 2
+    assert [value for _, value in run.metrics["test_loss"]] == [epoch.eval_loss for epoch in result.epochs]
 
 
-def test_the_result_is_what_was_tracked(runs: Runs) -> None:
-    result, tracked = runs.silent, runs.tracked(runs.silent)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_order_of_images_is_the_same_on_a_gpu(load_script: Load, uri: str, database: Path) -> None:
+    """Without augmentation and dropout nothing but rounding differs, so the first epoch's losses nearly agree."""
+    script = ROOT / "experiments" / "step1_baseline.py"
+    experiment = dataclasses.replace(load_script(script.stem).EXPERIMENT, epochs=1)
+    losses: dict[str, list[float]] = {"cpu": [], "cuda": []}
 
-    assert [value for _, value in tracked.metrics["test_loss"]] == [epoch.eval_loss for epoch in result.epochs]
-    assert tracked.metrics["final_test_accuracy"] == [(0, result.measured["final_test_accuracy"])]
-    assert tracked.tags["targets"] == "missed"
-    assert {verdict.name: verdict.word for verdict in result.verdicts} == {
-        "accuracy": "missed",
-        "params": "met",
-        "epochs": "met",
-    }
-    assert (tracked.artifacts / "figures" / "augmentation.png").exists()
+    class Listening(Progress):
+        def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
+            losses[loss_sum.device.type].append(loss_sum.item())
+
+    for device in map(torch.device, losses):
+        job = Job(script=script, experiment=experiment, device=device, tracking_uri=uri, limit=2000)
+        assert runner.run(job, 1, Listening()).epochs[0].eval_images == 10_000
+
+    assert [run.params["device"] for run in read_runs(database)] == ["cpu", "cuda"]
+    assert len(losses["cpu"]) == len(losses["cuda"])
+    assert losses["cuda"][:5] == pytest.approx(losses["cpu"][:5], rel=0.01)  # another order differs by 5 % and more
 
 
 def brightened(images: Tensor) -> Tensor:
@@ -265,107 +222,57 @@ def test_the_figure_of_an_augmentation_in_place_shows_the_images_as_they_were(
     assert not np.array_equal(draws[0], draws[1])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_order_of_images_is_the_same_on_a_gpu(load_script: Load, uri: str, database: Path) -> None:
-    """Without augmentation and dropout nothing but rounding differs, so the first epoch's losses nearly agree."""
-    script = ROOT / "experiments" / "step1_baseline.py"
-    experiment = dataclasses.replace(load_script(script.stem).EXPERIMENT, epochs=1)
-
-    def run(device: str) -> tuple[RunResult, list[tuple[int, float]]]:
-        losses: list[tuple[int, float]] = []
-
-        class Listening(Progress):
-            def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
-                losses.append((seen, loss_sum.item()))
-
-        where = torch.device(device)
-        job = Job(script=script, experiment=experiment, device=where, tracking_uri=uri, limit=2000)
-        return runner.run(job, 1, Listening()), losses
-
-    (on_cpu, losses_on_cpu), (on_gpu, losses_on_gpu) = run("cpu"), run("cuda")
-
-    assert [run.params["device"] for run in read_runs(database)] == ["cpu", "cuda"]
-    assert [seen for seen, _ in losses_on_gpu] == [seen for seen, _ in losses_on_cpu]
-    first_losses = [[loss for _, loss in losses[:5]] for losses in (losses_on_cpu, losses_on_gpu)]
-    assert first_losses[1] == pytest.approx(first_losses[0], rel=0.01)  # another order differs by 5 % and more
-    assert on_gpu.epochs[0].eval_images == on_cpu.epochs[0].eval_images == 10_000
-
-
 # ---- with a hold-out
 
 
-@pytest.fixture(scope="module")
-def held_out(
-    load_script: Load, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunResult, TrackedRun]:
-    database = copy_store(empty_store, tmp_path_factory.mktemp("held_out") / "mlflow.db")
+def test_the_epochs_of_a_hold_out_are_judged_on_validation_images_and_its_verdict_is_on_the_test_images(
+    load_script: Load, mnist: Mnist, uri: str, database: Path
+) -> None:
     script = ROOT / "experiments" / "step1_baseline.py"
     experiment = dataclasses.replace(load_script(script.stem).EXPERIMENT, epochs=2)
-    uri = f"sqlite:///{database}"
     job = Job(script=script, experiment=experiment, tracking_uri=uri, limit=1000, holdout=500)
     result = runner.run(job, 0, Progress())
+
     (run,) = read_runs(database)
-    return result, run
-
-
-def test_the_epochs_of_a_hold_out_are_judged_on_validation_images(held_out: tuple[RunResult, TrackedRun]) -> None:
-    result, run = held_out
-
-    assert [epoch.evaluated_on for epoch in result.epochs] == ["validation"] * 2
-    assert [(epoch.train_images, epoch.eval_images) for epoch in result.epochs] == [(1000, 500)] * 2
+    assert [(epoch.evaluated_on, epoch.train_images, epoch.eval_images) for epoch in result.epochs] == [
+        ("validation", 1000, 500)
+    ] * 2
+    assert (run.params["holdout"], run.tags["overrides"]) == ("500", "limit=1000")
+    assert (run.artifacts / "figures" / "training.png").exists()
     assert run.metrics.keys() == {
         *("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr", "epoch_seconds"),
         *("num_params", "final_validation_accuracy", "best_validation_accuracy", "best_epoch"),
         *("final_test_accuracy", "final_test_loss", "last", "validation"),
     }
-    assert run.metrics["last"] == run.metrics["final_test_accuracy"]
-    assert run.metrics["validation"] == [(0, round(run.metrics["final_validation_accuracy"][0][1], 2))]
     accuracies = [accuracy for _, accuracy in run.metrics["validation_accuracy"]]
     assert accuracies == [100 * epoch.eval_correct / 500 for epoch in result.epochs]
-    assert run.metrics["final_validation_accuracy"] == [(0, accuracies[-1])]
-    assert run.metrics["best_validation_accuracy"] == [(0, max(accuracies))]
-    assert run.metrics["best_epoch"] == [(0, 1 + accuracies.index(max(accuracies)))]
-
-
-def test_the_verdict_of_a_hold_out_is_on_the_test_images(held_out: tuple[RunResult, TrackedRun], mnist: Mnist) -> None:
-    result, run = held_out
     kept = np.load(run.artifacts / "predictions.npz")
-    correct = int((kept["prediction"] == mnist.test_labels.numpy()).sum())
+    accuracy = int((kept["prediction"] == mnist.test_labels.numpy()).sum()) / 100
+    once = {
+        "final_validation_accuracy": accuracies[-1],
+        "best_validation_accuracy": max(accuracies),
+        "best_epoch": 1 + accuracies.index(max(accuracies)),
+        "validation": round(accuracies[-1], 2),
+        "final_test_accuracy": accuracy,
+        "last": accuracy,
+    }
+    assert {name: run.metrics[name] for name in once} == {name: [(0, value)] for name, value in once.items()}
     loss = nn.functional.cross_entropy(torch.from_numpy(kept["logits"]), mnist.test_labels).item()
-
-    assert run.metrics["final_test_accuracy"] == [(0, correct / 100)]
     assert run.metrics["final_test_loss"][0][1] == pytest.approx(loss, abs=1e-5)
-    assert {v.name: v.measured for v in result.verdicts}["accuracy"] == correct / 100
-
-
-def test_a_hold_out_is_a_param_and_an_input(held_out: tuple[RunResult, TrackedRun]) -> None:
-    _, run = held_out
-
-    assert run.params["holdout"] == "500"
-    assert run.tags["overrides"] == "limit=1000"
-    assert (run.artifacts / "figures" / "training.png").exists()
-    uri = f"sqlite:///{run.artifacts.parents[2] / 'mlflow.db'}"
-    inputs = MlflowClient(uri).get_run(run.run_id).inputs.dataset_inputs
-    shapes = {entry.tags[0].value: json.loads(entry.dataset.profile)["features_shape"][0] for entry in inputs}
-    assert shapes == {"training": 1000, "validation": 500, "test": 10_000}
+    assert {v.name: v.measured for v in result.verdicts}["accuracy"] == accuracy
+    counts = {name: shape[0] for name, shape in inputs_of(database, run, mnist).items()}
+    assert counts == {"training": 1000, "validation": 500, "test": 10_000}
 
 
 # ---- before the run
 
 
-def test_the_device_is_the_best_that_is_there() -> None:
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-    assert choose_device(None).type == best
-    assert choose_device("cpu") == CPU
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-@pytest.mark.parametrize("name", ["tpu", "cuda", "cuda:0", "CPU", ""])
-def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(LabError, match=f"^device: '{name}' .*cpu"):
-        choose_device(name)
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    for name in ("tpu", "cuda", "cuda:0", "CPU", ""):
+        with pytest.raises(LabError, match=f"^device: '{name}' .*cpu"):
+            choose_device(name)
 
 
 def test_a_limit_keeps_the_first_training_images_and_all_others(mnist: Mnist) -> None:
@@ -379,27 +286,11 @@ def test_a_limit_keeps_the_first_training_images_and_all_others(mnist: Mnist) ->
             first_images(mnist, limit)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_out_of_range_is_refused(seed: int) -> None:
-    with pytest.raises(LabError, match=f"^seed: {seed} .*4294967295"):
-        check_seed(seed)
-
-
 # ---- what is measured once
 
 
 def epoch(number: int, train_correct: int, test_correct: int) -> EpochMetrics:
-    return EpochMetrics(
-        epoch=number,
-        train_loss=0.1,
-        train_correct=train_correct,
-        train_images=60_000,
-        eval_loss=number / 100,
-        eval_correct=test_correct,
-        eval_images=10_000,
-        lr=0.01,
-        epoch_seconds=1.0,
-    )
+    return EpochMetrics(number, 0.1, train_correct, 60_000, number / 100, test_correct, 10_000, 0.01, 1.0)
 
 
 def experiment_with(targets: Targets) -> Experiment:

@@ -1,12 +1,12 @@
 """Several seeds of one experiment: real studies in processes of their own, killed and taken up again."""
 
-import dataclasses
 import math
 import os
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -83,10 +83,6 @@ class Study:
     def processes(self) -> list[psutil.Process]:
         return [process for process in psutil.process_iter() if _group(process.pid) == self.process.pid]
 
-    def end(self) -> tuple[str, str]:
-        self.process.wait()
-        return self.process.stdout, self.process.stderr
-
 
 def _group(pid: int) -> int | None:
     try:
@@ -102,68 +98,54 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclasses.dataclass
-class Story:
-    """What stood in the store after a study was killed, interrupted, orphaned, and let through at last."""
-
-    killed: list[TrackedRun]
-    interrupted: list[TrackedRun]
-    interrupted_stderr: str
-    interrupted_code: int
-    orphaned: list[TrackedRun]
-    through: list[TrackedRun]
-    stdout: str
-    stderr: str
-    code: int
+def states(runs: list[TrackedRun]) -> list[tuple[str, str]]:
+    """Return kind and status of each run: the study, or the number of the seed."""
+    return sorted((run.params.get("seed", "study"), run.status) for run in runs)
 
 
 @pytest.fixture(scope="module")
-def story(folder: Path) -> Iterator[Story]:
-    """Give the same command four times; seeds 1 and 2 wait for the file `go`, seed 3 fails."""
+def story(folder: Path) -> Iterator[SimpleNamespace]:
+    """Give the same command four times; seeds 1 and 2 wait for the file `go`, seed 3 fails.
+
+    What stood in the store after the study was killed, interrupted, orphaned, and let through at last.
+    """
     started: list[Study] = []
 
-    def start(*more: str) -> Study:
-        started.append(Study(folder, "--seeds", "0,1,2,3", *more))
-        return started[-1]
+    def start(workers: int, after: int, *running: str) -> Study:
+        """Start the study, and wait until these of its runs are in training, those of earlier studies left out."""
+        study = Study(folder, "--seeds", "0,1,2,3", "--workers", str(workers))
+        started.append(study)
+        if running:
+            there = sorted([*((one, "RUNNING") for one in running), *([] if after else [("0", "FINISHED")])])
+            wait_until(lambda: states(study.runs()[after:]) == there, study.process)
+        return study
 
     try:
-        study = start("--workers", "1")
-        begun = [("study", "RUNNING"), ("0", "FINISHED"), ("1", "RUNNING")]
-        wait_until(lambda: states(study.runs()) == begun, study.process)
+        study = start(1, 0, "study", "1")
         os.killpg(study.process.pid, signal.SIGKILL)
-        study.end()
+        study.process.wait()
         wait_until(lambda: not study.processes())
         killed = study.runs()
 
-        study = start("--workers", "2")
-        again = [("1", "RUNNING"), ("2", "RUNNING"), ("study", "RUNNING")]
-        wait_until(lambda: sorted(states(study.runs()[3:])) == again, study.process)
+        study = start(2, 3, "study", "1", "2")
         os.killpg(study.process.pid, signal.SIGINT)
-        _, interrupted_stderr = study.end()
-        interrupted, interrupted_code = study.runs(), study.process.returncode
+        interrupted_code, interrupted_stderr = study.process.wait(), study.process.stderr
+        interrupted = study.runs()
         assert not study.processes()
 
-        study = start("--workers", "2")
-        wait_until(lambda: sorted(states(study.runs()[6:])) == again, study.process)
+        study = start(2, 6, "study", "1", "2")
         study.process.kill()  # it alone, as when memory runs out
         wait_until(lambda: not study.processes())
-        study.end()
+        study.process.wait()
         orphaned = study.runs()
 
         (folder / "go").touch()
-        study = start("--workers", "2")
-        stdout, stderr = study.end()
-        yield Story(
-            killed,
-            interrupted,
-            interrupted_stderr,
-            interrupted_code,
-            orphaned,
-            study.runs(),
-            stdout,
-            stderr,
-            study.process.returncode,
-        )
+        study = start(2, 9)
+        code = study.process.wait()
+        stdout, stderr, runs = study.process.stdout, study.process.stderr, study.runs()
+        newest = [run for run in runs if "study" in run.tags][-1]
+        finished = [run for run in runs if run.status == "FINISHED"]
+        yield SimpleNamespace(**locals())
     finally:
         for study in started:
             for process in study.processes():
@@ -171,51 +153,36 @@ def story(folder: Path) -> Iterator[Story]:
             study.process.wait()
 
 
-def states(runs: list[TrackedRun]) -> list[tuple[str, str]]:
-    """Return kind and status of each run, oldest first: the study, or the number of the seed."""
-    return [(run.params.get("seed", "study"), run.status) for run in runs]
-
-
-def test_what_a_killed_study_leaves_is_closed_by_the_next(story: Story) -> None:
-    assert states(story.killed) == [("study", "RUNNING"), ("0", "FINISHED"), ("1", "RUNNING")]
-    assert [run.status for run in story.through[:3]] == ["KILLED", "FINISHED", "KILLED"]
-
-
-def test_ctrl_c_ends_a_study_and_its_seeds_in_order(story: Story) -> None:
-    assert sorted(states(story.interrupted[3:])) == [("1", "KILLED"), ("2", "KILLED"), ("study", "KILLED")]
+def test_the_runs_of_a_study_that_is_killed_interrupted_or_orphaned_are_closed(story: SimpleNamespace) -> None:
+    assert states(story.killed) == [("0", "FINISHED"), ("1", "RUNNING"), ("study", "RUNNING")]
+    assert [run.status for run in story.runs[:3]] == ["KILLED", "FINISHED", "KILLED"]  # by the next one
+    assert states(story.interrupted[3:]) == [("1", "KILLED"), ("2", "KILLED"), ("study", "KILLED")]
     assert story.interrupted_code == 130
     assert story.interrupted_stderr == (
         "\nInterrupted. Runs that had begun are marked KILLED; "
         "the same command trains only the seeds that are missing.\n"
     )
+    assert states(story.orphaned[6:]) == [("1", "KILLED"), ("2", "KILLED"), ("study", "RUNNING")]
 
 
-def test_workers_end_in_order_when_the_study_is_killed(story: Story) -> None:
-    assert sorted(states(story.orphaned[6:])) == [("1", "KILLED"), ("2", "KILLED"), ("study", "RUNNING")]
-
-
-def test_the_same_command_trains_only_what_is_missing(story: Story) -> None:
-    finished = [run for run in story.through if run.status == "FINISHED"]
-
-    assert sorted(run.params["seed"] for run in finished) == ["0", "1", "2"]
-    assert finished[0].run_id == story.killed[1].run_id
+def test_the_same_command_trains_only_what_is_missing(story: SimpleNamespace) -> None:
+    assert sorted(run.params["seed"] for run in story.finished) == ["0", "1", "2"]
+    assert story.finished[0].run_id == story.killed[1].run_id
     assert "finished already, and not trained again: 0\n" in story.stdout
     assert "training seeds 1, 2, 3 (2 at a time, on cpu)\n" in story.stdout
+    assert re.search(r"^seed 1  epoch 1/1  train loss .*  test loss .*, accuracy \d+/10000 ", story.stdout, re.M)
+    assert re.search(r"^seed 2  done: test accuracy \d\d\.\d\d % in the last epoch; .*seeds\)$", story.stdout, re.M)
+    assert "\r" not in story.stdout
 
 
-def test_all_finished_seeds_are_children_of_the_newest_study(story: Story) -> None:
-    study = [run for run in story.through if "study" in run.tags][-1]
-    children = [run for run in story.through if run.tags.get(PARENT) == study.run_id]
+def test_all_seeds_are_children_of_the_newest_study_and_one_that_fails_is_reported(story: SimpleNamespace) -> None:
+    study = story.newest
+    children = [run for run in story.runs if run.tags.get(PARENT) == study.run_id]
 
     assert study.name == "my_idea 4 seeds [limit=256]"
     assert "seed" not in study.params
     assert (study.params["epochs"], study.tags["study"], study.tags["seeds"]) == ("1", "my_idea", "0 1 2 3")
-    assert sorted(states(children)) == [("0", "FINISHED"), ("1", "FINISHED"), ("2", "FINISHED"), ("3", "FAILED")]
-
-
-def test_a_seed_that_fails_is_reported_and_the_others_go_on(story: Story) -> None:
-    study = [run for run in story.through if "study" in run.tags][-1]
-
+    assert states(children) == [("0", "FINISHED"), ("1", "FINISHED"), ("2", "FINISHED"), ("3", "FAILED")]
     assert story.code == 1
     assert re.search(r"^seed 3  failed: training: seed 3 is not lucky \(my_idea\.py, line \d+\)$", story.stdout, re.M)
     assert story.stderr == "Failed: seed 3; the same command tries again.\n"
@@ -223,10 +190,9 @@ def test_a_seed_that_fails_is_reported_and_the_others_go_on(story: Story) -> Non
     assert study.metrics["seeds"] == [(0, 3)]
 
 
-def test_the_aggregates_are_those_of_the_seeds(story: Story) -> None:
-    study = [run for run in story.through if "study" in run.tags][-1]
-    finished = [run for run in story.through if run.status == "FINISHED"]
-    last = [run.metrics["final_test_accuracy"][0][1] for run in finished]
+def test_the_aggregates_are_those_of_the_seeds(story: SimpleNamespace) -> None:
+    study = story.newest
+    last = [run.metrics["final_test_accuracy"][0][1] for run in story.finished]
 
     def logged(name: str) -> float:
         return study.metrics[f"final_test_accuracy_{name}"][0][1]
@@ -240,48 +206,31 @@ def test_the_aggregates_are_those_of_the_seeds(story: Story) -> None:
     assert study.metrics["p"][0][1] == judge_mean(last, 50.0).p
     assert study.tags["verdict_accuracy"] == judge_mean(last, 50.0).word
     assert f"last epoch, test       {np.mean(last):.2f}" in story.stdout
-    assert (study.metrics["last"], study.metrics["sd"]) == (
-        [(0, round(logged("mean"), 2))],
-        [(0, round(logged("sd"), 3))],
-    )
+    assert study.metrics["last"] == [(0, round(logged("mean"), 2))]
+    assert study.metrics["sd"] == [(0, round(logged("sd"), 3))]
 
 
-def test_a_study_keeps_its_verdict_its_figures_and_the_mean_curves(story: Story) -> None:
-    study = [run for run in story.through if "study" in run.tags][-1]
-    finished = [run for run in story.through if run.status == "FINISHED"]
-
+def test_a_study_keeps_its_verdict_its_figures_and_the_mean_curves(story: SimpleNamespace) -> None:
+    study = story.newest
     text = study.tags["mlflow.note.content"]
+
     assert (study.artifacts / "verdict.md").read_text() == text + "\n"
-    assert f"mean at least 50 % | {np.mean([run.metrics['last'][0][1] for run in finished]):.2f} %" in " ".join(
-        text.split()
-    )
-    assert all(run.run_id in text for run in finished)
+    mean = np.mean([run.metrics["last"][0][1] for run in story.finished])
+    assert f"mean at least 50 % | {mean:.2f} %" in " ".join(text.split())
+    assert all(run.run_id in text for run in story.finished)
     assert {file.name for file in (study.artifacts / "figures").iterdir()} == {"training.png"}
     for name in ("test_accuracy", "test_loss", "train_accuracy", "train_loss"):
-        curves = [[value for _, value in run.metrics[name]] for run in finished]
-        epochs, means = zip(*study.metrics[name], strict=True)
-        assert epochs == tuple(range(1, len(curves[0]) + 1))
-        assert means == pytest.approx(np.mean(curves, axis=0))
-
-
-def test_without_a_terminal_each_epoch_is_a_line_with_its_seed(story: Story) -> None:
-    assert re.search(
-        r"^seed 1  epoch 1/1  train loss .*  test loss .*, accuracy \d+/10000 ", story.stdout, re.MULTILINE
-    )
-    assert re.search(
-        r"^seed 2  done: test accuracy \d\d\.\d\d % in the last epoch; .*seeds\)$", story.stdout, re.MULTILINE
-    )
-    assert "\r" not in story.stdout
+        ((epoch, value),) = study.metrics[name]
+        assert (epoch, value) == (1, pytest.approx(np.mean([run.metrics[name][0][1] for run in story.finished])))
 
 
 def test_a_seed_of_a_study_is_the_run_of_that_seed(
-    story: Story, folder: Path, monkeypatch: pytest.MonkeyPatch, uri: str, database: Path
+    story: SimpleNamespace, folder: Path, monkeypatch: pytest.MonkeyPatch, uri: str, database: Path
 ) -> None:
     monkeypatch.chdir(folder)
-    script = folder / "my_idea.py"
-    in_study = next(run for run in story.through if states([run]) == [("2", "FINISHED")])
+    in_study = next(run for run in story.finished if run.params["seed"] == "2")
 
-    runner.run(job_of(script, uri), 2, Progress())
+    runner.run(job_of(folder / "my_idea.py", uri), 2, Progress())
 
     (alone,) = read_runs(database)
     kept = [np.load(run.artifacts / "predictions.npz")["logits"] for run in (in_study, alone)]
@@ -295,52 +244,31 @@ def job_of(script: Path, uri: str, changes: Mapping[str, object] = NO_CHANGES, l
     return Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=limit)
 
 
-@dataclasses.dataclass
+class Began(Exception):
+    """With the seeds that are to be trained."""
+
+
 class Heard(Progress):
-    missing: list[int]
-
     def on_study(self, name: str, seeds: object, missing: Sequence[int], *_: object) -> None:
-        self.missing = list(missing)
+        if missing:
+            raise Began(list(missing))
 
 
-def test_finished_seeds_need_no_training_at_all(
-    story: Story, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_finished_seeds_need_no_training_but_those_of_another_declaration_do(
+    story: SimpleNamespace, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    script, heard = folder / "my_idea.py", Heard([-1])
+    script, uri = folder / "my_idea.py", f"sqlite:///{folder}/runs.db"
 
-    result = run_study(job_of(script, f"sqlite:///{folder}/runs.db"), [2, 0], heard, Local())
+    result = run_study(job_of(script, uri), [2, 0], Heard(), Local())
 
-    assert heard.missing == []
     assert ([run.seed for run in result.runs], result.reused) == ([2, 0], [2, 0])
     assert result.aggregates["final_test_accuracy"].n == 2
     study = next(run for run in read_runs(folder / "runs.db") if run.run_id == result.run_id)
     assert (study.name, study.status) == ("my_idea 2 seeds [limit=256]", "FINISHED")
-
-
-@pytest.mark.parametrize(
-    ("changes", "limit"), [({"epochs": 2}, 256), ({"lr": 0.2}, 256), ({"dropout": 0.2}, 256), ({}, 255)]
-)
-def test_runs_of_another_declaration_do_not_count(
-    changes: dict[str, object], limit: int, story: Story, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder)
-    script = folder / "my_idea.py"
-    job = job_of(script, f"sqlite:///{folder}/runs.db", changes, limit)
-
-    class Stop(Exception):
-        pass
-
-    class Stopping(Heard):
-        def on_study(self, *arguments: object) -> None:
-            self.missing = list(arguments[2])  # type: ignore[call-overload]
-            raise Stop
-
-    heard = Stopping([])
-    with pytest.raises(Stop):
-        run_study(job, [0, 1], heard, Local())
-
-    assert heard.missing == [0, 1]
+    for changes, limit in [({"epochs": 2}, 256), ({"lr": 0.2}, 256), ({"dropout": 0.2}, 256), ({}, 255)]:
+        with pytest.raises(Began, match=re.escape("[0, 1]")):
+            run_study(job_of(script, uri, changes, limit), [0, 1], Heard(), Local())
     assert mlflow.active_run() is None
 
 

@@ -1,12 +1,11 @@
 """The training loop: what an epoch sees and reports, beside a plain loop written here."""
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from networks import CPU, Linear, Small, declare, first, train
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import (
+    ConstantLR,
     ExponentialLR,
     LambdaLR,
     LRScheduler,
@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.checking.rehearsal import rehearse
-from mnist_lab.data import Mnist, hold_out
+from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running.record import epoch_metrics
 from mnist_lab.training.dropout import SparseDropout
@@ -57,10 +57,7 @@ class Recorder:
         return F.cross_entropy(logits, labels)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"batch_size": 499}, {"net": Small}],
-)
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 499}, {"net": Small}])
 def test_an_epoch_sees_each_image_once_in_the_order_of_torchs_cpu_generator(
     changes: dict[str, Any], small_mnist: Mnist
 ) -> None:
@@ -78,36 +75,6 @@ def test_an_epoch_sees_each_image_once_in_the_order_of_torchs_cpu_generator(
         assert torch.equal(labels, small_mnist.train_labels[batch])
 
 
-def test_the_network_gets_normalised_pixels_and_is_in_training_mode_in_each_epoch(small_mnist: Mnist) -> None:
-    seen: list[tuple[bool, Tensor]] = []
-
-    class Watching(Linear):
-        def forward(self, images: Tensor) -> Tensor:
-            seen.append((self.training, images))
-            return super().forward(images)
-
-    train(declare(net=Watching, batch_size=500, normalize=(0.2, 0.5)), small_mnist)
-
-    assert [training for training, _ in seen] == [True, False] * 2
-    expected = (small_mnist.test_images.double() / 255 - 0.2) / 0.5
-    torch.testing.assert_close(seen[1][1].double(), expected, rtol=0, atol=1e-5)
-
-
-def test_augmentation_is_for_training_images_as_fractions(small_mnist: Mnist) -> None:
-    def invert(images: Tensor) -> Tensor:
-        assert (images.dtype, images.min(), images.max()) == (torch.float32, 0, 1)
-        return images.neg_().add_(1)  # in place: the data must not notice
-
-    before = small_mnist.train_images.clone()
-    _, (inverted,) = train(declare(epochs=1, augmentation=invert), small_mnist)
-
-    assert torch.equal(small_mnist.train_images, before)
-    negatives = dataclasses.replace(small_mnist, train_images=255 - small_mnist.train_images)
-    _, (plain,) = train(declare(epochs=1), negatives)
-    assert inverted.train_loss == pytest.approx(plain.train_loss, abs=1e-5)
-    assert inverted.eval_loss == pytest.approx(plain.eval_loss, abs=1e-5)
-
-
 # ---- the figures
 
 
@@ -115,30 +82,32 @@ def reference_epochs(experiment: Experiment, mnist: Mnist, seed: int) -> Iterato
     """Train as a beginner would write it, one value read off at a time."""
     torch.manual_seed(seed)
     net = experiment.net()
+    mean, deviation = experiment.normalize
     optimizer = experiment.optimizer(net.parameters())
-    scheduler = experiment.scheduler(optimizer) if experiment.scheduler else None
+    scheduler = own_scheduler(experiment, optimizer, math.ceil(len(mnist.train_images) / experiment.batch_size))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(experiment.epochs):
         net.train()
-        losses, corrects = [], 0
+        losses, corrects, lr = [], 0, optimizer.param_groups[0]["lr"]
         for batch in torch.randperm(len(mnist.train_images), generator=generator).split(experiment.batch_size):
             images, labels = mnist.train_images[batch] / 255, mnist.train_labels[batch]
             if experiment.augmentation is not None:
                 images = experiment.augmentation(images)
             optimizer.zero_grad()
             with SparseDropout():
-                log_probabilities = F.log_softmax(net((images - 0.1307) / 0.3081), dim=1)
+                log_probabilities = F.log_softmax(net((images - mean) / deviation), dim=1)
             loss = F.nll_loss(log_probabilities, labels)
             loss.backward()
             optimizer.step()
             losses += [loss.item()] * len(batch)
             corrects += int((log_probabilities.argmax(dim=1) == labels).sum())
-        lr = optimizer.param_groups[0]["lr"]
-        if scheduler is not None:
-            scheduler.step()
+            if experiment.scheduler_interval == "batch":
+                scheduler.step()
+        if experiment.scheduler_interval == "epoch":
+            scheduler.step(*[statistics.fmean(losses)] * isinstance(scheduler, ReduceLROnPlateau))
         net.eval()
         with torch.no_grad():
-            log_probabilities = F.log_softmax(net((mnist.test_images / 255 - 0.1307) / 0.3081), dim=1)
+            log_probabilities = F.log_softmax(net((mnist.test_images / 255 - mean) / deviation), dim=1)
         yield {
             "lr": lr,
             "train_loss": statistics.fmean(losses),
@@ -147,6 +116,28 @@ def reference_epochs(experiment: Experiment, mnist: Mnist, seed: int) -> Iterato
             "eval_loss": F.nll_loss(log_probabilities, mnist.test_labels).item(),
             "eval_correct": int((log_probabilities.argmax(dim=1) == mnist.test_labels).sum()),
         }
+
+
+def own_scheduler(experiment: Experiment, optimizer: Optimizer, batches: int) -> LRScheduler:
+    """Return torch's scheduler; what a script does not give OneCycleLR is the run's."""
+    if experiment.scheduler is None:
+        return ConstantLR(optimizer, factor=1.0)
+    given = getattr(experiment.scheduler, "keywords", {})
+    of_run = {"epochs": experiment.epochs, "steps_per_epoch": batches} if "max_lr" in given else {}
+    missing = {} if "total_steps" in given else {name: of_run[name] for name in of_run.keys() - given.keys()}
+    return experiment.scheduler(optimizer, **missing)
+
+
+def invert(images: Tensor) -> Tensor:
+    return images.neg_().add_(1)  # in place: the data must not notice
+
+
+def warm_up_then_decay(optimizer: Optimizer) -> SequentialLR:
+    warm_up = LambdaLR(optimizer, lambda step: (step + 1) / 3)
+    return SequentialLR(optimizer, [warm_up, ExponentialLR(optimizer, 0.5)], milestones=[2])
+
+
+by_batch = partial(declare, epochs=3, scheduler_interval="batch")
 
 
 @pytest.mark.parametrize(
@@ -159,28 +150,26 @@ def reference_epochs(experiment: Experiment, mnist: Mnist, seed: int) -> Iterato
             scheduler=partial(StepLR, step_size=2, gamma=0.6),
             augmentation=partial(random_rotation, degrees=7.0),
         ),
-        declare(net=partial(Small, dropout=0.0), epochs=3, optimizer=partial(AdamW, lr=0.01)),
+        declare(epochs=3, optimizer=partial(AdamW, lr=0.01), augmentation=invert, normalize=(0.2, 0.5)),
+        declare(epochs=4, scheduler=warm_up_then_decay),
+        declare(epochs=10, scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.2)),
+        by_batch(scheduler=warm_up_then_decay),
+        by_batch(scheduler=partial(OneCycleLR, max_lr=0.2)),
+        by_batch(scheduler=partial(OneCycleLR, max_lr=0.2, total_steps=20)),
+        by_batch(scheduler=partial(OneCycleLR, max_lr=0.2, epochs=5)),
     ],
 )
 def test_figures_equal_those_of_a_plain_loop(experiment: Experiment, small_mnist: Mnist) -> None:
+    before = small_mnist.train_images.clone()
+    rehearse(experiment, small_mnist)
     _, epochs = train(experiment, small_mnist, seed=5)
+    assert torch.equal(small_mnist.train_images, before)
     expected = list(reference_epochs(experiment, small_mnist, seed=5))
 
     for epoch, figures in zip(epochs, expected, strict=True):
         for name, figure in figures.items():
             assert getattr(epoch, name) == pytest.approx(figure, rel=0, abs=1e-5), f"{name} of epoch {epoch.epoch}"
     assert epochs[-1].train_loss < epochs[0].train_loss
-
-
-def test_an_epoch_is_there_as_soon_as_it_is_finished(small_mnist: Mnist) -> None:
-    net = Linear()
-    epochs = fit(net, declare(epochs=1000), small_mnist, seed=0)
-
-    one = next(epochs)
-    assert (one.eval_loss, one.eval_correct) == evaluate(predict(net, small_mnist.test_images), small_mnist.test_labels)
-    two = next(epochs)
-    assert (one.epoch, two.epoch) == (1, 2)
-    assert 0 < two.epoch_seconds < 10
 
 
 def test_train_loss_is_the_cross_entropy_per_image_whatever_is_minimised(small_mnist: Mnist) -> None:
@@ -195,89 +184,15 @@ def test_train_loss_is_the_cross_entropy_per_image_whatever_is_minimised(small_m
     assert plain.objective is None
 
 
-def loss_breaks(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels) + (math.inf if len(labels) == 116 else 0.0)
-
-
 def test_a_loss_that_is_not_finite_is_named_by_its_epoch(small_mnist: Mnist) -> None:
+    def breaks(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels) + (math.inf if len(labels) == 116 else 0.0)
+
     with pytest.raises(LabError, match="^loss: is inf in epoch 1 of 2"):
-        train(declare(loss=loss_breaks), small_mnist)
+        train(declare(loss=breaks), small_mnist)
 
 
-# ---- evaluation
-
-
-def test_prediction_leaves_the_network_alone(mnist: Mnist) -> None:
-    net = train(declare(net=Small), first(mnist, 500))[0].net
-    net.train()
-    state = {name: value.clone() for name, value in net.state_dict().items()}
-    random_state = torch.get_rng_state()
-
-    logits = predict(net, mnist.test_images)
-
-    assert net.training
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
-    with torch.no_grad():
-        some = net.eval()((mnist.test_images[-7:] / 255 - 0.1307) / 0.3081)
-    torch.testing.assert_close(logits[-7:], some, rtol=0, atol=1e-4)  # in the images' order
-
-
-def test_with_a_hold_out_the_test_images_are_not_read(mnist: Mnist) -> None:
-    held_out = hold_out(first(mnist, 2000), 300)
-    sizes = {"test_images": held_out.test_images.to("meta"), "test_labels": held_out.test_labels.to("meta")}
-    blind = dataclasses.replace(held_out, **sizes)  # without values: reading one is an error
-
-    rehearse(declare(), blind)
-    training, epochs = train(declare(), blind)
-
-    for epoch in epochs:
-        assert (epoch.evaluated_on, epoch.train_images, epoch.eval_images) == ("validation", 1700, 300)
-    assert held_out.validation_images is not None
-    assert held_out.validation_labels is not None
-    logits = predict(training.net, held_out.validation_images)
-    assert (epochs[-1].eval_loss, epochs[-1].eval_correct) == evaluate(logits, held_out.validation_labels)
-
-
-# ---- optimizers and schedules
-
-
-def a_group_for_each(parameters: Iterator[nn.Parameter]) -> Optimizer:
-    return SGD([{"params": [parameter]} for parameter in parameters], lr=0.05)
-
-
-class OwnLBFGS(LBFGS):
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        return super().step(*args, **kwargs)
-
-
-class Around(Optimizer):
-    def __init__(self, parameters: Iterator[nn.Parameter], base: Callable[..., Optimizer]) -> None:
-        self.base = base(parameters)
-        super().__init__(self.base.param_groups, {})
-
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        return self.base.step(closure)
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        a_group_for_each,
-        partial(LBFGS, lr=0.1, max_iter=4),
-        partial(OwnLBFGS, lr=0.1),
-        partial(Around, base=partial(LBFGS, lr=0.1)),
-        partial(Around, base=partial(SGD, lr=0.05)),
-    ],
-)
-def test_any_optimizer_of_torch_trains(optimizer: Callable[..., Optimizer], small_mnist: Mnist) -> None:
-    experiment = declare(optimizer=optimizer, epochs=3)
-    rehearse(experiment, small_mnist)
-
-    _, epochs = train(experiment, small_mnist)
-
-    assert epochs[-1].train_loss < 0.9 * epochs[0].train_loss
-    assert epochs[-1].eval_correct > epochs[0].eval_correct
+# ---- optimizers
 
 
 def test_an_optimizer_that_evaluates_often_reports_the_loss_before_its_step(small_mnist: Mnist) -> None:
@@ -295,12 +210,11 @@ def test_an_optimizer_that_evaluates_often_reports_the_loss_before_its_step(smal
 def test_the_hooks_of_an_optimizer_find_the_gradients(small_mnist: Mnist) -> None:
     norms: list[float] = []
 
+    def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        norms.append(nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e-3).item())
+
     def clipped(parameters: Iterator[nn.Parameter]) -> Optimizer:
         optimizer = SGD(parameters, lr=1.0)
-
-        def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            norms.append(nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e-3).item())
-
         optimizer.register_step_pre_hook(clip)
         return optimizer
 
@@ -340,88 +254,6 @@ def test_the_rate_of_each_parameter_group_is_reported(small_mnist: Mnist) -> Non
     assert {"lr": 0.05, "lr_1": 0.25, "lr_2": 0.0}.items() <= epoch_metrics(epochs[1]).items()
 
 
-def rates(experiment: Experiment, mnist: Mnist) -> tuple[list[float], list[float]]:
-    """Rehearse and train; return the learning rate as reported for each epoch, and as it stood for each batch."""
-    rehearse(experiment, mnist)
-    optimizers: list[Optimizer] = []
-    per_batch: list[float] = []
-
-    def build(parameters: Iterator[nn.Parameter]) -> Optimizer:
-        optimizers.append(experiment.optimizer(parameters))
-        return optimizers[-1]
-
-    def note_rate(images: Tensor) -> Tensor:
-        per_batch.append(float(optimizers[0].param_groups[0]["lr"]))
-        return images
-
-    _, epochs = train(dataclasses.replace(experiment, optimizer=build, augmentation=note_rate), mnist)
-    return [epoch.lr for epoch in epochs], per_batch
-
-
-def torchs_rates(experiment: Experiment, steps: int, losses: Any = None, **arguments: object) -> list[float]:
-    """Return the rates that torch's own scheduler gives, stepped `steps` times, or with these losses."""
-    optimizer = experiment.optimizer([nn.Parameter(torch.zeros(1))])
-    assert experiment.scheduler is not None
-    scheduler = experiment.scheduler(optimizer, **arguments)
-    sequence = []
-    for step in range(steps):
-        sequence.append(float(optimizer.param_groups[0]["lr"]))
-        optimizer.step()
-        scheduler.step(*([] if losses is None else [losses[step]]))
-    return sequence
-
-
-def warm_up_then_decay(optimizer: Optimizer) -> SequentialLR:
-    warm_up = LambdaLR(optimizer, lambda step: (step + 1) / 3)
-    return SequentialLR(optimizer, [warm_up, ExponentialLR(optimizer, 0.5)], milestones=[2])
-
-
-@pytest.mark.parametrize("scheduler", [partial(StepLR, step_size=2, gamma=0.6), warm_up_then_decay])
-def test_a_schedule_is_torchs_own_per_epoch_and_per_batch(
-    scheduler: Callable[..., LRScheduler], small_mnist: Mnist
-) -> None:
-    experiment = declare(epochs=4, batch_size=200, scheduler=scheduler)
-    per_epoch, per_batch = rates(experiment, small_mnist)
-    assert per_epoch == torchs_rates(experiment, 4)
-    assert per_batch == [rate for rate in per_epoch for _ in range(3)]
-
-    by_batch = dataclasses.replace(experiment, scheduler_interval="batch", epochs=2)
-    per_epoch, per_batch = rates(by_batch, small_mnist)
-    assert per_batch == torchs_rates(experiment, 6)
-    assert per_epoch == per_batch[::3]  # of each epoch's first batch
-
-
-def test_one_cycle_is_given_the_runs_epochs_and_batches(small_mnist: Mnist) -> None:
-    experiment = declare(epochs=3, scheduler=partial(OneCycleLR, max_lr=0.2), scheduler_interval="batch")
-
-    _, per_batch = rates(experiment, small_mnist)
-
-    assert per_batch == torchs_rates(experiment, 12, epochs=3, steps_per_epoch=4)
-
-
-@pytest.mark.parametrize("given", [{"total_steps": 20}, {"epochs": 5}])
-def test_what_the_script_gives_one_cycle_is_kept(given: dict[str, int], small_mnist: Mnist) -> None:
-    experiment = declare(epochs=3, scheduler=partial(OneCycleLR, max_lr=0.2, **given), scheduler_interval="batch")
-
-    _, per_batch = rates(experiment, small_mnist)
-
-    assert per_batch == torchs_rates(declare(scheduler=partial(OneCycleLR, max_lr=0.2)), 20, total_steps=20)[:12]
-
-
-def test_reduce_on_plateau_follows_the_training_loss(small_mnist: Mnist) -> None:
-    experiment = declare(epochs=10, scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.2))
-    rehearse(experiment, small_mnist)
-
-    _, epochs = train(experiment, small_mnist)
-
-    measured = [epoch.lr for epoch in epochs]
-    assert measured == torchs_rates(experiment, 10, [epoch.train_loss for epoch in epochs])
-    assert measured != torchs_rates(experiment, 10, [epoch.eval_loss for epoch in epochs])
-
-
-# ---- seeds
-
-
 class DrawsElsewhere:
     """An augmentation that draws from Python's and numpy's generators."""
 
@@ -430,28 +262,6 @@ class DrawsElsewhere:
 
     def change(self, image: Tensor) -> Tensor:
         return image.roll(random.randint(-2, 2), dims=-1) * float(np.random.uniform(0.5, 1.0))  # noqa: NPY002
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"net": partial(Small, dropout=0.3)},
-        {"augmentation": partial(random_rotation, degrees=15.0)},
-        {"augmentation": DrawsElsewhere()},
-    ],
-)
-def test_a_seed_decides_all_that_is_drawn(changes: dict[str, Any], small_mnist: Mnist) -> None:
-    experiment = declare(**changes)
-
-    def trained(seed: int) -> list[float]:
-        net = initial_network(experiment, seed, CPU)
-        return [epoch.train_loss for epoch in fit(net, experiment, small_mnist, seed=0)]
-
-    one = trained(5)
-    random.seed(99)
-    np.random.seed(99)  # noqa: NPY002
-    assert trained(5) == one
-    assert trained(6) != one
 
 
 # ---- on_batch and waiting for the device
@@ -509,9 +319,6 @@ def test_no_batch_waits_for_the_device(small_mnist: Mnist, monkeypatch: pytest.M
         return waits.count
 
     assert waits(480) == waits(32) <= 5  # the epoch's own: of 2 batches as of 30
-
-
-# ---- num_params
 
 
 def test_parameters_are_counted_once_bare_ones_too_frozen_ones_not() -> None:
