@@ -50,12 +50,6 @@ def write_search(folder: Path, declared: str) -> Path:
     return folder / "idea.py"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def open_terminal() -> tuple[int, int]:
     """Return both ends of a new pseudo-terminal: what a screen shows, and what a program writes to."""
     master, slave = pty.openpty()

@@ -53,10 +53,7 @@ class Screen(io.StringIO):
 
 
 def test_an_epoch_is_a_line_that_says_what_it_was_evaluated_on() -> None:
-    line = (
-        "epoch 2/2  train loss 0.5000, accuracy 900/1000 (90.00%)  "
-        "{} loss 0.2500, accuracy 470/500 (94.00%)  lr 0.1  1.5 s"
-    )
+    line = "epoch 2/2  train loss 0.5000, accuracy 90.00 %  {} loss 0.2500, accuracy 94.00 %  lr 0.1  1.5 s"
     validated = dataclasses.replace(SECOND_EPOCH, evaluated_on="validation")
 
     assert Console(job_of()).epoch_line(SECOND_EPOCH) == line.format("test")
@@ -69,7 +66,7 @@ def test_the_line_says_whether_the_average_or_the_raw_weights_mean_something(dec
 
     shown = Console(job_of(decay)).epoch_line(averaged)  # after 2 epochs of 16 batches
 
-    assert "raw weights 96.00%" in shown
+    assert "raw weights 96.00 %" in shown
     assert ("the average says little yet" in shown) == (lags is not None)
     assert lags is None or lags in shown
 

@@ -142,7 +142,7 @@ def test_the_kept_predictions_give_the_logged_accuracy(full_run: FullRun, mnist:
     np.testing.assert_array_equal(prediction, logits.argmax(axis=1))
     correct = int((prediction == truth).sum())
     assert full_run.tracked.metrics["final_test_accuracy"] == [(0, correct / 100)]
-    assert f"accuracy {correct}/10000" in full_run.stdout
+    assert f"accuracy {correct / 100:.2f} %  lr " in full_run.stdout
 
 
 # ---- repeating a run

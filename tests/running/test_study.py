@@ -170,7 +170,7 @@ def test_the_same_command_trains_only_what_is_missing(story: SimpleNamespace) ->
     assert story.finished[0].run_id == story.killed[1].run_id
     assert "finished already, and not trained again: 0\n" in story.stdout
     assert "training seeds 1, 2, 3 (2 at a time, on cpu)\n" in story.stdout
-    assert re.search(r"^seed 1  epoch 1/1  train loss .*  test loss .*, accuracy \d+/10000 ", story.stdout, re.M)
+    assert re.search(r"^seed 1  epoch 1/1  train loss .*  test loss .*, accuracy [\d.]+ %  lr ", story.stdout, re.M)
     assert re.search(r"^seed 2  done: test accuracy \d\d\.\d\d % in the last epoch; .*seeds\)$", story.stdout, re.M)
     assert "\r" not in story.stdout
 
