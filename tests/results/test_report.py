@@ -172,7 +172,7 @@ def test_the_runs_behind_it_are_listed_with_hardware_and_commit(report: Report, 
     assert newest["run_id"] in report.md
     assert "mlflow 3" in report.page.text
     assert "lr=0.2" not in report.html + report.md  # an overridden run
-    assert all("All of its targets are met by step2_better." in text for text in report.texts)
+    assert all("These meet all of their targets: step2_better." in text for text in report.texts)
 
 
 def test_runs_of_other_code_are_left_out_and_counted(tmp_path: Path, scripts: Path, uri: str) -> None:
