@@ -91,9 +91,7 @@ def test_run_table_filters(store: Store) -> None:
     assert results.epoch_history(seeds=77, tracking_uri=store.uri).empty
 
 
-def test_a_step_without_a_run_as_declared_says_so(
-    uri: str, lab: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_step_without_a_run_as_declared_says_so(uri: str) -> None:
     store = open_store(uri)
     write_seeds(store, "my_idea", 98.0, 98.0, tags={"overrides": "epochs=1"})
     write_run(store, "begun", 0, [98.0], start_time=T0, status=None)
@@ -102,10 +100,18 @@ def test_a_step_without_a_run_as_declared_says_so(
     with pytest.raises(LabError, match="^steps: no finished run of 'begun' .*RUNNING"):
         results.run_table(steps="begun", tracking_uri=uri)
     assert len(results.run_table(steps="my_idea", include_overrides=True, tracking_uri=uri)) == 2
-    with pytest.raises(SystemExit, match="1"):
-        lab("compare", "--tracking-uri", uri)
-    (sentence,) = capsys.readouterr().err.splitlines()
-    assert "--include-overrides" in sentence
+
+
+def test_compare_shows_overridden_runs_where_there_are_no_others_and_counts_the_rest(
+    uri: str, lab: Callable[..., str]
+) -> None:
+    store = open_store(uri)
+    write_seeds(store, "my_idea", 98.0, 98.0, tags={"overrides": "epochs=1"})
+    assert "my_idea epochs=1" in lab("compare", "--tracking-uri", uri)
+    write_seeds(store, "my_idea", 98.5, 98.6)
+    told = lab("compare", "my_idea", "--tracking-uri", uri)
+    assert "my_idea epochs=1" not in told
+    assert "Left out: 1 overridden" in told
     assert "my_idea epochs=1" in lab("compare", "--include-overrides", "--tracking-uri", uri)
 
 
