@@ -20,6 +20,7 @@ from mnist_lab.commandline import (
     TRACKING_URI,
     Flag,
     add_flags,
+    end_at_once,
     flag,
     interrupt_on_signals,
     number_from,
@@ -76,6 +77,7 @@ def port(default: int, what: str) -> Flag:
 
 
 def main() -> None:
+    end_at_once()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `compare | head` ends quietly
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a step's name may have letters that a locale has not

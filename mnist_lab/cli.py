@@ -21,6 +21,7 @@ from mnist_lab.commandline import (
     DATA_DIR,
     TRACKING_URI,
     add_flags,
+    end_at_once,
     interrupt_on_signals,
     lasting_output,
     number_from,
@@ -78,6 +79,7 @@ def main(
     script = _started_script(
         sys._getframe(1).f_code.co_filename
     )  # a notebook shows the sentence of a LabError by itself
+    end_at_once()
     with lasting_output(), sentences():
         experiment.check()
         arguments = _parse(script, experiment, argv)
