@@ -20,7 +20,6 @@ from mnist_lab.commandline import (
     TRACKING_URI,
     Flag,
     add_flags,
-    end_at_once,
     flag,
     interrupt_on_signals,
     number_from,
@@ -77,7 +76,6 @@ def port(default: int, what: str) -> Flag:
 
 
 def main() -> None:
-    end_at_once()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `compare | head` ends quietly
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a step's name may have letters that a locale has not
@@ -130,6 +128,8 @@ def compare(arguments: argparse.Namespace) -> None:
         lines = [line.replace("on the test images", f"on the {holdout:,} training images held out") for line in lines]
     for row in table[table["left_out"] > 0].to_dict("records"):
         lines.append(f"{row['step']}: {row['left_out']} older runs by other code (code_sha256) are left out.")
+    for row in table[table["seeds"] < folds].to_dict("records"):
+        lines.append(f"{row['step']}: only {row['seeds']} of {folds} folds are there.")
     every = results.compare_table([*table["step"].unique()], include_overrides=True, **held_out, loaded=loaded)
     if overridden := len(every) - len(table):
         lines.append(

@@ -21,7 +21,6 @@ from mnist_lab.commandline import (
     DATA_DIR,
     TRACKING_URI,
     add_flags,
-    end_at_once,
     interrupt_on_signals,
     lasting_output,
     number_from,
@@ -79,7 +78,6 @@ def main(
     script = _started_script(
         sys._getframe(1).f_code.co_filename
     )  # a notebook shows the sentence of a LabError by itself
-    end_at_once()
     with lasting_output(), sentences():
         experiment.check()
         arguments = _parse(script, experiment, argv)
@@ -209,7 +207,7 @@ def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
     console = Console(job)
 
     def consequence() -> str:
-        if console.epoch == 1:
+        if console.epoch == 1 and resume is None:
             return "No epoch was finished; the same command begins anew."
         return (
             "The run is marked KILLED; its finished epochs are in MLflow. "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import math
 import os
 import re
@@ -73,11 +71,6 @@ def number_from(least: int | None = None, most: int | None = None) -> Callable[[
         return value
 
     return number
-
-
-def end_at_once() -> None:
-    """Let Python end without a last search for garbage among the objects of torch and MLflow: a second or two."""
-    atexit.register(gc.freeze)
 
 
 def interrupt_on_signals(*signals: signal.Signals) -> None:

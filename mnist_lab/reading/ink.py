@@ -39,14 +39,15 @@ def digit_on(pixels: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     found: list[tuple[float, NDArray[np.float64], _Parts]] = []
     from_ground = np.abs(smooth - np.median(smooth, axis=(0, 1)))
     if (from_ground.max(axis=2) < EVEN).mean() > 0.5:  # drawn, not photographed: all else is ink, however thick
-        changes = [from_ground]
+        changes = [(from_ground, steep)]
     else:
-        paper = ndimage.grey_closing(smooth, window)
-        changes = [(paper - smooth) / (paper + 0.1), smooth - ndimage.grey_opening(smooth, window)]
-    for change in changes:
+        paper = ndimage.grey_closing(smooth, window) + 0.1  # above nothing, as it is divided by
+        dark = (paper - 0.1 - smooth) / paper, steep / paper.min(axis=2)
+        changes = [dark, (smooth - ndimage.grey_opening(smooth, window), steep)]
+    for change, edges in changes:
         ink = change.max(axis=2)
         ink = np.clip(ink - np.median(ink), 0, None)
-        if (parts := _Parts(ink, steep)).scores.size:
+        if (parts := _Parts(ink, edges)).scores.size:
             found.append((float(parts.scores.max()), ink, parts))
     if not found:
         uneven = np.ptp(smooth, axis=(0, 1)).max() >= 2 * LEAST_CONTRAST

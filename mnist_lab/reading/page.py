@@ -52,7 +52,7 @@ class Networks:
         if database is not None and not database.exists():
             return [first]
         loaded = results.load_runs(self.uri)
-        if loaded.runs.empty:
+        if loaded.tested.empty:
             return [first]
         have_one = runs_with_a_model(open_store(loaded.uri))
         runs = results.newest_runs(results.run_table(columns="all", loaded=loaded))

@@ -90,8 +90,6 @@ def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
         newest, accuracies = group.iloc[0], group[protocol(0, folds).judged].tolist()
         last = statistics.aggregate(accuracies)
         stated = {name: newest[f"target_{name}"] for name in TARGETS if pd.notna(newest[f"target_{name}"])}
-        if folds:
-            stated.pop("accuracy", None)
         verdicts = judge(
             Targets(**stated), accuracies=accuracies, num_params=newest["num_params"], epochs=newest["epochs"]
         )
@@ -121,7 +119,7 @@ def compare_text(table: pd.DataFrame, *, holdout: int = 0, folds: int = 0, width
         "last": [percent(row["last"]) + ("" if row["seeds"] == 1 else f" +- {row['last_sd']:.3f}") for row in rows],
         "verdict": [row["verdict_accuracy"] for row in rows],
         "folds" if folds else "seeds": [str(row["seeds"]) for row in rows],
-        "wanted": ["-" if folds or pd.isna(row["target_accuracy"]) else f"{row['target_accuracy']:g}" for row in rows],
+        "wanted": ["-" if pd.isna(row["target_accuracy"]) else f"{row['target_accuracy']:g}" for row in rows],
         "parameters": [f"{row['num_params']:,} {row['verdict_params']}" for row in rows],
         "epochs": [f"{row['epochs']} {row['verdict_epochs']}" for row in rows],
         "seeds\nneeded": ["-" if pd.isna(row["seeds_needed"]) else seeds_text(row["seeds_needed"]) for row in rows],
@@ -136,7 +134,8 @@ def compare_text(table: pd.DataFrame, *, holdout: int = 0, folds: int = 0, width
 def compare(a: str, b: str, *, holdout: int = 0, folds: int = 0, tracking_uri: str | None = None) -> Comparison:
     """Compare two experiments by the test accuracy of their last epochs, b - a, in points.
 
-    With folds, they are compared image by image: paired over the images of each fold, with the folds as clusters.
+    With folds, they are compared on all training images: paired image by image, with the folds as clusters, which for
+    folds of one size is the paired t-test over the folds.
 
     a, b: steps, e.g. "gap_alone" and "step3_gap". The newest finished run of each seed counts, as declared
         (`newest_runs`). Seeds that both have are paired. One run on each side is compared by its stored predictions,
@@ -199,8 +198,9 @@ def compare_pairs(
 def _compare(pair: Pair, runs: pd.DataFrame, uri: str, folds: int) -> Comparison:
     of_a, of_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
     figure = protocol(0, folds).judged
-    if folds and {*of_a["seed"]} != {*of_b["seed"]}:
-        raise LabError(f"they don't have the same of the {folds} folds")
+    for step, of in ((pair.a, of_a), (pair.b, of_b)):
+        if folds and len(of) < folds:
+            raise LabError(f"{step} has {len(of)} of {folds} folds; the command that trained them trains the others")
     if len(of_a) == len(of_b) == 1:
         ids = [of_a["run_id"].iloc[0], of_b["run_id"].iloc[0]]
         said_a, said_b = (predictions(run_id, tracking_uri=uri) for run_id in ids)

@@ -203,7 +203,7 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
     """
     loaded = load_runs(tracking_uri, artifacts=True)
     folds = _folds(loaded)
-    if folds and not (loaded.runs[["holdout", "folds"]] == 0).all(axis=1).any():
+    if folds and loaded.tested.empty:
         return Records(folds=folds)
     runs = _that_can_name_a_file(newest_runs(run_table(columns="all", loaded=loaded)))
     others = run_table(include_overrides="if_none", loaded=loaded)["step"]
@@ -229,7 +229,11 @@ def _folds(loaded: LoadedRuns) -> list[Row]:
         runs = newest_runs(run_table(columns="all", folds=folds, loaded=loaded))
         whole = runs[runs.groupby("step")["seed"].transform("size") == folds].sort_values("seed")
         found += cells(whole.to_dict("records"), FOLD_COLUMNS)
-    return found
+    return sorted(found, key=_fold_order)
+
+
+def _fold_order(row: Row) -> tuple[object, ...]:
+    return step_order(row["step"]), int(row["folds"]), int(row["fold"])
 
 
 def _that_can_name_a_file(runs: pd.DataFrame) -> pd.DataFrame:
@@ -483,12 +487,8 @@ def publish(
             if row["step"] not in steps or (run_of(row) not in seeds and (row["step"], row["code_sha256"]) in codes)
         }
         records = own + old.only(kept.__contains__)
-        renewed = set(map(cross_validation_of, own.folds))
-        folds = own.folds + [row for row in old.folds if cross_validation_of(row) not in renewed]
-        records = replace_field(
-            records, folds=sorted(folds, key=lambda row: (step_order(row["step"]), int(row["folds"]), int(row["fold"])))
-        )
-        added, replaced = _changes(_all_rows(old), _all_rows(records))
+        records = replace_field(records, folds=_all_folds(own, old, records.runs))
+        added, replaced = _changes(_by_name(old), _by_name(records))
         for sentence in added + replaced or ["The published rows are those of the store already."]:
             progress(sentence)
         if replaced and not replace:
@@ -506,30 +506,39 @@ def publish(
     return sorted(files)
 
 
-def _all_rows(records: Records) -> list[Row]:
-    """Return the rows of runs, those of folds under names of their own."""
-    of_folds = ({**row, "step": f"{row['step']}, {row['folds']} folds,", "seed": row["fold"]} for row in records.folds)
-    return [*records.runs, *({**row, "last": row["accuracy"]} for row in of_folds)]
+def _all_folds(own: Records, old: Records, runs: Sequence[Row]) -> list[Row]:
+    """Return the store's folds over the published ones; those of other code than the published seeds are left out."""
+    renewed = set(map(cross_validation_of, own.folds))
+    folds = own.folds + [row for row in old.folds if cross_validation_of(row) not in renewed]
+    code = {row["step"]: row["code_sha256"] for row in runs}
+    return sorted(
+        (row for row in folds if code.get(row["step"], row["code_sha256"]) == row["code_sha256"]), key=_fold_order
+    )
 
 
-def _changes(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], list[str]]:
+def _by_name(records: Records) -> dict[str, Row]:
+    """Return the rows of runs by what they are called."""
+    folds = {
+        f"{row['step']} fold {row['fold']} of {row['folds']}": {**row, "last": row["accuracy"]} for row in records.folds
+    }
+    return {f"{row['step']} seed {row['seed']}": row for row in records.runs} | folds
+
+
+def _changes(before: Mapping[str, Row], after: Mapping[str, Row]) -> tuple[list[str], list[str]]:
     """Return a sentence for each row that is added, and one for each that is replaced or removed."""
-    before, after = ({run_of(row): row for row in rows} for rows in (old, new))
     added = [
-        f"{step} seed {seed}: added, {row['last']} on {row['hardware'] or 'unknown hardware'}"
-        for (step, seed), row in after.items()
-        if (step, seed) not in before
+        f"{name}: added, {row['last']} on {row['hardware'] or 'unknown hardware'}"
+        for name, row in after.items()
+        if name not in before
     ]
     replaced = []
-    for (step, seed), was in before.items():
-        row = after.get((step, seed))
+    for name, was in before.items():
+        row = after.get(name)
         if row is None:
-            replaced.append(
-                f"{step} seed {seed}: removed, {was['last']}; the store's runs of the step are of other code"
-            )
+            replaced.append(f"{name}: removed, {was['last']}; the store's runs of the step are of other code")
         elif was != row:
             cells = [f"{column} {was.get(column)} -> {cell}" for column, cell in row.items() if was.get(column) != cell]
-            replaced.append(f"{step} seed {seed}: replaced, {', '.join(cells)}")
+            replaced.append(f"{name}: replaced, {', '.join(cells)}")
     return added, replaced
 
 

@@ -225,9 +225,8 @@ def _text(row: Row) -> str:
 
 def _trained_here(store: Store) -> set[str]:
     """Return the rows, as text, that runs trained into this store have in the files."""
-    runs = load_runs(store.uri).runs
-    tested = (runs[["holdout", "folds"]] == 0).all(axis=1)
-    own = runs[(runs["status"] == "FINISHED") & tested & (runs["overrides"] == "")]
+    runs = load_runs(store.uri).tested
+    own = runs[(runs["status"] == "FINISHED") & (runs["overrides"] == "")]
     return {_text(row) for row in cells(own[own["restored"].isna()].to_dict("records"), RUN_COLUMNS)}
 
 

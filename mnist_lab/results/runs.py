@@ -122,6 +122,11 @@ class LoadedRuns:
         """The URI without its password, for messages."""
         return without_password(self.uri)
 
+    @property
+    def tested(self) -> pd.DataFrame:
+        """The runs of the write-ups' protocol: on all training images, and tested after each epoch."""
+        return self.runs[(self.runs[["holdout", "folds"]] == 0).all(axis=1)]
+
 
 class RunFilter(TypedDict, total=False):
     """Which runs are in a table, beside their steps and seeds.
@@ -337,11 +342,13 @@ def _of_protocol(loaded: LoadedRuns, holdout: int, folds: int) -> pd.DataFrame:
     """Return the runs that hold out so many images, or a fold of so many; raises LabError if there are only others."""
     if loaded.runs.empty and not loaded.left_out:
         raise LabError(f"no runs yet in {loaded.name}; train first, e.g. `make step1`")
+    if holdout and folds:
+        raise LabError("folds: not together with holdout: each fold is held out in turn")
     runs = loaded.runs[(loaded.runs["holdout"] == holdout) & (loaded.runs["folds"] == folds)]
     if runs.empty and not loaded.runs.empty:
         kinds = sorted({_held_out(*one) for one in loaded.runs[["holdout", "folds"]].to_numpy()})
         field, wanted = "folds" if folds else "holdout", _held_out(holdout, folds)
-        raise LabError(f"{field}: no run in {loaded.name} has {wanted}; there are runs with {'; '.join(kinds)}")
+        raise LabError(f"{field}: {loaded.name} has no run with {wanted}; it has runs with {'; '.join(kinds)}")
     return runs
 
 

@@ -106,7 +106,8 @@ def newest_first(uri: str) -> Iterator[Checkpoint]:
         try:
             yield load(file)
         except LabError as error:
-            logger.warning("not used: %s", error)
+            if file.exists():  # else removed since by the process that finished the run
+                logger.warning("not used: %s", error)
 
 
 def _age(file: Path) -> float:

@@ -17,7 +17,7 @@ import torch
 from mnist_lab.arguments import stable_text
 from mnist_lab.data import find_data_dir
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Experiment
+from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.paths import PROJECT_ROOT, own_files
 from mnist_lab.running import identity
 from mnist_lab.running.identity import SCRIPT, code_sha256, find_sources, place
@@ -89,7 +89,12 @@ class Job:
     @property
     def unit(self) -> str:
         """What a study has one run for each of."""
-        return "fold" if self.folds else "seed"
+        return self.protocol.unit
+
+    @property
+    def targets(self) -> Targets:
+        """What is judged. The declared targets are those of a network that is trained on all images, and tested."""
+        return Targets() if self.folds else self.experiment.targets
 
     @cached_property
     def sources(self) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mnist_lab.checking.rehearsal import Rehearsal, blame
 from mnist_lab.data import Mnist, find_data_dir, images_of_fold, load_mnist
 from mnist_lab.errors import LabError
-from mnist_lab.experiment import Experiment
+from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.running import identity
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.identity import place
@@ -28,7 +28,7 @@ from mnist_lab.story import read_story
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import Store
 from mnist_lab.training.generators import kept_generators
-from mnist_lab.training.loop import EpochMetrics, Training, evaluate, normalize, num_params, predict
+from mnist_lab.training.loop import EpochMetrics, Training, evaluate, evaluation_part, normalize, num_params, predict
 from mnist_lab.training.states import own_parts
 from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts import targets
@@ -99,7 +99,7 @@ class Record:
             **({"no_effect": no_effect} if no_effect else {}),
             **({"cuda_graph": "used"} if job.cuda_graph else {}),
             DESCRIPTION: describe(job.script, job.tags["overrides"]),
-            **target_tags(experiment),
+            **target_tags(job.targets),
             **{f"reported_{name}": str(figure) for name, figure in experiment.reported.items()},
         }
 
@@ -164,10 +164,11 @@ class Record:
 
     def _log_fold(self) -> None:
         """Log what the network says of each image of its fold, under the image's number among the 60,000."""
-        logits, labels = self.training.logits, load_mnist(self.job.data_dir).train_labels
-        assert logits is not None
-        images = images_of_fold(labels, self.seed, self.job.folds)
-        self.tracked.log_predictions(labels[images], logits, images)
+        labels, (_, pixels, truth) = load_mnist(self.job.data_dir).train_labels, evaluation_part(self.mnist)
+        logits = self.training.logits
+        if logits is None:  # of a run that was taken up after its last epoch
+            logits = predict(self.training.result, pixels, self.job.experiment.normalize)
+        self.tracked.log_predictions(truth, logits, images_of_fold(labels, self.seed, self.job.folds))
 
     def _log_network(self, logits: Tensor) -> None:
         logger.info("Logging predictions, figures and the model")
@@ -190,9 +191,9 @@ def run_name_of(job: Job, seeds: str) -> str:
     return f"{job.step} {seeds}" + (f" [{overrides}]" if overrides else "")
 
 
-def target_tags(experiment: Experiment) -> dict[str, str]:
+def target_tags(stated: Targets) -> dict[str, str]:
     """Return the stated targets as tags: `target_accuracy` and so on."""
-    return {f"target_{name}": str(value) for name, value in dataclasses.asdict(experiment.targets).items() if value}
+    return {f"target_{name}": str(value) for name, value in dataclasses.asdict(stated).items() if value}
 
 
 def verdict_tags(verdicts: Sequence[Verdict]) -> dict[str, str]:

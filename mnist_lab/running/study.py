@@ -30,7 +30,7 @@ from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import read_points
 from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store, store_failures
 from mnist_lab.verdicts.comparison import mean_interval_text
-from mnist_lab.verdicts.measures import FOLDED, MEASURES, TESTED, Protocol, percent, short_figures
+from mnist_lab.verdicts.measures import MEASURES, TESTED, Protocol, percent, short_figures
 from mnist_lab.verdicts.statistics import aggregate
 from mnist_lab.verdicts.targets import judge
 
@@ -77,12 +77,12 @@ def study(
             trainers.train([(task, seed) for seed in missing], count, outcomes.on_message, progress.on_time)
         logger.info("Judging the seeds together")
         finished = [outcomes.runs[seed] for seed in seeds if seed in outcomes.runs]
-        result = judge_runs(job.experiment.targets, job.experiment.epochs, tracked.run_id, finished, job.protocol)
+        result = judge_runs(job.targets, job.experiment.epochs, tracked.run_id, finished, job.protocol)
         result = replace(result, reused=reused, failed=outcomes.failed)
         log_verdict(tracked, result, job.script, job.tags["overrides"])
         progress.on_study_verdict(result)
         logger.info("Drawing the curves of all seeds")
-        log_curves(tracked, _read_history(store, job, finished), job.experiment.targets)
+        log_curves(tracked, _read_history(store, job, finished), job.targets)
         if result.failed:
             tracked.end_status = "FAILED"
     return result
@@ -96,7 +96,7 @@ def _tags(job: Job, seeds: Sequence[int], reused: Sequence[int]) -> dict[str, st
         "seeds_reused": " ".join(map(str, reused)),
         **job.commit_tags,
         "hardware": identity.hardware(job.device),
-        **target_tags(job.experiment),
+        **target_tags(job.targets),
     }
 
 
@@ -124,11 +124,8 @@ def judge_runs(
 ) -> StudyResult:
     """Judge the finished runs of a study together.
 
-    epochs: of each of them. run_id: of the study. measured: by which protocol. The target for the accuracy is one for
-    the test images, so runs without them are not judged by it.
+    epochs: of each of them. run_id: of the study. measured: by which protocol.
     """
-    if measured is FOLDED:
-        targets = replace(targets, accuracy=None)
     aggregates, verdicts = {}, []
     if runs:
         aggregates = {
@@ -140,7 +137,7 @@ def judge_runs(
             num_params=int(runs[0].metrics["num_params"]),
             epochs=epochs,
         )
-    return StudyResult(run_id, list(runs), [], {}, aggregates, verdicts, "fold" if measured is FOLDED else "seed")
+    return StudyResult(run_id, list(runs), [], {}, aggregates, verdicts, measured.unit)
 
 
 def _summary(result: StudyResult) -> tuple[dict[str, float], dict[str, str]]:

@@ -85,7 +85,7 @@ class Comparison(Difference, Pair):
             return "no difference shown by one run of each"
         if self.p < ALPHA_DIFFERENCE:
             return "no difference shown (among so many comparisons)"
-        if self.seeds_needed is None:
+        if self.seeds_needed is None or size == "0.00 points":
             return "no difference shown"
         return f"no difference shown (needs about {seeds_text(self.seeds_needed)} seeds for {size})"
 

@@ -98,6 +98,7 @@ class Protocol:
     once: logged at the end. MLflow shows the last value of each epoch's metrics by itself, so few are logged again.
     summary: printed at the end.
     over_seeds: aggregated over the seeds of a study, the last epoch first.
+    unit: what a study has one run for each of.
     """
 
     part: Part
@@ -106,6 +107,7 @@ class Protocol:
     once: tuple[str, ...]
     summary: tuple[str, ...]
     over_seeds: tuple[str, ...]
+    unit: Literal["seed", "fold"] = "seed"
 
     @property
     def best(self) -> str:
@@ -157,6 +159,7 @@ FOLDED = Protocol(  # validated on the fold that is held out, and never tested
     once=("num_params", "final_validation_accuracy", "best_validation_accuracy", "best_epoch"),
     summary=("final_train_accuracy", "final_validation_accuracy"),
     over_seeds=("final_validation_accuracy",),
+    unit="fold",
 )
 
 

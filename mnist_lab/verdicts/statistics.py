@@ -119,12 +119,12 @@ def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate
 def lower_bound(values: Sequence[float]) -> float:
     """Return the target that a mean over seeds is just shown to be above, by the test of `judge_mean`.
 
-    It is the one-sided 99 % bound of the mean; nan for one seed. Raises AssertionError as `aggregate`.
+    It is the one-sided 99 % bound of the mean; nan where nothing can be shown. Raises AssertionError as `aggregate`.
     """
     from scipy import stats
 
     x = _numbers(values)
-    if len(x) == 1:
+    if len(x) == 1 or (_same(x) and 0.5 ** len(x) >= ALPHA_TARGET):
         return math.nan
     return float(x.mean() - stats.t.ppf(1 - ALPHA_TARGET, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
 
@@ -135,7 +135,8 @@ def interval_for_new_images(wrong: NDArray[np.bool_]) -> tuple[float, float]:
     wrong: (seeds, images), whether the network of that seed reads that image wrongly.
 
     The variance is clustered by seed and by image: Cameron, Gelbach and Miller, Robust Inference with Multiway
-    Clustering, 2011, whose advice the degrees of freedom are: one fewer than the smaller number of clusters.
+    Clustering, 2011. It is at least that of either alone, and has one degree of freedom fewer than the smaller number
+    of clusters: Cameron and Miller, A Practitioner's Guide to Cluster-Robust Inference, 2015.
     """
     from scipy import stats
 
@@ -143,9 +144,10 @@ def interval_for_new_images(wrong: NDArray[np.bool_]) -> tuple[float, float]:
     by_seed = seeds / (seeds - 1) * ((wrong.sum(axis=1) - images * mean) ** 2).sum()
     by_image = images / (images - 1) * ((wrong.sum(axis=0) - seeds * mean) ** 2).sum()
     of_each = wrong.size * mean * (1 - mean)
-    deviation = math.sqrt(by_seed + by_image - of_each) / wrong.size
+    deviation = math.sqrt(max(by_seed + by_image - of_each, by_seed, by_image)) / wrong.size
     half = float(stats.t.ppf(0.975, min(seeds, images) - 1)) * deviation
-    return 100 * (1 - float(mean) - half), 100 * (1 - float(mean) + half)
+    low, high = np.clip([1 - mean - half, 1 - mean + half], 0.0, 1.0)
+    return 100 * float(low), 100 * float(high)
 
 
 def judge_mean(values: Sequence[float], target: float) -> StudyVerdict:

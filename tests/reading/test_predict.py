@@ -151,6 +151,7 @@ PHOTOS: dict[str, Callable[[NDArray[np.float64], np.random.Generator], NDArray[n
     "light from one side": lambda light, rng: light * (0.45 + 0.6 * ACROSS),
     "half in shadow": lambda light, rng: light * np.clip(20 * (rng.uniform(0.4, 0.6) - ACROSS) + 0.75, 0.5, 1),
     "a hard shadow across": lambda light, rng: light * np.where(rng.uniform(0.4, 0.6) < ACROSS, 0.5, 1),
+    "in the dark": lambda light, rng: light * (0.25 + 0.1 * ACROSS),
     "chalk on a board": lambda light, rng: (1.1 - light) * (0.6 + 0.5 * ACROSS),
 }
 

@@ -62,6 +62,8 @@ def test_the_lower_bound_is_the_target_that_is_just_met() -> None:
     assert judge_mean(GAINS, bound - 1e-6).word == "met"
     assert judge_mean(GAINS, bound + 1e-6).word == "not shown"
     assert math.isnan(lower_bound([99.4]))
+    assert math.isnan(lower_bound([99.41, 99.41]))  # the sign test shows nothing of two
+    assert lower_bound([99.41] * 7) == pytest.approx(99.41)
 
 
 def test_the_interval_for_new_images_is_that_of_a_bootstrap_over_seeds_and_images() -> None:
@@ -74,6 +76,12 @@ def test_the_interval_for_new_images_is_that_of_a_bootstrap_over_seeds_and_image
     assert (low + high) / 2 == pytest.approx(100 * (1 - wrong.mean()))
     expected = np.percentile(drawn, 97.5) - np.percentile(drawn, 2.5)
     assert high - low == pytest.approx(100 * expected, rel=0.1)
+
+
+def test_the_interval_for_new_images_has_bounds_where_seeds_err_apart() -> None:
+    wrong = np.kron(np.eye(5, dtype=bool), np.ones(20, dtype=bool))
+    low, high = interval_for_new_images(np.pad(wrong, ((0, 0), (0, 9900))))
+    assert 99 < low < 99.8 < high <= 100
 
 
 def test_a_value_at_the_target_counts_as_reaching_it() -> None:
