@@ -62,6 +62,7 @@ class Mnist:
     sha256: str  # hex, over the four uncompressed IDX files end to end, in the order of the fields above
     validation_images: Tensor | None = None  # uint8 (N, 1, 28, 28)
     validation_labels: Tensor | None = None  # int64 (N,)
+    validation_numbers: Tensor | None = None  # int64 (N,): of these images among the 60,000
 
 
 def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = "cpu") -> Mnist:
@@ -151,6 +152,7 @@ def _held_out(mnist: Mnist, chosen: Tensor) -> Mnist:
         train_labels=mnist.train_labels[training],
         validation_images=mnist.train_images[validation],
         validation_labels=mnist.train_labels[validation],
+        validation_numbers=validation,
     )
 
 

@@ -110,17 +110,7 @@ KINDS = {
     **{"name": Kind("str", form=".+"), "seeds": Kind("str", form=r"\d{1,19}(-\d{1,19})?(, \d{1,19}(-\d{1,19})?)*")},
 }
 NEEDED = (
-    "seed",
-    "last",
-    "folds",
-    "fold",
-    "accuracy",
-    "best",
-    "best_epoch",
-    "num_params",
-    "epochs",
-    "date",
-    "epoch",
+    *("seed", "last", "best", "best_epoch", "num_params", "epochs", "date", "epoch", "folds", "fold", "accuracy"),
     *list(MISTAKE_COLUMNS)[2:],
 )
 # Tags that decide or explain a run's figures, beside those that have a column of their own in <step>.csv.

@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_BRANCH,
     MLFLOW_GIT_COMMIT,
@@ -25,7 +23,7 @@ from mlflow.utils.mlflow_tags import (
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
-from mnist_lab.paths import LOCKS, PROJECT_ROOT, own_folder
+from mnist_lab.paths import PROJECT_ROOT
 from mnist_lab.results.publish import (
     DATE,
     EPOCH_FIGURES,
@@ -47,6 +45,7 @@ from mnist_lab.tracking.store import (
     RESTORED,
     FinishedRun,
     Store,
+    alone,
     open_store,
     search,
     store_failures,
@@ -185,7 +184,8 @@ def restore(
     if not committed:
         raise LabError(f"folder: {folder} has no CSVs of runs")
     store = open_store(tracking_uri)
-    with store_failures(store, "can't be written"), _alone(store), short_timeouts():
+    busy = f"another process is restoring runs into {store.name!r}; wait until it is through"
+    with store_failures(store, "can't be written"), alone(store.uri, "restore", busy), short_timeouts():
         trained = _trained_here(store)
         steps: dict[str, list[Committed]] = {}
         for run in committed:
@@ -205,18 +205,6 @@ def restore(
 
 
 # ---- the store
-
-
-@contextmanager
-def _alone(store: Store) -> Iterator[None]:
-    """Keep other calls from the store meanwhile."""
-    file = own_folder(store.uri) / LOCKS / "restore.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(file, timeout=0):
-            yield
-    except Timeout:
-        raise LabError(f"another process is restoring runs into {store.name!r}; wait until it is through") from None
 
 
 def _text(row: Row) -> str:

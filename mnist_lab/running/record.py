@@ -15,7 +15,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from mnist_lab.checking.rehearsal import Rehearsal, blame
-from mnist_lab.data import Mnist, find_data_dir, images_of_fold, load_mnist
+from mnist_lab.data import Mnist, find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.running import identity
@@ -164,11 +164,10 @@ class Record:
 
     def _log_fold(self) -> None:
         """Log what the network says of each image of its fold, under the image's number among the 60,000."""
-        labels, (_, pixels, truth) = load_mnist(self.job.data_dir).train_labels, evaluation_part(self.mnist)
-        logits = self.training.logits
+        logits, (_, images, labels) = self.training.logits, evaluation_part(self.mnist)
         if logits is None:  # of a run that was taken up after its last epoch
-            logits = predict(self.training.result, pixels, self.job.experiment.normalize)
-        self.tracked.log_predictions(truth, logits, images_of_fold(labels, self.seed, self.job.folds))
+            logits = predict(self.training.result, images, self.job.experiment.normalize)
+        self.tracked.log_predictions(labels, logits, self.mnist.validation_numbers)
 
     def _log_network(self, logits: Tensor) -> None:
         logger.info("Logging predictions, figures and the model")

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import optuna
 import torch
-from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -28,7 +27,7 @@ from tabulate import tabulate
 from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import quoted
-from mnist_lab.paths import LOCKS, SEARCHES, own_folder
+from mnist_lab.paths import SEARCHES, own_folder
 from mnist_lab.running import identity
 from mnist_lab.running.job import Job
 from mnist_lab.running.machine import use_float32
@@ -37,7 +36,7 @@ from mnist_lab.running.record import DESCRIPTION, run_name_of
 from mnist_lab.running.run import load_parts, taught, with_teacher
 from mnist_lab.running.workers import Epoch, Failed, Given, Message, OnEpoch, Task, Trainers, reason_of, train_seed
 from mnist_lab.tracking.run import TrackedRun, track
-from mnist_lab.tracking.store import Store, adopt, finished_runs, open_store, quiet
+from mnist_lab.tracking.store import Store, adopt, alone, finished_runs, open_store, quiet
 from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, initial_network, num_params
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
@@ -79,7 +78,8 @@ def search(
     """
     check_space(job, space)
     store = open_store(job.tracking_uri)
-    with _alone(job), _storage_failures():
+    busy = f"search: another process is searching {job.step} with these settings"
+    with alone(job.tracking_uri, f"search-{_digest(job)}", busy), _storage_failures():
         job = with_teacher(job, store)
         study = _open_study(job, space, again=again)
         job = job.replaced(search=study.study_name)
@@ -253,18 +253,6 @@ def _storage_failures() -> Iterator[None]:
         yield
     except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
         raise LabError(f"search: Optuna's database {SEARCHES} can't be used: {one_line(error)[:200]}") from error
-
-
-@contextmanager
-def _alone(job: Job) -> Iterator[None]:
-    """Keep other processes from the searches of this job; raises LabError."""
-    file = own_folder(job.tracking_uri) / LOCKS / f"search-{_digest(job)}.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(file, timeout=0):
-            yield
-    except Timeout:
-        raise LabError(f"search: another process is searching {job.step} with these settings") from None
 
 
 def _digest(job: Job) -> str:

@@ -367,6 +367,18 @@ def release(lock: FileLock) -> None:
     lock.release()
 
 
+@contextmanager
+def alone(uri: str, work: str, sentence: str) -> Iterator[None]:
+    """Keep other processes from this work on a store; raises LabError with the sentence where one is at it."""
+    file = own_folder(uri) / LOCKS / f"{work}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(file, timeout=0):
+            yield
+    except Timeout:
+        raise LabError(sentence) from None
+
+
 def can_resume(store: Store, run_id: str) -> bool:
     """Say whether `track` would go on with this run; why not is shown."""
     try:

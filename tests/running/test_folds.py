@@ -16,7 +16,7 @@ from mnist_lab import results
 from mnist_lab.data import Mnist, hold_out_fold, images_of_fold
 from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
-from mnist_lab.running import record, run, workers
+from mnist_lab.running import run, workers
 from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.study import study
@@ -80,8 +80,7 @@ class Folds:
 @pytest.fixture(scope="module")
 def folds(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, few: Mnist) -> Iterator[Folds]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (run, record):
-            patch.setattr(module, "load_mnist", lambda *_: few)
+        patch.setattr(run, "load_mnist", lambda *_: few)
         in_this_process = lambda waiting, count, on_message, on_time: workers._train_here(waiting, on_message)  # noqa: E731
         patch.setattr(workers, "_train_in_processes", in_this_process)
         yield Folds(tmp_path_factory.mktemp("folds"), empty_store)
