@@ -117,7 +117,8 @@ def test_a_server_that_is_running_needs_no_ui(
 def test_kill_9_of_the_program_ends_all_that_it_started(server: Server) -> None:
     """The last test of this server."""
     started = family(server.process)
-    assert len(started) >= 3  # MLflow's command, its server, and who watches this program
+    # MLflow's command, its server, and who watches this program
+    assert len(started) >= 3, (server.process.poll(), server.process.stderr)
 
     server.process.kill()
 
