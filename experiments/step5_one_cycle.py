@@ -5,6 +5,7 @@ Target: 99.4 % in the last epoch, with fewer than 10,000 parameters in fewer tha
 Change: the schedule. The learning rate rises linearly to 0.2 over the first fifth of all batches and falls to nearly
 0 over the rest; it changes after each batch. With it go Nesterov momentum and the end of dropout: a schedule that ends
 near 0 averages the weights by itself, and step 4's dropout of 0.7 % is so little that it was left out.
+Compared with step4_augment_steplr: one cycle by batch, Nesterov, no dropout.
 
 Result: 99.48 +- 0.04 % in the last epoch (mean and sd of seeds 0 to 9, two cores of an AMD EPYC without AVX-512, torch
 2.15) and 99.49 at best; training accuracy 99.65. Each of the ten seeds ends at 99.41 or above.
