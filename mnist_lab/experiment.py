@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from mnist_lab.arguments import LAMBDA, defaults, held, stable_text
+from mnist_lab.arguments import LAMBDA, defaults, held, parameters_of, stable_text
 from mnist_lab.commandline import finite_number, whole_number
 from mnist_lab.errors import LabError
 from mnist_lab.mistakes import did_you_mean, unknown_argument
@@ -297,9 +296,8 @@ def _check_arguments(part: str, value: Callable[..., object]) -> None:
     """Refuse arguments of a partial that its function does not have, and numbers written as text."""
     if not isinstance(value, functools.partial):
         return
-    try:
-        parameters = inspect.signature(_function(value)).parameters
-    except (TypeError, ValueError):  # a callable written in C has no signature
+    parameters = parameters_of(_function(value))
+    if not parameters:
         return
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name, given in value.keywords.items():

@@ -58,7 +58,7 @@ def check_augmentation(experiment: Experiment, mnist: Mnist, size: int) -> tuple
     if experiment.augmentation is None:
         return images, labels, []
     notices = [*_notice_transforms(augment, mnist, (time.perf_counter() - start) / size)]
-    load_parts_state(experiment, state, images.device)
+    load_parts_state(experiment, state)
     seed_generators(DRAWS_SEED)
     again, _ = training_batch(mnist, indices, augment)
     return images, labels, [*notices, *_notice_images(images, again)]
