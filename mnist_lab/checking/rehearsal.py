@@ -291,8 +291,9 @@ def _check_resume(trial: Trial) -> Iterator[str]:
 
 
 def _check_scheduler(trial: Trial) -> Iterator[str]:
-    yield from schedule.check_schedule(trial.experiment, trial.net, len(trial.mnist.train_images))
-    trial.no_effect = schedule.without_effect(trial.experiment, trial.net, len(trial.mnist.train_images))
+    walk = schedule.Walk(trial.experiment, trial.net, len(trial.mnist.train_images))
+    yield from schedule.notice_unit(walk)
+    trial.no_effect = schedule.without_effect(walk)
 
 
 def _check_targets(trial: Trial) -> Iterator[str]:
