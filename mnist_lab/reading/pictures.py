@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -124,16 +124,6 @@ def _in_mnists_form(images: object) -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a network reads in an image: the likeliest digit, the next one, and their probabilities (0 to 1)."""
-
-    digit: int
-    probability: float
-    runner_up: int
-    runner_up_probability: float
-
-
-@dataclass(frozen=True)
 class Reader:
     """A tracked network that reads digits."""
 
@@ -155,15 +145,6 @@ class Reader:
         with torch.inference_mode():
             shares = [self.net(normalize(part)).softmax(dim=1) for part in torch.split(images, IMAGES_AT_ONCE)]
         return torch.cat(shares).numpy()
-
-    def read(self, digits: Sequence[NDArray[np.uint8]]) -> list[Reading]:
-        """Read images of (28, 28) in MNIST's form."""
-        shares = self.probabilities(np.stack(digits))
-        top = np.argsort(-shares, axis=1, kind="stable")[:, :2]
-        return [
-            Reading(first, float(row[first]), second, float(row[second]))
-            for (first, second), row in zip(top.tolist(), shares, strict=True)
-        ]
 
 
 def find_reader(model: str | None = None, *, tracking_uri: str | None = None) -> Reader:
