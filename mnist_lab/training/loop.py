@@ -21,7 +21,6 @@ from mnist_lab.arguments import parameters_of
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS, Experiment
-from mnist_lab.training.cudagraph import Captured, Work
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import generator_states, kept_generators, seed_generators, set_generator_states
 from mnist_lab.training.states import load_parts_state, parts_state, plain
@@ -48,6 +47,7 @@ class EpochMetrics:
     after the first. epoch_seconds covers training and evaluation.
     objective is the mean over the epoch's batches of what is minimised; None where that is the cross-entropy.
     Where the weights are averaged, the average is evaluated, and raw_correct is of the network itself.
+    Accuracies are in percent.
     """
 
     epoch: int
@@ -66,17 +66,14 @@ class EpochMetrics:
 
     @property
     def train_accuracy(self) -> float:
-        """In percent."""
         return 100 * self.train_correct / self.train_images
 
     @property
     def eval_accuracy(self) -> float:
-        """In percent."""
         return 100 * self.eval_correct / self.eval_images
 
     @property
     def raw_accuracy(self) -> float | None:
-        """In percent."""
         return None if self.raw_correct is None else 100 * self.raw_correct / self.eval_images
 
 
@@ -125,8 +122,6 @@ class Training:
     validation images, and the test images are not read.
     Dropout, augmentation and whatever else draws, draws from Python's, numpy's and torch's generators: seed them before
     the network is built, as `initial_network` does.
-
-    cuda_graph: launch each batch up to its gradients as one CUDA graph.
     """
 
     def __init__(
@@ -137,7 +132,6 @@ class Training:
         *,
         seed: int,
         on_batch: OnBatch | None = None,
-        cuda_graph: bool = False,
     ) -> None:
         self.net, self.experiment, self.mnist, self.on_batch = net, experiment, mnist, on_batch
         self.augment = Augmentation(experiment.augmentation)
@@ -152,10 +146,6 @@ class Training:
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.losses: list[Tensor] = []  # what is minimised, of this epoch's batches
         self.logits: Tensor | None = None  # of `result`, in the last evaluation
-        self.work: Work = Captured(self.gradients, net, self) if cuda_graph else self.gradients
-        if cuda_graph and self.takes != "gradients":
-            kind = type(self.optimizer).__name__
-            raise LabError(f"cuda-graph: {kind} evaluates the loss by itself, which a graph can't; train without")
 
     @property
     def result(self) -> nn.Module:
@@ -185,11 +175,13 @@ class Training:
             if self.experiment.scheduler_interval == "epoch":
                 self._step_schedule(minimised)
             evaluated_on, images, labels = evaluation_part(self.mnist)
-            loss, correct = self._evaluated(self.net, images, labels)
+            self.logits = predict(self.net, images, self.experiment.normalize)
+            loss, correct = evaluate(self.logits, labels)
             raw_correct = None
             if self.average is not None:
                 raw_correct = correct
-                loss, correct = self._evaluated(self.average.module, images, labels)
+                self.logits = predict(self.average.module, images, self.experiment.normalize)
+                loss, correct = evaluate(self.logits, labels)
             self.epoch += 1
             yield EpochMetrics(
                 epoch=self.epoch,
@@ -228,24 +220,9 @@ class Training:
 
     def _train_batch(self, batch: Tensor) -> None:
         """Update the network once, by the images that the indices `batch` (N,) name."""
-        if self.takes == "gradients":
-            labels, loss, logits = self.work(batch)
-            self.optimizer.step()
-        else:  # several forward passes in a step, or as many as it likes
-            images, labels = self._inputs(batch)
-            loss, logits = train_step(self.net, images, labels, self.experiment, self.optimizer, self.takes)
-        self._add_up(labels, loss, logits)
-
-    def gradients(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Set the gradients of a batch; return its labels, its loss () and its logits (N, 10)."""
-        images, labels = self._inputs(batch)
-        return labels, *set_gradients(self.net, images, labels, self.experiment, self.optimizer)
-
-    def _inputs(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = training_batch(self.mnist, batch, self.augment)
-        return normalize(images, self.experiment.normalize), labels
-
-    def _add_up(self, labels: Tensor, loss: Tensor, logits: Tensor) -> None:
+        images = normalize(images, self.experiment.normalize)
+        loss, logits = train_step(self.net, images, labels, self.experiment, self.optimizer, self.takes)
         self.losses.append(loss.float())
         if not minimises_cross_entropy(self.experiment):
             loss = F.cross_entropy(without_half(logits), labels, reduction="none").mean()
@@ -260,10 +237,6 @@ class Training:
             self.scheduler.step(minimised)  # the test images are no business of the schedule's
         elif self.scheduler is not None:
             self.scheduler.step()
-
-    def _evaluated(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        self.logits = predict(net, images, self.experiment.normalize)
-        return evaluate(self.logits, labels)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it."""
@@ -317,9 +290,11 @@ def train_step(
     evaluated: list[tuple[Tensor, Tensor]] = []
 
     def closure() -> Tensor:
-        loss, logits = set_gradients(net, images, labels, experiment, optimizer)
+        optimizer.zero_grad()
+        loss, logits = loss_and_logits(net, images, labels, experiment)
+        loss.backward()  # type: ignore[no-untyped-call]
         if not evaluated:
-            evaluated.append((loss, logits))
+            evaluated.append((loss.detach(), logits.detach()))
         return loss
 
     _step(optimizer, closure, takes)
@@ -333,16 +308,6 @@ def _step(optimizer: Optimizer, closure: Callable[[], Tensor], takes: Takes) -> 
     if takes != "closure":
         closure()  # the gradients come first, so that the hooks of a step find them
     optimizer.step(*[closure] * (takes != "gradients"))  # type: ignore[arg-type]
-
-
-def set_gradients(
-    net: nn.Module, images: Tensor, labels: Tensor, experiment: Experiment, optimizer: Optimizer
-) -> tuple[Tensor, Tensor]:
-    """Set the gradients of a batch; return its loss () and logits (N, 10), detached."""
-    optimizer.zero_grad()
-    loss, logits = loss_and_logits(net, images, labels, experiment)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach(), logits.detach()
 
 
 def loss_and_logits(
