@@ -1,4 +1,4 @@
-"""Step 4 on a CUDA device: the lab with and without CUDA graphs, and the write-ups' way on the same machine.
+"""Step 4 on a CUDA device: the lab, and the write-ups' way on the same machine.
 
 The first use of the device is measured apart, as a training of one epoch before the rounds.
 """
@@ -19,7 +19,7 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.training.loop import Training, initial_network
 
 STEP = "step4_augment_steplr"
-LAB, GRAPH, WRITE_UPS = "lab", "lab, --cuda-graph", "write-ups"
+LAB, WRITE_UPS = "lab", "write-ups"
 
 
 def seconds(train: Callable[[], None]) -> float:
@@ -31,9 +31,9 @@ def seconds(train: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def train(experiment: Experiment, mnist: Mnist, cuda_graph: bool = False) -> None:
+def train(experiment: Experiment, mnist: Mnist) -> None:
     net = initial_network(experiment, 0, mnist.train_images.device)
-    for _ in Training(net, experiment, mnist, seed=0, cuda_graph=cuda_graph).epochs():
+    for _ in Training(net, experiment, mnist, seed=0).epochs():
         pass
 
 
@@ -64,11 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.section("first use", {f"{LAB}: first epoch": Sample((first,))}, {}, unit="s")
     ways: dict[str, Callable[[], float]] = {
         LAB: partial(seconds, partial(train, experiment, mnist)),
-        GRAPH: partial(seconds, partial(train, experiment, mnist, cuda_graph=True)),
         WRITE_UPS: partial(write_ups, arguments.write_up_epochs, arguments.epochs),
     }
     walls = {name: Sample(tuple(rounds)) for name, rounds in interleave(ways, arguments.rounds).items()}
-    ratios = {f"{name} / {GRAPH}": walls[name].per(walls[GRAPH]) for name in (WRITE_UPS, LAB)}
+    ratios = {f"{WRITE_UPS} / {LAB}": walls[WRITE_UPS].per(walls[LAB])}
     report.section(f"{arguments.epochs} epochs", walls, ratios, unit="s")
     report.write()
 

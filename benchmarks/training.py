@@ -1,7 +1,7 @@
 """Seconds per epoch of one training, in one process, by the ways that people train MNIST:
 
 the write-ups' way (benchmarks/writeups.py), the loop of pytorch/examples on the same data, the lab with everything that
-an epoch of `fit` does, and two floors: the bare training step on one batch that stays in memory, without data,
+an epoch of `Training` does, and two floors: the bare training step on one batch that stays in memory, without data,
 augmentation or logging, plus an evaluation.
 The lab's floor has its network prepared as the lab prepares it, the plain floor has it as torch builds it.
 """
@@ -33,7 +33,7 @@ from torch import nn
 from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.experiment import Experiment
 from mnist_lab.training.dropout import SparseDropout
-from mnist_lab.training.loop import fit, normalize, predict
+from mnist_lab.training.loop import Training, normalize, predict
 
 STEPS = ("step1_baseline", "step2_dropout", "step3_gap", "step4_augment_steplr", "four_conv")
 CPU = torch.device("cpu")
@@ -120,13 +120,13 @@ def _train_as_examples(
 
 
 def lab(task: Task) -> Epoch:
-    """Train by `mnist_lab.training.loop.fit`, with the network prepared as mnist_lab.running.run does."""
+    """Train by `mnist_lab.training.loop.Training`, with the network prepared as mnist_lab.running.run does."""
     net = task.network().to(memory_format=torch.channels_last)
     laps = Laps()
     experiment = dataclasses.replace(task.experiment, epochs=1)
-    for _ in fit(net, experiment, task.mnist, seed=0, on_batch=laps.lap):
+    for _ in Training(net, experiment, task.mnist, seed=0, on_batch=laps.lap).epochs():
         laps.stop()
-    evaluation = laps.end - laps.laps[-1]  # all that `fit` does after the last batch
+    evaluation = laps.end - laps.laps[-1]  # all that `epochs` does after the last batch
     laps.end = laps.laps[-1]
     return Epoch(laps.seconds(task.batches), evaluation * TEST_IMAGES / len(task.mnist.test_images))
 

@@ -10,10 +10,10 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from mnist_lab.commandline import (
     DATA_DIR,
@@ -28,9 +28,6 @@ from mnist_lab.commandline import (
 from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError, without_password
 from mnist_lab.paths import PROJECT_ROOT, script_named, sqlite_file, tracking_uri
-
-if TYPE_CHECKING:
-    from mnist_lab.reading.pictures import Reading
 
 logger = logging.getLogger("mnist_lab.jobs")
 
@@ -220,6 +217,8 @@ def predict(arguments: argparse.Namespace) -> None:
     """Say which digits are in pictures."""
     import csv
 
+    import numpy as np
+
     from mnist_lab.reading.pictures import find_pictures, find_reader, picture_of, read_digit, shown
 
     if arguments.csv and arguments.show:
@@ -232,34 +231,38 @@ def predict(arguments: argparse.Namespace) -> None:
             refused.append(str(error))
     if digits:
         reader = find_reader(arguments.model, tracking_uri=arguments.tracking_uri)
-        readings = dict(zip(digits, reader.read(list(digits.values())), strict=True))
+        probabilities = reader.probabilities(np.stack(list(digits.values())))
+        likeliest = np.argsort(-probabilities, axis=1, kind="stable")[:, :2].tolist()
+        rows = [
+            (name, first, float(shares[first]), second, float(shares[second]))
+            for name, shares, (first, second) in zip(digits, probabilities, likeliest, strict=True)
+        ]
         if arguments.csv:
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(["picture", "digit", "probability", "runner_up", "runner_up_probability", "run"])
-            for name, r in readings.items():
-                second = f"{r.runner_up_probability:.6f}"
-                writer.writerow([name, r.digit, f"{r.probability:.6f}", r.runner_up, second, reader.run_id])
+            for name, digit, share, second, less in rows:
+                writer.writerow([name, digit, f"{share:.6f}", second, f"{less:.6f}", reader.run_id])
         else:
-            _print_readings(readings, reader.run_name, reader.run_id)
+            _print_readings(rows, reader.run_name, reader.run_id)
             if arguments.show:
-                for name, digit in digits.items():
-                    print(f"\n{name}, as the network sees it:\n{picture_of(digit)}")
+                for name, image in digits.items():
+                    print(f"\n{name}, as the network sees it:\n{picture_of(image)}")
     if refused:
         raise LabError("; ".join(refused))
 
 
-def _print_readings(readings: Mapping[str, Reading], run_name: str, run_id: str) -> None:
+def _print_readings(readings: list[tuple[str, int, float, int, float]], run_name: str, run_id: str) -> None:
     from tabulate import tabulate
 
     from mnist_lab.reading.pictures import UNSURE
 
     rows = [
-        (name, r.digit, f"{100 * r.probability:.2f} %", f"{r.runner_up} ({100 * r.runner_up_probability:.2f} %)")
-        for name, r in readings.items()
+        (name, digit, f"{100 * share:.2f} %", f"{second} ({100 * less:.2f} %)")
+        for name, digit, share, second, less in readings
     ]
     print(tabulate(rows, headers=("picture", "digit", "probability", "runner-up"), disable_numparse=True))
     print(f"\nRead by {run_name}, run {run_id}.")
-    for name in (name for name, r in readings.items() if r.probability < UNSURE):
+    for name in (name for name, _, share, *_ in readings if share < UNSURE):
         logger.warning("%s: the network is not sure of it; it may be no digit, or more than one", name)
 
 

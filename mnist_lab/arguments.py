@@ -53,7 +53,7 @@ def held(value: object, text: Text = stable_text) -> dict[str, object]:
     if isinstance(getattr(value, "__qualname__", None), str):
         return {}
     usual = {name: text(default) for name, default in defaults(type(value)).items()}
-    own = {name: item for name, item in _attributes(value).items() if not name.startswith("_")}
+    own = {name: item for name, item in attributes(value).items() if not name.startswith("_")}
     return {name: item for name, item in own.items() if name not in usual or text(item) != usual[name]}
 
 
@@ -114,7 +114,7 @@ def _object(value: Any, text: Text) -> str:
         return _call(name, _pairs(held(value, text), text))
     if not (hasattr(value, "__dataclass_fields__") or ADDRESS.search(shown)):
         return shown
-    holds = _pairs(_attributes(value), text)
+    holds = _pairs(attributes(value), text)
     return _call(name, list(map(text, value)) if isinstance(value, Collection) and not holds else holds)
 
 
@@ -128,7 +128,7 @@ def _plain(value: object) -> str:
 def _digest(value: Tensor | np.ndarray[Any, Any]) -> str:
     shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        data = value.detach().cpu().to_dense().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     else:
         data = value.tobytes()
     return f"{type(value).__name__}(shape={shape}, dtype={dtype}, sha256={_sha256(data)})"
@@ -148,14 +148,19 @@ def _pairs(arguments: Mapping[str, object], text: Text) -> list[str]:
 
 def defaults(function: Callable[..., object]) -> dict[str, object]:
     """Return the default values of a function's or class's arguments by name."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a callable written in C has no signature
-        return {}
+    parameters = parameters_of(function).values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
-def _attributes(value: object) -> dict[str, object]:
+def parameters_of(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a function or class by name; none of a callable written in C without a signature."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def attributes(value: object) -> dict[str, object]:
     """Return an object's attributes, those in slots too; of a module, its own, its children and its buffers."""
     try:
         state = object.__getstate__(value)

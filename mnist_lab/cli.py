@@ -153,7 +153,6 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
         overrides=overrides,
         device=choose_device(arguments.device),
         threads=arguments.threads,
-        cuda_graph=arguments.cuda_graph,
         data_dir=arguments.data_dir,
         tracking_uri=uri,
         limit=arguments.limit,
@@ -291,7 +290,6 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     threads = "of torch on a CPU (default: one per core, or 1 in a study or search; give 1 beside other work)"
     add("--threads", type=number_from(1, MAX_THREADS), metavar="N", help=threads)
-    add("--cuda-graph", action="store_true", help="launch each batch as one CUDA graph: faster, where it can be had")
     add_flags(parser, (DATA_DIR, TRACKING_URI))
     add("--limit", type=number_from(1), metavar="N", help="train on the first N images, for a quick look")
     held_out = "hold out N training images for validation; the test images are read once, at the end"

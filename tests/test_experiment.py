@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,14 +255,6 @@ def test_what_cannot_be_overridden_is_refused_by_its_name() -> None:
     refusal_of("degrees", "[0, 1]", augmentation=RandomRotation(30))
     for name, meant in [("droput", "did you mean 'dropout'?"), ("learning_rate", ""), ("optimizer.lr", "")]:
         sentence = refusal_of(name, 1)
-        assert "batch_size, epochs, lr, momentum, step_size, gamma, dropout" in sentence
+        assert "batch_size, epochs, normalize, lr, momentum, step_size, gamma, dropout" in sentence
         assert meant in sentence
     assert "did you mean 'step_size'?" in refusal_of("scheduler.step_size", 1)
-
-
-def test_numbers_of_numpys_are_taken_as_pythons() -> None:
-    declared = declare(epochs=np.int64(3), batch_size=np.int32(50), normalize=(np.float64(0.13), np.float32(0.5)))
-    declared.check()
-    fields = (declared.epochs, declared.batch_size, *declared.normalize)
-    assert fields == (3, 50, 0.13, 0.5)
-    assert [type(one) for one in fields] == [int, int, float, float]

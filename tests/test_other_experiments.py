@@ -59,7 +59,7 @@ def later(change: Callable[[Tensor], Tensor], calls: int) -> type[nn.Module]:
         def __init__(self) -> None:
             super().__init__()
             self.calls = 0
-            self.in_rehearsal = len(built) < 2  # it builds two
+            self.in_rehearsal = len(built) < 2  # it trains no other
             built.append(self)
 
         def forward(self, images: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from mnist_lab.experiment import quoted
 from mnist_lab.objectives import mixup
 from mnist_lab.running import run as runner
 from mnist_lab.running import study
-from mnist_lab.training.loop import fit
+from mnist_lab.training.loop import Training
 
 FEW, MANY = 25, 2_000
 HOW_MANY = pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
@@ -301,7 +301,7 @@ def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples:
             return
         outcomes["accepted"] += 1
         try:
-            (metrics,) = fit(experiment.net(), dataclasses.replace(experiment, epochs=1), few, seed=0)
+            (metrics,) = Training(experiment.net(), dataclasses.replace(experiment, epochs=1), few, seed=0).epochs()
         except LabError as diverged:
             if diverged.field != "loss":
                 raise

@@ -20,7 +20,7 @@ from helpers import ROOT, first
 from mnist_lab import Experiment
 from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
-from mnist_lab.training.loop import fit, initial_network, num_params
+from mnist_lab.training.loop import Training, initial_network, num_params
 
 CPU = torch.device("cpu")
 UNIT = (0.0, 1.0)  # pixels in [0, 1]
@@ -216,7 +216,7 @@ def test_a_public_recipe_has_the_parameters_counted_by_hand_and_trains(name: str
 
     rehearsal = rehearse(short, few)
     net = initial_network(short, 0, CPU, rehearsal.memory_format)
-    (epoch,) = fit(net, short, few, seed=0)
+    (epoch,) = Training(net, short, few, seed=0).epochs()
 
     *layers, total = counted_by_hand()[name]
     assert num_params(net) == total == sum(layers)

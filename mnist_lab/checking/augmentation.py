@@ -22,15 +22,11 @@ from mnist_lab.training.transforms import Augmentation, is_mixing, is_torchvisio
 
 DRAWS_SEED = 2**31  # of what is drawn twice alike; not a network's, so that one built meanwhile is another
 OUTSIDE = 0.01  # by which an augmented pixel may lie outside [0, 1]: an interpolation may overshoot
-# Transforms of torchvision that code for other programs has, and what to do here.
-DONE_BY_THE_LAB = {
-    "Normalize": "is the lab's own business: declare normalize=(mean, deviation) in its place",
-    **dict.fromkeys(("ToTensor", "PILToTensor"), "is for other images: leave it out, they are tensors in [0, 1] here"),
-}
+DONE_BY_THE_LAB = ("ToTensor", "PILToTensor", "Normalize")  # of torchvision's transforms
 # Wald's sequential test: two images of one batch are more alike in half of the trials where each has a draw of its own,
 # and in most of them where both share one. https://en.wikipedia.org/wiki/Sequential_probability_ratio_test
 SHARED = 0.8
-WRONGLY_REFUSED, MISSED = 1e-6, 1e-2
+REFUSED, PASSED = -math.log(1e-6), math.log(1e-2)  # with so many wrongly refused, and missed
 SAME = 1e-3  # difference in the sum over an image's pixels that rounding may make
 MAX_TRIALS = 500
 MAX_SECONDS = 2.0
@@ -45,7 +41,9 @@ def check_augmentation(experiment: Experiment, mnist: Mnist, size: int) -> tuple
     augment = Augmentation(experiment.augmentation)
     for name in (type(transform).__name__ for _, transform in augment.parts if is_torchvision(transform)):
         if name in DONE_BY_THE_LAB:
-            raise ValueError(f"{name} {DONE_BY_THE_LAB[name]}")
+            raise ValueError(
+                f"{name}: leave it out; images are tensors in [0, 1], and `normalize` is a field of its own"
+            )
     indices = torch.arange(size, device=mnist.train_images.device)
     start, state = time.perf_counter(), deepcopy(parts_state(experiment))
     seed_generators(DRAWS_SEED)
@@ -58,7 +56,7 @@ def check_augmentation(experiment: Experiment, mnist: Mnist, size: int) -> tuple
     if experiment.augmentation is None:
         return images, labels, []
     notices = [*_notice_transforms(augment, mnist, (time.perf_counter() - start) / size)]
-    load_parts_state(experiment, state, images.device)
+    load_parts_state(experiment, state)
     seed_generators(DRAWS_SEED)
     again, _ = training_batch(mnist, indices, augment)
     return images, labels, [*notices, *_notice_images(images, again)]
@@ -143,9 +141,9 @@ def check_draws(augmentation: Callable[[Tensor], Tensor], image: Tensor) -> None
         within, across = (first - beside).abs().sum().item(), (first - other).abs().sum().item()
         if abs(within - across) > SAME:
             for_shared += math.log((SHARED if within < across else 1 - SHARED) / 0.5)
-        if not math.log(MISSED) < for_shared < -math.log(WRONGLY_REFUSED) or time.perf_counter() > end:
+        if not PASSED < for_shared < REFUSED or time.perf_counter() > end:
             break
-    if for_shared >= -math.log(WRONGLY_REFUSED):
+    if for_shared >= REFUSED:
         raise ValueError(
             "draws once for a whole batch and changes all its images alike; "
             "augmentation=partial(image_by_image, transform=...) from mnist_lab.augmentation draws for each image"

@@ -12,36 +12,27 @@ from torch.optim import Optimizer
 MAX_NAMES = 5  # of tensors in a sentence
 
 
-class Sharing:
-    """Compares a network with another that was built from the same declaration.
+def tensors_of(net: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name."""
+    named = dict(net.named_parameters()) | dict(net.named_buffers())
+    return {name: tensor.detach().to_dense() for name, tensor in named.items()}
 
-    What is shared and changes in training would carry over from one seed to the next, and from the rehearsal to the
-    run. Frozen weights and fixed buffers may be shared.
+
+def check_own_weights(net: nn.Module, before: dict[str, Tensor], again: nn.Module) -> None:
+    """Refuse a network that shares what it changes with another that was built anew.
+
+    It would carry over from one seed to the next, and from the rehearsal to the run.
+
+    before: copies of what it began with.
     """
-
-    def __init__(self, net: nn.Module, other: nn.Module) -> None:
-        places = {_place(tensor) for tensor in (*other.parameters(), *other.buffers())}
-        self.parameters = [name for name, p in net.named_parameters() if p.requires_grad and _place(p) in places]
-        self.buffers = [
-            (name, buffer, buffer.clone())
-            for name, buffer in net.named_buffers()
-            if _place(buffer) in places and buffer.layout == torch.strided  # torch can't compare sparse ones
-        ]
-
-    def check(self) -> None:
-        """Refuse what is shared, once batches were trained; raises ValueError."""
-        changed = [name for name, buffer, before in self.buffers if not torch.equal(buffer, before)]
-        if shared := self.parameters + changed:
-            raise ValueError(
-                f"two networks built from it share {listed(shared)}, so a seed would go on with what another has "
-                "trained; build the layers anew for each network, in its __init__, or by copy.deepcopy"
-            )
-
-
-def _place(tensor: Tensor) -> tuple[torch.device, int]:
-    """Return what tells apart tensors of different memory; one that has none, such as a sparse one, is itself."""
-    address = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
-    return tensor.device, address or id(tensor)
+    after, built = tensors_of(net), tensors_of(again)
+    common = [name for name in before if name in after and name in built]
+    changed = [name for name in common if not torch.equal(before[name], after[name])]
+    if shared := [name for name in changed if torch.equal(after[name], built[name])]:
+        raise ValueError(
+            f"two networks built from it share {listed(shared)}, so a seed would go on with what another has "
+            "trained; build the layers anew for each network, in its __init__, or by copy.deepcopy"
+        )
 
 
 def notice_same_start(net: nn.Module, other: nn.Module) -> Iterator[str]:
@@ -61,39 +52,27 @@ def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
 
     output: with its graph, which may have been gone through backwards.
     images: what the network was given. A leaf of their shape is a change to them, as adversarial training makes it.
-
-    Raises:
-        ValueError: if there are such tensors.
     """
-    registered = {id(parameter) for parameter in net.parameters()}
-    leaves = [leaf for leaf in _leaves(output) if id(leaf) not in registered and leaf.shape != images.shape]
-    if leaves:
-        raise ValueError(
-            f"uses weights that it does not register, of shape {listed([str(tuple(leaf.shape)) for leaf in leaves])}: "
-            "they would be neither trained nor counted; keep layers in nn.ModuleList or nn.ModuleDict, and tensors in "
-            "nn.Parameter"
-        )
-
-
-def _leaves(output: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors that gradients are accumulated in when this one is gone through backwards."""
-    seen, todo = set(), [output.grad_fn]
+    known, todo, seen, shapes = {id(parameter) for parameter in net.parameters()}, [output.grad_fn], set(), []
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "torch::autograd::AccumulateGrad":
-            yield node.variable  # type: ignore[attr-defined]
         todo += [before for before, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)  # that gradients are accumulated in
+        if leaf is not None and id(leaf) not in known and leaf.shape != images.shape:
+            shapes.append(str(tuple(leaf.shape)))
+    if shapes:
+        raise ValueError(
+            f"uses weights that it does not register, of shape {listed(shapes)}: "
+            "they would be neither trained nor counted; keep layers in nn.ModuleList or nn.ModuleDict, and tensors in "
+            "nn.Parameter"
+        )
 
 
 def notice_optimized(net: nn.Module, optimizer: Optimizer) -> Iterator[str]:
-    """Yield a notice if the optimizer lacks some of the trainable parameters.
-
-    Raises:
-        ValueError: if it has none of them.
-    """
+    """Yield a notice if the optimizer lacks some of the trainable parameters; raises ValueError if it has none."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trainable = {name: id(parameter) for name, parameter in net.named_parameters() if parameter.requires_grad}
     missing = [name for name, parameter in trainable.items() if parameter not in held]

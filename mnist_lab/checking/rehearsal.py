@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,41 +16,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from mnist_lab.arguments import stable_text
+from mnist_lab.arguments import attributes, stable_text
+from mnist_lab.checking import network, schedule
 from mnist_lab.checking.augmentation import check_augmentation
-from mnist_lab.checking.network import (
-    Sharing,
-    check_registered,
-    failing_layer,
-    kind,
-    listed,
-    notice_optimized,
-    notice_outputs,
-    notice_same_start,
-)
-from mnist_lab.checking.schedule import check_schedule, notice_slow_average, without_effect
+from mnist_lab.checking.network import kind, listed
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, is_script, script_line, text_of
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.tracking import run as tracking
 from mnist_lab.training import loop as training
 from mnist_lab.training.generators import kept_generators
-from mnist_lab.training.loop import (
-    EVALUATION_BATCH_SIZE,
-    EpochMetrics,
-    Takes,
-    build_average,
-    build_optimizer,
-    evaluation_part,
-    initial_network,
-    loss_and_logits,
-    normalize,
-    num_params,
-    predict,
-    step_takes,
-    train_step,
-    training_batch,
-)
+from mnist_lab.training.loop import EVALUATION_BATCH_SIZE, EpochMetrics, Takes, build_optimizer, normalize
 from mnist_lab.training.states import PARTS, load_parts_state, objects_in, own_parts, parts_state
 from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts.targets import out_of_reach
@@ -113,11 +89,12 @@ class Rehearsal:
 class Trial:
     """A declaration that is tried: what its checks make for the ones after them, and what they find out."""
 
-    experiment: Experiment
+    declared: Experiment
+    experiment: Experiment  # with parts of its own, to be changed
     mnist: Mnist
     memory_format: torch.memory_format
     net: nn.Module = field(init=False)
-    sharing: Sharing = field(init=False)
+    before: dict[str, Tensor] = field(init=False)  # what the network began with
     optimizer: Optimizer = field(init=False)
     takes: Takes = "gradients"  # what the step of the optimizer takes
     images: Tensor = field(init=False)  # of the first batch, augmented, in [0, 1]
@@ -134,23 +111,17 @@ class Trial:
     def batch_size(self) -> int:
         return min(self.experiment.batch_size, len(self.mnist.train_images))
 
-    @cached_property
-    def augment(self) -> Augmentation:
-        return Augmentation(self.experiment.augmentation)
-
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Return the first training images and their labels as a training draws them."""
-        indices = torch.arange(size, device=self.mnist.train_images.device)
-        return training_batch(self.mnist, indices, self.augment)
+    def network(self, seed: int) -> nn.Module:
+        return training.initial_network(self.experiment, seed, self.mnist.train_images.device, self.memory_format)
 
     def evaluated(self, size: int) -> Tensor:
         """Return so many of the images that the epochs are evaluated on, some of them twice where there are too few."""
-        images = evaluation_part(self.mnist)[1]
+        images = training.evaluation_part(self.mnist)[1]
         return images[torch.arange(size, device=images.device) % len(images)]
 
     def logits(self, images: Tensor, net: nn.Module | None = None) -> Tensor:
         """Return the logits of images in evaluation mode; raises TypeError or ValueError if they are none."""
-        logits = predict(self.net if net is None else net, images, self.experiment.normalize)
+        logits = training.predict(self.net if net is None else net, images, self.experiment.normalize)
         _check_logits(logits, len(images))
         return logits
 
@@ -173,27 +144,25 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
 
 
 def _rehearse(declared: Experiment, mnist: Mnist, memory_format: torch.memory_format) -> Rehearsal:
-    trial = Trial(own_parts(declared), mnist, memory_format)
+    trial = Trial(declared, own_parts(declared), mnist, memory_format)
     notices: list[str] = []
     with tracking.silenced() as called:
         for blamed, check in CHECKS:
             with blame(trial.minimised if blamed == "loss" else blamed, trial):
                 notices += check(trial)
-    notices += [*_notice_memory(declared, trial.experiment), *tracking.notices(called)]
-    return Rehearsal(trial.memory_format, trial.untrained, trial.no_effect, notices)
+    return Rehearsal(memory_format, trial.untrained, trial.no_effect, [*notices, *tracking.notices(called)])
 
 
-# ---- the checks, in the order in which they are made: each returns notices, and raises what the field is blamed for
+# ---- the checks, in the order in which they are made: each yields notices, and raises what the field is blamed for
 
 
 def _check_building(trial: Trial) -> Iterator[str]:
-    device = trial.mnist.train_images.device
-    other = initial_network(trial.experiment, SEED + 1, device, trial.memory_format)
-    trial.net = initial_network(trial.experiment, SEED, device, trial.memory_format)
-    if num_params(trial.net) == 0:
+    other = trial.network(SEED + 1)
+    trial.net = trial.network(SEED)
+    if training.num_params(trial.net) == 0:
         raise ValueError("has no parameters to train")
-    trial.sharing = Sharing(trial.net, other)
-    yield from notice_same_start(trial.net, other)
+    trial.before = {name: tensor.clone() for name, tensor in network.tensors_of(trial.net).items()}
+    yield from network.notice_same_start(trial.net, other)
 
 
 def _check_optimizer(trial: Trial) -> Iterator[str]:
@@ -203,8 +172,8 @@ def _check_optimizer(trial: Trial) -> Iterator[str]:
         raise TypeError(f"gives a {name}, not a torch.optim.Optimizer")
     if any("lr" not in group for group in trial.optimizer.param_groups):
         raise ValueError(f"{name} has a parameter group without lr, which each epoch reports")
-    yield from notice_optimized(trial.net, trial.optimizer)
-    trial.takes = step_takes(trial.experiment, trial.net)
+    yield from network.notice_optimized(trial.net, trial.optimizer)
+    trial.takes = training.step_takes(trial.experiment, trial.net)
 
 
 def _check_augmentation(trial: Trial) -> list[str]:
@@ -212,13 +181,13 @@ def _check_augmentation(trial: Trial) -> list[str]:
     return notices
 
 
-def _check_gradients(trial: Trial) -> list[str]:
+def _check_gradients(trial: Trial) -> Iterable[str]:
     """Try the forward and the backward pass of a batch, and look through the graph between them."""
     net, images = trial.net.train(), normalize(trial.images, trial.experiment.normalize)
     if trial.experiment.objective is None:  # what it makes of the network's output is its own business
         with blame("net", trial):
             _check_logits(net(images), len(images))
-    returned: object = loss_and_logits(net, images, trial.labels, trial.experiment)
+    returned: object = training.loss_and_logits(net, images, trial.labels, trial.experiment)
     loss, logits = _checked_loss(returned, len(images))
     loss.backward()  # type: ignore[no-untyped-call]
     parameters = dict(net.named_parameters())
@@ -226,33 +195,32 @@ def _check_gradients(trial: Trial) -> list[str]:
     if all(parameter.grad is None for parameter in parameters.values()):
         raise ValueError("has no gradient in the network's parameters, so it can't train them")
     with blame("net", trial):
-        check_registered(net, logits if logits.requires_grad else loss, images)
-    return []
+        network.check_registered(net, logits if logits.requires_grad else loss, images)
+    return ()
 
 
 def _check_evaluation(trial: Trial) -> Iterator[str]:
     """Try every number of images that is evaluated at once: one, and the two that the model is logged with, too."""
-    totals = {len(evaluation_part(trial.mnist)[1]), len(trial.mnist.test_images)}
+    totals = {len(training.evaluation_part(trial.mnist)[1]), len(trial.mnist.test_images)}
     sizes = {1, 2, *(min(EVALUATION_BATCH_SIZE, total) for total in totals)}
-    sizes |= {total % EVALUATION_BATCH_SIZE for total in totals} - {0}
+    sizes |= {total % EVALUATION_BATCH_SIZE for total in totals}
     for size in sorted(sizes - {0}):
         logits = trial.logits(trial.evaluated(size))
     few = trial.evaluated(min(FEW, max(1, size // 3)))
-    alone = trial.logits(few)
-    if not torch.allclose(alone, logits[: len(few)], rtol=1e-2, atol=1e-2):
+    if not torch.allclose(trial.logits(few), logits[: len(few)], rtol=1e-2, atol=1e-2):
         yield (
             f"net: gives an image other logits beside other images, so its accuracy depends on the batches of "
             f"{EVALUATION_BATCH_SIZE} that it is evaluated in; see for dim=0 where dim=1 is meant"
         )
     loss = trial.experiment.loss
     function = loss.func if isinstance(loss, partial) else loss
-    yield from notice_outputs(logits, function is F.nll_loss or isinstance(function, nn.NLLLoss))
+    yield from network.notice_outputs(logits, function is F.nll_loss or isinstance(function, nn.NLLLoss))
 
 
 def _check_average(trial: Trial) -> Iterator[str]:
     if trial.experiment.average is None:
         return
-    average = build_average(trial.experiment, trial.net)
+    average = training.build_average(trial.experiment, trial.net)
     if not isinstance(average, AveragedModel):
         raise TypeError(f"gives a {type(average).__name__}, not a torch.optim.swa_utils.AveragedModel")
     own, averaged = trial.net.state_dict(), average.module.state_dict()
@@ -266,37 +234,70 @@ def _check_average(trial: Trial) -> Iterator[str]:
             "average: takes the network's buffers, such as the statistics of batch norm, as they are after the last "
             "batch; AveragedModel(..., use_buffers=True) averages them too"
         )
-    yield from notice_slow_average(trial.experiment, len(trial.mnist.train_images))
+    yield from schedule.notice_slow_average(trial.experiment, len(trial.mnist.train_images))
 
 
-def _check_steps(trial: Trial) -> list[str]:
+def _check_steps(trial: Trial) -> Iterable[str]:
     """Train both batch sizes that will come up: some networks fail on a last batch of one image only."""
     last = len(trial.mnist.train_images) % trial.experiment.batch_size or trial.batch_size
+    augment = Augmentation(trial.experiment.augmentation)
     for size in (trial.batch_size, last):
         trial.net.train()
-        images, labels = trial.batch(size)
+        indices = torch.arange(size, device=trial.mnist.train_images.device)
+        images, labels = training.training_batch(trial.mnist, indices, augment)
         images = normalize(images, trial.experiment.normalize)
-        train_step(trial.net, images, labels, trial.experiment, trial.optimizer, trial.takes)
+        training.train_step(trial.net, images, labels, trial.experiment, trial.optimizer, trial.takes)
         trial.untrained -= {name for name, p in trial.net.named_parameters() if p.grad is not None}
-        if not predict(trial.net, trial.evaluated(2), trial.experiment.normalize).isfinite().all():
+        if not training.predict(trial.net, trial.evaluated(2), trial.experiment.normalize).isfinite().all():
             raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
-    return []
+    return ()
 
 
-def _check_trained(trial: Trial) -> list[str]:
+def _check_trained(trial: Trial) -> Iterable[str]:
     images = trial.evaluated(FEW)
-    _check_alike(trial.logits(images), trial.logits(images))
-    trial.sharing.check()
-    return []
+    logits, again = trial.logits(images), trial.logits(images)
+    if not torch.allclose(logits, again, rtol=1e-4, atol=1e-5, equal_nan=True):  # a GPU may round differently
+        raise ValueError(
+            "gives other logits when it is evaluated on the same images again; turn off in evaluation mode what draws "
+            "or keeps numbers, e.g. F.dropout(x, training=self.training)"
+        )
+    network.check_own_weights(trial.net, trial.before, trial.network(SEED))
+    return ()
+
+
+def _check_resume(trial: Trial) -> Iterator[str]:
+    """Say what changes from batch to batch, and is not in a checkpoint."""
+    resumed = own_parts(trial.declared)
+    load_parts_state(resumed, parts_state(trial.experiment))
+    net = trial.network(SEED)
+    net.load_state_dict(trial.net.state_dict())
+    for one in (trial.net, net):  # which may keep its activations
+        trial.logits(trial.evaluated(2), one)
+    pairs = [(part, getattr(trial.experiment, part), getattr(resumed, part)) for part in PARTS]
+    for part, used, anew in [*pairs, ("net", trial.net, net)]:
+        after, before = _attributes(used), _attributes(anew)
+        if changed := sorted(name for name in after if after[name] != before.get(name)):
+            yield (
+                f"{part}: changes {listed(changed)} from batch to batch, which `--resume` begins anew; keep it in a "
+                "buffer, or write state_dict and load_state_dict"
+            )
+    if type(trial.optimizer).state_dict is Optimizer.state_dict:
+        held = [name for name, value in vars(trial.optimizer).items() if isinstance(value, Optimizer)]
+        if held:
+            yield (
+                f"optimizer: keeps numbers in {listed(held)}, which `--resume` begins anew; write state_dict and "
+                "load_state_dict that have them too"
+            )
 
 
 def _check_scheduler(trial: Trial) -> Iterator[str]:
-    yield from check_schedule(trial.experiment, trial.net, len(trial.mnist.train_images))
-    trial.no_effect = without_effect(trial.experiment, trial.net, len(trial.mnist.train_images))
+    walk = schedule.Walk(trial.experiment, trial.net, len(trial.mnist.train_images))
+    yield from schedule.notice_unit(walk)
+    trial.no_effect = schedule.without_effect(walk)
 
 
 def _check_targets(trial: Trial) -> Iterator[str]:
-    params = num_params(trial.net, trial.untrained)
+    params = training.num_params(trial.net, trial.untrained)
     yield from out_of_reach(trial.experiment.targets, params, trial.experiment.epochs)
 
 
@@ -310,6 +311,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (  # "loss" stands for the objective whe
     ("average", _check_average),  # after an evaluation: an activation that a network keeps can be copied then only
     ("optimizer", _check_steps),
     ("net", _check_trained),
+    ("net", _check_resume),
     ("scheduler", _check_scheduler),
     ("targets", _check_targets),
 )
@@ -346,35 +348,16 @@ def _checked_loss(returned: object, size: int) -> tuple[Tensor, Tensor]:
     return loss, logits
 
 
-def _check_alike(again: Tensor, logits: Tensor) -> None:
-    """Refuse a network that gives these images other logits than before, but for what a GPU may round differently."""
-    if not torch.allclose(again, logits, rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise ValueError(
-            "gives other logits when it is evaluated on the same images again; turn off in evaluation mode what draws "
-            "or keeps numbers, e.g. F.dropout(x, training=self.training)"
-        )
-
-
-def _notice_memory(declared: Experiment, used: Experiment) -> Iterator[str]:
-    """Yield a notice for each part that changes from batch to batch what a checkpoint does not keep."""
-    resumed = own_parts(declared)
-    load_parts_state(resumed, parts_state(used), torch.device("cpu"))
-    for part in PARTS:
-        after, anew = (_attributes(getattr(one, part)) for one in (used, resumed))
-        if changed := sorted(name for name in after if after[name] != anew.get(name)):
-            yield (
-                f"{part}: changes {', '.join(changed)} from batch to batch, which `--resume` begins anew; keep it in a "
-                "buffer, or write state_dict and load_state_dict"
-            )
-
-
 def _attributes(part: object) -> dict[str, str]:
-    return {
-        name: stable_text(value)
-        for one in objects_in(part)
-        for name, value in vars(one).items()
-        if not name.startswith("__")
-    }
+    """Return the attributes of a part's objects, and of modules in them, as text; but for activations."""
+    found = {}
+    for one in objects_in(part):
+        modules = dict(one.named_modules()) if isinstance(one, nn.Module) else {"": one}
+        for place, module in modules.items():
+            for name, value in attributes(module).items():
+                if not isinstance(value, nn.Module) and getattr(value, "is_leaf", True):
+                    found[f"{place}.{name}".removeprefix(".")] = stable_text(value)
+    return found
 
 
 # ---- who is to blame
@@ -417,7 +400,8 @@ def blame(blamed: str, trial: Trial | None = None) -> Iterator[None]:
         if trial is None or not hasattr(trial, "net"):
             raise _refusal(blamed, error) from error
         innermost = _innermost(trial, error) or blamed
-        raise _refusal(innermost, error, failing_layer(error, trial.net) if innermost == "net" else "") from error
+        layer = network.failing_layer(error, trial.net) if innermost == "net" else ""
+        raise _refusal(innermost, error, layer) from error
 
 
 def _innermost(trial: Trial, error: BaseException) -> str:
@@ -426,7 +410,7 @@ def _innermost(trial: Trial, error: BaseException) -> str:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code is Augmentation.__call__.__code__:
             found = "augmentation"
-        elif frame.f_code is loss_and_logits.__code__:
+        elif frame.f_code is training.loss_and_logits.__code__:
             found = trial.minimised
         elif frame.f_code is Tensor.backward.__code__ or frame.f_locals.get("self") is trial.net:
             found = "net"

@@ -10,7 +10,6 @@ from contextlib import suppress
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
@@ -26,32 +25,51 @@ MUCH = 1 / 3  # of an average: with more of the first weights in it, it says lit
 MAX_BATCHES = 5_000  # of an average that are tried
 LONG = 100  # steps: few schedules are meant to take more epochs for half of their way
 
+Groups = list[dict[str, object]]  # what an optimizer holds for each group of parameters: lr, momentum and the like
 
-def check_schedule(experiment: Experiment, net: nn.Module, num_images: int) -> list[str]:
-    """Step a scheduler of its own through the whole run: OneCycleLR, for one, fails only past its last step.
 
-    Returns a notice of what the schedule does in this run and is hardly meant to do.
+class Walk:
+    """A schedule of its own that is stepped through the whole run: OneCycleLR, for one, fails only past its last step.
 
     Raises:
         TypeError, ValueError: if it can't work.
     """
-    optimizer = build_optimizer(experiment, net.parameters())
-    scheduler = build_scheduler(experiment, optimizer, num_images)
-    if scheduler is None:
-        return []
-    _check_kind(experiment, scheduler)
-    _check_state(scheduler)
-    if isinstance(scheduler, ReduceLROnPlateau):
-        return []
-    steps = _steps(experiment, num_images)
-    rates = [_rate(optimizer)]  # building a schedule sets the rate of the first step
-    with warnings.catch_warnings():  # of an optimizer that has not stepped yet
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        for _ in range(min(MAX_SCHEDULE_STEPS, steps)):
-            scheduler.step()
-            rates.append(_rate(optimizer))
-        _check_state(scheduler)
-        return _notices(experiment, scheduler, rates, math.ceil(num_images / experiment.batch_size))
+
+    def __init__(self, experiment: Experiment, net: nn.Module, num_images: int) -> None:
+        self.experiment, self.net, self.num_images = experiment, net, num_images
+        self.optimizer = build_optimizer(experiment, net.parameters())
+        self.names = [name for name in self.optimizer.param_groups[0] if name != "params"]  # a scheduler adds others
+        self.built = self._groups()
+        self.scheduler = build_scheduler(experiment, self.optimizer, num_images)
+        self.run = experiment.epochs * scheduler_steps_per_epoch(experiment, num_images)  # steps
+        self.groups: list[Groups] = []  # before each step, and after the last
+        if self.scheduler is None:
+            return
+        _check_kind(experiment, self.scheduler)
+        _check_state(self.scheduler)
+        if not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.go_on(min(self.run, MAX_SCHEDULE_STEPS))
+            _check_state(self.scheduler)
+
+    def go_on(self, steps: int) -> None:
+        """Walk to so many steps from the first on."""
+        with warnings.catch_warnings():  # of an optimizer that has not stepped yet
+            warnings.simplefilter("ignore")
+            while len(self.groups) <= steps:
+                if self.groups:
+                    self.scheduler.step()  # type: ignore[union-attr]
+                self.groups.append(self._groups())
+
+    @property
+    def rates(self) -> list[float]:
+        """The first group's learning rate at each step."""
+        return [float(groups[0]["lr"]) for groups in self.groups]  # type: ignore[arg-type]
+
+    def _groups(self) -> Groups:
+        for rate in (float(group["lr"]) for group in self.optimizer.param_groups):
+            if not abs(rate) <= MAX_LR:
+                raise ValueError(f"the learning rate becomes {rate}, which is no float32 number")
+        return [{name: group[name] for name in self.names} for group in self.optimizer.param_groups]
 
 
 def _check_kind(experiment: Experiment, scheduler: object) -> None:
@@ -77,119 +95,88 @@ def _check_state(scheduler: LRScheduler) -> None:
         ) from error
 
 
-def _steps(experiment: Experiment, num_images: int) -> int:
-    return experiment.epochs * scheduler_steps_per_epoch(experiment, num_images)
-
-
-def _rate(optimizer: Optimizer) -> float:
-    """Return the first group's learning rate; raises ValueError if that of any group is no float32 number."""
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    for rate in rates:
-        if not abs(rate) <= MAX_LR:
-            raise ValueError(f"the learning rate becomes {rate}, which is no float32 number")
-    return rates[0]
-
-
 # ---- schedules in the wrong unit
 
 
-def _notices(experiment: Experiment, scheduler: LRScheduler, rates: list[float], batches: int) -> list[str]:
-    """Say where the rates of a run look like those of a schedule that was meant for the other interval.
-
-    rates: of each step, and the one that a further step would have.
-    """
-    name, run = type(scheduler).__name__, len(rates) - 1
-    by_batch = experiment.scheduler_interval == "batch"
-    group = scheduler.optimizer.param_groups[0]
+def notice_unit(walk: Walk) -> Iterator[str]:
+    """Say where the rates of a run look like those of a schedule that was meant for the other interval."""
+    if not walk.groups:
+        return
+    name, run, rates, epochs = type(walk.scheduler).__name__, walk.run, walk.rates, walk.experiment.epochs
+    by_batch, batches = walk.experiment.scheduler_interval == "batch", _batches(walk.experiment, walk.num_images)
+    group = walk.optimizer.param_groups[0]
     largest = max(*rates, *(float(group.get(limit, 0)) for limit in ("initial_lr", "max_lr")))
     idle = sum(rate < NOTHING * largest for rate in rates[:run])
+    planned = getattr(walk.scheduler, "total_steps", None)
     if not by_batch and 3 * idle >= run:
-        return [
+        yield (
             f"scheduler: {name} leaves {idle} of the run's {run} epochs a learning rate of {min(rates):.2g} or a "
             f"little more, and its largest is {largest:.2g}: it steps once per epoch; is scheduler_interval='batch' "
             "meant?"
-        ]
-    planned = getattr(scheduler, "total_steps", None)
-    if planned == run:  # it comes to its end with the run
-        return []
-    if isinstance(planned, int) and planned > run:
-        return [
+        )
+    elif isinstance(planned, int) and planned > run:
+        yield (
             f"scheduler: {name} is made for {planned:,} steps and the run has {run:,}, so it does not come to its end; "
             "leave out epochs, steps_per_epoch and total_steps, and they are filled in"
-        ]
-    steps = _half_way(scheduler, rates, 0.1 * largest, experiment.epochs * batches)
-    if by_batch and 0 < steps <= min(experiment.epochs, batches // 4):
-        unit, other, interval = f"batches, which are {steps / batches:.2g} epochs", f"{steps:,} epochs", "epoch"
-    elif not by_batch and steps > max(run, LONG):
-        unit, other, interval = f"epochs, and the run has {run:,}", f"{steps / batches:.2g} epochs", "batch"
-    else:
-        return []
-    return [
-        f"scheduler: {name} has come half of its way after {steps:,} {unit}; is scheduler_interval={interval!r} meant, "
-        f"with which it would be {other}?"
-    ]
+        )
+    elif planned != run:  # else it comes to its end with the run
+        steps = _half_way(walk, 0.1 * largest, epochs * batches)
+        if by_batch and 0 < steps <= min(epochs, batches // 4):
+            unit, other, interval = f"batches, which are {steps / batches:.2g} epochs", f"{steps:,} epochs", "epoch"
+        elif not by_batch and steps > max(run, LONG):
+            unit, other, interval = f"epochs, and the run has {run:,}", f"{steps / batches:.2g} epochs", "batch"
+        else:
+            return
+        yield (
+            f"scheduler: {name} has come half of its way after {steps:,} {unit}; is scheduler_interval={interval!r} "
+            f"meant, with which it would be {other}?"
+        )
 
 
-def _half_way(scheduler: LRScheduler, rates: list[float], little: float, steps: int) -> int:
+def _half_way(walk: Walk, little: float, steps: int) -> int:
     """Return after how many steps a rate has moved by half of what it moves in the run; 0 if it never moves.
 
     Where that is little, the schedule is walked on, to so many steps.
     """
-    rates = [*rates]
-    if max(rates) - min(rates) <= little:
+    if max(walk.rates) - min(walk.rates) <= little:
         with suppress(Exception):  # a schedule may end with the run
-            for _ in range(len(rates), min(steps, MAX_SCHEDULE_STEPS)):
-                scheduler.step()
-                rates.append(_rate(scheduler.optimizer))
+            walk.go_on(min(steps, MAX_SCHEDULE_STEPS))
+    rates = walk.rates
     moved = [abs(rate - rates[0]) for rate in rates]
     return next((step for step, way in enumerate(moved) if 2 * way >= max(moved) > 0), 0)
+
+
+def _batches(experiment: Experiment, num_images: int) -> int:
+    return math.ceil(num_images / experiment.batch_size)
 
 
 # ---- what has no effect
 
 
-def without_effect(experiment: Experiment, net: nn.Module, num_images: int) -> dict[str, str]:
+def without_effect(walk: Walk) -> dict[str, str]:
     """Return the numbers given to optimizer and scheduler that change nothing in this run, each with a sentence.
 
-    Each is changed a little, and the schedule walked with and without the change: what the optimizer holds before each
-    step is compared.
+    Each is changed a little, and the schedule walked again: what the optimizer holds before each step is compared.
     """
-    if experiment.scheduler is None or _steps(experiment, num_images) > MAX_SCHEDULE_STEPS:
+    if not walk.groups or walk.run > MAX_SCHEDULE_STEPS:
         return {}
+    experiment, run = walk.experiment, slice(walk.run)
     reasons = {
         "optimizer": f"{stable_text(experiment.scheduler)} sets it",
         "scheduler": f"the schedule of this run's {experiment.epochs} epochs is the same with another value",
     }
     found: dict[str, str] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        built, *walked = _held(experiment, net, num_images)
-        for name, value in experiment.hyperparameters().items():
-            part, _ = experiment.where(name)
-            if part not in reasons or not isinstance(value, int | float) or isinstance(value, bool) or not walked:
-                continue
-            changed = value + 1 if isinstance(value, int) else value * 0.9 + 0.01 * (value == 0)
-            with suppress(Exception):  # that value is not allowed, which is a difference
-                other, _ = experiment.override({name: changed})
-                other_built, *other_walked = _held(other, net, num_images)
-                kept_elsewhere = part == "optimizer" and other_built == built
-                if other_walked == walked and not kept_elsewhere:
-                    found[name] = f"{name}: {quoted(value)} has no effect: {reasons[part]}"
+    for name, value in experiment.hyperparameters().items():
+        part, _ = experiment.where(name)
+        if part not in reasons or not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        changed = value + 1 if isinstance(value, int) else value * 0.9 + 0.01 * (value == 0)
+        with suppress(Exception):  # that value is not allowed, which is a difference
+            other = Walk(experiment.override({name: changed})[0], walk.net, walk.num_images)
+            kept_elsewhere = part == "optimizer" and other.built == walk.built
+            if other.groups[run] == walk.groups[run] and not kept_elsewhere:
+                found[name] = f"{name}: {quoted(value)} has no effect: {reasons[part]}"
     return found
-
-
-def _held(experiment: Experiment, net: nn.Module, num_images: int) -> list[list[dict[str, object]]]:
-    """Return what the optimizer's groups hold when it is built, and before each step of a schedule without a metric."""
-    optimizer = build_optimizer(experiment, net.parameters())
-    keys = [key for key in optimizer.param_groups[0] if key != "params"]  # a scheduler keeps others there
-    held = [[{key: group[key] for key in keys} for group in optimizer.param_groups]]
-    scheduler = build_scheduler(experiment, optimizer, num_images)
-    if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
-        return held
-    for _ in range(_steps(experiment, num_images)):
-        held.append([{key: group[key] for key in keys} for group in optimizer.param_groups])
-        scheduler.step()
-    return held
 
 
 # ---- averages of weights
@@ -224,12 +211,11 @@ class FirstWeights:
 
 def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str]:
     """Yield a notice if after an epoch the average still holds much of the first weights."""
-    first, batches = FirstWeights(experiment), math.ceil(num_images / experiment.batch_size)
-    if first.share(min(batches, MAX_BATCHES)) <= MUCH:
-        return
-    last = min(MAX_BATCHES, experiment.epochs * batches)
-    yield (
-        f"average: after {batches:,} batches it is still {100 * first.share(batches):.0f} % the first weights, and "
-        f"after {last:,} {100 * first.share(last):.0f} %: as long as it holds much of them, its accuracy says little; "
-        "see the raw weights', train for longer, or let it forget sooner"
-    )
+    first, batches = FirstWeights(experiment), _batches(experiment, num_images)
+    if first.share(min(batches, MAX_BATCHES)) > MUCH:
+        last = min(MAX_BATCHES, experiment.epochs * batches)
+        yield (
+            f"average: after {batches:,} batches it is still {100 * first.share(batches):.0f} % the first weights, and "
+            f"after {last:,} {100 * first.share(last):.0f} %: as long as it holds much of them, its accuracy says "
+            "little; see the raw weights', train for longer, or let it forget sooner"
+        )

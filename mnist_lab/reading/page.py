@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import sys
 import threading
 from functools import cached_property
@@ -114,20 +115,13 @@ def make_app(networks: Networks) -> FastAPI:
     return app
 
 
-class _Server(uvicorn.Server):
-    """A server that says where it is when it is there."""
-
-    async def startup(self, *arguments: Any, **named: Any) -> None:
-        await super().startup(*arguments, **named)
-        if self.started:
-            print(f"Draw a digit: http://{HOST}:{self.config.port}/", flush=True)
-            print("Ctrl-C stops the server.", flush=True)
-
-
 def serve(networks: Networks, port: int) -> None:
     """Serve the page on loopback until interrupted."""
-    settings: dict[str, Any] = {"log_level": "warning", "lifespan": "off", "timeout_graceful_shutdown": END_TIMEOUT}
-    try:
-        _Server(uvicorn.Config(make_app(networks), HOST, port, **settings)).run()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
+    app = make_app(networks)
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=END_TIMEOUT)
+    with socket.create_server((HOST, port)) as listening:
+        print(f"Draw a digit: http://{HOST}:{port}/\nCtrl-C stops the server.", flush=True)
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        except KeyboardInterrupt:
+            print(file=sys.stderr)

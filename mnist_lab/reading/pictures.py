@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import ndimage
 
 from mnist_lab.errors import LabError, text_of
 from mnist_lab.experiment import MNIST_PIXELS, quoted
@@ -21,7 +23,6 @@ from mnist_lab.reading.ink import LEAST_CONTRAST, ONE_COLOUR, NoDigit, digit_on
 from mnist_lab.tracking.sqlite import check_readable
 
 if TYPE_CHECKING:  # a file that is no picture is refused before MLflow and torch are imported
-    from PIL import Image
     from torch import nn
 
 # Pillow's other formats are rare, and one of them starts a program (EPS).
@@ -42,16 +43,14 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
     Raises:
         LabError: if there is none, or a folder has none.
     """
-    found = []
+    found: list[Path] = []
     for path in paths:
         try:
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-        except FileNotFoundError:  # opening it says so
             inside = [path]
-        except NotADirectoryError:
-            if not path.is_file():  # a pipe would be waited for
-                raise LabError(f"{shown(path)}: it is not a file") from None
-            inside = [path]
+            if path.is_dir():
+                inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            elif not path.is_file():  # a pipe would be waited for
+                raise LabError(f"{shown(path)}: there is no file of this name")
         except OSError as error:
             raise LabError(f"{shown(path)}: it can't be read: {error.strerror}") from error
         if not inside:
@@ -93,8 +92,6 @@ def predict(images: object, *, model: str | None = None, tracking_uri: str | Non
     Raises:
         LabError: if images are neither, there is no digit to see in a picture, or the network can't be loaded.
     """
-    from PIL import Image, ImageOps
-
     pictures = [images] if isinstance(images, Image.Image) else images
     if isinstance(pictures, list | tuple) and pictures and all(isinstance(one, Image.Image) for one in pictures):
         upright = [_flat(ImageOps.exif_transpose(picture)) for picture in pictures]
@@ -127,16 +124,6 @@ def _in_mnists_form(images: object) -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a network reads in an image: the likeliest digit, the next one, and their probabilities (0 to 1)."""
-
-    digit: int
-    probability: float
-    runner_up: int
-    runner_up_probability: float
-
-
-@dataclass(frozen=True)
 class Reader:
     """A tracked network that reads digits."""
 
@@ -158,15 +145,6 @@ class Reader:
         with torch.inference_mode():
             shares = [self.net(normalize(part)).softmax(dim=1) for part in torch.split(images, IMAGES_AT_ONCE)]
         return torch.cat(shares).numpy()
-
-    def read(self, digits: Sequence[NDArray[np.uint8]]) -> list[Reading]:
-        """Read images of (28, 28) in MNIST's form."""
-        shares = self.probabilities(np.stack(digits))
-        top = np.argsort(-shares, axis=1, kind="stable")[:, :2]
-        return [
-            Reading(first, float(row[first]), second, float(row[second]))
-            for (first, second), row in zip(top.tolist(), shares, strict=True)
-        ]
 
 
 def find_reader(model: str | None = None, *, tracking_uri: str | None = None) -> Reader:
@@ -216,8 +194,6 @@ def shown(file: Path | BytesIO) -> str:
 
 def _open(file: Path | BytesIO) -> Image.Image:
     """Return a picture upright, without transparency, in RGB, and no larger than needed."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd tags
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -231,18 +207,12 @@ def _open(file: Path | BytesIO) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise LabError(f"{shown(file)}: it is not a picture that can be read ({', '.join(FORMATS)})") from error
-    except FileNotFoundError as error:
-        raise LabError(f"{shown(file)}: there is no such file") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise LabError(f"{shown(file)}: it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # as Pillow says what is broken
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise LabError(f"{shown(file)}: it can't be read: {text_of(error)}") from error
 
 
 def _flat(image: Image.Image) -> Image.Image:
     """Return an image in RGB; what is transparent becomes white behind dark ink, and black behind light ink."""
-    from PIL import Image
-
     if image.mode.startswith(("I", "F")):  # 16 bits and more
         values = np.asarray(image, dtype=np.float32)
         image = Image.fromarray(((values - values.min()) / max(float(np.ptp(values)), 1e-9) * 255).astype(np.uint8))
@@ -275,8 +245,6 @@ def _thickened(box: NDArray[np.float64]) -> NDArray[np.float64]:
 
     A hair's line fades when it is scaled down to 20 pixels, and no network has seen such digits.
     """
-    from scipy import ndimage
-
     pixel = max(box.shape) / BOX  # the size of a pixel of MNIST's
     if pixel <= 1:
         return box
@@ -293,8 +261,6 @@ def _thickened(box: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _as_mnist(ink: NDArray[np.float64]) -> NDArray[np.uint8]:
-    from PIL import Image
-
     rows, columns = (np.flatnonzero((ink > FAINTEST_INK).any(axis=axis)) for axis in (1, 0))
     box = _thickened(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
     height, width = (max(1, round(side * BOX / max(box.shape))) for side in box.shape)
@@ -302,13 +268,8 @@ def _as_mnist(ink: NDArray[np.float64]) -> NDArray[np.uint8]:
         resized = Image.fromarray(box.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
         box = np.asarray(resized, dtype=np.float64)
         box = box / box.max()
-    total = box.sum()
-    centre_row = float((box.sum(axis=1) * np.arange(height)).sum() / total)
-    centre_column = float((box.sum(axis=0) * np.arange(width)).sum() / total)
-    top, left = (
-        int(np.clip(round(FIELD / 2 - centre), 0, FIELD - side))
-        for centre, side in ((centre_row, height), (centre_column, width))
-    )
+    centres = zip(ndimage.center_of_mass(box), box.shape, strict=True)
+    top, left = (int(np.clip(round(FIELD / 2 - centre), 0, FIELD - side)) for centre, side in centres)
     field = np.zeros((FIELD, FIELD))
     field[top : top + height, left : left + width] = box
     return np.rint(field * 255).astype(np.uint8)

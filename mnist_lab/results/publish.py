@@ -114,9 +114,7 @@ NEEDED = (
     *list(MISTAKE_COLUMNS)[2:],
 )
 # Tags that decide or explain a run's figures, beside those that have a column of their own in <step>.csv.
-TAGS = re.compile(
-    "code_sha256|data_sha256|threads|memory_format|no_effect|teacher_run_id|teacher_sha256|cuda_graph|reported_.*"
-)
+TAGS = re.compile("code_sha256|data_sha256|threads|memory_format|no_effect|teacher_run_id|teacher_sha256|reported_.*")
 FOLD_COLUMNS = {
     **{"step": ("step", ""), "folds": ("folds", ""), "fold": ("seed", "")},
     **{"accuracy": ("final_validation_accuracy", ".3f"), "loss": ("final_validation_loss", ".5f")},

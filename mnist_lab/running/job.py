@@ -40,7 +40,6 @@ class Job:
     overrides: the hyperparameters that differ from the declaration, by flat name.
     device: what trains.
     threads: of torch on a CPU; None for one per core that this process may run on.
-    cuda_graph: launch each batch as one CUDA graph.
     data_dir, tracking_uri: where MNIST and the runs are kept; None for the default folder of the data.
     limit: train on the first so many images only, which counts as an override too; None for all.
     holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
@@ -60,7 +59,6 @@ class Job:
     overrides: Mapping[str, object] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int | None = None
-    cuda_graph: bool = False
     data_dir: Path | None = None
     tracking_uri: str
     limit: int | None = None
@@ -73,8 +71,6 @@ class Job:
     def __post_init__(self) -> None:
         if not self.script.is_file():
             raise LabError(f"script: {str(self.script)!r} is not a file; a run is named after its script")
-        if self.cuda_graph and self.device.type != "cuda":
-            raise LabError(f"cuda-graph: the device is {self.device}; only cuda has graphs")
         self.experiment.check()
         object.__setattr__(self, "params", self._read_params())
 

@@ -67,9 +67,7 @@ def run(
         set_threads(job.threads if resume is None else resume.threads)  # a run goes on with as many as before
     net = initial_network(experiment, seed, job.device, rehearsal.memory_format)
     rehearsal.watch(net)
-    training = Training(
-        net, own_parts(experiment), mnist, seed=seed, on_batch=progress.on_batch, cuda_graph=job.cuda_graph
-    )
+    training = Training(net, own_parts(experiment), mnist, seed=seed, on_batch=progress.on_batch)
     record = Record(job, seed, mnist, rehearsal, training)
     if resume is not None:
         restore(training, resume)

@@ -17,22 +17,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
+from mnist_lab.arguments import parameters_of
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS, Experiment
-from mnist_lab.training.cudagraph import Captured, Work
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import generator_states, kept_generators, seed_generators, set_generator_states
-from mnist_lab.training.states import (
-    held_optimizers,
-    load_module_state,
-    load_optimizer_state,
-    load_parts_state,
-    module_state,
-    optimizer_state,
-    parts_state,
-    plain,
-)
+from mnist_lab.training.states import load_parts_state, parts_state, plain
 from mnist_lab.training.transforms import Augmentation
 
 EVALUATION_BATCH_SIZE = 500
@@ -56,6 +47,7 @@ class EpochMetrics:
     after the first. epoch_seconds covers training and evaluation.
     objective is the mean over the epoch's batches of what is minimised; None where that is the cross-entropy.
     Where the weights are averaged, the average is evaluated, and raw_correct is of the network itself.
+    Accuracies are in percent.
     """
 
     epoch: int
@@ -74,17 +66,14 @@ class EpochMetrics:
 
     @property
     def train_accuracy(self) -> float:
-        """In percent."""
         return 100 * self.train_correct / self.train_images
 
     @property
     def eval_accuracy(self) -> float:
-        """In percent."""
         return 100 * self.eval_correct / self.eval_images
 
     @property
     def raw_accuracy(self) -> float | None:
-        """In percent."""
         return None if self.raw_correct is None else 100 * self.raw_correct / self.eval_images
 
 
@@ -133,8 +122,6 @@ class Training:
     validation images, and the test images are not read.
     Dropout, augmentation and whatever else draws, draws from Python's, numpy's and torch's generators: seed them before
     the network is built, as `initial_network` does.
-
-    cuda_graph: launch each batch up to its gradients as one CUDA graph.
     """
 
     def __init__(
@@ -145,7 +132,6 @@ class Training:
         *,
         seed: int,
         on_batch: OnBatch | None = None,
-        cuda_graph: bool = False,
     ) -> None:
         self.net, self.experiment, self.mnist, self.on_batch = net, experiment, mnist, on_batch
         self.augment = Augmentation(experiment.augmentation)
@@ -160,10 +146,6 @@ class Training:
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.losses: list[Tensor] = []  # what is minimised, of this epoch's batches
         self.logits: Tensor | None = None  # of `result`, in the last evaluation
-        self.work: Work = Captured(self.gradients, net, self) if cuda_graph else self.gradients
-        if cuda_graph and self.takes != "gradients":
-            kind = type(self.optimizer).__name__
-            raise LabError(f"cuda-graph: {kind} evaluates the loss by itself, which a graph can't; train without")
 
     @property
     def result(self) -> nn.Module:
@@ -193,11 +175,13 @@ class Training:
             if self.experiment.scheduler_interval == "epoch":
                 self._step_schedule(minimised)
             evaluated_on, images, labels = evaluation_part(self.mnist)
-            loss, correct = self._evaluated(self.net, images, labels)
+            self.logits = predict(self.net, images, self.experiment.normalize)
+            loss, correct = evaluate(self.logits, labels)
             raw_correct = None
             if self.average is not None:
                 raw_correct = correct
-                loss, correct = self._evaluated(self.average.module, images, labels)
+                self.logits = predict(self.average.module, images, self.experiment.normalize)
+                loss, correct = evaluate(self.logits, labels)
             self.epoch += 1
             yield EpochMetrics(
                 epoch=self.epoch,
@@ -236,27 +220,9 @@ class Training:
 
     def _train_batch(self, batch: Tensor) -> None:
         """Update the network once, by the images that the indices `batch` (N,) name."""
-        if self.takes == "gradients":
-            labels, loss, logits = self.work(batch)
-            self.optimizer.step()
-        else:  # several forward passes in a step, or as many as it likes
-            images, labels = self._inputs(batch)
-            loss, logits = train_step(self.net, images, labels, self.experiment, self.optimizer, self.takes)
-        self._add_up(labels, loss, logits)
-
-    def gradients(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Set the gradients of a batch; return its labels, its loss () and its logits (N, 10)."""
-        self.optimizer.zero_grad()
-        images, labels = self._inputs(batch)
-        loss, logits = loss_and_logits(self.net, images, labels, self.experiment)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return labels, loss.detach(), logits.detach()
-
-    def _inputs(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = training_batch(self.mnist, batch, self.augment)
-        return normalize(images, self.experiment.normalize), labels
-
-    def _add_up(self, labels: Tensor, loss: Tensor, logits: Tensor) -> None:
+        images = normalize(images, self.experiment.normalize)
+        loss, logits = train_step(self.net, images, labels, self.experiment, self.optimizer, self.takes)
         self.losses.append(loss.float())
         if not minimises_cross_entropy(self.experiment):
             loss = F.cross_entropy(without_half(logits), labels, reduction="none").mean()
@@ -272,18 +238,14 @@ class Training:
         elif self.scheduler is not None:
             self.scheduler.step()
 
-    def _evaluated(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        self.logits = predict(net, images, self.experiment.normalize)
-        return evaluate(self.logits, labels)
-
     def state_dict(self) -> dict[str, Any]:
         """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it."""
         return {
             "epoch": self.epoch,
-            **module_state(self.net),
-            **({} if self.average is None else {"average": module_state(self.average)}),
+            "net": self.net.state_dict(),
+            "average": None if self.average is None else {"net": self.average.state_dict()},
             "declared": parts_state(self.experiment),
-            "optimizer": optimizer_state(self.optimizer),
+            "optimizer": {"state": plain(self.optimizer.state_dict())},
             "scheduler": None if self.scheduler is None else plain(self.scheduler.state_dict()),
             "shuffling": [self.shuffling.get_state()],
             "generators": generator_states(self.device),
@@ -292,22 +254,15 @@ class Training:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the training that gave `state` stood; the generators that it draws from are set too."""
         self.epoch = state["epoch"]
-        load_module_state(self.net, state, self.device)
+        self.net.load_state_dict(state["net"])
         if self.average is not None:
-            load_module_state(self.average, state["average"], self.device)
-        load_parts_state(self.experiment, state["declared"], self.device)
-        load_optimizer_state(self.optimizer, state["optimizer"])
+            self.average.load_state_dict(state["average"]["net"])
+        load_parts_state(self.experiment, state["declared"])
+        self.optimizer.load_state_dict(state["optimizer"]["state"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.shuffling.set_state(state["shuffling"][0])
         set_generator_states(state["generators"], self.device)
-
-
-def fit(
-    net: nn.Module, experiment: Experiment, mnist: Mnist, *, seed: int, on_batch: OnBatch | None = None
-) -> Iterator[EpochMetrics]:
-    """Train `net` from its first epoch to its last, and yield each finished epoch: see `Training`."""
-    return Training(net, experiment, mnist, seed=seed, on_batch=on_batch).epochs()
 
 
 def evaluation_part(mnist: Mnist) -> tuple[Literal["test", "validation"], Tensor, Tensor]:
@@ -326,34 +281,33 @@ def training_batch(mnist: Mnist, batch: Tensor, augment: Augmentation) -> tuple[
 
 
 def train_step(
-    net: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-    experiment: Experiment,
-    optimizer: Optimizer,
-    takes: Takes,
+    net: nn.Module, images: Tensor, labels: Tensor, experiment: Experiment, optimizer: Optimizer, takes: Takes
 ) -> tuple[Tensor, Tensor]:
     """Update the network once; return the batch's loss () and logits (N, 10), detached and still on the device.
 
     They are those of the network before the update, also where an optimizer such as LBFGS evaluates several times.
     """
-    first: tuple[Tensor, Tensor] | None = None
+    evaluated: list[tuple[Tensor, Tensor]] = []
 
     def closure() -> Tensor:
-        nonlocal first
         optimizer.zero_grad()
         loss, logits = loss_and_logits(net, images, labels, experiment)
         loss.backward()  # type: ignore[no-untyped-call]
-        if first is None:
-            first = loss.detach(), logits.detach()
+        if not evaluated:
+            evaluated.append((loss.detach(), logits.detach()))
         return loss
 
+    _step(optimizer, closure, takes)
+    if not evaluated:
+        raise TypeError(f"the step of {type(optimizer).__name__} wants a closure and never calls it")
+    return evaluated[0]
+
+
+def _step(optimizer: Optimizer, closure: Callable[[], Tensor], takes: Takes) -> None:
+    """Call an optimizer's step with what it takes: gradients that the closure sets, the closure, or both."""
     if takes != "closure":
         closure()  # the gradients come first, so that the hooks of a step find them
     optimizer.step(*[closure] * (takes != "gradients"))  # type: ignore[arg-type]
-    if first is None:
-        raise TypeError(f"the step of {type(optimizer).__name__} wants a closure and never calls it")
-    return first
 
 
 def loss_and_logits(
@@ -377,25 +331,19 @@ def step_takes(experiment: Experiment, net: nn.Module) -> Takes:
 
     The signature of an overridden `step` can't tell, so that is found out by trial, on copies of the parameters.
     """
-    optimizer = build_optimizer(experiment, net.parameters())
-    likely: Takes = "closure" if _needs_closure(optimizer) else "gradients"
-    if type(optimizer).step.__module__.startswith("torch."):
+    kind = type(build_optimizer(experiment, net.parameters()))
+    steps = [vars(one)["step"] for one in kind.__mro__ if "step" in vars(one)]
+    likely: Takes = "closure" if any(map(_requires_argument, steps)) else "gradients"
+    if kind.step.__module__.startswith("torch."):
         return likely
     ways: tuple[Takes, ...] = (likely, "both")
     with kept_generators(next(net.parameters()).device):
         return next((takes for takes in ways if _can_step(experiment, net, takes)), likely)
 
 
-def _needs_closure(optimizer: Optimizer) -> bool:
-    """Say whether a step that it has, inherits, or has in an optimizer that it holds requires an argument."""
-    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
-    return any(map(_requires_argument, steps)) or any(map(_needs_closure, held_optimizers(optimizer).values()))
-
-
 def _requires_argument(step: Callable[..., object]) -> bool:
     _, *parameters = inspect.signature(step).parameters.values()
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return any(p.default is p.empty and p.kind not in variadic for p in parameters)
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def _can_step(experiment: Experiment, net: nn.Module, takes: Takes) -> bool:
@@ -407,10 +355,8 @@ def _can_step(experiment: Experiment, net: nn.Module, takes: Takes) -> bool:
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         return torch.zeros(())
 
-    if takes != "closure":
-        closure()
     try:
-        build_optimizer(experiment, copies).step(*[closure] * (takes != "gradients"))  # type: ignore[arg-type]
+        _step(build_optimizer(experiment, copies), closure, takes)
     except Exception:  # each has its own way to refuse
         return False
     return True
@@ -473,19 +419,11 @@ def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: in
     if experiment.scheduler is None:
         return None
     run = {"epochs": experiment.epochs, "steps_per_epoch": scheduler_steps_per_epoch(experiment, num_images)}
-    try:
-        parameters = inspect.signature(experiment.scheduler).parameters
-    except (TypeError, ValueError):  # a callable written in C has no signature
-        parameters = {}  # type: ignore[assignment]
-    # OneCycleLR takes either total_steps or these two; both default to None.
-    total_steps = parameters.get("total_steps")
-    if total_steps is not None and total_steps.default is not None:
+    defaults = {name: parameter.default for name, parameter in parameters_of(experiment.scheduler).items()}
+    if defaults.get("total_steps") is not None:  # OneCycleLR takes either these or the two
         return experiment.scheduler(optimizer)
-    left_open = {name: run[name] for name in run if name in parameters and parameters[name].default in (None, _EMPTY)}
+    left_open = {name: run[name] for name in run if defaults.get(name, 0) in (None, inspect.Parameter.empty)}
     return experiment.scheduler(optimizer, **left_open)
-
-
-_EMPTY = inspect.Parameter.empty
 
 
 def scheduler_steps_per_epoch(experiment: Experiment, num_images: int) -> int:

@@ -1,4 +1,4 @@
-"""What a training changes besides parameters, as tensors and plain values that a checkpoint can keep."""
+"""What the declared parts change while they train: each run has copies of them, and keeps their `state_dict`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import copy
 import dataclasses
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 
 PARTS = ("loss", "objective", "augmentation")  # of an experiment, besides the network, that may count their batches
-PLAIN = (bool, int, float, complex, str, type(None))
-INTERNAL = frozenset(vars(nn.Module())) - {"training"}  # attributes that every module has
 
 
 def plain(state: Any) -> Any:
@@ -29,9 +24,6 @@ def plain(state: Any) -> Any:
     if type(state) is dict:
         return {name: plain(value) for name, value in state.items()}
     return type(state)(map(plain, state)) if type(state) in (list, tuple) else state
-
-
-# ---- loss, objective and augmentation
 
 
 def own_parts(experiment: Experiment) -> Experiment:
@@ -63,18 +55,13 @@ def objects_in(part: object) -> Iterator[object]:
 
 def parts_state(experiment: Experiment) -> list[dict[str, Any]]:
     """Return the states of the objects that follow torch's protocol: `state_dict` and `load_state_dict`."""
-    return [
-        module_state(one) if isinstance(one, nn.Module) else plain(one.state_dict()) for one in _stateful(experiment)
-    ]
+    return [plain(one.state_dict()) for one in _stateful(experiment)]
 
 
-def load_parts_state(experiment: Experiment, states: list[dict[str, Any]], device: torch.device) -> None:
+def load_parts_state(experiment: Experiment, states: list[dict[str, Any]]) -> None:
     """Put back what `parts_state` returned."""
     for one, state in zip(_stateful(experiment), states, strict=False):
-        if isinstance(one, nn.Module):
-            load_module_state(one, state, device)
-        else:
-            one.load_state_dict(state)
+        one.load_state_dict(state)
 
 
 def _stateful(experiment: Experiment) -> Iterator[Any]:
@@ -82,79 +69,3 @@ def _stateful(experiment: Experiment) -> Iterator[Any]:
         for one in objects_in(getattr(experiment, name)):
             if hasattr(one, "state_dict") and hasattr(one, "load_state_dict"):
                 yield one
-
-
-# ---- modules
-
-
-def module_state(module: nn.Module) -> dict[str, Any]:
-    """Return a module's state_dict, the buffers that this leaves out, and numbers, texts and tensors in attributes."""
-    state = module.state_dict()
-    return {
-        "net": state,
-        "buffers": {name: buffer for name, buffer in module.named_buffers() if name not in state},
-        "attributes": {name: _attributes(one) for name, one in module.named_modules()},
-    }
-
-
-@torch.no_grad()
-def load_module_state(module: nn.Module, state: Mapping[str, Any], device: torch.device) -> None:
-    """Put back what `module_state` returned."""
-    module.load_state_dict(state["net"])
-    for name, value in state["buffers"].items():
-        owner, _, buffer = name.rpartition(".")
-        _put(module.get_submodule(owner), buffer, value, device)
-    for name, values in state["attributes"].items():
-        for attribute, value in values.items():
-            _put(module.get_submodule(name), attribute, value, device)
-
-
-def _put(module: nn.Module, name: str, value: object, device: torch.device) -> None:
-    """Set an attribute; a tensor of the same shape stays the one that it is, and an equal number keeps its type."""
-    now = getattr(module, name, None)
-    if isinstance(value, Tensor):
-        if isinstance(now, Tensor) and (now.shape, now.dtype) == (value.shape, value.dtype):
-            now.copy_(value)
-        else:
-            setattr(module, name, value.to(device))
-    elif isinstance(now, Tensor) or now != value:
-        setattr(module, name, value)
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes that a checkpoint can be read back with, without activations: tensors with a graph."""
-    own = {name: plain(value) for name, value in vars(module).items() if name not in INTERNAL}
-    return {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in own.items()
-        if type(value) in PLAIN or (isinstance(value, Tensor) and value.is_leaf and value.layout == torch.strided)
-    }
-
-
-# ---- optimizers
-
-
-def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's state, and under "held" that of optimizers that it holds, as SAM does."""
-    held = {name: optimizer_state(one) for name, one in held_optimizers(optimizer).items()}
-    return {"state": plain(optimizer.state_dict()), "held": held}
-
-
-def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Put back what `optimizer_state` returned; groups that optimizers share stay shared, for schedules."""
-    held = held_optimizers(optimizer)
-    groups = list(map(id, optimizer.param_groups))
-    linked = [one for one in held.values() if list(map(id, one.param_groups)) == groups]
-    optimizer.load_state_dict(state["state"])
-    for name, one in held.items():
-        load_optimizer_state(one, state["held"][name])
-    for one in linked:
-        one.param_groups = optimizer.param_groups
-
-
-def held_optimizers(optimizer: Optimizer) -> dict[str, Optimizer]:
-    """Return the optimizers among an optimizer's attributes, in lists too, by name."""
-    held: dict[str, Any] = {}
-    for name, value in vars(optimizer).items():
-        held |= {f"{name}[{index}]": one for index, one in enumerate(value)} if type(value) is list else {name: value}
-    return {name: one for name, one in held.items() if isinstance(one, Optimizer) and one is not optimizer}

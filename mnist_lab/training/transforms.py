@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from mnist_lab.arguments import parameters_of
 from mnist_lab.augmentation import image_by_image
 
 MIXING = ("MixUp", "CutMix")  # of torchvision: they mix the images of a batch, and so need all of them and the labels
@@ -78,10 +78,7 @@ def takes_labels(augmentation: Any) -> bool:
     """Say whether it maps images and labels to images and labels: it mixes images, or has an argument `labels`."""
     if is_torchvision(augmentation) or _chained(augmentation):
         return any(map(takes_labels, members)) if (members := _members(augmentation)) else is_mixing(augmentation)
-    try:
-        labels = inspect.signature(getattr(augmentation, "forward", augmentation)).parameters.get("labels")
-    except (TypeError, ValueError):  # a callable written in C has no signature
-        return False
+    labels = parameters_of(getattr(augmentation, "forward", augmentation)).get("labels")
     return labels is not None and labels.default is labels.empty
 
 

@@ -28,7 +28,7 @@ from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
 from mnist_lab.training import dropout
-from mnist_lab.training.loop import fit, initial_network, num_params
+from mnist_lab.training.loop import Training, initial_network, num_params
 
 FLATTEN = partial(torch.flatten, start_dim=1)
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def test_what_fails_in_channels_last_only_trains_contiguous(changes: dict[str, A
 
     rehearsal = rehearse(experiment, small_mnist)
     net = initial_network(experiment, 3, CPU, rehearsal.memory_format)
-    epochs = list(fit(net, experiment, small_mnist, seed=3))
+    epochs = list(Training(net, experiment, small_mnist, seed=3).epochs())
 
     assert rehearsal.memory_format == torch.contiguous_format
     assert all(parameter.is_contiguous() for parameter in net.parameters())
@@ -300,7 +300,7 @@ def test_what_is_computed_again_has_the_same_dropout(small_mnist: Mnist, monkeyp
 
     def train(experiment: Experiment) -> list[float]:
         net = initial_network(experiment, 0, CPU)
-        return [epoch.train_loss for epoch in fit(net, experiment, small_mnist, seed=0)]
+        return [epoch.train_loss for epoch in Training(net, experiment, small_mnist, seed=0).epochs()]
 
     losses = train(recomputed)
     monkeypatch.setattr(dropout, "MAX_P", -1.0)  # torch's own dropout in either pass
@@ -314,6 +314,6 @@ class Half(Convolutions):
 
 def test_losses_of_half_precision_logits_are_not_rounded(small_mnist: Mnist) -> None:
     experiment = declare(net=Half, batch_size=len(small_mnist.train_images))  # so the loss is that of one batch
-    for epoch in fit(initial_network(experiment, 0, CPU), experiment, small_mnist, seed=0):
+    for epoch in Training(initial_network(experiment, 0, CPU), experiment, small_mnist, seed=0).epochs():
         assert epoch.eval_loss * 512 % 1 != 0
         assert epoch.train_loss * 512 % 1 != 0

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import (
 
 from mnist_lab import Experiment
 from mnist_lab.checking.rehearsal import rehearse
-from mnist_lab.checking.schedule import check_schedule, without_effect
+from mnist_lab.checking.schedule import Walk, notice_unit, without_effect
 from mnist_lab.data import Mnist
 from mnist_lab.training.loop import Training
 
@@ -81,7 +81,7 @@ NO_EFFECT = {
 
 @pytest.mark.parametrize(("optimizer", "scheduler", "names"), NO_EFFECT.values(), ids=NO_EFFECT)
 def test_what_has_no_effect_is_found(optimizer: Any, scheduler: Any, names: list[str]) -> None:
-    found = without_effect(declare(optimizer, scheduler), Net(), IMAGES)
+    found = without_effect(Walk(declare(optimizer, scheduler), Net(), IMAGES))
 
     assert list(found) == names
     assert all(sentence.startswith(name) for name, sentence in found.items())
@@ -89,8 +89,8 @@ def test_what_has_no_effect_is_found(optimizer: Any, scheduler: Any, names: list
 
 def test_what_has_no_effect_is_found_where_the_schedule_steps_after_each_batch() -> None:
     one_cycle, step = partial(OneCycleLR, max_lr=1.0), partial(StepLR, step_size=14)
-    assert list(without_effect(declare(sgd, one_cycle, 2, "batch"), Net(), IMAGES)) == ["lr", "momentum"]
-    assert list(without_effect(declare(sgd, step, 2, "batch"), Net(), IMAGES)) == []
+    assert list(without_effect(Walk(declare(sgd, one_cycle, 2, "batch"), Net(), IMAGES))) == ["lr", "momentum"]
+    assert list(without_effect(Walk(declare(sgd, step, 2, "batch"), Net(), IMAGES))) == []
 
 
 # ---- schedules in the wrong unit
@@ -117,7 +117,7 @@ WRONG = {
 def test_a_schedule_in_the_wrong_unit_is_named_in_both(
     interval: str, epochs: int, scheduler: Any, figures: tuple[str, ...]
 ) -> None:
-    (notice,) = check_schedule(declare(sgd, scheduler, epochs, interval), Net(), 60_000)
+    (notice,) = notice_unit(Walk(declare(sgd, scheduler, epochs, interval), Net(), 60_000))
 
     assert all(figure in notice for figure in figures)
 
@@ -135,7 +135,7 @@ RIGHT = {
 
 @pytest.mark.parametrize(("interval", "epochs", "scheduler"), RIGHT.values(), ids=RIGHT)
 def test_nothing_is_said_of_a_schedule_in_its_unit(interval: str, epochs: int, scheduler: Any) -> None:
-    assert check_schedule(declare(sgd, scheduler, epochs, interval), Net(), 60_000) == []
+    assert list(notice_unit(Walk(declare(sgd, scheduler, epochs, interval), Net(), 60_000))) == []
 
 
 SCHEDULERS = {

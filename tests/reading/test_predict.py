@@ -94,9 +94,9 @@ def test_colour_and_place_make_no_difference(digits: Pixels) -> None:
 
 
 def test_pictures_in_all_styles_are_read(digits: Pixels, mnist: Mnist) -> None:
-    for name, style in STYLES.items():
-        read = mnist_lab.predict([style(digit) for digit in digits[:20]]).digits
-        assert (read == mnist.test_labels[:20].numpy()).sum() >= 19, name
+    read = mnist_lab.predict([style(digit) for style in STYLES.values() for digit in digits[:20]]).digits
+    for name, one in zip(STYLES, np.split(read, len(STYLES)), strict=True):
+        assert (one == mnist.test_labels[:20].numpy()).sum() >= 19, name
 
 
 def test_a_picture_is_turned_as_its_exif_says(digits: Pixels, tmp_path: Path) -> None:
@@ -161,13 +161,15 @@ def photo(light: NDArray[np.float64], rng: np.random.Generator) -> Image.Image:
     return Image.fromarray((255 * np.clip(noisy, 0, 1)).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
 
 
-@pytest.mark.parametrize("name", PHOTOS)
-def test_digits_in_photos_are_read(name: str, digits: Pixels, mnist: Mnist) -> None:
+def test_digits_in_photos_are_read(digits: Pixels, mnist: Mnist) -> None:
     taken = []
-    for n in range(10):
-        rng = np.random.default_rng(n)
-        taken.append(photo(PHOTOS[name](sheet(digits[n], rng), rng), rng))
-    assert (mnist_lab.predict(taken).digits == mnist.test_labels[:10].numpy()).sum() >= 9
+    for change in PHOTOS.values():
+        for n in range(8):
+            rng = np.random.default_rng(n)
+            taken.append(photo(change(sheet(digits[n], rng), rng), rng))
+    read = mnist_lab.predict(taken).digits
+    for name, one in zip(PHOTOS, np.split(read, len(PHOTOS)), strict=True):
+        assert (one == mnist.test_labels[:8].numpy()).sum() >= 7, name
 
 
 def test_two_digits_in_one_picture_are_refused(digits: Pixels) -> None:
@@ -204,8 +206,8 @@ def animation(file: Path) -> None:
         (lambda file: Image.new("RGB", (90, 90), "white").save(file), "no digit"),
         (lambda file: Image.new("RGBA", (90, 90), (9, 9, 9, 0)).save(file), "no digit"),
         (Path.mkdir, "no picture in this folder"),
-        (lambda file: None, "no such file"),
-        (os.mkfifo, "not a file"),
+        (lambda file: None, "no file of this name"),
+        (os.mkfifo, "no file of this name"),
     ],
 )
 def test_what_is_no_picture_of_a_digit_is_refused(

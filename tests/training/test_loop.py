@@ -36,7 +36,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.running.record import epoch_metrics
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.generators import seed_generators
-from mnist_lab.training.loop import evaluate, fit, initial_network, num_params, predict
+from mnist_lab.training.loop import Training, evaluate, initial_network, num_params, predict
 
 # ---- what an epoch sees
 
@@ -201,7 +201,7 @@ def test_an_optimizer_that_evaluates_often_reports_the_loss_before_its_step(smal
     before = evaluate(predict(net, small_mnist.train_images), small_mnist.train_labels)
     lbfgs = declare(epochs=1, batch_size=500, optimizer=partial(LBFGS, lr=0.5, max_iter=8))
 
-    (epoch,) = fit(net, lbfgs, small_mnist, seed=0)
+    (epoch,) = Training(net, lbfgs, small_mnist, seed=0).epochs()
 
     assert (epoch.train_loss, epoch.train_correct) == (pytest.approx(before[0], abs=1e-5), before[1])
     assert evaluate(predict(net, small_mnist.train_images), small_mnist.train_labels)[0] < 0.9 * before[0]
@@ -315,7 +315,7 @@ def test_no_batch_waits_for_the_device(small_mnist: Mnist, monkeypatch: pytest.M
     def waits(images: int) -> int:
         net = experiment.net()
         with CountWaits() as waits:
-            list(fit(net, experiment, first(small_mnist, images), seed=0))
+            list(Training(net, experiment, first(small_mnist, images), seed=0).epochs())
         return waits.count
 
     assert waits(480) == waits(32) <= 5  # the epoch's own: of 2 batches as of 30
