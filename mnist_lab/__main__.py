@@ -37,7 +37,7 @@ logger = logging.getLogger("mnist_lab.jobs")
 RESULTS = PROJECT_ROOT / "docs" / "results"
 READING = "Reading the tracked runs"
 NETWORKS = "runs:/<id>, models:/<name>@<alias> or a script's name (default: models:/mnist@champion, else docs/results)"
-DATABASE = "postgresql://user@host:5432/database (default: MLFLOW_BACKEND_STORE_URI, else a database of its own)"
+DATABASE = "postgresql://user:password@host:5432/database (default: MLFLOW_BACKEND_STORE_URI)"
 
 # What the columns of `compare` mean.
 TESTED = [
@@ -335,7 +335,7 @@ def _free_port(wanted: int) -> int:
 
 
 @job(
-    "Starting the database and the server",
+    "Starting MLflow's server",
     flag("--backend-store-uri", DATABASE, metavar="URI"),
     folder("mlruns/server", "of its artifacts"),
     flag("--host", "address to listen on (default: this machine only)", default="127.0.0.1"),
@@ -354,7 +354,7 @@ def server(arguments: argparse.Namespace) -> None:
         arguments.folder,
         arguments.workers,
         auth=arguments.auth,
-        backend_store_uri=arguments.backend_store_uri or os.environ.get("MLFLOW_BACKEND_STORE_URI"),
+        database=arguments.backend_store_uri or os.environ.get("MLFLOW_BACKEND_STORE_URI", ""),
     )
 
 
