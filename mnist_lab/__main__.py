@@ -86,6 +86,7 @@ def main() -> None:
         add_flags(jobs.add_parser(name, help=text, description=text), flags)
     arguments = parser.parse_args()
     run, begins, _ = JOBS[arguments.job]
+    interrupt_on_signals()
     with sentences():
         if begins:
             say_what_is_done()
@@ -164,7 +165,6 @@ def restore(arguments: argparse.Namespace) -> None:
     from mnist_lab.results.restore import restore as restore_runs
     from mnist_lab.running.identity import commit_tags
 
-    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     state = commit_tags(arguments.folder / "README.md")
     done = restore_runs(
         arguments.folder,
@@ -272,7 +272,6 @@ def draw(arguments: argparse.Namespace) -> None:
 
     from mnist_lab.reading import page
 
-    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     networks = page.Networks(arguments.model, store=arguments.tracking_uri)
     page.serve(networks, _free_port(arguments.port))
 
@@ -296,17 +295,9 @@ def champion(arguments: argparse.Namespace) -> None:
     said = f"{run['step']} seed {run['seed']}, the median of its seeds, with {run['final_test_accuracy']:.2f} %"
     print(f"{models.CHAMPION}, version {version}: {said}")
     if arguments.commit:
-        origin = models.Origin(
-            step=run["step"],
-            seed=int(run["seed"]),
-            run_id=run["run_id"],
-            accuracy=float(run["final_test_accuracy"]),
-            num_params=int(run["num_params"]),
-            code_sha256=str(run["code_sha256"]),
-            git_commit=str(run["git_commit"]),
-            hardware=str(run["hardware"]),
-            torch=str(run["torch"]),
-        )
+        kept = {name: run[name] for name in ("step", "run_id", "code_sha256", "git_commit", "hardware", "torch")}
+        numbers = {"seed": int(run["seed"]), "num_params": int(run["num_params"])}
+        origin = models.Origin(**kept, **numbers, accuracy=float(run["final_test_accuracy"]))
         for file in models.commit(store, origin, arguments.folder):
             print(f"Written: {file}")
 
@@ -314,14 +305,11 @@ def champion(arguments: argparse.Namespace) -> None:
 @job("Starting MLflow's server", TRACKING_URI, port(5000, "port to try first"))
 def ui(arguments: argparse.Namespace) -> None:
     """Serve the MLflow UI on loopback."""
-    from mnist_lab.tracking.server import check_port, serve_ui
+    from mnist_lab.tracking.server import serve_ui
 
     uri = tracking_uri(arguments.tracking_uri)
     if sqlite_file(uri) is None:
         raise LabError(f"tracking store {without_password(uri)!r} is a server already: open it in a browser")
-    check_port(arguments.port)
-
-    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     serve_ui(uri, _free_port(arguments.port))
 
 
@@ -347,7 +335,6 @@ def server(arguments: argparse.Namespace) -> None:
     """Serve MLflow to a team, on PostgreSQL."""
     from mnist_lab.tracking.server import serve
 
-    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     serve(
         arguments.host,
         arguments.port,

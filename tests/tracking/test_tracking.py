@@ -193,7 +193,7 @@ def test_the_status_says_how_the_block_ended(end: BaseException | None, status: 
 def _as_in_a_program() -> Iterator[None]:
     """Let SIGHUP interrupt, as `main` does, and put pytest's own handler back."""
     handler = signal.getsignal(signal.SIGHUP)
-    interrupt_on_signals(signal.SIGHUP)
+    interrupt_on_signals()
     yield
     signal.signal(signal.SIGHUP, handler)
 
