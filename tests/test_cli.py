@@ -39,7 +39,7 @@ def test_a_run_prints_plain_lines_and_a_verdict_beside_targets_and_reported_figu
     accuracy = full_run.tracked.metrics["final_test_accuracy"][0][1]
 
     assert output.startswith(
-        "step1_baseline seed 3 [epochs=1 limit=12000]: 10,970 parameters, 12,000 training images, on "
+        "step1_baseline seed 3 [epochs=1 limit=5000]: 10,970 parameters, 5,000 training images, on "
     )
     (line,) = [line for line in output.splitlines() if line.startswith("epoch ")]
     assert re.fullmatch(
@@ -52,7 +52,7 @@ def test_a_run_prints_plain_lines_and_a_verdict_beside_targets_and_reported_figu
     assert re.search(r"^epochs +fewer than 15 +1 +met$", output, re.MULTILINE)
     assert re.search(rf"^best test accuracy +{accuracy:.2f} % +99\.29 %$", output, re.MULTILINE)
     assert "targets.params: " in full_run.stderr  # before the training: it has too many
-    assert "Overridden (epochs=1 limit=12000)" in output
+    assert "Overridden (epochs=1 limit=5000)" in output
     assert f"MLflow run {full_run.tracked.run_id}" in output
 
 

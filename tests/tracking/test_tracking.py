@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput
 from torch import Tensor, nn
 
 from conftest import FullRun
@@ -324,16 +325,13 @@ def refuse(database: Path, action: str) -> None:
         connection.execute(f"CREATE TRIGGER full BEFORE {action} BEGIN SELECT RAISE(ABORT, 'database is full'); END")
 
 
-DATASET = {"source_type": "local", "source": "{}", "digest": "d", "schema": None, "profile": None}
-
-
 def test_runs_that_are_the_first_to_log_a_data_set_both_do(uri: str) -> None:
     """Two at once, a few dozen times; without a second attempt one in four of them fails."""
     store, together = open_store(uri), threading.Barrier(2)
 
     def log(run: TrackedRun, number: int) -> None:
         together.wait(PATIENCE)
-        run._log_input("training", {**DATASET, "name": f"data set {number}"})
+        run._log_inputs([DatasetInput(Dataset(f"data set {number}", "d", "local", "{}"), [])])
 
     with (
         track(store, "one", params={}, tags=NO_TAGS) as one,
