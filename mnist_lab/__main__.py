@@ -10,10 +10,10 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from mnist_lab.commandline import (
     DATA_DIR,
@@ -28,9 +28,6 @@ from mnist_lab.commandline import (
 from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError, without_password
 from mnist_lab.paths import PROJECT_ROOT, script_named, sqlite_file, tracking_uri
-
-if TYPE_CHECKING:
-    from mnist_lab.reading.pictures import Reading
 
 logger = logging.getLogger("mnist_lab.jobs")
 
@@ -214,16 +211,13 @@ def report(arguments: argparse.Namespace) -> None:
     flag("images", "a file, or a folder of pictures", nargs="*", type=Path, metavar="PICTURE"),
     flag("--model", NETWORKS),
     flag("--show", "also print the 28x28 that the network sees", action="store_true"),
-    flag("--csv", "print CSV", action="store_true"),
 )
 def predict(arguments: argparse.Namespace) -> None:
     """Say which digits are in pictures."""
-    import csv
+    from tabulate import tabulate
 
-    from mnist_lab.reading.pictures import find_pictures, find_reader, picture_of, read_digit, shown
+    from mnist_lab.reading.pictures import UNSURE, find_pictures, find_reader, picture_of, read_digit, shown
 
-    if arguments.csv and arguments.show:
-        raise LabError("csv: has no place for what --show prints; give one of the two")
     digits, refused = {}, []
     for file in find_pictures(arguments.images):
         try:
@@ -233,47 +227,30 @@ def predict(arguments: argparse.Namespace) -> None:
     if digits:
         reader = find_reader(arguments.model, tracking_uri=arguments.tracking_uri)
         readings = dict(zip(digits, reader.read(list(digits.values())), strict=True))
-        if arguments.csv:
-            writer = csv.writer(sys.stdout, lineterminator="\n")
-            writer.writerow(["picture", "digit", "probability", "runner_up", "runner_up_probability", "run"])
-            for name, r in readings.items():
-                second = f"{r.runner_up_probability:.6f}"
-                writer.writerow([name, r.digit, f"{r.probability:.6f}", r.runner_up, second, reader.run_id])
-        else:
-            _print_readings(readings, reader.run_name, reader.run_id)
-            if arguments.show:
-                for name, digit in digits.items():
-                    print(f"\n{name}, as the network sees it:\n{picture_of(digit)}")
+        rows = [
+            (name, r.digit, f"{100 * r.probability:.2f} %", f"{r.runner_up} ({100 * r.runner_up_probability:.2f} %)")
+            for name, r in readings.items()
+        ]
+        print(tabulate(rows, headers=("picture", "digit", "probability", "runner-up"), disable_numparse=True))
+        print(f"\nRead by {reader.run_name}, run {reader.run_id}.")
+        for name in (name for name, r in readings.items() if r.probability < UNSURE):
+            logger.warning("%s: the network is not sure of it; it may be no digit, or more than one", name)
+        for name, digit in digits.items() if arguments.show else ():
+            print(f"\n{name}, as the network sees it:\n{picture_of(digit)}")
     if refused:
         raise LabError("; ".join(refused))
-
-
-def _print_readings(readings: Mapping[str, Reading], run_name: str, run_id: str) -> None:
-    from tabulate import tabulate
-
-    from mnist_lab.reading.pictures import UNSURE
-
-    rows = [
-        (name, r.digit, f"{100 * r.probability:.2f} %", f"{r.runner_up} ({100 * r.runner_up_probability:.2f} %)")
-        for name, r in readings.items()
-    ]
-    print(tabulate(rows, headers=("picture", "digit", "probability", "runner-up"), disable_numparse=True))
-    print(f"\nRead by {run_name}, run {run_id}.")
-    for name in (name for name, r in readings.items() if r.probability < UNSURE):
-        logger.warning("%s: the network is not sure of it; it may be no digit, or more than one", name)
 
 
 @job("Loading the network", TRACKING_URI, flag("--model", NETWORKS), port(5050, "port to try first"))
 def draw(arguments: argparse.Namespace) -> None:
     """Serve a page on loopback to draw digits on."""
-    from mnist_lab.tracking.server import check_port
+    from mnist_lab.tracking.server import free_port
 
-    check_port(arguments.port)
+    port = free_port(arguments.port)
 
     from mnist_lab.reading import page
 
-    networks = page.Networks(arguments.model, store=arguments.tracking_uri)
-    page.serve(networks, _free_port(arguments.port))
+    page.serve(page.Networks(arguments.model, store=arguments.tracking_uri), port)
 
 
 @job(
@@ -305,21 +282,12 @@ def champion(arguments: argparse.Namespace) -> None:
 @job("Starting MLflow's server", TRACKING_URI, port(5000, "port to try first"))
 def ui(arguments: argparse.Namespace) -> None:
     """Serve the MLflow UI on loopback."""
-    from mnist_lab.tracking.server import serve_ui
+    from mnist_lab.tracking.server import free_port, serve_ui
 
     uri = tracking_uri(arguments.tracking_uri)
     if sqlite_file(uri) is None:
         raise LabError(f"tracking store {without_password(uri)!r} is a server already: open it in a browser")
-    serve_ui(uri, _free_port(arguments.port))
-
-
-def _free_port(wanted: int) -> int:
-    from mnist_lab.tracking.server import free_port
-
-    port = free_port(wanted)
-    if port != wanted:
-        print(f"Port {wanted} is taken; using {port}.", file=sys.stderr)
-    return port
+    serve_ui(uri, free_port(arguments.port))
 
 
 @job(

@@ -167,25 +167,21 @@ def _child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
 # ---- addresses
 
 
-def check_port(port: int) -> None:
-    """Refuse a port that a user's server can't have; raises LabError."""
-    if not 1024 <= port <= 65535:
-        raise LabError(f"port: {port} is not between 1024 and 65535")
-
-
 def free_port(first: int) -> int:
     """Return `first`, or the next port after it that nothing on loopback listens on; raises LabError if none is."""
-    check_port(first)
     last = min(first + PORTS_TRIED - 1, 65535)
-    for port in range(first, last + 1):
+    for port in range(first, max(first, last) + 1):
         if is_free(HOST, port):
+            if port != first:
+                print(f"Port {first} is taken; using {port}.", file=sys.stderr)
             return port
     raise LabError(f"port: {first} to {last} are all taken; name another with --port")
 
 
 def is_free(host: str, port: int) -> bool:
-    """Say whether nothing listens there; raises LabError if `host` is no address of this machine."""
-    check_port(port)
+    """Say whether nothing listens there; raises LabError if a user's server can't have this port or address."""
+    if not 1024 <= port <= 65535:
+        raise LabError(f"port: {port} is not between 1024 and 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
