@@ -273,8 +273,8 @@ def champion(arguments: argparse.Namespace) -> None:
     print(f"{models.CHAMPION}, version {version}: {said}")
     if arguments.commit:
         kept = {name: run[name] for name in ("step", "run_id", "code_sha256", "git_commit", "hardware", "torch")}
-        numbers = {"seed": int(run["seed"]), "num_params": int(run["num_params"])}
-        origin = models.Origin(**kept, **numbers, accuracy=float(run["final_test_accuracy"]))
+        seed, num_params, accuracy = int(run["seed"]), int(run["num_params"]), float(run["final_test_accuracy"])
+        origin = models.Origin(**kept, seed=seed, num_params=num_params, accuracy=accuracy)
         for file in models.commit(store, origin, arguments.folder):
             print(f"Written: {file}")
 

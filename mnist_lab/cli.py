@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mnist_lab.arguments import stable_text
@@ -69,7 +67,14 @@ def main(
         experiment.check()
         arguments = _parse(script, experiment, argv)
         say_what_is_done()
-        _notice_draws()
+
+        from mnist_lab.training.generators import drawn_unseeded
+
+        if drawn_unseeded():
+            logger.warning(
+                "the script draws from torch before main(), which the run's seed does not decide: what is kept of that "
+                "is another in each run; draw in the network's __init__, or call torch.manual_seed first"
+            )
         logger.info("Preparing %s: starting MLflow", script.stem)
         job, resume = make_job(experiment, script, arguments)
         interrupt_on_signals()
@@ -95,26 +100,13 @@ def _started_script(caller: str) -> Path:
         )
     program = sys.modules["__main__"]
     if Path(getattr(program, "__file__", None) or "").resolve() == script:  # else a program has called it
-        if program in _have_called_main:
+        if hasattr(program, "_has_called_main"):
             raise LabError(
                 f"script: {script.name} calls main a second time; its runs would not be told apart. "
                 "Give each experiment a script of its own, or vary a value with --set"
             )
-        _have_called_main.add(program)
+        program._has_called_main = True  # type: ignore[attr-defined]
     return script
-
-
-_have_called_main: weakref.WeakSet[ModuleType] = weakref.WeakSet()
-
-
-def _notice_draws() -> None:
-    from mnist_lab.training.generators import drawn_unseeded
-
-    if drawn_unseeded():
-        logger.warning(
-            "the script draws from torch before main(), which the run's seed does not decide: what is kept of that is "
-            "another in each run; draw in the network's __init__, or call torch.manual_seed first"
-        )
 
 
 def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace) -> tuple[Job, Checkpoint | None]:

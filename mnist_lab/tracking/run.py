@@ -359,7 +359,7 @@ def _create_run(store: Store, run_name: str, tags: Mapping[str, str]) -> Tracked
     run = store.client.create_run(store.experiment_id, started, all_tags, run_name)
     try:
         return TrackedRun(store, run, take_lock(store, run.info.run_id))
-    except LabError:
+    except OSError:
         store.client.set_terminated(run.info.run_id, "FAILED")
         raise
 

@@ -339,14 +339,12 @@ def lock_of(store: Store, run_id: str) -> FileLock:
 
 
 def take_lock(store: Store, run_id: str) -> FileLock:
-    """Take the lock of a run that this process is going to write; raises LabError if another process has it."""
+    """Take the lock of a run that this process is going to write; LabError if another process has it, or OSError."""
     lock = lock_of(store, run_id)
     try:
         lock.acquire(timeout=LOCK_TIMEOUT)
     except Timeout:
         raise LabError(f"resume: run {run_id} is still in training, in another process") from None
-    except OSError as error:
-        raise LabError(f"lock {lock.lock_file} of run {run_id} can't be made: {error.strerror}") from error
     return lock
 
 
