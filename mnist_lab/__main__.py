@@ -34,7 +34,7 @@ logger = logging.getLogger("mnist_lab.jobs")
 RESULTS = PROJECT_ROOT / "docs" / "results"
 READING = "Reading the tracked runs"
 NETWORKS = "runs:/<id>, models:/<name>@<alias> or a script's name (default: models:/mnist@champion, else docs/results)"
-DATABASE = "postgresql://user@host:5432/database (default: MLFLOW_BACKEND_STORE_URI, else a database of its own)"
+DATABASE = "postgresql://user:password@host:5432/database (default: MLFLOW_BACKEND_STORE_URI)"
 
 # What the columns of `compare` mean.
 TESTED = [
@@ -83,6 +83,7 @@ def main() -> None:
         add_flags(jobs.add_parser(name, help=text, description=text), flags)
     arguments = parser.parse_args()
     run, begins, _ = JOBS[arguments.job]
+    interrupt_on_signals()
     with sentences():
         if begins:
             say_what_is_done()
@@ -161,7 +162,6 @@ def restore(arguments: argparse.Namespace) -> None:
     from mnist_lab.results.restore import restore as restore_runs
     from mnist_lab.running.identity import commit_tags
 
-    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     state = commit_tags(arguments.folder / "README.md")
     done = restore_runs(
         arguments.folder,
@@ -211,18 +211,14 @@ def report(arguments: argparse.Namespace) -> None:
     flag("images", "a file, or a folder of pictures", nargs="*", type=Path, metavar="PICTURE"),
     flag("--model", NETWORKS),
     flag("--show", "also print the 28x28 that the network sees", action="store_true"),
-    flag("--csv", "print CSV", action="store_true"),
 )
 def predict(arguments: argparse.Namespace) -> None:
     """Say which digits are in pictures."""
-    import csv
-
     import numpy as np
+    from tabulate import tabulate
 
-    from mnist_lab.reading.pictures import find_pictures, find_reader, picture_of, read_digit, shown
+    from mnist_lab.reading.pictures import UNSURE, find_pictures, find_reader, picture_of, read_digit, shown
 
-    if arguments.csv and arguments.show:
-        raise LabError("csv: has no place for what --show prints; give one of the two")
     digits, refused = {}, []
     for file in find_pictures(arguments.images):
         try:
@@ -231,53 +227,32 @@ def predict(arguments: argparse.Namespace) -> None:
             refused.append(str(error))
     if digits:
         reader = find_reader(arguments.model, tracking_uri=arguments.tracking_uri)
-        probabilities = reader.probabilities(np.stack(list(digits.values())))
-        likeliest = np.argsort(-probabilities, axis=1, kind="stable")[:, :2].tolist()
-        rows = [
-            (name, first, float(shares[first]), second, float(shares[second]))
-            for name, shares, (first, second) in zip(digits, probabilities, likeliest, strict=True)
-        ]
-        if arguments.csv:
-            writer = csv.writer(sys.stdout, lineterminator="\n")
-            writer.writerow(["picture", "digit", "probability", "runner_up", "runner_up_probability", "run"])
-            for name, digit, share, second, less in rows:
-                writer.writerow([name, digit, f"{share:.6f}", second, f"{less:.6f}", reader.run_id])
-        else:
-            _print_readings(rows, reader.run_name, reader.run_id)
-            if arguments.show:
-                for name, image in digits.items():
-                    print(f"\n{name}, as the network sees it:\n{picture_of(image)}")
+        rows, unsure = [], []
+        for name, shares in zip(digits, reader.probabilities(np.stack(list(digits.values()))), strict=True):
+            first, second = np.argsort(-shares, kind="stable")[:2]
+            rows.append((name, first, f"{100 * shares[first]:.2f} %", f"{second} ({100 * shares[second]:.2f} %)"))
+            if shares[first] < UNSURE:
+                unsure.append(name)
+        print(tabulate(rows, headers=("picture", "digit", "probability", "runner-up"), disable_numparse=True))
+        print(f"\nRead by {reader.run_name}, run {reader.run_id}.")
+        for name in unsure:
+            logger.warning("%s: the network is not sure of it; it may be no digit, or more than one", name)
+        for name, image in digits.items() if arguments.show else ():
+            print(f"\n{name}, as the network sees it:\n{picture_of(image)}")
     if refused:
         raise LabError("; ".join(refused))
-
-
-def _print_readings(readings: list[tuple[str, int, float, int, float]], run_name: str, run_id: str) -> None:
-    from tabulate import tabulate
-
-    from mnist_lab.reading.pictures import UNSURE
-
-    rows = [
-        (name, digit, f"{100 * share:.2f} %", f"{second} ({100 * less:.2f} %)")
-        for name, digit, share, second, less in readings
-    ]
-    print(tabulate(rows, headers=("picture", "digit", "probability", "runner-up"), disable_numparse=True))
-    print(f"\nRead by {run_name}, run {run_id}.")
-    for name in (name for name, _, share, *_ in readings if share < UNSURE):
-        logger.warning("%s: the network is not sure of it; it may be no digit, or more than one", name)
 
 
 @job("Loading the network", TRACKING_URI, flag("--model", NETWORKS), port(5050, "port to try first"))
 def draw(arguments: argparse.Namespace) -> None:
     """Serve a page on loopback to draw digits on."""
-    from mnist_lab.tracking.server import check_port
+    from mnist_lab.tracking.server import free_port
 
-    check_port(arguments.port)
+    port = free_port(arguments.port)
 
     from mnist_lab.reading import page
 
-    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
-    networks = page.Networks(arguments.model, store=arguments.tracking_uri)
-    page.serve(networks, _free_port(arguments.port))
+    page.serve(page.Networks(arguments.model, store=arguments.tracking_uri), port)
 
 
 @job(
@@ -299,17 +274,9 @@ def champion(arguments: argparse.Namespace) -> None:
     said = f"{run['step']} seed {run['seed']}, the median of its seeds, with {run['final_test_accuracy']:.2f} %"
     print(f"{models.CHAMPION}, version {version}: {said}")
     if arguments.commit:
-        origin = models.Origin(
-            step=run["step"],
-            seed=int(run["seed"]),
-            run_id=run["run_id"],
-            accuracy=float(run["final_test_accuracy"]),
-            num_params=int(run["num_params"]),
-            code_sha256=str(run["code_sha256"]),
-            git_commit=str(run["git_commit"]),
-            hardware=str(run["hardware"]),
-            torch=str(run["torch"]),
-        )
+        kept = {name: run[name] for name in ("step", "run_id", "code_sha256", "git_commit", "hardware", "torch")}
+        seed, num_params, accuracy = int(run["seed"]), int(run["num_params"]), float(run["final_test_accuracy"])
+        origin = models.Origin(**kept, seed=seed, num_params=num_params, accuracy=accuracy)
         for file in models.commit(store, origin, arguments.folder):
             print(f"Written: {file}")
 
@@ -317,28 +284,16 @@ def champion(arguments: argparse.Namespace) -> None:
 @job("Starting MLflow's server", TRACKING_URI, port(5000, "port to try first"))
 def ui(arguments: argparse.Namespace) -> None:
     """Serve the MLflow UI on loopback."""
-    from mnist_lab.tracking.server import check_port, serve_ui
+    from mnist_lab.tracking.server import free_port, serve_ui
 
     uri = tracking_uri(arguments.tracking_uri)
     if sqlite_file(uri) is None:
         raise LabError(f"tracking store {without_password(uri)!r} is a server already: open it in a browser")
-    check_port(arguments.port)
-
-    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
-    serve_ui(uri, _free_port(arguments.port))
-
-
-def _free_port(wanted: int) -> int:
-    from mnist_lab.tracking.server import free_port
-
-    port = free_port(wanted)
-    if port != wanted:
-        print(f"Port {wanted} is taken; using {port}.", file=sys.stderr)
-    return port
+    serve_ui(uri, free_port(arguments.port))
 
 
 @job(
-    "Starting the database and the server",
+    "Starting MLflow's server",
     flag("--backend-store-uri", DATABASE, metavar="URI"),
     folder("mlruns/server", "of its artifacts"),
     flag("--host", "address to listen on (default: this machine only)", default="127.0.0.1"),
@@ -350,14 +305,13 @@ def server(arguments: argparse.Namespace) -> None:
     """Serve MLflow to a team, on PostgreSQL."""
     from mnist_lab.tracking.server import serve
 
-    interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
     serve(
         arguments.host,
         arguments.port,
         arguments.folder,
         arguments.workers,
         auth=arguments.auth,
-        backend_store_uri=arguments.backend_store_uri or os.environ.get("MLFLOW_BACKEND_STORE_URI"),
+        database=arguments.backend_store_uri or os.environ.get("MLFLOW_BACKEND_STORE_URI", ""),
     )
 
 

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
-import signal
 import sys
-import weakref
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mnist_lab.arguments import stable_text
@@ -26,14 +20,7 @@ from mnist_lab.commandline import (
     number_from,
     sentences,
 )
-from mnist_lab.console import (
-    Console,
-    SearchConsole,
-    StudyConsole,
-    print_run_id,
-    print_search,
-    say_what_is_done,
-)
+from mnist_lab.console import Console, SearchConsole, StudyConsole, print_run_id, print_search, say_what_is_done
 from mnist_lab.errors import LabError, is_script
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.mistakes import explain_mistakes
@@ -75,17 +62,22 @@ def main(
     """
     if only_read(experiment):
         return
-    script = _started_script(
-        sys._getframe(1).f_code.co_filename
-    )  # a notebook shows the sentence of a LabError by itself
+    script = _started_script(sys._getframe(1).f_code.co_filename)  # a notebook shows a LabError's sentence by itself
     with lasting_output(), sentences():
         experiment.check()
         arguments = _parse(script, experiment, argv)
         say_what_is_done()
-        _notice_draws()
+
+        from mnist_lab.training.generators import drawn_unseeded
+
+        if drawn_unseeded():
+            logger.warning(
+                "the script draws from torch before main(), which the run's seed does not decide: what is kept of that "
+                "is another in each run; draw in the network's __init__, or call torch.manual_seed first"
+            )
         logger.info("Preparing %s: starting MLflow", script.stem)
         job, resume = make_job(experiment, script, arguments)
-        interrupt_on_signals(signal.SIGTERM, signal.SIGHUP)
+        interrupt_on_signals()
         if arguments.search is not None:
             _search(job, search, arguments)
         elif arguments.seeds is not None or arguments.folds is not None:
@@ -108,26 +100,13 @@ def _started_script(caller: str) -> Path:
         )
     program = sys.modules["__main__"]
     if Path(getattr(program, "__file__", None) or "").resolve() == script:  # else a program has called it
-        if program in _have_called_main:
+        if hasattr(program, "_has_called_main"):
             raise LabError(
                 f"script: {script.name} calls main a second time; its runs would not be told apart. "
                 "Give each experiment a script of its own, or vary a value with --set"
             )
-        _have_called_main.add(program)
+        program._has_called_main = True  # type: ignore[attr-defined]
     return script
-
-
-_have_called_main: weakref.WeakSet[ModuleType] = weakref.WeakSet()
-
-
-def _notice_draws() -> None:
-    from mnist_lab.training.generators import drawn_unseeded
-
-    if drawn_unseeded():
-        logger.warning(
-            "the script draws from torch before main(), which the run's seed does not decide: what is kept of that is "
-            "another in each run; draw in the network's __init__, or call torch.manual_seed first"
-        )
 
 
 def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace) -> tuple[Job, Checkpoint | None]:
@@ -166,14 +145,15 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
 def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser(script, experiment)
     arguments = flags.parse_args(argv)
-    for refusal in (*_wrong_combinations(arguments), *_wrong_texts(arguments)):
+    for refusal in _refusals(arguments):
         flags.error(f"argument --{refusal}")
     return arguments
 
 
-def _wrong_combinations(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yield the flags that don't go with the others, and why."""
-    given, several = _given(arguments), _several(arguments)
+def _refusals(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield the flags that don't go with the others, or hold what neither a file name nor a database can; and why."""
+    several = _several(arguments)
+    given = {name for name, value in vars(arguments).items() if value not in (None, False)}
     if not several:
         alone = [name for name in ("workers", "again", "cluster") if name in given]
         yield from (f"{name}: only allowed with --seeds, --folds or --search" for name in alone)
@@ -181,38 +161,25 @@ def _wrong_combinations(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"resume: --{several} goes on by itself where it stopped, not with the run {arguments.resume}"
     if {"folds", "holdout"} <= given:
         yield "folds: not allowed with --holdout: each fold is held out in turn"
-
-
-def _given(arguments: argparse.Namespace) -> set[str]:
-    return {name for name, value in vars(arguments).items() if value not in (None, False)}
-
-
-def _several(arguments: argparse.Namespace) -> str:
-    """Return the flag that asks for several runs, where one does."""
-    return next((name for name in ("seeds", "folds", "search") if name in _given(arguments)), "")
-
-
-def _wrong_texts(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yield the flags whose text neither a file name nor a database can hold."""
     for name, value in vars(arguments).items():
         for text in map(str, value if isinstance(value, list) else [value]):
             if "\0" in text or text != text.encode("utf-8", "ignore").decode("utf-8"):
                 yield f"{name.replace('_', '-')}: {text!r} is not text in UTF-8"
 
 
+def _several(arguments: argparse.Namespace) -> str:
+    """Return the flag that asks for several runs, where one does."""
+    return next((name for name in ("seeds", "folds", "search") if getattr(arguments, name) is not None), "")
+
+
 def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
     from mnist_lab.running.run import run
 
     console = Console(job)
-
-    def consequence() -> str:
-        if console.epoch == 1 and resume is None:
-            return "No epoch was finished; the same command begins anew."
-        return (
-            "The run is marked KILLED; its finished epochs are in MLflow. "
-            "The same command with --resume goes on after the last of them."
-        )
-
+    consequence = (
+        "The run is marked KILLED; its finished epochs are in MLflow. "
+        "The same command with --resume goes on after the last of them."
+    )
     with sentences(consequence), closing(console):
         result = run(job, seed, console, resume=resume)
     print_run_id(result.run_id, job)
@@ -225,7 +192,7 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
         f"Runs that had begun are marked KILLED; the same command trains only the {job.unit}s that are missing."
     )
     seeds = arguments.seeds or range(job.folds)
-    with sentences(lambda: consequence), _trainers(arguments) as trainers, closing(StudyConsole(job)) as console:
+    with sentences(consequence), _trainers(arguments) as trainers, closing(StudyConsole(job)) as console:
         result = study(job, seeds, console, trainers, again=arguments.again)
     print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the {job.unit}s below it.", flush=True)
     if result.failed:
@@ -240,7 +207,7 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
     from mnist_lab.running import search
 
     consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
-    with sentences(lambda: consequence), _trainers(arguments) as trainers, closing(SearchConsole()) as console:
+    with sentences(consequence), _trainers(arguments) as trainers, closing(SearchConsole()) as console:
         result = search.search(job, space, arguments.search, console, trainers, again=arguments.again)
     print_search(result, job)
     if not result.best:
@@ -301,28 +268,17 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
 
 def _seeds(text: str) -> Sequence[int]:
     """Read "10" as the seeds 0 to 9, "3,7,9" as these, and "0-4,9" as those from 0 to 4, and 9."""
-    if re.fullmatch("[^-,]*|-.*", text):
-        ranges = [range(number_from(1, MAX_SEEDS)(text))]
-    else:
-        ranges = [_seeds_from_to(part.strip()) for part in text.split(",")]
-    if (count := sum(map(len, ranges))) > MAX_SEEDS:
-        raise argparse.ArgumentTypeError(f"{count:,} seeds are more than {MAX_SEEDS:,}")
-    seeds = [*chain(*ranges)]
-    if twice := [seed for seed, times in Counter(seeds).items() if times > 1]:
-        raise argparse.ArgumentTypeError(f"the seed {twice[0]} is there twice in {text!r}")
+    if text.startswith("-") or not {*",-"} & {*text}:
+        return [*range(number_from(1, MAX_SEEDS)(text))]
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        low = number_from(0)(first)
+        high = number_from(low, low + MAX_SEEDS - 1)(last if dash else first)
+        seeds += range(low, high + 1)
+    if not len({*seeds}) == len(seeds) <= MAX_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text!r} has a seed twice, or more than {MAX_SEEDS:,} of them")
     return seeds
-
-
-def _seeds_from_to(text: str) -> range:
-    first, dash, last = text.partition("-")
-    if not (first and dash):
-        return range(seed := number_from(0)(text), seed + 1)
-    low, high = number_from(0)(first), number_from(0)(last)
-    if high < low:
-        raise argparse.ArgumentTypeError(f"{text!r} ends before it begins")
-    if high - low >= MAX_SEEDS:  # Python can't even count them
-        raise argparse.ArgumentTypeError(f"{high - low + 1:,} seeds are more than {MAX_SEEDS:,}")
-    return range(low, high + 1)
 
 
 def assignment(text: str) -> tuple[str, str]:

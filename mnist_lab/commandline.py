@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
 
 
 @contextmanager
-def sentences(consequence: Callable[[], str] = str) -> Iterator[None]:
+def sentences(consequence: str = "") -> Iterator[None]:
     """Show a LabError as its sentence, and Ctrl-C as a word with what follows from it; a bug keeps its traceback."""
     try:
         yield
@@ -51,7 +51,7 @@ def sentences(consequence: Callable[[], str] = str) -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. {consequence()}".rstrip(), file=sys.stderr)
+        print(f"\nInterrupted. {consequence}".rstrip(), file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
@@ -61,11 +61,10 @@ def number_from(least: int | None = None, most: int | None = None) -> Callable[[
     def number(text: str) -> int:
         try:
             value = whole_number(text)
-            if least is not None and value < least:
-                raise ValueError
-        except ValueError:
-            bound = "" if least is None else f" of at least {least}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{bound}") from None
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
         if most is not None and value > most:
             raise argparse.ArgumentTypeError(f"{value} is more than {most:,}")
         return value
@@ -73,12 +72,12 @@ def number_from(least: int | None = None, most: int | None = None) -> Callable[[
     return number
 
 
-def interrupt_on_signals(*signals: signal.Signals) -> None:
-    """Let these signals end the program as Ctrl-C does, so that what is open is closed in order.
+def interrupt_on_signals() -> None:
+    """Let SIGTERM and a closed terminal end the program as Ctrl-C does, so that what is open is closed in order.
 
     A signal that is ignored stays so: `nohup` starts programs that way, to let them outlive the terminal.
     """
-    for number in signals:
+    for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
 

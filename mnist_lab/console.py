@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mnist_lab.running.progress import Progress
@@ -45,12 +44,20 @@ class _Display(Progress):
 
     bar: tqdm[NoReturn] | None = None
 
-    def start_bar(self, total: int, text: str, bar_format: str, **settings: Any) -> tqdm[NoReturn]:
+    def start_bar(self, total: int, bar_format: str, **settings: Any) -> None:
         from tqdm import tqdm
 
-        settings |= {"desc": text, "bar_format": bar_format, "file": sys.stdout}
-        self.bar = tqdm(total=total, leave=False, dynamic_ncols=True, **settings)
-        return self.bar
+        if sys.stdout.isatty():
+            settings |= {"bar_format": bar_format, "file": sys.stdout}
+            self.bar = tqdm(total=total, leave=False, dynamic_ncols=True, **settings)
+
+    def show(self, line: str, stand: str) -> None:
+        """Print a line, with where it all stands: in the bar, or behind it."""
+        if self.bar is None:
+            print(f"{line}  ({stand})", flush=True)
+        else:
+            self.bar.set_postfix_str(stand, refresh=False)
+            self.bar.write(line, file=sys.stdout)
 
     def close(self) -> None:
         """Take the bar away, so that what is printed next starts on a line of its own."""
@@ -73,24 +80,18 @@ class _TrainingDisplay(_Display):
         self.first_weights = FirstWeights(job.experiment)
 
     def epoch_line(self, metrics: EpochMetrics) -> str:
+        raw = ""
+        if metrics.raw_accuracy is not None:
+            raw = f" (raw weights {metrics.raw_accuracy:.2f} %)"
+            batches = metrics.epoch * math.ceil(metrics.train_images / self.job.experiment.batch_size)
+            if (share := self.first_weights.share(batches)) >= LAGS:
+                raw = f"{raw[:-1]}; the average says little yet: it is {share:.0%} the first weights)"
         return (
             f"epoch {metrics.epoch:>{len(str(self.epochs))}}/{self.epochs}  "
             f"train loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2f} %  "
-            f"{metrics.evaluated_on} loss {metrics.eval_loss:.4f}, accuracy {metrics.eval_accuracy:.2f} %"
-            f"{self._raw_accuracy(metrics)}  lr {metrics.lr:.3g}  {metrics.epoch_seconds:.1f} s"
+            f"{metrics.evaluated_on} loss {metrics.eval_loss:.4f}, accuracy {metrics.eval_accuracy:.2f} %{raw}  "
+            f"lr {metrics.lr:.3g}  {metrics.epoch_seconds:.1f} s"
         )
-
-    def _raw_accuracy(self, metrics: EpochMetrics) -> str:
-        """Return the accuracy without averaging, and whether it says more than that of the average."""
-        if metrics.raw_accuracy is None:
-            return ""
-        raw = f"raw weights {metrics.raw_accuracy:.2f} %"
-        share = self.first_weights.share(
-            metrics.epoch * math.ceil(metrics.train_images / self.job.experiment.batch_size)
-        )
-        if share < LAGS:
-            return f" ({raw})"
-        return f" ({raw}; the average says little yet: it is {share:.0%} the first weights)"
 
 
 class Console(_TrainingDisplay):
@@ -108,10 +109,8 @@ class Console(_TrainingDisplay):
 
     def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
         if self.bar is None:
-            if not sys.stdout.isatty():
-                return
             form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
-            self.start_bar(self.num_images, f"epoch {self.epoch}/{self.epochs}", form, unit=" images")
+            self.start_bar(self.num_images, form, desc=f"epoch {self.epoch}/{self.epochs}", unit=" images")
         now = time.monotonic()
         if self.bar is not None and now - self.shown_at >= REFRESH_SECONDS:
             self.shown_at = now
@@ -144,13 +143,11 @@ class StudyConsole(_TrainingDisplay):
             print(f"{name}: finished already, and not trained again: {reused}")
         if not missing:
             return
-        how = f"{workers} at a time" if device.type == "cpu" or workers > 1 else "one after another"
-        which = self.job.unit if len(missing) == 1 else f"{self.job.unit}s"
-        print(f"{name}: training {which} {', '.join(map(str, missing))} ({how}, on {device.type})", flush=True)
-        if sys.stdout.isatty():
-            form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left]"
-            # The seeds' epochs end in bursts: only the mean speed, smoothing=0, says when all is done.
-            self.start_bar(len(missing) * self.epochs, self._seeds_done(), form, smoothing=0)
+        which = f"{self.job.unit}{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        print(f"{name}: training {which} ({workers} at a time, on {device.type})", flush=True)
+        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left{postfix}]"
+        # The seeds' epochs end in bursts: only the mean speed, smoothing=0, says when all is done.
+        self.start_bar(len(missing) * self.epochs, form, smoothing=0)
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
         before = self.trained.get(seed, metrics.epoch - 1)
@@ -165,15 +162,16 @@ class StudyConsole(_TrainingDisplay):
         measures = self.job.protocol
         last, best = (MEASURES[name].text(metrics[name]) for name in (measures.judged, measures.best))
         judged = MEASURES[measures.judged].label.removeprefix("final ")
-        self._write(
+        self.show(
             f"{self._name(seed)}  done: {judged} {last} in the last epoch; "
-            f"best {measures.part} accuracy {best} in epoch {metrics['best_epoch']:.0f}  ({self._seeds_done()})"
+            f"best {measures.part} accuracy {best} in epoch {metrics['best_epoch']:.0f}",
+            self._seeds_done(),
         )
 
     def on_failure(self, seed: int, reason: str) -> None:
         if self.bar is not None and self.bar.total is not None:
             self.bar.total -= self.epochs - self.trained.get(seed, 0)  # they will not be trained
-        self._write(f"{self._name(seed)}  failed: {reason}")
+        self.show(f"{self._name(seed)}  failed: {reason}", self._seeds_done())
 
     def on_study_verdict(self, result: StudyResult) -> None:
         self.close()
@@ -185,46 +183,30 @@ class StudyConsole(_TrainingDisplay):
     def _name(self, seed: int) -> str:
         return f"{self.job.unit} {seed:>{self.width}}"
 
-    def _write(self, line: str) -> None:
-        if self.bar is None:
-            print(line, flush=True)
-        else:
-            self.bar.set_description_str(self._seeds_done(), refresh=False)
-            self.bar.write(line, file=sys.stdout)
-
 
 class SearchConsole(_Display):
     """Shows a search as it goes: a line per trial, with where the search stands, which a terminal has in a bar."""
 
-    def __init__(self) -> None:
-        self.wanted = self.trained = 0
-        self.began = time.monotonic()
+    wanted = 0
 
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
-        self.wanted, self.began = wanted, time.monotonic()
-        how = f"{workers} at a time" if device.type == "cpu" or workers > 1 else "one after another"
+        self.wanted = wanted
         before = f", {done} of them done before" if done else ""
-        print(f"{name}: {wanted} in all{before}, {how}, on {device.type}", flush=True)
-        if sys.stdout.isatty() and done < wanted:
+        print(f"{name}: {wanted} in all{before}, {workers} at a time, on {device.type}", flush=True)
+        if done < wanted:
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
-            self.start_bar(wanted, "", form, smoothing=0, initial=done)
+            self.start_bar(wanted, form, smoothing=0, initial=done)
 
     def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None:
         from mnist_lab.running.search import trial_text
 
-        self.trained += 1
-        stand = [f"{count} {word}" for count, word in ((counts.pruned, "pruned"), (counts.failed, "failed")) if count]
+        stand = [f"{counts.done}/{self.wanted}"]
+        stand += [f"{count} {word}" for count, word in ((counts.pruned, "pruned"), (counts.failed, "failed")) if count]
         if counts.best is not None:
             stand.append(f"best {counts.best.accuracy:.2f} % with {trial_text(counts.best.values)}")
-        line = f"trial {number:>{len(str(self.wanted))}}  {outcome}  {trial_text(values)}"
         if self.bar is not None:
-            self.bar.set_postfix_str(", ".join(stand), refresh=False)
             self.bar.update()
-            self.bar.write(line, file=sys.stdout)
-            return
-        seconds = (time.monotonic() - self.began) / self.trained * (self.wanted - counts.done)
-        left = f"{timedelta(seconds=round(seconds))} left"
-        print(f"{line}  ({', '.join([f'{counts.done}/{self.wanted}', *stand, left])})", flush=True)
+        self.show(f"trial {number:>{len(str(self.wanted))}}  {outcome}  {trial_text(values)}", ", ".join(stand))
 
 
 def print_search(result: SearchResult, job: Job) -> None:

@@ -31,10 +31,9 @@ def tracking_uri(given: str | None = None) -> str:
     uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
     file = sqlite_file(uri)
     if file is None:
-        if uri.startswith("sqlite:"):
-            raise LabError(f"tracking store {uri!r} names no file; give {SQLITE}<path>/mlflow.db")
-        if "://" not in uri and uri != "databricks":  # it is not shown, as it may be a database's words with a password
-            raise LabError(f"tracking store: is no URI; give {SQLITE}<path>/mlflow.db or http://<host>:<port>")
+        # It is not shown, as it may be a database's words with a password.
+        if uri.startswith("sqlite:") or ("://" not in uri and uri != "databricks"):
+            raise LabError(f"tracking store: names none; give {SQLITE}<path>/mlflow.db or http://<host>:<port>")
         user_info = uri.partition("://")[2].rpartition("@")[0]
         if not USER_INFO.fullmatch(user_info):
             scheme = uri.partition(":")[0]
@@ -44,8 +43,7 @@ def tracking_uri(given: str | None = None) -> str:
             )
         return uri
     if "%" in str(file) or "?" in str(file):
-        message = "% and ? have a meaning of their own in a URI; choose another path"
-        raise LabError(f"tracking store {str(file)!r}: {message}")
+        raise LabError(f"tracking store {str(file)!r}: % and ? have another meaning in a URI; choose another path")
     return f"{SQLITE}{file}"
 
 

@@ -191,7 +191,7 @@ def full_run(mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory, worker_id
         if not said.exists():
             commit = identity.commit_tags(script)["git_commit"]
             folder.mkdir()
-            flags = ["--epochs", "1", "--limit", "12000", "--seed", "3", "--tracking-uri", f"sqlite:///{database}"]
+            flags = ["--epochs", "1", "--limit", "5000", "--seed", "3", "--tracking-uri", f"sqlite:///{database}"]
             process = run_program(script, *flags, cwd=folder)
             assert process.returncode == 0, process.stderr
             said.write_text(json.dumps([commit, process.stdout, process.stderr]))

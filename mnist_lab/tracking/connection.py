@@ -51,7 +51,7 @@ def ask(uri: str) -> None:
         raise_on_status=False,
     )
     if answer.status_code in REFUSALS:
-        raise ValueError(_refuses_you(answer.status_code))
+        raise ValueError(f"the server refuses you (HTTP {answer.status_code}): {REFUSALS[answer.status_code]}")
     try:
         content = answer.json()
     except ValueError:
@@ -65,17 +65,14 @@ def ask(uri: str) -> None:
         raise ValueError(f"what answers there is no MLflow server (HTTP {answer.status_code})")
 
 
-def _refuses_you(status: int) -> str:
-    return f"the server refuses you (HTTP {status}): {REFUSALS[status]}"
-
-
 def why_refused(error: Exception, uri: str = "") -> str:
     """Say why a store can't be used, the cause first: what a server or the network says of it can be long.
 
     uri: of a server, which is asked once more where MLflow has kept nothing of its answers but their number.
     """
-    if is_server(uri) and (status := _status(error)) in REFUSALS:
-        return _refuses_you(status)
+    status = _status(error) if is_server(uri) else 0
+    if status in REFUSALS:
+        return f"the server refuses you (HTTP {status}): {REFUSALS[status]}"
     for cause in _causes(error):
         match cause:
             case ssl.SSLError() | socket.gaierror() | ConnectionError():
@@ -114,26 +111,9 @@ def short_timeouts() -> AbstractContextManager[None]:
     return environment_variables({**_defaults(SHORT_TIMEOUT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
 
 
-@contextmanager
-def patience() -> Iterator[None]:
+def patience() -> AbstractContextManager[None]:
     """Let MLflow wait for a server as it does by itself: seven more attempts, the last after four minutes."""
-    network = logging.getLogger("urllib3.connectionpool")
-    network.addFilter(_say_that_it_waits)
-    try:
-        with environment_variables(_defaults(LONG_TIMEOUT)):
-            yield
-    finally:
-        network.removeFilter(_say_that_it_waits)
-
-
-def _say_that_it_waits(record: logging.LogRecord) -> bool:
-    """Put the lab's words for those of urllib3 before it tries again; `record` is dropped."""
-    if not str(record.msg).startswith("Retrying"):
-        return True
-    reasons = [part for part in record.args or () if isinstance(part, Exception)]
-    reason = why_refused(reasons[0]) if reasons else record.getMessage()
-    logger.warning("the tracking server gives no answer, and the run waits for it: %s", reason)
-    return False
+    return environment_variables(_defaults(LONG_TIMEOUT))
 
 
 def _defaults(timeout: int) -> dict[str, str]:
@@ -142,6 +122,18 @@ def _defaults(timeout: int) -> dict[str, str]:
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines for each run that ends on a server
     }
     return {name: value for name, value in defaults.items() if name not in os.environ}
+
+
+def _say_that_it_waits(record: logging.LogRecord) -> bool:
+    """Put the lab's words for those of urllib3 before it tries again; `record` is dropped."""
+    if not str(record.msg).startswith("Retrying"):
+        return True
+    reason = next((why_refused(part) for part in record.args or () if isinstance(part, Exception)), "")
+    logger.warning("the tracking server gives no answer, and the run waits for it: %s", reason)
+    return False
+
+
+logging.getLogger("urllib3.connectionpool").addFilter(_say_that_it_waits)
 
 
 @contextmanager

@@ -38,7 +38,6 @@ NETWORK, ORIGIN = "champion.pt2", "champion.json"
 NO_SUCH = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's words for no such model, and no such alias
 RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
 STEP = re.compile(r"\w[\w.-]*")
-MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]+)|@(?P<alias>.+))?")
 CALLED = "objective: teacher"
 EXPORTED = "data/model.pt2"  # by torch.export, in an MLflow model's folder
 # What is in such a file: numbers, JSON, and an example of the inputs.
@@ -187,17 +186,12 @@ def _model_id(store: Store, declared: str, holdout: int, called: str) -> str:
         return _model_of(store, store.client.get_run(match["run_id"]), match["name"], called)
     if STEP.fullmatch(declared):
         return _model_of(store, _newest_run(store, declared, holdout, called), "model", called)
-    match = MODEL_URI.fullmatch(declared)
-    if match is None:
+    if not declared.startswith("models:/"):
         raise LabError(
             f"{called} {declared!r} is neither runs:/<id>/model nor models:/<name>/<version> nor the name of a script"
         )
-    name, version, alias = match["name"], match["version"], match["alias"]
-    if not version and not alias:
-        return name
-    by_alias = store.client.get_model_version_by_alias
-    registered = store.client.get_model_version(name, version) if version else by_alias(name, alias)
-    return str(registered.source).removeprefix("models:/")
+    with environment_variables({"MLFLOW_TRACKING_URI": store.uri}):
+        return str(mlflow.models.get_model_info(declared).model_id)
 
 
 def _model_of(store: Store, run: Run, name: str, called: str) -> str:
@@ -211,19 +205,14 @@ def _model_of(store: Store, run: Run, name: str, called: str) -> str:
 
 def _newest_run(store: Store, step: str, holdout: int, called: str) -> Run:
     """Return the newest finished run of a script, as it is declared, with this hold-out."""
-    why_none = ""
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.step = '{step}'"):
-        if run.data.tags.get("overrides") or run.data.params.get("holdout", "0") != str(holdout):
-            continue
-        if "folds" not in run.data.params and "model" not in run.data.tags:
+        as_declared = not run.data.tags.get("overrides") and run.data.params.get("holdout", "0") == str(holdout)
+        if as_declared and "folds" not in run.data.params and "model" not in run.data.tags:
             return run
-        why_none = run.data.tags.get("model", why_none)
-    if why_none:
-        raise LabError(f"{called} {step!r}: no run of that script has a network: {why_none}; train it")
     with_holdout = f" with --holdout {holdout}" if holdout else ""
     raise LabError(
         f"{called} {step!r}: {store.name!r} has no finished run of that script as declared{with_holdout}; "
-        "train it first, or give runs:/<id>/model or models:/<name>/<version>"
+        "train it first (restored runs keep no network), or give runs:/<id>/model or models:/<name>/<version>"
     )
 
 

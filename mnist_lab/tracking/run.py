@@ -16,24 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import mlflow
 import numpy as np
 import torch
 from filelock import FileLock
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModel,
-    LoggedModelOutput,
-    Metric,
-    Param,
-    Run,
-    RunTag,
-)
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 from mlflow.tracking.context.registry import resolve_tags
@@ -59,7 +49,7 @@ from mnist_lab.tracking.store import (
 METRICS_PER_CALL = 900  # MLflow takes 1,000 things at once
 MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 MODEL_STEP = 0  # a model belongs to the metrics that a run has one value of
-PAUSES = (0.05, 0.2, 0.5)  # seconds until what another run was writing at the same moment is written
+PAUSES = (0.05, 0.2, 0.5, 1)  # seconds until what another run was writing at the same moment is written
 THERE_ALREADY = ("unique constraint", "duplicate entry", "duplicate key")  # in the words of the databases
 CALLS = [name for name in dir(mlflow) if name.startswith(("log_", "set_tag")) or name == "start_run"]
 RUN, STORE = "MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI"  # of the run that MLflow goes on with where none is active
@@ -87,35 +77,27 @@ class TrackedRun:
 
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Log one point of each metric at `step=epoch`."""
-        self._log_points(metrics, step=epoch)
+        self.log_missing({epoch: metrics})
+
+    def log_once(self, metrics: Mapping[str, float]) -> None:
+        """Log metrics that a run has one value of."""
+        self.log_missing({0: metrics})
 
     def log_missing(self, epochs: Mapping[int, Mapping[str, float]]) -> None:
         """Log those points of these epochs that the run does not have yet, so that each is there once."""
         names = {name for metrics in epochs.values() for name in metrics} & self._logged_before
-        with self._writing():
-            histories = [(name, self._client.get_metric_history(self.run_id, name)) for name in names]
-        logged = {(name, point.step) for name, points in histories for point in points}
-        now = self._now()
-        missing = [
-            Metric(name, value, now, epoch)
-            for epoch, metrics in epochs.items()
-            for name, value in metrics.items()
-            if (name, epoch) not in logged
-        ]
-        with self._writing():
-            for first in range(0, len(missing), METRICS_PER_CALL):
-                self._client.log_batch(self.run_id, metrics=missing[first : first + METRICS_PER_CALL])
-
-    def log_once(self, metrics: Mapping[str, float]) -> None:
-        """Log metrics that a run has one value of; of a resumed run, those that it does not have yet."""
-        if missing := {name: value for name, value in metrics.items() if name not in self._logged_before}:
-            self._log_points(missing, step=0)
-
-    def _log_points(self, metrics: Mapping[str, float], step: int) -> None:
         now = self._now()
         with self._writing():  # MLflow drops a point that it has, with the same time and value
-            points = [Metric(name, value, now, step) for name, value in metrics.items()]
-            self._client.log_batch(self.run_id, metrics=points)
+            histories = [(name, self._client.get_metric_history(self.run_id, name)) for name in names]
+            logged = {(name, point.step) for name, points in histories for point in points}
+            missing = [
+                Metric(name, value, now, epoch)
+                for epoch, metrics in epochs.items()
+                for name, value in metrics.items()
+                if (name, epoch) not in logged
+            ]
+            for first in range(0, len(missing), METRICS_PER_CALL):
+                self._client.log_batch(self.run_id, metrics=missing[first : first + METRICS_PER_CALL])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         with self._writing():
@@ -140,6 +122,7 @@ class TrackedRun:
 
     def log_data(self, mnist: Mnist, source: Path) -> None:
         """Log the parts of MNIST as MLflow inputs, with the SHA-256 of the files as digest (its first 36 digits)."""
+        inputs = []
         for context, images, labels in (
             ("training", mnist.train_images, mnist.train_labels),
             ("validation", mnist.validation_images, mnist.validation_labels),
@@ -151,20 +134,21 @@ class TrackedRun:
                 pixels, targets = images.cpu().numpy(), labels.cpu().numpy()
                 digest, name = mnist.sha256[:MAX_DIGEST], f"MNIST {context}"
                 dataset = from_numpy(pixels, source=str(source), targets=targets, name=name, digest=digest)
-            with self._writing():
-                self._log_input(context, dataset.to_dict())
+            inputs.append(DatasetInput(Dataset(**dataset.to_dict()), [InputTag(MLFLOW_DATASET_CONTEXT, context)]))
+        with self._writing():
+            self._log_inputs(inputs)
 
-    def _log_input(self, context: str, dataset: Mapping[str, Any]) -> None:
-        """Log a data set. Of two runs that are the first to do so at the same moment, the database refuses one."""
-        data = DatasetInput(Dataset(**dataset), [InputTag(MLFLOW_DATASET_CONTEXT, context)])
+    def _log_inputs(self, inputs: list[DatasetInput]) -> None:
+        """Log data sets. Of two runs that are the first to do so at the same moment, the database refuses one."""
         for pause in PAUSES:
             try:
-                return self._client.log_inputs(self.run_id, [data])
+                self._client.log_inputs(self.run_id, inputs)
             except MlflowException as error:
-                if not _is_there_already(error):
+                if not _is_there_already(error) or pause == PAUSES[-1]:
                     raise
-            time.sleep(pause)
-        return self._client.log_inputs(self.run_id, [data])
+                time.sleep(pause)
+            else:
+                return
 
     def log_predictions(self, truth: Tensor, logits: Tensor, images: Tensor | None = None) -> None:
         """Log truth (N,), prediction (N,) and logits (N, 10) as `predictions.npz`, pickle-free.
@@ -375,7 +359,7 @@ def _create_run(store: Store, run_name: str, tags: Mapping[str, str]) -> Tracked
     run = store.client.create_run(store.experiment_id, started, all_tags, run_name)
     try:
         return TrackedRun(store, run, take_lock(store, run.info.run_id))
-    except LabError:
+    except OSError:
         store.client.set_terminated(run.info.run_id, "FAILED")
         raise
 
@@ -436,19 +420,11 @@ def _forget_exports() -> None:
 
 
 @contextmanager
-def silenced() -> Iterator[set[str]]:
-    """Let these functions do nothing; yield the set of the names by which they are called."""
-    called: set[str] = set()
-
-    def silent(name: str) -> Any:
-        def ignore(*_: object, **__: object) -> Any:
-            called.add(f"mlflow.{name}")
-            return nullcontext()  # start_run is a context
-
-        return ignore
-
-    with patch.multiple(mlflow, **{name: silent(name) for name in CALLS}):
-        yield called
+def silenced() -> Iterator[Mapping[str, Mock]]:
+    """Let these functions do nothing; yield them by their names, as mocks that know whether they were called."""
+    silent = {name: Mock(return_value=nullcontext()) for name in CALLS}  # start_run is a context
+    with patch.multiple(mlflow, **silent):
+        yield silent
 
 
 @contextmanager
@@ -465,15 +441,11 @@ def adopted(uri: str, run_id: str) -> Iterator[None]:
                     mlflow.end_run()  # the lab says how it has ended
 
 
-def notices(called: set[str]) -> Iterator[str]:
-    """Yield notices of what a script logs elsewhere, given the functions that it called while it was tried."""
+def notices(silenced: Mapping[str, Mock]) -> Iterator[str]:
+    """Yield a notice of what a script logs elsewhere; `silenced` knows what it called while it was tried."""
+    log_here = "mlflow.log_metric and the like log into the lab's run"
     if (active := mlflow.active_run()) is not None:
-        yield (
-            f"mlflow: the script has begun run {active.info.run_id}, in {active.info.artifact_uri}, and what it logs "
-            "goes there; call mlflow.end_run() before main(), and mlflow.log_metric and the like log into the lab's run"
-        )
-    elif "mlflow.start_run" in called:
-        yield (
-            "mlflow: the script calls mlflow.start_run, which begins runs beside the lab's; leave it out: "
-            "mlflow.log_metric and the like log into the lab's run"
-        )
+        where = f"run {active.info.run_id}, in {active.info.artifact_uri}"
+        yield f"mlflow: what the script logs goes to {where}; call mlflow.end_run() before main(), and {log_here}"
+    elif silenced["start_run"].called:
+        yield f"mlflow: the script calls mlflow.start_run, which begins runs beside the lab's; leave it out: {log_here}"

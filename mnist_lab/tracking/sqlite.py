@@ -68,11 +68,11 @@ def check_writable(uri: str) -> None:
     file = sqlite_file(uri)
     if file is None:
         return
-    folders = [file.parent, *(file.parent / name for name in (ARTIFACTS, CHECKPOINTS, LOCKS))]
     tried = file
     try:
         is_there = file.exists()
-        for tried in dict.fromkeys(_existing(folder) for folder in folders):
+        for folder in (file.parent, *(file.parent / name for name in (ARTIFACTS, CHECKPOINTS, LOCKS))):
+            tried = next(path for path in (folder, *folder.parents) if path.exists())
             with tempfile.TemporaryFile(dir=tried, buffering=0) as probe:  # without a name, where Linux can
                 if probe.write(os.urandom(ROOM)) < ROOM:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -89,11 +89,6 @@ def check_writable(uri: str) -> None:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("CREATE TABLE probe (x)")
             connection.execute("ROLLBACK")
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def follow_move(uri: str) -> None:
@@ -173,24 +168,19 @@ def read_points(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> 
     Raises:
         MlflowException, SQLAlchemyError, OSError: if the store can't be read.
     """
-    read = _over_http if uri.startswith(("http://", "https://")) else _by_sql
-    return read(uri, epochs, metrics)
+    if uri.startswith(("http://", "https://")):
+        return _over_http(uri, epochs, metrics)
 
-
-def _by_sql(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> list[Point]:
     import sqlalchemy  # slow to import
 
     query = sqlalchemy.text(
         "SELECT run_uuid, key, step, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics "
         "WHERE run_uuid IN :run_ids AND key IN :keys ORDER BY timestamp"
     ).bindparams(sqlalchemy.bindparam("run_ids", expanding=True), sqlalchemy.bindparam("keys", metrics, expanding=True))
-    engine = sqlalchemy.create_engine(uri)
-    try:
-        with engine.connect() as connection:
-            rows = connection.execute(query, {"run_ids": list(epochs)})
-            return [(run_id, metric, epoch, value) for run_id, metric, epoch, value in rows]
-    finally:
-        engine.dispose()
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        rows = connection.execute(query, {"run_ids": list(epochs)})
+        return [(run_id, metric, epoch, value) for run_id, metric, epoch, value in rows]
 
 
 def _over_http(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> Iterator[Point]:

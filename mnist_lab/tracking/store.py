@@ -108,30 +108,27 @@ def open_store(uri: str | None = None) -> Store:
     uri = tracking_uri(uri)
     if time.time() < 0:  # MLflow takes no time before 1970
         raise LabError(f"clock: this machine's says {time.ctime()}: set it")
-    store = _open(uri)
-    close_abandoned(store)
-    return store
-
-
-def _open(uri: str) -> Store:
     database = sqlite_file(uri)
+    check_writable(uri)  # before a lock file is left beside what is not ours
     try:
         if database is None:
             ask(uri)
             with short_timeouts():
-                return Store(uri, experiment_of(uri).experiment_id)
-        check_writable(uri)  # before a lock file is left beside what is not ours
-        database.parent.mkdir(parents=True, exist_ok=True)
-        # Two processes that make the same new database at once would break it.
-        with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
-            if not database.exists():
-                _create(database)
-            follow_move(uri)
-            return Store(uri, experiment_of(uri, artifacts_of(database)).experiment_id, file_id(database))
+                store = Store(uri, experiment_of(uri).experiment_id)
+        else:
+            database.parent.mkdir(parents=True, exist_ok=True)
+            # Two processes that make the same new database at once would break it.
+            with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
+                if not database.exists():
+                    _create(database)
+                follow_move(uri)
+                store = Store(uri, experiment_of(uri, artifacts_of(database)).experiment_id, file_id(database))
     except LabError:
         raise
     except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error, ValueError) as error:
         raise LabError(f"tracking store {without_password(uri)!r} can't be used: {why_refused(error, uri)}") from error
+    close_abandoned(store)
+    return store
 
 
 def _create(database: Path) -> None:
@@ -229,21 +226,20 @@ def finished_runs(
     """
     found: dict[int, FinishedRun] = {}
     restored: dict[int, FinishedRun] = {}
-    elsewhere: dict[int, str] = {}
+    elsewhere: set[int] = set()
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
-        seed, made_on = run.data.params.get("seed", ""), run.data.tags.get("hardware", "")
+        seed = run.data.params.get("seed", "")
         alike = run.data.params == {**params, "seed": seed} and tags.items() <= run.data.tags.items()
         if not alike or not seed.isdecimal() or figure not in run.data.metrics:
             continue
-        if RESTORED in run.data.tags and not rounds_alike(made_on, hardware):
-            elsewhere[int(seed)] = made_on
+        if RESTORED in run.data.tags and not rounds_alike(run.data.tags.get("hardware", ""), hardware):
+            elsewhere.add(int(seed))
             continue
         kind = restored if RESTORED in run.data.tags else found
         kind.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
-    if missing := sorted(elsewhere.keys() - found.keys() - restored.keys()):
-        seeds, makers = ", ".join(map(str, missing)), ", ".join(sorted({repr(elsewhere[seed]) for seed in missing}))
-        message = "restored runs of seed %s are not taken over: they were made on %s, and this is %r"
-        logger.warning(message, seeds, makers, hardware)
+    if missing := sorted(elsewhere - found.keys() - restored.keys()):
+        message = "restored runs of seed %s are not taken over: they were made on other hardware than this, %r"
+        logger.warning(message, ", ".join(map(str, missing)), hardware)
     return {**restored, **found}
 
 
@@ -259,11 +255,14 @@ def close_abandoned(store: Store) -> None:
     The lock that it held tells whether it is gone. Where that says nothing, as on another machine, the run is left,
     unless it is of a worker of a cluster, which ends with the process that wrote the parent's run.
     """
-    for run in reversed(search(store, "attributes.status = 'RUNNING'")):  # parents first
+    running = {run.info.run_id: run for run in reversed(search(store, "attributes.status = 'RUNNING'"))}
+    for run_id, run in [*running.items()]:  # parents first
+        parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+        is_orphan = parent not in (None, *running) and run.data.tags.get("process", "").endswith(f" {OF_CLUSTER}")
         # Another machine may reach the folder of locks by a network that shows it none.
-        seen = Path(lock_of(store, run.info.run_id).lock_file).exists() and _is_of_this_system(run)
-        if seen or _is_orphan(store, run):
-            _kill_unless_locked(store, run)
+        seen = Path(lock_of(store, run_id).lock_file).exists() and _is_of_this_system(run)
+        if (seen or is_orphan) and _kill_unless_locked(store, run_id):
+            del running[run_id]
 
 
 def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) -> list[str]:
@@ -275,31 +274,22 @@ def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) ->
     named = [run for run in children if run_name in (None, run.info.run_name)]
     for run in named:
         if run.info.status == "RUNNING":
-            _kill_unless_locked(store, run)
+            _kill_unless_locked(store, run.info.run_id)
     return [run.info.run_id for run in named]
 
 
-def _is_orphan(store: Store, run: Run) -> bool:
-    parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
-    if parent is None or not run.data.tags.get("process", "").endswith(f" {OF_CLUSTER}"):
-        return False
-    with store_failures(store, "can't be read"), short_timeouts():
-        return bool(store.client.get_run(parent).info.status != "RUNNING")
-
-
-def _kill_unless_locked(store: Store, run: Run) -> None:
-    """Mark a run KILLED that stands as RUNNING, but for one that a process on this machine still writes."""
-    lock = lock_of(store, run.info.run_id)
-    was_locked = Path(lock.lock_file).exists()  # the file is removed when the run is closed
+def _kill_unless_locked(store: Store, run_id: str) -> bool:
+    """Mark a run KILLED that stands as RUNNING, and say so; leave one that a process on this machine still writes."""
+    lock = lock_of(store, run_id)
     with store_failures(store, "can't be written"), suppress(Timeout), short_timeouts():
-        if was_locked:
-            lock.acquire()
+        lock.acquire()
         try:
-            if store.client.get_run(run.info.run_id).info.status == "RUNNING":  # it may have ended by itself since
-                store.client.set_terminated(run.info.run_id, "KILLED")
+            if store.client.get_run(run_id).info.status == "RUNNING":  # it may have ended by itself since
+                store.client.set_terminated(run_id, "KILLED")
         finally:
-            if was_locked:
-                release(lock)
+            release(lock)
+        return True
+    return False
 
 
 def search(store: Store, condition: str) -> list[Run]:
@@ -328,18 +318,18 @@ def _is_of_this_system(run: Run) -> bool:
 
 def _boot() -> str:
     """Return what names the running system from its start on, the same in all containers."""
-    return _content("/proc/sys/kernel/random/boot_id") or f"{_machine()}@{psutil.boot_time():.0f}"
+    return _content("/proc/sys/kernel/random/boot_id", f"{_machine()}@{psutil.boot_time():.0f}")
 
 
 def _machine() -> str:
     """Return what names this machine, whenever it was started."""
-    return _content("/etc/machine-id") or f"{uuid.getnode():012x}"
+    return _content("/etc/machine-id", f"{uuid.getnode():012x}")
 
 
-def _content(file: str) -> str:
+def _content(file: str, default: str) -> str:
     with suppress(OSError):
-        return Path(file).read_text().strip()
-    return ""
+        return Path(file).read_text().strip() or default
+    return default
 
 
 def lock_of(store: Store, run_id: str) -> FileLock:
@@ -349,15 +339,12 @@ def lock_of(store: Store, run_id: str) -> FileLock:
 
 
 def take_lock(store: Store, run_id: str) -> FileLock:
-    """Take the lock of a run that this process is going to write; raises LabError if another process has it."""
+    """Take the lock of a run that this process is going to write; LabError if another process has it, or OSError."""
     lock = lock_of(store, run_id)
     try:
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOCK_TIMEOUT)
     except Timeout:
         raise LabError(f"resume: run {run_id} is still in training, in another process") from None
-    except OSError as error:
-        raise LabError(f"lock {lock.lock_file} of run {run_id} can't be made: {error.strerror}") from error
     return lock
 
 
@@ -370,10 +357,8 @@ def release(lock: FileLock) -> None:
 @contextmanager
 def alone(uri: str, work: str, sentence: str) -> Iterator[None]:
     """Keep other processes from this work on a store; raises LabError with the sentence where one is at it."""
-    file = own_folder(uri) / LOCKS / f"{work}.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(file, timeout=0):
+        with FileLock(own_folder(uri) / LOCKS / f"{work}.lock", timeout=0):
             yield
     except Timeout:
         raise LabError(sentence) from None
@@ -402,8 +387,7 @@ def resumable_run(store: Store, run_id: str, *, finished_too: bool = False) -> R
     if run.info.status == "FINISHED" and not finished_too:
         raise LabError(f"resume: run {run_id} has finished")
     if run.info.status == "RUNNING":
-        reason = "is still in training, in another process, as far as can be told from here"
-        raise LabError(f"resume: run {run_id} {reason}")
+        raise LabError(f"resume: run {run_id} is still in training, as far as can be told from here")
     return run
 
 
@@ -451,7 +435,7 @@ def replace_files(contents: Mapping[Path, str | bytes]) -> None:
             except OSError as error:
                 error.filename = str(file)  # a full disk is said without it
                 raise
-            with suppress(FileNotFoundError):
+            if target.exists():
                 shutil.copymode(target, new[target])
         for target, written in new.items():
             written.replace(target)
@@ -459,8 +443,7 @@ def replace_files(contents: Mapping[Path, str | bytes]) -> None:
             sync_to_disk(folder)
     finally:
         for written in new.values():
-            with suppress(OSError):
-                written.unlink()
+            written.unlink(missing_ok=True)
 
 
 def sync_to_disk(path: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_real_epoch_learns(full_run: FullRun) -> None:
 
 def test_the_params_are_the_declared_hyperparameters(full_run: FullRun) -> None:
     assert (full_run.tracked.name, full_run.tracked.status) == (
-        "step1_baseline seed 3 [epochs=1 limit=12000]",
+        "step1_baseline seed 3 [epochs=1 limit=5000]",
         "FINISHED",
     )
     assert full_run.tracked.params == {
@@ -77,7 +77,7 @@ def test_the_description_is_the_verdict_and_what_was_planned_where_the_run_is_ov
     story = read_story(full_run.script)
 
     assert re.search(r"^\| accuracy +\| at least 99.4 % +\| 9\d\.\d\d % +\| missed +\|$", text, re.MULTILINE)
-    assert "**Overridden:** `epochs=1 limit=12000`" in text
+    assert "**Overridden:** `epochs=1 limit=5000`" in text
     assert f"**{story.title}**" in text
     assert f"**Target:** {dict(story.sections)['Target']}" in text
     assert "**Result:**" not in text  # the docstring's Result is that of 14 epochs
@@ -104,7 +104,7 @@ def test_the_tags_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) 
     assert own.pop("threads") == json.loads((full_run.tracked.artifacts / "environment.json").read_text())["threads"]
     assert own == {
         "step": "step1_baseline",
-        "overrides": "epochs=1 limit=12000",
+        "overrides": "epochs=1 limit=5000",
         "git_commit": full_run.commit,
         "data_sha256": mnist.sha256,
         "torch": torch.__version__.partition("+")[0],
@@ -131,7 +131,7 @@ def inputs_of(database: Path, run: TrackedRun, mnist: Mnist) -> dict[str, list[i
 
 def test_the_data_are_inputs_of_the_run(full_run: FullRun, mnist: Mnist) -> None:
     inputs = inputs_of(full_run.database, full_run.tracked, mnist)
-    assert inputs == {"training": [12_000, 1, 28, 28], "test": [10_000, 1, 28, 28]}
+    assert inputs == {"training": [5_000, 1, 28, 28], "test": [10_000, 1, 28, 28]}
 
 
 def test_the_kept_predictions_give_the_logged_accuracy(full_run: FullRun, mnist: Mnist) -> None:

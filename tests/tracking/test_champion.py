@@ -132,12 +132,9 @@ def test_the_median_seed_is_chosen(accuracies: dict[int, float], median: int, ur
         write_run(store, "step1_plain", seed + 50, [98.0], start_time=T0 + 99, tags={"restored": "c0ffee"})
     run = results.median_run("step1_plain", tracking_uri=uri)
     assert run["seed"] == median
-
-
-def test_restored_runs_have_no_network_to_choose(uri: str) -> None:
-    write_run(open_store(uri), "step1_plain", 0, [99.0], start_time=T0, tags={"restored": "c0ffee"})
-    with pytest.raises(LabError, match="all runs of 'step1_plain' were restored, and these have no network; train it"):
-        results.median_run("step1_plain", tracking_uri=uri)
+    write_run(store, "step2_plain", 0, [99.0], start_time=T0, tags={"restored": "c0ffee"})
+    with pytest.raises(LabError, match="all runs of 'step2_plain' were restored, and these have no network; train it"):
+        results.median_run("step2_plain", tracking_uri=uri)
 
 
 def test_a_champion_is_registered_and_can_be_committed(

@@ -147,19 +147,6 @@ def test_a_run_named_like_a_path_touches_no_file(uri: str, tmp_path: Path, monke
     assert victim.read_text() == "mine"
 
 
-def test_a_lock_that_cannot_be_made_leaves_no_run_in_training(uri: str, database: Path) -> None:
-    store = open_store(uri)
-    (database.parent / "locks").write_text("a file")
-
-    with (
-        pytest.raises(LabError, match=r"^lock .* can't be made: "),
-        track(store, "a run", params={}, tags={}),
-    ):
-        pytest.fail("it began")
-
-    assert status(database) == "FAILED"
-
-
 def test_a_deleted_run_is_refused_by_name(uri: str, caplog: pytest.LogCaptureFixture) -> None:
     run_id = killed(uri)
     MlflowClient(uri).delete_run(run_id)

@@ -73,48 +73,41 @@ def test_a_project_that_was_renamed_again_and_again_and_copied_shows_every_runs_
 # ---- what is changed, and what is not
 
 
-class Places:
-    """The artifact locations in a database: of the experiment `mnist`, another experiment, runs and models."""
+TABLES = """
+    CREATE TABLE experiments (name TEXT, artifact_location TEXT);
+    CREATE TABLE runs (artifact_uri TEXT);
+    CREATE TABLE logged_models (artifact_location TEXT);
+    CREATE TABLE model_versions (source TEXT, storage_location TEXT);
+"""
 
-    TABLES = """
-        CREATE TABLE experiments (name TEXT, artifact_location TEXT);
-        CREATE TABLE runs (artifact_uri TEXT);
-        CREATE TABLE logged_models (artifact_location TEXT);
-        CREATE TABLE model_versions (source TEXT, storage_location TEXT);
-    """
 
-    def __init__(self, folder: Path, location: str, runs: list[str]) -> None:
-        self.database = folder / "mlflow.db"
-        folder.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self.database)) as connection, connection:
-            connection.executescript(self.TABLES)
-            connection.execute("INSERT INTO experiments VALUES ('mnist', ?), ('of others', 'file:///x')", (location,))
-            for values in ("runs VALUES (?)", "logged_models VALUES (?)", "model_versions VALUES (?, NULL)"):
-                connection.executemany(f"INSERT INTO {values}", [(one,) for one in runs])
-
-    def follow(self) -> list[str]:
-        """Return the location of `mnist` and those of the runs, after the store was asked whether it was moved."""
-        follow_move(f"sqlite:///{self.database}")
-        with closing(sqlite3.connect(self.database)) as connection:
-            runs = connection.execute("SELECT artifact_uri FROM runs").fetchall()
-            assert connection.execute("SELECT artifact_location FROM logged_models").fetchall() == runs
-            assert connection.execute("SELECT source FROM model_versions").fetchall() == runs
-            (mnist,), other = connection.execute("SELECT artifact_location FROM experiments").fetchall()
-            assert other == ("file:///x",)
-            return [mnist, *(one for (one,) in runs)]
+def places(folder: Path, location: str, runs: list[str]) -> list[str]:
+    """Return where `mnist` and its runs are in a database with these places, once it is asked whether it was moved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(folder / "mlflow.db")) as connection, connection:
+        connection.executescript(TABLES)
+        connection.execute("INSERT INTO experiments VALUES ('mnist', ?), ('of others', 'file:///x')", (location,))
+        for table in ("runs VALUES (?)", "logged_models VALUES (?)", "model_versions VALUES (?, NULL)"):
+            connection.executemany(f"INSERT INTO {table}", [(one,) for one in runs])
+        connection.commit()
+        for _ in range(2):  # the second time changes nothing
+            follow_move(f"sqlite:///{folder}/mlflow.db")
+        kept = connection.execute("SELECT artifact_uri FROM runs").fetchall()
+        assert connection.execute("SELECT artifact_location FROM logged_models").fetchall() == kept
+        assert connection.execute("SELECT source FROM model_versions").fetchall() == kept
+        (mnist,), other = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+        assert other == ("file:///x",)
+    return [mnist, *(one for (one,) in kept)]
 
 
 def test_paths_inside_the_folder_are_corrected_and_no_others(tmp_path: Path) -> None:
     old, new = tmp_path / "alt #1 ü" / "artifacts", tmp_path / "new #2 é" / "artifacts"
     beside = [old.with_name("artifacts2").as_uri() + "/r3", "mlflow-artifacts:/r4", "s3://bucket/artifacts", "./rel"]
-    places = Places(new.parent, old.as_uri(), [f"{old.as_uri()}/r1", f"{old.as_uri()}/r2", *beside])
     (new / "r2").mkdir(parents=True)
 
-    moved = [new.as_uri(), f"{new.as_uri()}/r1", f"{new.as_uri()}/r2", *beside]
-    assert places.follow() == moved
-    before = places.database.read_bytes()
-    assert places.follow() == moved
-    assert places.database.read_bytes() == before
+    found = places(new.parent, old.as_uri(), [f"{old.as_uri()}/r1", f"{old.as_uri()}/r2", *beside])
+
+    assert found == [new.as_uri(), f"{new.as_uri()}/r1", f"{new.as_uri()}/r2", *beside]
 
 
 @pytest.mark.parametrize(
@@ -124,13 +117,13 @@ def test_what_was_not_moved_with_its_artifacts_is_left_alone(case: str, tmp_path
     old, new = (tmp_path / name / "artifacts" for name in ("old", "new"))
     location = {"a server's": "mlflow-artifacts:/1", "a folder of the user's": str(tmp_path / "big disk")}
     runs = [f"{old.as_uri()}/r1"] * (case != "no runs")  # without any, it keeps its artifacts beside it
-    places = Places(new.parent, location.get(case, old.as_uri()), runs)
     if case != "nothing beside it":
         (new / "something").mkdir(parents=True)
     if case in ("others' artifacts beside it", "no runs"):
         (old / "r1").mkdir(parents=True)
 
-    assert places.follow() == ([new.as_uri()] if case == "no runs" else [location.get(case, old.as_uri()), *runs])
+    stays = location.get(case, old.as_uri())
+    assert places(new.parent, stays, runs) == ([new.as_uri()] if case == "no runs" else [stays, *runs])
 
 
 # ---- an interrupted run

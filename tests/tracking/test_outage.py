@@ -149,11 +149,10 @@ def check_same(run: TrackedRun, whole: TrackedRun, server: Server) -> None:
     client = mlflow.MlflowClient(server.uri)
     inputs, wanted = (client.get_run(one.run_id).inputs.dataset_inputs for one in (run, whole))
     assert sorted(map(str, inputs)) == sorted(map(str, wanted))
-    model, theirs_too = (only_model(client, one.run_id) for one in (run, whole))
-    assert model.status == "READY"
-    assert sorted((m.key, m.step, m.value) for m in model.metrics) == sorted(
-        (m.key, m.step, m.value) for m in theirs_too.metrics
-    )
+    models = [only_model(client, one.run_id) for one in (run, whole)]
+    assert [model.status for model in models] == ["READY", "READY"]
+    metrics, theirs = (sorted((m.key, m.step, m.value) for m in model.metrics) for model in models)
+    assert metrics == theirs
     with environment_variables({"MLFLOW_TRACKING_URI": server.uri}):
         nets = [mlflow.pytorch.load_model(f"runs:/{one.run_id}/{one.tags['step']}") for one in (run, whole)]
     images = torch.rand(3, 1, 28, 28)
@@ -207,32 +206,31 @@ def test_a_server_gives_the_same_tables_as_the_file_and_the_history_of_many_runs
     assert len(histories) == math.ceil(8 / 3) * len(TESTED.each_epoch)
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(20, marks=pytest.mark.long)])  # and those that its start takes
-def test_a_server_that_is_away_for_a_while_is_waited_for(
-    seconds: int, whole: TrackedRun, server: Server, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize(
+    ("fault", "seconds"),
+    [
+        ("killed", 2),  # and those that its start takes
+        pytest.param("killed", 20, marks=pytest.mark.long),
+        pytest.param("frozen", 8, marks=pytest.mark.long),
+    ],
+)
+def test_a_server_that_is_away_or_hangs_for_a_while_is_waited_for(
+    fault: str, seconds: int, whole: TrackedRun, server: Server, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5" if fault == "frozen" else "30")
+
     def go_away() -> None:
-        server.kill()
-        threading.Timer(seconds, server.start).start()
+        if fault == "frozen":
+            os.killpg(server.process.pid, signal.SIGSTOP)
+            threading.Timer(seconds, os.killpg, (server.process.pid, signal.SIGCONT)).start()
+        else:
+            server.kill()
+            threading.Timer(seconds, server.start).start()
 
     run_id = train(server.uri, After(1, go_away))
 
     assert "the run waits for it" in caplog.text
-    check_same(by_id(server, run_id), whole, server)
-
-
-@pytest.mark.long
-def test_a_server_that_hangs_for_a_while_is_waited_for(
-    whole: TrackedRun, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-
-    def hang() -> None:
-        os.killpg(server.process.pid, signal.SIGSTOP)
-        threading.Timer(8, os.killpg, (server.process.pid, signal.SIGCONT)).start()
-
-    run_id = train(server.uri, After(2, hang))
-
     check_same(by_id(server, run_id), whole, server)
 
 

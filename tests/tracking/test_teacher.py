@@ -107,7 +107,9 @@ def test_a_teacher_is_loaded_frozen_and_given_images_as_it_was_trained_on(
     assert 100 * correct.item() / 300 == pytest.approx(run.metrics["final_test_accuracy"][0][1])
 
 
-def test_a_student_is_trained_by_its_teacher_and_says_which_it_was(train: Callable[..., TrackedRun]) -> None:
+def test_a_student_says_which_teacher_it_learns_from_and_keeps_it_when_it_goes_on(
+    train: Callable[..., TrackedRun], uri: str, tmp_path: Path
+) -> None:
     teacher = train("large")
     run = train("small", objective=student("large"))
 
@@ -116,23 +118,14 @@ def test_a_student_is_trained_by_its_teacher_and_says_which_it_was(train: Callab
     assert run.params["teacher"] == "large"
     assert run.metrics["num_params"] == [(0, 7850)]  # the teacher's do not count
 
-
-def test_an_interrupted_student_keeps_the_teacher_that_it_began_with(
-    train: Callable[..., TrackedRun], uri: str, tmp_path: Path
-) -> None:
-    first = train("large")
-    store = open_store(uri)
-    script = tmp_path / "small.py"
-    script.touch()
-    optimizer = partial(SGD, lr=0.1)
+    store, optimizer = open_store(uri), partial(SGD, lr=0.1)
     experiment = Experiment(net=Net, epochs=1, batch_size=64, optimizer=optimizer, objective=student("large"))
-    job = Job(script=script, experiment=experiment, tracking_uri=uri)
+    job = Job(script=tmp_path / "small.py", experiment=experiment, tracking_uri=uri)
     begun = with_teacher(job, store)
     train("large", seed=1)
-
-    assert with_teacher(job, store, begun.identity).teacher == begun.teacher
     assert begun.teacher is not None
-    assert begun.teacher.run_id == first.run_id
+    assert with_teacher(job, store, begun.identity).teacher == begun.teacher
+    assert begun.teacher.run_id == teacher.run_id
     assert with_teacher(job, store).teacher != begun.teacher
 
 
