@@ -226,7 +226,7 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
         f"Runs that had begun are marked KILLED; the same command trains only the {job.unit}s that are missing."
     )
     seeds = arguments.seeds or range(job.folds)
-    with sentences(lambda: consequence), _trainers(arguments) as trainers, closing(StudyConsole(job)) as console:
+    with sentences(lambda: consequence), _trainers(job, arguments) as trainers, closing(StudyConsole(job)) as console:
         result = study(job, seeds, console, trainers, again=arguments.again)
     print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the {job.unit}s below it.", flush=True)
     if result.failed:
@@ -241,7 +241,7 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
     from mnist_lab.running import search
 
     consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
-    with sentences(lambda: consequence), _trainers(arguments) as trainers, closing(SearchConsole()) as console:
+    with sentences(lambda: consequence), _trainers(job, arguments) as trainers, closing(SearchConsole()) as console:
         result = search.search(job, space, arguments.search, console, trainers, again=arguments.again)
     print_search(result, job)
     if not result.best:
@@ -250,12 +250,12 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
 
 
 @contextmanager
-def _trainers(arguments: argparse.Namespace) -> Iterator[Trainers]:
+def _trainers(job: Job, arguments: argparse.Namespace) -> Iterator[Trainers]:
     """Give what trains: this machine, or the cluster that is asked for, which is left at the end."""
     if arguments.cluster is None:
-        from mnist_lab.running.workers import Local
+        from mnist_lab.running.workers import local
 
-        yield Local(arguments.workers)
+        yield local(job, arguments.workers)
         return
     from mnist_lab.running.cluster import Cluster
 

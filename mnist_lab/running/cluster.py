@@ -1,7 +1,7 @@
 """Trains on a Ray cluster: a task of Ray Core for each seed, wherever there is room.
 
 Ray carries the script, the lab and MNIST to the nodes, and begins a task anew whose process or node is lost; the task
-then closes the run that was lost, and goes on with it. What tasks have to say comes through a queue of Ray's.
+then closes the run that was lost, and goes on with it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,6 @@ os.environ.setdefault("RAY_task_oom_retries", "2")
 
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
-from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_lab.data import read_files
@@ -41,15 +39,13 @@ from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
 from mnist_lab.running.identity import LAB, place
 from mnist_lab.running.job import Job
 from mnist_lab.running.machine import available_cores
-from mnist_lab.running.workers import Done, Epoch, Failed, Given, OnMessage, Task, outcome_of
-from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost
-from mnist_lab.training.loop import EpochMetrics
+from mnist_lab.running.progress import Progress
+from mnist_lab.running.workers import END_SECONDS, LOOK_SECONDS, Failed, Outcome, SeedTask, Trainers, outcome_of
+from mnist_lab.tracking.store import ON_CLUSTER, Store
 
 AUTO = "auto"
 TRIES = 3  # of a seed whose process or node is lost
 ANSWER_SECONDS = 30  # that a cluster has to answer, on a busy machine too
-LOOK_SECONDS = 1.0  # how often the queue is read
-END_SECONDS = 20.0  # that tasks get to close their runs when the command is stopped
 GPU_SHARE = 0.25  # of a GPU, that a task takes
 LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 NO_CLUSTER = (RayActorError, ConnectionError)  # raised once it, or the way to it, is gone
@@ -67,14 +63,13 @@ class Order(NamedTuple):
     folder: where this machine keeps locks and checkpoints.
     """
 
-    tracking_uri: str
     versions: Mapping[str, str]
     environment: Mapping[str, str]
     folder: Path
     commit_tags: dict[str, str]
 
 
-class Cluster:
+class Cluster(Trainers):
     """The trainers of a Ray cluster. It is connected to when there is something to train, and left by `close`.
 
     address: HOST:PORT of the head, where this machine is a node; or "auto": RAY_ADDRESS, else the cluster that runs on
@@ -85,10 +80,11 @@ class Cluster:
     def __init__(self, address: str, workers: int | None = None) -> None:
         self.address, self.workers = address, workers
 
-    def prepare(self, job: Job, store: Store) -> int:
+    def prepare(self, job: Job, store: Store) -> None:
         """Connect; raises LabError if the cluster does not answer, or has several nodes and the store is no server."""
         on_gpu = job.device.type != "cpu"
-        self._task = {"num_cpus": job.threads or 1, "num_gpus": GPU_SHARE if on_gpu else 0, "max_retries": TRIES - 1}
+        self._needs = {"num_cpus": job.threads or 1, "num_gpus": GPU_SHARE if on_gpu else 0}
+        self._begin = ray.remote(**self._needs, max_retries=TRIES - 1)(_train_there)
         with tempfile.TemporaryDirectory(prefix="mnist_lab-") as folder:
             _pack(job, Path(folder))
             _join(self.address, Path(folder))
@@ -100,93 +96,62 @@ class Cluster:
                 "`make server` and name it with --tracking-uri or MLFLOW_TRACKING_URI"
             )
         environment = {name: text for name, text in os.environ.items() if name.startswith("MLFLOW_")}
-        self._store = store
-        self._order = ray.put(Order(store.uri, _versions(), environment, own_folder(store.uri), job.commit_tags))
-        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()})
-        room = self._room()
-        if room < 1:
+        self._order = ray.put(Order(_versions(), environment, own_folder(store.uri), job.commit_tags))
+        if self.room() < 1:
             raise LabError(f"cluster: {self._name} has no {'GPU' if on_gpu else 'core'} to train on")
-        logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.workers or room)
-        return self.workers or room
+        logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.room())
 
-    def _room(self) -> int:
+    def storage(self, storage: RDBStorage) -> RemoteStorage:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return RemoteStorage(ray.remote(num_cpus=0, scheduling_strategy=here)(RDBStorage).remote(storage.url))
+
+    def room(self) -> int:  # nodes that join are used too, unless workers were asked for
+        if self.workers:
+            return self.workers
         resources = ray.cluster_resources()
-        needs = {"CPU": self._task["num_cpus"], "GPU": self._task["num_gpus"]}
+        needs = {"CPU": self._needs["num_cpus"], "GPU": self._needs["num_gpus"]}
         return int(min(resources.get(name, 0) / needed for name, needed in needs.items() if needed))
 
-    def storage(self, url: str) -> RemoteStorage:
-        return RemoteStorage(ray.remote(num_cpus=0, scheduling_strategy=_here())(RDBStorage).remote(url))
-
-    def train(  # as `Trainers` says; nodes that join are used too, unless workers were asked for
-        self, waiting: Iterable[Given], count: int, on_message: OnMessage, on_time: Callable[[], None]
-    ) -> None:
-        following = iter(waiting)
-        running: dict[ray.ObjectRef, Given] = {}
-        parents: set[str] = set()
-        begin = ray.remote(**self._task)(_train_there)
+    def train(self, *given: Any) -> None:
         try:
-            while True:
-                room = self.workers or max(count, self._room())
-                while len(running) < room and (given := next(following, None)) is not None:
-                    running[begin.remote(self._order, self._queue, *given)] = given
-                    parents.add(given[0].parent_run_id)
-                if not running:
-                    return
-                ready, _ = ray.wait([*running], timeout=LOOK_SECONDS)
-                self._pass_on(running, on_message)
-                for ref in ready:
-                    task, seed = running.pop(ref)
-                    on_message(task, _outcome(ref, seed))
-                on_time()
+            super().train(*given)
         except NO_CLUSTER as error:
             raise LabError(f"cluster: {self._name} is lost: {one_line(error)[:200]}") from error
-        finally:
-            _stop([*running])
-            for parent in parents:
-                with suppress(LabError):  # a server that is away: the next command closes them
-                    close_lost(self._store, parent)
 
-    def _pass_on(self, running: Mapping[ray.ObjectRef, Given], on_message: OnMessage) -> None:
-        """Pass on what tasks have said: their epochs, and notices for the user."""
-        tasks = {seed: task for task, seed in running.values()}
-        for message in self._queue.get_nowait_batch(self._queue.qsize()):
-            if isinstance(message, logging.LogRecord):
-                logger.handle(message)
-            elif message.seed in tasks:
-                on_message(tasks[message.seed], message)
+    def start(self, task: SeedTask) -> ray.ObjectRef:
+        return self._begin.remote(self._order, task)
+
+    def ended(
+        self, running: Mapping[ray.ObjectRef, SeedTask], progress: Progress
+    ) -> Iterator[tuple[ray.ObjectRef, Outcome]]:
+        ready, _ = ray.wait([*running], timeout=LOOK_SECONDS)
+        for ref in ready:
+            yield ref, _outcome(ref)
+
+    def stop(self, running: Collection[ray.ObjectRef]) -> None:
+        """Interrupt the tasks, so that they close their runs; those that do not are killed."""
+        with suppress(*NO_CLUSTER):  # the tasks of a cluster that is gone end by themselves
+            for ref in running:
+                ray.cancel(ref)
+            left = ray.wait([*running], num_returns=len(running), timeout=END_SECONDS)[1] if running else []
+            for ref in left:
+                ray.cancel(ref, force=True)
 
     def close(self) -> None:
         """Leave the cluster; one that was started for this command ends."""
         ray.shutdown()
 
 
-def _stop(running: list[ray.ObjectRef]) -> None:
-    """Interrupt the tasks, so that they close their runs; those that do not are killed."""
-    if not running:
-        return
-    with suppress(*NO_CLUSTER):  # the tasks of a cluster that is gone end by themselves
-        for ref in running:
-            ray.cancel(ref)
-        _, left = ray.wait(running, num_returns=len(running), timeout=END_SECONDS)
-        for ref in left:
-            ray.cancel(ref, force=True)
-
-
-def _outcome(ref: ray.ObjectRef, seed: int) -> Done | Failed:
+def _outcome(ref: ray.ObjectRef) -> Outcome:
     try:
-        outcome: Done | Failed = ray.get(ref)
+        outcome: Outcome = ray.get(ref)
         return outcome
     except LOST as error:
         reason = one_line(error).partition(". ")[0][:200]
-        return Failed(seed, f"its process was lost {TRIES} times, the last time so: {reason}", lost=True)
+        return Failed(f"its process was lost {TRIES} times, the last time so: {reason}", lost=True)
     except RayError as error:
-        return Failed(seed, _why(error))
-
-
-def _why(error: RayError) -> str:
-    """Say in a sentence's rest why a node can't do something."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    return str(cause) if isinstance(cause, LabError) else f"can't run the lab: {one_line(cause)[:200]}"
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return Failed(str(cause) if isinstance(cause, LabError) else f"can't run the lab: {one_line(cause)[:200]}")
 
 
 class RemoteStorage:
@@ -275,10 +240,6 @@ def _own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _here() -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
 def _versions() -> dict[str, str]:
     """Return what must be the same on each node; the lab itself is sent there."""
     return {"Python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
@@ -312,23 +273,9 @@ def _own_folder(folder: Path) -> Path:
     return Path.home() / STATE
 
 
-def _train_there(order: Order, queue: Queue, task: Task, seed: int) -> Done | Failed:
-    """Train a seed of a task on this node."""
-
-    def report(metrics: EpochMetrics) -> None:
-        try:
-            queue.put(Epoch(seed, metrics))
-        except RayError:
-            raise KeyboardInterrupt from None  # the process that gave the work is gone
-
-    notices = QueueHandler(queue)
-    notices.setLevel(logging.WARNING)
-    notices.setFormatter(logging.Formatter(f"seed {seed} on {socket.gethostname()}: %(message)s"))
-    logging.getLogger(LAB.name).addHandler(notices)
-    try:
-        _settle(order)
-        task.job.lies_in(PROJECT_ROOT, order.commit_tags)
-        sys.argv = [str(task.job.script)]  # by which MLflow names a run's source
-        return outcome_of(task, seed, report)
-    finally:
-        logging.getLogger(LAB.name).removeHandler(notices)
+def _train_there(order: Order, task: SeedTask) -> Outcome:
+    """Train a task on this node."""
+    _settle(order)
+    task.job.lies_in(PROJECT_ROOT, order.commit_tags)
+    sys.argv = [str(task.job.script)]  # by which MLflow names a run's source
+    return outcome_of(task, Progress())

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mnist_lab.checking.rehearsal import blame_script, rehearse, without_exits
+from mnist_lab.checking.rehearsal import Rehearsal, blame_script, rehearse, without_exits
 from mnist_lab.data import Mnist, hold_out, hold_out_fold, load_mnist
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import Experiment
@@ -52,12 +52,7 @@ def run(
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store, None if resume is None else resume.identity)
-    experiment = taught(job, store)
-    use_float32(job.device)
-    logger.info("Reading MNIST")
-    mnist = load_parts(job, seed)
-    logger.info("Trying the declaration on a few batches")
-    rehearsal = rehearse(experiment, mnist)
+    experiment, mnist, rehearsal = tried(job, store, seed)
     if parent_run_id is None:  # else the study has said it
         rehearsal.notice(job.overrides)
     if resume is not None:
@@ -92,7 +87,16 @@ def run(
     return result
 
 
-def load_parts(job: Job, seed: int = 0) -> Mnist:
+def tried(job: Job, store: Store, seed: int = 0) -> tuple[Experiment, Mnist, Rehearsal]:
+    """Return what is trained and on what, and what comes of trying it on a few batches; raises LabError."""
+    use_float32(job.device)
+    logger.info("Reading MNIST")
+    experiment, mnist = taught(job, store), load_parts(job, seed)
+    logger.info("Trying the declaration on a few batches")
+    return experiment, mnist, rehearse(experiment, mnist)
+
+
+def load_parts(job: Job, seed: int) -> Mnist:
     """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` others.
 
     A trial of a search and a fold get no test images, so that nothing can read them.
