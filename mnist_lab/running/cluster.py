@@ -7,10 +7,8 @@ then closes the run that was lost, and goes on with it.
 from __future__ import annotations
 
 import gzip
-import importlib.metadata
 import logging
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -18,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from optuna.storages import RDBStorage
@@ -36,6 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnist_lab.data import read_files
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
+from mnist_lab.running import identity
 from mnist_lab.running.identity import LAB, place
 from mnist_lab.running.job import Job
 from mnist_lab.running.machine import available_cores
@@ -49,24 +48,9 @@ ANSWER_SECONDS = 30  # that a cluster has to answer, on a busy machine too
 GPU_SHARE = 0.25  # of a GPU, that a task takes
 LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 NO_CLUSTER = (RayActorError, ConnectionError)  # raised once it, or the way to it, is gone
-PACKAGES = ("torch", "torchvision", "numpy", "mlflow")  # of which each node must have the same version
 STATE = Path(".local") / "state" / "mnist_lab"  # in the home folder of a node that has no other place
 
 logger = logging.getLogger(__name__)
-
-
-class Order(NamedTuple):
-    """What all tasks of a command are sent.
-
-    versions: of what each node must have the same.
-    environment: variables that MLflow reads.
-    folder: where this machine keeps locks and checkpoints.
-    """
-
-    versions: Mapping[str, str]
-    environment: Mapping[str, str]
-    folder: Path
-    commit_tags: dict[str, str]
 
 
 class Cluster(Trainers):
@@ -96,7 +80,7 @@ class Cluster(Trainers):
                 "`make server` and name it with --tracking-uri or MLFLOW_TRACKING_URI"
             )
         environment = {name: text for name, text in os.environ.items() if name.startswith("MLFLOW_")}
-        self._order = ray.put(Order(_versions(), environment, own_folder(store.uri), job.commit_tags))
+        self._order = identity.versions(), environment, own_folder(store.uri)
         if self.room() < 1:
             raise LabError(f"cluster: {self._name} has no {'GPU' if on_gpu else 'core'} to train on")
         logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.room())
@@ -119,7 +103,7 @@ class Cluster(Trainers):
             raise LabError(f"cluster: {self._name} is lost: {one_line(error)[:200]}") from error
 
     def start(self, task: SeedTask) -> ray.ObjectRef:
-        return self._begin.remote(self._order, task)
+        return self._begin.remote(task, *self._order)
 
     def ended(
         self, running: Mapping[ray.ObjectRef, SeedTask], progress: Progress
@@ -208,15 +192,18 @@ def _join(address: str, code: Path) -> None:
         logger.info("Starting Ray on this machine, which can take a minute")
         settings |= {"num_cpus": available_cores(), "include_dashboard": False}
         named = "local"
-    with _own_signals():
-        try:
-            ray.init(address=named, **settings)
-        except Exception as error:  # Ray raises bare ones too
-            ray.shutdown()
-            raise LabError(
-                f"cluster: Ray does not start ({named}): {one_line(error)[:200]}; Ray gives its own agents 15 seconds "
-                "to be there, which may not do on a busy machine: then try again (docs/cluster.md)"
-            ) from error
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        ray.init(address=named, **settings)
+    except Exception as error:  # Ray raises bare ones too
+        ray.shutdown()
+        raise LabError(
+            f"cluster: Ray does not start ({named}): {one_line(error)[:200]}; Ray gives its own agents 15 seconds "
+            "to be there, which may not do on a busy machine: then try again (docs/cluster.md)"
+        ) from error
+    finally:
+        for number, handler in handlers.items():  # Ray sets its own, by which a study that is ended would have failed
+            signal.signal(number, handler)
 
 
 def _answers(address: str) -> bool:
@@ -229,37 +216,23 @@ def _answers(address: str) -> bool:
         return False
 
 
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep the handlers of signals: Ray has its own, with which a study that is ended would count as failed."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _versions() -> dict[str, str]:
-    """Return what must be the same on each node; the lab itself is sent there."""
-    return {"Python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
 # ---- on a node
 
 
-def _settle(order: Order) -> None:
-    """Make this process one that trains for the order; raises LabError if it has other versions."""
-    here = _versions()
-    for name, wanted in order.versions.items():
+def _settle(versions: Mapping[str, str], environment: Mapping[str, str], folder: Path) -> None:
+    """Make this process one that trains; raises LabError if it has other versions than these.
+
+    environment: variables that MLflow reads.
+    folder: where the machine that gives it work keeps locks and checkpoints.
+    """
+    here = identity.versions()
+    for name, wanted in versions.items():
         if here[name] != wanted:
             message = f"has {name} {here[name]}, and the machine that gives it work has {wanted}"
             raise LabError(f"cluster: node {socket.gethostname()} {message}")
-    os.environ.update(order.environment)
-    os.environ[ON_CLUSTER] = "yes"
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update({**environment, ON_CLUSTER: "yes", "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
-    os.environ.setdefault(OWN_FOLDER, str(_own_folder(order.folder)))
+    os.environ.setdefault(OWN_FOLDER, str(_own_folder(folder)))
     # Ray's workers have SIGINT blocked. What is interrupted while a run is written is interrupted by it afterwards.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
@@ -273,9 +246,9 @@ def _own_folder(folder: Path) -> Path:
     return Path.home() / STATE
 
 
-def _train_there(order: Order, task: SeedTask) -> Outcome:
-    """Train a task on this node."""
-    _settle(order)
-    task.job.lies_in(PROJECT_ROOT, order.commit_tags)
+def _train_there(task: SeedTask, *order: Any) -> Outcome:
+    """Train a task on this node. order: see `_settle`."""
+    _settle(*order)
+    task.job.lies_in(PROJECT_ROOT)
     sys.argv = [str(task.job.script)]  # by which MLflow names a run's source
     return outcome_of(task, Progress())

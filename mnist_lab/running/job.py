@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # MLflow takes seconds to import
 
 MAX_SEED = 2**32 - 1
 WORKER = "mnist_lab worker"  # the name of a study's worker processes
+READ = ("sources", "code_sha256", "commit_tags")  # once, by the first process that has the job
 _reading = False
 
 
@@ -135,22 +136,20 @@ class Job:
     def replaced(self, **changes: Any) -> Job:
         """Return the job with other fields, and the code that was read for it."""
         changed = dataclasses.replace(self, **changes)
-        read = ("sources", "code_sha256", "commit_tags")
-        vars(changed).update({name: value for name, value in vars(self).items() if name in read})
+        vars(changed).update({name: value for name, value in vars(self).items() if name in READ})
         return changed
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the experiment behind: its network's class may live in the script, which the other process reads."""
-        return {**vars(self), "experiment": None, "code_sha256": self.code_sha256, "sources": self.sources}
+        return {**vars(self), "experiment": None, **{name: getattr(self, name) for name in READ}}
 
-    def lies_in(self, folder: Path, commit_tags: dict[str, str]) -> None:
+    def lies_in(self, folder: Path) -> None:
         """Read the script, what it imports, and MNIST in this folder from now on, to which another machine sent them.
 
-        commit_tags: what they are there. `script` stays, as it names the runs and is what their checkpoints go on with.
+        `script` stays, as it names the runs and is what their checkpoints go on with.
         """
         vars(self)["sources"] = {name: folder / place(name, file) for name, file in self.sources.items()}
         vars(self)["data_dir"] = folder / "data"
-        vars(self)["commit_tags"] = commit_tags
 
     def check_unchanged(self) -> None:
         """Refuse to go on if the script, or what it imports, is another one than when this was first called.

@@ -9,8 +9,6 @@ import logging
 import math
 from collections.abc import Mapping
 
-import torch
-
 from mnist_lab.checking.rehearsal import Rehearsal, blame_script, rehearse, without_exits
 from mnist_lab.data import Mnist, hold_out, hold_out_fold, load_mnist
 from mnist_lab.errors import LabError, one_line
@@ -24,7 +22,7 @@ from mnist_lab.running.record import Record
 from mnist_lab.tracking.models import find_teacher, load_teacher
 from mnist_lab.tracking.run import adopted
 from mnist_lab.tracking.store import Store, open_store
-from mnist_lab.training.loop import EpochMetrics, Training, initial_network
+from mnist_lab.training.loop import Training, initial_network
 from mnist_lab.training.states import own_parts
 
 logger = logging.getLogger(__name__)
@@ -72,12 +70,11 @@ def run(
         logger.info("Training, epoch by epoch")
         try:
             for metrics in without_exits(training.epochs()):
-                check_eval_loss(metrics)
-                record.epochs.append(metrics)
-                # First here, then in MLflow: what is missing there is logged when the run goes on.
-                store.check_in_place()
-                checkpoint.save(_checkpoint(record, run_id), store.uri)
-                record.log_epoch(metrics)
+                if not math.isfinite(metrics.eval_loss):
+                    raise LabError(
+                        f"net: its {metrics.evaluated_on} loss is {metrics.eval_loss} in epoch {metrics.epoch}"
+                    )
+                record.log_epoch(metrics, store)
                 progress.on_epoch(seed, metrics)
         except Pruned:
             result = record.prune()
@@ -117,12 +114,6 @@ def first_images(mnist: Mnist, limit: int) -> Mnist:
     if not 1 <= limit <= total:
         raise LabError(f"limit: {limit} is not between 1 and {total:,}, the number of training images")
     return dataclasses.replace(mnist, train_images=mnist.train_images[:limit], train_labels=mnist.train_labels[:limit])
-
-
-def check_eval_loss(metrics: EpochMetrics) -> None:
-    """Refuse to go on with a network whose evaluation gives no number; raises LabError."""
-    if not math.isfinite(metrics.eval_loss):
-        raise LabError(f"net: its {metrics.evaluated_on} loss is {metrics.eval_loss} in epoch {metrics.epoch}")
 
 
 # ---- an objective that learns from a teacher
@@ -169,22 +160,6 @@ def _declared_teacher(experiment: Experiment) -> str | None:
 
 
 # ---- interrupted, and taken up again
-
-
-def _checkpoint(record: Record, run_id: str) -> Checkpoint:
-    job = record.job
-    return Checkpoint(
-        run_id=run_id,
-        script=str(job.script),
-        seed=record.seed,
-        changes=dict(job.overrides),
-        limit=job.limit,
-        holdout=job.holdout,
-        identity=job.identity,
-        threads=torch.get_num_threads(),
-        epochs=record.epochs,
-        training=record.training.state_dict(),
-    )
 
 
 def _check_same(job: Job, resume: Checkpoint) -> None:
