@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_lab.data import read_files
 from mnist_lab.errors import LabError, one_line
-from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
+from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, sqlite_file
 from mnist_lab.running import identity
 from mnist_lab.running.identity import LAB, place
 from mnist_lab.running.job import Job
@@ -48,7 +48,6 @@ ANSWER_SECONDS = 30  # that a cluster has to answer, on a busy machine too
 GPU_SHARE = 0.25  # of a GPU, that a task takes
 LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 NO_CLUSTER = (RayActorError, ConnectionError)  # raised once it, or the way to it, is gone
-STATE = Path(".local") / "state" / "mnist_lab"  # in the home folder of a node that has no other place
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +78,8 @@ class Cluster(Trainers):
                 f"tracking store {store.name!r}: {len(nodes)} nodes can't write to SQLite; start a server with "
                 "`make server` and name it with --tracking-uri or MLFLOW_TRACKING_URI"
             )
-        environment = {name: text for name, text in os.environ.items() if name.startswith("MLFLOW_")}
-        self._order = identity.versions(), environment, own_folder(store.uri)
+        environment = {name: text for name, text in os.environ.items() if name.startswith(("MLFLOW_", OWN_FOLDER))}
+        self._order = identity.versions(), environment
         if self.room() < 1:
             raise LabError(f"cluster: {self._name} has no {'GPU' if on_gpu else 'core'} to train on")
         logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.room())
@@ -219,12 +218,8 @@ def _answers(address: str) -> bool:
 # ---- on a node
 
 
-def _settle(versions: Mapping[str, str], environment: Mapping[str, str], folder: Path) -> None:
-    """Make this process one that trains; raises LabError if it has other versions than these.
-
-    environment: variables that MLflow reads.
-    folder: where the machine that gives it work keeps locks and checkpoints.
-    """
+def _settle(versions: Mapping[str, str], environment: Mapping[str, str]) -> None:
+    """Make this process one that trains, with these variables; raises LabError if it has other versions than these."""
     here = identity.versions()
     for name, wanted in versions.items():
         if here[name] != wanted:
@@ -232,18 +227,9 @@ def _settle(versions: Mapping[str, str], environment: Mapping[str, str], folder:
             raise LabError(f"cluster: node {socket.gethostname()} {message}")
     os.environ.update({**environment, ON_CLUSTER: "yes", "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
-    os.environ.setdefault(OWN_FOLDER, str(_own_folder(folder)))
+    os.environ.setdefault(OWN_FOLDER, str(Path.home() / ".local" / "state" / "mnist_lab"))
     # Ray's workers have SIGINT blocked. What is interrupted while a run is written is interrupted by it afterwards.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _own_folder(folder: Path) -> Path:
-    """Return the folder if it can be used on this node, as the machine is the same or shares it; else one at home."""
-    with suppress(OSError):
-        folder.mkdir(exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    return Path.home() / STATE
 
 
 def _train_there(task: SeedTask, *order: Any) -> Outcome:

@@ -15,7 +15,7 @@ from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
-from mnist_lab.running.job import Job, check_seed
+from mnist_lab.running.job import Job
 from mnist_lab.running.machine import keep_freed_memory, set_threads, use_float32
 from mnist_lab.running.progress import Progress, Pruned, RunResult
 from mnist_lab.running.record import Record
@@ -46,7 +46,6 @@ def run(
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
             later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
     """
-    check_seed(seed)
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store, None if resume is None else resume.identity)

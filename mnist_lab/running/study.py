@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from mnist_lab.experiment import Targets
 from mnist_lab.running import identity
-from mnist_lab.running.job import Job, check_seed
+from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
 from mnist_lab.running.run import tried, with_teacher
@@ -49,8 +49,6 @@ def study(
     Raises:
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
     """
-    for seed in seeds:
-        check_seed(seed)
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store)
