@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--he
 
 logger = logging.getLogger(__name__)
 
+LARGEST_SEED = 2**32 - 1  # more numpy would not take
 MAX_SEEDS = 10_000  # of one study
 MAX_FOLDS = 100
 MAX_TRIALS = 100_000  # of one search
@@ -192,7 +193,7 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
         f"Runs that had begun are marked KILLED; the same command trains only the {job.unit}s that are missing."
     )
     seeds = arguments.seeds or range(job.folds)
-    with sentences(consequence), _trainers(arguments) as trainers, closing(StudyConsole(job)) as console:
+    with sentences(consequence), _trainers(job, arguments) as trainers, closing(StudyConsole(job)) as console:
         result = study(job, seeds, console, trainers, again=arguments.again)
     print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the {job.unit}s below it.", flush=True)
     if result.failed:
@@ -207,7 +208,7 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
     from mnist_lab.running import search
 
     consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
-    with sentences(consequence), _trainers(arguments) as trainers, closing(SearchConsole()) as console:
+    with sentences(consequence), _trainers(job, arguments) as trainers, closing(SearchConsole()) as console:
         result = search.search(job, space, arguments.search, console, trainers, again=arguments.again)
     print_search(result, job)
     if not result.best:
@@ -216,12 +217,12 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
 
 
 @contextmanager
-def _trainers(arguments: argparse.Namespace) -> Iterator[Trainers]:
+def _trainers(job: Job, arguments: argparse.Namespace) -> Iterator[Trainers]:
     """Give what trains: this machine, or the cluster that is asked for, which is left at the end."""
     if arguments.cluster is None:
-        from mnist_lab.running.workers import Local
+        from mnist_lab.running.workers import local
 
-        yield Local(arguments.workers)
+        yield local(job, arguments.workers)
         return
     from mnist_lab.running.cluster import Cluster
 
@@ -241,7 +242,7 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     add("--epochs", type=number_from(), help="epochs to train (an override)")
     add("--batch-size", type=number_from(), help="images per batch (an override)")
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=number_from(0), help="of weights, order, dropout, augmentation (default 0)")
+    seeds.add_argument("--seed", type=number_from(0, LARGEST_SEED), help="of weights, order, dropout, augmentation (default 0)")
     several = "a study: so many seeds, from 0 on, or these (3,7,9 or 0-9); finished ones are not trained again"
     seeds.add_argument("--seeds", type=_seeds, metavar="N", help=several)
     parts = "cross-validate: train K networks, each judged on its K-th of the training images, which it has not seen"
@@ -273,8 +274,8 @@ def _seeds(text: str) -> Sequence[int]:
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        low = number_from(0)(first)
-        high = number_from(low, low + MAX_SEEDS - 1)(last if dash else first)
+        low = number_from(0, LARGEST_SEED)(first)
+        high = number_from(low, min(low + MAX_SEEDS - 1, LARGEST_SEED))(last if dash else first)
         seeds += range(low, high + 1)
     if not len({*seeds}) == len(seeds) <= MAX_SEEDS:
         raise argparse.ArgumentTypeError(f"{text!r} has a seed twice, or more than {MAX_SEEDS:,} of them")

@@ -1,27 +1,24 @@
 """Trains on a Ray cluster: a task of Ray Core for each seed, wherever there is room.
 
 Ray carries the script, the lab and MNIST to the nodes, and begins a task anew whose process or node is lost; the task
-then closes the run that was lost, and goes on with it. What tasks have to say comes through a queue of Ray's.
+then closes the run that was lost, and goes on with it.
 """
 
 from __future__ import annotations
 
 import gzip
-import importlib.metadata
 import logging
 import os
-import platform
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from logging.handlers import QueueHandler
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from optuna.storages import RDBStorage
@@ -32,49 +29,30 @@ os.environ.setdefault("RAY_task_oom_retries", "2")
 
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
-from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_lab.data import read_files
 from mnist_lab.errors import LabError, one_line
-from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
+from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, sqlite_file
+from mnist_lab.running import identity
 from mnist_lab.running.identity import LAB, place
 from mnist_lab.running.job import Job
 from mnist_lab.running.machine import available_cores
-from mnist_lab.running.workers import Done, Epoch, Failed, Given, OnMessage, Task, outcome_of
-from mnist_lab.tracking.store import ON_CLUSTER, Store, close_lost
-from mnist_lab.training.loop import EpochMetrics
+from mnist_lab.running.progress import Progress
+from mnist_lab.running.workers import END_SECONDS, LOOK_SECONDS, Failed, Outcome, SeedTask, Trainers, outcome_of
+from mnist_lab.tracking.store import ON_CLUSTER, Store
 
 AUTO = "auto"
 TRIES = 3  # of a seed whose process or node is lost
 ANSWER_SECONDS = 30  # that a cluster has to answer, on a busy machine too
-LOOK_SECONDS = 1.0  # how often the queue is read
-END_SECONDS = 20.0  # that tasks get to close their runs when the command is stopped
 GPU_SHARE = 0.25  # of a GPU, that a task takes
 LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 NO_CLUSTER = (RayActorError, ConnectionError)  # raised once it, or the way to it, is gone
-PACKAGES = ("torch", "torchvision", "numpy", "mlflow")  # of which each node must have the same version
-STATE = Path(".local") / "state" / "mnist_lab"  # in the home folder of a node that has no other place
 
 logger = logging.getLogger(__name__)
 
 
-class Order(NamedTuple):
-    """What all tasks of a command are sent.
-
-    versions: of what each node must have the same.
-    environment: variables that MLflow reads.
-    folder: where this machine keeps locks and checkpoints.
-    """
-
-    tracking_uri: str
-    versions: Mapping[str, str]
-    environment: Mapping[str, str]
-    folder: Path
-    commit_tags: dict[str, str]
-
-
-class Cluster:
+class Cluster(Trainers):
     """The trainers of a Ray cluster. It is connected to when there is something to train, and left by `close`.
 
     address: HOST:PORT of the head, where this machine is a node; or "auto": RAY_ADDRESS, else the cluster that runs on
@@ -85,10 +63,11 @@ class Cluster:
     def __init__(self, address: str, workers: int | None = None) -> None:
         self.address, self.workers = address, workers
 
-    def prepare(self, job: Job, store: Store) -> int:
+    def prepare(self, job: Job, store: Store) -> None:
         """Connect; raises LabError if the cluster does not answer, or has several nodes and the store is no server."""
         on_gpu = job.device.type != "cpu"
-        self._task = {"num_cpus": job.threads or 1, "num_gpus": GPU_SHARE if on_gpu else 0, "max_retries": TRIES - 1}
+        self._needs = {"num_cpus": job.threads or 1, "num_gpus": GPU_SHARE if on_gpu else 0}
+        self._begin = ray.remote(**self._needs, max_retries=TRIES - 1)(_train_there)
         with tempfile.TemporaryDirectory(prefix="mnist_lab-") as folder:
             _pack(job, Path(folder))
             _join(self.address, Path(folder))
@@ -99,94 +78,63 @@ class Cluster:
                 f"tracking store {store.name!r}: {len(nodes)} nodes can't write to SQLite; start a server with "
                 "`make server` and name it with --tracking-uri or MLFLOW_TRACKING_URI"
             )
-        environment = {name: text for name, text in os.environ.items() if name.startswith("MLFLOW_")}
-        self._store = store
-        self._order = ray.put(Order(store.uri, _versions(), environment, own_folder(store.uri), job.commit_tags))
-        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()})
-        room = self._room()
-        if room < 1:
+        environment = {name: text for name, text in os.environ.items() if name.startswith(("MLFLOW_", OWN_FOLDER))}
+        self._order = identity.versions(), environment
+        if self.room() < 1:
             raise LabError(f"cluster: {self._name} has no {'GPU' if on_gpu else 'core'} to train on")
-        logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.workers or room)
-        return self.workers or room
+        logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.room())
 
-    def _room(self) -> int:
+    def storage(self, storage: RDBStorage) -> RemoteStorage:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return RemoteStorage(ray.remote(num_cpus=0, scheduling_strategy=here)(RDBStorage).remote(storage.url))
+
+    def room(self) -> int:  # nodes that join are used too, unless workers were asked for
+        if self.workers:
+            return self.workers
         resources = ray.cluster_resources()
-        needs = {"CPU": self._task["num_cpus"], "GPU": self._task["num_gpus"]}
+        needs = {"CPU": self._needs["num_cpus"], "GPU": self._needs["num_gpus"]}
         return int(min(resources.get(name, 0) / needed for name, needed in needs.items() if needed))
 
-    def storage(self, url: str) -> RemoteStorage:
-        return RemoteStorage(ray.remote(num_cpus=0, scheduling_strategy=_here())(RDBStorage).remote(url))
-
-    def train(  # as `Trainers` says; nodes that join are used too, unless workers were asked for
-        self, waiting: Iterable[Given], count: int, on_message: OnMessage, on_time: Callable[[], None]
-    ) -> None:
-        following = iter(waiting)
-        running: dict[ray.ObjectRef, Given] = {}
-        parents: set[str] = set()
-        begin = ray.remote(**self._task)(_train_there)
+    def train(self, *given: Any) -> None:
         try:
-            while True:
-                room = self.workers or max(count, self._room())
-                while len(running) < room and (given := next(following, None)) is not None:
-                    running[begin.remote(self._order, self._queue, *given)] = given
-                    parents.add(given[0].parent_run_id)
-                if not running:
-                    return
-                ready, _ = ray.wait([*running], timeout=LOOK_SECONDS)
-                self._pass_on(running, on_message)
-                for ref in ready:
-                    task, seed = running.pop(ref)
-                    on_message(task, _outcome(ref, seed))
-                on_time()
+            super().train(*given)
         except NO_CLUSTER as error:
             raise LabError(f"cluster: {self._name} is lost: {one_line(error)[:200]}") from error
-        finally:
-            _stop([*running])
-            for parent in parents:
-                with suppress(LabError):  # a server that is away: the next command closes them
-                    close_lost(self._store, parent)
 
-    def _pass_on(self, running: Mapping[ray.ObjectRef, Given], on_message: OnMessage) -> None:
-        """Pass on what tasks have said: their epochs, and notices for the user."""
-        tasks = {seed: task for task, seed in running.values()}
-        for message in self._queue.get_nowait_batch(self._queue.qsize()):
-            if isinstance(message, logging.LogRecord):
-                logger.handle(message)
-            elif message.seed in tasks:
-                on_message(tasks[message.seed], message)
+    def start(self, task: SeedTask) -> ray.ObjectRef:
+        return self._begin.remote(task, *self._order)
+
+    def ended(
+        self, running: Mapping[ray.ObjectRef, SeedTask], progress: Progress
+    ) -> Iterator[tuple[ray.ObjectRef, Outcome]]:
+        ready, _ = ray.wait([*running], timeout=LOOK_SECONDS)
+        for ref in ready:
+            yield ref, _outcome(ref)
+
+    def stop(self, running: Collection[ray.ObjectRef]) -> None:
+        """Interrupt the tasks, so that they close their runs; those that do not are killed."""
+        with suppress(*NO_CLUSTER):  # the tasks of a cluster that is gone end by themselves
+            for ref in running:
+                ray.cancel(ref)
+            left = ray.wait([*running], num_returns=len(running), timeout=END_SECONDS)[1] if running else []
+            for ref in left:
+                ray.cancel(ref, force=True)
 
     def close(self) -> None:
         """Leave the cluster; one that was started for this command ends."""
         ray.shutdown()
 
 
-def _stop(running: list[ray.ObjectRef]) -> None:
-    """Interrupt the tasks, so that they close their runs; those that do not are killed."""
-    if not running:
-        return
-    with suppress(*NO_CLUSTER):  # the tasks of a cluster that is gone end by themselves
-        for ref in running:
-            ray.cancel(ref)
-        _, left = ray.wait(running, num_returns=len(running), timeout=END_SECONDS)
-        for ref in left:
-            ray.cancel(ref, force=True)
-
-
-def _outcome(ref: ray.ObjectRef, seed: int) -> Done | Failed:
+def _outcome(ref: ray.ObjectRef) -> Outcome:
     try:
-        outcome: Done | Failed = ray.get(ref)
+        outcome: Outcome = ray.get(ref)
         return outcome
     except LOST as error:
         reason = one_line(error).partition(". ")[0][:200]
-        return Failed(seed, f"its process was lost {TRIES} times, the last time so: {reason}", lost=True)
+        return Failed(f"its process was lost {TRIES} times, the last time so: {reason}", lost=True)
     except RayError as error:
-        return Failed(seed, _why(error))
-
-
-def _why(error: RayError) -> str:
-    """Say in a sentence's rest why a node can't do something."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    return str(cause) if isinstance(cause, LabError) else f"can't run the lab: {one_line(cause)[:200]}"
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return Failed(str(cause) if isinstance(cause, LabError) else f"can't run the lab: {one_line(cause)[:200]}")
 
 
 class RemoteStorage:
@@ -243,15 +191,18 @@ def _join(address: str, code: Path) -> None:
         logger.info("Starting Ray on this machine, which can take a minute")
         settings |= {"num_cpus": available_cores(), "include_dashboard": False}
         named = "local"
-    with _own_signals():
-        try:
-            ray.init(address=named, **settings)
-        except Exception as error:  # Ray raises bare ones too
-            ray.shutdown()
-            raise LabError(
-                f"cluster: Ray does not start ({named}): {one_line(error)[:200]}; Ray gives its own agents 15 seconds "
-                "to be there, which may not do on a busy machine: then try again (docs/cluster.md)"
-            ) from error
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        ray.init(address=named, **settings)
+    except Exception as error:  # Ray raises bare ones too
+        ray.shutdown()
+        raise LabError(
+            f"cluster: Ray does not start ({named}): {one_line(error)[:200]}; Ray gives its own agents 15 seconds "
+            "to be there, which may not do on a busy machine: then try again (docs/cluster.md)"
+        ) from error
+    finally:
+        for number, handler in handlers.items():  # Ray sets its own, by which a study that is ended would have failed
+            signal.signal(number, handler)
 
 
 def _answers(address: str) -> bool:
@@ -264,71 +215,26 @@ def _answers(address: str) -> bool:
         return False
 
 
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep the handlers of signals: Ray has its own, with which a study that is ended would count as failed."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _here() -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def _versions() -> dict[str, str]:
-    """Return what must be the same on each node; the lab itself is sent there."""
-    return {"Python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
 # ---- on a node
 
 
-def _settle(order: Order) -> None:
-    """Make this process one that trains for the order; raises LabError if it has other versions."""
-    here = _versions()
-    for name, wanted in order.versions.items():
+def _settle(versions: Mapping[str, str], environment: Mapping[str, str]) -> None:
+    """Make this process one that trains, with these variables; raises LabError if it has other versions than these."""
+    here = identity.versions()
+    for name, wanted in versions.items():
         if here[name] != wanted:
             message = f"has {name} {here[name]}, and the machine that gives it work has {wanted}"
             raise LabError(f"cluster: node {socket.gethostname()} {message}")
-    os.environ.update(order.environment)
-    os.environ[ON_CLUSTER] = "yes"
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update({**environment, ON_CLUSTER: "yes", "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
-    os.environ.setdefault(OWN_FOLDER, str(_own_folder(order.folder)))
+    os.environ.setdefault(OWN_FOLDER, str(Path.home() / ".local" / "state" / "mnist_lab"))
     # Ray's workers have SIGINT blocked. What is interrupted while a run is written is interrupted by it afterwards.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _own_folder(folder: Path) -> Path:
-    """Return the folder if it can be used on this node, as the machine is the same or shares it; else one at home."""
-    with suppress(OSError):
-        folder.mkdir(exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    return Path.home() / STATE
-
-
-def _train_there(order: Order, queue: Queue, task: Task, seed: int) -> Done | Failed:
-    """Train a seed of a task on this node."""
-
-    def report(metrics: EpochMetrics) -> None:
-        try:
-            queue.put(Epoch(seed, metrics))
-        except RayError:
-            raise KeyboardInterrupt from None  # the process that gave the work is gone
-
-    notices = QueueHandler(queue)
-    notices.setLevel(logging.WARNING)
-    notices.setFormatter(logging.Formatter(f"seed {seed} on {socket.gethostname()}: %(message)s"))
-    logging.getLogger(LAB.name).addHandler(notices)
-    try:
-        _settle(order)
-        task.job.lies_in(PROJECT_ROOT, order.commit_tags)
-        sys.argv = [str(task.job.script)]  # by which MLflow names a run's source
-        return outcome_of(task, seed, report)
-    finally:
-        logging.getLogger(LAB.name).removeHandler(notices)
+def _train_there(task: SeedTask, *order: Any) -> Outcome:
+    """Train a task on this node. order: see `_settle`."""
+    _settle(*order)
+    task.job.lies_in(PROJECT_ROOT)
+    sys.argv = [str(task.job.script)]  # by which MLflow names a run's source
+    return outcome_of(task, Progress())

@@ -208,11 +208,14 @@ def commit_tags(script: Path, written: Iterable[Path] = ()) -> dict[str, str]:
         return {"git_commit": "unknown", "git_dirty": "unknown"}
 
 
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Return versions and hardware as text by name."""
     return {
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        **versions(),
         "cuda": torch.version.cuda if device.type == "cuda" and torch.version.cuda else "none",
         "os": platform.platform(),
         "hardware": hardware(device),

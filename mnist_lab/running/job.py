@@ -26,8 +26,8 @@ from mnist_lab.verdicts.measures import Protocol, protocol
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from mnist_lab.tracking.models import Teacher
 
-MAX_SEED = 2**32 - 1
 WORKER = "mnist_lab worker"  # the name of a study's worker processes
+READ = ("sources", "code_sha256", "commit_tags")  # once, by the first process that has the job
 _reading = False
 
 
@@ -131,22 +131,20 @@ class Job:
     def replaced(self, **changes: Any) -> Job:
         """Return the job with other fields, and the code that was read for it."""
         changed = dataclasses.replace(self, **changes)
-        read = ("sources", "code_sha256", "commit_tags")
-        vars(changed).update({name: value for name, value in vars(self).items() if name in read})
+        vars(changed).update({name: value for name, value in vars(self).items() if name in READ})
         return changed
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the experiment behind: its network's class may live in the script, which the other process reads."""
-        return {**vars(self), "experiment": None, "code_sha256": self.code_sha256, "sources": self.sources}
+        return {**vars(self), "experiment": None, **{name: getattr(self, name) for name in READ}}
 
-    def lies_in(self, folder: Path, commit_tags: dict[str, str]) -> None:
+    def lies_in(self, folder: Path) -> None:
         """Read the script, what it imports, and MNIST in this folder from now on, to which another machine sent them.
 
-        commit_tags: what they are there. `script` stays, as it names the runs and is what their checkpoints go on with.
+        `script` stays, as it names the runs and is what their checkpoints go on with.
         """
         vars(self)["sources"] = {name: folder / place(name, file) for name, file in self.sources.items()}
         vars(self)["data_dir"] = folder / "data"
-        vars(self)["commit_tags"] = commit_tags
 
     def check_unchanged(self) -> None:
         """Refuse to go on if the script, or what it imports, is another one than when this was first called.
@@ -178,27 +176,19 @@ class Job:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device named, else cuda, else mps, else cpu.
+    """Return the device named, else the accelerator of this machine, else the CPU.
 
     Raises:
         LabError: if torch knows no such device or this machine has none.
     """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available[:0] = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if name is None:
-        return torch.device(available[0])
-    if name not in available:
+    if accelerator is not None:
+        numbered = [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+        available = [accelerator.type, *numbered, "cpu"]
+    if name is not None and name not in available:
         raise LabError(f"device: {name!r} is not available here; available are {', '.join(available)}")
-    return torch.device(name)
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that numpy would not take; raises LabError."""
-    if not 0 <= seed <= MAX_SEED:
-        raise LabError(f"seed: {seed} is not between 0 and {MAX_SEED}")
+    return torch.device(name or available[0])
 
 
 # ---- a script, read without training it

@@ -18,7 +18,7 @@ from mnist_lab.checking.rehearsal import Rehearsal, blame
 from mnist_lab.data import Mnist, find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
-from mnist_lab.running import identity
+from mnist_lab.running import checkpoint, identity
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.identity import place
 from mnist_lab.running.job import Job
@@ -80,15 +80,18 @@ class Record:
         ) as self.tracked:
             logger.info("Logging where the run comes from")
             if resume is None:
-                self._log_origin(summary, environment)
+                self.tracked.log_data(self.mnist, find_data_dir(job.data_dir))
+                self.tracked.log_text(summary + "\n", "model_summary.txt")
+                for module, file in job.sources.items():  # `nets.blocks` goes to `source/nets`
+                    self.tracked.log_file(file, str(Path("source") / place(module, file).parent))
+                self.tracked.log_json(environment, "environment.json")
             else:
                 self.epochs = list(resume.epochs)
                 self.tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in self.epochs})
             yield self.tracked.run_id
 
     def _tags(self, environment: Mapping[str, str]) -> dict[str, str]:
-        job, experiment = self.job, self.job.experiment
-        no_effect = " ".join(self.rehearsal.no_effect)
+        job, no_effect = self.job, " ".join(self.rehearsal.no_effect)
         is_channels_last = self.rehearsal.memory_format == torch.channels_last
         return {
             **job.tags,
@@ -99,25 +102,31 @@ class Record:
             **({"no_effect": no_effect} if no_effect else {}),
             DESCRIPTION: describe(job.script, job.tags["overrides"]),
             **target_tags(job.targets),
-            **{f"reported_{name}": str(figure) for name, figure in experiment.reported.items()},
+            **{f"reported_{name}": str(figure) for name, figure in job.experiment.reported.items()},
         }
 
-    def _log_origin(self, summary: str, environment: Mapping[str, str]) -> None:
-        job = self.job
-        self.tracked.log_data(self.mnist, find_data_dir(job.data_dir))
-        self.tracked.log_text(summary + "\n", "model_summary.txt")
-        for name, file in job.sources.items():  # `nets.blocks` goes to `source/nets`
-            self.tracked.log_file(file, str(Path("source") / place(name, file).parent))
-        self.tracked.log_json(environment, "environment.json")
-
-    def log_epoch(self, metrics: EpochMetrics) -> None:
-        """Log the newest of `epochs`."""
+    def log_epoch(self, metrics: EpochMetrics, store: Store) -> None:
+        """Keep what the run needs to go on, then log the epoch: what MLflow lacks is logged when the run goes on."""
+        self.epochs.append(metrics)
+        store.check_in_place()
+        saved = Checkpoint(
+            run_id=self.tracked.run_id,
+            script=str(self.job.script),
+            seed=self.seed,
+            changes=dict(self.job.overrides),
+            limit=self.job.limit,
+            holdout=self.job.holdout,
+            identity=self.job.identity,
+            threads=torch.get_num_threads(),
+            epochs=self.epochs,
+            training=self.training.state_dict(),
+        )
+        checkpoint.save(saved, store.uri)
         self.tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
 
     def prune(self) -> RunResult:
         """End a trial's run early."""
-        pruned = f"after epoch {len(self.epochs)} of {self.job.experiment.epochs}"
-        self.tracked.set_tags({"pruned": pruned})
+        self.tracked.set_tags({"pruned": f"after epoch {len(self.epochs)} of {self.job.experiment.epochs}"})
         return RunResult(self.tracked.run_id, self.epochs, {}, [])
 
     def finish(self, progress: Progress) -> RunResult:
@@ -125,59 +134,51 @@ class Record:
 
         A trial of a search and a fold are not given the test images, so they have no verdict.
         """
-        tracked, job = self.tracked, self.job
-        measured = measure(self.num_params, self.epochs, job.experiment)
-        if not len(self.mnist.test_images):
-            tracked.log_once(logged_once(measured, job.protocol.once))
-            if job.folds:
-                self._log_fold()
-            return RunResult(tracked.run_id, self.epochs, measured, [])
+        job, tracked, tested = self.job, self.tracked, len(self.mnist.test_images) > 0
         logger.info("Evaluating the trained network")
-        logits = self._test_logits()
-        if job.holdout:
-            loss, correct = evaluate(logits, self.mnist.test_labels)
+        measured = measure(self.num_params, self.epochs, job.experiment)
+        labels, logits = self._judged()
+        if job.holdout and tested:
+            loss, correct = evaluate(logits, labels)
             measured |= {"final_test_loss": loss, "final_test_accuracy": 100 * correct / len(logits)}
+        once = {name: measured[name] for name in job.protocol.once if name in measured}
+        tracked.log_once(once | short_figures(measured))
+        if not tested:
+            if job.folds:
+                tracked.log_predictions(labels, logits, self.mnist.validation_numbers)
+            return RunResult(tracked.run_id, self.epochs, measured, [])
         verdicts = targets.judge(
             job.experiment.targets,
             accuracies=[measured["final_test_accuracy"]],
             num_params=int(measured["num_params"]),
             epochs=len(self.epochs),
         )
-        tracked.log_once(logged_once(measured, job.protocol.once))
         description = describe(job.script, job.tags["overrides"], verdicts)
         tracked.set_tags({**verdict_tags(verdicts), DESCRIPTION: description})
         result = RunResult(tracked.run_id, self.epochs, measured, verdicts)
         progress.on_verdict(result)
-        self._log_network(logits)
-        return result
-
-    def _test_logits(self) -> Tensor:
-        """Return the trained network's logits (10000, 10) of the test images; LabError if they are not finite."""
-        logits = self.training.logits
-        with blame("net"):
-            if logits is None or self.job.holdout:  # what the last epoch was evaluated on is something else
-                logits = predict(self.training.result, self.mnist.test_images, self.job.experiment.normalize)
-            if not logits.isfinite().all():
-                raise ValueError("gives logits of the test images that are not finite, after the last epoch")
-        return logits
-
-    def _log_fold(self) -> None:
-        """Log what the network says of each image of its fold, under the image's number among the 60,000."""
-        logits, (_, images, labels) = self.training.logits, evaluation_part(self.mnist)
-        if logits is None:  # of a run that was taken up after its last epoch
-            logits = predict(self.training.result, images, self.job.experiment.normalize)
-        self.tracked.log_predictions(labels, logits, self.mnist.validation_numbers)
-
-    def _log_network(self, logits: Tensor) -> None:
         logger.info("Logging predictions, figures and the model")
-        tracked, mnist, experiment = self.tracked, self.mnist, self.job.experiment
-        tracked.log_predictions(mnist.test_labels, logits)
-        identity = {"step": self.job.step, "seed": self.seed, "run_id": tracked.run_id}
-        tracked.log_figures(draw(experiment, mnist, self.epochs, logits, **identity))
-        example = normalize(mnist.test_images[:2].float() / 255, experiment.normalize)
-        refusal = tracked.log_model(self.job.step, self.training.result, example, experiment.normalize)
+        tracked.log_predictions(labels, logits)
+        name = {"step": job.step, "seed": self.seed, "run_id": tracked.run_id}
+        tracked.log_figures(draw(job.experiment, self.mnist, self.epochs, logits, **name))
+        example = normalize(self.mnist.test_images[:2].float() / 255, job.experiment.normalize)
+        refusal = tracked.log_model(job.step, self.training.result, example, job.experiment.normalize)
         if refusal is not None:
             tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
+        return result
+
+    def _judged(self) -> tuple[Tensor, Tensor]:
+        """Return the labels, and the trained network's logits, of the test images, else of those held out; LabError."""
+        part, images, labels = evaluation_part(self.mnist)
+        logits = self.training.logits
+        if part == "validation" and len(self.mnist.test_images):
+            images, labels, logits = self.mnist.test_images, self.mnist.test_labels, None
+        with blame("net"):
+            if logits is None:  # of a run that was taken up after its last epoch too
+                logits = predict(self.training.result, images, self.job.experiment.normalize)
+            if not logits.isfinite().all():
+                raise ValueError("gives logits that are not finite, after the last epoch")
+        return labels, logits
 
 
 # ---- names, tags and words
@@ -216,11 +217,6 @@ def describe(script: Path, overrides: str = "", verdicts: Sequence[Verdict] = ()
 
 
 # ---- figures, as numbers and as pictures
-
-
-def logged_once(measured: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Return the figures of these names, and the accuracies among all of them under their short names too."""
-    return {name: measured[name] for name in names if name in measured} | short_figures(measured)
 
 
 def epoch_metrics(metrics: EpochMetrics) -> dict[str, float]:

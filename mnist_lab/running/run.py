@@ -9,22 +9,20 @@ import logging
 import math
 from collections.abc import Mapping
 
-import torch
-
-from mnist_lab.checking.rehearsal import blame_script, rehearse, without_exits
+from mnist_lab.checking.rehearsal import Rehearsal, blame_script, rehearse, without_exits
 from mnist_lab.data import Mnist, hold_out, hold_out_fold, load_mnist
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
-from mnist_lab.running.job import Job, check_seed
+from mnist_lab.running.job import Job
 from mnist_lab.running.machine import keep_freed_memory, set_threads, use_float32
 from mnist_lab.running.progress import Progress, Pruned, RunResult
 from mnist_lab.running.record import Record
 from mnist_lab.tracking.models import find_teacher, load_teacher
 from mnist_lab.tracking.run import adopted
 from mnist_lab.tracking.store import Store, open_store
-from mnist_lab.training.loop import EpochMetrics, Training, initial_network
+from mnist_lab.training.loop import Training, initial_network
 from mnist_lab.training.states import own_parts
 
 logger = logging.getLogger(__name__)
@@ -48,16 +46,10 @@ def run(
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
             later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
     """
-    check_seed(seed)
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store, None if resume is None else resume.identity)
-    experiment = taught(job, store)
-    use_float32(job.device)
-    logger.info("Reading MNIST")
-    mnist = load_parts(job, seed)
-    logger.info("Trying the declaration on a few batches")
-    rehearsal = rehearse(experiment, mnist)
+    experiment, mnist, rehearsal = tried(job, store, seed)
     if parent_run_id is None:  # else the study has said it
         rehearsal.notice(job.overrides)
     if resume is not None:
@@ -75,12 +67,11 @@ def run(
         logger.info("Training, epoch by epoch")
         try:
             for metrics in without_exits(training.epochs()):
-                check_eval_loss(metrics)
-                record.epochs.append(metrics)
-                # First here, then in MLflow: what is missing there is logged when the run goes on.
-                store.check_in_place()
-                checkpoint.save(_checkpoint(record, run_id), store.uri)
-                record.log_epoch(metrics)
+                if not math.isfinite(metrics.eval_loss):
+                    raise LabError(
+                        f"net: its {metrics.evaluated_on} loss is {metrics.eval_loss} in epoch {metrics.epoch}"
+                    )
+                record.log_epoch(metrics, store)
                 progress.on_epoch(seed, metrics)
         except Pruned:
             result = record.prune()
@@ -90,7 +81,16 @@ def run(
     return result
 
 
-def load_parts(job: Job, seed: int = 0) -> Mnist:
+def tried(job: Job, store: Store, seed: int = 0) -> tuple[Experiment, Mnist, Rehearsal]:
+    """Return what is trained and on what, and what comes of trying it on a few batches; raises LabError."""
+    use_float32(job.device)
+    logger.info("Reading MNIST")
+    experiment, mnist = taught(job, store), load_parts(job, seed)
+    logger.info("Trying the declaration on a few batches")
+    return experiment, mnist, rehearse(experiment, mnist)
+
+
+def load_parts(job: Job, seed: int) -> Mnist:
     """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` others.
 
     A trial of a search and a fold get no test images, so that nothing can read them.
@@ -111,12 +111,6 @@ def first_images(mnist: Mnist, limit: int) -> Mnist:
     if not 1 <= limit <= total:
         raise LabError(f"limit: {limit} is not between 1 and {total:,}, the number of training images")
     return dataclasses.replace(mnist, train_images=mnist.train_images[:limit], train_labels=mnist.train_labels[:limit])
-
-
-def check_eval_loss(metrics: EpochMetrics) -> None:
-    """Refuse to go on with a network whose evaluation gives no number; raises LabError."""
-    if not math.isfinite(metrics.eval_loss):
-        raise LabError(f"net: its {metrics.evaluated_on} loss is {metrics.eval_loss} in epoch {metrics.epoch}")
 
 
 # ---- an objective that learns from a teacher
@@ -163,22 +157,6 @@ def _declared_teacher(experiment: Experiment) -> str | None:
 
 
 # ---- interrupted, and taken up again
-
-
-def _checkpoint(record: Record, run_id: str) -> Checkpoint:
-    job = record.job
-    return Checkpoint(
-        run_id=run_id,
-        script=str(job.script),
-        seed=record.seed,
-        changes=dict(job.overrides),
-        limit=job.limit,
-        holdout=job.holdout,
-        identity=job.identity,
-        threads=torch.get_num_threads(),
-        epochs=record.epochs,
-        training=record.training.state_dict(),
-    )
 
 
 def _check_same(job: Job, resume: Checkpoint) -> None:

@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
 
 import optuna
 import torch
@@ -24,21 +22,18 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from tabulate import tabulate
 
-from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.errors import LabError, one_line
-from mnist_lab.experiment import quoted
+from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.paths import SEARCHES, own_folder
 from mnist_lab.running import identity
 from mnist_lab.running.job import Job
-from mnist_lab.running.machine import use_float32
 from mnist_lab.running.progress import Counts, Progress, Pruned, Trial
 from mnist_lab.running.record import DESCRIPTION, run_name_of
-from mnist_lab.running.run import load_parts, taught, with_teacher
-from mnist_lab.running.workers import Epoch, Failed, Given, Message, OnEpoch, Task, Trainers, reason_of, train_seed
+from mnist_lab.running.run import tried, with_teacher
+from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers, reason_of
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import Store, adopt, alone, finished_runs, open_store, quiet
-from mnist_lab.training.generators import kept_generators
-from mnist_lab.training.loop import EpochMetrics, initial_network, num_params
+from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
 
 Space = Mapping[str, BaseDistribution]
@@ -81,33 +76,44 @@ def search(
     busy = f"search: another process is searching {job.step} with these settings"
     with alone(job.tracking_uri, f"search-{_digest(job)}", busy), _storage_failures():
         job = with_teacher(job, store)
-        study = _open_study(job, space, again=again)
+        storage = _open_storage(job)
+        study = _open_study(job, space, storage, again=again)
         job = job.replaced(search=study.study_name)
-        at_a_time = trainers.prepare(job, store)
-        _rehearse(job, space, store)
-        with _track(job, store, f"search of {count} trials", space, study.user_attrs.get("run_id")) as tracked:
+        trainers.prepare(job, store)
+        _, _, rehearsal = tried(job, store)
+        for name in [name for name in rehearsal.no_effect if name in space]:
+            raise LabError(f"{rehearsal.no_effect[name]}; give more --epochs, or leave {name} out of the space")
+        rehearsal.notice(job.overrides)
+        with track(
+            store,
+            run_name_of(job, f"search of {count} trials"),
+            params={**job.params, **{name: str(distribution) for name, distribution in space.items()}},
+            tags={**job.tags, **job.commit_tags, "hardware": identity.hardware(job.device)},
+            resume_run_id=study.user_attrs.get("run_id"),
+            reopen=True,
+        ) as tracked:
             study.set_user_attr("run_id", tracked.run_id)
-            task = TrialTask(job, tracked.run_id, trainers.storage(_url(job)))
+            reached = trainers.storage(storage)
 
-            def waiting() -> Iterator[Given]:  # a trial is drawn when there is room for it
+            def tasks() -> Iterator[TrialTask]:  # a trial is drawn when there is room for it
                 for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                     if trial.params.keys() == space.keys():
-                        yield task, trial.number
+                        yield TrialTask(job, trial.number, tracked.run_id, storage=reached)
                     else:  # this process was killed while it was drawn: it counts as none
                         study.tell(trial.number, state=TrialState.FAIL)
-                for _ in range(count - _counts(study, running=True).done):
-                    yield task, study.ask(dict(space)).number
+                for _ in range(count - len(_trials(study))):
+                    yield TrialTask(job, study.ask(dict(space)).number, tracked.run_id, storage=reached)
 
-            def on_message(task: Task, message: Message) -> None:
-                if isinstance(message, Epoch):
-                    return
-                if isinstance(message, Failed):
-                    _fail(study, message)
-                trial = study.get_trials(deepcopy=False)[message.seed]
+            def on_end(task: SeedTask, outcome: Outcome) -> None:
+                if isinstance(outcome, Failed):
+                    if not outcome.lost:  # so Optuna was not told
+                        raise LabError(f"search: {outcome.reason.removeprefix('search: ')}")
+                    study.tell(task.number, state=TrialState.FAIL, skip_if_finished=True)
+                trial = study.get_trials(deepcopy=False)[task.number]
                 progress.on_trial(trial.number, _values(trial), _outcome_text(trial), _counts(study))
 
-            progress.on_search(study.study_name, count, _counts(study).done, at_a_time, job.device)
-            trainers.train(waiting(), at_a_time, on_message, progress.on_time)
+            progress.on_search(study.study_name, count, _counts(study).done, trainers.room(), job.device)
+            trainers.train(store, tracked.run_id, tasks(), progress, on_end)
             counts, best, too_good = _counts(study), _finished(study)[:BEST], 0.0
             if best:
                 of_one = sd_of_accuracy(best[0].accuracy, job.holdout)
@@ -157,53 +163,61 @@ def best_table(result: SearchResult, style: str = "simple") -> str:
 # ---- where a trial is trained
 
 
-class TrialTask(NamedTuple):
-    """The trials of a search, by their numbers. storage: Optuna's, or its URL."""
+@dataclass(frozen=True, kw_only=True)
+class TrialTask(SeedTask):
+    """The training of a trial, by its number. storage: Optuna's."""
 
-    job: Job
-    parent_run_id: str
-    storage: str | BaseStorage
+    storage: BaseStorage
 
-    def train(self, seed: int, on_epoch: OnEpoch) -> None:
-        """Train the trial whose number is `seed`, or go on with it, and tell Optuna what came of it."""
+    def train(self, progress: Progress) -> None:
+        """Train the trial with the seed 0, or go on with it, and tell Optuna what came of it."""
         with _storage_failures():
-            storage = _open_storage(self.storage) if isinstance(self.storage, str) else self.storage
             pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION)
-            study = optuna.load_study(study_name=self.job.search, storage=storage, pruner=pruner)
-            drawn = study.get_trials(deepcopy=False)[seed]
-            if drawn.state.is_finished():  # by a process that was lost before it could say so
-                return
-            trial = optuna.Trial(study, drawn._trial_id)
-            trial.set_user_attr(BEGUN, True)
-            study.tell(trial, *self._outcome(trial, is_lost=BEGUN in drawn.user_attrs))
+            study = optuna.load_study(study_name=self.job.search, storage=self.storage, pruner=pruner)
+            drawn = study.get_trials(deepcopy=False)[self.number]
+            if not drawn.state.is_finished():  # by a process that was lost before it could say so
+                trial = optuna.Trial(study, drawn._trial_id)
+                trial.set_user_attr(BEGUN, True)
+                study.tell(trial, *self._outcome(trial, is_lost=BEGUN in drawn.user_attrs))
 
     def _outcome(self, trial: optuna.Trial, *, is_lost: bool) -> tuple[float | None, TrialState]:
         try:
             store = open_store(self.job.tracking_uri)
             job = _with_values(self.job, trial, store)
-            size, limit = _num_params(job), job.experiment.targets.params
-            if size is not None and limit is not None and size >= limit:
-                trial.set_user_attr(TOO_LARGE, size)
-                return None, TrialState.PRUNED
-
-            def judge(metrics: EpochMetrics) -> None:
-                trial.report(metrics.eval_accuracy, metrics.epoch)
-                if metrics.epoch < job.experiment.epochs and trial.should_prune():
-                    raise Pruned
-
             # The same values may have been drawn before, and a process may be lost when it has pruned its run.
-            figure = "validation_accuracy" if is_lost else FIGURE
-            run = finished_runs(store, job.params, job.tags, figure).get(0)
+            run = finished_runs(store, job.params, job.tags, "validation_accuracy").get(0)
             if run is None:
-                run = train_seed(job, 0, self.parent_run_id, judge, is_lost=is_lost)
+                task = SeedTask(job, 0, self.parent_run_id, is_lost=is_lost)
+                run = task.train(_Judge(trial, job.experiment))
+                assert run is not None
             else:
                 adopt(store, self.parent_run_id, run.run_id)
             trial.set_user_attr("run", run.run_id)
             accuracy = run.metrics.get(FIGURE)
             return accuracy, TrialState.PRUNED if accuracy is None else TrialState.COMPLETE
+        except Pruned:
+            return None, TrialState.PRUNED
         except Exception as error:
             trial.set_user_attr(REASON, reason_of(error))
             return None, TrialState.FAIL
+
+
+class _Judge(Progress):
+    """Ends a trial that is not worth its training, or more of it; Optuna hears of the epochs."""
+
+    def __init__(self, trial: optuna.Trial, experiment: Experiment) -> None:
+        self.trial, self.experiment = trial, experiment
+
+    def on_run(self, name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None:
+        limit = self.experiment.targets.params
+        if limit is not None and num_params >= limit:
+            self.trial.set_user_attr(TOO_LARGE, num_params)
+            raise Pruned
+
+    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
+        self.trial.report(metrics.eval_accuracy, metrics.epoch)
+        if metrics.epoch < self.experiment.epochs and self.trial.should_prune():
+            raise Pruned
 
 
 def _values(trial: optuna.Trial | FrozenTrial) -> dict[str, object]:
@@ -223,25 +237,12 @@ def _with_values(job: Job, trial: optuna.Trial, store: Store) -> Job:
     return with_teacher(changed, store)
 
 
-def _num_params(job: Job) -> int | None:
-    """Count the parameters of the job's network; None where it can't be built, of which the training says why."""
-    try:
-        with kept_generators(torch.device("cpu")):
-            return num_params(initial_network(job.experiment, 0, torch.device("cpu")))
-    except Exception:
-        return None
-
-
 # ---- Optuna's storage
 
 
-def _url(job: Job) -> str:
-    return f"sqlite:///{own_folder(job.tracking_uri) / SEARCHES}"
-
-
-@lru_cache(maxsize=1)
-def _open_storage(url: str) -> RDBStorage:
+def _open_storage(job: Job) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    url = f"sqlite:///{own_folder(job.tracking_uri) / SEARCHES}"
     with quiet():
         return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}})
 
@@ -260,9 +261,9 @@ def _digest(job: Job) -> str:
     return hashlib.sha256(json.dumps(job.identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _open_study(job: Job, space: Space, *, again: bool) -> optuna.Study:
+def _open_study(job: Job, space: Space, storage: RDBStorage, *, again: bool) -> optuna.Study:
     """Open the newest search of this job, or make a new one; raises LabError if that drew from another space."""
-    storage, family = _open_storage(_url(job)), f"{job.step} {_digest(job)}"
+    family = f"{job.step} {_digest(job)}"
     names = [name.rpartition(" ") for name in optuna.get_all_study_names(storage)]
     newest = max((int(number) for of_family, _, number in names if of_family == family), default=0)
     name = f"{family} {newest + (again or not newest)}"
@@ -280,22 +281,18 @@ def _open_study(job: Job, space: Space, *, again: bool) -> optuna.Study:
     return study
 
 
-def _fail(study: optuna.Study, message: Failed) -> None:
-    """Let a trial fail whose process is gone for good; raises LabError where Optuna was not told."""
-    if not message.lost:
-        raise LabError(f"search: {message.reason.removeprefix('search: ')}")
-    if not study.get_trials(deepcopy=False)[message.seed].state.is_finished():
-        study.tell(message.seed, state=TrialState.FAIL)
-
-
-def _counts(study: optuna.Study, *, running: bool = False) -> Counts:
-    """Count the trials by how they ended; `running`: and those that have not ended as if they had."""
+def _trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials of a study, without those whose values were not all drawn."""
     names = study.user_attrs["space"].keys()
-    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.params.keys() == names]
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.params.keys() == names]
+
+
+def _counts(study: optuna.Study) -> Counts:
+    trials = _trials(study)
     too_large = sum(TOO_LARGE in trial.user_attrs for trial in trials)
     states = Counter(trial.state for trial in trials)
     return Counts(
-        finished=states[TrialState.COMPLETE] + running * states[TrialState.RUNNING],
+        finished=states[TrialState.COMPLETE],
         pruned=states[TrialState.PRUNED] - too_large,
         failed=states[TrialState.FAIL],
         too_large=too_large,
@@ -319,28 +316,6 @@ def _outcome_text(trial: FrozenTrial) -> str:
     if trial.state is TrialState.PRUNED:
         return "pruned"
     return f"failed: {trial.user_attrs.get(REASON, 'its process ended early')}"
-
-
-# ---- before and after the trials
-
-
-def _rehearse(job: Job, space: Space, store: Store) -> None:
-    """Try the declaration; raises LabError if it is unusable, or what is searched for has no effect."""
-    use_float32(job.device)
-    rehearsal = rehearse(taught(job, store), load_parts(job))
-    for name in [name for name in rehearsal.no_effect if name in space]:
-        raise LabError(f"{rehearsal.no_effect[name]}; give more --epochs, or leave {name} out of the space")
-    rehearsal.notice(job.overrides)
-
-
-@contextmanager
-def _track(job: Job, store: Store, what: str, space: Space, earlier: str | None) -> Iterator[TrackedRun]:
-    """Open the run whose children are those of the trials, or go on with the earlier one."""
-    tags = {**job.tags, **job.commit_tags, "hardware": identity.hardware(job.device)}
-    params = {**job.params, **{name: str(distribution) for name, distribution in space.items()}}
-    name = run_name_of(job, what)
-    with track(store, name, params=params, tags=tags, resume_run_id=earlier, reopen=True) as tracked:
-        yield tracked
 
 
 def _log(tracked: TrackedRun, study: optuna.Study, job: Job, result: SearchResult) -> None:

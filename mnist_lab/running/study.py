@@ -10,22 +10,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from tabulate import tabulate
 
-from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.experiment import Targets
 from mnist_lab.running import identity
-from mnist_lab.running.job import Job, check_seed
-from mnist_lab.running.machine import use_float32
+from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
-from mnist_lab.running.run import load_parts, taught, with_teacher
-from mnist_lab.running.workers import Epoch, Failed, Message, SeedTask, Task, Trainers
+from mnist_lab.running.run import tried, with_teacher
+from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import read_points
 from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store, store_failures
@@ -51,72 +49,53 @@ def study(
     Raises:
         LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
     """
-    for seed in seeds:
-        check_seed(seed)
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store)
-    hardware, figure = identity.hardware(job.device), job.protocol.judged
-    found = {} if again else finished_runs(store, job.params, job.tags, figure, hardware=hardware)
-    reused = [seed for seed in seeds if seed in found]
-    missing = [seed for seed in seeds if seed not in found]
+    hardware, protocol = identity.hardware(job.device), job.protocol
+    runs = {} if again else finished_runs(store, job.params, job.tags, protocol.judged, hardware=hardware)
+    reused, missing = [seed for seed in seeds if seed in runs], [seed for seed in seeds if seed not in runs]
     count = 0
     if missing:  # else there is nothing to refuse
-        count = min(trainers.prepare(job, store), len(missing))
-        use_float32(job.device)
-        logger.info("Reading MNIST, and trying the declaration on a few batches")
-        rehearse(taught(job, store), load_parts(job)).notice(job.overrides)
+        trainers.prepare(job, store)
+        count = min(trainers.room(), len(missing))
+        _, _, rehearsal = tried(job, store)
+        rehearsal.notice(job.overrides)
     name = run_name_of(job, f"{len(seeds)} {job.unit}{'s' if len(seeds) > 1 else ''}")
-    with track(store, name, params=job.params, tags=_tags(job, seeds, reused)) as tracked:
+    tags = {
+        **{tag: text for tag, text in job.tags.items() if tag != "step"},
+        **{"study": job.step, "seeds": " ".join(map(str, seeds)), "seeds_reused": " ".join(map(str, reused))},
+        **job.commit_tags,
+        **{"hardware": hardware, **target_tags(job.targets)},
+    }
+    failed: dict[int, str] = {}
+
+    def on_end(task: SeedTask, outcome: Outcome) -> None:
+        if isinstance(outcome, Failed):
+            failed[task.number] = outcome.reason
+            progress.on_failure(task.number, outcome.reason)
+        elif outcome is not None:
+            runs[task.number] = outcome
+            progress.on_seed(task.number, outcome.metrics)
+
+    with track(store, name, params=job.params, tags=tags) as tracked:
         for seed in reused:
-            adopt(store, tracked.run_id, found[seed].run_id)
+            adopt(store, tracked.run_id, runs[seed].run_id)
         progress.on_study(name, seeds, missing, count, job.device)
-        outcomes = _Outcomes({seed: found[seed] for seed in reused}, progress)
-        task = SeedTask(job, tracked.run_id, again)
         if missing:
-            trainers.train([(task, seed) for seed in missing], count, outcomes.on_message, progress.on_time)
+            tasks = (SeedTask(job, seed, tracked.run_id, again) for seed in missing)
+            trainers.train(store, tracked.run_id, tasks, progress, on_end)
         logger.info("Judging the seeds together")
-        finished = [outcomes.runs[seed] for seed in seeds if seed in outcomes.runs]
-        result = judge_runs(job.targets, job.experiment.epochs, tracked.run_id, finished, job.protocol)
-        result = replace(result, reused=reused, failed=outcomes.failed)
+        finished = [runs[seed] for seed in seeds if seed in runs]
+        result = judge_runs(job.targets, job.experiment.epochs, tracked.run_id, finished, protocol)
+        result = replace(result, reused=reused, failed=failed)
         log_verdict(tracked, result, job.script, job.tags["overrides"])
         progress.on_study_verdict(result)
         logger.info("Drawing the curves of all seeds")
         log_curves(tracked, _read_history(store, job, finished), job.targets)
-        if result.failed:
+        if failed:
             tracked.end_status = "FAILED"
     return result
-
-
-def _tags(job: Job, seeds: Sequence[int], reused: Sequence[int]) -> dict[str, str]:
-    return {
-        **{tag: text for tag, text in job.tags.items() if tag != "step"},
-        "study": job.step,
-        "seeds": " ".join(map(str, seeds)),
-        "seeds_reused": " ".join(map(str, reused)),
-        **job.commit_tags,
-        "hardware": identity.hardware(job.device),
-        **target_tags(job.targets),
-    }
-
-
-@dataclass
-class _Outcomes:
-    """What has come of each seed so far: its finished run, or why it has none."""
-
-    runs: dict[int, FinishedRun]
-    progress: Progress
-    failed: dict[int, str] = field(default_factory=dict)
-
-    def on_message(self, task: Task, message: Message) -> None:
-        if isinstance(message, Epoch):
-            self.progress.on_epoch(message.seed, message.metrics)
-        elif isinstance(message, Failed):
-            self.failed[message.seed] = message.reason
-            self.progress.on_failure(message.seed, message.reason)
-        elif message.run is not None:
-            self.runs[message.seed] = message.run
-            self.progress.on_seed(message.seed, message.run.metrics)
 
 
 def judge_runs(

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from mnist_lab.checking.network import listed
 from mnist_lab.errors import text_of
@@ -41,11 +42,6 @@ def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
         return _table(copied, calls)
 
 
-def receptive_fields(net: nn.Module) -> list[int | None]:
-    """Return, for each call of a layer, the width in pixels of what one of its outputs can see."""
-    return [field for _, _, field in _calls(copy.deepcopy(net).cpu().double().eval(), _marked_images())]
-
-
 def _marked_images() -> Tensor:
     """Return 28 images, of which number i has NaN in its column i, for NaN spreads to all that depends on it.
 
@@ -63,16 +59,11 @@ def _calls(net: nn.Module, images: Tensor) -> list[Call]:
     calls: list[Call] = []
 
     def note(module: nn.Module, inputs: object, output: object) -> None:
-        calls.append((module, _shape(output), _field(output)))
+        if module is not net and not isinstance(module, nn.Sequential | nn.ModuleList):
+            calls.append((module, _shape(output), _field(output)))
 
-    layers = [part for part in net.modules() if part is not net]
-    layers = [part for part in layers if not isinstance(part, nn.Sequential | nn.ModuleList)]
-    handles = [layer.register_forward_hook(note) for layer in layers]
-    try:
+    with register_module_forward_hook(note):
         net(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -1,8 +1,8 @@
-"""Who trains a study or a search: what they are handed, what they say of it, and those of this machine.
+"""Who trains a study or a search: they are handed tasks, and say how each of them ended.
 
-On a CPU it is trained in processes of one thread each, on a GPU in this process. The processes are started by
+On a CPU tasks are trained in processes of one thread each, on a GPU in this process. The processes are started by
 `multiprocessing` with "spawn": torch's threads don't survive a fork. They are no `Pool`: that breaks as a whole when
-one of its processes dies, while here only that seed fails.
+one of its processes dies, while here only that task fails.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -31,120 +32,65 @@ from mnist_lab.running.progress import Progress
 from mnist_lab.running.record import run_name_of
 from mnist_lab.running.run import run
 from mnist_lab.tracking.connection import environment_variables
-from mnist_lab.tracking.store import FinishedRun, Store, can_resume, close_abandoned, close_lost, open_store
+from mnist_lab.tracking.store import FinishedRun, Store, can_resume, close_lost, open_store
 from mnist_lab.training.loop import EpochMetrics
 
+if TYPE_CHECKING:  # a study does without Optuna
+    from optuna.storages import RDBStorage
+
 LOOK_SECONDS = 1.0  # how often the display is told that time passes
-END_SECONDS = 20.0  # that a worker gets to close its run when the study is stopped
+END_SECONDS = 20.0  # that a training gets to close its run when it is stopped
 
 logger = logging.getLogger(__name__)
 
 
-class Epoch(NamedTuple):
-    """A seed has finished an epoch."""
-
-    seed: int
-    metrics: EpochMetrics
-
-
-class Done(NamedTuple):
-    """A seed has finished its run. A trial of a search has none: Optuna's storage says what came of it."""
-
-    seed: int
-    run: FinishedRun | None
-
-
 class Failed(NamedTuple):
-    """A seed has no run, and why. lost: because its process is gone."""
+    """Why a task has no run. lost: because its process is gone."""
 
-    seed: int
     reason: str
     lost: bool = False
 
 
-Message = Epoch | Done | Failed
-OnEpoch = Callable[[EpochMetrics], None]
+Outcome = FinishedRun | Failed | None  # a trial of a search has none: Optuna's storage says what came of it
 
 
-class Task(Protocol):
-    """What is trained with one seed after another. It can be sent to another process."""
+@dataclass(frozen=True)
+class SeedTask:
+    """The training of a seed, which can be sent to another process. An interrupted run of it goes on.
 
-    @property
-    def job(self) -> Job: ...
-    @property
-    def parent_run_id(self) -> str: ...
-
-    def train(self, seed: int, on_epoch: OnEpoch) -> FinishedRun | None: ...
-
-
-Given = tuple[Task, int]  # a task, and the seed to train it with
-OnMessage = Callable[[Task, Message], None]
-
-
-class Trainers(Protocol):
-    """Who trains."""
-
-    def prepare(self, job: Job, store: Store) -> int:
-        """Get ready for tasks of this job, and return how many can train at a time; raises LabError."""
-
-    def storage(self, url: str) -> Any:
-        """Return how tasks reach the storage of Optuna that has this URL here: a URL, or a storage."""
-
-    def train(self, waiting: Iterable[Given], count: int, on_message: OnMessage, on_time: Callable[[], None]) -> None:
-        """Train what is waiting, `count` at a time; `on_time` is called now and then.
-
-        However this ends, the trainings end before it.
-        """
-
-
-class SeedTask(NamedTuple):
-    """The runs of one job, one per seed; see `train_seed`."""
-
-    job: Job
-    parent_run_id: str
-    again: bool = False
-
-    def train(self, seed: int, on_epoch: OnEpoch) -> FinishedRun:
-        return train_seed(self.job, seed, self.parent_run_id, on_epoch, again=self.again)
-
-
-def train_seed(
-    job: Job, seed: int, parent_run_id: str, on_epoch: OnEpoch, *, again: bool = False, is_lost: bool = True
-) -> FinishedRun:
-    """Train and track one seed. An interrupted run of it goes on, with `again` only one that began for this parent.
-
+    number: the seed.
     parent_run_id: the run of the study or the search.
+    again: go on only with a run that began for this parent.
     is_lost: whether a run of this seed that the parent has as RUNNING can only be one whose process is gone.
     """
-    store = open_store(job.tracking_uri)
-    name = run_name_of(job, f"{job.unit} {seed}")
-    own = close_lost(store, parent_run_id, name) if is_lost else []
-    if own:
-        logger.warning("%s begins again: its process was lost", name)
-    found = (one for one in checkpoint.alike(store.uri, job.identity, seed) if not again or one.run_id in own)
-    resume = next((one for one in found if can_resume(store, one.run_id)), None)
-    result = run(job, seed, _EpochListener(on_epoch), parent_run_id=parent_run_id, resume=resume)
-    return FinishedRun(result.run_id, seed, result.measured)
+
+    job: Job
+    number: int
+    parent_run_id: str
+    again: bool = False
+    is_lost: bool = True
+
+    def train(self, progress: Progress) -> FinishedRun | None:
+        store = open_store(self.job.tracking_uri)
+        name = run_name_of(self.job, f"{self.job.unit} {self.number}")
+        own = close_lost(store, self.parent_run_id, name) if self.is_lost else []
+        if own:
+            logger.warning("%s begins again: its process was lost", name)
+        alike = checkpoint.alike(store.uri, self.job.identity, self.number)
+        found = (one for one in alike if not self.again or one.run_id in own)
+        resume = next((one for one in found if can_resume(store, one.run_id)), None)
+        result = run(self.job, self.number, progress, parent_run_id=self.parent_run_id, resume=resume)
+        return FinishedRun(result.run_id, self.number, result.measured)
 
 
-class _EpochListener(Progress):
-    """Passes the epochs of a run on."""
-
-    def __init__(self, report: OnEpoch) -> None:
-        self.report = report
-
-    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
-        self.report(metrics)
-
-
-def outcome_of(task: Task, seed: int, on_epoch: OnEpoch) -> Done | Failed:
-    """Return what comes of training a seed; an error fails this seed alone."""
+def outcome_of(task: SeedTask, progress: Progress) -> Outcome:
+    """Return what comes of a task; an error fails this one alone."""
     try:
         if task.job.experiment is None:  # a job is sent without it
             task.job.read_experiment()
-        return Done(seed, task.train(seed, on_epoch))
+        return task.train(progress)
     except Exception as error:
-        return Failed(seed, reason_of(error))
+        return Failed(reason_of(error))
 
 
 def reason_of(error: Exception) -> str:
@@ -152,79 +98,125 @@ def reason_of(error: Exception) -> str:
     return str(error) if isinstance(error, LabError) else "".join(traceback.format_exception(error)).rstrip()
 
 
-class Local:
-    """The trainers of this machine. workers: how many processes train at once on a CPU; by default one per core."""
+class Trainers:
+    """Trains tasks: in this process, one after another, as on a GPU.
 
-    def __init__(self, workers: int | None = None) -> None:
-        self.workers = workers
+    What `start` returns stands for a task that is being trained.
+    """
 
-    def prepare(self, job: Job, store: Store) -> int:
-        self.store, self.in_processes = store, job.device.type == "cpu"
-        if self.in_processes:
-            return self.workers or max(1, available_cores() // (job.threads or 1))
-        if self.workers is not None:
-            raise LabError(f"workers: {self.workers} is for a CPU; on {job.device.type} the seeds train in one process")
+    def prepare(self, job: Job, store: Store) -> None:
+        """Get ready for tasks of this job; raises LabError."""
+
+    def storage(self, storage: RDBStorage) -> Any:
+        """Return what reaches Optuna's storage from where the tasks are trained."""
+        return storage
+
+    def room(self) -> int:
+        """Return how many tasks can be trained at a time."""
         return 1
 
-    def storage(self, url: str) -> str:
-        return url
+    def start(self, task: SeedTask) -> Any:
+        return task.number
 
-    def train(self, waiting: Iterable[Given], count: int, on_message: OnMessage, on_time: Callable[[], None]) -> None:
+    def ended(self, running: Mapping[Any, SeedTask], progress: Progress) -> Iterator[tuple[Any, Outcome]]:
+        """Wait for a moment, and yield what has ended; `progress` is told of epochs."""
+        for number, task in [*running.items()]:
+            yield number, outcome_of(task, progress)
+
+    def stop(self, running: Collection[Any]) -> None:
+        """Let what is being trained close its run and end."""
+
+    def train(
+        self,
+        store: Store,
+        parent_run_id: str,
+        tasks: Iterator[SeedTask],
+        progress: Progress,
+        on_end: Callable[[SeedTask, Outcome], None],
+    ) -> None:
+        """Train the tasks; however this ends, the trainings end before it.
+
+        parent_run_id: the run of the study or the search.
+        """
+        running: dict[Any, SeedTask] = {}
         try:
-            if self.in_processes:
-                _train_in_processes(waiting, count, on_message, on_time)
-            else:
-                _train_here(waiting, on_message)
+            while True:
+                while len(running) < self.room() and (task := next(tasks, None)) is not None:
+                    running[self.start(task)] = task
+                if not running:
+                    return
+                for handle, outcome in self.ended(running, progress):
+                    on_end(running.pop(handle), outcome)
+                progress.on_time()
         finally:
+            self.stop(running)
             with suppress(LabError):  # a server that is away: the next run there closes them
-                close_abandoned(self.store)  # the runs of workers that died
+                close_lost(store, parent_run_id)
 
 
-def _train_here(waiting: Iterable[Given], on_message: OnMessage) -> None:
-    for task, seed in waiting:
+class Processes(Trainers):
+    """Trains in `count` processes of this machine, each of which trains one task after another."""
 
-        def report(metrics: EpochMetrics, task: Task = task, seed: int = seed) -> None:
-            on_message(task, Epoch(seed, metrics))
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.started: list[Worker] = []
+        self.idle: list[Worker] = []
 
-        on_message(task, outcome_of(task, seed, report))
+    def room(self) -> int:
+        return self.count
+
+    def start(self, task: SeedTask) -> Worker:
+        if self.idle:
+            worker = self.idle.pop()
+        else:
+            worker = Worker(len(self.started) + 1)
+            self.started.append(worker)
+        with suppress(OSError):  # where it has died: receiving says so too
+            worker.connection.send(task)
+        return worker
+
+    def ended(self, running: Mapping[Worker, SeedTask], progress: Progress) -> Iterator[tuple[Worker, Outcome]]:
+        ready = wait([worker.connection for worker in running], timeout=LOOK_SECONDS)
+        for worker, task in [(worker, task) for worker, task in running.items() if worker.connection in ready]:
+            message = worker.receive()
+            if isinstance(message, EpochMetrics):
+                progress.on_epoch(task.number, message)
+                continue
+            if worker.process.is_alive():
+                self.idle.append(worker)
+            yield worker, message
+
+    def stop(self, running: Collection[Worker]) -> None:
+        """End all processes; those that do not close their runs in time are killed."""
+        for worker in self.started:
+            worker.process.terminate()
+        deadline = time.monotonic() + END_SECONDS
+        for worker in self.started:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            worker.process.kill()
+            worker.process.join()
+            worker.connection.close()
 
 
-def _train_in_processes(
-    waiting: Iterable[Given], count: int, on_message: OnMessage, on_time: Callable[[], None]
-) -> None:
-    following = iter(waiting)
-    started: list[_Worker] = []
-    try:
-        while True:
-            busy = [worker for worker in started if worker.given is not None]
-            while len(busy) < count and (given := next(following, None)) is not None:
-                started.append(worker := _Worker(len(started) + 1))
-                worker.give(given)
-                busy.append(worker)
-            if not busy:
-                return
-            ready = wait([worker.connection for worker in busy], timeout=LOOK_SECONDS)
-            for worker in [worker for worker in busy if worker.connection in ready]:
-                assert worker.given is not None
-                task, message = worker.given[0], worker.receive()
-                on_message(task, message)
-                if isinstance(message, Failed) and message.lost:
-                    worker.given = None
-                elif not isinstance(message, Epoch):
-                    worker.give(next(following, None))
-            on_time()
-    finally:
-        _end(started)
+def local(job: Job, workers: int | None = None) -> Trainers:
+    """Return the trainers of this machine; raises LabError if `workers` processes are asked for on a GPU.
+
+    workers: by default one per core.
+    """
+    if job.device.type == "cpu":
+        return Processes(workers or max(1, available_cores() // (job.threads or 1)))
+    if workers is not None:
+        raise LabError(f"workers: {workers} is for a CPU; on {job.device.type} the seeds train in one process")
+    return Trainers()
 
 
-class _Worker:
-    """A process that trains one seed after another, and the connection to it."""
+class Worker:
+    """A process that trains, and the connection to it."""
 
     def __init__(self, number: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs,), name=f"{WORKER} {number}", daemon=True)
-        self.given: Given | None = None
         resource_tracker.ensure_running()  # starting it would let the signals through again
         # Ctrl-C and a closed terminal reach all processes at once. This one sees them, and ends its workers by SIGTERM.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
@@ -235,55 +227,40 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that this end hears of it when the process ends
 
-    def give(self, given: Given | None) -> None:
-        """Let it train a seed of a task next, or with None come to its end."""
-        self.given = given
-        with suppress(OSError):  # where it has died: receiving says so too
-            self.connection.send(given)
-
-    def receive(self) -> Message:
+    def receive(self) -> EpochMetrics | Outcome:
         try:
-            message: Message = self.connection.recv()
+            message: EpochMetrics | Outcome = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            assert self.given is not None
             code = self.process.exitcode or 0
             how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
-            return Failed(self.given[1], f"its process ended early ({how})", lost=True)
+            return Failed(f"its process ended early ({how})", lost=True)
         return message
 
 
-def _end(workers: Sequence[_Worker]) -> None:
-    """Let the workers close their runs and end; those that do not are killed."""
-    for worker in workers:
-        worker.process.terminate()
-    deadline = time.monotonic() + END_SECONDS
-    for worker in workers:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-        worker.process.kill()
-        worker.process.join()
-        worker.connection.close()
+class _Messages(Progress):
+    """Sends the epochs of a run over the connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
+        try:
+            self.connection.send(metrics)
+        except OSError:
+            raise KeyboardInterrupt from None  # the study's process is gone
 
 
 def _work(connection: Connection) -> None:
-    """Train the seeds that come over the connection, and send back what comes of them."""
+    """Train the tasks that come over the connection, and send back what comes of them."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.getLogger("mnist_lab").setLevel(logging.WARNING)  # a script that imports mlflow.pytorch raises the root's
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-
-    def report(metrics: EpochMetrics) -> None:
-        try:
-            connection.send(Epoch(seed, metrics))
-        except OSError:
-            raise KeyboardInterrupt from None  # the study's process is gone
-
     try:
         with lasting_output():
-            while (given := connection.recv()) is not None:
-                task, seed = given
-                connection.send(outcome_of(task, seed, report))
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself
+            while True:
+                connection.send(outcome_of(connection.recv(), _Messages(connection)))
     except (KeyboardInterrupt, EOFError, OSError):  # stopped, or the study's process is gone
         os._exit(1)
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from forkserver import PATIENCE
-from helpers import TINY, TrackedRun, free_port, read_runs, wait_until, write_search
+from helpers import TrackedRun, free_port, read_runs, wait_until, write_search
 from mnist_lab.errors import LabError
 
 PARENT = "mlflow.parentRunId"
@@ -165,7 +165,6 @@ def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, server: Server, star
     cluster.nodes[1].end()
     assert program.wait(PATIENCE) == 0, program.said
 
-    assert "begins again: its process was lost" in program.said
     parent, *children = runs()
     assert parent.metrics["seeds"] == [(0, 6.0)]
     assert {run.status for run in runs()} == {"FINISHED"}  # the lost run went on
@@ -261,18 +260,15 @@ def test_auto_starts_a_cluster_of_this_machine_on_loopback(
 # ---- what a node refuses
 
 
-@pytest.mark.parametrize("name", ["Python", "torch"])
-def test_a_node_with_another_version_refuses(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str
-) -> None:
+@pytest.mark.parametrize("name", ["python", "torch"])
+def test_a_node_with_another_version_refuses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from mnist_lab.running import cluster, identity
 
     for variable in ("OMP_NUM_THREADS", cluster.OWN_FOLDER, cluster.ON_CLUSTER):
         monkeypatch.setenv(variable, os.environ.get(variable, ""))
-    order = cluster.Order(uri, cluster._versions(), {}, tmp_path, identity.commit_tags(TINY))
-    cluster._settle(order)
+    cluster._settle(identity.versions(), {})
     with pytest.raises(LabError, match=f"has {name} "):
-        cluster._settle(order._replace(versions={**order.versions, name: "0"}))
+        cluster._settle({**identity.versions(), name: "0"}, {})
 
 
 def test_without_the_flag_nothing_of_ray_is_imported(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from mnist_lab import results
 from mnist_lab.data import Mnist, hold_out_fold, images_of_fold
 from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
-from mnist_lab.running import run, workers
+from mnist_lab.running import run
 from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.study import study
-from mnist_lab.running.workers import Local
+from mnist_lab.running.workers import Trainers
 from mnist_lab.training.loop import EpochMetrics
 
 RENAMED = {"one": "step7_depth", "other": "step8_averaging"}
@@ -71,7 +71,7 @@ class Folds:
         return Job(script=script, experiment=experiment, tracking_uri=self.uri, threads=1, folds=3)
 
     def study(self, script: Path) -> StudyResult:
-        return study(self.job(script), range(3), Progress(), Local())
+        return study(self.job(script), range(3), Progress(), Trainers())
 
     def runs(self) -> list[TrackedRun]:
         return read_runs(self.database)
@@ -81,8 +81,6 @@ class Folds:
 def folds(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, few: Mnist) -> Iterator[Folds]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_mnist", lambda *_: few)
-        in_this_process = lambda waiting, count, on_message, on_time: workers._train_here(waiting, on_message)  # noqa: E731
-        patch.setattr(workers, "_train_in_processes", in_this_process)
         yield Folds(tmp_path_factory.mktemp("folds"), empty_store)
 
 
@@ -175,7 +173,7 @@ def test_a_teacher_that_has_seen_all_images_is_refused(folds: Folds) -> None:
     job = Job(script=script, experiment=read_declaration(script), tracking_uri=folds.uri, folds=3)
 
     with pytest.raises(LabError, match="folds: the teacher"):
-        study(job, range(3), Progress(), Local())
+        study(job, range(3), Progress(), Trainers())
 
 
 class Interrupting(Progress):

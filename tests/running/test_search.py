@@ -5,7 +5,7 @@ import math
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,13 @@ from mnist_lab import Experiment, Targets
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import distillation
-from mnist_lab.running import checkpoint, workers
+from mnist_lab.running import checkpoint
 from mnist_lab.running import run as runner
 from mnist_lab.running import search as module
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Counts, Progress
 from mnist_lab.running.search import SearchResult, check_space, paste_lines, search
-from mnist_lab.running.workers import Local
+from mnist_lab.running.workers import Trainers, local
 from mnist_lab.tracking.models import Teacher
 from mnist_lab.tracking.store import open_store
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
@@ -80,14 +80,10 @@ class Listener(Progress):
 
 
 @pytest.fixture
-def here(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let trials train in this process, on few images, beside test images that must not be read."""
+def few(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trials train on few images, beside test images that must not be read."""
     poisoned = dataclasses.replace(small_mnist, test_images=Poison(), test_labels=Poison())
     monkeypatch.setattr(runner, "load_mnist", lambda *_: poisoned)
-    in_this_process = lambda waiting, count, on_message, on_time: workers._train_here(waiting, on_message)  # noqa: E731
-    monkeypatch.setattr(workers, "_train_in_processes", in_this_process)
-    yield
-    module._open_storage.cache_clear()
 
 
 @pytest.fixture
@@ -105,7 +101,7 @@ def job(uri: str) -> Job:
 
 def search_for(job: Job, count: int, space: Mapping[str, BaseDistribution] = SPACE, **settings: Any) -> SearchResult:
     listener = settings.pop("listener", Listener())
-    return search(job, space, count, listener, Local(), **settings)
+    return search(job, space, count, listener, Trainers(), **settings)
 
 
 def trials_of(job: Job) -> list[optuna.trial.FrozenTrial]:
@@ -114,7 +110,7 @@ def trials_of(job: Job) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name=name, storage=storage).get_trials()
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("few")
 def test_trials_are_trained_or_pruned_and_never_see_the_test_images(job: Job, database: Path) -> None:
     listener = Listener()
     result = search_for(job, 10, listener=listener)
@@ -148,7 +144,7 @@ def test_trials_are_trained_or_pruned_and_never_see_the_test_images(job: Job, da
     assert paste_lines(job, {"lr": 0.25, "epochs": 3}) == ["lr=0.25,  # optimizer", "epochs=3,  # EXPERIMENT"]
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("few")
 def test_all_trials_of_a_search_have_one_teacher(job: Job, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     newest = iter(Teacher(f"m-{number}", f"run {number}", "0" * 64) for number in range(9))
     monkeypatch.setattr(runner, "find_teacher", lambda *_: next(newest))
@@ -161,7 +157,7 @@ def test_all_trials_of_a_search_have_one_teacher(job: Job, database: Path, monke
     assert {run.tags["teacher_run_id"] for run in read_runs(database)} == {"run 0"}
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("few")
 def test_trials_that_fail_are_too_large_or_repeat_another_count(job: Job, database: Path) -> None:
     listener = Listener()
     result = search_for(job, 10, {"width": CategoricalDistribution([TOO_WIDE, 14, 16])}, listener=listener)
@@ -179,7 +175,7 @@ def test_trials_that_fail_are_too_large_or_repeat_another_count(job: Job, databa
     assert whole.tags[PARENT] == result.run_id
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("few")
 def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = optuna.Trial.report
 
@@ -221,7 +217,7 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
         search_for(job, 5)
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("few")
 def test_another_space_is_another_search_and_processes_are_for_a_cpu(job: Job) -> None:
     first = search_for(job, 1)
 
@@ -230,7 +226,7 @@ def test_another_space_is_another_search_and_processes_are_for_a_cpu(job: Job) -
         search_for(job, 1, other)
     assert search_for(job, 1, other, again=True).name != first.name
     with pytest.raises(LabError, match="workers: 2 .* meta"):
-        search(job.replaced(device=torch.device("meta")), SPACE, 1, Listener(), Local(2))
+        local(job.replaced(device=torch.device("meta")), 2)
 
 
 def test_a_space_that_can_not_be_drawn_from(job: Job) -> None:
@@ -248,7 +244,7 @@ def test_a_space_that_can_not_be_drawn_from(job: Job) -> None:
             check_space(job, space)
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("few")
 def test_what_has_no_effect_is_not_searched_and_what_to_do_is_said(job: Job) -> None:
     scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=6, gamma=0.5)
     job = dataclasses.replace(job, experiment=dataclasses.replace(job.experiment, scheduler=scheduler))

@@ -20,9 +20,9 @@ from mnist_lab.errors import LabError
 from mnist_lab.running import run as runner
 from mnist_lab.running import workers
 from mnist_lab.running.job import Job, read_declaration
-from mnist_lab.running.progress import Progress, RunResult
+from mnist_lab.running.progress import Progress, RunResult, StudyResult
 from mnist_lab.running.study import study as run_study
-from mnist_lab.running.workers import Done, Failed, Local, Message, SeedTask
+from mnist_lab.running.workers import Failed, SeedTask, local
 from mnist_lab.tracking.store import FinishedRun, open_store
 from mnist_lab.verdicts.statistics import judge_mean
 
@@ -254,13 +254,17 @@ class Heard(Progress):
             raise Began(list(missing))
 
 
+def study_of(job: Job, seeds: Sequence[int]) -> StudyResult:
+    return run_study(job, seeds, Heard(), local(job))
+
+
 def test_finished_seeds_need_no_training_but_those_of_another_declaration_do(
     story: SimpleNamespace, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
     script, uri = folder / "my_idea.py", f"sqlite:///{folder}/runs.db"
 
-    result = run_study(job_of(script, uri), [2, 0], Heard(), Local())
+    result = study_of(job_of(script, uri), [2, 0])
 
     assert ([run.seed for run in result.runs], result.reused) == ([2, 0], [2, 0])
     assert result.aggregates["final_test_accuracy"].n == 2
@@ -268,7 +272,7 @@ def test_finished_seeds_need_no_training_but_those_of_another_declaration_do(
     assert (study.name, study.status) == ("my_idea 2 seeds [limit=256]", "FINISHED")
     for changes, limit in [({"epochs": 2}, 256), ({"lr": 0.2}, 256), ({"dropout": 0.2}, 256), ({}, 255)]:
         with pytest.raises(Began, match=re.escape("[0, 1]")):
-            run_study(job_of(script, uri, changes, limit), [0, 1], Heard(), Local())
+            study_of(job_of(script, uri, changes, limit), [0, 1])
     assert mlflow.active_run() is None
 
 
@@ -276,7 +280,7 @@ def test_finished_seeds_need_no_training_but_those_of_another_declaration_do(
 
 
 def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = []
+    trained, ended = [], []
 
     def train(job: Job, seed: int, listener: object, **_: object) -> RunResult:
         trained.append(seed)
@@ -286,15 +290,15 @@ def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: 
 
     monkeypatch.setattr(workers, "run", train)
     job = job_of(ROOT / "experiments" / "step2_dropout.py", uri).replaced(device=torch.device("meta"))
-    task, messages, trainers = SeedTask(job, "parent", again=True), list[Message](), Local()
+    tasks = iter([SeedTask(job, seed, "parent", again=True) for seed in (3, 4, 5)])
 
-    assert trainers.prepare(job, open_store(uri)) == 1
-    waiting = [(task, seed) for seed in (3, 4, 5)]
-    trainers.train(waiting, 1, lambda task, message: messages.append(message), lambda: None)
+    trainers = local(job)
+    assert trainers.room() == 1
+    trainers.train(open_store(uri), "parent", tasks, Progress(), lambda task, outcome: ended.append(outcome))
 
     assert trained == [3, 4, 5]
-    done3, done5 = (Done(seed, FinishedRun(f"run {seed}", seed, {"best_epoch": 1})) for seed in (3, 5))
-    assert messages == [done3, Failed(4, "lr: too high"), done5]
+    run3, run5 = (FinishedRun(f"run {seed}", seed, {"best_epoch": 1}) for seed in (3, 5))
+    assert ended == [run3, Failed("lr: too high"), run5]
 
 
 def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:
