@@ -19,6 +19,7 @@ from mnist_lab.verdicts.comparison import (
     adjust,
     compare_predictions,
     compare_seeds,
+    rounds_alike,
     seeds_text,
     step_order,
     table_text,
@@ -89,9 +90,8 @@ def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
     for _, group in runs.groupby(["step", "overrides"]):
         newest, accuracies = group.iloc[0], group[protocol(0, folds).judged].tolist()
         last = statistics.aggregate(accuracies)
-        stated = {name: newest[f"target_{name}"] for name in TARGETS if pd.notna(newest[f"target_{name}"])}
         verdicts = judge(
-            Targets(**stated), accuracies=accuracies, num_params=newest["num_params"], epochs=newest["epochs"]
+            stated_targets(newest), accuracies=accuracies, num_params=newest["num_params"], epochs=newest["epochs"]
         )
         row = {
             **newest[["step", "overrides", "left_out", "num_params", "epochs", *facts]],
@@ -109,6 +109,13 @@ def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
     rows.sort(key=lambda row: (step_order(row["step"]), row["overrides"]))
     table = pd.DataFrame(rows, columns=columns)
     return table.astype({"num_params": "Int64", "epochs": "Int64", "p": "float64", "seeds_needed": "Int64"})
+
+
+def stated_targets(run: Mapping[Any, Any] | pd.Series[Any]) -> Targets:
+    """Return the targets of a row of a run table."""
+    accuracy, *counts = (run[f"target_{name}"] for name in TARGETS)
+    params, epochs = (None if pd.isna(count) else int(count) for count in counts)
+    return Targets(accuracy=None if pd.isna(accuracy) else accuracy, params=params, epochs=epochs)
 
 
 def compare_text(table: pd.DataFrame, *, holdout: int = 0, folds: int = 0, width: int | None = None) -> str:
@@ -185,14 +192,22 @@ def compare_pairs(
     """
     loaded = loaded or load_runs(tracking_uri)
     runs = newest_runs(run_table(columns="all", holdout=holdout, folds=folds, loaded=loaded))
+    found, refused = compare_runs(pairs, runs, folds, loaded.uri)
+    return adjust(found), refused
+
+
+def compare_runs(
+    pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0, uri: str = ""
+) -> tuple[list[Comparison], list[str]]:
+    """Compare the pairs that both have runs in a run table, each by itself; see `compare_pairs`."""
     found, refused = [], []
     for pair in pairs:
-        if {pair.a, pair.b} <= set(runs["step"]):
+        if {pair.a, pair.b} <= {*runs["step"]}:
             try:
-                found.append(_compare(pair, runs, loaded.uri, folds))
+                found.append(_compare(pair, runs, uri, folds))
             except LabError as error:
                 refused.append(f"{pair.b} against {pair.a} is not compared: {error}")
-    return adjust(found), refused
+    return found, refused
 
 
 def _compare(pair: Pair, runs: pd.DataFrame, uri: str, folds: int) -> Comparison:
@@ -213,15 +228,9 @@ def _compare(pair: Pair, runs: pd.DataFrame, uri: str, folds: int) -> Comparison
             f"{single} has one seed and {several} has {max(len(of_a), len(of_b))}: a test needs at least two of each, "
             f'e.g. `make {single} ARGS="--seed 1"`'
         )
-    a, b = (dict(zip(of["seed"], of[figure], strict=True)) for of in (of_a, of_b))
+    both = of_a.merge(of_b, on="seed")
+    made_on = both[["hardware_x", "hardware_y"]].fillna("").itertuples(index=False, name=None)
     # One fold has the same images on all hardware.
-    return compare_seeds(pair, a, b, made_on=None if folds else hardware_of(runs.to_dict("records")))
-
-
-def hardware_of(runs: Iterable[Mapping[Any, Any]]) -> dict[str, dict[int, str]]:
-    """Return what each run was trained on, by step and seed; "" where that is not known."""
-    made_on: dict[str, dict[int, str]] = {}
-    for run in runs:
-        known = run["hardware"] if isinstance(run["hardware"], str) else ""
-        made_on.setdefault(run["step"], {})[int(run["seed"])] = known
-    return made_on
+    paired = folds > 0 or all(rounds_alike(on_a, on_b) for on_a, on_b in made_on)
+    a, b = (dict(zip(of["seed"], of[figure], strict=True)) for of in (of_a, of_b))
+    return compare_seeds(pair, a, b, paired=paired)

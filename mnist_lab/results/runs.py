@@ -180,9 +180,7 @@ def run_table(
     shown = found if found.empty else found.dropna(axis="columns", how="all")
     hyperparameters = {str(name): _typed(found[name]) for name in shown if name not in COLUMNS}
     table = found.assign(**hyperparameters)[[*names[:4], *hyperparameters, *names[4:]]]
-    order = {step: place for place, step in enumerate(sorted(table["step"].unique(), key=step_order))}
-    by_seed = table.assign(place=table["step"].map(order)).sort_values(["place", "seed"], kind="stable")
-    table = by_seed.drop(columns="place").reset_index(drop=True)
+    table = table.sort_values("seed", kind="stable").sort_values("step", key=places, kind="stable", ignore_index=True)
     if columns == "all":
         return table
     table["restored"] = table["restored"].str[:SHORT_COMMIT]
@@ -385,6 +383,11 @@ def _full_name(step: str, loaded: LoadedRuns) -> str:
     if name is None:
         raise LabError(f"steps: no run of {step!r} in {loaded.name}; there are runs of {', '.join(known)}")
     return name
+
+
+def places(steps: pd.Series[Any]) -> pd.Series[Any]:
+    """Return the place of each step in the order of steps."""
+    return steps.map({step: place for place, step in enumerate(sorted(steps.unique(), key=step_order))})
 
 
 def _typed(column: pd.Series[Any]) -> pd.Series[Any]:

@@ -90,19 +90,15 @@ class Comparison(Difference, Pair):
         return f"no difference shown (needs about {seeds_text(self.seeds_needed)} seeds for {size})"
 
 
-def compare_seeds(
-    pair: Pair, a: Mapping[int, float], b: Mapping[int, float], made_on: Mapping[str, Mapping[int, str]] | None = None
-) -> Comparison:
+def compare_seeds(pair: Pair, a: Mapping[int, float], b: Mapping[int, float], *, paired: bool = True) -> Comparison:
     """Compare two experiments by their accuracies in percent, by seed or fold.
 
-    made_on: the hardware of each seed, by experiment. Seeds are paired where they were trained on hardware that rounds
-        alike: elsewhere the same seed is another draw. None: they are paired.
+    paired: whether one seed means the same in both: trained elsewhere than on hardware that `rounds_alike`, the same
+        seed is another draw.
 
     Raises:
         LabError: if either has fewer than two seeds.
     """
-    shared = [seed for seed in a if seed in b]
-    paired = made_on is None or all(rounds_alike(made_on[pair.a][seed], made_on[pair.b][seed]) for seed in shared)
     found = statistics.compare_means(a, b, paired=paired)
     return Comparison(**vars(pair), **vars(found), p_holm=found.p)
 
