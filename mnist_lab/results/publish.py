@@ -188,7 +188,7 @@ def _file_errors(folder: Path) -> Iterator[None]:
 def compare_rows(rows: pd.DataFrame) -> list[Comparison]:
     """Compare the PAIRS of experiments that both have several seeds, adjusted for their number (Holm)."""
     runs = typed(rows, RUN_COLUMNS)
-    return adjust(compare_runs(PAIRS, runs[runs.groupby("step")["seed"].transform("size") > 1])[0])
+    return compare_runs(PAIRS, runs[runs.groupby("step")["seed"].transform("size") > 1])[0]
 
 
 def compare_folds(rows: pd.DataFrame) -> list[Comparison]:

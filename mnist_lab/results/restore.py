@@ -60,7 +60,7 @@ from mnist_lab.verdicts.targets import judge
 
 DIGEST = "restored_sha256"
 NO_MODEL = "none: this run was restored, and the files that it was restored from keep no network"
-NOT_SHARED = {"seed", "step", "targets", "model", DESCRIPTION, DIGEST, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE}
+NOT_SHARED = {"seed", "step", "targets", "model", DESCRIPTION}
 
 
 class Restored(NamedTuple):
@@ -118,11 +118,11 @@ def restore(
             another call is at work on it.
     """
     records = read_records(folder)
-    committed = [*_committed(records, folder)]
-    if not committed:
+    if records.runs.empty:
         raise LabError(f"folder: {folder} has no CSVs of runs")
     content = b"".join(file.read_bytes() for file in sorted(folder.glob("*.csv")))
     marks = {RESTORED: commit, DIGEST: hashlib.sha256(content).hexdigest()}
+    committed = [*_committed(records, folder, marks)]
     store = open_store(tracking_uri)
     busy = f"another process is restoring runs into {store.name!r}; wait until it is through"
     with store_failures(store, "can't be written"), alone(store.uri, "restore", busy), short_timeouts():
@@ -140,7 +140,7 @@ def restore(
                 store.client.delete_run(run.info.run_id)
         for number, (step, runs) in enumerate(steps.items(), start=1):
             progress(f"{step}: {len(runs)} run{'' if len(runs) == 1 else 's'} ({number} of {len(steps)})")
-            _restore(store, marks, runs)
+            _restore(store, runs)
     return Restored(added, studies, there=len(committed) - added)
 
 
@@ -152,7 +152,7 @@ def script_of(step: str) -> Path:
 # ---- from files
 
 
-def _committed(records: Records, folder: Path) -> Iterator[Committed]:
+def _committed(records: Records, folder: Path, marks: Mapping[str, str]) -> Iterator[Committed]:
     """Yield the runs that these rows are of; raises LabError if they don't fit together."""
     every_epoch = typed(records.epochs, EPOCH_COLUMNS)
     texts: list[dict[Any, str]] = records.runs.to_dict("records")
@@ -178,6 +178,10 @@ def _committed(records: Records, folder: Path) -> Iterator[Committed]:
             **verdict_tags(verdicts),
             **{"model": NO_MODEL, DESCRIPTION: describe(script_of(row["step"]), verdicts=verdicts)},
         }
+        named = {  # neither the script nor the commit is of this moment
+            **{"overrides": "", MLFLOW_SOURCE_NAME: f"experiments/{row['step']}.py", MLFLOW_SOURCE_TYPE: "LOCAL"},
+            **{MLFLOW_GIT_COMMIT: text["git_commit"], MLFLOW_GIT_BRANCH: "", **marks},
+        }
         start = int(datetime.strptime(text["date"], DATE).replace(tzinfo=UTC).timestamp() * 1000)
         yield Committed(
             **{name: row[name] for name in ("step", "seed", "epochs")},
@@ -187,7 +191,7 @@ def _committed(records: Records, folder: Path) -> Iterator[Committed]:
             history=history,
             figures=figures | short_figures(figures),
             params={**params, "seed": text["seed"]},
-            tags={"overrides": "", **{name: value for name, value in tags.items() if value}},
+            tags={name: value for name, value in tags.items() if value} | named,
             mistakes=mistakes,
         )
 
@@ -215,17 +219,17 @@ def _check(folder: Path, row: Mapping[Any, Any], params: object, epochs: list[in
 # ---- the store
 
 
-def _restore(store: Store, marks: Mapping[str, str], runs: Sequence[Committed]) -> None:
+def _restore(store: Store, runs: Sequence[Committed]) -> None:
     """Write a step's runs, and the study over them if there are several."""
     step, clock = runs[0].step, Past(min(run.start for run in runs))
     if len(runs) == 1:
-        _run(store, marks, runs[0], None)
+        _run(store, runs[0], None)
         return
-    tags = {**_shared([run.tags for run in runs]), "step": step, "study": step, "seeds_reused": ""}
-    tags = _marked({**tags, "seeds": " ".join(str(run.seed) for run in runs)}, marks)
+    tags = {MLFLOW_GIT_COMMIT: "", **_shared([run.tags for run in runs]), "study": step, "seeds_reused": ""}
+    tags["seeds"] = " ".join(str(run.seed) for run in runs)
     params = _shared([run.params for run in runs])
     with track(replace(store, clock=clock), f"{step} {len(runs)} seeds", params=params, tags=tags) as tracked:
-        ids = [_run(store, marks, run, tracked.run_id) for run in runs]
+        ids = [_run(store, run, tracked.run_id) for run in runs]
         clock.time = max(run.end for run in runs)
         finished = [FinishedRun(one, run.seed, run.figures) for one, run in zip(ids, runs, strict=True)]
         log_verdict(tracked, judge_runs(runs[0].targets, runs[0].epochs, tracked.run_id, finished), script_of(step))
@@ -233,11 +237,11 @@ def _restore(store: Store, marks: Mapping[str, str], runs: Sequence[Committed]) 
         log_curves(tracked, history, runs[0].targets)
 
 
-def _run(store: Store, marks: Mapping[str, str], run: Committed, parent_run_id: str | None) -> str:
+def _run(store: Store, run: Committed, parent_run_id: str | None) -> str:
     """Write a run; return its id."""
     clock = Past(run.start)
-    past, tags, name = replace(store, clock=clock), _marked(run.tags, marks), f"{run.step} seed {run.seed}"
-    with track(past, name, params=run.params, tags=tags, parent_run_id=parent_run_id) as tracked:
+    past, name = replace(store, clock=clock), f"{run.step} seed {run.seed}"
+    with track(past, name, params=run.params, tags=run.tags, parent_run_id=parent_run_id) as tracked:
         clock.time = run.end
         points = {of["epoch"]: {name: of[name] for name in EPOCH_FIGURES if pd.notna(of[name])} for of in run.history}
         tracked.log_missing(points)
@@ -254,9 +258,3 @@ def _shared(of_runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
         for name, value in of_runs[0].items()
         if name not in NOT_SHARED and not name.startswith("verdict_") and all(of.get(name) == value for of in of_runs)
     }
-
-
-def _marked(tags: Mapping[str, str], marks: Mapping[str, str]) -> dict[str, str]:
-    source = {MLFLOW_SOURCE_NAME: f"experiments/{tags['step']}.py", MLFLOW_SOURCE_TYPE: "LOCAL"}
-    source |= {MLFLOW_GIT_COMMIT: tags.get("git_commit", ""), MLFLOW_GIT_BRANCH: ""}  # not those of this moment
-    return {**tags, **source, **marks}
