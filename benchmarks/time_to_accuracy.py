@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from measure import ROOT, STEP, Report, Sample, Setting, interleave, load_experiment, make_parser, parse, silenced
 
 from mnist_lab.data import load_mnist
-from mnist_lab.results.publish import PUBLISHED, read_rows, rows_of
+from mnist_lab.results.publish import PUBLISHED
+from mnist_lab.results.records import read_runs, rows_of
 from training import Task, first, lab, quiet
 
 STEPS = ("five_epochs", "three_epochs", "quick")
@@ -19,7 +20,7 @@ STEPS = ("five_epochs", "three_epochs", "quick")
 
 def published(step: str) -> str:
     """Return the mean accuracy of a step's published seeds as a text."""
-    last = [float(row["last"]) for row in rows_of(step, read_rows(PUBLISHED))]
+    last = rows_of(step, read_runs(PUBLISHED))["last"].astype("float64").tolist()
     if not last:
         return "no published seeds"
     return f"{statistics.mean(last):.2f} % over {len(last)} {'seed' if len(last) == 1 else 'seeds'}"

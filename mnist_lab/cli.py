@@ -242,7 +242,9 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     add("--epochs", type=number_from(), help="epochs to train (an override)")
     add("--batch-size", type=number_from(), help="images per batch (an override)")
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=number_from(0, LARGEST_SEED), help="of weights, order, dropout, augmentation (default 0)")
+    seeds.add_argument(
+        "--seed", type=number_from(0, LARGEST_SEED), help="of weights, order, dropout, augmentation (default 0)"
+    )
     several = "a study: so many seeds, from 0 on, or these (3,7,9 or 0-9); finished ones are not trained again"
     seeds.add_argument("--seeds", type=_seeds, metavar="N", help=several)
     parts = "cross-validate: train K networks, each judged on its K-th of the training images, which it has not seen"

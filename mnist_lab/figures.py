@@ -26,7 +26,7 @@ from scipy import special
 
 from mnist_lab.errors import LabError
 from mnist_lab.verdicts.comparison import step_order
-from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED, Protocol, percent
+from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED, percent
 from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
@@ -64,48 +64,41 @@ def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> F
 
 
 def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
-    """Draw loss (left) and accuracy (right) of one step over its epochs, in training and on the test images.
+    """Draw loss (left) and accuracy (right) over the epochs: of one step in training and on the test images.
+
+    Several steps have a line each, on the test images.
 
     history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_` or,
     with a hold-out, `validation_`; of several runs of one seed the first in the table counts. Several seeds give a line
     for their mean and a band from the smallest to the largest. The loss axis is logarithmic, and the accuracy axis
-    stretched towards 100 %, where the differences are. Several steps are drawn as `plot_curves` does.
+    stretched towards 100 %, where the differences are.
     """
-    measured = _protocol(history)
+    measured = HELD_OUT if "validation_accuracy" in history and "test_accuracy" not in history else TESTED
     history = _first_runs(history, "history", ["epoch", *measured.curves])
-    if history["step"].nunique() > 1:
-        return plot_curves(history, target_accuracy)
-    curves = {name: (history, name.removesuffix("ing")) for name in (measured.part, "training")}
-    figure = _plot_curves(curves, measured.part, target_accuracy)
-    absent = _not_recorded(history, measured.curves)
-    title = _name(history["step"].iloc[0]) + (f"\nnot recorded, or not finite: {absent}" if absent else "")
-    figure.suptitle(title, parse_math=False)
-    return figure
-
-
-def plot_curves(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
-    """Draw loss and accuracy of several steps on the test images, a line for each step; history: as above."""
-    measured = _protocol(history)
-    history = _first_runs(history, "history", ["epoch", *measured.curves])
-    curves = {_name(step): (of_step, measured.part) for step, of_step in history.groupby("step", sort=False)}
-    return _plot_curves(curves, measured.part, target_accuracy)
-
-
-def _plot_curves(curves: Mapping[str, tuple[pd.DataFrame, str]], part: str, target_accuracy: float | None) -> Figure:
-    """Draw loss and accuracy; curves: by name, the history and whose figures of it, "train" or "test"."""
+    curves: dict[str, tuple[pd.DataFrame, str]] = {
+        _name(step): (of_step, measured.part) for step, of_step in history.groupby("step", sort=False)
+    }
+    one_step = len(curves) == 1
+    if one_step:
+        (title,) = curves
+        curves = {measured.part: (history, measured.part), "training": (history, "train")}
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
-        for (name, (history, of)), look in zip(curves.items(), cycle(LOOKS), strict=False):
-            values = history.set_index(["epoch", "seed"])[f"{of}_{metric}"].replace([math.inf, -math.inf], math.nan)
+        for (name, (of, part)), look in zip(curves.items(), cycle(LOOKS), strict=False):
+            values = of.set_index(["epoch", "seed"])[f"{part}_{metric}"].replace([math.inf, -math.inf], math.nan)
             _plot_over_seeds(axes, values.unstack("seed"), name, look)
-        axes.set_ylabel(f"{metric} ({MEASURES[f'{part}_{metric}'].unit})")
-        _finish_epochs(axes, pd.concat([history for history, _ in curves.values()]))
+        axes.set_ylabel(f"{metric} ({MEASURES[f'{measured.part}_{metric}'].unit})")
+        _finish_epochs(axes, history)
     _target_lines(accuracy, target_accuracy)
     _log_scale(loss.yaxis)
     _stretch(accuracy.yaxis)
     handles, labels = accuracy.get_legend_handles_labels()
     columns = 3 if len(labels) < 4 else math.ceil(len(labels) / 2) if len(curves) < 3 else 2
+    if one_step:
+        absent = _not_recorded(history, measured.curves)
+        title += f"\nnot recorded, or not finite: {absent}" if absent else ""
+        figure.suptitle(title)
     return _finish(figure, columns, handles=handles)
 
 
@@ -141,7 +134,10 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     history: one row per run and epoch with `run_id, step, seed, epoch, lr`; of several runs of one seed the first
     in the table counts.
     """
-    history = _finite(_first_runs(history, "history", ["epoch", "lr"]), "lr")
+    history = _first_runs(history, "history", ["epoch", "lr"])
+    history = history[np.isfinite(history["lr"].astype("float64"))]
+    if history.empty:
+        raise LabError("history has no finite learning rate: there is nothing to draw")
     schedules: dict[tuple[tuple[int, float], ...], list[str]] = {}  # points -> names of steps
     for _, run in history.groupby(["step", "seed"], sort=False):
         points = tuple(run[["epoch", "lr"]].sort_values("epoch").itertuples(index=False, name=None))
@@ -354,10 +350,6 @@ def _bars(table: pd.DataFrame) -> NDArray[np.float64]:
     return np.array([table["mean"] - table["low"], table["high"] - table["mean"]])
 
 
-def _protocol(history: pd.DataFrame) -> Protocol:
-    return HELD_OUT if "validation_accuracy" in history and "test_accuracy" not in history else TESTED
-
-
 def _first_runs(frame: pd.DataFrame, name: str, columns: list[str]) -> pd.DataFrame:
     """Keep the first run of each step and seed, and sort by `step_order`.
 
@@ -382,13 +374,6 @@ def _require(frame: pd.DataFrame, name: str, columns: list[str]) -> None:
 
 def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values("step", key=lambda steps: steps.map(step_order), kind="stable")
-
-
-def _finite(history: pd.DataFrame, metric: str) -> pd.DataFrame:
-    finite = history[np.isfinite(history[metric].astype("float64"))]
-    if finite.empty:
-        raise LabError(f"history has no finite {MEASURES[metric].label}: there is nothing to draw")
-    return finite
 
 
 def _name(name: object) -> str:

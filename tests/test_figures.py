@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from mnist_lab import figures
 from mnist_lab.errors import LabError
-from mnist_lab.results import publish as files
 from mnist_lab.results.publish import PUBLISHED, headline, summary_of
+from mnist_lab.results.records import read_runs
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (60, 28, 28), dtype=np.uint8)
@@ -114,7 +114,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "steps, long names and a bad one": lambda: figures.plot_steps(
         make_runs(*STEPS, (LONG, 7_852, 99.46), ("linear", 7_850, 30.0))
     ),
-    "README's picture": lambda: figures.plot_summary(headline(summary_of(files.read_rows(PUBLISHED)))),
+    "README's picture": lambda: figures.plot_summary(headline(summary_of(read_runs(PUBLISHED)))),
     "confusion": lambda: figures.plot_confusion(np.repeat(np.arange(10), 1000), RNG.integers(0, 10, 10_000)),
     "mistakes": lambda: figures.plot_mistakes(IMAGES, LABELS, (LABELS + 1) % 10, np.linspace(0.3, 1, 60), 20),
     "no mistakes": lambda: figures.plot_mistakes(IMAGES, LABELS, LABELS, np.linspace(0.3, 1, 60)),

@@ -8,18 +8,18 @@ from collections import Counter, defaultdict
 import pytest
 
 from helpers import ROOT
-from mnist_lab.results import publish as files
+from mnist_lab.results.records import read_records, rows_of
 from mnist_lab.verdicts.comparison import p_text
 from mnist_lab.verdicts.statistics import judge_mean, lower_bound
 
 RESULTS = ROOT / "docs" / "results"
-RECORDS = files.read_records(RESULTS)
+RECORDS = read_records(RESULTS)
 PAGE = (ROOT / "docs" / "frontier.md").read_text()
-STEPS = sorted({row["step"] for row in RECORDS.runs})
+STEPS = sorted({*RECORDS.runs["step"]})
 
 
 def figures(step: str, column: str = "last") -> list[float]:
-    return [float(row[column]) for row in files.rows_of(step, RECORDS.runs)]
+    return rows_of(step, RECORDS.runs)[column].astype("float64").tolist()
 
 
 def check_mean_and_sd(step: str, text: str) -> None:
@@ -65,9 +65,10 @@ def test_a_result_is_that_of_the_committed_runs(step: str) -> None:
     for least, most in re.findall(r"(?:from|between) (\d+\.\d+) (?:to|and) (\d+\.\d+)", result):
         assert (float(least), float(most)) == (min(figures(step)), max(figures(step)))
     for raw in re.findall(r"[Ww]ithout (?:averaging|it) the same ten networks end at (\d+\.\d+)", told):
-        (final,) = {row["epochs"] for row in files.rows_of(step, RECORDS.runs)}
-        last = [row for row in RECORDS.epochs if row["step"] == step and row["epoch"] == final]
-        assert float(raw) == pytest.approx(statistics.mean(float(row["raw_test_accuracy"]) for row in last), abs=0.0051)
+        (final,) = {*rows_of(step, RECORDS.runs)["epochs"]}
+        last = rows_of(step, RECORDS.epochs)
+        raw_accuracies = last["raw_test_accuracy"][last["epoch"] == final].astype("float64")
+        assert float(raw) == pytest.approx(raw_accuracies.mean(), abs=0.0051)
     check_shown(step, told)
 
 
@@ -105,7 +106,7 @@ def test_the_mistakes_are_those_of_the_committed_runs() -> None:
     doubtful = {int(number) for number in re.findall(r"\d+", numbers)}
     assert len(doubtful) == 15
     wrong: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for row in RECORDS.mistakes:
+    for row in RECORDS.mistakes.to_dict("records"):
         wrong[row["step"]][row["seed"]].add(int(row["image"]))
 
     (teacher,) = wrong["teacher"].values()

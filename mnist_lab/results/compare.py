@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import pandas as pd
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
-from mnist_lab.results.runs import TARGETS, LoadedRuns, full_names, load_runs, predictions, run_table
+from mnist_lab.results.runs import TARGETS, RunFilter, full_names, loaded_runs, predictions, run_table
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import (
     PAIRS,
     Comparison,
     Pair,
     adjust,
-    compare_predictions,
-    compare_seeds,
+    rounds_alike,
     seeds_text,
     step_order,
     table_text,
@@ -46,15 +45,7 @@ def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(left_out=left_out)[same].drop_duplicates(["step", "overrides", "seed"])
 
 
-def compare_table(
-    steps: Iterable[str] | str | None = None,
-    *,
-    include_overrides: bool | Literal["if_none"] = False,
-    holdout: int = 0,
-    folds: int = 0,
-    tracking_uri: str | None = None,
-    loaded: LoadedRuns | None = None,
-) -> pd.DataFrame:
+def compare_table(steps: Iterable[str] | str | None = None, **which: Unpack[RunFilter]) -> pd.DataFrame:
     """Return one row per experiment: the mean over its seeds, of the finished runs that `newest_runs` leaves.
 
     steps, include_overrides, holdout, folds, tracking_uri, loaded: as for `run_table`. With folds, these stand for
@@ -71,11 +62,7 @@ def compare_table(
     Raises:
         LabError: as `run_table`.
     """
-    loaded = loaded or load_runs(tracking_uri)
-    table = run_table(
-        steps, columns="all", include_overrides=include_overrides, holdout=holdout, folds=folds, loaded=loaded
-    )
-    return summarise(newest_runs(table), folds)
+    return summarise(newest_runs(run_table(steps, columns="all", **which)), which.get("folds", 0))
 
 
 def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
@@ -89,9 +76,8 @@ def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
     for _, group in runs.groupby(["step", "overrides"]):
         newest, accuracies = group.iloc[0], group[protocol(0, folds).judged].tolist()
         last = statistics.aggregate(accuracies)
-        stated = {name: newest[f"target_{name}"] for name in TARGETS if pd.notna(newest[f"target_{name}"])}
         verdicts = judge(
-            Targets(**stated), accuracies=accuracies, num_params=newest["num_params"], epochs=newest["epochs"]
+            stated_targets(newest), accuracies=accuracies, num_params=newest["num_params"], epochs=newest["epochs"]
         )
         row = {
             **newest[["step", "overrides", "left_out", "num_params", "epochs", *facts]],
@@ -109,6 +95,13 @@ def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
     rows.sort(key=lambda row: (step_order(row["step"]), row["overrides"]))
     table = pd.DataFrame(rows, columns=columns)
     return table.astype({"num_params": "Int64", "epochs": "Int64", "p": "float64", "seeds_needed": "Int64"})
+
+
+def stated_targets(run: Mapping[Any, Any] | pd.Series[Any]) -> Targets:
+    """Return the targets of a row of a run table."""
+    accuracy, *counts = (run[f"target_{name}"] for name in TARGETS)
+    params, epochs = (None if pd.isna(count) else int(count) for count in counts)
+    return Targets(accuracy=None if pd.isna(accuracy) else accuracy, params=params, epochs=epochs)
 
 
 def compare_text(table: pd.DataFrame, *, holdout: int = 0, folds: int = 0, width: int | None = None) -> str:
@@ -131,7 +124,7 @@ def compare_text(table: pd.DataFrame, *, holdout: int = 0, folds: int = 0, width
     return table_text(columns, width)
 
 
-def compare(a: str, b: str, *, holdout: int = 0, folds: int = 0, tracking_uri: str | None = None) -> Comparison:
+def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
     """Compare two experiments by the test accuracy of their last epochs, b - a, in points.
 
     With folds, they are compared on all training images: paired image by image, with the folds as clusters, which for
@@ -140,16 +133,16 @@ def compare(a: str, b: str, *, holdout: int = 0, folds: int = 0, tracking_uri: s
     a, b: steps, e.g. "gap_alone" and "step3_gap". The newest finished run of each seed counts, as declared
         (`newest_runs`). Seeds that both have are paired. One run on each side is compared by its stored predictions,
         image by image, which says something of these two trained networks only.
-    holdout, folds: as for `run_table`.
+    holdout, folds, tracking_uri, loaded: as for `run_table`.
 
     Raises:
         LabError: if a step has no such run, their protocols differ, or one has a single seed and the other several.
     """
-    loaded = load_runs(tracking_uri)
+    loaded = which["loaded"] = loaded_runs(**which)
     a, b = full_names([a, b], loaded)
-    runs = newest_runs(run_table([a, b], columns="all", holdout=holdout, folds=folds, loaded=loaded))
+    runs = newest_runs(run_table([a, b], columns="all", **which))
     pair = next((pair for pair in PAIRS if (pair.a, pair.b) == (a, b)), Pair(a, b, change=""))
-    return _compare(pair, runs, loaded.uri, folds)
+    return _compare(pair, runs, loaded.uri, which.get("folds", 0))
 
 
 def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
@@ -168,14 +161,7 @@ def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
     return trained.iloc[(len(trained) - 1) // 2]
 
 
-def compare_pairs(
-    pairs: Iterable[Pair] = PAIRS,
-    *,
-    holdout: int = 0,
-    folds: int = 0,
-    tracking_uri: str | None = None,
-    loaded: LoadedRuns | None = None,
-) -> tuple[list[Comparison], list[str]]:
+def compare_pairs(pairs: Iterable[Pair] = PAIRS, **which: Unpack[RunFilter]) -> tuple[list[Comparison], list[str]]:
     """Compare the pairs of experiments that both have runs, as `compare` does, with `p_holm` adjusted for their number.
 
     Returns the comparisons, and a sentence for each pair that has runs but can't be compared.
@@ -183,13 +169,19 @@ def compare_pairs(
     Raises:
         LabError: if the store is missing or foreign, or no run has this protocol.
     """
-    loaded = loaded or load_runs(tracking_uri)
-    runs = newest_runs(run_table(columns="all", holdout=holdout, folds=folds, loaded=loaded))
+    loaded = which["loaded"] = loaded_runs(**which)
+    return compare_runs(pairs, newest_runs(run_table(columns="all", **which)), which.get("folds", 0), loaded.uri)
+
+
+def compare_runs(
+    pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0, uri: str = ""
+) -> tuple[list[Comparison], list[str]]:
+    """Compare the pairs that both have runs in a run table; see `compare_pairs`."""
     found, refused = [], []
     for pair in pairs:
-        if {pair.a, pair.b} <= set(runs["step"]):
+        if {pair.a, pair.b} <= {*runs["step"]}:
             try:
-                found.append(_compare(pair, runs, loaded.uri, folds))
+                found.append(_compare(pair, runs, uri, folds))
             except LabError as error:
                 refused.append(f"{pair.b} against {pair.a} is not compared: {error}")
     return adjust(found), refused
@@ -206,22 +198,17 @@ def _compare(pair: Pair, runs: pd.DataFrame, uri: str, folds: int) -> Comparison
         said_a, said_b = (predictions(run_id, tracking_uri=uri) for run_id in ids)
         if not said_a["truth"].equals(said_b["truth"]):
             raise LabError(f"the predictions of the runs {ids[0]} and {ids[1]} are not of the same images")
-        return compare_predictions(pair, *(said["truth"] == said["prediction"] for said in (said_a, said_b)))
+        right_a, right_b = (said["truth"] == said["prediction"] for said in (said_a, said_b))
+        return Comparison.of(pair, statistics.mcnemar_exact(right_a, right_b))
     if min(len(of_a), len(of_b)) == 1:
         single, several = (pair.a, pair.b) if len(of_a) == 1 else (pair.b, pair.a)
         raise LabError(
             f"{single} has one seed and {several} has {max(len(of_a), len(of_b))}: a test needs at least two of each, "
             f'e.g. `make {single} ARGS="--seed 1"`'
         )
-    a, b = (dict(zip(of["seed"], of[figure], strict=True)) for of in (of_a, of_b))
+    both = of_a.merge(of_b, on="seed")
+    made_on = both[["hardware_x", "hardware_y"]].fillna("").itertuples(index=False, name=None)
     # One fold has the same images on all hardware.
-    return compare_seeds(pair, a, b, made_on=None if folds else hardware_of(runs.to_dict("records")))
-
-
-def hardware_of(runs: Iterable[Mapping[Any, Any]]) -> dict[str, dict[int, str]]:
-    """Return what each run was trained on, by step and seed; "" where that is not known."""
-    made_on: dict[str, dict[int, str]] = {}
-    for run in runs:
-        known = run["hardware"] if isinstance(run["hardware"], str) else ""
-        made_on.setdefault(run["step"], {})[int(run["seed"])] = known
-    return made_on
+    paired = folds > 0 or all(rounds_alike(on_a, on_b) for on_a, on_b in made_on)
+    a, b = (dict(zip(of["seed"], of[figure], strict=True)) for of in (of_a, of_b))
+    return Comparison.of(pair, statistics.compare_means(a, b, paired=paired))

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.metadata
 import io
 import logging
 import platform
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,9 +28,9 @@ from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.paths import PROJECT_ROOT, script_named
-from mnist_lab.results.compare import summarise
+from mnist_lab.results.compare import stated_targets, summarise
 from mnist_lab.results.publish import PUBLISHED, TEMPLATES
-from mnist_lab.results.runs import LoadedRuns, full_names, predictions_of
+from mnist_lab.results.runs import TARGETS, LoadedRuns, by_step, full_names, predictions_of
 from mnist_lab.story import Story, read_story
 from mnist_lab.tracking.store import replace_files
 from mnist_lab.verdicts.comparison import step_order
@@ -59,36 +59,34 @@ class Picture:
         return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
-@dataclass(frozen=True)
-class Result:
-    """One row of the comparison table, with the figures of its runs, and notes on what could not be drawn."""
-
-    name: str  # the step, with its overrides where there are any
-    row: dict[Any, Any]
-    pictures: list[Picture]
-    notes: list[str]
-
-    @property
-    def all_met(self) -> bool:
-        words = {self.row[f"verdict_{target}"] for target in ("accuracy", "params", "epochs")}
-        return "met" in words and words <= {"met", "-"}
-
-
-@dataclass(frozen=True)
+@dataclass
 class Chapter:
     """What the report tells of one experiment.
 
     trouble: why its script has no story, where it can't be read.
     copied_from: the script whose Result stands in this one's docstring word for word; "" if none does.
     published: whether docs/results has figures of this script.
+    row: of the comparison; None without runs. notes: on what could not be drawn.
     """
 
     step: str
     story: Story | None
     trouble: str
-    result: Result | None
     copied_from: str
     published: bool
+    row: dict[Any, Any] | None
+    pictures: list[Picture] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The step, with its overrides where there are any."""
+        return f"{self.step} [{self.row['overrides']}]" if self.row and self.row["overrides"] else self.step
+
+    @property
+    def all_met(self) -> bool:
+        words = {self.row[f"verdict_{target}"] for target in TARGETS} if self.row else set()
+        return "met" in words and words <= {"met", "-"}
 
     @property
     def sections(self) -> list[tuple[str, str]]:
@@ -129,36 +127,35 @@ def write_report(
     if runs.empty:
         raise LabError("no finished run to report on; train first, e.g. `make step1`")
     history = results.epoch_history(include_overrides="if_none", loaded=loaded)
-    rows = summarise(runs).to_dict("records")
+    rows = {row["step"]: row for row in summarise(runs).to_dict("records")}
     images = load_mnist().test_images[:, 0].numpy()  # (10000, 28, 28)
-
-    drawn: dict[str, Result] = {}
-    for number, row in enumerate(rows, start=1):
-        logger.info("Drawing %s (%d of %d)", row["step"], number, len(rows))
-        drawn[row["step"]] = draw(row, runs[runs["step"] == row["step"]], history, images, loaded)
+    chapters = [
+        Chapter(
+            step, stories.get(step), troubles.get(step, ""), copied.get(step, ""), step in published, rows.get(step)
+        )
+        for step in sorted(told, key=step_order)
+    ]
+    drawn = [chapter for chapter in chapters if chapter.row]
+    for number, chapter in enumerate(drawn, start=1):
+        logger.info("Drawing %s (%d of %d)", chapter.step, number, len(drawn))
+        draw(chapter, runs[runs["step"] == chapter.step], history, images, loaded)
     logger.info("Drawing the overview, and writing the page")
-    compared = [result for result in drawn.values() if steps or not result.row["overrides"]]
-    in_overview = runs[runs["step"].isin({result.row["step"] for result in compared})]
-    return _write(
-        folder,
-        chapters=[
-            Chapter(
-                step=step,
-                story=stories.get(step),
-                trouble=troubles.get(step, ""),
-                result=drawn.get(step),
-                copied_from=copied.get(step, ""),
-                published=step in published,
-            )
-            for step in sorted(told, key=step_order)
-        ],
-        results=compared,
-        overview=None if in_overview.empty else draw_overview(in_overview),
-        pictures=[picture for result in drawn.values() for picture in result.pictures],
-        runs=sorted(runs.to_dict("records"), key=lambda run: (step_order(run["step"]), run["seed"])),
-        software=[f"Python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)],
-        system=platform.platform(),
-    )
+    compared = [chapter for chapter in drawn if steps or chapter.name == chapter.step]
+    in_overview = runs[runs["step"].isin({chapter.step for chapter in compared})]
+    overview = None if in_overview.empty else draw_overview(in_overview)
+    page = {
+        **{"chapters": chapters, "results": compared, "overview": overview},
+        "runs": by_step(runs).to_dict("records"),
+        "software": [f"Python {platform.python_version()}", *(f"{one} {version(one)}" for one in PACKAGES)],
+        "system": platform.platform(),
+    }
+    files = {folder / name: TEMPLATES.get_template(name).render(page).encode() for name in ("steps.html", "steps.md")}
+    pictures = [overview, *(picture for chapter in drawn for picture in chapter.pictures)]
+    try:
+        replace_files({folder / picture.path: picture.png for picture in pictures if picture} | files)
+    except OSError as error:
+        raise LabError(f"the report can't be written to {folder}: {error.strerror}: {error.filename}") from error
+    return folder / "steps.html", folder / "steps.md"
 
 
 def _read_stories(scripts: Path) -> tuple[dict[str, Story], dict[str, str]]:
@@ -189,25 +186,22 @@ def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict
 
 
 def draw(
-    row: dict[Any, Any], runs: pd.DataFrame, history: pd.DataFrame, images: NDArray[np.uint8], loaded: LoadedRuns
-) -> Result:
+    chapter: Chapter, runs: pd.DataFrame, history: pd.DataFrame, images: NDArray[np.uint8], loaded: LoadedRuns
+) -> None:
     """Draw one experiment: training curves over its seeds, confusion matrix and mistakes of the newest run."""
-    name = f"{row['step']} [{row['overrides']}]" if row["overrides"] else row["step"]
-    result = Result(name, row, pictures=[], notes=[])
     try:
-        result.pictures.append(_draw_training(row, runs, history[history["run_id"].isin(runs["run_id"])]))
+        chapter.pictures.append(_draw_training(runs, history[history["run_id"].isin(runs["run_id"])]))
     except LabError as error:
-        result.notes.append(f"No training curves: {error}.")
+        chapter.notes.append(f"No training curves: {error}.")
     try:
-        result.pictures.extend(_draw_predictions(row, runs.iloc[0], images, loaded))
+        chapter.pictures.extend(_draw_predictions(runs.iloc[0], images, loaded))
     except LabError as error:
-        result.notes.append(f"No confusion matrix and no mistakes: {error}.")
-    return result
+        chapter.notes.append(f"No confusion matrix and no mistakes: {error}.")
 
 
-def _draw_training(row: dict[Any, Any], runs: pd.DataFrame, epochs: pd.DataFrame) -> Picture:
-    target = row["target_accuracy"] if row["target_accuracy"] > 0 else None  # it is NaN where none was stated
-    figure = figures.plot_training(epochs, target)
+def _draw_training(runs: pd.DataFrame, epochs: pd.DataFrame) -> Picture:
+    newest = runs.iloc[0]
+    figure = figures.plot_training(epochs, stated_targets(newest).accuracy)
     mean = epochs.groupby("epoch")[["test_accuracy", "train_accuracy"]].mean()
     test, train = mean["test_accuracy"].iloc, mean["train_accuracy"].iloc
     seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
@@ -215,12 +209,10 @@ def _draw_training(row: dict[Any, Any], runs: pd.DataFrame, epochs: pd.DataFrame
         f"Two charts, loss and accuracy over {len(mean)} epochs, {seeds}. Test accuracy is {test[0]:.2f} % after the "
         f"first epoch and {test[-1]:.2f} % after the last; training accuracy ends at {train[-1]:.2f} %."
     )
-    return _picture(figure, f"{row['step']}-training", alt, f"Loss and accuracy, {seeds}.")
+    return _picture(figure, f"{newest['step']}-training", alt, f"Loss and accuracy, {seeds}.")
 
 
-def _draw_predictions(
-    row: dict[Any, Any], run: pd.Series[Any], images: NDArray[np.uint8], loaded: LoadedRuns
-) -> tuple[Picture, Picture]:
+def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: LoadedRuns) -> list[Picture]:
     read = predictions_of(loaded.found[run["run_id"]], loaded.uri)
     if len(read) != len(images):
         raise LabError(f"run {run['run_id']} has predictions of {len(read):,} images, not of {len(images):,}")
@@ -230,13 +222,13 @@ def _draw_predictions(
     for (truth, read_as), count in Counter(zip(wrong["truth"], wrong["prediction"], strict=True)).most_common(1):
         alt += f" The most frequent mistake is {truth} read as {read_as}, {count} times."
     matrix = figures.plot_confusion(read["truth"], read["prediction"])
-    confusion = _picture(matrix, f"{row['step']}-confusion", alt, f"Mistakes by digit, {which}.")
+    confusion = _picture(matrix, f"{run['step']}-confusion", alt, f"Mistakes by digit, {which}.")
     alt = f"The most confident of {len(wrong)} mistakes, as images with truth, prediction and confidence."
     for truth, read_as, confidence in wrong[["truth", "prediction", "confidence"]].head(1).to_numpy():
         alt += f" The first is a {truth:.0f} read as {read_as:.0f} with {100 * confidence:.1f} %."
     gallery = figures.plot_mistakes(images, read["truth"], read["prediction"], read["confidence"])
     caption = f"The most confident mistakes, {which}."
-    return confusion, _picture(gallery, f"{row['step']}-mistakes", alt, caption)
+    return [confusion, _picture(gallery, f"{run['step']}-mistakes", alt, caption)]
 
 
 def draw_overview(runs: pd.DataFrame) -> Picture:
@@ -261,14 +253,3 @@ def _picture(figure: Figure, name: str, alt: str, caption: str) -> Picture:
     if len(file) > MAX_NAME:
         file = f"{file[:MAX_NAME]}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
     return Picture(f"{PICTURES}/{file}.png", png.getvalue(), width, height, alt, caption)
-
-
-def _write(folder: Path, pictures: list[Picture], overview: Picture | None, **told: Any) -> tuple[Path, Path]:
-    page = {"overview": overview, **told}
-    files = {name: TEMPLATES.get_template(name).render(page).encode() for name in ("steps.html", "steps.md")}
-    files = {picture.path: picture.png for picture in (*pictures, overview) if picture is not None} | files
-    try:
-        replace_files({folder / path: content for path, content in files.items()})
-    except OSError as error:
-        raise LabError(f"the report can't be written to {folder}: {error.strerror}: {error.filename}") from error
-    return folder / "steps.html", folder / "steps.md"

@@ -1,19 +1,20 @@
 """The committed evidence as tracked runs: what docs/results keeps of each run, put into a store.
 
-A restored run has the tags `restored`, the commit that the files are of, and `restored_sha256`, a digest of what they
-say of all runs. By the digest a second call knows that nothing is to do.
+A restored run has the tags `restored`, the commit that the files are of, and `restored_sha256`, a digest of the files.
+By the digest a second call knows that nothing is to do.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import compress, groupby
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import pandas as pd
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_BRANCH,
     MLFLOW_GIT_COMMIT,
@@ -24,23 +25,26 @@ from mlflow.utils.mlflow_tags import (
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import PROJECT_ROOT
-from mnist_lab.results.publish import (
+from mnist_lab.results.compare import stated_targets
+from mnist_lab.results.records import (
     DATE,
+    EPOCH_COLUMNS,
     EPOCH_FIGURES,
     IMAGES,
     MISTAKE_COLUMNS,
     RUN_COLUMNS,
     Records,
-    Row,
+    among,
     cells,
     read_records,
     to_csv,
+    typed,
 )
-from mnist_lab.results.runs import MISTAKES, TARGETS, load_runs
-from mnist_lab.running.record import DESCRIPTION, describe, verdict_tags
+from mnist_lab.results.runs import MISTAKES, load_runs
+from mnist_lab.running.record import DESCRIPTION, describe, target_tags, verdict_tags
 from mnist_lab.running.study import judge_runs, log_curves, log_verdict
 from mnist_lab.tracking.connection import short_timeouts
-from mnist_lab.tracking.run import TrackedRun, track
+from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import (
     RESTORED,
     FinishedRun,
@@ -51,16 +55,15 @@ from mnist_lab.tracking.store import (
     store_failures,
     uninterrupted,
 )
-from mnist_lab.verdicts.measures import short_figures
+from mnist_lab.verdicts.measures import TESTED, short_figures
 from mnist_lab.verdicts.targets import judge
 
 DIGEST = "restored_sha256"
 NO_MODEL = "none: this run was restored, and the files that it was restored from keep no network"
-NOT_SHARED = {"seed", "step", "targets", "model", DESCRIPTION, DIGEST, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE}
+NOT_SHARED = {"seed", "step", "targets", "model", DESCRIPTION}
 
 
-@dataclass(frozen=True)
-class Restored:
+class Restored(NamedTuple):
     """What a call has done to the store.
 
     runs, studies: how many it wrote. there: how many runs of the files were there already, restored or trained here.
@@ -85,86 +88,20 @@ class Past:
 class Committed:
     """One run as the files have it.
 
-    row: in <step>.csv. start, end: milliseconds since 1970. epochs, figures: what it logs of each epoch, and once.
+    start, end: milliseconds since 1970. history: a record of each epoch. figures: what it logs once.
     """
 
-    row: Row
     step: str
     seed: int
+    epochs: int
     start: int
     end: int
     targets: Targets
-    epochs: Mapping[int, Mapping[str, float]]
+    history: Sequence[Mapping[Any, Any]]
     figures: Mapping[str, float]
     params: Mapping[str, str]
     tags: Mapping[str, str]
-    mistakes: Sequence[Row]
-    digest: str
-
-
-def _committed(records: Records, folder: Path) -> Committed:
-    """Return the run that these rows are of; raises LabError if they don't fit together."""
-    (row,) = records.runs
-    step, last, count = row["step"], float(row["last"]), int(row["epochs"])
-    start = int(datetime.strptime(row["date"], DATE).replace(tzinfo=UTC).timestamp() * 1000)
-    stated = {name: float(row[f"target_{name}"]) for name in TARGETS if row[f"target_{name}"]}
-    targets = Targets(**{name: value if name == "accuracy" else int(value) for name, value in stated.items()})  # type: ignore[arg-type]
-    epochs = {
-        int(of["epoch"]): {name: float(of[name]) for name in EPOCH_FIGURES if of.get(name)} for of in records.epochs
-    }
-    figures = {
-        "num_params": float(row["num_params"]),
-        "final_test_accuracy": last,
-        "best_test_accuracy": float(row["best"]),
-        "best_epoch": float(row["best_epoch"]),
-    }
-    if targets.accuracy is not None and epochs:
-        figures["epochs_at_target"] = sum(of["test_accuracy"] >= targets.accuracy for of in epochs.values())
-    verdicts = judge(targets, accuracies=[last], num_params=int(row["num_params"]), epochs=count)
-    params, tags = (
-        {line["name"]: line["value"] for line in records.settings if line["kind"] == kind} for kind in ("param", "tag")
-    )
-    tags = {
-        **{name: row[name] for name in ("step", "code_sha256", "hardware", "torch", "git_commit")},
-        "git_dirty": row["git_dirty"].lower(),
-        **tags,  # with the whole code_sha256
-        **{f"target_{name}": f"{value:.12g}" for name, value in stated.items()},
-        **verdict_tags(verdicts),
-        **{"model": NO_MODEL, DESCRIPTION: describe(script_of(step), verdicts=verdicts)},
-    }
-    wrong = IMAGES - round(IMAGES / 100 * last)
-    for file, fits, reason in (
-        (step, figures["best_epoch"] <= count, f"its best_epoch {row['best_epoch']} is none of {count}"),
-        (step, last <= figures["best_test_accuracy"], f"its last accuracy {last} is above its best {row['best']}"),
-        ("settings", bool(params), "it has no params"),
-        ("epochs", [*epochs] in ([], [*range(1, count + 1)]), f"it has other epochs than 1 to {count}"),
-        ("mistakes", len(records.mistakes) in (0, wrong), f"it got {wrong} images wrong, not {len(records.mistakes)}"),
-    ):
-        if not fits:
-            raise LabError(f"{folder / file}.csv: {step} seed {row['seed']}: {reason}")
-    return Committed(
-        row=row,
-        step=step,
-        seed=int(row["seed"]),
-        start=start,
-        end=start + round(60_000 * float(row["minutes"] or 0)),
-        targets=targets,
-        epochs=epochs,
-        figures=figures | short_figures(figures),
-        params={**params, "seed": row["seed"]},
-        tags={"overrides": "", **{name: value for name, value in tags.items() if value}},
-        mistakes=records.mistakes,
-        digest=digest([records.runs, records.epochs, records.settings, records.mistakes]),
-    )
-
-
-def digest(parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def script_of(step: str) -> Path:
-    """Return where the script of a step is, or would be."""
-    return PROJECT_ROOT / "experiments" / f"{step}.py"
+    mistakes: pd.DataFrame
 
 
 def restore(
@@ -180,98 +117,138 @@ def restore(
         LabError: if the folder has no such files, they are not as the lab writes them, the store can't be written, or
             another call is at work on it.
     """
-    committed = [_committed(records, folder) for records in read_records(folder).by_run()]
-    if not committed:
+    records = read_records(folder)
+    if records.runs.empty:
         raise LabError(f"folder: {folder} has no CSVs of runs")
+    content = b"".join(file.read_bytes() for file in sorted(folder.glob("*.csv")))
+    marks = {RESTORED: commit, DIGEST: hashlib.sha256(content).hexdigest()}
+    committed = [*_committed(records, folder, marks)]
     store = open_store(tracking_uri)
     busy = f"another process is restoring runs into {store.name!r}; wait until it is through"
     with store_failures(store, "can't be written"), alone(store.uri, "restore", busy), short_timeouts():
-        trained = _trained_here(store)
-        steps: dict[str, list[Committed]] = {}
-        for run in committed:
-            if _text(run.row) not in trained:
-                steps.setdefault(run.step, []).append(run)
-        studies = sum(len(runs) > 1 for runs in steps.values())
-        marks = {RESTORED: commit, DIGEST: digest([run.digest for runs in steps.values() for run in runs])}
-        added = sum(map(len, steps.values()))
-        if _is_there(store, marks[DIGEST], added + studies):
-            added = studies = 0
-        else:
-            _remove_restored(store)
-            for number, (step, runs) in enumerate(steps.items(), start=1):
-                progress(f"{step}: {len(runs)} run{'' if len(runs) == 1 else 's'} ({number} of {len(steps)})")
-                _restore(store, marks, runs)
+        own = load_runs(store.uri).tested
+        own = own[(own["status"] == "FINISHED") & (own["overrides"] == "") & own["restored"].isna()]
+        missing = compress(committed, ~among(records.runs, cells(own, RUN_COLUMNS), *RUN_COLUMNS))
+        steps = {step: [*runs] for step, runs in groupby(missing, key=lambda run: run.step)}
+        studies, added = sum(len(runs) > 1 for runs in steps.values()), sum(map(len, steps.values()))
+        there = search(store, f"tags.{DIGEST} LIKE '%'")
+        whole = [run for run in there if run.info.status == "FINISHED" and run.data.tags[DIGEST] == marks[DIGEST]]
+        if len(whole) == len(there) == added + studies:
+            return Restored(0, 0, there=len(committed))
+        for run in there:
+            with uninterrupted():
+                store.client.delete_run(run.info.run_id)
+        for number, (step, runs) in enumerate(steps.items(), start=1):
+            progress(f"{step}: {len(runs)} run{'' if len(runs) == 1 else 's'} ({number} of {len(steps)})")
+            _restore(store, runs)
     return Restored(added, studies, there=len(committed) - added)
+
+
+def script_of(step: str) -> Path:
+    """Return where the script of a step is, or would be."""
+    return PROJECT_ROOT / "experiments" / f"{step}.py"
+
+
+# ---- from files
+
+
+def _committed(records: Records, folder: Path, marks: Mapping[str, str]) -> Iterator[Committed]:
+    """Yield the runs that these rows are of; raises LabError if they don't fit together."""
+    every_epoch = typed(records.epochs, EPOCH_COLUMNS)
+    texts: list[dict[Any, str]] = records.runs.to_dict("records")
+    for text, row in zip(texts, typed(records.runs, RUN_COLUMNS).to_dict("records"), strict=True):
+        settings, mistakes = _of_run(records.settings, text), _of_run(records.mistakes, text)
+        params, tags = (
+            dict(settings.loc[settings["kind"] == kind, ["name", "value"]].itertuples(index=False, name=None))
+            for kind in ("param", "tag")
+        )
+        history = _of_run(every_epoch, row).to_dict("records")
+        _check(folder, row, params, [of["epoch"] for of in history], len(mistakes))
+        targets = stated_targets(row)
+        figures = {name: row[name] for name in TESTED.once if name in row}
+        if targets.accuracy is not None and history:
+            figures["epochs_at_target"] = sum(of["test_accuracy"] >= targets.accuracy for of in history)
+        accuracies = [row["final_test_accuracy"]]
+        verdicts = judge(targets, accuracies=accuracies, num_params=row["num_params"], epochs=row["epochs"])
+        tags = {
+            **{name: text[name] for name in ("step", "code_sha256", "hardware", "torch", "git_commit")},
+            "git_dirty": text["git_dirty"].lower(),
+            **tags,  # with the whole code_sha256
+            **target_tags(targets),
+            **verdict_tags(verdicts),
+            **{"model": NO_MODEL, DESCRIPTION: describe(script_of(row["step"]), verdicts=verdicts)},
+        }
+        named = {  # neither the script nor the commit is of this moment
+            **{"overrides": "", MLFLOW_SOURCE_NAME: f"experiments/{row['step']}.py", MLFLOW_SOURCE_TYPE: "LOCAL"},
+            **{MLFLOW_GIT_COMMIT: text["git_commit"], MLFLOW_GIT_BRANCH: "", **marks},
+        }
+        start = int(datetime.strptime(text["date"], DATE).replace(tzinfo=UTC).timestamp() * 1000)
+        yield Committed(
+            **{name: row[name] for name in ("step", "seed", "epochs")},
+            start=start,
+            end=start + round(60_000 * float(text["minutes"] or 0)),
+            targets=targets,
+            history=history,
+            figures=figures | short_figures(figures),
+            params={**params, "seed": text["seed"]},
+            tags={name: value for name, value in tags.items() if value} | named,
+            mistakes=mistakes,
+        )
+
+
+def _of_run(rows: pd.DataFrame, run: Mapping[Any, Any]) -> pd.DataFrame:
+    mine: pd.DataFrame = rows[(rows["step"] == run["step"]) & (rows["seed"] == run["seed"])]
+    return mine
+
+
+def _check(folder: Path, row: Mapping[Any, Any], params: object, epochs: list[int], mistakes: int) -> None:
+    """Check that the files agree about a run; raises LabError."""
+    step, last, count = row["step"], row["final_test_accuracy"], row["epochs"]
+    best, best_epoch, wrong = row["best_test_accuracy"], row["best_epoch"], IMAGES - round(IMAGES / 100 * last)
+    for file, fits, reason in (
+        (step, best_epoch <= count, f"its best_epoch {best_epoch} is none of {count}"),
+        (step, last <= best, f"its last accuracy {last} is above its best {best}"),
+        ("settings", params, "it has no params"),
+        ("epochs", epochs in ([], [*range(1, count + 1)]), f"it has other epochs than 1 to {count}"),
+        ("mistakes", mistakes in (0, wrong), f"it got {wrong} images wrong, not {mistakes}"),
+    ):
+        if not fits:
+            raise LabError(f"{folder / file}.csv: {step} seed {row['seed']}: {reason}")
 
 
 # ---- the store
 
 
-def _text(row: Row) -> str:
-    return json.dumps({name: row.get(name, "") for name in RUN_COLUMNS}, sort_keys=True)
-
-
-def _trained_here(store: Store) -> set[str]:
-    """Return the rows, as text, that runs trained into this store have in the files."""
-    runs = load_runs(store.uri).tested
-    own = runs[(runs["status"] == "FINISHED") & (runs["overrides"] == "")]
-    return {_text(row) for row in cells(own[own["restored"].isna()].to_dict("records"), RUN_COLUMNS)}
-
-
-def _is_there(store: Store, of: str, count: int) -> bool:
-    """Say whether so many runs of that digest were restored, and no others, each of them whole."""
-    restored = search(store, f"tags.{DIGEST} LIKE '%'")
-    whole = [run for run in restored if run.info.status == "FINISHED" and run.data.tags[DIGEST] == of]
-    return len(whole) == len(restored) == count
-
-
-def _remove_restored(store: Store) -> None:
-    for run in search(store, f"tags.{DIGEST} LIKE '%'"):
-        with uninterrupted():
-            store.client.delete_run(run.info.run_id)
-
-
-def _restore(store: Store, marks: Mapping[str, str], runs: Sequence[Committed]) -> None:
+def _restore(store: Store, runs: Sequence[Committed]) -> None:
     """Write a step's runs, and the study over them if there are several."""
+    step, clock = runs[0].step, Past(min(run.start for run in runs))
     if len(runs) == 1:
-        _run(store, marks, runs[0], None)
+        _run(store, runs[0], None)
         return
-    clock = Past(min(run.start for run in runs))
-    tags = {**_shared([run.tags for run in runs]), "study": runs[0].step, "seeds_reused": ""}
-    tags = _marked({**tags, "seeds": " ".join(run.row["seed"] for run in runs)}, marks, runs[0].step)
-    name, params = f"{runs[0].step} {len(runs)} seeds", _shared([run.params for run in runs])
-    with track(replace(store, clock=clock), name, params=params, tags=tags) as tracked:
-        ids = [_run(store, marks, run, tracked.run_id) for run in runs]
+    tags = {MLFLOW_GIT_COMMIT: "", **_shared([run.tags for run in runs]), "study": step, "seeds_reused": ""}
+    tags["seeds"] = " ".join(str(run.seed) for run in runs)
+    params = _shared([run.params for run in runs])
+    with track(replace(store, clock=clock), f"{step} {len(runs)} seeds", params=params, tags=tags) as tracked:
+        ids = [_run(store, run, tracked.run_id) for run in runs]
         clock.time = max(run.end for run in runs)
-        _finish_study(tracked, runs, ids)
+        finished = [FinishedRun(one, run.seed, run.figures) for one, run in zip(ids, runs, strict=True)]
+        log_verdict(tracked, judge_runs(runs[0].targets, runs[0].epochs, tracked.run_id, finished), script_of(step))
+        history = [{"run_id": one, **of} for one, run in zip(ids, runs, strict=True) for of in run.history]
+        log_curves(tracked, history, runs[0].targets)
 
 
-def _run(store: Store, marks: Mapping[str, str], run: Committed, parent_run_id: str | None) -> str:
+def _run(store: Store, run: Committed, parent_run_id: str | None) -> str:
     """Write a run; return its id."""
     clock = Past(run.start)
-    past, tags = replace(store, clock=clock), _marked(run.tags, marks, run.step)
-    with track(
-        past, f"{run.step} seed {run.seed}", params=run.params, tags=tags, parent_run_id=parent_run_id
-    ) as tracked:
+    past, name = replace(store, clock=clock), f"{run.step} seed {run.seed}"
+    with track(past, name, params=run.params, tags=run.tags, parent_run_id=parent_run_id) as tracked:
         clock.time = run.end
-        tracked.log_missing(run.epochs)
+        points = {of["epoch"]: {name: of[name] for name in EPOCH_FIGURES if pd.notna(of[name])} for of in run.history}
+        tracked.log_missing(points)
         tracked.log_once(run.figures)
-        if run.mistakes:
-            tracked.log_text(to_csv([*MISTAKE_COLUMNS][2:], run.mistakes), MISTAKES)
+        if len(run.mistakes):
+            tracked.log_text(to_csv(run.mistakes[[*MISTAKE_COLUMNS][2:]]), MISTAKES)
     return tracked.run_id
-
-
-def _finish_study(tracked: TrackedRun, runs: Sequence[Committed], ids: Sequence[str]) -> None:
-    finished = [FinishedRun(one, run.seed, run.figures) for one, run in zip(ids, runs, strict=True)]
-    result = judge_runs(runs[0].targets, int(runs[0].row["epochs"]), tracked.run_id, finished)
-    log_verdict(tracked, result, script_of(runs[0].step))
-    unknown = dict.fromkeys(EPOCH_FIGURES, math.nan)
-    history = [
-        {"run_id": one, "step": run.step, "seed": run.seed, "epoch": epoch, **unknown, **of_epoch}
-        for one, run in zip(ids, runs, strict=True)
-        for epoch, of_epoch in run.epochs.items()
-    ]
-    log_curves(tracked, history, runs[0].targets)
 
 
 def _shared(of_runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -281,9 +258,3 @@ def _shared(of_runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
         for name, value in of_runs[0].items()
         if name not in NOT_SHARED and not name.startswith("verdict_") and all(of.get(name) == value for of in of_runs)
     }
-
-
-def _marked(tags: Mapping[str, str], marks: Mapping[str, str], step: str) -> dict[str, str]:
-    source = {MLFLOW_SOURCE_NAME: f"experiments/{step}.py", MLFLOW_SOURCE_TYPE: "LOCAL"}
-    source |= {MLFLOW_GIT_COMMIT: tags.get("git_commit", ""), MLFLOW_GIT_BRANCH: ""}  # not those of this moment
-    return {**tags, **source, **marks}

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import mlflow
 import numpy as np
@@ -179,10 +179,7 @@ def run_table(
     names = [name for name in COLUMNS if name not in other_protocol]
     shown = found if found.empty else found.dropna(axis="columns", how="all")
     hyperparameters = {str(name): _typed(found[name]) for name in shown if name not in COLUMNS}
-    table = found.assign(**hyperparameters)[[*names[:4], *hyperparameters, *names[4:]]]
-    order = {step: place for place, step in enumerate(sorted(table["step"].unique(), key=step_order))}
-    by_seed = table.assign(place=table["step"].map(order)).sort_values(["place", "seed"], kind="stable")
-    table = by_seed.drop(columns="place").reset_index(drop=True)
+    table = by_step(found.assign(**hyperparameters)[[*names[:4], *hyperparameters, *names[4:]]])
     if columns == "all":
         return table
     table["restored"] = table["restored"].str[:SHORT_COMMIT]
@@ -309,16 +306,19 @@ def _search(uri: str) -> list[Run]:
         return list(client.search_runs([experiment.experiment_id], OF_THE_LAB, max_results=MAX_RUNS, order_by=order))
 
 
+def loaded_runs(**which: Unpack[RunFilter]) -> LoadedRuns:
+    return which.get("loaded") or load_runs(which.get("tracking_uri"))
+
+
 def _find_runs(
     steps: Iterable[str] | str | None, seeds: Iterable[int] | int | None, **which: Unpack[RunFilter]
 ) -> LoadedRuns:
     """Return the runs asked for, newest first."""
-    loaded = which.get("loaded") or load_runs(which.get("tracking_uri"))
+    loaded = loaded_runs(**which)
     status, overridden = which.get("status", "FINISHED"), which.get("include_overrides", False)
     if status is not None and status not in STATUSES:
         raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
-    held_out = which.get("holdout", 0), which.get("folds", 0)
-    runs = _of_protocol(loaded, *held_out)
+    runs = _of_protocol(loaded, which.get("holdout", 0), which.get("folds", 0))
     named = None if steps is None else full_names(steps, loaded)
     if named is not None:
         runs = runs[runs["step"].isin(named)]
@@ -332,7 +332,10 @@ def _find_runs(
         runs = runs[runs["overrides"] == counted]
     for step in set(named or ()) - set(runs["step"]):
         if status == "FINISHED":
-            _refuse(step, loaded.runs[loaded.runs["step"] == step], _held_out(*held_out))
+            of_step = _kinds(loaded.runs[loaded.runs["step"] == step])
+            raise LabError(
+                f"steps: no finished run of {step!r} as declared and of this protocol; its runs are: {of_step}"
+            )
     if seeds is not None:
         runs = runs[runs["seed"].isin(list(seeds) if isinstance(seeds, Iterable) else [seeds])]
     return replace(loaded, runs=runs)
@@ -340,31 +343,25 @@ def _find_runs(
 
 def _of_protocol(loaded: LoadedRuns, holdout: int, folds: int) -> pd.DataFrame:
     """Return the runs that hold out so many images, or a fold of so many; raises LabError if there are only others."""
-    if loaded.runs.empty and not loaded.left_out:
-        raise LabError(f"no runs yet in {loaded.name}; train first, e.g. `make step1`")
     if holdout and folds:
         raise LabError("folds: not together with holdout: each fold is held out in turn")
+    if loaded.runs.empty and not loaded.left_out:
+        raise LabError(f"no runs yet in {loaded.name}; train first, e.g. `make step1`")
     runs = loaded.runs[(loaded.runs["holdout"] == holdout) & (loaded.runs["folds"] == folds)]
     if runs.empty and not loaded.runs.empty:
-        kinds = sorted({_held_out(*one) for one in loaded.runs[["holdout", "folds"]].to_numpy()})
-        field, wanted = "folds" if folds else "holdout", _held_out(holdout, folds)
-        raise LabError(f"{field}: {loaded.name} has no run with {wanted}; it has runs with {'; '.join(kinds)}")
+        wanted, number = ("folds", folds) if folds else ("holdout", holdout)
+        kinds = _kinds(loaded.runs)
+        raise LabError(f"{wanted}: {loaded.name} has no run with {wanted} {number:,}; its runs are: {kinds}")
     return runs
 
 
-def _held_out(holdout: int, folds: int) -> str:
-    return f"folds {folds}" if folds else f"holdout {holdout:,}"
-
-
-def _refuse(step: str, runs: pd.DataFrame, wanted: str) -> NoReturn:
-    """Say what runs a step has, where none is finished, as declared and of this protocol; raises LabError."""
+def _kinds(runs: pd.DataFrame) -> str:
+    """Say what kinds of runs there are."""
     kinds = {
-        f"{status}, {_held_out(*held)}" + (", overridden" if overrides else "")
-        for status, overrides, *held in runs[["status", "overrides", "holdout", "folds"]].to_numpy()
+        f"{status}, holdout {holdout:,}" + (f", folds {folds}" if folds else "") + (", overridden" if overrides else "")
+        for status, overrides, holdout, folds in runs[["status", "overrides", "holdout", "folds"]].to_numpy()
     }
-    raise LabError(
-        f"steps: no finished run of {step!r} as declared with {wanted}; its runs are: {'; '.join(sorted(kinds))}"
-    )
+    return "; ".join(sorted(kinds))
 
 
 def full_names(steps: Iterable[str] | str, loaded: LoadedRuns) -> list[str]:
@@ -373,18 +370,26 @@ def full_names(steps: Iterable[str] | str, loaded: LoadedRuns) -> list[str]:
     Raises:
         LabError: if a step has no run, or a short name fits several.
     """
-    return [_full_name(step, loaded) for step in ([steps] if isinstance(steps, str) else steps)]
+    known, names = sorted(loaded.runs["step"].unique()), []
+    for step in [steps] if isinstance(steps, str) else steps:
+        short = re.fullmatch(r"step\d+", step)
+        alike = [name for name in known if name in (step, script_named(step))]
+        alike = alike[:1] or [name for name in known if short and name.startswith(f"{step}_")]
+        if len(alike) != 1:
+            there = f"is not clear: {', '.join(alike)}" if alike else f"has no run in {loaded.name}"
+            raise LabError(f"steps: {step!r} {there}; there are runs of {', '.join(known)}")
+        names += alike
+    return names
 
 
-def _full_name(step: str, loaded: LoadedRuns) -> str:
-    known = sorted(loaded.runs["step"].unique())
-    alike = [name for name in known if re.fullmatch(r"step\d+", step) and name.startswith(f"{step}_")]
-    name = next((name for name in (step, script_named(step)) if name in known), alike[0] if len(alike) == 1 else None)
-    if name is None and alike:
-        raise LabError(f"steps: {step!r} is not clear: {', '.join(alike)}")
-    if name is None:
-        raise LabError(f"steps: no run of {step!r} in {loaded.name}; there are runs of {', '.join(known)}")
-    return name
+def by_step(runs: pd.DataFrame) -> pd.DataFrame:
+    """Sort runs by step and seed; those of one seed keep their order."""
+    return runs.sort_values("seed", kind="stable").sort_values("step", key=places, kind="stable", ignore_index=True)
+
+
+def places(steps: pd.Series[Any]) -> pd.Series[Any]:
+    """Return the place of each step in the order of steps."""
+    return steps.map({step: place for place, step in enumerate(sorted(steps.unique(), key=step_order))})
 
 
 def _typed(column: pd.Series[Any]) -> pd.Series[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Unit = Literal["%", "cross-entropy", "", "s", "min", "number"]
@@ -36,17 +36,8 @@ class Measure:
         """Return a value as it is printed: "99.41 %", "7,852", "0.0182", or "-" where there is none."""
         if value is None or math.isnan(value):
             return "-"
-        match self.unit:
-            case "%":
-                return f"{percent(value)} %"
-            case "cross-entropy":
-                return f"{value:.4f}"
-            case "number":
-                return f"{value:.3g}"
-            case "":
-                return f"{value:,.0f}"
-            case "s" | "min":
-                return f"{value:.1f} {self.unit}"
+        forms = {"%": f"{percent(value)} %", "cross-entropy": f"{value:.4f}", "number": f"{value:.3g}"}
+        return forms.get(self.unit, f"{value:.1f} {self.unit}" if self.unit else f"{value:,.0f}")
 
 
 def _accuracy(label: str, cell: str = ".2f") -> Measure:
@@ -150,12 +141,8 @@ HELD_OUT = Protocol(  # validated on training images held out, and tested once
     ),
     over_seeds=("final_test_accuracy", "final_validation_accuracy", "best_validation_accuracy"),
 )
-
-
-FOLDED = Protocol(  # validated on the fold that is held out, and never tested
-    part="validation",
-    each_epoch=HELD_OUT.each_epoch,
-    at_times=HELD_OUT.at_times,
+FOLDED = replace(  # validated on the fold that is held out, and never tested
+    HELD_OUT,
     once=("num_params", "final_validation_accuracy", "best_validation_accuracy", "best_epoch"),
     summary=("final_train_accuracy", "final_validation_accuracy"),
     over_seeds=("final_validation_accuracy",),

@@ -225,7 +225,7 @@ def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int
 
 
 def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> Difference:
-    """Compare the shares (0 to 1) of the same images that two networks classify correctly.
+    """Compare the shares, in percent, of the same images that two networks classify correctly.
 
     a_correct, b_correct: (N,) booleans, in the same order of images.
 
@@ -241,7 +241,7 @@ def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> Difference:
     half = float(stats.norm.ppf(0.975)) * math.sqrt((only_a + only_b) - (only_b - only_a) ** 2 / n) / n
     # The images that both or neither get right, on the table's diagonal, don't count.
     p = min(1.0, float(mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue))
-    return Difference(effect, effect - half, effect + half, p, MCNEMAR, (n,), None)
+    return Difference(100 * effect, 100 * (effect - half), 100 * (effect + half), p, MCNEMAR, (n,), None)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

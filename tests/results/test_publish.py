@@ -3,7 +3,6 @@
 import csv
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +11,14 @@ import pytest
 from helpers import ROOT, largest_file
 from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
+from mnist_lab.results.records import IMAGES, OTHER_FILES, read_records
 from mnist_lab.running.identity import code_sha256, find_sources
 from mnist_lab.tracking.store import Store, open_store
 from pages import PAGE
 from run_writer import T0, TARGETS, write_run
 
 RESULTS = ROOT / "docs" / "results"
+COMMITTED = read_records(RESULTS)
 SCRIPTS = sorted((ROOT / "experiments").glob("*.py"))
 STEPS = {"step1_baseline": (99.0, 99.1, 98.9), "step2_dropout": (99.2, 99.28, 99.12), "step10_new": (99.5,)}
 
@@ -37,36 +38,32 @@ def test_the_committed_runs_are_those_of_the_script_as_it_is(script: Path) -> No
 @pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"], ids=["README", "docs/results"])
 def test_the_committed_tables_are_made_of_the_committed_csvs(page: Path) -> None:
     text = page.read_text()
-    assert files.with_tables(text, files.tables(files.read_records(RESULTS))) == text, "make publish"
+    assert files.with_tables(text, files.tables(COMMITTED)) == text, "make publish"
 
 
 def test_the_committed_picture_is_drawn_from_the_committed_csvs() -> None:
-    made = files.picture(files.read_rows(RESULTS))
+    made = files.picture(COMMITTED.runs)
     (points,) = re.findall(r"<dc:description>(.*?)</dc:description>", made, flags=re.DOTALL)
     assert "step4_augment_steplr: 7,852 parameters, 99.41 %" in points
     assert f"<dc:description>{points}</dc:description>" in (RESULTS / "accuracy.svg").read_text(), "make publish"
 
 
-def test_the_committed_epochs_end_at_the_committed_figures() -> None:
-    epochs = rows_of(RESULTS / "epochs.csv")
-    assert epochs
-    for run in files.read_rows(RESULTS):
-        mine = [row for row in epochs if (row["step"], row["seed"]) == (run["step"], run["seed"])]
-        if mine:  # the first runs' epochs were not kept
-            accuracies = [row["test_accuracy"] for row in mine]
-            assert len(accuracies) == int(run["epochs"])
-            assert accuracies[-1] == run["last"]
-            assert max(accuracies, key=float) == run["best"] == accuracies[int(run["best_epoch"]) - 1]
-
-
-def test_the_committed_files_say_of_every_run_how_it_was_made() -> None:
-    committed = files.read_records(RESULTS)
-    runs = {files.run_of(row): row for row in committed.runs}
-    digests = {files.run_of(row): row["value"] for row in committed.settings if row["name"] == "code_sha256"}
-    assert {run: digest[:12] for run, digest in digests.items()} == {r: row["code_sha256"] for r, row in runs.items()}
-    assert {files.run_of(row) for row in (*committed.settings, *committed.epochs, *committed.mistakes)} == {*runs}
-    wrong = Counter(map(files.run_of, committed.mistakes))  # of the runs up to 25 November they were not kept
-    assert {run: 10_000 - round(100 * float(runs[run]["last"])) for run in wrong} == wrong
+def test_the_committed_files_say_the_same_of_every_run() -> None:
+    """Of the first runs neither epochs nor mistakes were kept."""
+    runs, settings, epochs, mistakes = (
+        part.set_index(["step", "seed"])
+        for part in (COMMITTED.runs, COMMITTED.settings, COMMITTED.epochs, COMMITTED.mistakes)
+    )
+    assert {*settings.index, *epochs.index, *mistakes.index} == {*runs.index}
+    digests = settings["value"][settings["name"] == "code_sha256"].str[:12]
+    assert digests.to_dict() == runs["code_sha256"].to_dict()
+    for run, of in epochs["test_accuracy"].groupby(level=[0, 1]):
+        last, best, best_epoch, count = runs.loc[run, ["last", "best", "best_epoch", "epochs"]]
+        assert len(of) == int(count)
+        assert of.iloc[-1] == last
+        assert max(of, key=float) == best == of.iloc[int(best_epoch) - 1]
+    for run, wrong in mistakes.index.value_counts().items():
+        assert wrong == IMAGES - round(100 * float(runs.loc[run, "last"]))
 
 
 # ---- a publication
@@ -118,7 +115,7 @@ def published(publication: Pages, tmp_path: Path) -> Pages:
 
 def test_a_publication_has_a_row_per_seed(publication: Pages) -> None:
     folder, _ = publication
-    names = {"README.md", "accuracy.svg", *(f"{name}.csv" for name in (*files.OTHER_FILES, *STEPS))}
+    names = {"README.md", "accuracy.svg", *(f"{name}.csv" for name in (*OTHER_FILES, *STEPS))}
     assert {file.name for file in folder.iterdir()} == names
     rows = rows_of(folder / "step1_baseline.csv")
     assert [row["seed"] for row in rows] == ["0", "1", "2"]
@@ -231,7 +228,7 @@ def test_publish_says_what_it_would_do_and_waits_for_replace(
 
 def test_an_export_is_of_the_store_alone(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "new" / "results"
-    names = ["README.md", *(f"{name}.csv" for name in (*files.OTHER_FILES, *STEPS))]
+    names = ["README.md", *(f"{name}.csv" for name in (*OTHER_FILES, *STEPS))]
     assert files.export_runs(folder, tracking_uri=store) == sorted(folder / name for name in names)
     page = (folder / "README.md").read_text()
     assert "| `step1_baseline` | 3 | **99.00** ± 0.100 | too few seeds |" in page

@@ -21,6 +21,7 @@ from mnist_lab import results
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
+from mnist_lab.results.records import read_records
 from mnist_lab.results.report import write_report
 from mnist_lab.results.restore import Restored, restore
 from mnist_lab.tracking import run as tracking
@@ -30,7 +31,7 @@ from report_store import predict
 from run_writer import T0, TARGETS, log_predictions, write_run
 
 RESULTS = ROOT / "docs" / "results"
-COMMITTED = files.read_records(RESULTS)
+COMMITTED = read_records(RESULTS)
 PARENT = "mlflow.parentRunId"
 quietly = partial(restore, commit="c0ffee0123", progress=lambda _: None)
 
@@ -167,20 +168,18 @@ def test_runs_stand_under_the_study_of_their_step(restored: str) -> None:
 
 
 def test_the_committed_csvs_are_read_and_written_byte_for_byte() -> None:
-    for file, text in COMMITTED.csvs(RESULTS, {row["step"] for row in COMMITTED.runs}).items():
+    for file, text in files.files_of(COMMITTED, RESULTS, {*COMMITTED.runs["step"]}, {}).items():
         assert file.read_text() == text, file
 
 
 @pytest.mark.long
 def test_the_committed_runs_of_all_steps_are_restored(uri: str, tmp_path: Path) -> None:
     done = quietly(RESULTS, tracking_uri=uri)
-    seeds = {
-        step: [row for row in COMMITTED.runs if row["step"] == step] for step in {r["step"] for r in COMMITTED.runs}
-    }
+    seeds = COMMITTED.runs["step"].value_counts()
     assert (done.runs, done.there) == (len(COMMITTED.runs), 0)
-    assert done.studies == sum(len(rows) > 1 for rows in seeds.values())
+    assert done.studies == (seeds > 1).sum()
     table = results.compare_table(tracking_uri=uri).set_index("step")
-    assert table["seeds"].to_dict() == {step: len(rows) for step, rows in seeds.items()}
+    assert table["seeds"].to_dict() == seeds.to_dict()
     files.export_runs(tmp_path / "again", tracking_uri=uri)
     exported, committed = csvs(tmp_path / "again"), csvs(RESULTS)
     assert {**exported, "folds.csv": ""} == {**committed, "folds.csv": ""}  # cross-validations are not restored

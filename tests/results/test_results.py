@@ -11,6 +11,7 @@ from mlflow.entities import Metric
 
 from mnist_lab import results
 from mnist_lab.errors import LabError
+from mnist_lab.results.compare import compare_runs
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.verdicts.comparison import Pair, seeds_text
@@ -285,6 +286,26 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(uri: str)
     one, back = (results.compare(*names, tracking_uri=uri) for names in (("a", "b"), ("b", "a")))
     assert one.shown
     assert (back.effect, back.word) == (pytest.approx(-0.19), "worse")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "test"),
+    [
+        ("AMD EPYC, 2 cores, AVX2", "Intel Xeon, 4 cores, AVX2", "paired t-test"),
+        ("NVIDIA H100", "NVIDIA H100", "paired t-test"),
+        ("AMD EPYC, 2 cores, AVX2", "AMD EPYC, 2 cores, AVX512", "Welch's t-test"),
+        ("AMD EPYC, 2 cores", "AMD EPYC, 2 cores", "Welch's t-test"),  # which instructions is not known
+        (None, None, "Welch's t-test"),
+    ],
+)
+def test_seeds_are_pairs_where_both_were_trained_on_what_rounds_alike(
+    one: str | None, other: str | None, test: str
+) -> None:
+    accuracies = {"a": [99.1, 99.2, 99.0], "b": [99.3, 99.45, 99.3, 99.2]}
+    rows = [(step, seed, accuracy) for step, of in accuracies.items() for seed, accuracy in enumerate(of)]
+    runs = pd.DataFrame(rows, columns=["step", "seed", "final_test_accuracy"])
+    ((found,), _) = compare_runs([Pair("a", "b", "")], runs.assign(hardware=runs["step"].map({"a": one, "b": other})))
+    assert found.test == test
 
 
 def test_one_run_each_is_compared_image_by_image(uri: str) -> None:

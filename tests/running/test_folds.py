@@ -16,6 +16,7 @@ from mnist_lab import results
 from mnist_lab.data import Mnist, hold_out_fold, images_of_fold
 from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
+from mnist_lab.results.records import read_records
 from mnist_lab.running import run
 from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.running.progress import Progress, StudyResult
@@ -152,9 +153,9 @@ def test_whole_cross_validations_are_published_and_read_back(folds: Folds, tmp_p
     ]
     assert said[-1] == "The published rows are those of the store already."
     table = results.run_table(columns="all", folds=3, tracking_uri=folds.uri)
-    rows = files.read_records(tmp_path).folds
-    assert [(row["step"], row["fold"]) for row in rows] == [*zip(table["step"], map(str, table["seed"]), strict=True)]
-    assert [float(row["accuracy"]) for row in rows] == pytest.approx(
+    rows = read_records(tmp_path).folds
+    assert rows[["step", "fold"]].to_numpy().tolist() == table[["step", "seed"]].astype("str").to_numpy().tolist()
+    assert rows["accuracy"].astype("float64").tolist() == pytest.approx(
         table["final_validation_accuracy"].tolist(), abs=5e-4
     )
     files.export_runs(tmp_path / "exported", tracking_uri=folds.uri)
@@ -164,7 +165,7 @@ def test_whole_cross_validations_are_published_and_read_back(folds: Folds, tmp_p
     effect = results.compare("one", "other", folds=3, tracking_uri=folds.uri).effect
     assert f"| `one` | 3 | **{table['final_validation_accuracy'][:3].mean():.2f}** ±" in readme.read_text()
     assert files.compare_folds(rows) == []  # none of PAIRS
-    renamed = files.compare_folds([{**row, "step": RENAMED[row["step"]]} for row in rows])
+    renamed = files.compare_folds(rows.assign(step=rows["step"].map(RENAMED)))
     assert renamed[0].effect == pytest.approx(effect, abs=1e-3)
 
 

@@ -22,7 +22,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS
 from mnist_lab.reading.pictures import find_reader
-from mnist_lab.results.publish import read_rows
+from mnist_lab.results.records import read_runs, rows_of
 from mnist_lab.tracking import models as champion
 from mnist_lab.tracking.store import open_store
 from pages import T0
@@ -50,7 +50,7 @@ def test_the_committed_champion_meets_the_targets_and_says_where_it_comes_from()
     _, origin = champion.load_committed()
     assert origin.accuracy >= 99.4
     assert origin.num_params < 10_000
-    digests = {row["code_sha256"] for row in read_rows(RESULTS) if row["step"] == origin.step}
+    digests = {*rows_of(origin.step, read_runs(RESULTS))["code_sha256"]}
     assert digests == {origin.code_sha256[:12]}
     assert re.fullmatch("[0-9a-f]{40}", origin.git_commit)
     network = (RESULTS / champion.NETWORK).read_bytes()

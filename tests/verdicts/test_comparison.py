@@ -9,9 +9,7 @@ from helpers import ROOT
 from mnist_lab.verdicts.comparison import (
     PAIRS,
     Comparison,
-    Pair,
     adjust,
-    compare_seeds,
     effects_text,
     mean_interval_text,
     p_text,
@@ -19,8 +17,6 @@ from mnist_lab.verdicts.comparison import (
     step_order,
     table_text,
 )
-
-PAIR = Pair("plain", "better", "one change")
 
 
 def comparison(**given: object) -> Comparison:
@@ -43,23 +39,6 @@ def comparison(**given: object) -> Comparison:
 )
 def test_the_verdict_says_what_was_shown(given: dict[str, object], verdict: str) -> None:
     assert comparison(**given).verdict == verdict
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "test"),
-    [
-        ("AMD EPYC, 2 cores, AVX2", "Intel Xeon, 4 cores, AVX2", "paired t-test"),
-        ("NVIDIA H100", "NVIDIA H100", "paired t-test"),
-        ("AMD EPYC, 2 cores, AVX2", "AMD EPYC, 2 cores, AVX512", "Welch's t-test"),
-        ("AMD EPYC, 2 cores", "AMD EPYC, 2 cores", "Welch's t-test"),  # which instructions is not known
-        ("", "", "Welch's t-test"),
-    ],
-)
-def test_seeds_are_pairs_where_both_were_trained_on_what_rounds_alike(one: str, other: str, test: str) -> None:
-    a, b = {0: 99.1, 1: 99.2, 2: 99.0}, {0: 99.3, 1: 99.45, 2: 99.3, 3: 99.2}
-    made_on = {"plain": dict.fromkeys(a, one), "better": dict.fromkeys(b, other)}
-    assert compare_seeds(PAIR, a, b, made_on).test == test
-    assert compare_seeds(PAIR, a, b).test == "paired t-test"
 
 
 def test_a_difference_of_under_four_seeds_has_no_interval() -> None:

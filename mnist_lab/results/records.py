@@ -1,0 +1,336 @@
+"""What CSVs keep of runs: read from a store or from files, checked, and written.
+
+A CSV has a row per run, epoch, setting or mistake; together they are enough to build a run again in another store, but
+for its network. Here they are tables of text, as the files are; an empty cell is an unknown figure.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from mnist_lab.errors import LabError, one_line
+from mnist_lab.experiment import quoted
+from mnist_lab.results.compare import newest_runs
+from mnist_lab.results.runs import COLUMNS as COLUMN_KINDS
+from mnist_lab.results.runs import (
+    COUNT,
+    PERCENTAGE,
+    TARGETS,
+    TEXT,
+    Kind,
+    LoadedRuns,
+    epoch_history,
+    load_runs,
+    places,
+    predictions_of,
+    run_table,
+)
+from mnist_lab.verdicts.measures import MEASURES, TESTED
+
+logger = logging.getLogger(__name__)
+
+DATE = "%Y-%m-%d %H:%M"
+IMAGES = 10_000  # test images
+OTHER_FILES = ("effects", "epochs", "settings", "mistakes", "folds")  # CSVs in the folder that belong to no step
+# Tags that decide or explain a run's figures, beside those that have a column of their own in <step>.csv.
+TAGS = re.compile("code_sha256|data_sha256|threads|memory_format|no_effect|teacher_run_id|teacher_sha256|reported_.*")
+
+Columns = Mapping[str, tuple[str, str]]  # by name: the name in the table that it comes from, and the format of a cell
+COLUMNS = {  # of <step>.csv
+    "seed": ("seed", ""),
+    "last": ("final_test_accuracy", ".2f"),
+    "best": ("best_test_accuracy", ".2f"),
+    "best_epoch": ("best_epoch", ""),
+    "train": ("final_train_accuracy", ".3f"),
+    "test_loss": ("final_test_loss", ".5f"),
+    "num_params": ("num_params", ""),
+    "epochs": ("epochs", ""),
+    "minutes": ("minutes", ".1f"),
+    **{name: (name, "") for name in ("hardware", "torch", "git_commit", "git_dirty")},
+    "code_sha256": ("code_sha256", ".12"),
+    "date": ("start_time", DATE),
+    **{f"target_{name}": (f"target_{name}", "g") for name in TARGETS},
+    "reported_best": ("reported_best_test_accuracy", "g"),
+}
+RUN_COLUMNS = {"step": ("step", ""), **COLUMNS}
+EPOCH_FIGURES = ("test_accuracy", "test_loss", "train_accuracy", "train_loss", "lr", "epoch_seconds", *TESTED.at_times)
+EPOCH_COLUMNS = {
+    **{name: (name, "") for name in ("step", "seed", "epoch")},
+    **{name: (name, MEASURES[name].cell) for name in EPOCH_FIGURES},
+}
+SETTING_COLUMNS = {name: (name, "") for name in ("step", "seeds", "kind", "name", "value")}
+MISTAKE_COLUMNS = {
+    **{name: (name, "") for name in ("step", "seed", "image", "prediction")},
+    "confidence": ("confidence", ".4f"),
+}
+FOLD_COLUMNS = {
+    **{"step": ("step", ""), "folds": ("folds", ""), "fold": ("seed", "")},
+    **{"accuracy": ("final_validation_accuracy", ".3f"), "loss": ("final_validation_loss", ".5f")},
+    **{name: COLUMNS[name] for name in ("num_params", "epochs", "minutes", "hardware", "torch", "git_commit")},
+    **{name: COLUMNS[name] for name in ("git_dirty", "code_sha256", "date")},
+}
+# What the cells of these columns can be, by the name of where they come from; those of a run table are known there.
+KINDS = {
+    **{name: PERCENTAGE if one.unit == "%" else Kind("float64", 0) for name, one in MEASURES.items()},
+    **COLUMN_KINDS,
+    "objective": Kind("float64", -sys.float_info.max, sys.float_info.max),
+    **{"start_time": Kind(DATE), "epoch": COUNT, "epochs": COUNT, "minutes": Kind("float64", 0, 1e9)},
+    **{"image": Kind("Int64", 0, IMAGES - 1), "prediction": Kind("Int64", 0, 9), "confidence": Kind("float64", 0, 1)},
+    **{"git_dirty": Kind("str", form="True|False|"), "kind": Kind("str", form="param|tag")},
+    **{"name": Kind("str", form=".+"), "seeds": Kind("str", form=r"\d{1,19}(-\d{1,19})?(, \d{1,19}(-\d{1,19})?)*")},
+}
+NEEDED = (
+    *("seed", "last", "best", "best_epoch", "num_params", "epochs", "date", "epoch", "folds", "fold", "accuracy"),
+    *list(MISTAKE_COLUMNS)[2:],
+)
+ORDER = ("step", "folds", "fold", "seed", "epoch", "image", "kind", "name")  # by which rows are sorted
+SETTINGS = ("step", "seed", "kind", "name", "value")  # in memory: of one seed each
+
+
+class Records(NamedTuple):
+    """Rows of runs, each with step and seed.
+
+    runs: RUN_COLUMNS. epochs: EPOCH_COLUMNS. settings: kind ("param" or "tag"), name and value. mistakes: the test
+    images that the run got wrong, by their numbers from 0, with the prediction and its confidence. folds: of the runs
+    of cross-validations, which are no others' rows: FOLD_COLUMNS.
+    """
+
+    runs: pd.DataFrame
+    epochs: pd.DataFrame
+    settings: pd.DataFrame
+    mistakes: pd.DataFrame
+    folds: pd.DataFrame
+
+    def csvs(self, folder: Path, steps: Iterable[str]) -> dict[Path, str]:
+        """Return the files of these steps, and those that hold the rows of all steps."""
+        used = [name for name in EPOCH_COLUMNS if name not in TESTED.at_times or self.epochs[name].any()]
+        tables = {step: rows_of(step, self.runs)[[*COLUMNS]] for step in steps}
+        tables |= {"epochs": self.epochs[used], "settings": _by_setting(self.settings)}
+        tables |= {"mistakes": self.mistakes, "folds": self.folds}
+        return {folder / f"{name}.csv": to_csv(table) for name, table in tables.items()}
+
+
+def rows_of(step: str, rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["step"] == step]
+
+
+def among(rows: pd.DataFrame, others: pd.DataFrame, *columns: str) -> pd.Series[bool]:
+    """Say of each row whether the other rows have its cells of these columns."""
+    wanted = {*others[[*columns]].itertuples(index=False, name=None)}
+    return pd.Series([cells in wanted for cells in rows[[*columns]].itertuples(index=False, name=None)], dtype="bool")
+
+
+def joined(columns: Iterable[str], *tables: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of all tables, sorted by their runs, and within a run as they belong."""
+    rows = pd.concat([pd.DataFrame(columns=[*columns], dtype="str"), *tables]).fillna("")
+
+    def place(cells: pd.Series[Any]) -> pd.Series[Any]:
+        if cells.name == "step":
+            return places(cells)
+        return cells if cells.name in ("kind", "name") else cells.astype("int64")
+
+    return rows.sort_values([name for name in ORDER if name in rows], key=place, ignore_index=True)
+
+
+# ---- from a store
+
+
+def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Records:
+    """Return what is kept of the tracked runs: the newest finished run of each step and seed, as declared.
+
+    restored: also those that were restored from files.
+    A step that can't name a file is left out, and so are mistakes that the store does not say; a warning tells so.
+
+    Raises:
+        LabError: if the store has no such runs.
+    """
+    loaded = load_runs(tracking_uri, artifacts=True)
+    folds = joined(FOLD_COLUMNS, *_folds(loaded))
+    if len(folds) and loaded.tested.empty:
+        return Records(joined(RUN_COLUMNS), joined(EPOCH_COLUMNS), joined(SETTINGS), joined(MISTAKE_COLUMNS), folds)
+    runs = _that_can_name_a_file(newest_runs(run_table(columns="all", loaded=loaded)))
+    every = run_table(include_overrides=True, loaded=loaded)
+    if overridden := sorted({*every["step"]} - {*run_table(loaded=loaded)["step"]}):
+        logger.warning("left out, as they have only overridden runs: %s", ", ".join(overridden))
+    if not restored:
+        runs = runs[runs["restored"].isna()]
+    history = epoch_history(loaded=loaded, metrics=EPOCH_FIGURES)
+    history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
+    settings = pd.DataFrame(_settings(loaded, runs), columns=SETTINGS, dtype="str")
+    return Records(
+        joined(RUN_COLUMNS, cells(runs, RUN_COLUMNS)),
+        joined(EPOCH_COLUMNS, cells(history, EPOCH_COLUMNS)),
+        joined(SETTINGS, settings),
+        joined(MISTAKE_COLUMNS, *_mistakes(loaded, runs)),
+        folds,
+    )
+
+
+def _folds(loaded: LoadedRuns) -> Iterator[pd.DataFrame]:
+    """Yield the rows of the cross-validations, as declared, that have all their folds."""
+    for folds in {*loaded.runs["folds"]} - {0}:
+        runs = newest_runs(run_table(columns="all", folds=folds, loaded=loaded))
+        yield cells(runs[runs.groupby("step")["seed"].transform("size") == folds], FOLD_COLUMNS)
+
+
+def _that_can_name_a_file(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs whose step can name a file; it is free text to the store."""
+    named = runs["step"].str.fullmatch(r"\w[\w.-]{0,99}") & ~runs["step"].isin(OTHER_FILES)
+    for step in runs["step"][~named].unique():
+        sentence = f"step: {quoted(step)} can't name a file of figures; up to 100 letters, digits and _ . - can"
+        if not named.any():
+            raise LabError(sentence)
+        logger.warning("left out: %s", sentence)
+    return runs[named]
+
+
+def _settings(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterator[tuple[str, ...]]:
+    for step, seed, run_id in runs[["step", "seed", "run_id"]].itertuples(index=False, name=None):
+        data = loaded.found[run_id].data
+        yield from ((step, str(seed), "param", *param) for param in data.params.items() if param[0] != "seed")
+        yield from ((step, str(seed), "tag", *tag) for tag in data.tags.items() if TAGS.fullmatch(tag[0]))
+
+
+def _mistakes(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    unknown = []
+    for step, seed, run_id in runs[["step", "seed", "run_id"]].itertuples(index=False, name=None):
+        try:
+            told = predictions_of(loaded.found[run_id], loaded.uri)
+        except LabError as error:
+            unknown.append(f"{step} seed {seed} ({error})")
+            continue
+        wrong = told[told["truth"] != told["prediction"]].rename_axis("image").reset_index()
+        yield cells(wrong.assign(step=step, seed=seed), MISTAKE_COLUMNS)
+    if unknown:
+        logger.warning("not known: which test images %d runs got wrong, the first is %s", len(unknown), unknown[0])
+
+
+def cells(table: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+    """Return these columns of a run table, an epoch history or comparisons as the text that a CSV holds."""
+    return pd.DataFrame(
+        {
+            name: [format(value, form) if pd.notna(value) else "" for value in table[column]]
+            for name, (column, form) in columns.items()
+        },
+        dtype="str",
+    )
+
+
+# ---- from files
+
+
+def read_records(folder: Path) -> Records:
+    """Read the CSVs in a folder, and check each cell.
+
+    Raises:
+        LabError: if one can't be read, or holds what the lab does not write: it names the file, the row and the column.
+    """
+    runs = read_runs(folder)
+    return Records(
+        runs,
+        joined(EPOCH_COLUMNS, _read(folder / "epochs.csv", EPOCH_COLUMNS, "step", "seed", "epoch")),
+        joined(SETTINGS, _read_settings(folder / "settings.csv", runs)),
+        joined(MISTAKE_COLUMNS, _read(folder / "mistakes.csv", MISTAKE_COLUMNS, "step", "seed", "image")),
+        joined(FOLD_COLUMNS, _read(folder / "folds.csv", FOLD_COLUMNS, "step", "folds", "fold")),
+    )
+
+
+def read_runs(folder: Path) -> pd.DataFrame:
+    """Read the CSVs of all experiments in a folder, the steps first; raises LabError as `read_records`."""
+    files = [file for file in folder.glob("*.csv") if file.stem not in OTHER_FILES]
+    return joined(RUN_COLUMNS, *(_read(file, COLUMNS, "seed").assign(step=file.stem) for file in files))
+
+
+def _read(file: Path, columns: Columns, *key: str) -> pd.DataFrame:
+    """Return the rows of a file, and none where there is no file; `key` says what a row is of, once."""
+    if not file.exists():
+        return pd.DataFrame(columns=[*columns], dtype="str")
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            header, *rows = csv.reader(lines)
+    except OSError as error:
+        raise LabError(f"{file}: it can't be read: {error.strerror}") from error
+    except (ValueError, csv.Error) as error:
+        raise LabError(f"{file}: it is no CSV in UTF-8: {one_line(error)}") from error
+    optional = {*TESTED.at_times} & {*columns}
+    twice = {name for name in header if header.count(name) > 1}
+    for name in sorted(({*columns} ^ {*header}) - optional | twice):
+        raise LabError(f"{file}, row 1: the column {name!r} is missing, unknown or there twice")
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise LabError(f"{file}, row {number}: it has {len(row)} cells, not {len(header)}")
+    table = pd.DataFrame(rows, columns=header, dtype="str")
+    for name in header:
+        kind = KINDS.get(columns[name][0], TEXT)
+        if kind != TEXT:
+            right = kind.has(table[name]) & (table[name].str.isdecimal() | (kind.dtype != "Int64"))
+            for place in table.index[~right & (table[name].ne("") | (name in NEEDED))]:
+                raise LabError(f"{file}, row {place + 2}, {name}: {quoted(table[name][place])} is not {kind}")
+    _check_once(file, table, *key)
+    return table
+
+
+def _check_once(file: Path, table: pd.DataFrame, *key: str) -> None:
+    for place in table.index[table.duplicated([*key])]:
+        what = " ".join(table.loc[place, [*key]])
+        raise LabError(f"{file}, row {place + 2}, {key[-1]}: {what} is there twice")
+
+
+def _read_settings(file: Path, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the settings, a row for each seed that there is; those of other steps are left out."""
+    known = {step: {int(seed) for seed in seeds} for step, seeds in runs.groupby("step")["seed"]}
+    table = _read(file, SETTING_COLUMNS, "step", "seeds", "kind", "name")
+    table = table[table["step"].isin([*known])]
+    seeds = []
+    for place, step, text in table[["step", "seeds"]].itertuples(name=None):
+        parts = [[int(end) for end in part.split("-")] for part in text.split(", ")]
+        if unknown := {*chain(*parts)} - known[step]:
+            raise LabError(f"{file}, row {place + 2}, seeds: {step} has no seed {unknown.pop()}")
+        seeds.append([str(seed) for seed in known[step] if any(part[0] <= seed <= part[-1] for part in parts)])
+    settings = table.assign(seed=pd.Series(seeds, table.index, dtype="object")).explode("seed")
+    _check_once(file, settings, "step", "seed", "kind", "name")
+    return settings[[*SETTINGS]]
+
+
+def typed(rows: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+    """Return rows with numbers as such, and columns named as in the table that they come from."""
+    kinds = {name: KINDS.get(column, TEXT).dtype for name, (column, _) in columns.items()}
+    numbers = {name: kind for name, kind in kinds.items() if kind in ("Int64", "float64")}
+    table = rows.replace("", None).astype(numbers)
+    return table.rename(columns={name: column for name, (column, _) in columns.items()})
+
+
+# ---- into files
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    return table.to_csv(index=False, lineterminator="\n")
+
+
+def _by_setting(settings: pd.DataFrame) -> pd.DataFrame:
+    """Put the settings that several seeds of a step share on one line."""
+    seeds = settings.astype({"seed": "int64"}).groupby(["step", "kind", "name", "value"], sort=False)["seed"]
+    lines = seeds.agg(seeds=ranges, first="min").reset_index()
+    order = ["step", "kind", "name", "first"]
+    lines = lines.sort_values(order, key=lambda column: places(column) if column.name == "step" else column)
+    return lines[[*SETTING_COLUMNS]]
+
+
+def ranges(seeds: Iterable[int]) -> str:
+    """Return seeds in short, e.g. "0-4, 7"."""
+    runs: list[list[int]] = []
+    for seed in sorted(seeds):
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
