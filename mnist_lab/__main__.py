@@ -111,7 +111,9 @@ def data(arguments: argparse.Namespace) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Print one row per experiment, and what each single change is worth."""
     from mnist_lab import results
-    from mnist_lab.verdicts.comparison import PAIRS, effects_text
+    from mnist_lab.results.compare import declared_pairs, pair_of
+    from mnist_lab.results.runs import full_names
+    from mnist_lab.verdicts.comparison import effects_text
 
     steps, loaded = arguments.steps or None, results.load_runs(arguments.tracking_uri)
     holdout, folds = arguments.holdout, arguments.folds
@@ -135,7 +137,9 @@ def compare(arguments: argparse.Namespace) -> None:
         )
     print(results.compare_text(table, **held_out, width=width), end="\n\n")
     print("\n".join(textwrap.fill(line, width) if width else line for line in lines))
-    pairs = [pair for pair in PAIRS if {pair.a, pair.b} <= set(table["step"])]
+    pairs = [pair for pair in declared_pairs() if {pair.a, pair.b} <= set(table["step"])]
+    if not pairs and len(arguments.steps) == 2:
+        pairs = [pair_of(*full_names(arguments.steps, loaded))]
     comparisons, refused = results.compare_pairs(pairs, **held_out, loaded=loaded)
     if comparisons:
         print("\nWhat each change is worth: accuracy of the last epoch, in points, with 95 % interval\n")

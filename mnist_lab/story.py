@@ -1,4 +1,6 @@
-"""The story in a script's docstring: its title, and what it tells under Target, Change, Result and Analysis."""
+"""The story in a script's docstring: its title, what it tells under Target, Change, Result and Analysis, and with what
+it is compared, by lines such as "Compared with step3_gap: dropout of 0.1."
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,15 @@ HEADINGS = ("Target", "Change", "Result", "Analysis")
 
 @dataclass(frozen=True)
 class Story:
-    """A script's docstring: its title, the text before the headings, and the headings with their texts."""
+    """A script's docstring: its title, the text before the headings, and the headings with their texts.
+
+    compared_with: other experiments, and by what change this one differs from each.
+    """
 
     title: str
     opening: str
     sections: list[tuple[str, str]]
+    compared_with: list[tuple[str, str]]
 
     @property
     def missing(self) -> list[str]:
@@ -45,4 +51,18 @@ def read_story(script: Path) -> Story:
     before, *parts = re.split(rf"^({'|'.join(HEADINGS)}):", docstring, flags=re.MULTILINE)
     title, _, opening = before.strip().partition("\n\n")
     texts = [text.strip() for text in parts[1::2]]
-    return Story(" ".join(title.split()).removesuffix("."), opening, list(zip(parts[::2], texts, strict=True)))
+    compared = re.findall(r"^Compared with (\w+): (.+?)\.?$", docstring, flags=re.MULTILINE)
+    return Story(
+        " ".join(title.split()).removesuffix("."), opening, list(zip(parts[::2], texts, strict=True)), compared
+    )
+
+
+def read_stories(scripts: Path) -> tuple[dict[str, Story], dict[str, str]]:
+    """Return the stories of a folder's scripts, by their names, and why the others have none."""
+    stories, troubles = {}, {}
+    for script in scripts.glob("[!_]*.py"):
+        try:
+            stories[script.stem] = read_story(script)
+        except LabError as error:
+            troubles[script.stem] = str(error)
+    return stories, troubles

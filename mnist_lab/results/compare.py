@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Unpack
 
@@ -10,10 +11,11 @@ import pandas as pd
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
+from mnist_lab.paths import PROJECT_ROOT, script_named
 from mnist_lab.results.runs import TARGETS, RunFilter, full_names, loaded_runs, predictions, run_table
+from mnist_lab.story import read_stories
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import (
-    PAIRS,
     Comparison,
     Pair,
     adjust,
@@ -141,8 +143,7 @@ def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
     loaded = which["loaded"] = loaded_runs(**which)
     a, b = full_names([a, b], loaded)
     runs = newest_runs(run_table([a, b], columns="all", **which))
-    pair = next((pair for pair in PAIRS if (pair.a, pair.b) == (a, b)), Pair(a, b, change=""))
-    return _compare(pair, runs, loaded.uri, which.get("folds", 0))
+    return _compare(pair_of(a, b), runs, loaded.uri, which.get("folds", 0))
 
 
 def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
@@ -161,8 +162,31 @@ def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
     return trained.iloc[(len(trained) - 1) // 2]
 
 
-def compare_pairs(pairs: Iterable[Pair] = PAIRS, **which: Unpack[RunFilter]) -> tuple[list[Comparison], list[str]]:
+def declared_pairs(scripts: Path = PROJECT_ROOT / "experiments") -> list[Pair]:
+    """Return the pairs that the scripts' docstrings declare: a line "Compared with step3_gap: more dropout." each.
+
+    A script that can't be read declares none; running it says why.
+    """
+    stories, _ = read_stories(scripts)
+    return [
+        Pair(script_named(other), step, change)
+        for step in sorted(stories, key=step_order)
+        for other, change in stories[step].compared_with
+    ]
+
+
+def pair_of(a: str, b: str) -> Pair:
+    """Return the pair of two experiments, with the change that is declared; else with all that differs."""
+    declared = (pair for pair in declared_pairs() if (pair.a, pair.b) == (a, b))
+    return next(declared, Pair(a, b, change="all that differs"))
+
+
+def compare_pairs(
+    pairs: Iterable[Pair] | None = None, **which: Unpack[RunFilter]
+) -> tuple[list[Comparison], list[str]]:
     """Compare the pairs of experiments that both have runs, as `compare` does, with `p_holm` adjusted for their number.
+
+    pairs: `declared_pairs()` unless others are given.
 
     Returns the comparisons, and a sentence for each pair that has runs but can't be compared.
 
@@ -170,7 +194,8 @@ def compare_pairs(pairs: Iterable[Pair] = PAIRS, **which: Unpack[RunFilter]) -> 
         LabError: if the store is missing or foreign, or no run has this protocol.
     """
     loaded = which["loaded"] = loaded_runs(**which)
-    return compare_runs(pairs, newest_runs(run_table(columns="all", **which)), which.get("folds", 0), loaded.uri)
+    runs = newest_runs(run_table(columns="all", **which))
+    return compare_runs(declared_pairs() if pairs is None else pairs, runs, which.get("folds", 0), loaded.uri)
 
 
 def compare_runs(

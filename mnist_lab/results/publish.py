@@ -26,7 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from mnist_lab.errors import LabError
 from mnist_lab.figures import plot_summary
 from mnist_lab.paths import PROJECT_ROOT
-from mnist_lab.results.compare import compare_runs, summarise
+from mnist_lab.results.compare import compare_runs, declared_pairs, summarise
 from mnist_lab.results.records import (
     FOLD_COLUMNS,
     IMAGES,
@@ -45,7 +45,7 @@ from mnist_lab.results.records import (
 )
 from mnist_lab.results.runs import TARGETS
 from mnist_lab.tracking.store import replace_files
-from mnist_lab.verdicts.comparison import PAIRS, TOO_FEW, Comparison, adjust, mean_interval_text, p_text, seeds_text
+from mnist_lab.verdicts.comparison import TOO_FEW, Comparison, adjust, mean_interval_text, p_text, seeds_text
 from mnist_lab.verdicts.measures import MEASURES, percent
 from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate, interval_for_new_images
 
@@ -186,16 +186,16 @@ def _file_errors(folder: Path) -> Iterator[None]:
 
 
 def compare_rows(rows: pd.DataFrame) -> list[Comparison]:
-    """Compare the PAIRS of experiments that both have several seeds, adjusted for their number (Holm)."""
+    """Compare the pairs that scripts declare and that both have several seeds, adjusted for their number (Holm)."""
     runs = typed(rows, RUN_COLUMNS)
-    return compare_runs(PAIRS, runs[runs.groupby("step")["seed"].transform("size") > 1])[0]
+    return compare_runs(declared_pairs(), runs[runs.groupby("step")["seed"].transform("size") > 1])[0]
 
 
 def compare_folds(rows: pd.DataFrame) -> list[Comparison]:
-    """Compare the PAIRS of experiments that were cross-validated with the same folds, adjusted for their number."""
-    runs = typed(rows, FOLD_COLUMNS)
+    """Compare the pairs that scripts declare and that have the same folds, adjusted for their number."""
+    pairs, runs = declared_pairs(), typed(rows, FOLD_COLUMNS)
     alike = [(folds, runs[runs["folds"] == folds]) for folds in runs["folds"].unique()]
-    return adjust([found for folds, of in alike for found in compare_runs(PAIRS, of, folds)[0]])
+    return adjust([found for folds, of in alike for found in compare_runs(pairs, of, folds)[0]])
 
 
 def effect_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -247,7 +247,7 @@ def headline(summary: pd.DataFrame) -> pd.DataFrame:
 
     Ablations, which are compared with their step elsewhere, and experiments without targets are left out.
     """
-    ablations = {step for pair in PAIRS for step in (pair.a, pair.b) if not re.match(r"step\d+_", step)}
+    ablations = {step for pair in declared_pairs() for step in (pair.a, pair.b) if not re.match(r"step\d+_", step)}
     chosen = summary[summary["target_accuracy"].notna() & ~summary["step"].isin(ablations)]
     return summary if chosen.empty else chosen
 

@@ -31,7 +31,7 @@ from mnist_lab.paths import PROJECT_ROOT, script_named
 from mnist_lab.results.compare import stated_targets, summarise
 from mnist_lab.results.publish import PUBLISHED, TEMPLATES
 from mnist_lab.results.runs import TARGETS, LoadedRuns, by_step, full_names, predictions_of
-from mnist_lab.story import Story, read_story
+from mnist_lab.story import Story, read_stories
 from mnist_lab.tracking.store import replace_files
 from mnist_lab.verdicts.comparison import step_order
 
@@ -114,7 +114,9 @@ def write_report(
     """
     if not scripts.is_dir():
         raise LabError(f"scripts: {scripts} is not a folder")
-    stories, troubles = _read_stories(scripts)
+    stories, troubles = read_stories(scripts)
+    for trouble in troubles.values():
+        logger.warning("%s", trouble)
     loaded = results.load_runs(tracking_uri, artifacts=True)
     runs = results.newest_runs(results.run_table(columns="all", include_overrides="if_none", loaded=loaded))
     published = {file.stem for file in PUBLISHED.glob("*.csv")}
@@ -156,18 +158,6 @@ def write_report(
     except OSError as error:
         raise LabError(f"the report can't be written to {folder}: {error.strerror}: {error.filename}") from error
     return folder / "steps.html", folder / "steps.md"
-
-
-def _read_stories(scripts: Path) -> tuple[dict[str, Story], dict[str, str]]:
-    """Return the stories of the scripts, and why the others have none."""
-    stories, troubles = {}, {}
-    for script in scripts.glob("[!_]*.py"):
-        try:
-            stories[script.stem] = read_story(script)
-        except LabError as error:
-            logger.warning("%s", error)
-            troubles[script.stem] = str(error)
-    return stories, troubles
 
 
 def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict[str, str]:

@@ -26,22 +26,6 @@ class Pair:
     change: str
 
 
-# What each single change of the steps is worth. Another project passes its own pairs.
-PAIRS = (
-    Pair("step1_baseline", "step2_dropout", "dropout, narrower layers"),
-    Pair("step2_dropout", "gap_alone", "GAP alone"),
-    Pair("gap_alone", "step3_gap", "more layers, less dropout"),
-    Pair("step3_gap", "step4_augment_steplr", "step 4 as a whole"),
-    Pair("steplr_alone", "step4_augment_steplr", "augmentation"),
-    Pair("augment_alone", "step4_augment_steplr", "StepLR and lr 0.1"),
-    Pair("step4_augment_steplr", "step5_one_cycle", "one cycle by batch, Nesterov, no dropout"),
-    Pair("step5_one_cycle", "step6_affine", "affine augmentation"),
-    Pair("step6_affine", "step7_depth", "depth behind the first pool"),
-    Pair("step7_depth", "step8_averaging", "averaged weights"),
-    Pair("step8_averaging", "step9_distillation", "distillation"),
-)
-
-
 @dataclass(frozen=True)
 class Comparison(Difference, Pair):
     """How experiment `b` differs from `a` in test accuracy, in points (percentage points), b - a.

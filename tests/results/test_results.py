@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from mlflow.entities import Metric
 
+from helpers import ROOT
 from mnist_lab import results
 from mnist_lab.errors import LabError
-from mnist_lab.results.compare import compare_runs
+from mnist_lab.results.compare import compare_runs, declared_pairs
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.verdicts.comparison import Pair, seeds_text
@@ -325,6 +326,20 @@ def test_one_run_each_is_compared_image_by_image(uri: str) -> None:
     assert same.verdict == "no difference shown by one run of each"
 
 
+def test_scripts_declare_with_which_experiments_they_are_compared(tmp_path: Path) -> None:
+    declared = declared_pairs()
+    assert Pair("step2_dropout", "gap_alone", "GAP alone") in declared
+    assert {step for pair in declared for step in (pair.a, pair.b)} <= {
+        file.stem for file in (ROOT / "experiments").glob("*.py")
+    }
+    (tmp_path / "my_idea.py").write_text(
+        '"""An idea.\n\nChange: two.\nCompared with step4: a, b.\nCompared with x: c\n"""'
+    )
+    (tmp_path / "broken.py").write_text("(")
+    found = declared_pairs(tmp_path)
+    assert found == [Pair("step4_augment_steplr", "my_idea", "a, b"), Pair("x", "my_idea", "c")]
+
+
 def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> None:
     store = open_store(held_out)
     write_seeds(store, "several", 99.0, 99.0)
@@ -357,6 +372,9 @@ def test_compare_prints_the_tables_of_one_protocol(held_out: str, lab: Callable[
     text = lab("compare", "step2_dropout", "gap_alone", "--tracking-uri", held_out)
     assert "step2_dropout -> gap_alone" in text
     assert "step3_gap" not in text
+    write_seeds(store, "my_idea", 99.5, 99.3)
+    text = lab("compare", "gap_alone", "my_idea", "--tracking-uri", held_out)  # which no script declares
+    assert re.search(r"^all that differs +\+0\.20 .*\n +gap_alone -> my_idea$", text, re.MULTILINE)
     text = lab("compare", "--holdout", 10_000, "--tracking-uri", held_out)
     assert re.search(r"best\s.*\n.*validation", text)
     assert "98.70" in text

@@ -164,7 +164,7 @@ def test_whole_cross_validations_are_published_and_read_back(folds: Folds, tmp_p
     assert table_of.findall(exported) == table_of.findall(readme.read_text())
     effect = results.compare("one", "other", folds=3, tracking_uri=folds.uri).effect
     assert f"| `one` | 3 | **{table['final_validation_accuracy'][:3].mean():.2f}** ±" in readme.read_text()
-    assert files.compare_folds(rows) == []  # none of PAIRS
+    assert files.compare_folds(rows) == []  # no script declares them
     renamed = files.compare_folds(rows.assign(step=rows["step"].map(RENAMED)))
     assert renamed[0].effect == pytest.approx(effect, abs=1e-3)
 

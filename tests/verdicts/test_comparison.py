@@ -5,9 +5,7 @@ import re
 
 import pytest
 
-from helpers import ROOT
 from mnist_lab.verdicts.comparison import (
-    PAIRS,
     Comparison,
     adjust,
     effects_text,
@@ -78,11 +76,6 @@ def test_a_p_value_is_never_a_bare_zero(p: float, text: str) -> None:
 def test_experiments_are_in_natural_order() -> None:
     names = ["zero", "step10_b", "step2_a", "idea12", "idea3", "step2", "10th", "step"]
     assert sorted(names, key=step_order) == ["step2", "step2_a", "step10_b", "10th", "idea3", "idea12", "step", "zero"]
-
-
-def test_the_pairs_name_experiments_that_there_are() -> None:
-    scripts = {file.stem for file in (ROOT / "experiments").glob("*.py")}
-    assert {step for pair in PAIRS for step in (pair.a, pair.b)} <= scripts
 
 
 def test_under_four_seeds_there_are_too_few_for_an_interval() -> None:
