@@ -43,7 +43,7 @@ def test_a_run_prints_plain_lines_and_a_verdict_beside_targets_and_reported_figu
     )
     (line,) = [line for line in output.splitlines() if line.startswith("epoch ")]
     assert re.fullmatch(
-        r"epoch 1/1  train loss 0\.\d{4}, accuracy \d\d\.\d\d %  "
+        r"epoch 1/1  train loss \d\.\d{4}, accuracy \d\d\.\d\d %  "
         rf"test loss 0\.\d{{4}}, accuracy {accuracy:.2f} %  lr 0\.01  \d+\.\d s",
         line,
     )
