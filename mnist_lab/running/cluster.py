@@ -46,7 +46,7 @@ AUTO = "auto"
 TRIES = 3  # of a seed whose process or node is lost
 ANSWER_SECONDS = 30  # that a cluster has to answer, on a busy machine too
 GPU_SHARE = 0.25  # of a GPU, that a task takes
-LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)  # raised when a process was lost so many times
 NO_CLUSTER = (RayActorError, ConnectionError)  # raised once it, or the way to it, is gone
 
 logger = logging.getLogger(__name__)
@@ -129,12 +129,10 @@ def _outcome(ref: ray.ObjectRef) -> Outcome:
     try:
         outcome: Outcome = ray.get(ref)
         return outcome
-    except LOST as error:
-        reason = one_line(error).partition(". ")[0][:200]
-        return Failed(f"its process was lost {TRIES} times, the last time so: {reason}", lost=True)
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        return Failed(str(cause) if isinstance(cause, LabError) else f"can't run the lab: {one_line(cause)[:200]}")
+        reason = str(cause) if isinstance(cause, LabError) else f"cluster: {one_line(cause)[:200]}"
+        return Failed(reason, lost=isinstance(error, LOST))
 
 
 class RemoteStorage:

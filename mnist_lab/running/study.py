@@ -119,33 +119,25 @@ def judge_runs(
     return StudyResult(run_id, list(runs), [], {}, aggregates, verdicts, measured.unit)
 
 
-def _summary(result: StudyResult) -> tuple[dict[str, float], dict[str, str]]:
-    """Return what a study's run keeps of its result: metrics, and tags with the verdicts."""
-    metrics: dict[str, float] = {}  # in this order: MLflow's comparison of runs begins with the first
-    for name, figures in result.aggregates.items():
-        metrics |= {f"{name}_{key}": value for key, value in asdict(figures).items() if key != "n"}
-    metrics["seeds"] = float(len(result.runs))
-    if result.runs:
-        metrics["num_params"] = result.runs[0].metrics["num_params"]
-    for verdict in result.verdicts:
-        if verdict.name == "accuracy":
-            metrics["p"] = verdict.p
-    tags = verdict_tags(result.verdicts)
-    if result.failed:
-        tags["seeds_failed"] = " ".join(map(str, result.failed))
-    metrics |= short_figures({name: figures.mean for name, figures in result.aggregates.items()})
-    if result.runs:
-        metrics["sd"] = round(next(iter(result.aggregates.values())).sd, 3)
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}, tags
-
-
 def log_verdict(tracked: TrackedRun, result: StudyResult, script: Path, overrides: str = "") -> None:
     """Log what the seeds show together; verdicts, tables and the docstring are the study's description."""
-    metrics, tags = _summary(result)
+    metrics = {  # first: MLflow's comparison of runs begins with them
+        f"{name}_{key}": value
+        for name, figures in result.aggregates.items()
+        for key, value in asdict(figures).items()
+        if key != "n"
+    }
+    metrics["seeds"] = len(result.runs)
+    if result.runs:
+        judged, *_ = result.aggregates.values()
+        metrics |= {"num_params": result.runs[0].metrics["num_params"], "sd": round(judged.sd, 3)}
+        metrics |= {name: one.p for name, one in [("p", one) for one in result.verdicts if one.name == "accuracy"]}
+        metrics |= short_figures({name: figures.mean for name, figures in result.aggregates.items()})
     text = "\n\n".join(tabulate(*table, tablefmt="github", disable_numparse=True) for table in tables(result))
     described = describe(script, overrides, result.verdicts, text)
-    tracked.log_once(metrics)
-    tracked.set_tags({**tags, DESCRIPTION: described})
+    failed = {"seeds_failed": " ".join(map(str, result.failed))} if result.failed else {}
+    tracked.log_once({name: value for name, value in metrics.items() if math.isfinite(value)})
+    tracked.set_tags({**verdict_tags(result.verdicts), **failed, DESCRIPTION: described})
     tracked.log_text(described + "\n", VERDICT)
 
 

@@ -178,7 +178,7 @@ def test_a_checkpoint_comes_back_as_it_was_and_is_found_by_step_and_run(uri: str
     assert checkpoint.find(uri, "one").run_id == "b"
     assert checkpoint.find(uri, "one", "a").run_id == "a"
     assert checkpoint.find(uri, run_id="b").run_id == "b"
-    with pytest.raises(LabError, match=r"^resume: there is no interrupted run of three with a finished epoch in "):
+    with pytest.raises(LabError, match=r"^resume: there is no interrupted run with step three in "):
         checkpoint.find(uri, "three")
 
 
@@ -262,7 +262,7 @@ def test_an_interrupted_run_that_was_deleted_is_not_gone_on_with(
     assert checkpoint.find(uri).run_id == older
     assert f"not used: checkpoint of run {deleted}, which was deleted in MLflow" in caplog.text
     assert checkpoint.find(uri, run_id=deleted).run_id == deleted  # `track` refuses it, and says why
-    with pytest.raises(LabError, match=rf"^resume: there is no interrupted run with seed 1; there are: {older} "):
+    with pytest.raises(LabError, match=rf"^resume: there is no interrupted run with seed 1 in .*; there are: {older} "):
         checkpoint.find(uri, seed=1)
 
 
