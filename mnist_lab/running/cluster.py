@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,19 +104,18 @@ class Cluster(Trainers):
     def start(self, task: SeedTask) -> ray.ObjectRef:
         return self._begin.remote(task, *self._order)
 
-    def ended(
-        self, running: Mapping[ray.ObjectRef, SeedTask], progress: Progress
-    ) -> Iterator[tuple[ray.ObjectRef, Outcome]]:
-        ready, _ = ray.wait([*running], timeout=LOOK_SECONDS)
+    def ended(self, progress: Progress) -> Iterator[tuple[ray.ObjectRef, Outcome]]:
+        ready, _ = ray.wait([*self.running], timeout=LOOK_SECONDS)
         for ref in ready:
             yield ref, _outcome(ref)
 
-    def stop(self, running: Collection[ray.ObjectRef]) -> None:
+    def stop(self) -> None:
         """Interrupt the tasks, so that they close their runs; those that do not are killed."""
+        running = [*self.running]
         with suppress(*NO_CLUSTER):  # the tasks of a cluster that is gone end by themselves
             for ref in running:
                 ray.cancel(ref)
-            left = ray.wait([*running], num_returns=len(running), timeout=END_SECONDS)[1] if running else []
+            left = ray.wait(running, num_returns=len(running), timeout=END_SECONDS)[1] if running else []
             for ref in left:
                 ray.cancel(ref, force=True)
 

@@ -42,9 +42,8 @@ def run(
     parent_run_id: the study's run that this one belongs to.
     resume: continue this run, in the same MLflow run; the job and the seed are those of that run.
 
-    Raises:
-        LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
-            later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
+    Raises LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
+    later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
     """
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)

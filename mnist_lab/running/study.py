@@ -1,9 +1,4 @@
-"""One experiment trained with several seeds: what is missing is trained, and all of it is judged together.
-
-On a CPU the seeds train side by side in worker processes with one thread each: two such processes do nearly twice the
-work of one process with two threads. On a GPU they train in this process, one after another. A cluster trains them as
-tasks of its own.
-"""
+"""One experiment trained with several seeds: what is missing is trained, and all of it is judged together."""
 
 from __future__ import annotations
 
@@ -45,9 +40,7 @@ def study(
     A seed with a finished run of the same declaration, code and kind of device is not trained again, unless `again`:
     its run becomes a child of this study. A restored run counts where it was made with the vector instructions that
     this processor has, or on the same GPU. When a seed fails, the others are still trained.
-
-    Raises:
-        LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
+    Raises LabError before any training.
     """
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)

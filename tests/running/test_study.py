@@ -276,6 +276,8 @@ def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: 
     job = job_of(ROOT / "experiments" / "step2_dropout.py", uri).replaced(device=torch.device("meta"))
     tasks = iter([SeedTask(job, seed, "parent", again=True) for seed in (3, 4, 5)])
 
+    with pytest.raises(LabError, match="^workers: 2 .* meta"):
+        local(job, 2)
     trainers = local(job)
     assert trainers.room() == 1
     trainers.train(open_store(uri), "parent", tasks, Progress(), lambda task, outcome: ended.append(outcome))
