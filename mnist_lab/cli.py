@@ -177,10 +177,7 @@ def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
     from mnist_lab.running.run import run
 
     console = Console(job)
-    consequence = (
-        "The run is marked KILLED; its finished epochs are in MLflow. "
-        "The same command with --resume goes on after the last of them."
-    )
+    consequence = "The run is marked KILLED; the same command with --resume goes on after its last epoch, if any."
     with sentences(consequence), closing(console):
         result = run(job, seed, console, resume=resume)
     print_run_id(result.run_id, job)

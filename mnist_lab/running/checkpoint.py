@@ -131,26 +131,25 @@ def find(
     changes: only one whose hyperparameters were changed so, by flat name; None for one that stands as declared.
     wanted: only one with this seed, limit, holdout or threads, where they are not None.
     """
-    changes = changes or {}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
-    of_step = (one for one in newest_first(uri) if step in (None, one.step))
-    kept = [one for one in of_step if not {"search", "folds"} & one.identity.keys()]
-    for one in [one for one in kept if run_id in (None, "", one.run_id)]:
-        changed = {name: one.changes.get(name) for name in changes}
-        if changed != changes or any(getattr(one, name) != value for name, value in wanted.items()):
+    asked = {"step": step, "run_id": run_id or None, **wanted}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    changes, there = changes or {}, []
+    for one in newest_first(uri):
+        if {"search", "folds"} & one.identity.keys() or step not in (None, one.step):
             continue
-        if run_id or not is_deleted(uri, one.run_id):  # `track` says so of one that was asked for by its name
-            return one
-        logger.warning("not used: checkpoint of run %s, which was deleted in MLflow", one.run_id)
-        kept.remove(one)
-    whose = f" of {step}" if step else ""
-    if not kept:
-        raise LabError(f"resume: there is no interrupted run{whose} with a finished epoch in {folder(uri)}")
+        has = {name: getattr(one, name) for name in asked} == asked
+        if has and {name: one.changes.get(name) for name in changes} == changes:
+            if run_id or not is_deleted(uri, one.run_id):  # `track` says so of one that was asked for by its name
+                return one
+            logger.warning("not used: checkpoint of run %s, which was deleted in MLflow", one.run_id)
+        else:
+            there.append(f"{one.run_id} ({one.description})")
     declared = {name: "as declared" if value is None else value for name, value in changes.items()}
-    asked = {**({"id": run_id} if run_id else {}), **wanted, **declared}
-    named = ", ".join(f"{name} {value}" for name, value in asked.items())
-    there = ", ".join(f"{one.run_id} ({one.description})" for one in kept)
-    raise LabError(f"resume: there is no interrupted run{whose} with {named}; there are: {there}")
+    wish = ", ".join(f"{name} {value}" for name, value in {**asked, **declared}.items())
+    raise LabError(
+        f"resume: there is no interrupted run with {wish or 'a finished epoch'} in {folder(uri)}; "
+        f"there are: {', '.join(there) or 'none'}"
+    )
 
 
 def alike(uri: str, identity: Mapping[str, str], seed: int) -> Iterator[Checkpoint]:
@@ -161,6 +160,5 @@ def alike(uri: str, identity: Mapping[str, str], seed: int) -> Iterator[Checkpoi
 def remove_alike(uri: str, identity: Mapping[str, str], seed: int) -> None:
     """Remove the checkpoint of a run that has finished, and those of interrupted runs that it replaces."""
     for checkpoint in alike(uri, identity, seed):
-        for file in folder(uri).iterdir():
-            if file.name.startswith(f"{checkpoint.run_id}."):  # one half written when its process was killed too
-                file.unlink(missing_ok=True)
+        for file in folder(uri).glob(f"{checkpoint.run_id}.*"):  # one half written when its process was killed too
+            file.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ AUTO = "auto"
 TRIES = 3  # of a seed whose process or node is lost
 ANSWER_SECONDS = 30  # that a cluster has to answer, on a busy machine too
 GPU_SHARE = 0.25  # of a GPU, that a task takes
-LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)  # raised when a process was lost so many times
 NO_CLUSTER = (RayActorError, ConnectionError)  # raised once it, or the way to it, is gone
 
 logger = logging.getLogger(__name__)
@@ -104,19 +104,18 @@ class Cluster(Trainers):
     def start(self, task: SeedTask) -> ray.ObjectRef:
         return self._begin.remote(task, *self._order)
 
-    def ended(
-        self, running: Mapping[ray.ObjectRef, SeedTask], progress: Progress
-    ) -> Iterator[tuple[ray.ObjectRef, Outcome]]:
-        ready, _ = ray.wait([*running], timeout=LOOK_SECONDS)
+    def ended(self, progress: Progress) -> Iterator[tuple[ray.ObjectRef, Outcome]]:
+        ready, _ = ray.wait([*self.running], timeout=LOOK_SECONDS)
         for ref in ready:
             yield ref, _outcome(ref)
 
-    def stop(self, running: Collection[ray.ObjectRef]) -> None:
+    def stop(self) -> None:
         """Interrupt the tasks, so that they close their runs; those that do not are killed."""
+        running = [*self.running]
         with suppress(*NO_CLUSTER):  # the tasks of a cluster that is gone end by themselves
             for ref in running:
                 ray.cancel(ref)
-            left = ray.wait([*running], num_returns=len(running), timeout=END_SECONDS)[1] if running else []
+            left = ray.wait(running, num_returns=len(running), timeout=END_SECONDS)[1] if running else []
             for ref in left:
                 ray.cancel(ref, force=True)
 
@@ -129,12 +128,10 @@ def _outcome(ref: ray.ObjectRef) -> Outcome:
     try:
         outcome: Outcome = ray.get(ref)
         return outcome
-    except LOST as error:
-        reason = one_line(error).partition(". ")[0][:200]
-        return Failed(f"its process was lost {TRIES} times, the last time so: {reason}", lost=True)
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        return Failed(str(cause) if isinstance(cause, LabError) else f"can't run the lab: {one_line(cause)[:200]}")
+        reason = str(cause) if isinstance(cause, LabError) else f"cluster: {one_line(cause)[:200]}"
+        return Failed(reason, lost=isinstance(error, LOST))
 
 
 class RemoteStorage:

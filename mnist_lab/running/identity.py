@@ -6,14 +6,12 @@ import ast
 import hashlib
 import importlib.metadata
 import logging
-import multiprocessing
 import os
 import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import resolve_name
 from itertools import accumulate
@@ -204,7 +202,7 @@ def commit_tags(script: Path, written: Iterable[Path] = ()) -> dict[str, str]:
         return {"git_commit": "none", "git_dirty": "false"}
     except GitError as error:
         reason = next(iter(re.findall("fatal: .*", str(error))), f"git can't be used: {error}")
-        _warn_once(f"commit and changes of {folder} are recorded as unknown: {reason}")
+        logger.warning("commit and changes of %s are recorded as unknown: %s", folder, reason)
         return {"git_commit": "unknown", "git_dirty": "unknown"}
 
 
@@ -241,9 +239,3 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-@cache
-def _warn_once(sentence: str) -> None:
-    if multiprocessing.parent_process() is None:  # else the study that began this process has said it
-        logger.warning(sentence)

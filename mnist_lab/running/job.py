@@ -35,6 +35,8 @@ _reading = False
 class Job:
     """One experiment as it is to be run, with any seed. It can be pickled, and so be sent to another process.
 
+    Refused with a LabError are a script that is no file, and a declaration that can't be right on its face.
+
     script: the file that declares the experiment; its name names the step.
     experiment: with `overrides` applied.
     overrides: the hyperparameters that differ from the declaration, by flat name.
@@ -49,9 +51,6 @@ class Job:
     search: the name of the search that this is a trial of; no run of it is ever given the test images.
     teacher: the network in MLflow that the objective learns from, once `run.with_teacher` has found it.
     params: what is logged as params, but for the seed; read once, as objects among the arguments may change in use.
-
-    Raises:
-        LabError: if the script is not a file, or the declaration can't be right on its face.
     """
 
     script: Path
@@ -147,12 +146,9 @@ class Job:
         vars(self)["data_dir"] = folder / "data"
 
     def check_unchanged(self) -> None:
-        """Refuse to go on if the script, or what it imports, is another one than when this was first called.
+        """Refuse to go on if the script, or what it imports, was saved since this was first called; raises LabError.
 
         The command line calls it when it has read the script. Digest and sources are logged later.
-
-        Raises:
-            LabError: if a file was saved meanwhile.
         """
         known, now = self.code_sha256, ""
         with suppress(OSError):
@@ -163,8 +159,7 @@ class Job:
     def read_experiment(self) -> None:
         """Read the experiment from the script, in a process that was sent this job.
 
-        Raises:
-            LabError: if the script, or what it imports, is another one now or declares another experiment.
+        Raises LabError if the script, or what it imports, is another one now or declares another experiment.
         """
         self.check_unchanged()
         vars(self)["experiment"], _ = read_declaration(self.sources[SCRIPT]).override(self.overrides)
@@ -176,11 +171,7 @@ class Job:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device named, else the accelerator of this machine, else the CPU.
-
-    Raises:
-        LabError: if torch knows no such device or this machine has none.
-    """
+    """Return the device named, else this machine's accelerator, else the CPU; raises LabError if it is not here."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     available = ["cpu"]
     if accelerator is not None:
@@ -202,11 +193,7 @@ class _MainCalled(BaseException):
 
 
 def read_declaration(script: Path) -> Experiment:
-    """Return the experiment that `script` gives to `main`, by running the script up to there.
-
-    Raises:
-        LabError: if the script comes to its end without calling `main`.
-    """
+    """Return the experiment that `script` gives to `main`, by running it up to there; or raise LabError."""
     global _reading
     _reading = True
     try:
@@ -226,4 +213,4 @@ def only_read(experiment: Experiment) -> bool:
     """
     if _reading:
         raise _MainCalled(experiment)
-    return multiprocessing.current_process().name.startswith(WORKER)
+    return multiprocessing.current_process().name == WORKER

@@ -1,8 +1,6 @@
 """How a run uses its machine: the threads of a CPU, memory that is kept, and what float32 means on a GPU.
 
-The number of threads is chosen at a run's start, whatever else the machine does, since it decides the rounding. Two
-threads on two free cores train a step about 1.4 times as fast as one. But torch's threads wait for each other by
-spinning, so beside another busy process two are slower than one: docs/performance.md has the figures.
+The number of threads is chosen at a run's start, whatever else the machine does, since it decides the rounding.
 """
 
 from __future__ import annotations
@@ -34,8 +32,8 @@ def set_threads(wanted: int | None) -> int:
 def keep_freed_memory() -> None:
     """Let this process keep what it frees, in blocks of up to 1 GiB; do nothing where the C library isn't glibc.
 
-    glibc gives large freed blocks back to the system, and the system hands them out again page by page, so epochs of
-    one script took up to a fifth longer in some processes than in others: docs/performance.md has the figures.
+    glibc gives large freed blocks back to the system, which hands them out again page by page: docs/performance.md has
+    what that costs.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

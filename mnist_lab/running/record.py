@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,6 @@ from mnist_lab.running.summary import summarize
 from mnist_lab.story import read_story
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import Store
-from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EpochMetrics, Training, evaluate, evaluation_part, normalize, num_params, predict
 from mnist_lab.training.states import own_parts
 from mnist_lab.training.transforms import Augmentation
@@ -64,17 +63,29 @@ class Record:
         self, store: Store, progress: Progress, parent_run_id: str | None, resume: Checkpoint | None
     ) -> Iterator[str]:
         """Open the run in MLflow and log what it is, or take up the one of `resume`; give its id."""
-        job, device = self.job, self.mnist.train_images.device
+        job, device, no_effect = self.job, self.mnist.train_images.device, " ".join(self.rehearsal.no_effect)
         job.check_unchanged()
         name, environment = run_name_of(job, f"{job.unit} {self.seed}"), identity.environment(device)
-        with kept_generators(device):  # the layers may draw
-            summary = summarize(self.training.result, self.rehearsal.untrained)
+        summary = summarize(self.training.result, self.rehearsal.untrained)
         progress.on_run(name, device, self.num_params, summary, len(self.mnist.train_images))
+        is_channels_last = self.rehearsal.memory_format == torch.channels_last
+        tags = {
+            **job.tags,
+            **job.commit_tags,
+            "data_sha256": self.mnist.sha256,
+            **{name: environment[name] for name in ("hardware", "torch", "threads")},
+            "memory_format": "channels_last" if is_channels_last else "contiguous",
+            **({"no_effect": no_effect} if no_effect else {}),
+            **({"cuda_graph": "used"} if job.cuda_graph else {}),
+            DESCRIPTION: describe(job.script, job.tags["overrides"]),
+            **target_tags(job.targets),
+            **{f"reported_{name}": str(figure) for name, figure in job.experiment.reported.items()},
+        }
         with track(
             store,
             name,
             params={**job.params, "seed": self.seed},
-            tags=self._tags(environment),
+            tags=tags,
             parent_run_id=parent_run_id,
             resume_run_id=None if resume is None else resume.run_id,
         ) as self.tracked:
@@ -90,6 +101,7 @@ class Record:
                 self.tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in self.epochs})
             yield self.tracked.run_id
 
+<<<<<<< .merge_file_yZIsPp
     def _tags(self, environment: Mapping[str, str]) -> dict[str, str]:
         job, no_effect = self.job, " ".join(self.rehearsal.no_effect)
         is_channels_last = self.rehearsal.memory_format == torch.channels_last
@@ -105,6 +117,8 @@ class Record:
             **{f"reported_{name}": str(figure) for name, figure in job.experiment.reported.items()},
         }
 
+=======
+>>>>>>> .merge_file_U1wYBw
     def log_epoch(self, metrics: EpochMetrics, store: Store) -> None:
         """Keep what the run needs to go on, then log the epoch: what MLflow lacks is logged when the run goes on."""
         self.epochs.append(metrics)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 
+from mnist_lab.arguments import defaults
 from mnist_lab.checking.rehearsal import Rehearsal, blame_script, rehearse, without_exits
 from mnist_lab.data import Mnist, hold_out, hold_out_fold, load_mnist
 from mnist_lab.errors import LabError, one_line
@@ -42,9 +42,8 @@ def run(
     parent_run_id: the study's run that this one belongs to.
     resume: continue this run, in the same MLflow run; the job and the seed are those of that run.
 
-    Raises:
-        LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
-            later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
+    Raises LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
+    later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
     """
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
@@ -82,10 +81,17 @@ def run(
 
 
 def tried(job: Job, store: Store, seed: int = 0) -> tuple[Experiment, Mnist, Rehearsal]:
-    """Return what is trained and on what, and what comes of trying it on a few batches; raises LabError."""
+    """Return what is trained and on what, and what comes of trying it on a few batches; raises LabError.
+
+    An objective that names a teacher is given the network, on the job's device.
+    """
     use_float32(job.device)
+    experiment = job.experiment
+    if job.teacher is not None and experiment.objective is not None:
+        net = load_teacher(store, job.teacher, job.device, experiment.normalize)
+        experiment = dataclasses.replace(experiment, objective=partial(experiment.objective, teacher=net))
     logger.info("Reading MNIST")
-    experiment, mnist = taught(job, store), load_parts(job, seed)
+    mnist = load_parts(job, seed)
     logger.info("Trying the declaration on a few batches")
     return experiment, mnist, rehearse(experiment, mnist)
 
@@ -113,19 +119,16 @@ def first_images(mnist: Mnist, limit: int) -> Mnist:
     return dataclasses.replace(mnist, train_images=mnist.train_images[:limit], train_labels=mnist.train_labels[:limit])
 
 
-# ---- an objective that learns from a teacher
-
-
 def with_teacher(job: Job, store: Store, interrupted: Mapping[str, str] | None = None) -> Job:
-    """Return the job with the teacher that its objective names, found once for all of a study's seeds.
+    """Return the job with the teacher that its objective learns from, if one, found once for all of a study's seeds.
 
     interrupted: the identity of a run that goes on; it keeps the teacher it began with, though a script that the
         objective names has a newer run by now.
 
     Raises LabError if the teacher is not there, or can't be one.
     """
-    declared = _declared_teacher(job.experiment)
-    if declared is None or job.teacher is not None:
+    declared = None if job.experiment.objective is None else defaults(job.experiment.objective).get("teacher")
+    if not isinstance(declared, str) or job.teacher is not None:
         return job
     if job.folds:
         raise LabError(
@@ -137,38 +140,13 @@ def with_teacher(job: Job, store: Store, interrupted: Mapping[str, str] | None =
     return job.replaced(teacher=find_teacher(store, declared, job.holdout))
 
 
-def taught(job: Job, store: Store) -> Experiment:
-    """Return the job's experiment; an objective that names a teacher is given the network, on the job's device."""
-    if job.teacher is None:
-        return job.experiment
-    assert job.experiment.objective is not None
-    net = load_teacher(store, job.teacher, job.device, job.experiment.normalize)
-    return dataclasses.replace(job.experiment, objective=functools.partial(job.experiment.objective, teacher=net))
-
-
-def _declared_teacher(experiment: Experiment) -> str | None:
-    if experiment.objective is None:
-        return None
-    try:
-        teacher = inspect.signature(experiment.objective).parameters.get("teacher")
-    except (TypeError, ValueError):  # a callable written in C has no signature
-        return None
-    return teacher.default if teacher is not None and isinstance(teacher.default, str) else None
-
-
-# ---- interrupted, and taken up again
-
-
 def _check_same(job: Job, resume: Checkpoint) -> None:
     """Refuse to go on with a run whose declaration or code is another one now; raises LabError."""
     for name in sorted({*job.identity, *resume.identity}):
         now, then = job.identity.get(name, "none"), resume.identity.get(name, "none")
-        if now == then:
-            continue
-        changed = f"{name} is {now} now and was {then} in run {resume.run_id}"
-        if name == "code_sha256":
-            changed = f"the script or the lab's code has changed since run {resume.run_id} began"
-        raise LabError(f"resume: {changed}; train it anew")
+        if now != then:
+            changed = f"{name} was {then} in run {resume.run_id} and is {now} now"
+            raise LabError(f"resume: {changed}, as the script, its settings or the lab have changed; train it anew")
     if job.device.type != "cpu":
         message = "resume: %s rounds sums in any order, so the run need not end as it would have without interruption"
         logger.warning(message, job.device)

@@ -32,7 +32,7 @@ from mnist_lab.running.record import DESCRIPTION, run_name_of
 from mnist_lab.running.run import tried, with_teacher
 from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers, reason_of
 from mnist_lab.tracking.run import TrackedRun, track
-from mnist_lab.tracking.store import Store, adopt, alone, finished_runs, open_store, quiet
+from mnist_lab.tracking.store import adopt, alone, finished_runs, open_store, quiet
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
 
@@ -66,10 +66,7 @@ def search(
     """Train trials, with the seed 0, until the search has `count` of them.
 
     A search of the same script, code, settings and space goes on; `again` begins a new one. Trials that were
-    interrupted go on too. One that fails counts; the others are still trained.
-
-    Raises:
-        LabError: before any training, if the space, the declaration, the data or the store is unusable.
+    interrupted go on too. One that fails counts; the others are still trained. Raises LabError before any training.
     """
     check_space(job, space)
     store = open_store(job.tracking_uri)
@@ -183,7 +180,13 @@ class TrialTask(SeedTask):
     def _outcome(self, trial: optuna.Trial, *, is_lost: bool) -> tuple[float | None, TrialState]:
         try:
             store = open_store(self.job.tracking_uri)
-            job = _with_values(self.job, trial, store)
+            values = _values(trial)
+            experiment, overrides = self.job.experiment.override(values)
+            teacher = None if "teacher" in values else self.job.teacher
+            job = self.job.replaced(
+                experiment=experiment, overrides={**self.job.overrides, **overrides}, teacher=teacher
+            )
+            job = with_teacher(job, store)
             # The same values may have been drawn before, and a process may be lost when it has pruned its run.
             run = finished_runs(store, job.params, job.tags, "validation_accuracy").get(0)
             if run is None:
@@ -227,14 +230,6 @@ def _values(trial: optuna.Trial | FrozenTrial) -> dict[str, object]:
         if isinstance(distribution, FloatDistribution) and distribution.step is None:
             values[name] = min(max(float(f"{values[name]:.4g}"), distribution.low), distribution.high)
     return values
-
-
-def _with_values(job: Job, trial: optuna.Trial, store: Store) -> Job:
-    values = _values(trial)
-    experiment, overrides = job.experiment.override(values)
-    teacher = None if "teacher" in values else job.teacher
-    changed = job.replaced(experiment=experiment, overrides={**job.overrides, **overrides}, teacher=teacher)
-    return with_teacher(changed, store)
 
 
 # ---- Optuna's storage

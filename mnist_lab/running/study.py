@@ -1,9 +1,4 @@
-"""One experiment trained with several seeds: what is missing is trained, and all of it is judged together.
-
-On a CPU the seeds train side by side in worker processes with one thread each: two such processes do nearly twice the
-work of one process with two threads. On a GPU they train in this process, one after another. A cluster trains them as
-tasks of its own.
-"""
+"""One experiment trained with several seeds: what is missing is trained, and all of it is judged together."""
 
 from __future__ import annotations
 
@@ -45,9 +40,7 @@ def study(
     A seed with a finished run of the same declaration, code and kind of device is not trained again, unless `again`:
     its run becomes a child of this study. A restored run counts where it was made with the vector instructions that
     this processor has, or on the same GPU. When a seed fails, the others are still trained.
-
-    Raises:
-        LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable.
+    Raises LabError before any training.
     """
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
@@ -119,33 +112,25 @@ def judge_runs(
     return StudyResult(run_id, list(runs), [], {}, aggregates, verdicts, measured.unit)
 
 
-def _summary(result: StudyResult) -> tuple[dict[str, float], dict[str, str]]:
-    """Return what a study's run keeps of its result: metrics, and tags with the verdicts."""
-    metrics: dict[str, float] = {}  # in this order: MLflow's comparison of runs begins with the first
-    for name, figures in result.aggregates.items():
-        metrics |= {f"{name}_{key}": value for key, value in asdict(figures).items() if key != "n"}
-    metrics["seeds"] = float(len(result.runs))
-    if result.runs:
-        metrics["num_params"] = result.runs[0].metrics["num_params"]
-    for verdict in result.verdicts:
-        if verdict.name == "accuracy":
-            metrics["p"] = verdict.p
-    tags = verdict_tags(result.verdicts)
-    if result.failed:
-        tags["seeds_failed"] = " ".join(map(str, result.failed))
-    metrics |= short_figures({name: figures.mean for name, figures in result.aggregates.items()})
-    if result.runs:
-        metrics["sd"] = round(next(iter(result.aggregates.values())).sd, 3)
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}, tags
-
-
 def log_verdict(tracked: TrackedRun, result: StudyResult, script: Path, overrides: str = "") -> None:
     """Log what the seeds show together; verdicts, tables and the docstring are the study's description."""
-    metrics, tags = _summary(result)
+    metrics = {  # first: MLflow's comparison of runs begins with them
+        f"{name}_{key}": value
+        for name, figures in result.aggregates.items()
+        for key, value in asdict(figures).items()
+        if key != "n"
+    }
+    metrics["seeds"] = len(result.runs)
+    if result.runs:
+        judged, *_ = result.aggregates.values()
+        metrics |= {"num_params": result.runs[0].metrics["num_params"], "sd": round(judged.sd, 3)}
+        metrics |= {name: one.p for name, one in [("p", one) for one in result.verdicts if one.name == "accuracy"]}
+        metrics |= short_figures({name: figures.mean for name, figures in result.aggregates.items()})
     text = "\n\n".join(tabulate(*table, tablefmt="github", disable_numparse=True) for table in tables(result))
     described = describe(script, overrides, result.verdicts, text)
-    tracked.log_once(metrics)
-    tracked.set_tags({**tags, DESCRIPTION: described})
+    failed = {"seeds_failed": " ".join(map(str, result.failed))} if result.failed else {}
+    tracked.log_once({name: value for name, value in metrics.items() if math.isfinite(value)})
+    tracked.set_tags({**verdict_tags(result.verdicts), **failed, DESCRIPTION: described})
     tracked.log_text(described + "\n", VERDICT)
 
 

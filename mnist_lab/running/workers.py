@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -101,8 +101,10 @@ def reason_of(error: Exception) -> str:
 class Trainers:
     """Trains tasks: in this process, one after another, as on a GPU.
 
-    What `start` returns stands for a task that is being trained.
+    running: the tasks that are being trained, each by what `start` has returned for it.
     """
+
+    running: dict[Any, SeedTask]
 
     def prepare(self, job: Job, store: Store) -> None:
         """Get ready for tasks of this job; raises LabError."""
@@ -118,12 +120,12 @@ class Trainers:
     def start(self, task: SeedTask) -> Any:
         return task.number
 
-    def ended(self, running: Mapping[Any, SeedTask], progress: Progress) -> Iterator[tuple[Any, Outcome]]:
+    def ended(self, progress: Progress) -> Iterator[tuple[Any, Outcome]]:
         """Wait for a moment, and yield what has ended; `progress` is told of epochs."""
-        for number, task in [*running.items()]:
+        for number, task in [*self.running.items()]:
             yield number, outcome_of(task, progress)
 
-    def stop(self, running: Collection[Any]) -> None:
+    def stop(self) -> None:
         """Let what is being trained close its run and end."""
 
     def train(
@@ -138,18 +140,18 @@ class Trainers:
 
         parent_run_id: the run of the study or the search.
         """
-        running: dict[Any, SeedTask] = {}
+        self.running = {}
         try:
             while True:
-                while len(running) < self.room() and (task := next(tasks, None)) is not None:
-                    running[self.start(task)] = task
-                if not running:
+                while len(self.running) < self.room() and (task := next(tasks, None)) is not None:
+                    self.running[self.start(task)] = task
+                if not self.running:
                     return
-                for handle, outcome in self.ended(running, progress):
-                    on_end(running.pop(handle), outcome)
+                for handle, outcome in self.ended(progress):
+                    on_end(self.running.pop(handle), outcome)
                 progress.on_time()
         finally:
-            self.stop(running)
+            self.stop()
             with suppress(LabError):  # a server that is away: the next run there closes them
                 close_lost(store, parent_run_id)
 
@@ -159,34 +161,29 @@ class Processes(Trainers):
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.started: list[Worker] = []
-        self.idle: list[Worker] = []
+        self.started: set[Worker] = set()
 
     def room(self) -> int:
         return self.count
 
     def start(self, task: SeedTask) -> Worker:
-        if self.idle:
-            worker = self.idle.pop()
-        else:
-            worker = Worker(len(self.started) + 1)
-            self.started.append(worker)
+        idle = (one for one in self.started if one not in self.running and one.process.is_alive())
+        worker = next(idle, None) or Worker()
+        self.started.add(worker)
         with suppress(OSError):  # where it has died: receiving says so too
             worker.connection.send(task)
         return worker
 
-    def ended(self, running: Mapping[Worker, SeedTask], progress: Progress) -> Iterator[tuple[Worker, Outcome]]:
-        ready = wait([worker.connection for worker in running], timeout=LOOK_SECONDS)
-        for worker, task in [(worker, task) for worker, task in running.items() if worker.connection in ready]:
+    def ended(self, progress: Progress) -> Iterator[tuple[Worker, Outcome]]:
+        ready = wait([worker.connection for worker in self.running], timeout=LOOK_SECONDS)
+        for worker in [worker for worker in self.running if worker.connection in ready]:
             message = worker.receive()
             if isinstance(message, EpochMetrics):
-                progress.on_epoch(task.number, message)
-                continue
-            if worker.process.is_alive():
-                self.idle.append(worker)
-            yield worker, message
+                progress.on_epoch(self.running[worker].number, message)
+            else:
+                yield worker, message
 
-    def stop(self, running: Collection[Worker]) -> None:
+    def stop(self) -> None:
         """End all processes; those that do not close their runs in time are killed."""
         for worker in self.started:
             worker.process.terminate()
@@ -213,10 +210,10 @@ def local(job: Job, workers: int | None = None) -> Trainers:
 class Worker:
     """A process that trains, and the connection to it."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs,), name=f"{WORKER} {number}", daemon=True)
+        self.process = context.Process(target=_work, args=(theirs,), name=WORKER, daemon=True)
         resource_tracker.ensure_running()  # starting it would let the signals through again
         # Ctrl-C and a closed terminal reach all processes at once. This one sees them, and ends its workers by SIGTERM.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})

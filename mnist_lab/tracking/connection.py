@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
-from requests import HTTPError, Timeout
+from requests import Timeout
 from urllib3.exceptions import ResponseError
 
 from mnist_lab.errors import one_line
@@ -70,10 +70,12 @@ def why_refused(error: Exception, uri: str = "") -> str:
 
     uri: of a server, which is asked once more where MLflow has kept nothing of its answers but their number.
     """
-    status = _status(error) if is_server(uri) else 0
-    if status in REFUSALS:
-        return f"the server refuses you (HTTP {status}): {REFUSALS[status]}"
     for cause in _causes(error):
+        status = getattr(getattr(cause, "response", None), "status_code", 0)  # of artifacts
+        if isinstance(cause, MlflowException) and is_server(uri):
+            status = cause.get_http_status_code()  # type: ignore[no-untyped-call]
+        if status in REFUSALS:
+            return f"the server refuses you (HTTP {status}): {REFUSALS[status]}"
         match cause:
             case ssl.SSLError() | socket.gaierror() | ConnectionError():
                 return f"no connection to the server ({cause.strerror or cause})"
@@ -86,15 +88,6 @@ def why_refused(error: Exception, uri: str = "") -> str:
                     except ValueError as answer:
                         return one_line(answer)
     return one_line(error)
-
-
-def _status(error: Exception) -> int:
-    """Return the number of a server's answer; 0 where there was none."""
-    if isinstance(error, MlflowException):
-        return int(error.get_http_status_code())  # type: ignore[no-untyped-call]
-    if isinstance(error, HTTPError) and error.response is not None:  # of artifacts
-        return error.response.status_code
-    return 0
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -71,21 +71,20 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
     """
     try:
         with quiet(), short_timeouts():
-            model_id = _model_id(store, declared, holdout, called)
+            model_id = _model_id(store, declared, holdout)
             run = store.client.get_run(str(store.client.get_logged_model(model_id).source_run_id))
-            sha256 = _sha256(_file(store, model_id, called))
-    except (MlflowException, OSError) as error:
-        raise LabError(f"{called} {declared!r} is not in {store.name!r}: {one_line(error)}") from error
-    status = "deleted" if run.info.lifecycle_stage == LifecycleStage.DELETED else run.info.status
-    if status != "FINISHED":
-        raise LabError(f"{called} {declared!r}: run {run.info.run_id} is {status}, not FINISHED")
-    seen = run.data.params.get("holdout", "0")
-    if holdout and seen != str(holdout):
-        raise LabError(
-            f"{called} {declared!r}: run {run.info.run_id} held out {seen} images, and so has seen some of "
-            f"the {holdout} that are held out here; train it with --holdout {holdout}"
-        )
-    return Teacher(model_id, run.info.run_id, sha256)
+            status = "deleted" if run.info.lifecycle_stage == LifecycleStage.DELETED else run.info.status
+            if status != "FINISHED":
+                raise ValueError(f"run {run.info.run_id} is {status}, not FINISHED")
+            seen = run.data.params.get("holdout", "0")
+            if holdout and seen != str(holdout):
+                raise ValueError(
+                    f"run {run.info.run_id} held out {seen} images, and so has seen some of the {holdout} that are "
+                    f"held out here; train it with --holdout {holdout}"
+                )
+            return Teacher(model_id, run.info.run_id, _sha256(_file(store, model_id)))
+    except (MlflowException, OSError, ValueError) as error:
+        raise LabError(f"{called} {declared!r}: {one_line(error)}") from error
 
 
 def runs_with_a_model(store: Store) -> set[str]:
@@ -105,7 +104,7 @@ def load_teacher(
     named = f"{called} {teacher.model_id} of run {teacher.run_id}"
     try:
         with quiet(), short_timeouts():
-            file = _file(store, teacher.model_id, called)
+            file = _file(store, teacher.model_id)
             own = _normalize_of(file, normalize)
     except Exception as error:  # what a store gives can be broken in many ways
         raise LabError(f"{named} can't be loaded: {one_line(error)}") from error
@@ -181,49 +180,46 @@ class _Renormalized(nn.Module):
         return self.net((images * deviation + mean - own_mean) / own_deviation)  # type: ignore[no-any-return]
 
 
-def _model_id(store: Store, declared: str, holdout: int, called: str) -> str:
+def _model_id(store: Store, declared: str, holdout: int) -> str:
     if match := RUN_URI.fullmatch(declared):
-        return _model_of(store, store.client.get_run(match["run_id"]), match["name"], called)
+        return _model_of(store, store.client.get_run(match["run_id"]), match["name"])
     if STEP.fullmatch(declared):
-        return _model_of(store, _newest_run(store, declared, holdout, called), "model", called)
+        return _model_of(store, _newest_run(store, declared, holdout), "model")
     if not declared.startswith("models:/"):
-        raise LabError(
-            f"{called} {declared!r} is neither runs:/<id>/model nor models:/<name>/<version> nor the name of a script"
-        )
+        raise ValueError("it is neither runs:/<id>/model nor models:/<name>/<version> nor the name of a script")
     with environment_variables({"MLFLOW_TRACKING_URI": store.uri}):
         return str(mlflow.models.get_model_info(declared).model_id)
 
 
-def _model_of(store: Store, run: Run, name: str, called: str) -> str:
+def _model_of(store: Store, run: Run, name: str) -> str:
     """Return the id of the model of that name that a run has logged; "model" means the only one, whatever its name."""
     outputs = [] if run.outputs is None else run.outputs.model_outputs
     for output in outputs:
         if (name == "model" and len(outputs) == 1) or store.client.get_logged_model(output.model_id).name == name:
             return str(output.model_id)
-    raise LabError(f"{called}: run {run.info.run_id} ({run.info.status}) has no model {name!r}")
+    raise ValueError(f"run {run.info.run_id} ({run.info.status}) has no model {name!r}")
 
 
-def _newest_run(store: Store, step: str, holdout: int, called: str) -> Run:
+def _newest_run(store: Store, step: str, holdout: int) -> Run:
     """Return the newest finished run of a script, as it is declared, with this hold-out."""
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.step = '{step}'"):
         as_declared = not run.data.tags.get("overrides") and run.data.params.get("holdout", "0") == str(holdout)
         if as_declared and "folds" not in run.data.params and "model" not in run.data.tags:
             return run
-    with_holdout = f" with --holdout {holdout}" if holdout else ""
-    raise LabError(
-        f"{called} {step!r}: {store.name!r} has no finished run of that script as declared{with_holdout}; "
-        "train it first (restored runs keep no network), or give runs:/<id>/model or models:/<name>/<version>"
+    declared = f"declared with --holdout {holdout}" if holdout else "declared"
+    raise ValueError(
+        f"{store.name!r} has no finished run of that script as {declared}; train it first (restored runs keep no "
+        "network), or give runs:/<id>/model or models:/<name>/<version>"
     )
 
 
-def _file(store: Store, model_id: str, called: str) -> Path:
-    """Return the model's file on this machine; raises LabError if it is in another format than torch.export's."""
+def _file(store: Store, model_id: str) -> Path:
+    """Return the model's file on this machine; raises ValueError if it is in another format than torch.export's."""
     location = store.client.get_logged_model(model_id).artifact_location
     file = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, tracking_uri=store.uri)) / EXPORTED
     if not file.is_file():
-        raise LabError(
-            f"{called} {model_id}: it is not kept by torch.export, so loading it might run code in its "
-            "file; log it with serialization_format='pt2'"
+        raise ValueError(
+            "it is not kept by torch.export, so loading it might run code; log it with serialization_format='pt2'"
         )
     return file
 
@@ -298,7 +294,7 @@ def is_registered(store: Store) -> bool:
 def commit(store: Store, origin: Origin, folder: Path = COMMITTED) -> list[Path]:
     """Write the network of the run that `origin` names into the folder, with the origin beside it; return the files."""
     found = find_teacher(store, f"runs:/{origin.run_id}/model", holdout=0, called="model")
-    file = _file(store, found.model_id, "model")
+    file = _file(store, found.model_id)
     network, normalize = _without_paths(file), _normalize_of(file, origin.normalize)
     content = asdict(origin) | {"normalize": normalize, "sha256": hashlib.sha256(network).hexdigest()}
     files: dict[Path, str | bytes] = {folder / NETWORK: network, folder / ORIGIN: json.dumps(content, indent=2) + "\n"}

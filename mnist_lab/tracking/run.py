@@ -201,7 +201,7 @@ class TrackedRun:
             finally:
                 _forget_exports()
             with self._writing():
-                self._publish_model(model_name(step), model)
+                self._publish_model(re.sub(r"[/:.%\"']", "_", step), model)  # MLflow takes none of these characters
         return None
 
     def _publish_model(self, name: str, folder: Path) -> None:
@@ -382,11 +382,6 @@ def _safe(tags: Mapping[str, str]) -> dict[str, str]:
 def _is_there_already(error: MlflowException) -> bool:
     """Say whether the database refused to write something a second time."""
     return any(words in str(error).lower() for words in THERE_ALREADY)
-
-
-def model_name(step: str) -> str:
-    """Return the name of a step's models in MLflow, which takes none of the characters / : . % " '."""
-    return re.sub(r"[/:.%\"']", "_", step)
 
 
 @contextmanager

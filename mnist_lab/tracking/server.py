@@ -168,7 +168,7 @@ def _child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def free_port(first: int) -> int:
-    """Return `first`, or the next port after it that nothing on loopback listens on; raises LabError if none is."""
+    """Return `first`, or the next port that nothing on loopback listens on, which is said; LabError if none is free."""
     last = min(first + PORTS_TRIED - 1, 65535)
     for port in range(first, max(first, last) + 1):
         if is_free(HOST, port):

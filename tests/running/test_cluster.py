@@ -260,15 +260,14 @@ def test_auto_starts_a_cluster_of_this_machine_on_loopback(
 # ---- what a node refuses
 
 
-@pytest.mark.parametrize("name", ["python", "torch"])
-def test_a_node_with_another_version_refuses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_with_another_version_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     from mnist_lab.running import cluster, identity
 
     for variable in ("OMP_NUM_THREADS", cluster.OWN_FOLDER, cluster.ON_CLUSTER):
         monkeypatch.setenv(variable, os.environ.get(variable, ""))
     cluster._settle(identity.versions(), {})
-    with pytest.raises(LabError, match=f"has {name} "):
-        cluster._settle({**identity.versions(), name: "0"}, {})
+    with pytest.raises(LabError, match="has torch "):
+        cluster._settle({**identity.versions(), "torch": "0"}, {})
 
 
 def test_without_the_flag_nothing_of_ray_is_imported(tmp_path: Path) -> None:

@@ -116,17 +116,11 @@ def test_a_fold_has_no_figures_of_the_test_images_and_is_in_no_other_table(folds
         results.run_table(folds=2, tracking_uri=folds.uri)
 
 
-def test_finished_folds_are_not_trained_again(folds: Folds) -> None:
-    again = folds.study(folds.database.parent / "one.py")
-
-    assert again.reused == [0, 1, 2]
-    assert [run.run_id for run in again.runs] == [run.run_id for run in folds.studies["one"].runs]
-
-
 def test_experiments_are_compared_image_by_image_with_the_folds_as_clusters(folds: Folds) -> None:
     """By Obuchowski (1998), with the t-distribution, as there are few clusters."""
     better = right(folds, "other").astype(int) - right(folds, "one").astype(int)
-    sums = np.array([better[run.index].sum() for run in told(folds)])
+    parts = [results.predictions(run.run_id, tracking_uri=folds.uri) for run in folds.studies["one"].runs]
+    sums = np.array([better[part.index].sum() for part in parts])
     effect = sums.sum() / 1200
     deviation = np.sqrt(3 / 2 * ((sums - 400 * effect) ** 2).sum()) / 1200
 
@@ -134,10 +128,6 @@ def test_experiments_are_compared_image_by_image_with_the_folds_as_clusters(fold
 
     assert found.effect == pytest.approx(100 * effect)
     assert (found.high - found.effect) / 4.302653 == pytest.approx(100 * deviation, rel=1e-6)  # t of 2 degrees, 97.5 %
-
-
-def told(folds: Folds) -> list[pd.DataFrame]:
-    return [results.predictions(run.run_id, tracking_uri=folds.uri) for run in folds.studies["one"].runs]
 
 
 def test_whole_cross_validations_are_published_and_read_back(folds: Folds, tmp_path: Path) -> None:
@@ -182,13 +172,15 @@ class Interrupting(Progress):
         raise KeyboardInterrupt
 
 
-def test_a_fold_that_is_interrupted_after_its_last_epoch_is_finished(folds: Folds) -> None:
+def test_a_fold_that_is_interrupted_after_its_last_epoch_is_finished_and_then_not_trained_again(folds: Folds) -> None:
     script = Path(shutil.copy(TINY, folds.database.parent / "third.py"))
     with pytest.raises(KeyboardInterrupt):
         run.run(folds.job(script), 0, Interrupting())
 
-    finished = folds.study(script).runs
+    finished, again = folds.study(script), folds.study(script)
 
     killed = [run.run_id for run in folds.runs() if run.name == "third fold 0"]
-    assert killed == [finished[0].run_id]
+    assert killed == [finished.runs[0].run_id]
     assert len(results.predictions(killed[0], tracking_uri=folds.uri)) == 400
+    assert again.reused == [0, 1, 2]
+    assert [run.run_id for run in again.runs] == [run.run_id for run in finished.runs]

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from conftest import FullRun
-from helpers import ROOT, TrackedRun, read_runs
+from helpers import ROOT, TrackedRun, first, read_runs
 from mnist_lab.cli import Console
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
@@ -54,10 +54,15 @@ def test_a_real_epoch_learns(full_run: FullRun) -> None:
 
 
 def test_the_params_are_the_declared_hyperparameters(full_run: FullRun) -> None:
+<<<<<<< .merge_file_Iwwjvn
     assert (full_run.tracked.name, full_run.tracked.status) == (
         "step1_baseline seed 3 [epochs=1 limit=5000]",
         "FINISHED",
     )
+=======
+    assert full_run.tracked.name == "step1_baseline seed 3 [epochs=1 limit=12000]"
+    assert full_run.tracked.status == "FINISHED"
+>>>>>>> .merge_file_hXUWlk
     assert full_run.tracked.params == {
         "batch_size": "128",
         "epochs": "1",
@@ -93,7 +98,7 @@ def test_the_description_of_a_run_as_declared_is_the_whole_docstring(tmp_path: P
     assert describe(tmp_path / "gone.py", "lr=1") == "**Overridden:** `lr=1`"
 
 
-def test_the_tags_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) -> None:
+def test_the_tags_and_inputs_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) -> None:
     tags = full_run.tracked.tags
 
     own = {name: value for name, value in tags.items() if not name.startswith("mlflow.")}
@@ -120,18 +125,23 @@ def test_the_tags_say_where_the_run_comes_from(full_run: FullRun, mnist: Mnist) 
         "verdict_epochs": "met",
     }
     assert re.fullmatch("[0-9a-f]{64}", mnist.sha256)
+    assert inputs_of(full_run.database, full_run.tracked, mnist) == {"training": 12_000, "test": 10_000}
 
 
-def inputs_of(database: Path, run: TrackedRun, mnist: Mnist) -> dict[str, list[int]]:
-    """Return the shape of the images that each input of the run has."""
+def inputs_of(database: Path, run: TrackedRun, mnist: Mnist) -> dict[str, int]:
+    """Return how many images each input of the run has."""
     inputs = MlflowClient(f"sqlite:///{database}").get_run(run.run_id).inputs.dataset_inputs
     assert {entry.dataset.digest for entry in inputs} == {mnist.sha256[:36]}
+<<<<<<< .merge_file_Iwwjvn
     return {entry.tags[0].value: json.loads(entry.dataset.profile)["features_shape"] for entry in inputs}
 
 
 def test_the_data_are_inputs_of_the_run(full_run: FullRun, mnist: Mnist) -> None:
     inputs = inputs_of(full_run.database, full_run.tracked, mnist)
     assert inputs == {"training": [5_000, 1, 28, 28], "test": [10_000, 1, 28, 28]}
+=======
+    return {entry.tags[0].value: json.loads(entry.dataset.profile)["features_shape"][0] for entry in inputs}
+>>>>>>> .merge_file_hXUWlk
 
 
 def test_the_kept_predictions_give_the_logged_accuracy(full_run: FullRun, mnist: Mnist) -> None:
@@ -154,13 +164,14 @@ class Screen(io.StringIO):
 
 
 def test_two_runs_with_one_seed_are_identical_and_one_with_another_seed_is_not(
-    load_script: Load, uri: str, database: Path
+    load_script: Load, mnist: Mnist, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Short runs of step 4, which draws for everything: weights, order, dropout and rotation."""
+    monkeypatch.setattr(runner, "load_mnist", lambda *_: first(mnist, 1000, 500))
     script = ROOT / "experiments" / "step4_augment_steplr.py"
     changes = {"lr": 0.05, "gamma": 0.5, "step_size": 1, "epochs": 2}
     experiment, overrides = load_script(script.stem).EXPERIMENT.override(changes)
-    job = Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=1000)
+    job = Job(script=script, experiment=experiment, overrides=overrides, tracking_uri=uri, limit=900)
 
     result = runner.run(job, 1, Progress())
     with redirect_stdout(Screen()) as screen:
@@ -179,8 +190,8 @@ def test_two_runs_with_one_seed_are_identical_and_one_with_another_seed_is_not(
     declared = {"momentum": "0.9", "degrees": "7.0"}
     assert {name: str(value) for name, value in changes.items()}.items() | declared.items() <= run.params.items()
     assert run.metrics["lr"] == [(1, 0.05), (2, 0.025)]
-    assert set(run.tags["overrides"].split()) == {"lr=0.05", "gamma=0.5", "step_size=1", "epochs=2", "limit=1000"}
-    assert [(epoch.train_images, epoch.eval_images) for epoch in result.epochs] == [(1000, 10_000)] * 2
+    assert set(run.tags["overrides"].split()) == {"lr=0.05", "gamma=0.5", "step_size=1", "epochs=2", "limit=900"}
+    assert [(epoch.train_images, epoch.eval_images) for epoch in result.epochs] == [(900, 500)] * 2
     assert [value for _, value in run.metrics["test_loss"]] == [epoch.eval_loss for epoch in result.epochs]
 
 
@@ -260,8 +271,7 @@ def test_the_epochs_of_a_hold_out_are_judged_on_validation_images_and_its_verdic
     loss = nn.functional.cross_entropy(torch.from_numpy(kept["logits"]), mnist.test_labels).item()
     assert run.metrics["final_test_loss"][0][1] == pytest.approx(loss, abs=1e-5)
     assert {v.name: v.measured for v in result.verdicts}["accuracy"] == accuracy
-    counts = {name: shape[0] for name, shape in inputs_of(database, run, mnist).items()}
-    assert counts == {"training": 1000, "validation": 500, "test": 10_000}
+    assert inputs_of(database, run, mnist) == {"training": 1000, "validation": 500, "test": 10_000}
 
 
 # ---- before the run
@@ -289,20 +299,17 @@ def test_a_limit_keeps_the_first_training_images_and_all_others(mnist: Mnist) ->
 # ---- what is measured once
 
 
-def epoch(number: int, train_correct: int, test_correct: int) -> EpochMetrics:
-    return EpochMetrics(number, 0.1, train_correct, 60_000, number / 100, test_correct, 10_000, 0.01, 1.0)
-
-
-def experiment_with(targets: Targets) -> Experiment:
-    return Experiment(net=nn.Identity, epochs=4, batch_size=1, optimizer=torch.optim.SGD, targets=targets)
-
-
 def test_the_last_epoch_is_the_headline_and_the_first_of_the_best_the_best() -> None:
-    epochs = [epoch(1, 59_000, 9_900), epoch(2, 59_500, 9_950), epoch(3, 59_700, 9_950), epoch(4, 59_600, 9_939)]
+    counts = [(59_000, 9_900), (59_500, 9_950), (59_700, 9_950), (59_600, 9_939)]
+    epochs = [
+        EpochMetrics(number, 0.1, train, 60_000, number / 100, test, 10_000, 0.01, 1.0)
+        for number, (train, test) in enumerate(counts, start=1)
+    ]
+    experiment = Experiment(
+        net=nn.Identity, epochs=4, batch_size=1, optimizer=torch.optim.SGD, targets=Targets(accuracy=99.4)
+    )
 
-    measured = measure(7850, epochs, experiment_with(Targets(accuracy=99.4)))
-
-    assert measured == {
+    assert measure(7850, epochs, experiment) == {
         "num_params": 7850,
         "epochs": 4,
         "final_train_accuracy": pytest.approx(99.3333, abs=1e-3),
@@ -313,4 +320,4 @@ def test_the_last_epoch_is_the_headline_and_the_first_of_the_best_the_best() -> 
         "final_test_loss": 0.04,
         "epochs_at_target": 2,
     }
-    assert "epochs_at_target" not in measure(2, [epoch(1, 59_000, 9_900)], experiment_with(Targets(params=10_000)))
+    assert "epochs_at_target" not in measure(2, epochs, dataclasses.replace(experiment, targets=Targets()))

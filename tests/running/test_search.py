@@ -30,7 +30,7 @@ from mnist_lab.running import search as module
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Counts, Progress
 from mnist_lab.running.search import SearchResult, check_space, paste_lines, search
-from mnist_lab.running.workers import Trainers, local
+from mnist_lab.running.workers import Trainers
 from mnist_lab.tracking.models import Teacher
 from mnist_lab.tracking.store import open_store
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
@@ -218,15 +218,13 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("few")
-def test_another_space_is_another_search_and_processes_are_for_a_cpu(job: Job) -> None:
+def test_another_space_is_another_search(job: Job) -> None:
     first = search_for(job, 1)
 
     other = {**SPACE, "width": IntDistribution(4, 10)}
     with pytest.raises(LabError, match="width .* --again"):
         search_for(job, 1, other)
     assert search_for(job, 1, other, again=True).name != first.name
-    with pytest.raises(LabError, match="workers: 2 .* meta"):
-        local(job.replaced(device=torch.device("meta")), 2)
 
 
 def test_a_space_that_can_not_be_drawn_from(job: Job) -> None:

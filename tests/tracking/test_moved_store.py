@@ -17,6 +17,7 @@ from helpers import ROOT, copy_store
 from mnist_lab import results
 from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
+from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.sqlite import follow_move
 from mnist_lab.tracking.store import open_store
@@ -41,8 +42,8 @@ def check_found(project: Path, run_id: str) -> None:
     (model,) = client.search_logged_models([run.info.experiment_id])
     assert model.artifact_location == f"{here}/models/{model.model_id}/artifacts"
     assert client.get_experiment(run.info.experiment_id).artifact_location == here
-    mlflow.set_tracking_uri(uri)
-    net = mlflow.pytorch.load_model(f"runs:/{run_id}/{run.data.tags['step']}")
+    with environment_variables({"MLFLOW_TRACKING_URI": uri}):
+        net = mlflow.pytorch.load_model(f"runs:/{run_id}/{run.data.tags['step']}")
     assert net(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
 
 
@@ -57,17 +58,14 @@ def test_a_project_that_was_renamed_again_and_again_and_copied_shows_every_runs_
         net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
         assert run.log_model("step9", net, torch.zeros(2, 1, 28, 28), (0, 1)) is None
         run_id = run.run_id
-    try:
-        for name in NAMES:
-            project = project.rename(project.with_name(name))
-            check_found(project, run_id)
-        project = project.rename(project.with_name("on the way")).rename(project.with_name("twice"))  # unseen between
-        copy = project.with_name("copy")
-        shutil.copytree(project, copy)
-        check_found(copy, run_id)  # though the paths in it lead to the other one, which is there
+    for name in NAMES:
+        project = project.rename(project.with_name(name))
         check_found(project, run_id)
-    finally:
-        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    project = project.rename(project.with_name("on the way")).rename(project.with_name("twice"))  # unseen between
+    copy = project.with_name("copy")
+    shutil.copytree(project, copy)
+    check_found(copy, run_id)  # though the paths in it lead to the other one, which is there
+    check_found(project, run_id)
 
 
 # ---- what is changed, and what is not
