@@ -2,7 +2,6 @@
 
 import random
 import re
-from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from torchvision.transforms import v2
 from mnist_lab import Experiment
 from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
-from mnist_lab.errors import LabError
 from mnist_lab.training.transforms import Augmentation, takes_labels
 
 
@@ -116,11 +114,3 @@ def test_labels_follow_their_images(small_mnist: Mnist) -> None:
 def test_what_can_not_be_tried_or_is_not_meant_is_said(augmentation: Any, said: str, small_mnist: Mnist) -> None:
     (notice,) = rehearse(augmented(augmentation), small_mnist).notices
     assert re.search(said, notice)
-
-
-def test_a_class_in_place_of_a_transform_is_refused() -> None:
-    for given in (v2.RandomRotation, partial(v2.RandomRotation, degrees=7)):
-        with pytest.raises(
-            LabError, match=r"^augmentation: RandomRotation is a class; give .* RandomRotation\(\.\.\.\)"
-        ):
-            augmented(given).check()
