@@ -11,13 +11,8 @@ from torch import Tensor
 
 
 def random_rotation(images: Tensor, degrees: float) -> Tensor:
-    """Rotate each image about its centre by its own angle, drawn uniformly from [-degrees, degrees].
-
-    Raises:
-        ValueError: if degrees is negative or not finite.
-    """
-    if not 0 <= degrees < math.inf:
-        raise ValueError(f"degrees={degrees!r} is not a finite number of 0 or more")
+    """Rotate each image about its centre by its own angle, drawn uniformly from [-degrees, degrees]."""
+    _check_range(degrees=degrees)
     angles = torch.empty(len(images), device=images.device).uniform_(-degrees, degrees)
     return rotate(images, angles)
 
@@ -27,26 +22,24 @@ def random_affine(images: Tensor, degrees: float, shift: float, scale: float) ->
 
     Angles are drawn uniformly from [-degrees, degrees], factors from [1 - scale, 1 + scale], and shifts, in pixels and
     along each axis, from [-shift, shift].
-
-    Raises:
-        ValueError: if degrees or shift is negative or not finite, or scale not in [0, 1).
     """
-    for name, value in (("degrees", degrees), ("shift", shift)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value!r} is not a finite number of 0 or more")
+    _check_range(degrees=degrees, shift=shift)
     if not 0 <= scale < 1:
         raise ValueError(f"scale={scale!r} is not at least 0 and below 1")
     draws = torch.empty(4, len(images), device=images.device).uniform_(-1, 1)
     return affine(images, draws[0] * degrees, 1 + draws[1] * scale, draws[2:] * shift)
 
 
+def _check_range(**ranges: float) -> None:
+    for name, value in ranges.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value!r} is not a finite number of 0 or more")
+
+
 def random_center_crop(images: Tensor, size: int, p: float) -> Tensor:
     """With probability p, drawn for each image, cut out the central (size, size) and scale it up to the whole.
 
     The same as torchvision's `functional.center_crop` and `functional.resize` (bilinear) on each image.
-
-    Raises:
-        ValueError: if size is not in 1..min(H, W) or p not in [0, 1].
     """
     height, width = images.shape[-2:]
     if not 1 <= size <= min(height, width):
@@ -67,9 +60,6 @@ def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Te
 
     angles, scales: (N,), in degrees, and as factors.
     shifts: (2, N), in pixels: to the right, and down.
-
-    Raises:
-        AssertionError: if the images are not square.
     """
     size = images.shape[-1]
     across, down = (shifts * (2 / size)).view(2, -1, 1, 1)
@@ -81,9 +71,6 @@ def rotate(images: Tensor, angles: Tensor) -> Tensor:
     """Rotate square images (N, C, S, S) counter-clockwise by angles (N,) in degrees: bilinear, filled with 0.
 
     The same as torchvision's `functional.rotate(image, angle, InterpolationMode.BILINEAR)` on each image.
-
-    Raises:
-        AssertionError: if the images are not square.
     """
     return _sample(images, angles, lambda x, y: (x, y))
 

@@ -126,7 +126,7 @@ class Experiment:
         for name, (allowed, words) in ALLOWED.items():
             value = attrgetter(name)(self)
             try:
-                allowed.validate_python(value, strict=True)
+                TypeAdapter(allowed).validate_python(value, strict=True)
             except ValidationError:
                 raise LabError(f"{name}: {quoted(value)} is not {words}") from None
         accuracy = self.targets.accuracy
@@ -282,8 +282,8 @@ def _check_part(part: str, value: Any) -> None:
     if part != "net" and name == LAMBDA:
         raise LabError(f"{part}: is a lambda; {NAME_IT}")
     for argument, given in _logged(part, value).items():
-        if not isinstance(given, str) and LAMBDA in (text := stable_text(given)):
-            raise LabError(f"{part}: {argument} {'is' if text == LAMBDA else 'holds'} a lambda; {NAME_IT}")
+        if not isinstance(given, str) and LAMBDA in stable_text(given):
+            raise LabError(f"{part}: {argument} has a lambda in it; {NAME_IT}")
     if isinstance(value, functools.partial) and (parameters := parameters_of(_function(value))):
         _check_arguments(part, value, parameters)
 
@@ -295,20 +295,8 @@ def _check_arguments(part: str, value: functools.partial[Any], parameters: Mappi
         if argument not in parameters and not takes_any:
             raise LabError(f"{part}: {unknown_argument(_name(value), list(parameters)[1:], argument, quoted(given))}")
         usual = parameters[argument].default if argument in parameters else None
-        if isinstance(given, str) and not isinstance(usual, str) and _is_number(given):
+        if isinstance(given, str) and not isinstance(usual, str) and isinstance(_read(given.strip(), float), float):
             raise LabError(f"{part}: {argument}={given!r} is text; write {argument}={given.strip()}")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        finite_number(text.strip())
-    except ValueError:
-        return False
-    return True
-
-
-def _allowed(kind: Any, words: str) -> tuple[TypeAdapter[Any], str]:
-    return TypeAdapter(kind), words
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -317,16 +305,16 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 A_COUNT = f"an int of at least 1 and at most {MAX_COUNT:,}"
 
 # What is allowed in each field that is no part, and in words. In the order in which they are checked.
-ALLOWED = {
-    "epochs": _allowed(Count, A_COUNT),
-    "batch_size": _allowed(Count, A_COUNT),
-    "normalize": _allowed(tuple[Number, Positive], "a pair (mean, standard deviation), the latter above 0"),
-    "scheduler_interval": _allowed(Literal["epoch", "batch"], "'epoch' or 'batch'"),
-    "targets": _allowed(InstanceOf[Targets], "a Targets(accuracy=..., params=..., epochs=...)"),
-    "targets.accuracy": _allowed(Annotated[Positive, Field(le=100)] | None, "a percentage above 0 and up to 100"),
-    "targets.params": _allowed(Count | None, A_COUNT),
-    "targets.epochs": _allowed(Count | None, A_COUNT),
-    "reported": _allowed(
+ALLOWED: dict[str, tuple[Any, str]] = {
+    "epochs": (Count, A_COUNT),
+    "batch_size": (Count, A_COUNT),
+    "normalize": (tuple[Number, Positive], "a pair (mean, standard deviation), the latter above 0"),
+    "scheduler_interval": (Literal["epoch", "batch"], "'epoch' or 'batch'"),
+    "targets": (InstanceOf[Targets], "a Targets(accuracy=..., params=..., epochs=...)"),
+    "targets.accuracy": (Annotated[Positive, Field(le=100)] | None, "a percentage above 0 and up to 100"),
+    "targets.params": (Count | None, A_COUNT),
+    "targets.epochs": (Count | None, A_COUNT),
+    "reported": (
         Mapping[Literal[SUMMARY_METRICS], Number],  # type: ignore[valid-type]
         f"a dict of numbers, by names among {', '.join(SUMMARY_METRICS)}",
     ),

@@ -104,6 +104,7 @@ REFUSED: list[tuple[str, object, str]] = [
     *(("optimizer", value, quoted(value)) for value in (None, 0.1, SGD([nn.Parameter(torch.zeros(1))], lr=0.1))),
     *(("scheduler", "StepLR", "'StepLR'"), ("augmentation", 7, "7"), ("loss", "cross_entropy", "'cross_entropy'")),
     ("loss", nn.CrossEntropyLoss, "CrossEntropyLoss(...)"),
+    ("augmentation", partial(RandomRotation, degrees=7), "RandomRotation(...)"),
     *(("net", partial(Net, 0.2), "Net"), ("optimizer", partial(SGD, [], lr=0.1), "SGD")),
     ("scheduler", partial(LambdaLR, lr_lambda=[named_factor, lambda epoch: 1.0]), "lr_lambda"),
     ("scheduler", partial(LambdaLR, lr_lambda=factor_of(lambda epoch: 1.0)), "lr_lambda"),

@@ -24,8 +24,6 @@ from mnist_lab.training.loop import Training, initial_network, num_params
 
 CPU = torch.device("cpu")
 UNIT = (0.0, 1.0)  # pixels in [0, 1]
-BYTES = (0.0, 1 / 255)  # pixels in [0, 255]
-TURNED = transforms.RandomRotation((-7.0, 7.0), fill=(1,))  # the corners become white
 
 
 class View(nn.Module):
@@ -52,35 +50,6 @@ def ignite() -> nn.Module:
     return nn.Sequential(*first, *second, *hidden, nn.Linear(50, 10), nn.LogSoftmax(dim=1))
 
 
-def tinygrad() -> nn.Module:
-    def block(before: int, after: int, kernel: int) -> list[nn.Module]:
-        convolutions = [nn.Conv2d(before, after, kernel), nn.ReLU(), nn.Conv2d(after, after, kernel), nn.ReLU()]
-        return [*convolutions, nn.BatchNorm2d(after), nn.MaxPool2d(2)]
-
-    return nn.Sequential(*block(1, 32, 5), *block(32, 64, 3), nn.Flatten(), nn.Linear(64 * 3 * 3, 10))
-
-
-class LeNet5(nn.Module):
-    """Adds up two branches between the first and the third convolution; takes images of 32 × 32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2))
-        self.left, self.right = (nn.Sequential(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)) for _ in range(2))
-        self.third = nn.Sequential(nn.Conv2d(16, 120, 5), nn.ReLU())
-        self.head = nn.Sequential(nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10), nn.LogSoftmax(dim=-1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = self.first(images)
-        both = self.right(hidden)
-        both += self.left(hidden)
-        return self.head(self.third(both).view(len(images), -1))
-
-
-def lenet5() -> nn.Module:
-    return nn.Sequential(v2.Resize((32, 32)), LeNet5())
-
-
 class SimpleCNN(nn.Module):
     """Scales its input to [-1, 1]; convolutions without pooling, and a classifier on the channels-last order."""
 
@@ -100,20 +69,16 @@ class SimpleCNN(nn.Module):
 
 
 class Course(nn.Sequential):
-    """Under 10,000 parameters but for the norms; batch or layer norm in each block, after the activation."""
+    """Under 10,000 parameters but for the norms; a norm in each block, after the activation."""
 
-    def __init__(self, norm: str) -> None:
-        def block(before: int, after: int, size: int, kernel: int = 3) -> list[nn.Module]:
-            norms = {
-                "batch": nn.BatchNorm2d(after),
-                "layer": nn.LayerNorm([after, size, size]),
-            }
-            return [nn.Conv2d(before, after, kernel), nn.ReLU(), norms[norm], nn.Dropout(0.1)]
+    def __init__(self) -> None:
+        def block(before: int, after: int, kernel: int = 3) -> list[nn.Module]:
+            return [nn.Conv2d(before, after, kernel), nn.ReLU(), nn.BatchNorm2d(after), nn.Dropout(0.1)]
 
-        same = [layer for size in (24, 22, 20, 18) for layer in block(12, 12, size)]
-        later = [*block(12, 16, 7), *block(16, 16, 5), *block(16, 10, 5, kernel=1)]
+        same = [layer for _ in range(4) for layer in block(12, 12)]
+        later = [*block(12, 16), *block(16, 16), *block(16, 10, kernel=1)]
         head = [nn.AvgPool2d(5), View(10), nn.LogSoftmax(dim=-1)]
-        super().__init__(*block(1, 12, 26), *same, nn.MaxPool2d(2), *later, *head)
+        super().__init__(*block(1, 12), *same, nn.MaxPool2d(2), *later, *head)
 
 
 def depthwise_separable() -> nn.Module:
@@ -161,10 +126,6 @@ simple_cnn = partial(
         [transforms.RandomRotation(20), transforms.RandomAffine(0, translate=(0.2, 0.2))],
     ),
 )
-course = partial(
-    Experiment, epochs=20, batch_size=64, optimizer=partial(SGD, lr=0.01, momentum=0.9), augmentation=TURNED
-)
-
 M3 = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176)
 
 RECIPES = {
@@ -179,13 +140,15 @@ RECIPES = {
     "pytorch/ignite": Experiment(
         net=ignite, epochs=10, batch_size=64, optimizer=partial(SGD, lr=0.01, momentum=0.5), loss=F.nll_loss
     ),
-    "beautiful_mnist": Experiment(
-        net=tinygrad, epochs=1, batch_size=512, optimizer=partial(Adam, lr=0.001), normalize=BYTES
-    ),
-    "LeNet-5": Experiment(net=lenet5, epochs=15, batch_size=256, optimizer=partial(Adam, lr=0.002), normalize=UNIT),
     "MnistSimpleCNN M3": simple_cnn(net=partial(SimpleCNN, kernel=3, channels=M3)),
-    "course, batch norm": course(net=partial(Course, norm="batch"), objective=partial(nll_with_l1, strength=0.001)),
-    "course, layer norm": course(net=partial(Course, norm="layer"), loss=F.nll_loss),
+    "course, batch norm": Experiment(
+        net=Course,
+        epochs=20,
+        batch_size=64,
+        optimizer=partial(SGD, lr=0.01, momentum=0.9),
+        augmentation=transforms.RandomRotation((-7.0, 7.0), fill=(1,)),  # the corners become white
+        objective=partial(nll_with_l1, strength=0.001),
+    ),
     "depthwise separable": Experiment(
         net=depthwise_separable,
         epochs=15,

@@ -61,10 +61,8 @@ class Rehearsal:
         parameters = dict(net.named_parameters())
         for name in self.untrained:
             if name in parameters:  # the seed may decide which there are
-                parameters[name].register_post_accumulate_grad_hook(partial(self._reached, name))  # type: ignore[no-untyped-call]
-
-    def _reached(self, name: str, parameter: Tensor) -> None:
-        self.untrained.discard(name)
+                reached = partial(lambda name, _: self.untrained.discard(name), name)
+                parameters[name].register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
 
     def notice(self, overrides: Mapping[str, object]) -> None:
         """Warn of what the user may not expect, such as parameters that get no gradient.
@@ -321,13 +319,10 @@ CHECKS: tuple[tuple[str, Check], ...] = (  # "loss" stands for the objective whe
 
 
 def _check_logits(logits: object, size: int) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"gives {kind(logits)}, not a tensor of logits")
-    if logits.dtype not in (torch.float32, torch.float64, torch.float16):
-        raise TypeError(f"gives {logits.dtype} logits; give torch.float32, e.g. by .float() on the output")
-    if logits.shape != (size, 10):
+    kinds = (torch.float32, torch.float64, torch.float16)
+    if not isinstance(logits, Tensor) or logits.dtype not in kinds or logits.shape != (size, 10):
         raise ValueError(
-            f"gives an output of shape {tuple(logits.shape)} for {size} images, not ({size}, 10): one logit per digit"
+            f"gives {kind(logits)} for {size} images, not torch.float32 logits of shape ({size}, 10), one per digit"
         )
     if not logits.isfinite().all():
         raise ValueError("gives logits that are not finite on the first batch")

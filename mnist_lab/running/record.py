@@ -101,24 +101,6 @@ class Record:
                 self.tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in self.epochs})
             yield self.tracked.run_id
 
-<<<<<<< .merge_file_yZIsPp
-    def _tags(self, environment: Mapping[str, str]) -> dict[str, str]:
-        job, no_effect = self.job, " ".join(self.rehearsal.no_effect)
-        is_channels_last = self.rehearsal.memory_format == torch.channels_last
-        return {
-            **job.tags,
-            **job.commit_tags,
-            "data_sha256": self.mnist.sha256,
-            **{name: environment[name] for name in ("hardware", "torch", "threads")},
-            "memory_format": "channels_last" if is_channels_last else "contiguous",
-            **({"no_effect": no_effect} if no_effect else {}),
-            DESCRIPTION: describe(job.script, job.tags["overrides"]),
-            **target_tags(job.targets),
-            **{f"reported_{name}": str(figure) for name, figure in job.experiment.reported.items()},
-        }
-
-=======
->>>>>>> .merge_file_U1wYBw
     def log_epoch(self, metrics: EpochMetrics, store: Store) -> None:
         """Keep what the run needs to go on, then log the epoch: what MLflow lacks is logged when the run goes on."""
         self.epochs.append(metrics)

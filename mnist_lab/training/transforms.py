@@ -7,12 +7,12 @@ from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnist_lab.arguments import parameters_of
 from mnist_lab.augmentation import image_by_image
 
-MIXING = ("MixUp", "CutMix")  # of torchvision: they mix the images of a batch, and so need all of them and the labels
+MIXING = {"MixUp", "CutMix"}  # of torchvision: they mix the images of a batch, and so need all of them and the labels
 # What a transform is given: a batch of images, one image, or a batch of images and their labels.
 Given = Literal["batch", "image", "labels"]
 
@@ -47,26 +47,18 @@ def _apply(chain: list[Callable[[Tensor], Tensor]], image: Tensor) -> Tensor:
     return image
 
 
-def parts(augmentation: Any) -> Iterator[tuple[Given, Any]]:
-    """Yield the transforms that are applied one after another, each with what it is given."""
-    if chained := _chained(augmentation):
-        for transform in chained:
-            if _chained(transform):
-                yield from parts(transform)
-            else:
-                yield "labels" if takes_labels(transform) else "image", transform
+def parts(augmentation: Any, alone: Given = "batch") -> Iterator[tuple[Given, Any]]:
+    """Yield the transforms that are applied one after another, each with what it is given.
+
+    alone: what another function than torchvision's is given.
+    """
+    if is_torchvision(augmentation) and type(augmentation).__name__ == "Compose":
+        for transform in augmentation.transforms:
+            yield from parts(transform, alone="image")
     elif takes_labels(augmentation):
         yield "labels", augmentation
     else:
-        yield "image" if is_torchvision(augmentation) else "batch", augmentation
-
-
-def _chained(augmentation: Any) -> list[Any]:
-    """Return the members of a Compose, or of an nn.Sequential that holds transforms of torchvision; else nothing."""
-    if isinstance(augmentation, nn.Sequential):
-        return list(augmentation) if any(is_torchvision(member) or _chained(member) for member in augmentation) else []
-    is_compose = is_torchvision(augmentation) and type(augmentation).__name__ == "Compose"
-    return list(augmentation.transforms) if is_compose else []
+        yield "image" if is_torchvision(augmentation) else alone, augmentation
 
 
 def is_torchvision(transform: object) -> bool:
@@ -76,20 +68,15 @@ def is_torchvision(transform: object) -> bool:
 
 def takes_labels(augmentation: Any) -> bool:
     """Say whether it maps images and labels to images and labels: it mixes images, or has an argument `labels`."""
-    if is_torchvision(augmentation) or _chained(augmentation):
-        return any(map(takes_labels, members)) if (members := _members(augmentation)) else is_mixing(augmentation)
+    if is_torchvision(augmentation):
+        return is_mixing(augmentation)
     labels = parameters_of(getattr(augmentation, "forward", augmentation)).get("labels")
     return labels is not None and labels.default is labels.empty
 
 
-def is_mixing(transform: object) -> bool:
+def is_mixing(transform: Any) -> bool:
     """Say whether it is a transform of torchvision that mixes the images of a batch, or a choice among such."""
-    kinds = type(transform).__mro__
-    return is_torchvision(transform) and (
-        any(kind.__name__ in MIXING for kind in kinds) or any(map(is_mixing, _members(transform)))
-    )
-
-
-def _members(transform: Any) -> list[Any]:
-    """Return what a container of torchvision's or torch's holds: RandomChoice, RandomApply, Compose and the like."""
-    return list(transform) if isinstance(transform, nn.Sequential) else list(getattr(transform, "transforms", []))
+    if is_torchvision(transform):
+        kinds = {kind.__name__ for kind in type(transform).__mro__}
+        return bool(kinds & MIXING) or any(map(is_mixing, getattr(transform, "transforms", [])))
+    return False

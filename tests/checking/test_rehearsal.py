@@ -155,6 +155,12 @@ class SameStart(Convolutions):
         super().__init__()
 
 
+class Normed(Convolutions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Sequential(self.second, nn.BatchNorm2d(10))
+
+
 class OwnGenerator:
     def __init__(self) -> None:
         self.generator = np.random.default_rng(0)
@@ -196,6 +202,7 @@ def in_a_run_of_its_own(net: nn.Module, images: Tensor, labels: Tensor) -> tuple
             {"average": partial(AveragedModel, avg_fn=lambda mean, new, _: 0.99 * mean + 0.01 * new), "batch_size": 5},
             "average: after 100 batches it is still 37 % the first weights, and after 200 14 %",
         ),
+        ({"net": Normed, "average": AveragedModel}, r"average: .*use_buffers=True"),
         ({"objective": in_a_run_of_its_own}, "mlflow: the script calls mlflow.start_run"),
         ({"targets": Targets(params=1_000)}, "targets.params: "),
         (

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from helpers import read_runs
-from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
-from mnist_lab.errors import LabError
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
@@ -86,19 +84,3 @@ def test_a_run_logs_the_average_as_its_model_with_both_numbers_of_the_normalisat
     assert run.metrics["raw_test_accuracy"] == [(epoch.epoch, epoch.raw_accuracy) for epoch in result.epochs]
     assert run.metrics["num_params"][0][1] == num_params(Small())
     assert run.params["average"] == "AveragedModel"
-
-
-def of_the_same_class(net: nn.Module) -> AveragedModel:
-    return AveragedModel(Small())
-
-
-def test_an_average_of_another_network_is_refused_though_it_has_the_same_shape(small_mnist: Mnist) -> None:
-    with pytest.raises(LabError) as refusal:
-        rehearse(declare(net=Small, average=of_the_same_class), small_mnist)
-    assert refusal.value.field == "average"
-
-
-def test_it_is_said_where_the_statistics_of_batch_norm_are_not_averaged(small_mnist: Mnist) -> None:
-    for average, is_said in ((AveragedModel, True), (partial(AveragedModel, use_buffers=True), False)):
-        notices = rehearse(averaged(average=average), small_mnist).notices
-        assert any("use_buffers=True" in notice for notice in notices) is is_said
