@@ -76,7 +76,6 @@ class Record:
             **{name: environment[name] for name in ("hardware", "torch", "threads")},
             "memory_format": "channels_last" if is_channels_last else "contiguous",
             **({"no_effect": no_effect} if no_effect else {}),
-            **({"cuda_graph": "used"} if job.cuda_graph else {}),
             DESCRIPTION: describe(job.script, job.tags["overrides"]),
             **target_tags(job.targets),
             **{f"reported_{name}": str(figure) for name, figure in job.experiment.reported.items()},
