@@ -86,7 +86,7 @@ IN_TRAINING = {
         lambda y: sys.exit(),
         7,
         0,
-        r"training: sys\.exit\(None\) was called \(test_other_.*",
+        r"training: sys\.exit\(None\) was called \(test_.*",
     ),
     "NaN in the second epoch": (times_nan, 7, 0, r"loss: .*epoch 2.*"),
     "NaN in the second evaluation": (times_nan, 8, 0, "net: its test loss is nan in epoch 2"),
