@@ -52,6 +52,15 @@ class Centred(Linear):
         return logits - self.mean
 
 
+class Grows(Linear):
+    """Makes a buffer in its first batch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.ones(1))
+        return super().forward(images)
+
+
 class Holds(Optimizer):
     """Steps by an optimizer that it holds, whose groups are its own, as SAM and Lookahead do."""
 
@@ -153,6 +162,7 @@ def test_a_training_that_is_taken_up_again_ends_as_if_never_stopped(changes: Any
         ({"objective": partial(weighed, by=Counts())}, "objective: changes batches from"),
         ({"net": lambda: nn.Sequential(WarmsUp())}, "net: changes 0.batches from"),
         ({"net": Centred}, "net: changes mean from"),
+        ({"net": Grows}, "resume: a run of this can't be gone on with: "),
         ({"optimizer": partial(Holds, lr=0.05)}, "optimizer: keeps numbers in base,"),
     ],
 )
