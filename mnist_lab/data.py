@@ -100,20 +100,15 @@ def hold_out(mnist: Mnist, count: int) -> Mnist:
 
     The hold-out is stratified by digit, to within one image (largest remainders). A generator of torch with a fixed
     seed chooses the images, so they are the same in every run and on every device. Both parts keep the images' order.
-
-    Raises:
-        LabError: if a digit would be missing from either part.
+    Raises LabError if a digit would be missing from either part.
     """
     labels = mnist.train_labels.cpu()
     total, of_digit = len(labels), labels.bincount(minlength=10)
-    if not 1 <= count < total:
-        raise LabError(f"holdout: {count:,} is not between 1 and {total - 1:,}: it is taken from {total:,} images")
-    held = count * of_digit // total  # rounded down: the images still missing go to the largest remainders
-    held[(count * of_digit % total).argsort(descending=True, stable=True)[: count - int(held.sum())]] += 1
-    for part, sizes in (("held-out", held), ("training", of_digit - held)):
-        if (sizes == 0).any():
-            digit = int((sizes == 0).nonzero()[0])
-            raise LabError(f"holdout: {count:,} leaves no image of the digit {digit} in the {part} part")
+    taken = min(count, total)
+    held = taken * of_digit // total  # rounded down: the images still missing go to the largest remainders
+    held[(taken * of_digit % total).argsort(descending=True, stable=True)[: taken - int(held.sum())]] += 1
+    if not ((held > 0) & (held < of_digit)).all():
+        raise LabError(f"holdout: {count:,} of {total:,} images would leave one of the two parts without some digit")
     order = _order(total)
     chosen = torch.cat([order[labels[order] == digit][: held[digit]] for digit in range(10)])
     return _held_out(mnist, chosen)

@@ -76,30 +76,18 @@ def test_crop_is_drawn_for_each_image(images: Tensor) -> None:
     assert 0.2 < is_cropped.float().mean() < 0.4
 
 
-@pytest.mark.parametrize(
-    "transform", [partial(random_rotation, degrees=15), partial(random_center_crop, size=22, p=0.5)]
-)
-def test_images_in_are_images_out(transform: Callable[[Tensor], Tensor], images: Tensor) -> None:
-    before = images.clone()
-    result = transform(images)
-
-    assert result.shape == images.shape
-    assert result.dtype == torch.float32
-    assert result.min() >= 0
-    assert result.max() <= 1 + TOLERANCE
-    assert not torch.equal(result, images)
-    assert torch.equal(images, before)
-
-
 WRONG = [
     ("degrees=-1", partial(random_rotation, degrees=-1)),
     ("degrees=nan", partial(random_rotation, degrees=math.nan)),
     ("size=29", partial(random_center_crop, size=29, p=0.5)),
     ("p=1.1", partial(random_center_crop, size=22, p=1.1)),
+    ("degrees=-1", partial(random_affine, degrees=-1, shift=0.0, scale=0.0)),
+    ("shift=inf", partial(random_affine, degrees=0.0, shift=math.inf, scale=0.0)),
+    ("scale=1.0", partial(random_affine, degrees=0.0, shift=0.0, scale=1.0)),
 ]
 
 
-@pytest.mark.parametrize(("named", "transform"), WRONG, ids=[named for named, _ in WRONG])
+@pytest.mark.parametrize(("named", "transform"), WRONG)
 def test_an_argument_that_is_not_possible_is_refused(
     named: str, transform: Callable[[Tensor], Tensor], images: Tensor
 ) -> None:
@@ -170,6 +158,3 @@ def test_random_affine_draws_each_part_for_each_image(images: Tensor) -> None:
         drawn = random_affine(alike, **({"degrees": 0.0, "shift": 0.0, "scale": 0.0} | part))
         assert len(drawn.unique(dim=0)) == 200
     torch.testing.assert_close(random_affine(alike, 0.0, 0.0, 0.0), alike)
-    for wrong in ({"degrees": -1.0}, {"shift": math.inf}, {"scale": 1.0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            random_affine(alike, **({"degrees": 0.0, "shift": 0.0, "scale": 0.0} | wrong))

@@ -26,8 +26,8 @@ from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.tracking import run as tracking
 from mnist_lab.training import loop as training
 from mnist_lab.training.generators import kept_generators
-from mnist_lab.training.loop import EVALUATION_BATCH_SIZE, EpochMetrics, Takes, build_optimizer, normalize
-from mnist_lab.training.states import PARTS, load_parts_state, objects_in, own_parts, parts_state
+from mnist_lab.training.loop import EVALUATION_BATCH_SIZE, EpochMetrics, normalize
+from mnist_lab.training.states import PARTS, objects_in, own_parts
 from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts.targets import out_of_reach
 
@@ -93,8 +93,7 @@ class Trial:
     memory_format: torch.memory_format
     net: nn.Module = field(init=False)
     before: dict[str, Tensor] = field(init=False)  # what the network began with
-    optimizer: Optimizer = field(init=False)
-    takes: Takes = "gradients"  # what the step of the optimizer takes
+    training: training.Training = field(init=False)
     images: Tensor = field(init=False)  # of the first batch, augmented, in [0, 1]
     labels: Tensor = field(init=False)
     untrained: set[str] = field(default_factory=set)
@@ -164,14 +163,19 @@ def _check_building(trial: Trial) -> Iterator[str]:
 
 
 def _check_optimizer(trial: Trial) -> Iterator[str]:
-    trial.optimizer = build_optimizer(trial.experiment, trial.net.parameters())
-    name = type(trial.optimizer).__name__
-    if not isinstance(trial.optimizer, Optimizer):
+    optimizer = training.build_optimizer(trial.experiment, trial.net.parameters())
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
         raise TypeError(f"gives a {name}, not a torch.optim.Optimizer")
-    if any("lr" not in group for group in trial.optimizer.param_groups):
+    if any("lr" not in group for group in optimizer.param_groups):
         raise ValueError(f"{name} has a parameter group without lr, which each epoch reports")
-    yield from network.notice_optimized(trial.net, trial.optimizer)
-    trial.takes = training.step_takes(trial.experiment, trial.net)
+    yield from network.notice_optimized(trial.net, optimizer)
+    held = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
+    if held and type(optimizer).state_dict is Optimizer.state_dict:
+        yield (
+            f"optimizer: keeps numbers in {listed(held)}, which `--resume` begins anew; write state_dict and "
+            "load_state_dict that have them too"
+        )
 
 
 def _check_augmentation(trial: Trial) -> list[str]:
@@ -238,13 +242,10 @@ def _check_average(trial: Trial) -> Iterator[str]:
 def _check_steps(trial: Trial) -> Iterable[str]:
     """Train both batch sizes that will come up: some networks fail on a last batch of one image only."""
     last = len(trial.mnist.train_images) % trial.experiment.batch_size or trial.batch_size
-    augment = Augmentation(trial.experiment.augmentation)
+    trial.training = training.Training(trial.net, trial.experiment, trial.mnist, seed=SEED)
     for size in (trial.batch_size, last):
         trial.net.train()
-        indices = torch.arange(size, device=trial.mnist.train_images.device)
-        images, labels = training.training_batch(trial.mnist, indices, augment)
-        images = normalize(images, trial.experiment.normalize)
-        training.train_step(trial.net, images, labels, trial.experiment, trial.optimizer, trial.takes)
+        trial.training.train_batch(torch.arange(size, device=trial.mnist.train_images.device))
         trial.untrained -= {name for name, p in trial.net.named_parameters() if p.grad is not None}
         if not training.predict(trial.net, trial.evaluated(2), trial.experiment.normalize).isfinite().all():
             raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
@@ -264,27 +265,22 @@ def _check_trained(trial: Trial) -> Iterable[str]:
 
 
 def _check_resume(trial: Trial) -> Iterator[str]:
-    """Say what changes from batch to batch, and is not in a checkpoint."""
-    resumed = own_parts(trial.declared)
-    load_parts_state(resumed, parts_state(trial.experiment))
-    net = trial.network(SEED)
-    net.load_state_dict(trial.net.state_dict())
-    for one in (trial.net, net):  # which may keep its activations
+    """Take the training up anew, and say what changes from batch to batch without being in its state."""
+    resumed = training.Training(trial.network(SEED), own_parts(trial.declared), trial.mnist, seed=SEED)
+    try:
+        resumed.load_state_dict(trial.training.state_dict())
+    except Exception as error:  # a network that changes its layers in training
+        yield f"resume: a run of this can't be gone on with: {text_of(error)}"
+        return
+    for one in (trial.net, resumed.net):  # which may keep its activations
         trial.logits(trial.evaluated(2), one)
-    pairs = [(part, getattr(trial.experiment, part), getattr(resumed, part)) for part in PARTS]
-    for part, used, anew in [*pairs, ("net", trial.net, net)]:
+    pairs = {part: (getattr(trial.experiment, part), getattr(resumed.experiment, part)) for part in PARTS}
+    for part, (used, anew) in {**pairs, "net": (trial.net, resumed.net)}.items():
         after, before = _attributes(used), _attributes(anew)
         if changed := sorted(name for name in after if after[name] != before.get(name)):
             yield (
                 f"{part}: changes {listed(changed)} from batch to batch, which `--resume` begins anew; keep it in a "
                 "buffer, or write state_dict and load_state_dict"
-            )
-    if type(trial.optimizer).state_dict is Optimizer.state_dict:
-        held = [name for name, value in vars(trial.optimizer).items() if isinstance(value, Optimizer)]
-        if held:
-            yield (
-                f"optimizer: keeps numbers in {listed(held)}, which `--resume` begins anew; write state_dict and "
-                "load_state_dict that have them too"
             )
 
 
@@ -307,10 +303,10 @@ CHECKS: tuple[tuple[str, Check], ...] = (  # "loss" stands for the objective whe
     ("loss", _check_gradients),
     ("net", _check_evaluation),
     ("average", _check_average),  # after an evaluation: an activation that a network keeps can be copied then only
+    ("scheduler", _check_scheduler),
     ("optimizer", _check_steps),
     ("net", _check_trained),
     ("net", _check_resume),
-    ("scheduler", _check_scheduler),
     ("targets", _check_targets),
 )
 

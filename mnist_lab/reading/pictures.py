@@ -115,8 +115,6 @@ def _in_mnists_form(images: object) -> NDArray[Any]:
             "other sizes as Pillow's images"
         )
     array = array.reshape(-1, *image)
-    if not len(array):
-        raise LabError("images: there is none")
     kind, most = array.dtype.kind, 1 if array.dtype.kind == "f" else 255
     if kind not in "uif" or not ((array >= 0) & (array <= most)).all():
         raise LabError(f"images: {array.dtype} values are to be whole numbers from 0 to 255, or floats from 0 to 1")

@@ -125,13 +125,7 @@ class Training:
     """
 
     def __init__(
-        self,
-        net: nn.Module,
-        experiment: Experiment,
-        mnist: Mnist,
-        *,
-        seed: int,
-        on_batch: OnBatch | None = None,
+        self, net: nn.Module, experiment: Experiment, mnist: Mnist, *, seed: int, on_batch: OnBatch | None = None
     ) -> None:
         self.net, self.experiment, self.mnist, self.on_batch = net, experiment, mnist, on_batch
         self.augment = Augmentation(experiment.augmentation)
@@ -209,7 +203,7 @@ class Training:
         self.net.train()
         seen = 0
         for batch in torch.split(order, self.experiment.batch_size):
-            self._train_batch(batch)
+            self.train_batch(batch)
             if self.average is not None:
                 self.average.update_parameters(self.net)
             if self.experiment.scheduler_interval == "batch":
@@ -218,7 +212,7 @@ class Training:
             if self.on_batch is not None:
                 self.on_batch(seen, self.loss_sum, self.correct)
 
-    def _train_batch(self, batch: Tensor) -> None:
+    def train_batch(self, batch: Tensor) -> None:
         """Update the network once, by the images that the indices `batch` (N,) name."""
         images, labels = training_batch(self.mnist, batch, self.augment)
         images = normalize(images, self.experiment.normalize)

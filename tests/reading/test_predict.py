@@ -2,10 +2,10 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -163,12 +163,12 @@ def photo(light: NDArray[np.float64], rng: np.random.Generator) -> Image.Image:
 def test_digits_in_photos_are_read(digits: Pixels, mnist: Mnist) -> None:
     taken = []
     for change in PHOTOS.values():
-        for n in range(8):
+        for n in range(6):
             rng = np.random.default_rng(n)
             taken.append(photo(change(sheet(digits[n], rng), rng), rng))
     read = mnist_lab.predict(taken).digits
     for name, one in zip(PHOTOS, np.split(read, len(PHOTOS)), strict=True):
-        assert (one == mnist.test_labels[:8].numpy()).sum() >= 7, name
+        assert (one == mnist.test_labels[:6].numpy()).sum() >= 5, name
 
 
 def test_two_digits_in_one_picture_are_refused(digits: Pixels) -> None:
@@ -223,32 +223,23 @@ def test_what_is_no_picture_of_a_digit_is_refused(
 # ---- the network
 
 
-@pytest.fixture
-def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Return a function that trains a network for an epoch, and gives the id of its run."""
+def test_the_champion_reads_unless_another_is_named(
+    small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
+    (tmp_path / "good.py").touch()
 
-    def train(name: str, seed: int = 0, lr: float = 0.05, **given: Any) -> str:
-        script = tmp_path / f"{name}.py"
-        script.touch()
-        experiment, _ = tiny.EXPERIMENT.override({"epochs": 1, "lr": lr})
-        job = Job(script=script, experiment=experiment, tracking_uri=uri, threads=1, **given)
-        return runner.run(job, seed, Progress()).run_id
+    def train(**overrides: float) -> str:
+        experiment, _ = tiny.EXPERIMENT.override({"epochs": 1, **overrides})
+        job = Job(script=tmp_path / "good.py", experiment=experiment, tracking_uri=uri, threads=1, overrides=overrides)
+        return runner.run(job, 0, Progress()).run_id
 
-    return train
-
-
-def test_the_champion_reads_unless_another_is_named(train: Callable[..., str], uri: str) -> None:
-    committed = load_committed()[1]
-    assert find_reader(tracking_uri=uri).run_id == committed.run_id  # in a store without a champion
-    good, weak, other = train("good"), train("weak", lr=1e-5), train("weak", seed=1, lr=1e-5)
-    overridden = train("better", overrides={"lr": 0.05})
-    assert find_reader(tracking_uri=uri).run_id == committed.run_id
+    assert find_reader(tracking_uri=uri).run_id == load_committed()[1].run_id  # in a store without a champion
+    good, overridden = train(), train(lr=0.05)
     store = open_store(uri)
-    assert (register(store, good), register(store, weak), register(store, good)) == ("1", "2", "1")
-    assert find_reader(tracking_uri=uri).run_id == good
-    named = {"weak": other, f"runs:/{overridden}": overridden, "models:/mnist/2": weak, "models:/mnist@champion": good}
-    for name, run_id in named.items():
+    assert (register(store, good), register(store, overridden), register(store, good)) == ("1", "2", "1")
+    named = {None: good, "good": good, f"runs:/{overridden}": overridden, "models:/mnist/2": overridden}
+    for name, run_id in {**named, "models:/mnist@champion": good}.items():
         assert find_reader(name, tracking_uri=uri).run_id == run_id
     with pytest.raises(LabError, match="^model 'step4_augment_steplr': .* has no finished run of that script"):
         find_reader("step4", tracking_uri=uri)
@@ -265,24 +256,29 @@ def test_without_a_store_the_committed_champion_reads_and_none_is_made(tmp_path:
 
 
 def test_a_bad_picture_among_others_loses_none_of_them(
-    train: Callable[..., str], uri: str, digits: Pixels, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    run_id = train("good")
+    uri: str,
+    digits: Pixels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for n in (0, 2):
         Image.fromarray(digits[n]).save(tmp_path / f"{n}.png")
     (tmp_path / "1.png").write_text("hello")
     (tmp_path / "notes.txt").write_text("hello")
-    command = ["mnist_lab", "predict", str(tmp_path), "--model", "good", "--tracking-uri", uri]
+    command = ["mnist_lab", "predict", str(tmp_path), "--tracking-uri", uri]
+    champion = load_committed()[1]
     monkeypatch.setattr(sys, "argv", [*command, "--show"])
     with pytest.raises(SystemExit, match="1"):
         main()
     shown, said = capsys.readouterr()
     assert said.startswith(f"error: {tmp_path / '1.png'}: ")
     assert len(said.splitlines()) == 1
-    assert [str(tmp_path / f"{n}.png") in shown for n in range(3)] == [True, False, True]
+    rows = re.findall(r"^(\S+\.png) +(\d) +[\d.]+ % +(\d) \([\d.]+ %\)$", shown, re.MULTILINE)
+    assert [row[:2] for row in rows] == [(str(tmp_path / f"{n}.png"), digit) for n, digit in ((0, "7"), (2, "1"))]
+    assert all(digit != runner_up for _, digit, runner_up in rows)
     assert {"picture", "runner-up"} <= set(shown.splitlines()[0].split())
-    assert f"Read by good seed 0, run {run_id}." in shown
+    assert f", the champion of docs/results, run {champion.run_id}." in shown
     assert shown.count("as the network sees it:") == 2
     assert all(len(line) == 56 for line in shown.splitlines() if "@@" in line)
     assert "@@" in shown
@@ -294,17 +290,12 @@ def test_a_bad_picture_among_others_loses_none_of_them(
 def test_images_are_read_as_arrays_tensors_and_pictures(digits: Pixels, mnist: Mnist) -> None:
     tensor = mnist.test_images[:COUNT]
     said = mnist_lab.predict(tensor)
-    assert said.digits.shape == (COUNT,)
-    assert said.probabilities.shape == (COUNT, 10)
-    assert np.allclose(said.probabilities.sum(axis=1), 1, atol=1e-5)
     assert (said.digits == said.probabilities.argmax(axis=1)).all()
     assert (said.digits == mnist.test_labels[:COUNT].numpy()).mean() > 0.97
-    for alike in (digits, tensor / 255, (digits / 255).tolist(), tensor[:, 0].float() / 255):
+    assert np.allclose(said.probabilities.sum(axis=1), 1, atol=1e-5)
+    for alike in (digits, (digits / 255).tolist(), tensor[:, 0].float() / 255):
         assert np.allclose(mnist_lab.predict(alike).probabilities, said.probabilities, atol=1e-5)
     assert np.allclose(mnist_lab.predict(digits[0]).probabilities, said.probabilities[:1], atol=1e-5)
-
-    pictures = [Image.fromarray(digit) for digit in digits[:5]]
-    assert (mnist_lab.predict(pictures).digits == said.digits[:5]).all()
     assert mnist_lab.predict(STYLES["200x300"](digits[0])).digits.tolist() == [7]
 
 
@@ -312,7 +303,6 @@ def test_what_are_no_images_is_refused() -> None:
     cases: list[tuple[object, str]] = [
         (np.zeros((30, 30)), r"float64 \(30, 30\) is not \(28, 28\)"),
         (np.zeros((2, 3, 28, 28)), r"float64 \(2, 3, 28, 28\) is not"),
-        (np.zeros((0, 28, 28)), "there is none"),
         ("photo.png", "is not"),
         (np.full((28, 28), 7.0), "float64 values"),
         (np.full((28, 28), np.nan), "float64 values"),

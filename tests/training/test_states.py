@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,17 @@ from networks import CPU, Linear, Small, declare
 from test_loop import DrawsElsewhere
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    ExponentialLR,
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_lab import Experiment
@@ -52,6 +63,15 @@ class Centred(Linear):
         return logits - self.mean
 
 
+class Grows(Linear):
+    """Makes a buffer in its first batch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.ones(1))
+        return super().forward(images)
+
+
 class Holds(Optimizer):
     """Steps by an optimizer that it holds, whose groups are its own, as SAM and Lookahead do."""
 
@@ -62,6 +82,24 @@ class Holds(Optimizer):
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         return self.base.step()
+
+
+class WarmUp:
+    """A schedule's factor; numpy's numbers are no plain ones."""
+
+    def __init__(self) -> None:
+        self.factors = [0.1, 1.0]
+
+    def __call__(self, epoch: int) -> Any:
+        return np.interp(epoch, [0, 3], self.factors)
+
+
+def in_sequence(optimizer: Optimizer) -> LRScheduler:
+    return SequentialLR(optimizer, [LambdaLR(optimizer, WarmUp()), StepLR(optimizer, 1)], milestones=[2])
+
+
+def chained(optimizer: Optimizer) -> LRScheduler:
+    return ChainedScheduler([ConstantLR(optimizer), ExponentialLR(optimizer, 0.9)])
 
 
 class Counts:
@@ -114,6 +152,8 @@ def start(experiment: Experiment, mnist: Mnist, seed: int = 3) -> Training:
         {"augmentation": DrawsElsewhere()},
         {"scheduler": partial(OneCycleLR, max_lr=0.1), "scheduler_interval": "batch"},
         {"scheduler": partial(ReduceLROnPlateau, patience=0), "optimizer": partial(AdamW, lr=0.01)},
+        {"scheduler": in_sequence},
+        {"scheduler": chained},
         {"average": EMA},
         {"average": AveragedModel, "objective": partial(mixup, alpha=0.3)},
         {"objective": Ramp()},
@@ -123,6 +163,7 @@ def start(experiment: Experiment, mnist: Mnist, seed: int = 3) -> Training:
 )
 def test_a_training_that_is_taken_up_again_ends_as_if_never_stopped(changes: Any, small_mnist: Mnist) -> None:
     experiment = declare(**{"net": Small, "epochs": 3, **changes})
+    rehearse(experiment, small_mnist)
     whole = start(experiment, small_mnist)
     epochs = list(whole.epochs())
 
@@ -153,6 +194,7 @@ def test_a_training_that_is_taken_up_again_ends_as_if_never_stopped(changes: Any
         ({"objective": partial(weighed, by=Counts())}, "objective: changes batches from"),
         ({"net": lambda: nn.Sequential(WarmsUp())}, "net: changes 0.batches from"),
         ({"net": Centred}, "net: changes mean from"),
+        ({"net": Grows}, "resume: a run of this can't be gone on with: "),
         ({"optimizer": partial(Holds, lr=0.05)}, "optimizer: keeps numbers in base,"),
     ],
 )
