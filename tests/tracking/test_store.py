@@ -1,7 +1,5 @@
 """Which store is meant, and whether it is one that can be read."""
 
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -100,26 +98,3 @@ def test_a_store_that_was_never_made_says_what_to_do_and_stays_unmade(tmp_path: 
         check_readable(f"sqlite:///{file}")
 
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", ["foreign", "text", "empty", "cut short", "overwritten"])
-def test_a_file_that_is_not_mlflows_is_refused_and_left_alone(content: str, database: Path) -> None:
-    whole = database.read_bytes()
-    if content == "foreign":
-        database.unlink()
-        with closing(sqlite3.connect(database)) as connection, connection:
-            connection.execute("CREATE TABLE runs (distance REAL)")  # of a runner
-    else:
-        broken = {
-            "text": b"my notes\n" * 1000,
-            "empty": b"",
-            "cut short": whole[: len(whole) // 10],
-            "overwritten": whole[:100] + bytes(len(whole) - 100),
-        }
-        database.write_bytes(broken[content])
-    before = database.read_bytes()
-
-    with pytest.raises(LabError, match=f"^tracking store {database} (is not an MLflow database|can't be read: .+)$"):
-        check_readable(f"sqlite:///{database}")
-
-    assert database.read_bytes() == before

@@ -120,16 +120,24 @@ def test_a_process_killed_while_it_makes_the_store_blocks_nobody(tmp_path: Path)
     [
         ("sqlite:///{folder}/notes.txt", "can't be read: file is not a database"),
         ("sqlite:///{folder}/photos.db", "is not an MLflow database$"),
+        ("sqlite:///{folder}/empty.db", "is not an MLflow database$"),
+        ("sqlite:///{folder}/cut.db", "can't be read: "),
+        ("sqlite:///{folder}/overwritten.db", "can't be read: |is not an MLflow database$"),
         ("sqlite:///{folder}", "is not a file"),
         ("sqlite:///{folder}/notes.txt/mlflow.db", "can't be used: .*(Not a directory|File exists)"),
         ("foo://x", "can't be used: .*unsupported URI 'foo://x'"),
         ("mssql://nobody@127.0.0.1:1/runs", "can't be used: "),  # its driver is not installed
     ],
 )
-def test_a_store_that_cannot_be_used_is_refused_and_left_as_it_was(uri: str, reason: str, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("my notes\n")
+def test_a_store_that_cannot_be_used_is_refused_and_left_as_it_was(
+    uri: str, reason: str, empty_store: Path, tmp_path: Path
+) -> None:
+    whole = empty_store.read_bytes()
+    for name, content in (("notes.txt", b"my notes\n" * 1000), ("empty.db", b""), ("cut.db", whole[:20_000])):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "overwritten.db").write_bytes(whole[:100] + bytes(len(whole) - 100))
     with closing(sqlite3.connect(tmp_path / "photos.db")) as connection, connection:
-        connection.execute("CREATE TABLE photos (name TEXT)")
+        connection.execute("CREATE TABLE runs (distance REAL)")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
 
     with pytest.raises(LabError, match=f"^tracking store.*{reason}"):
