@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_lab.data import read_files
 from mnist_lab.errors import LabError, one_line
-from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, sqlite_file
+from mnist_lab.paths import OWN_FOLDER, PROJECT_ROOT, own_folder, sqlite_file
 from mnist_lab.running import identity
 from mnist_lab.running.identity import LAB, place
 from mnist_lab.running.job import Job
@@ -78,9 +78,11 @@ class Cluster(Trainers):
                 f"tracking store {store.name!r}: {len(nodes)} nodes can't write to SQLite; start a server with "
                 "`make server` and name it with --tracking-uri or MLFLOW_TRACKING_URI"
             )
-        environment = {name: text for name, text in os.environ.items() if name.startswith(("MLFLOW_", OWN_FOLDER))}
+        environment = {name: text for name, text in os.environ.items() if name.startswith("MLFLOW_")}
+        if OWN_FOLDER in os.environ:
+            environment[OWN_FOLDER] = str(own_folder(store.uri))
         self._order = identity.versions(), environment
-        if self.room() < 1:
+        if self._resources() < 1:
             raise LabError(f"cluster: {self._name} has no {'GPU' if on_gpu else 'core'} to train on")
         logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.room())
 
@@ -89,8 +91,10 @@ class Cluster(Trainers):
         return RemoteStorage(ray.remote(num_cpus=0, scheduling_strategy=here)(RDBStorage).remote(storage.url))
 
     def room(self) -> int:  # nodes that join are used too, unless workers were asked for
-        if self.workers:
-            return self.workers
+        return self.workers or max(1, self._resources())
+
+    def _resources(self) -> int:
+        """Return for how many tasks the cluster has resources now."""
         resources = ray.cluster_resources()
         needs = {"CPU": self._needs["num_cpus"], "GPU": self._needs["num_gpus"]}
         return int(min(resources.get(name, 0) / needed for name, needed in needs.items() if needed))

@@ -1,4 +1,4 @@
-"""How a run uses its machine: the threads of a CPU, memory that is kept, and what float32 means on a GPU.
+"""How a run uses its machine: the threads of a CPU, and memory that is kept.
 
 The number of threads is chosen at a run's start, whatever else the machine does, since it decides the rounding.
 """
@@ -39,13 +39,3 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, THRESHOLD)
         libc.mallopt(M_MMAP_THRESHOLD, THRESHOLD)
-
-
-def use_float32(device: torch.device) -> None:
-    """Let convolutions and matrix products on a CUDA device compute in float32, not in TF32, which has 10 bits for 23.
-
-    torch's own default for convolutions is TF32.
-    """
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
+import torch
+
 from mnist_lab.arguments import defaults
 from mnist_lab.checking.rehearsal import Rehearsal, blame_script, rehearse, without_exits
 from mnist_lab.data import Mnist, hold_out, hold_out_fold, load_mnist
@@ -16,7 +18,7 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job
-from mnist_lab.running.machine import keep_freed_memory, set_threads, use_float32
+from mnist_lab.running.machine import keep_freed_memory, set_threads
 from mnist_lab.running.progress import Progress, Pruned, RunResult
 from mnist_lab.running.record import Record
 from mnist_lab.tracking.models import find_teacher, load_teacher
@@ -85,7 +87,8 @@ def tried(job: Job, store: Store, seed: int = 0) -> tuple[Experiment, Mnist, Reh
 
     An objective that names a teacher is given the network, on the job's device.
     """
-    use_float32(job.device)
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions on a GPU compute with 10 bits of float32's 23
+    torch.backends.cuda.matmul.allow_tf32 = False
     experiment = job.experiment
     if job.teacher is not None and experiment.objective is not None:
         net = load_teacher(store, job.teacher, job.device, experiment.normalize)

@@ -25,14 +25,9 @@ PARENT = "mlflow.parentRunId"
 STARTS = 10  # of a node
 TOKEN = "a-token-of-the-tests-" + "0" * 32
 RAY = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": TOKEN,
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONDONTWRITEBYTECODE": "",
+    **{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"},
+    **{"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""},
 }
-
-
 on_nodes = pytest.mark.load  # and long: Ray gives the agents of each node 15 seconds to start
 
 
@@ -68,6 +63,7 @@ class Cluster:
         self.folder, port = folder, free_port()
         self.address = f"127.0.0.2:{port}"
         self.nodes = [self._start("--head", f"--port={port}", "--include-dashboard=false")]
+        self.nodes.append(self._start(f"--address={self.address}"))
 
     def _start(self, *flags: str) -> Process:
         """Start a node; again where a busy machine did not start Ray's agents within the 15 seconds that Ray allows."""
@@ -81,9 +77,6 @@ class Cluster:
             if process.poll() is None:
                 return process
         raise AssertionError(process.said)
-
-    def add_node(self) -> None:
-        self.nodes.append(self._start(f"--address={self.address}"))
 
 
 class Server:
@@ -113,29 +106,20 @@ def server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     server.process.end()
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[Cluster]:
-    """Return a cluster of one node, which the tests share; each adds the second one that it needs."""
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         cluster = Cluster(Path(folder))
         yield cluster
-        cluster.nodes[0].end()
-
-
-@pytest.fixture
-def cluster(head: Cluster) -> Iterator[Cluster]:
-    head.add_node()
-    yield head
-    while len(head.nodes) > 1:
-        head.nodes.pop().end()
+        for node in reversed(cluster.nodes):
+            node.end()
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Return what starts, with flags, a script with a space to search in, which imports a module beside it."""
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "places.py").write_text("LOW = 0.01\n")
-    script = write_search(tmp_path, "from parts.places import LOW")
+    (tmp_path / "places.py").write_text("LOW = 0.01\n")
+    script = write_search(tmp_path, "from places import LOW")
     started = []
 
     def start(*flags: str, **variables: str) -> Process:

@@ -14,10 +14,10 @@ import torch
 
 import tiny
 from helpers import read_runs
+from mnist_lab import cli
 from mnist_lab.cli import make_job, parser
 from mnist_lab.errors import LabError
 from mnist_lab.running import checkpoint
-from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.tracking.store import finished_runs, open_store
 from mnist_lab.training.loop import EpochMetrics
@@ -71,24 +71,13 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def command(script: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Return a function that runs the script in this process and returns its exit code."""
 
-    def run(*flags: str, stop_after: int | None = None) -> int:
-        save = runner.checkpoint.save
-
-        def stop(checkpoint: runner.Checkpoint, uri: str) -> None:
-            save(checkpoint, uri)
-            if len(checkpoint.epochs) == stop_after:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(runner.checkpoint, "save", stop)
-        fixed = ["--tracking-uri", uri, "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [str(script), *fixed, *flags])
+    def run(*flags: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(script), "--tracking-uri", uri, "--device", "cpu", *flags])
         forget_nets()
         try:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
             return int(end.code or 0)
-        finally:
-            monkeypatch.setattr(runner.checkpoint, "save", save)
         return 0
 
     return run
@@ -169,13 +158,19 @@ main(EXPERIMENT)
 """
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_functions_classes_modules_and_tensors_are_declared_alike_in_every_process(
-    command: Command, script: Path, uri: str, database: Path
+    command: Command, script: Path, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script.write_text(WITH_CALLABLES)
     pickle.loads(pickle.dumps(job_of(script, uri))).read_experiment()  # noqa: S301  as a worker does
 
-    assert command("--limit", "64", stop_after=2) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.Console, "on_epoch", interrupt)
+        assert command("--limit", "64") == 130
     assert command("--limit", "64", "--resume") == 0
 
     (run,) = read_runs(database)

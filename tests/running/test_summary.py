@@ -31,23 +31,31 @@ def test_each_layer_has_its_receptive_field(stem: str, fields: list[int], load_s
     assert fields_in(summarize(net)) == fields
 
 
-class ShortCut(nn.Module):
-    """Calls a layer twice, and adds what two paths give."""
+class Made(nn.Module):
+    """A network of these parts, which gives what the function makes of it and the images."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module | nn.Parameter) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, 4, 3, padding=1)
-        self.inner = nn.Conv2d(4, 4, 3, padding=1)
-        self.last = nn.Conv2d(4, 10, 3)
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.last(self.first(images)).amax((2, 3)) + self.inner(self.first(images)).mean()
+        return self.function(self, images)
+
+
+SHORT_CUT = Made(  # calls a layer twice, and adds what two paths give
+    lambda net, images: net.last(net.first(images)).amax((2, 3)) + net.inner(net.first(images)).mean(),
+    first=nn.Conv2d(1, 4, 3, padding=1),
+    inner=nn.Conv2d(4, 4, 3, padding=1),
+    last=nn.Conv2d(4, 10, 3),
+)
 
 
 @pytest.mark.parametrize(
     ("net", "fields"),
     [
-        (ShortCut(), [3, 5, 3, 5]),  # rows in the order of the calls
+        (SHORT_CUT, [3, 5, 3, 5]),  # rows in the order of the calls
         (nn.Sequential(nn.Conv2d(1, 2, 3, dilation=2), nn.Conv2d(2, 2, 3)), [5, 7]),
         (nn.Sequential(nn.Conv2d(1, 2, 3, dilation=3), nn.Conv2d(2, 2, 3, dilation=2)), [7, 11]),
         (nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 1)), [3, 7, 7]),
@@ -64,21 +72,15 @@ def test_fields_are_right_for_other_shapes_of_network(net: nn.Module, fields: li
     assert fields_in(summarize(net)) == fields
 
 
-class AlwaysDropout(nn.Module):
-    """Draws random numbers in evaluation mode too: `F.dropout` without `self.training`, a common slip."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 10, 3)
-        self.norm = nn.BatchNorm2d(10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.dropout(self.norm(self.conv(images))).mean((2, 3))
+def draw(net: nn.Module, images: Tensor) -> Tensor:
+    """Draw random numbers in evaluation mode too: `F.dropout` without `self.training`, a common slip."""
+    return F.dropout(net.norm(net.conv(images))).mean((2, 3))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_network_and_random_state_are_left_as_they_were(training: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    net = AlwaysDropout().train(training).to(memory_format=torch.channels_last)
+    net = Made(draw, conv=nn.Conv2d(1, 10, 3), norm=nn.BatchNorm2d(10))
+    net = net.train(training).to(memory_format=torch.channels_last)
     state = {name: value.clone() for name, value in net.state_dict().items()}
     random_state = torch.get_rng_state()
 
@@ -95,22 +97,17 @@ def test_network_and_random_state_are_left_as_they_were(training: bool, capsys: 
 # ---- the true count
 
 
-class Reused(nn.Module):
-    """A layer that is called twice, a bare parameter, and a frozen bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 1, 3, padding=1)
-        self.fc = nn.Linear(784, 10)
-        self.fc.bias.requires_grad_(False)
-        self.scale = nn.Parameter(torch.ones(10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.conv(self.conv(images)).flatten(1)) * self.scale
+REUSED = Made(  # a layer that is called twice, a bare parameter, and a frozen bias
+    lambda net, images: net.fc(net.conv(net.conv(images)).flatten(1)) * net.scale,
+    conv=nn.Conv2d(1, 1, 3, padding=1),
+    fc=nn.Linear(784, 10),
+    scale=nn.Parameter(torch.ones(10)),
+)
+REUSED.fc.bias.requires_grad_(False)
 
 
 def test_the_totals_count_each_parameter_once() -> None:
-    lines = summarize(Reused(), untrained=["scale"]).splitlines()
+    lines = summarize(REUSED, untrained=["scale"]).splitlines()
 
     assert {"Total params: 7,870", "Trainable params: 7,850", "Non-trainable params: 20"} <= set(lines)
 
@@ -118,40 +115,24 @@ def test_the_totals_count_each_parameter_once() -> None:
 # ---- unusual networks
 
 
-class Functional(nn.Module):
-    """Has a parameter but no layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(10, 784))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.linear(images.flatten(1), self.weight)
+def attend(net: nn.Module, images: Tensor) -> Tensor:
+    rows = images.squeeze(1)
+    return net.parts["fc"](net.attention(rows, rows, rows)[0].mean(1))
 
 
-class Recurrent(nn.Module):
-    """Has a layer that returns tuples in a tuple."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.LSTM(28, 12, batch_first=True)
-        self.fc = nn.Linear(12, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.rnn(images.squeeze(1))[0][:, -1])
-
-
-class Attention(nn.Module):
-    """Has a projection that is never called, and a part that is not used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(28, 4, batch_first=True)
-        self.parts = nn.ModuleDict({"fc": nn.Linear(28, 10), "unused": nn.Linear(2, 2)})
-
-    def forward(self, images: Tensor) -> Tensor:
-        rows = images.squeeze(1)
-        return self.parts["fc"](self.attention(rows, rows, rows)[0].mean(1))
+FUNCTIONAL = Made(  # has no layer
+    lambda net, images: F.linear(images.flatten(1), net.weight), weight=nn.Parameter(torch.zeros(10, 784))
+)
+RECURRENT = Made(  # has a layer that returns tuples in a tuple
+    lambda net, images: net.fc(net.rnn(images.squeeze(1))[0][:, -1]),
+    rnn=nn.LSTM(28, 12, batch_first=True),
+    fc=nn.Linear(12, 10),
+)
+ATTENTION = Made(  # has a projection that is never called, and a part that is not used
+    attend,
+    attention=nn.MultiheadAttention(28, 4, batch_first=True),
+    parts=nn.ModuleDict({"fc": nn.Linear(28, 10), "unused": nn.Linear(2, 2)}),
+)
 
 
 class Asserting(nn.Sequential):
@@ -165,9 +146,9 @@ class Asserting(nn.Sequential):
 @pytest.mark.parametrize(
     ("net", "row", "outside"),
     [
-        (Functional(), "", "weight (7,840): in none"),
-        (Recurrent(), "LSTM-1 ([28, 12], ([28, 12], [28, 12])) 2,016 -", ""),
-        (Attention(), "MultiheadAttention-1 ([28, 28], [28, 28]) 3,248 -", "parts.unused.weight (4)"),
+        (FUNCTIONAL, "", "weight (7,840): in none"),
+        (RECURRENT, "LSTM-1 ([28, 12], ([28, 12], [28, 12])) 2,016 -", ""),
+        (ATTENTION, "MultiheadAttention-1 ([28, 28], [28, 28]) 3,248 -", "parts.unused.weight (4)"),
         (
             nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(784, 10))),
             "ParametrizedLinear-3 [10] 7,860 28x28",
@@ -185,11 +166,10 @@ def test_an_unusual_network_has_a_table_too(net: nn.Module, row: str, outside: s
 
 
 def test_a_network_that_cannot_be_run_gives_one_line() -> None:
-    class Unfitting(AlwaysDropout):
-        def forward(self, images: Tensor) -> Tensor:
-            raise RuntimeError("the first line\n  and a second")
+    def fail(net: nn.Module, images: Tensor) -> Tensor:
+        raise RuntimeError("the first line\n  and a second")
 
-    text = summarize(Unfitting())
+    text = summarize(Made(fail, fc=nn.Linear(1, 1)))
 
     assert "the first line and a" in text
     assert "\n" not in text
