@@ -48,6 +48,7 @@ def test_a_difference_of_under_four_seeds_has_no_interval() -> None:
         assert "too few seeds" in effects_text([few])
     assert comparison(n=(4,)).interval == "-0.01 to +0.07"
     assert comparison(test="McNemar's exact test", n=(10_000,)).interval == "-0.01 to +0.07"
+    assert [mean_interval_text(n, 99.0, 100.0) for n in (3, 4)] == ["too few seeds", "99.00 to 100.00"]
 
 
 def test_a_table_of_comparisons_is_adjusted_together() -> None:
@@ -83,10 +84,6 @@ def test_experiments_are_in_natural_order() -> None:
 def test_the_pairs_name_experiments_that_there_are() -> None:
     scripts = {file.stem for file in (ROOT / "experiments").glob("*.py")}
     assert {step for pair in PAIRS for step in (pair.a, pair.b)} <= scripts
-
-
-def test_under_four_seeds_there_are_too_few_for_an_interval() -> None:
-    assert [mean_interval_text(n, 99.0, 100.0) for n in (3, 4)] == ["too few seeds", "99.00 to 100.00"]
 
 
 @pytest.mark.parametrize(
