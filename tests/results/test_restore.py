@@ -227,6 +227,8 @@ def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(
     monkeypatch.setattr(runner, "load_mnist", lambda *_: first(mnist, 1000, 10_000))
     in_this_process = lambda waiting, count, on_message, on_time: workers._train_here(waiting, on_message)  # noqa: E731
     monkeypatch.setattr(workers, "_train_in_processes", in_this_process)
+    for slow in ("log_model", "log_figures"):  # and not what is looked at here
+        monkeypatch.setattr(tracking.TrackedRun, slow, lambda *_: None)
 
     def train(seeds: Sequence[int], uri: str) -> None:
         experiment = replace(read_declaration(script), epochs=1)

@@ -298,8 +298,11 @@ def test_seeds_are_pairs_where_both_were_trained_on_what_rounds_alike(
     accuracies = {"a": [99.1, 99.2, 99.0], "b": [99.3, 99.45, 99.3, 99.2]}
     rows = [(step, seed, accuracy) for step, of in accuracies.items() for seed, accuracy in enumerate(of)]
     runs = pd.DataFrame(rows, columns=["step", "seed", "final_test_accuracy"])
-    ((found,), _) = compare_runs([Pair("a", "b", "")], runs.assign(hardware=runs["step"].map({"a": one, "b": other})))
-    assert found.test == test
+    runs["hardware"] = runs["step"].map({"a": one, "b": other})
+    ((found,), _) = compare_runs([Pair("a", "b", "")], runs)
+    runs.loc[0, "hardware"] = "another"  # of one seed
+    ((mixed,), _) = compare_runs([Pair("a", "b", "")], runs)
+    assert (found.test, mixed.test) == (test, "Welch's t-test")
 
 
 def test_one_run_each_is_compared_image_by_image(uri: str) -> None:
