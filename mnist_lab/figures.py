@@ -213,9 +213,7 @@ def plot_summary(table: pd.DataFrame, target_accuracy: float = 99.4, target_para
     span more than half a point.
     """
     _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
-    table = _in_order(table.rename(columns={"last": "mean"}))
-    few = table["seeds"] < FEWEST_FOR_INTERVAL
-    table[["low", "high"]] = table[["low", "high"]].mask(few, table["mean"], axis=0)
+    table = _without_few(_in_order(table.rename(columns={"last": "mean"})))
     number = table["step"].str.extract(r"^step(\d+)_", expand=False)
     steps, others = table[number.notna()], table[number.isna()]
 
@@ -325,24 +323,25 @@ def study_figures(history: Iterable[Mapping[str, object]], target_accuracy: floa
 
 
 def _step_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Summarise each step in a row: step, num_params, seeds, and mean, best, low and high in percent.
-
-    low, high: the 95 % interval; the mean itself where there are too few seeds for one.
-    """
+    """Summarise each step in a row: step, num_params, seeds, and mean, best, low and high in percent."""
     runs = _first_runs(runs, "runs", ["num_params", "final_test_accuracy", "best_test_accuracy"])
     bad = runs[~runs["final_test_accuracy"].between(0, 100)].astype(str)
     if len(bad):
         raise LabError(f"runs has a final_test_accuracy that is not 0 to 100 in {', '.join(bad['step'].unique())}")
-    rows = []
-    for step, group in runs.groupby("step", sort=False):
-        counts = group["num_params"].unique()
+    by_step = runs.groupby("step", sort=False)
+    for step, counts in by_step["num_params"].unique().items():
         if len(counts) > 1:
             different = ", ".join(f"{count:,.0f}" for count in counts)
             raise LabError(f"runs has different num_params in {step} ({different}): keep the runs of one network")
-        last = aggregate(group["final_test_accuracy"].tolist())
-        low, high = (last.low, last.high) if last.n >= FEWEST_FOR_INTERVAL else (last.mean, last.mean)
-        rows.append((step, counts[0], last.n, last.mean, low, high, group["best_test_accuracy"].mean()))
-    return pd.DataFrame(rows, columns=["step", "num_params", "seeds", "mean", "low", "high", "best"])
+    last = pd.DataFrame([vars(aggregate(of.tolist())) for _, of in by_step["final_test_accuracy"]])
+    table = by_step.agg(num_params=("num_params", "first"), best=("best_test_accuracy", "mean")).reset_index()
+    return _without_few(table.join(last.rename(columns={"n": "seeds"})))
+
+
+def _without_few(table: pd.DataFrame) -> pd.DataFrame:
+    """Put the mean itself in place of intervals that are of too few seeds."""
+    few = table["seeds"] < FEWEST_FOR_INTERVAL
+    return table.assign(low=table["low"].mask(few, table["mean"]), high=table["high"].mask(few, table["mean"]))
 
 
 def _bars(table: pd.DataFrame) -> NDArray[np.float64]:

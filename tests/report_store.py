@@ -1,5 +1,6 @@
-"""A small real store for the report and the browser: two steps of two seeds, with predictions and a figure."""
+"""A small real store for the report and the browser, and a place to publish a store's runs into."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
@@ -7,7 +8,9 @@ import numpy as np
 
 from mnist_lab.data import Mnist
 from mnist_lab.figures import plot_samples
+from mnist_lab.results import publish as files
 from mnist_lab.tracking.store import Store, open_store
+from pages import PAGE
 from run_writer import TARGETS, log_predictions, write_run
 
 T0 = 1_790_000_000_000
@@ -45,3 +48,25 @@ def predict(truth: np.ndarray, accuracy: float) -> dict[str, np.ndarray]:
     logits = np.zeros((len(truth), 10), dtype=np.float32)
     logits[np.arange(len(truth)), prediction] = np.linspace(9, 3, len(truth))
     return {"prediction": prediction, "logits": logits}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A store, the folder of CSVs that its runs were published into, and the page with the tables."""
+
+    uri: str
+    folder: Path
+    readme: Path
+
+    def publish(self, *, replace: bool = False) -> list[str]:
+        changes: list[str] = []
+        files.publish(self.folder, self.readme, replace=replace, tracking_uri=self.uri, progress=changes.append)
+        return changes
+
+
+def new_place(uri: str, place: Path) -> Published:
+    """Return a store, and a place to publish into: pages with markers for tables."""
+    (place / "results").mkdir(parents=True)
+    (place / "README.md").write_text(PAGE)
+    (place / "results" / "README.md").write_text("<!-- runs -->\n<!-- /runs -->\n")
+    return Published(uri, place / "results", place / "README.md")

@@ -134,17 +134,15 @@ def test_texts_neither_overlap_nor_leave_the_figure_nor_are_tiny(name: str, monk
     assert min(float(text.get_fontsize()) for text in texts) >= 9
 
 
-def test_samples_are_the_first_images_with_their_labels() -> None:
+def test_samples_and_augmented_images_stand_in_rows_on_one_grey_scale() -> None:
     figure = figures.plot_samples(IMAGES, LABELS, limit=13, columns=5)
     assert titles(figure) == [str(label) for label in LABELS[:13]]
     (axes,) = figure.axes
     for shown, image in zip(axes.images, IMAGES, strict=False):
         np.testing.assert_array_equal(shown.get_array(), image)
     assert len({image.get_extent()[2] for image in axes.images}) == 3  # rows of five
-    assert {image.get_clim() for image in axes.images} == {(0, 255)}  # one grey scale for all
+    assert {image.get_clim() for image in axes.images} == {(0, 255)}
 
-
-def test_augmentation_has_a_row_for_the_originals_and_one_for_each_draw() -> None:
     draws = np.stack([IMAGES[:6] // 2, IMAGES[:6] // 3])
     figure = figures.plot_augmentation(IMAGES[:6], draws, limit=4)
     drawn = np.array([axes.images[0].get_array() for axes in figure.axes]).reshape(3, 4, 28, 28)
@@ -170,19 +168,19 @@ def test_training_draws_mean_and_range_over_seeds() -> None:
     assert {"test, smallest to largest", "training, smallest to largest"} < set(legend_texts(figure))
 
 
-def test_training_of_one_seed_has_no_band_and_is_named_with_what_it_overrides() -> None:
-    figure = figures.plot_training(make_history(seeds=1).assign(overrides="epochs=1"), target_accuracy=None)
-    assert figure.get_suptitle() == "step3_gap [epochs=1]"
-    for axes in figure.axes:
+def test_curves_of_one_seed_have_no_band_and_those_of_several_steps_are_told_apart_in_grey() -> None:
+    one = figures.plot_training(make_history(seeds=1).assign(overrides="epochs=1"), target_accuracy=None)
+    assert one.get_suptitle() == "step3_gap [epochs=1]"
+    history = pd.concat([make_history(seeds=2), make_history(seeds=1).assign(step="other", run_id="other")])
+    several = figures.plot_training(history, target_accuracy=None)
+    for axes, other, metric in zip(one.axes, several.axes, ("loss", "accuracy"), strict=True):
         assert set(curves(axes)) == {"test", "training"}
         assert not axes.collections
-        assert len({line.get_linestyle() for line in axes.lines}) == 2  # told apart in grey
-
-
-def test_the_figures_of_a_study_without_losses_are_drawn_all_the_same() -> None:
-    history = make_history(seeds=4).assign(train_loss=math.nan, test_loss=math.nan).to_dict("records")
-    assert set(figures.study_figures(history, 99.4)) == {"training"}
-    assert figures.study_figures([{"run_id": "a"}], 99.4) == {}
+        mean = history[history["step"] == "step3_gap"].groupby("epoch")[f"test_{metric}"].mean()
+        np.testing.assert_allclose(curves(other)["step3_gap, mean of 2 seeds"], mean)
+        assert len(curves(other)["other"]) == 14
+        for drawn in (axes, other):
+            assert len({line.get_linestyle() for line in drawn.lines}) == 2
 
 
 def test_of_several_runs_of_one_seed_the_first_counts() -> None:
@@ -204,13 +202,16 @@ def test_steps_come_in_the_order_of_their_names_whatever_the_order_of_the_runs()
     assert legend_texts(figures.plot_learning_rate(history)) == ["step1", "step2", "four_conv", "under_20k"]
 
 
-def test_values_that_are_not_finite_are_announced() -> None:
+def test_values_that_are_not_finite_are_announced_and_those_of_a_study_do_not_end_it() -> None:
     history = make_history(seeds=2)
     history.loc[history["seed"] == 0, "train_loss"] = [math.nan] * 7 + [math.inf] * 7
     figure = figures.plot_training(history)
     assert figure.get_suptitle() == "step3_gap\nnot recorded, or not finite: train loss (14 of 28)"
     expected = history.loc[history["seed"] == 1, "train_loss"]
     np.testing.assert_allclose(curves(figure.axes[0])["training, mean of 2 seeds"], expected)
+    without = history.assign(train_loss=math.nan, test_loss=math.nan).to_dict("records")
+    assert set(figures.study_figures(without, 99.4)) == {"training"}
+    assert figures.study_figures([{"run_id": "a"}], 99.4) == {}
 
 
 def test_learning_rate_has_one_line_a_schedule_and_none_where_it_is_no_number() -> None:
@@ -258,13 +259,13 @@ def test_steps_numbers_each_point_beside_it_and_covers_none() -> None:
     figure = figures.plot_steps(make_runs(*STEPS, sd=0.042))
     figure.savefig(io.BytesIO(), dpi=figure.dpi)
     above = figure.axes[0]
-    numbers = [text for text in above.texts if isinstance(text, Annotation) and text.get_text().isdigit()]
+    numbers = {text.get_text(): text for text in above.texts if isinstance(text, Annotation)}
     points = {str(i): (params, accuracy) for i, (_, params, accuracy) in enumerate(STEPS, start=1)}
-    assert {text.get_text(): text.xy for text in numbers} == {i: pytest.approx(xy) for i, xy in points.items()}
-    for text in numbers:
-        box = Text.get_window_extent(text)
+    assert {number: numbers[number].xy for number in points} == {i: pytest.approx(xy) for i, xy in points.items()}
+    for number, point in points.items():
+        box = Text.get_window_extent(numbers[number])
         assert not any(box.contains(*above.transData.transform(marker)) for marker in points.values())
-        away = box.get_points().mean(axis=0) - above.transData.transform(text.xy)
+        away = box.get_points().mean(axis=0) - above.transData.transform(point)
         assert np.linalg.norm(away) * 72 / figure.dpi < 60  # points
 
 
@@ -283,16 +284,6 @@ def test_confusion_counts_and_colours_errors_only() -> None:
     assert (int(shades[4, 9]), int(shades[9, 4]), int(shades.sum())) == (3, 1, 4)
     assert axes.get_title() == "1,994 of 1,998 right (99.80 %)"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted digit", "true digit")
-
-
-def test_the_curves_of_several_steps_are_drawn_together() -> None:
-    history = pd.concat([make_history(seeds=2), make_history(seeds=1).assign(step="other", run_id="other")])
-    for axes, metric in zip(figures.plot_training(history).axes, ("loss", "accuracy"), strict=True):
-        drawn = curves(axes)
-        mean = history[history["step"] == "step3_gap"].groupby("epoch")[f"test_{metric}"].mean()
-        np.testing.assert_allclose(drawn["step3_gap, mean of 2 seeds"], mean)
-        assert len(drawn["other"]) == 14
-        assert len({line.get_linestyle() for line in axes.lines[:2]}) == 2
 
 
 def test_mistakes_are_the_wrong_ones_most_confident_first() -> None:

@@ -109,7 +109,7 @@ def publish(
     with _file_errors(folder):
         old = read_records(folder)
         records = _laid_over(own, old)
-        added, replaced = _changes(_by_name(old), _by_name(records))
+        added, replaced = _changes(old, records)
         for sentence in added + replaced or ["The published rows are those of the store already."]:
             progress(sentence)
         if replaced and not replace:
@@ -148,29 +148,24 @@ def _laid_over(own: Records, old: Records) -> Records:
     return Records(runs, epochs, settings, mistakes, folds)
 
 
-def _by_name(records: Records) -> dict[str, dict[Any, str]]:
-    """Return the rows of runs by what they are called."""
-    folds = records.folds.assign(last=records.folds["accuracy"]).to_dict("records")
-    seeds = {f"{row['step']} seed {row['seed']}": row for row in records.runs.to_dict("records")}
-    return seeds | {f"{row['step']} fold {row['fold']} of {row['folds']}": row for row in folds}
-
-
-def _changes(
-    before: Mapping[str, Mapping[Any, str]], after: Mapping[str, Mapping[Any, str]]
-) -> tuple[list[str], list[str]]:
+def _changes(before: Records, after: Records) -> tuple[list[str], list[str]]:
     """Return a sentence for each row that is added, and one for each that is replaced or removed."""
-    added = [
-        f"{name}: added, {row['last']} on {row['hardware'] or 'unknown hardware'}"
-        for name, row in after.items()
-        if name not in before
-    ]
-    replaced = []
-    for name, was in before.items():
-        row = after.get(name)
-        if row is None:
-            replaced.append(f"{name}: removed, {was['last']}; the store's runs of the step are of other code")
-        elif was != row:
-            cells = [f"{column} {was[column]} -> {cell}" for column, cell in row.items() if was[column] != cell]
+    was, now = (
+        {f"{row['step']} seed {row['seed']}": row for row in records.runs.to_dict("records")}
+        | {f"{row['step']} fold {row['fold']} of {row['folds']}": row for row in records.folds.to_dict("records")}
+        for records in (before, after)
+    )
+    added, replaced = [], []
+    for name, row in (was | now).items():
+        accuracy = row.get("last", row.get("accuracy"))
+        if name not in was:
+            added.append(f"{name}: added, {accuracy} on {row['hardware'] or 'unknown hardware'}")
+        elif name not in now:
+            replaced.append(f"{name}: removed, {accuracy}; the store's runs of the step are of other code")
+        elif was[name] != row:
+            cells = [
+                f"{column} {was[name][column]} -> {row[column]}" for column in row if was[name][column] != row[column]
+            ]
             replaced.append(f"{name}: replaced, {', '.join(cells)}")
     return added, replaced
 
@@ -200,10 +195,8 @@ def compare_folds(rows: pd.DataFrame) -> list[Comparison]:
 
 def effect_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     """Return the rows of effects.csv; of too few seeds, without an interval."""
-    rows = [{**vars(comparison), "seeds": comparison.seeds} for comparison in comparisons]
-    for row, comparison in zip(rows, comparisons, strict=True):
-        if comparison.interval == TOO_FEW:
-            row |= {"low": math.nan, "high": math.nan}
+    unknown = {"low": math.nan, "high": math.nan}
+    rows = [{**vars(one), "seeds": one.seeds, **(unknown if one.interval == TOO_FEW else {})} for one in comparisons]
     return cells(pd.DataFrame(rows, columns=[name for name, _ in EFFECT_COLUMNS.values()]), EFFECT_COLUMNS)
 
 
@@ -281,25 +274,18 @@ def with_tables(page: str, made: Mapping[str, str]) -> str:
     return page
 
 
-def _words(row: Mapping[Any, Any]) -> dict[str, str]:
-    """Return the verdict on each stated target, e.g. "accuracy met"."""
-    return {name: f"{name} {row[f'verdict_{name}']}" for name in TARGETS if row[f"verdict_{name}"] != "-"}
+def _verdict(row: Mapping[Any, Any], *, short: bool = False) -> str:
+    """Return the verdict on each stated target; in short what is not met, or that all is.
 
-
-def _verdict(row: Mapping[Any, Any]) -> str:
-    """Return the verdicts; on the accuracy of several seeds, also how many would show it."""
-    words = _words(row)
+    Of an accuracy of several seeds it also says how many would show it.
+    """
+    words = {name: f"{name} {row[f'verdict_{name}']}" for name in TARGETS if row[f"verdict_{name}"] != "-"}
+    if short:
+        unmet = [word for word in words.values() if not word.endswith(" met")]
+        return ", ".join(unmet) or ("all met" if words else "none stated")
     if pd.notna(row["seeds_needed"]):
         words["accuracy"] += f" (needs about {seeds_text(row['seeds_needed'])} seeds)"
     return ", ".join(words.values()) or "no target stated"
-
-
-def _in_short(row: Mapping[Any, Any]) -> str:
-    """Return the verdicts in a few words: what is not met, or that all is."""
-    words = _words(row)
-    return ", ".join(word for word in words.values() if not word.endswith(" met")) or (
-        "all met" if words else "none stated"
-    )
 
 
 def _commit(row: Mapping[str, str]) -> str:
@@ -337,5 +323,4 @@ TEMPLATES.filters |= {
     "p_text": p_text,
     "ranges": ranges,
     "verdict": _verdict,
-    "in_short": _in_short,
 }

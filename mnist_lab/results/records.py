@@ -126,19 +126,20 @@ def rows_of(step: str, rows: pd.DataFrame) -> pd.DataFrame:
 def among(rows: pd.DataFrame, others: pd.DataFrame, *columns: str) -> pd.Series[bool]:
     """Say of each row whether the other rows have its cells of these columns."""
     wanted = {*others[[*columns]].itertuples(index=False, name=None)}
-    return pd.Series([cells in wanted for cells in rows[[*columns]].itertuples(index=False, name=None)], dtype="bool")
+    found = [cells in wanted for cells in rows[[*columns]].itertuples(index=False, name=None)]
+    return pd.Series(found, rows.index, dtype="bool")
 
 
 def joined(columns: Iterable[str], *tables: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of all tables, sorted by their runs, and within a run as they belong."""
     rows = pd.concat([pd.DataFrame(columns=[*columns], dtype="str"), *tables]).fillna("")
+    return rows.sort_values([name for name in ORDER if name in rows], key=_sortable, ignore_index=True)
 
-    def place(cells: pd.Series[Any]) -> pd.Series[Any]:
-        if cells.name == "step":
-            return places(cells)
-        return cells if cells.name in ("kind", "name") else cells.astype("int64")
 
-    return rows.sort_values([name for name in ORDER if name in rows], key=place, ignore_index=True)
+def _sortable(cells: pd.Series[Any]) -> pd.Series[Any]:
+    if cells.name == "step":
+        return places(cells)
+    return cells if cells.name in ("kind", "name") else cells.astype("int64")
 
 
 # ---- from a store
@@ -280,9 +281,8 @@ def _read(file: Path, columns: Columns, *key: str) -> pd.DataFrame:
 
 
 def _check_once(file: Path, table: pd.DataFrame, *key: str) -> None:
-    for place in table.index[table.duplicated([*key])]:
-        what = " ".join(table.loc[place, [*key]])
-        raise LabError(f"{file}, row {place + 2}, {key[-1]}: {what} is there twice")
+    for place, *what in table.loc[table.duplicated([*key]), [*key]].itertuples(name=None):
+        raise LabError(f"{file}, row {place + 2}, {key[-1]}: {' '.join(what)} is there twice")
 
 
 def _read_settings(file: Path, runs: pd.DataFrame) -> pd.DataFrame:
@@ -320,9 +320,7 @@ def _by_setting(settings: pd.DataFrame) -> pd.DataFrame:
     """Put the settings that several seeds of a step share on one line."""
     seeds = settings.astype({"seed": "int64"}).groupby(["step", "kind", "name", "value"], sort=False)["seed"]
     lines = seeds.agg(seeds=ranges, first="min").reset_index()
-    order = ["step", "kind", "name", "first"]
-    lines = lines.sort_values(order, key=lambda column: places(column) if column.name == "step" else column)
-    return lines[[*SETTING_COLUMNS]]
+    return lines.sort_values(["step", "kind", "name", "first"], key=_sortable)[[*SETTING_COLUMNS]]
 
 
 def ranges(seeds: Iterable[int]) -> str:

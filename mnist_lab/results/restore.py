@@ -15,31 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from mlflow.utils.mlflow_tags import (
-    MLFLOW_GIT_BRANCH,
-    MLFLOW_GIT_COMMIT,
-    MLFLOW_SOURCE_NAME,
-    MLFLOW_SOURCE_TYPE,
-)
+from mlflow.utils import mlflow_tags
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import PROJECT_ROOT
+from mnist_lab.results import records as files
 from mnist_lab.results.compare import stated_targets
-from mnist_lab.results.records import (
-    DATE,
-    EPOCH_COLUMNS,
-    EPOCH_FIGURES,
-    IMAGES,
-    MISTAKE_COLUMNS,
-    RUN_COLUMNS,
-    Records,
-    among,
-    cells,
-    read_records,
-    to_csv,
-    typed,
-)
 from mnist_lab.results.runs import MISTAKES, load_runs
 from mnist_lab.running.record import DESCRIPTION, describe, target_tags, verdict_tags
 from mnist_lab.running.study import judge_runs, log_curves, log_verdict
@@ -117,7 +99,7 @@ def restore(
         LabError: if the folder has no such files, they are not as the lab writes them, the store can't be written, or
             another call is at work on it.
     """
-    records = read_records(folder)
+    records = files.read_records(folder)
     if records.runs.empty:
         raise LabError(f"folder: {folder} has no CSVs of runs")
     content = b"".join(file.read_bytes() for file in sorted(folder.glob("*.csv")))
@@ -128,7 +110,9 @@ def restore(
     with store_failures(store, "can't be written"), alone(store.uri, "restore", busy), short_timeouts():
         own = load_runs(store.uri).tested
         own = own[(own["status"] == "FINISHED") & (own["overrides"] == "") & own["restored"].isna()]
-        missing = compress(committed, ~among(records.runs, cells(own, RUN_COLUMNS), *RUN_COLUMNS))
+        missing = compress(
+            committed, ~files.among(records.runs, files.cells(own, files.RUN_COLUMNS), *files.RUN_COLUMNS)
+        )
         steps = {step: [*runs] for step, runs in groupby(missing, key=lambda run: run.step)}
         studies, added = sum(len(runs) > 1 for runs in steps.values()), sum(map(len, steps.values()))
         there = search(store, f"tags.{DIGEST} LIKE '%'")
@@ -152,11 +136,11 @@ def script_of(step: str) -> Path:
 # ---- from files
 
 
-def _committed(records: Records, folder: Path, marks: Mapping[str, str]) -> Iterator[Committed]:
+def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -> Iterator[Committed]:
     """Yield the runs that these rows are of; raises LabError if they don't fit together."""
-    every_epoch = typed(records.epochs, EPOCH_COLUMNS)
+    every_epoch = files.typed(records.epochs, files.EPOCH_COLUMNS)
     texts: list[dict[Any, str]] = records.runs.to_dict("records")
-    for text, row in zip(texts, typed(records.runs, RUN_COLUMNS).to_dict("records"), strict=True):
+    for text, row in zip(texts, files.typed(records.runs, files.RUN_COLUMNS).to_dict("records"), strict=True):
         settings, mistakes = _of_run(records.settings, text), _of_run(records.mistakes, text)
         params, tags = (
             dict(settings.loc[settings["kind"] == kind, ["name", "value"]].itertuples(index=False, name=None))
@@ -179,10 +163,13 @@ def _committed(records: Records, folder: Path, marks: Mapping[str, str]) -> Iter
             **{"model": NO_MODEL, DESCRIPTION: describe(script_of(row["step"]), verdicts=verdicts)},
         }
         named = {  # neither the script nor the commit is of this moment
-            **{"overrides": "", MLFLOW_SOURCE_NAME: f"experiments/{row['step']}.py", MLFLOW_SOURCE_TYPE: "LOCAL"},
-            **{MLFLOW_GIT_COMMIT: text["git_commit"], MLFLOW_GIT_BRANCH: "", **marks},
+            mlflow_tags.MLFLOW_SOURCE_NAME: f"experiments/{row['step']}.py",
+            mlflow_tags.MLFLOW_SOURCE_TYPE: "LOCAL",
+            mlflow_tags.MLFLOW_GIT_COMMIT: text["git_commit"],
+            mlflow_tags.MLFLOW_GIT_BRANCH: "",
+            **{"overrides": "", **marks},
         }
-        start = int(datetime.strptime(text["date"], DATE).replace(tzinfo=UTC).timestamp() * 1000)
+        start = int(datetime.strptime(text["date"], files.DATE).replace(tzinfo=UTC).timestamp() * 1000)
         yield Committed(
             **{name: row[name] for name in ("step", "seed", "epochs")},
             start=start,
@@ -203,8 +190,8 @@ def _of_run(rows: pd.DataFrame, run: Mapping[Any, Any]) -> pd.DataFrame:
 
 def _check(folder: Path, row: Mapping[Any, Any], params: object, epochs: list[int], mistakes: int) -> None:
     """Check that the files agree about a run; raises LabError."""
-    step, last, count = row["step"], row["final_test_accuracy"], row["epochs"]
-    best, best_epoch, wrong = row["best_test_accuracy"], row["best_epoch"], IMAGES - round(IMAGES / 100 * last)
+    step, last, best = row["step"], row["final_test_accuracy"], row["best_test_accuracy"]
+    count, best_epoch, wrong = row["epochs"], row["best_epoch"], round(files.IMAGES * (1 - last / 100))
     for file, fits, reason in (
         (step, best_epoch <= count, f"its best_epoch {best_epoch} is none of {count}"),
         (step, last <= best, f"its last accuracy {last} is above its best {best}"),
@@ -225,7 +212,7 @@ def _restore(store: Store, runs: Sequence[Committed]) -> None:
     if len(runs) == 1:
         _run(store, runs[0], None)
         return
-    tags = {MLFLOW_GIT_COMMIT: "", **_shared([run.tags for run in runs]), "study": step, "seeds_reused": ""}
+    tags = {mlflow_tags.MLFLOW_GIT_COMMIT: "", **_shared([run.tags for run in runs]), "study": step, "seeds_reused": ""}
     tags["seeds"] = " ".join(str(run.seed) for run in runs)
     params = _shared([run.params for run in runs])
     with track(replace(store, clock=clock), f"{step} {len(runs)} seeds", params=params, tags=tags) as tracked:
@@ -243,11 +230,13 @@ def _run(store: Store, run: Committed, parent_run_id: str | None) -> str:
     past, name = replace(store, clock=clock), f"{run.step} seed {run.seed}"
     with track(past, name, params=run.params, tags=run.tags, parent_run_id=parent_run_id) as tracked:
         clock.time = run.end
-        points = {of["epoch"]: {name: of[name] for name in EPOCH_FIGURES if pd.notna(of[name])} for of in run.history}
+        points = {
+            of["epoch"]: {name: of[name] for name in files.EPOCH_FIGURES if pd.notna(of[name])} for of in run.history
+        }
         tracked.log_missing(points)
         tracked.log_once(run.figures)
         if len(run.mistakes):
-            tracked.log_text(to_csv(run.mistakes[[*MISTAKE_COLUMNS][2:]]), MISTAKES)
+            tracked.log_text(files.to_csv(run.mistakes[[*files.MISTAKE_COLUMNS][2:]]), MISTAKES)
     return tracked.run_id
 
 

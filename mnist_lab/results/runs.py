@@ -22,20 +22,19 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import mlflow
 import numpy as np
 import pandas as pd
-import sqlalchemy
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from scipy import special
 
 from mnist_lab.data import load_mnist
-from mnist_lab.errors import LabError, one_line, text_of, without_password
+from mnist_lab.errors import LabError, text_of, without_password
 from mnist_lab.experiment import MAX_COUNT, quoted
 from mnist_lab.paths import EXPERIMENT_NAME, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
 from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.sqlite import check_readable, follow_move, read_points
-from mnist_lab.tracking.store import MAX_RUNS, check_not_deleted
+from mnist_lab.tracking.store import MAX_RUNS, Store, check_not_deleted, store_failures
 from mnist_lab.verdicts.comparison import step_order
 from mnist_lab.verdicts.measures import FOLDED, HELD_OUT, MEASURES, TESTED, protocol
 
@@ -207,7 +206,11 @@ def epoch_history(
     found = _find_runs(steps, seeds, **which)
     metrics = list(metrics or protocol(which.get("holdout", 0), which.get("folds", 0)).each_epoch)
     epochs = {str(run_id): int(number) for run_id, number in found.runs[["run_id", "epochs"]].to_numpy()}
-    points = _points(found.uri, epochs, metrics)
+    with reading(found.uri):
+        rows = read_points(found.uri, epochs, metrics)  # `epochs` bounds what a server is asked for at a time
+    points = pd.DataFrame(rows, columns=["run_id", "metric", "epoch", "value"]).astype({"value": "float64"})
+    largest = sys.float_info.max  # which MLflow keeps for infinity
+    points = points.replace({"value": {largest: math.inf, -largest: -math.inf}})
     # Should a point have been logged twice, its latest value counts.
     wide = points.pivot_table(index=["run_id", "epoch"], columns="metric", values="value", aggfunc="last")
     identity = ["run_id", "step", "overrides", "seed"]
@@ -229,7 +232,14 @@ def load_runs(tracking_uri: str | None = None, *, artifacts: bool = False) -> Lo
     check_readable(uri)
     if artifacts:
         follow_move(uri)
-    found = _search(uri)
+    with reading(uri):
+        client = mlflow.MlflowClient(uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+        found: list[Run] = []
+        if experiment is not None:
+            check_not_deleted(uri, experiment)
+            ids, order = [experiment.experiment_id], ["attributes.start_time DESC"]
+            found += client.search_runs(ids, OF_THE_LAB, max_results=MAX_RUNS, order_by=order)
     rows = [_row(run) for run in found]
     raw = pd.DataFrame(rows, columns=None if rows else [*COLUMNS, *USUAL_HYPERPARAMETERS, "end_time"], dtype=object)
     reasons = _why_left_out(raw)
@@ -292,18 +302,6 @@ def _why_left_out(raw: pd.DataFrame) -> dict[Any, str]:
 @cache  # once in each program, however often a store is read
 def _say_left_out(run_id: str, reason: str) -> None:
     logger.warning("left out: run %s: %s", run_id, reason)
-
-
-def _search(uri: str) -> list[Run]:
-    """Return the runs in the store that have a step and a seed, newest first."""
-    with reading(uri):
-        client = mlflow.MlflowClient(uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
-        if experiment is None:
-            return []
-        check_not_deleted(uri, experiment)
-        order = ["attributes.start_time DESC"]
-        return list(client.search_runs([experiment.experiment_id], OF_THE_LAB, max_results=MAX_RUNS, order_by=order))
 
 
 def loaded_runs(**which: Unpack[RunFilter]) -> LoadedRuns:
@@ -376,8 +374,8 @@ def full_names(steps: Iterable[str] | str, loaded: LoadedRuns) -> list[str]:
         alike = [name for name in known if name in (step, script_named(step))]
         alike = alike[:1] or [name for name in known if short and name.startswith(f"{step}_")]
         if len(alike) != 1:
-            there = f"is not clear: {', '.join(alike)}" if alike else f"has no run in {loaded.name}"
-            raise LabError(f"steps: {step!r} {there}; there are runs of {', '.join(known)}")
+            what = f"{step!r} is not clear" if alike else f"no run of {step!r} in {loaded.name}"
+            raise LabError(f"steps: {what}; there are runs of {', '.join(alike or known)}")
         names += alike
     return names
 
@@ -401,29 +399,13 @@ def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
     return number if number.dtype == "Int64" else number.astype("float64")
 
 
-def _points(uri: str, epochs: dict[str, int], metrics: list[str]) -> pd.DataFrame:
-    """Return every point of these metrics as run_id, metric, epoch, value, in the order of logging.
-
-    epochs: the runs' numbers of epochs by run id; they bound what a server is asked for at a time.
-    """
-    with reading(uri):
-        points = pd.DataFrame(read_points(uri, epochs, metrics), columns=["run_id", "metric", "epoch", "value"])
-    # MLflow keeps the largest float for infinity.
-    largest = sys.float_info.max
-    return points.astype({"value": "float64"}).replace({"value": {largest: math.inf, -largest: -math.inf}})
-
-
 @contextmanager
 def reading(uri: str) -> Iterator[None]:
     """Turn what MLflow and the database raise on a store that can't be read into a sentence."""
     retries = os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default, 7, waits for minutes
-    try:
-        with environment_variables({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries}):
-            yield
-    except LabError:
-        raise
-    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        raise LabError(f"tracking store {without_password(uri)!r} can't be read: {one_line(error)}") from error
+    asked = environment_variables({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries})
+    with store_failures(Store(uri, experiment_id=""), "can't be read"), asked:
+        yield
 
 
 # ---- what a trained network says of each test image

@@ -18,13 +18,11 @@ class Measure:
 
     label: in words, for a table or an axis.
     unit: "%", "cross-entropy" (mean per image, in nats), "" for a count, "s", "min", or "number" without a unit.
-    better: the direction in which it improves; "" where neither is better.
     cell: its format in a CSV.
     """
 
     label: str
     unit: Unit
-    better: Literal["higher", "lower", ""] = ""
     cell: str = ""
 
     @property
@@ -41,11 +39,11 @@ class Measure:
 
 
 def _accuracy(label: str, cell: str = ".2f") -> Measure:
-    return Measure(f"{label} accuracy", "%", "higher", cell)
+    return Measure(f"{label} accuracy", "%", cell)
 
 
 def _loss(label: str) -> Measure:
-    return Measure(f"{label} loss", "cross-entropy", "lower", ".5f")
+    return Measure(f"{label} loss", "cross-entropy", ".5f")
 
 
 MEASURES = {
@@ -56,13 +54,13 @@ MEASURES = {
     "test_accuracy": _accuracy("test"),
     "validation_loss": _loss("validation"),
     "validation_accuracy": _accuracy("validation"),
-    "raw_test_accuracy": Measure("test accuracy without averaging", "%", "higher", ".2f"),
-    "raw_validation_accuracy": Measure("validation accuracy without averaging", "%", "higher", ".2f"),
-    "objective": Measure("objective", "number", "lower", ".5f"),
-    "lr": Measure("learning rate", "number", "", ".6g"),
-    "lr_1": Measure("learning rate of group 1", "number", "", ".6g"),
-    "lr_2": Measure("learning rate of group 2", "number", "", ".6g"),
-    "epoch_seconds": Measure("time of an epoch", "s", "lower", ".1f"),
+    "raw_test_accuracy": Measure("test accuracy without averaging", "%", ".2f"),
+    "raw_validation_accuracy": Measure("validation accuracy without averaging", "%", ".2f"),
+    "objective": Measure("objective", "number", ".5f"),
+    "lr": Measure("learning rate", "number", ".6g"),
+    "lr_1": Measure("learning rate of group 1", "number", ".6g"),
+    "lr_2": Measure("learning rate of group 2", "number", ".6g"),
+    "epoch_seconds": Measure("time of an epoch", "s", ".1f"),
     # of a run
     "final_train_accuracy": _accuracy("final train", ".3f"),
     "best_train_accuracy": _accuracy("best train", ".3f"),
@@ -73,10 +71,10 @@ MEASURES = {
     "best_validation_accuracy": _accuracy("best validation"),
     "final_validation_loss": _loss("final validation"),
     "best_epoch": Measure("best epoch", ""),
-    "epochs_at_target": Measure("epochs at target", "", "higher"),
-    "num_params": Measure("parameters", "", "lower"),
-    "epochs": Measure("epochs", "", "lower"),
-    "minutes": Measure("training time", "min", "lower", ".1f"),
+    "epochs_at_target": Measure("epochs at target", ""),
+    "num_params": Measure("parameters", ""),
+    "epochs": Measure("epochs", ""),
+    "minutes": Measure("training time", "min", ".1f"),
 }
 
 

@@ -9,7 +9,7 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,8 +44,7 @@ class Aggregate:
     share_at_target: float  # of the seeds at or above the target, 0 to 1; nan where there is no target
 
 
-@dataclass(frozen=True)
-class StudyVerdict:
+class StudyVerdict(NamedTuple):
     """Whether the mean over seeds is shown to reach a target.
 
     word: "met" (shown to be above), "missed" (shown to be below) or "not shown".
@@ -121,12 +120,9 @@ def lower_bound(values: Sequence[float]) -> float:
 
     It is the one-sided 99 % bound of the mean; nan where nothing can be shown. Raises AssertionError as `aggregate`.
     """
-    from scipy import stats
-
     x = _numbers(values)
-    if len(x) == 1 or (_same(x) and 0.5 ** len(x) >= ALPHA_TARGET):
-        return math.nan
-    return float(x.mean() - stats.t.ppf(1 - ALPHA_TARGET, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    too_few = _same(x) and 0.5 ** len(x) >= ALPHA_TARGET  # for the sign test
+    return math.nan if too_few else _interval(x, ALPHA_TARGET)[0]
 
 
 def interval_for_new_images(wrong: NDArray[np.bool_]) -> tuple[float, float]:
@@ -281,13 +277,13 @@ def _numbers(values: Sequence[float]) -> NDArray[np.float64]:
     return x
 
 
-def _interval(x: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the 95 % t-interval of the mean."""
+def _interval(x: NDArray[np.float64], tail: float = 0.025) -> tuple[float, float]:
+    """Return the t-interval of the mean with so much beyond either end."""
     from scipy import stats
 
     if len(x) == 1:
         return math.nan, math.nan
-    half = float(stats.t.ppf(0.975, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    half = float(stats.t.ppf(1 - tail, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
     return float(x.mean()) - half, float(x.mean()) + half
 
 

@@ -42,12 +42,17 @@ def judge(targets: Targets, *, accuracies: Sequence[float], num_params: int, epo
         mean of several is judged by `statistics.judge_mean`.
     """
     verdicts = []
-    if targets.accuracy is not None:
-        verdicts.append(_judge_accuracy(accuracies, targets.accuracy))
+    if (target := targets.accuracy) is not None:
+        wanted, mean = f"at least {target:g} %", fmean(accuracies)
+        if len(accuracies) == 1:
+            verdicts.append(Verdict("accuracy", wanted, mean, "met" if mean >= target else "missed", target=target))
+        else:
+            word, p, needed = judge_mean(accuracies, target)
+            verdicts.append(Verdict("accuracy", f"mean {wanted}", mean, word, p, needed, len(accuracies), target))
     for name, measured, limit in (("params", num_params, targets.params), ("epochs", epochs, targets.epochs)):
         if limit is not None:
-            word: Word = "met" if measured < limit else "missed"
-            verdicts.append(Verdict(name, f"fewer than {limit:,}", measured, word, target=limit))
+            met: Word = "met" if measured < limit else "missed"
+            verdicts.append(Verdict(name, f"fewer than {limit:,}", measured, met, target=limit))
     return verdicts
 
 
@@ -74,11 +79,3 @@ def overall(verdicts: Sequence[Verdict]) -> str:
     if not words:
         return "none"
     return "missed" if "missed" in words else "not shown" if "not shown" in words else "met"
-
-
-def _judge_accuracy(accuracies: Sequence[float], target: float) -> Verdict:
-    wanted, mean = f"at least {target:g} %", fmean(accuracies)
-    if len(accuracies) == 1:
-        return Verdict("accuracy", wanted, mean, "met" if mean >= target else "missed", target=target)
-    shown = judge_mean(accuracies, target)
-    return Verdict("accuracy", f"mean {wanted}", mean, shown.word, shown.p, shown.seeds_needed, len(accuracies), target)

@@ -1,14 +1,14 @@
 """The report, written from a small real store and read back as a reader's program would."""
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+from bs4 import BeautifulSoup
 
 from helpers import ROOT
 from mnist_lab import results
@@ -18,7 +18,7 @@ from mnist_lab.results.report import write_report
 from mnist_lab.story import read_story
 from mnist_lab.tracking.store import Store, open_store
 from report_store import T0, write_sample_store
-from run_writer import TARGETS, write_run, write_seeds
+from run_writer import TARGETS, log_predictions, write_run, write_seeds
 
 HOSTILE = "../a|b <script>alert(1)</script>"  # a step's name is free text to the store
 SCRIPTS = {
@@ -47,62 +47,30 @@ raise RuntimeError("a report imports no script")
 LINES = ["step1_plain", "step2_better", HOSTILE]
 
 
-@dataclass
-class Page(HTMLParser):
-    """What a program reads in the page: elements with their attributes, table rows, and all text."""
-
-    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    tables: list[list[list[str]]] = field(default_factory=list)
-    text: str = ""
-    in_cell: bool = False
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attributes)))
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-            self.in_cell = True
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th"):
-            self.in_cell = False
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self.in_cell:
-            row = self.tables[-1][-1]
-            row[-1] = " ".join(f"{row[-1]}{data}".split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
 @dataclass(frozen=True)
 class Report:
-    """A written report; `texts` is what a reader sees of the page, and of the Markdown."""
+    """A written report, as HTML, as Markdown, and as a reader's program finds it."""
 
     folder: Path
     html: str
     md: str
-    page: Page
+    page: BeautifulSoup
 
     @property
     def texts(self) -> tuple[str, str]:
-        return self.page.text, self.md
+        """What a reader sees of the page, and of the Markdown."""
+        return self.page.get_text(), self.md
+
+    def rows(self, table: int) -> list[list[str]]:
+        rows = self.page.find_all("table")[table].find_all("tr")
+        return [[" ".join(cell.get_text().split()) for cell in row.find_all(["td", "th"])] for row in rows]
 
 
 def write(folder: Path, uri: str, scripts: Path, *steps: str) -> Report:
-    html_file, md_file = write_report(folder, steps, tracking_uri=uri, scripts=scripts)
-    assert (html_file, md_file) == (folder / "steps.html", folder / "steps.md")
-    page = Page()
-    page.feed(html_file.read_text())
-    return Report(folder, html_file.read_text(), md_file.read_text(), page)
+    files = write_report(folder, steps, tracking_uri=uri, scripts=scripts)
+    assert files == (folder / "steps.html", folder / "steps.md")
+    html, md = (file.read_text() for file in files)
+    return Report(folder, html, md, BeautifulSoup(html, "html.parser"))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +86,9 @@ def store(new_store: Callable[[], Store], mnist: Mnist) -> Store:
     """Return the sample store with what a report must tell apart: hostile, overridden and unfinished runs."""
     store = new_store()
     write_sample_store(Path(store.uri.removeprefix("sqlite:///")).parent, mnist)
-    write_run(store, HOSTILE, 0, [97.0], start_time=T0, num_params=20_000, tags={})  # and it has no predictions
+    hostile = write_run(store, HOSTILE, 0, [97.0], start_time=T0, num_params=20_000, tags={})
+    few = np.zeros(50, np.uint8)
+    log_predictions(store, hostile, truth=few, prediction=few, logits=np.zeros((50, 10), np.float32))
     write_run(store, "step2_better", 0, [99.9], start_time=T0 + 10**9, tags=TARGETS | {"overrides": "lr=0.2"})
     write_run(store, "step2_better", 7, [99.9], start_time=T0 + 10**9, status="FAILED")
     write_run(store, "step3_next", 0, [99.9], start_time=T0 + 10**9, status=None)
@@ -140,8 +110,8 @@ ROWS = [  # the newest run of each seed counts; HOSTILE states no target
 ]
 
 
-def test_the_comparison_has_figures_and_verdicts(report: Report) -> None:
-    _, _, *rows = report.page.tables[0]
+def test_the_comparison_has_figures_and_verdicts_in_html_and_in_markdown(report: Report) -> None:
+    _, _, *rows = report.rows(0)
     assert [[re.sub(r"[✓✗?].*", "", cell) for cell in row] for row in rows] == ROWS
     assert [[re.findall("met|missed|not shown", cell) for cell in row[1:4]] for row in rows] == [
         [["not shown"], ["missed"], ["met"]],  # two seeds at 98.97 and 98.83 don't refute it at p < 0.01
@@ -151,8 +121,6 @@ def test_the_comparison_has_figures_and_verdicts(report: Report) -> None:
     assert "missed < 10,000" in rows[0][2]
     assert "✓ met ≥ 99.4" in rows[1][1]
 
-
-def test_the_comparison_in_markdown_has_the_same_figures(report: Report) -> None:
     lines = [line for line in report.md.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:5]]
     name = HOSTILE.replace("|", r"\|").replace("<", "&lt;").replace(">", "&gt;")
@@ -162,7 +130,7 @@ def test_the_comparison_in_markdown_has_the_same_figures(report: Report) -> None
 
 
 def test_the_runs_behind_it_are_listed_with_hardware_and_commit(report: Report, store: Store) -> None:
-    _, *rows = report.page.tables[1]
+    _, *rows = report.rows(1)
     names = [f"{step} seed {seed}" for step in LINES[:2] for seed in (0, 1)]
     assert [row[0] for row in rows] == [*names, f"{HOSTILE} seed 0"]
     newest = results.run_table("step2_better", 0, columns="all", tracking_uri=store.uri).iloc[0]
@@ -170,19 +138,9 @@ def test_the_runs_behind_it_are_listed_with_hardware_and_commit(report: Report, 
     assert rows[2][2] == f"{newest['start_time']:%Y-%m-%d %H:%M}"
     assert rows[2][3:] == ["1.0", "cpu: a CPU", "abc", newest["run_id"]]
     assert newest["run_id"] in report.md
-    assert "mlflow 3" in report.page.text
+    assert "mlflow 3" in report.texts[0]
     assert "lr=0.2" not in report.html + report.md  # an overridden run
     assert all("These meet all of their targets: step2_better." in text for text in report.texts)
-
-
-def test_runs_of_other_code_are_left_out_and_counted(tmp_path: Path, scripts: Path, uri: str) -> None:
-    store = open_store(uri)
-    write_seeds(store, "step1_plain", 98.0, 98.0, num_params=7_852, tags={"code_sha256": "old"})
-    write_run(store, "step1_plain", 0, [99.0], start_time=T0, num_params=10_970, tags={"code_sha256": "new"})
-    report = write(tmp_path, uri, scripts)
-    assert "2 older runs are left out: other code computed them" in report.page.text
-    assert "Left out: 2 older runs that other code computed" in report.md
-    assert "98.00" not in report.md
 
 
 # ---- the story
@@ -190,7 +148,7 @@ def test_runs_of_other_code_are_left_out_and_counted(tmp_path: Path, scripts: Pa
 
 def test_the_experiments_stand_in_order(report: Report) -> None:
     order = ["step1_plain", "step2_better", "step3_next", HOSTILE, "an_idea", "no_words"]
-    assert [h2["id"] for h2 in report.page.all("h2")] == ["comparison", *order, "provenance"]
+    assert [h2["id"] for h2 in report.page.find_all("h2")] == ["comparison", *order, "provenance"]
     assert re.findall(r"^Experiment (\w+)$", report.md, flags=re.MULTILINE) == [
         step for step in order if step != HOSTILE
     ]
@@ -222,20 +180,17 @@ def test_a_result_is_told_under_the_script_that_it_belongs_to_and_a_broken_scrip
 
 def test_what_a_script_lacks_is_said(report: Report) -> None:
     for step in ("step3_next", "an_idea", "no_words"):
-        assert f"No finished run yet: make {step}" in report.page.text
+        assert f"No finished run yet: make {step}" in report.texts[0]
         assert f"No finished run yet: `make {step}`" in report.md
     for text in report.texts:
         assert text.count("has nothing under: Target, Change, Result, Analysis.") == 2
-        assert re.search(r"No confusion matrix and no mistakes: run \w+ has no predictions: .*", text)
-    assert "There is no script of this name" in report.page.text
+        assert re.search(
+            r"No confusion matrix and no mistakes: run \w+ has predictions of 50 images, not of 10,000", text
+        )
+    assert "There is no script of this name" in report.texts[0]
 
 
-def test_a_docstring_is_read_without_importing_the_script_and_has_no_html_in_markdown(scripts: Path) -> None:
-    story = read_story(scripts / "step1_plain.py")
-    assert (story.title, story.missing) == ("Step 1, plain: the ground", [])
-    assert [heading for heading, _ in story.sections] == ["Target", "Change", "Result", "Analysis"]
-    assert dict(story.sections)["Result"] == "98.90 +- 0.10 (2 seeds)."
-    assert dict(story.sections)["Analysis"].endswith("a list:\n\n- one\n- two")
+def test_a_story_in_markdown_has_no_html(scripts: Path) -> None:
     text = read_story(scripts / "step2_better.py").markdown()
     assert text.startswith('**Step 2: &lt;script&gt;alert("2")&lt;/script&gt; &amp;c**')
     assert "a &lt; b" in text
@@ -245,7 +200,7 @@ def test_a_docstring_is_read_without_importing_the_script_and_has_no_html_in_mar
 
 
 def test_every_figure_says_what_it_shows(report: Report) -> None:
-    texts = [image["alt"] or "" for image in report.page.all("img")]
+    texts = [str(image["alt"]) for image in report.page.find_all("img")]
     assert len(texts) == 1 + 2 * 3 + 1
     assert "Highest: step2_better, 99.82 % with 7,852 parameters. Lowest: ../a|b <script>" in texts[0]
     assert "97.30 % after the first epoch and 98.90 % after the last; training accuracy ends at 98.80 %" in texts[1]
@@ -253,93 +208,71 @@ def test_every_figure_says_what_it_shows(report: Report) -> None:
     assert "The most confident of 117 mistakes" in texts[3]
     assert "The first is a 7 read as 8 with 99.9 %." in texts[3]
     assert "9,981 of 10,000" in texts[5]
-    assert all(f"![{text.replace('<', '&lt;').replace('>', '&gt;')}](" in report.md for text in texts)
-
-
-def test_markdown_refers_to_pictures_that_are_there(report: Report) -> None:
     paths = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", report.md)
-    assert len(paths) == len(set(paths)) == 8
     files = [report.folder / unquote(path) for path in paths]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     assert sorted(files) == sorted((report.folder / "steps_files").iterdir())
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    assert all(f"![{text.replace('<', '&lt;').replace('>', '&gt;')}](" in report.md for text in texts)
 
 
 # ---- one file, and safe
 
 
-def test_the_page_loads_nothing_and_runs_nothing(report: Report) -> None:
+def test_the_page_loads_nothing_runs_nothing_and_shows_hostile_text_as_text(report: Report) -> None:
     page = report.page
-    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "base", "video", "audio"}
-    assert all((image["src"] or "").startswith("data:image/png;base64,") for image in page.all("img"))
-    assert all((link["href"] or "").startswith("#") for link in page.all("a"))
-    assert not {name for _, attributes in page.elements for name in attributes if name.startswith("on")}
+    assert not page.find_all(["script", "link", "iframe", "object", "base", "video", "audio"])
+    assert all(str(image["src"]).startswith("data:image/png;base64,") for image in page.find_all("img"))
+    assert not {name for tag in page.find_all(True) for name in tag.attrs if name.startswith("on")}
     assert not re.search(r"url\(|@import", report.html[: report.html.index("</style>")])
-
-
-def test_hostile_text_is_shown_as_text(report: Report) -> None:
-    assert '<script>alert("2")</script> &c' in report.page.text
+    assert '<script>alert("2")</script> &c' in report.texts[0]
     assert "&lt;script&gt;alert(&#34;2&#34;)" in report.html
-    assert "<script" not in report.html
-    assert "<script" not in report.md
+    assert "<script" not in report.html + report.md
     assert "&lt;script&gt;" in report.md
 
 
 def test_links_lead_somewhere_and_tables_are_labelled(report: Report) -> None:
     page = report.page
-    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    ids = [tag["id"] for tag in page.find_all(id=True)]
     assert len(ids) == len(set(ids))
-    assert {unquote(link["href"] or "")[1:] for link in page.all("a")} <= set(ids)
-    assert page.all("html") == [{"lang": "en"}]
-    assert [len(page.all(tag)) for tag in ("h1", "header", "nav", "main")] == [1, 1, 1, 1]
-    assert len(page.all("table")) == len(page.all("caption")) == 2
-    assert all(th["scope"] in ("col", "colgroup", "row") for th in page.all("th"))
-
-
-# ---- writing
-
-
-def test_writing_again_gives_the_same_and_leaves_other_files_alone(
-    report: Report, tmp_path: Path, store: Store, scripts: Path
-) -> None:
-    folder = tmp_path / "reports"
-    shutil.copytree(report.folder, folder)
-    (folder / "steps_files" / "mine.png").write_text("mine")
-    (folder / "steps.html").write_text("an old one")
-    write(folder, store.uri, scripts)
-    assert contents(folder) == contents(report.folder) | {"steps_files/mine.png": b"mine"}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    links = [str(link["href"]) for link in page.find_all("a")]
+    assert {unquote(link) for link in links} <= {f"#{one}" for one in ids}
+    assert page.find_all("html")[0].attrs == {"lang": "en"}
+    assert [len(page.find_all(tag)) for tag in ("h1", "header", "nav", "main")] == [1, 1, 1, 1]
+    assert len(page.find_all("table")) == len(page.find_all("caption")) == 2
+    assert all(th["scope"] in ("col", "colgroup", "row") for th in page.find_all("th"))
 
 
 # ---- stores and scripts that won't do
 
 
-def test_overridden_runs_are_told_where_there_are_none_as_declared_but_compared_on_request_only(
+def test_runs_of_other_code_are_counted_and_overridden_ones_told_where_there_are_no_others_but_compared_on_request_only(
     tmp_path: Path, uri: str, scripts: Path
 ) -> None:
     store = open_store(uri)
     write_run(store, "step1_plain", 0, [97.0], start_time=T0, tags=TARGETS | {"overrides": "epochs=1"})
     report = write(tmp_path / "all", uri, scripts)
-    assert report.page.tables[0][1][0] == "step1_plain [epochs=1] seed 0"  # the runs; there is no comparison
+    assert report.rows(0)[1][0] == "step1_plain [epochs=1] seed 0"  # the runs; there is no comparison
     for text in report.texts:
         assert "No experiment has a finished run as declared yet" in text
         assert "No finished run as declared yet. This is step1_plain [epochs=1]" in text
         assert "98.90 +- 0.10 (2 seeds)." in text  # the story is told all the same
     asked = write(tmp_path / "asked", uri, scripts, "step1")
-    assert asked.page.tables[0][2][0] == "step1_plain [epochs=1]"
-    write_run(store, "step2_better", 0, [99.0], start_time=T0, tags=TARGETS)
+    assert asked.rows(0)[2][0] == "step1_plain [epochs=1]"
+    write_seeds(store, "step2_better", 98.0, 98.0, num_params=7_852, tags={"code_sha256": "old"})
+    write_run(store, "step2_better", 0, [99.0], start_time=T0 + 9, num_params=10_970, tags={"code_sha256": "new"})
     report = write(tmp_path / "two", uri, scripts)
-    assert [row[0] for row in report.page.tables[0][2:]] == ["step2_better"]
-    assert "No finished run as declared yet. This is step1_plain [epochs=1]" in report.page.text
+    assert [row[0] for row in report.rows(0)[2:]] == ["step2_better"]
+    assert "No finished run as declared yet. This is step1_plain [epochs=1]" in report.texts[0]
+    assert "2 older runs are left out: other code computed them" in report.texts[0]
+    assert "Left out: 2 older runs that other code computed" in report.md
+    assert "98.00" not in report.md
 
 
 def test_a_report_of_some_steps_tells_of_these_alone(tmp_path: Path, store: Store, scripts: Path) -> None:
     report = write(tmp_path, store.uri, scripts, "step2", "an_idea")
-    assert [h2["id"] for h2 in report.page.all("h2")] == ["comparison", "step2_better", "an_idea", "provenance"]
+    assert [h2["id"] for h2 in report.page.find_all("h2")] == ["comparison", "step2_better", "an_idea", "provenance"]
     assert "step1_plain" not in report.html + report.md
-    assert all("open" in attributes for attributes in report.page.all("details")[:2])
+    assert all("open" in details.attrs for details in report.page.find_all("details")[:2])
     with pytest.raises(LabError, match="^steps: no run of 'nothing'"):
         write(tmp_path, store.uri, scripts, "nothing")
 

@@ -1,83 +1,42 @@
 """The committed runs come back into a store: whole, once, and beside one's own."""
 
-import csv
 import io
 import shutil
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 from filelock import FileLock
 
-from forkserver import run_program
-from helpers import ROOT, TINY, TrackedRun, read_runs
+from helpers import ROOT, TINY, TrackedRun, first, read_runs
 from mnist_lab import results
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
-from mnist_lab.results.records import read_records
+from mnist_lab.results.records import read_records, to_csv
 from mnist_lab.results.report import write_report
 from mnist_lab.results.restore import Restored, restore
+from mnist_lab.running import run as runner
+from mnist_lab.running import workers
+from mnist_lab.running.job import Job, read_declaration
+from mnist_lab.running.progress import Progress
+from mnist_lab.running.study import study
 from mnist_lab.tracking import run as tracking
 from mnist_lab.tracking.store import Store, open_store
-from pages import PAGE
-from report_store import predict
-from run_writer import T0, TARGETS, log_predictions, write_run
+from report_store import Published, new_place
+from run_writer import T0, TARGETS, write_run
 
 RESULTS = ROOT / "docs" / "results"
 COMMITTED = read_records(RESULTS)
 PARENT = "mlflow.parentRunId"
 quietly = partial(restore, commit="c0ffee0123", progress=lambda _: None)
-
-
-@dataclass(frozen=True)
-class Published:
-    """A store, and the folder of CSVs that its runs were published into."""
-
-    uri: str
-    folder: Path
-
-    @property
-    def database(self) -> Path:
-        return Path(self.uri.removeprefix("sqlite:///"))
-
-    def publish(self) -> list[str]:
-        changes: list[str] = []
-        page = self.folder.parent / "README.md"
-        files.publish(self.folder, page, tracking_uri=self.uri, progress=changes.append)
-        return changes
-
-
-def new_place(store: Store, place: Path) -> Published:
-    """Return a store, and a folder to publish into."""
-    (place / "results").mkdir(parents=True)
-    for folder in (place, place / "results"):
-        (folder / "README.md").write_text(PAGE)
-    return Published(store.uri, place / "results")
-
-
-@pytest.fixture(scope="module")
-def published(new_store: Callable[[], Store], mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> Published:
-    """Publish two steps of three seeds and one of one, for tests that change nothing of it."""
-    store, truth = new_store(), mnist.test_labels.numpy()
-    tags = TARGETS | {
-        **{"code_sha256": "0123456789abcdef", "threads": "1", "hardware": "a CPU, 2 cores, AVX2"},
-        **{"torch": "2.15.0", "reported_best_test_accuracy": "99.46"},
-    }
-    runs = [(step, seed) for step in ("step1_plain", "step2_better") for seed in range(3)] + [("idea", 5)]
-    for number, (step, seed) in enumerate(runs):
-        accuracies = [98.0 + seed / 10, 99.3 + number / 100]
-        run = write_run(store, step, seed, accuracies, start_time=T0 + 60_000 * number, tags=tags)
-        log_predictions(store, run, truth=truth, **predict(truth, accuracies[-1]))
-    published = new_place(store, tmp_path_factory.mktemp("published") / "here")
-    published.publish()
-    return published
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +76,7 @@ def content(uri: str) -> list[list[tuple[object, ...]]]:
 
 def test_a_restored_run_is_what_was_published(published: Published, restored: str, tmp_path: Path) -> None:
     was, now = by_name(published.uri), by_name(restored)
-    assert set(now) == {*was, "step1_plain 3 seeds", "step2_better 3 seeds", "mine seed 0"}
+    assert set(now) == {*was, "step1_baseline 3 seeds", "step2_dropout 3 seeds", "mine seed 0"}
     for name, run in was.items():
         back = now[name]
         assert (back.status, back.params) == ("FINISHED", run.params)
@@ -132,6 +91,17 @@ def test_a_restored_run_is_what_was_published(published: Published, restored: st
             assert back.metrics[metric] == [(step, pytest.approx(value, rel=1e-3)) for step, value in points], metric
         assert (back.tags["restored"], back.tags["verdict_params"]) == ("c0ffee0123", "met")
 
+    said, back_again = (
+        results.predictions(results.run_table("step2_dropout", 2, tracking_uri=uri)["run_id"][0], tracking_uri=uri)
+        for uri in (published.uri, restored)
+    )
+    wrong = said["truth"] != said["prediction"]
+    assert wrong.sum() == 65
+    assert back_again[["truth", "prediction"]].equals(said[["truth", "prediction"]])
+    assert np.allclose(back_again["confidence"][wrong], said["confidence"][wrong], atol=1e-4)
+    assert back_again["confidence"][~wrong].isna().all()
+    assert results.compare("idea", "idea", tracking_uri=restored).effect == 0
+
     files.export_runs(tmp_path / "again", tracking_uri=restored)
     assert csvs(tmp_path / "again") == csvs(published.folder)
     table = results.run_table(include_overrides=True, tracking_uri=restored).set_index("step")["restored"]
@@ -139,25 +109,12 @@ def test_a_restored_run_is_what_was_published(published: Published, restored: st
     assert table.isna()["mine"]
 
 
-def test_which_images_were_wrong_comes_back(published: Published, restored: str) -> None:
-    said, back = (
-        results.predictions(results.run_table("step2_better", 2, tracking_uri=uri)["run_id"][0], tracking_uri=uri)
-        for uri in (published.uri, restored)
-    )
-    wrong = said["truth"] != said["prediction"]
-    assert wrong.sum() == 65
-    assert back[["truth", "prediction"]].equals(said[["truth", "prediction"]])
-    assert np.allclose(back["confidence"][wrong], said["confidence"][wrong], atol=1e-4)
-    assert back["confidence"][~wrong].isna().all()
-    assert results.compare("idea", "idea", tracking_uri=restored).effect == 0
-
-
 def test_runs_stand_under_the_study_of_their_step(restored: str) -> None:
     runs = by_name(restored)
-    parent = runs["step2_better 3 seeds"]
+    parent = runs["step2_dropout 3 seeds"]
     children = {name for name, run in runs.items() if run.tags.get(PARENT) == parent.run_id}
-    assert children == {f"step2_better seed {seed}" for seed in range(3)}
-    assert (parent.status, parent.tags["study"], parent.tags["seeds"]) == ("FINISHED", "step2_better", "0 1 2")
+    assert children == {f"step2_dropout seed {seed}" for seed in range(3)}
+    assert (parent.status, parent.tags["study"], parent.tags["seeds"]) == ("FINISHED", "step2_dropout", "0 1 2")
     assert parent.metrics["final_test_accuracy_mean"] == [(0, pytest.approx(99.34))]
     assert parent.tags["verdict_accuracy"] == "missed"
     assert "seed" not in parent.params
@@ -206,24 +163,23 @@ def test_files_that_say_otherwise_replace_what_was_restored(
     shutil.copytree(database_of(restored).parent, tmp_path / "store")
     other = f"sqlite:///{tmp_path}/store/mlflow.db"
     folder = shutil.copytree(published.folder, tmp_path / "results")
-    file = folder / "step2_better.csv"
+    file = folder / "step2_dropout.csv"
     file.write_text(file.read_text().replace("2.15.0", "2.16.0", 1))
     assert quietly(folder, tracking_uri=other) == Restored(7, 2, there=0)
     table = results.run_table(columns="all", include_overrides=True, tracking_uri=other)
     assert len(table) == 8
-    torch_of = table.set_index(["step", "seed"])["torch"]["step2_better"]
+    torch_of = table.set_index(["step", "seed"])["torch"]["step2_dropout"]
     assert torch_of.to_dict() == {0: "2.16.0", 1: "2.15.0", 2: "2.15.0"}
 
 
-@pytest.mark.parametrize("accuracy", [99.32, 99.36], ids=["at the third run", "at the last"])
 def test_a_call_that_was_killed_is_completed_by_the_next(
-    accuracy: float, published: Published, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
+    published: Published, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[str] = []
     log_once = tracking.TrackedRun.log_once
 
     def killed(run: tracking.TrackedRun, metrics: Mapping[str, float]) -> None:
-        if metrics.get("final_test_accuracy") == accuracy:
+        if metrics.get("final_test_accuracy") == 99.32:  # the third run, in a study
             begun.append(run.run_id)
             raise KeyboardInterrupt
         log_once(run, metrics)
@@ -246,8 +202,8 @@ def test_a_call_that_was_killed_is_completed_by_the_next(
         assert {metric: len(points) for metric, points in whole[name].metrics.items()} == {
             metric: len(points) for metric, points in run.metrics.items()
         }
-    assert {whole[f"step1_plain seed {seed}"].tags[PARENT] for seed in range(3)} == {
-        whole["step1_plain 3 seeds"].run_id
+    assert {whole[f"step1_baseline seed {seed}"].tags[PARENT] for seed in range(3)} == {
+        whole["step1_baseline 3 seeds"].run_id
     }
 
 
@@ -265,22 +221,32 @@ def test_two_calls_at_once_are_not_mixed(published: Published, uri: str, databas
 
 
 def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(
-    new_store: Callable[[], Store], uri: str, tmp_path: Path
+    new_store: Callable[[], Store], uri: str, tmp_path: Path, mnist: Mnist, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script, place = tmp_path / "quick.py", new_place(new_store(), tmp_path / "first")
-    script.write_text(TINY.read_text().replace("epochs=2", "epochs=1").replace("batch_size=64", "batch_size=1000"))
+    script, place = Path(shutil.copy(TINY, tmp_path / "quick.py")), new_place(new_store().uri, tmp_path / "first")
+    monkeypatch.setattr(runner, "load_mnist", lambda *_: first(mnist, 1000, 10_000))
+    in_this_process = lambda waiting, count, on_message, on_time: workers._train_here(waiting, on_message)  # noqa: E731
+    monkeypatch.setattr(workers, "_train_in_processes", in_this_process)
+    for slow in ("log_model", "log_figures"):  # and not what is looked at here
+        monkeypatch.setattr(tracking.TrackedRun, slow, lambda *_: None)
 
-    def train(seeds: int, uri: str) -> None:
-        flags = ["--seeds", str(seeds), "--workers", "1", "--device", "cpu", "--tracking-uri", uri]
-        done = run_program(script, *flags, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    def train(seeds: Sequence[int], uri: str) -> None:
+        experiment = replace(read_declaration(script), epochs=1)
+        job = Job(script=script, experiment=experiment, tracking_uri=uri, threads=1)
+        study(job, seeds, Progress(), workers.Local())
 
-    train(2, place.uri)
-    assert len(place.publish()) == 2
-    quietly(place.folder, tracking_uri=uri)
+    train([0], place.uri)
+    assert len(place.publish()) == 1
+    for name in ("quick", "epochs", "mistakes"):  # seed 1 was as seed 0
+        file = place.folder / f"{name}.csv"
+        table = pd.read_csv(file, dtype="str", keep_default_na=False)
+        file.write_text(to_csv(pd.concat([table, table.assign(seed="1")])))
+    settings = place.folder / "settings.csv"
+    settings.write_text(settings.read_text().replace("quick,0,", "quick,0-1,"))
+    assert quietly(place.folder, tracking_uri=uri) == Restored(2, 1, there=0)
     before = {name: text.splitlines() for name, text in csvs(place.folder).items()}
 
-    train(3, uri)
+    train([0, 1, 2], uri)
 
     runs = by_name(uri)
     assert [name for name, run in runs.items() if "restored" not in run.tags] == ["quick 3 seeds", "quick seed 2"]
@@ -290,7 +256,7 @@ def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(
     assert quietly(place.folder, tracking_uri=uri) == Restored(0, 0, there=2)
     assert {run.tags.get(PARENT) for run in by_name(uri).values()} == {None, parent.run_id}
 
-    (change,) = Published(uri, place.folder).publish()
+    (change,) = replace(place, uri=uri).publish()
     assert change.startswith("quick seed 2: added, ")
     after = {name: text.splitlines() for name, text in csvs(place.folder).items()}
     for name in ("quick.csv", "epochs.csv", "mistakes.csv"):
@@ -306,12 +272,9 @@ def cell(column: str, value: str) -> Callable[[str], str]:
     """Return what writes a value into a column of the first row."""
 
     def spoil(text: str) -> str:
-        header, first, *rest = text.splitlines()
-        cells = next(csv.reader([first]))
-        cells[header.split(",").index(column)] = value
-        line = io.StringIO()
-        csv.writer(line, lineterminator="").writerow(cells)
-        return "\n".join([header, line.getvalue(), *rest, ""])
+        table = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False)
+        table.loc[0, column] = value
+        return to_csv(table)
 
     return spoil
 
@@ -340,7 +303,7 @@ def without_last_row(text: str) -> str:
         ("idea", lambda text: text.rpartition(",")[0] + "\n", "row 2: it has 18 cells, not 19"),
         ("idea", twice, "row 3, seed: 5 is there twice"),
         ("epochs", without_last_row, "idea seed 5: it has other epochs than 1 to 2"),
-        ("settings", None, "step1_plain seed 0: it has no params"),
+        ("settings", None, "step1_baseline seed 0: it has no params"),
         ("settings", cell("seeds", "0-99999999999"), "row 2, seeds: .* 99999999999"),
         ("settings", cell("seeds", "all"), "row 2, seeds: 'all'"),
         ("settings", twice, "is there twice"),

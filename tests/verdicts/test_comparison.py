@@ -46,6 +46,7 @@ def test_a_difference_of_under_four_seeds_has_no_interval() -> None:
         assert "too few seeds" in effects_text([few])
     assert comparison(n=(4,)).interval == "-0.01 to +0.07"
     assert comparison(test="McNemar's exact test", n=(10_000,)).interval == "-0.01 to +0.07"
+    assert [mean_interval_text(n, 99.0, 100.0) for n in (3, 4)] == ["too few seeds", "99.00 to 100.00"]
 
 
 def test_a_table_of_comparisons_is_adjusted_together() -> None:
@@ -76,10 +77,6 @@ def test_a_p_value_is_never_a_bare_zero(p: float, text: str) -> None:
 def test_experiments_are_in_natural_order() -> None:
     names = ["zero", "step10_b", "step2_a", "idea12", "idea3", "step2", "10th", "step"]
     assert sorted(names, key=step_order) == ["step2", "step2_a", "step10_b", "10th", "idea3", "idea12", "step", "zero"]
-
-
-def test_under_four_seeds_there_are_too_few_for_an_interval() -> None:
-    assert [mean_interval_text(n, 99.0, 100.0) for n in (3, 4)] == ["too few seeds", "99.00 to 100.00"]
 
 
 @pytest.mark.parametrize(

@@ -11,48 +11,35 @@ from mnist_lab.verdicts.statistics import judge_mean
 from mnist_lab.verdicts.targets import judge, out_of_reach, overall
 
 STEP = Targets(accuracy=99.4, params=10_000, epochs=15)
+BEST: dict[str, Any] = {"accuracies": [100.0], "num_params": 1, "epochs": 1}
 
 
-def words(targets: Targets, **measured: Any) -> dict[str, str]:
-    best = {"accuracies": [100.0], "num_params": 1, "epochs": 1}
-    return {verdict.name: verdict.word for verdict in judge(targets, **(best | measured))}
-
-
-def accuracy_of(correct: int) -> float:
-    epoch = EpochMetrics(
-        epoch=1,
-        train_loss=0.0,
-        train_correct=60_000,
-        train_images=60_000,
-        eval_loss=0.0,
-        eval_correct=correct,
-        eval_images=10_000,
-        lr=0.01,
-        epoch_seconds=1.0,
-    )
-    return epoch.eval_accuracy
-
-
-@pytest.mark.parametrize(("accuracy", "word"), [(99.4, "met"), (99.39, "missed"), (99.41, "met"), (0.994, "missed")])
-def test_accuracy_is_met_from_the_target_on(accuracy: float, word: str) -> None:
-    assert words(STEP, accuracies=[accuracy])["accuracy"] == word
-
-
-@pytest.mark.parametrize(("num_params", "word"), [(9_999, "met"), (10_000, "missed"), (10_001, "missed")])
-def test_parameters_must_be_fewer_than_the_target(num_params: int, word: str) -> None:
-    assert words(STEP, num_params=num_params)["params"] == word
-
-
-@pytest.mark.parametrize(("epochs", "word"), [(14, "met"), (15, "missed"), (16, "missed")])
-def test_epochs_must_be_fewer_than_the_target(epochs: int, word: str) -> None:
-    assert words(STEP, epochs=epochs)["epochs"] == word
+@pytest.mark.parametrize(
+    ("target", "measured", "word"),
+    [
+        *(("accuracy", {"accuracies": [a]}, w) for a, w in ((99.4, "met"), (99.39, "missed"), (0.994, "missed"))),
+        *(("params", {"num_params": n}, w) for n, w in ((9_999, "met"), (10_000, "missed"), (10_001, "missed"))),
+        *(("epochs", {"epochs": n}, w) for n, w in ((14, "met"), (15, "missed"), (16, "missed"))),
+    ],
+)
+def test_a_target_is_met_up_to_its_boundary_and_all_are_met_only_together(
+    target: str, measured: dict[str, Any], word: str
+) -> None:
+    words = {verdict.name: verdict.word for verdict in judge(STEP, **(BEST | measured))}
+    assert words == {"accuracy": "met", "params": "met", "epochs": "met"} | {target: word}
+    assert overall(judge(STEP, **(BEST | measured))) == word
+    alone = Targets(**{target: getattr(STEP, target)})
+    assert [verdict.name for verdict in judge(alone, **(BEST | measured))] == [target]
 
 
 def test_an_accuracy_equals_the_target_that_is_written_like_it() -> None:
+    epoch: dict[str, Any] = {"epoch": 1, "train_loss": 0.0, "train_correct": 60_000, "train_images": 60_000, "lr": 0.01}
+    epoch |= {"eval_loss": 0.0, "eval_images": 10_000, "epoch_seconds": 1.0}
     for correct in range(9_000, 10_001):  # a rounding error in the percentage would miss the target by a hair
-        target = float(f"{correct // 100}.{correct % 100:02d}")
-        assert words(Targets(accuracy=target), accuracies=[accuracy_of(correct)]) == {"accuracy": "met"}
-        assert words(Targets(accuracy=target), accuracies=[accuracy_of(correct - 1)]) == {"accuracy": "missed"}
+        targets = Targets(accuracy=float(f"{correct // 100}.{correct % 100:02d}"))
+        for right, word in ((correct, "met"), (correct - 1, "missed")):
+            accuracy = EpochMetrics(**epoch, eval_correct=right).eval_accuracy
+            assert judge(targets, **(BEST | {"accuracies": [accuracy]}))[0].word == word
 
 
 def test_a_verdict_says_what_was_wanted_and_measured() -> None:
@@ -64,48 +51,20 @@ def test_a_verdict_says_what_was_wanted_and_measured() -> None:
         ("epochs", "fewer than 15", 14, "met"),
     ]
     assert all(math.isnan(v.p) and v.seeds_needed is None for v in verdicts)
+    assert judge(Targets(), accuracies=[10.0], num_params=10**9, epochs=1000) == []
+    assert overall([]) == "none"
 
 
 def test_several_seeds_are_judged_by_what_their_mean_shows() -> None:
-    above, near, below = (
-        judge(Targets(accuracy=99.4), accuracies=accuracies, num_params=1, epochs=1)[0]
-        for accuracies in ([99.45, 99.46, 99.47], [99.45, 99.46, 99.38], [99.1, 99.11, 99.12])
-    )
-
-    assert [v.word for v in (above, near, below)] == ["met", "not shown", "missed"]
-    assert (above.wanted, above.measured, above.n) == ("mean at least 99.4 %", pytest.approx(99.46), 3)
-    assert above.p == pytest.approx(judge_mean([99.45, 99.46, 99.47], 99.4).p)
-    assert near.seeds_needed == judge_mean([99.45, 99.46, 99.38], 99.4).seeds_needed
-    assert above.seeds_needed is None
-
-
-@pytest.mark.parametrize("stated", ["accuracy", "params", "epochs"])
-def test_only_stated_targets_are_judged(stated: str) -> None:
-    targets = Targets(**{stated: getattr(STEP, stated)})
-
-    assert list(words(targets)) == [stated]
-
-
-def test_overall_is_met_only_if_all_are() -> None:
-    measured: dict[str, Any] = {"accuracies": [99.4], "num_params": 7_852, "epochs": 14}
-
-    assert overall(judge(STEP, **measured)) == "met"
-    for change in ({"accuracies": [99.39]}, {"num_params": 10_970}, {"epochs": 15}):
-        assert overall(judge(STEP, **(measured | change))) == "missed"
-
-
-def test_overall_is_not_shown_where_the_mean_shows_nothing_and_nothing_is_missed() -> None:
-    measured: dict[str, Any] = {"accuracies": [99.45, 99.46, 99.38], "num_params": 7_852}
-
-    assert overall(judge(STEP, **measured, epochs=14)) == "not shown"
-    assert overall(judge(STEP, **measured, epochs=15)) == "missed"
-
-
-def test_no_target_gives_no_verdict() -> None:
-    verdicts = judge(Targets(), accuracies=[10.0], num_params=10**9, epochs=1000)
-
-    assert verdicts == []
-    assert overall(verdicts) == "none"
+    seeds = {"met": [99.45, 99.46, 99.47], "not shown": [99.45, 99.46, 99.38], "missed": [99.1, 99.11, 99.12]}
+    for word, accuracies in seeds.items():
+        shown = judge_mean(accuracies, 99.4)
+        verdict, *_ = verdicts = judge(STEP, accuracies=accuracies, num_params=1, epochs=1)
+        assert (verdict.word, verdict.p, verdict.seeds_needed) == (word, shown.p, shown.seeds_needed)
+        assert (verdict.wanted, verdict.n) == ("mean at least 99.4 %", 3)
+        assert verdict.measured == pytest.approx(sum(accuracies) / 3)
+        assert overall(verdicts) == word
+        assert overall(judge(STEP, accuracies=accuracies, num_params=1, epochs=15)) == "missed"
 
 
 def test_targets_that_no_training_can_meet_are_named_before_it() -> None:
