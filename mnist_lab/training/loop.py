@@ -233,7 +233,10 @@ class Training:
             self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it."""
+        """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it.
+
+        The names are those of the checkpoints that stores hold already.
+        """
         return {
             "epoch": self.epoch,
             "net": self.net.state_dict(),
