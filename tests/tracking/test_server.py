@@ -43,7 +43,9 @@ class Database:
         self.folder, self.programs, self.port = folder / "data", Path(programs).parent, free_port()
         (folder / "password").write_text(PASSWORD)
         (folder / "password").chmod(0o644)
-        self._call("initdb", "--username=owner", f"--pwfile={folder}/password", "--auth=scram-sha-256")
+        self._call(
+            "initdb", "--username=owner", f"--pwfile={folder}/password", "--auth=scram-sha-256", "--encoding=UTF8"
+        )
         self.start()
 
     def _call(self, program: str, *flags: str) -> None:
