@@ -30,6 +30,7 @@ from helpers import ROOT, TrackedRun, copy_store, first, read_runs
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
     from mnist_lab.data import Mnist
     from mnist_lab.tracking.store import Store
+    from report_store import Published
 
 EXPERIMENTS = ROOT / "experiments"
 
@@ -143,6 +144,16 @@ def new_store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> "C
     from mnist_lab.tracking.store import open_store
 
     return lambda: open_store(f"sqlite:///{copy_store(empty_store, tmp_path_factory.mktemp('store') / 'mlflow.db')}")
+
+
+@pytest.fixture(scope="session")
+def published(
+    new_store: "Callable[[], Store]", mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory
+) -> "Published":
+    """Return a store whose runs were published into a folder, for tests that change nothing of either."""
+    from report_store import publish_sample
+
+    return publish_sample(new_store(), mnist, tmp_path_factory.mktemp("published") / "here")
 
 
 @pytest.fixture

@@ -70,3 +70,20 @@ def new_place(uri: str, place: Path) -> Published:
     (place / "README.md").write_text(PAGE)
     (place / "results" / "README.md").write_text("<!-- runs -->\n<!-- /runs -->\n")
     return Published(uri, place / "results", place / "README.md")
+
+
+def publish_sample(store: Store, mnist: Mnist, place: Path) -> Published:
+    """Write two steps of three seeds and one of one, and publish them."""
+    truth = mnist.test_labels.numpy()
+    tags = TARGETS | {
+        **{"code_sha256": "0123456789abcdef", "threads": "1", "hardware": "a CPU, 2 cores, AVX2"},
+        **{"torch": "2.15.0", "reported_best_test_accuracy": "99.46"},
+    }
+    runs = [(step, seed) for step in ("step1_baseline", "step2_dropout") for seed in range(3)] + [("idea", 5)]
+    for number, (step, seed) in enumerate(runs):
+        accuracies, start = [98.0 + seed / 10, 99.3 + number / 100], 1_700_000_000_000 + 60_000 * number
+        run = write_run(store, step, seed, accuracies, start_time=start, tags=tags)
+        log_predictions(store, run, truth=truth, **predict(truth, accuracies[-1]))
+    published = new_place(store.uri, place)
+    published.publish()
+    return published
