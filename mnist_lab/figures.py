@@ -102,6 +102,9 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     return _finish(figure, columns, handles=handles)
 
 
+plot_curves = plot_training  # the name that fits several steps
+
+
 def _not_recorded(history: pd.DataFrame, metrics: list[str]) -> str:
     """Say which figures are missing, and in how many of all epochs where it is not all."""
     finite = history[metrics].replace([math.inf, -math.inf], math.nan)
