@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
-import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from types import TracebackType
 
@@ -49,23 +51,43 @@ def explain_mistakes() -> None:
 
 def sentence_about(error: BaseException) -> str | None:
     """Return the sentence about a call in a script, outside its functions, that is no mistake elsewhere."""
-    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    own = [number for number, code in enumerate(codes) if is_script(Path(code.co_filename))]
-    if not (own and isinstance(error, TypeError) and codes[own[-1]].co_name == "<module>"):
+    trace = error.__traceback__
+    steps = zip(traceback.walk_tb(trace), traceback.extract_tb(trace), strict=True)
+    own = [(frame, step) for (frame, _), step in steps if is_script(Path(step.filename))]
+    if not (own and isinstance(error, TypeError) and own[-1][1].name == "<module>"):
         return None
-    called = codes[own[-1] + 1 :]
-    # A call that Python itself refuses does not begin: only the message says what was called, "StepLR.__init__() ...".
-    name = re.split(r"[.(]", called[0].co_qualname if called else str(error))[0]
-    if name in ("Experiment", "Targets"):
-        known = [*inspect.signature(getattr(sys.modules["mnist_lab.experiment"], name)).parameters]
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown:
-            begin = f"{unknown[1]}: is no argument of {name}{did_you_mean(unknown[1], known)}"
-        else:
-            begin = f"{name}: {str(error).partition(') ')[2]}"
-        return f"{begin}; it has, by name, {', '.join(known)}{script_line(error)}"
+    frame, step = own[-1]
+    call = _call_at(step)
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
+        first, *more = ast.unparse(call.func).split(".")
+        sentence = _about(call, reduce(getattr, more, frame.f_globals[first]))
+        return sentence and sentence + script_line(error)
+    return None
+
+
+def _call_at(step: traceback.FrameSummary) -> ast.Call:
+    """Return the call of a script that a step of a traceback stands at."""
+    place = (step.lineno, step.end_lineno, step.colno, step.end_colno)
+    for node in ast.walk(ast.parse(Path(step.filename).read_bytes())):
+        if isinstance(node, ast.Call) and place == (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset):
+            return node
+    raise KeyError(place)
+
+
+def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
+    """Return the sentence about a call of a class that declares, or of a function that is to be declared."""
+    name, parameters = ast.unparse(call.func), inspect.signature(function).parameters
+    known, given = list(parameters), {str(keyword.arg): ast.unparse(keyword.value) for keyword in call.keywords}
+    if function.__module__ == "mnist_lab.experiment":
+        for unknown in [argument for argument in given if argument not in known]:
+            return f"{unknown}: {unknown_argument(name, known, unknown, given[unknown])}"
+        missing = [argument for argument in known if parameters[argument].default is inspect.Parameter.empty]
+        return f"{name}: takes its fields by name, and needs {', '.join(missing)}"
     for module, field in DECLARED_AS.items():
-        if getattr(getattr(sys.modules.get(module), name, None), "__module__", "").startswith(module):
-            advice = f"write partial({name}, ...) with its arguments by name"
-            return f"{field}: {name} is called here, but each run calls it; {advice}{script_line(error)}"
+        if function.__module__.startswith(module):
+            named = dict(zip(known[1:], map(ast.unparse, call.args), strict=False)) | given
+            arguments = "".join(f", {argument}={value}" for argument, value in named.items())
+            return (
+                f"{field}: {ast.unparse(call)} is called here, but each run calls it; write partial({name}{arguments})"
+            )
     return None
