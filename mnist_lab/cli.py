@@ -21,9 +21,8 @@ from mnist_lab.commandline import (
     sentences,
 )
 from mnist_lab.console import Console, SearchConsole, StudyConsole, print_run_id, print_search, say_what_is_done
-from mnist_lab.errors import LabError, is_script
+from mnist_lab.errors import LabError, explain_mistakes, is_script
 from mnist_lab.experiment import Experiment, quoted
-from mnist_lab.mistakes import explain_mistakes
 from mnist_lab.paths import tracking_uri
 from mnist_lab.running.job import only_read
 
@@ -69,7 +68,7 @@ def main(
         arguments = _parse(script, experiment, argv)
         say_what_is_done()
 
-        from mnist_lab.training.generators import drawn_unseeded
+        from mnist_lab.training.states import drawn_unseeded
 
         if drawn_unseeded():
             logger.warning(

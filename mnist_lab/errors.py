@@ -1,11 +1,18 @@
-"""The one error class that means "the user can put this right", and where in the user's own code an error began."""
+"""LabError, for what the user can put right; errors as one line, and where in the user's own code they began."""
 
 from __future__ import annotations
 
+import ast
+import difflib
 import inspect
 import re
+import sys
 import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import reduce
 from pathlib import Path
+from types import TracebackType
 
 # A user name and a password in a URI, alone or in the midst of a text; and what else may be secret in one.
 CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]*://)([^\s'\"/?#:@]*)(:[^\s'\"]*)?@", re.IGNORECASE)
@@ -66,3 +73,84 @@ def is_script(file: Path) -> bool:
     if any(map(file.is_relative_to, libraries)) or {"site-packages", "dist-packages"} & {*file.parts}:
         return False
     return file.suffix == ".py" and file.is_file()
+
+
+# ---- mistakes in a script's own calls, each as one sentence that names the field
+
+
+# Modules whose functions and classes are declared, not called, and the field that each belongs to.
+DECLARED_AS = {
+    "torch.optim.lr_scheduler": "scheduler",
+    "torch.optim.swa_utils": "average",
+    "torch.optim": "optimizer",
+    "torch.nn.functional": "loss",
+    "mnist_lab.augmentation": "augmentation",
+    "mnist_lab.objectives": "objective",
+}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def unknown_argument(function: str, known: Iterable[str], name: str, value: str) -> str:
+    return f"{name}={value} is no argument of {function}{did_you_mean(name, known)}; it has {', '.join(known)}"
+
+
+def explain_mistakes() -> None:
+    """End a script with one sentence where Python refuses a call of its declaration; all else fails as before."""
+    show_traceback = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sentence = str(error) if isinstance(error, LabError) else sentence_about(error)
+        if sentence:
+            print(f"error: {sentence}", file=sys.stderr)
+        else:
+            show_traceback(kind, error, trace)
+
+    sys.excepthook = show
+
+
+def sentence_about(error: BaseException) -> str | None:
+    """Return the sentence about a call in a script, outside its functions, that is no mistake elsewhere."""
+    trace = error.__traceback__
+    steps = zip(traceback.walk_tb(trace), traceback.extract_tb(trace), strict=True)
+    own = [(frame, step) for (frame, _), step in steps if is_script(Path(step.filename))]
+    if not (own and isinstance(error, TypeError) and own[-1][1].name == "<module>"):
+        return None
+    frame, step = own[-1]
+    call = _call_at(step)
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
+        first, *more = ast.unparse(call.func).split(".")
+        sentence = _about(call, reduce(getattr, more, frame.f_globals[first]))
+        return sentence and sentence + script_line(error)
+    return None
+
+
+def _call_at(step: traceback.FrameSummary) -> ast.Call:
+    """Return the call of a script that a step of a traceback stands at."""
+    place = (step.lineno, step.end_lineno, step.colno, step.end_colno)
+    for node in ast.walk(ast.parse(Path(step.filename).read_bytes())):
+        if isinstance(node, ast.Call) and place == (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset):
+            return node
+    raise KeyError(place)
+
+
+def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
+    """Return the sentence about a call of a class that declares, or of a function that is to be declared."""
+    name, parameters = ast.unparse(call.func), inspect.signature(function).parameters
+    known, given = list(parameters), {str(keyword.arg): ast.unparse(keyword.value) for keyword in call.keywords}
+    if function.__module__ == "mnist_lab.experiment":
+        for unknown in [argument for argument in given if argument not in known]:
+            return f"{unknown}: {unknown_argument(name, known, unknown, given[unknown])}"
+        missing = [argument for argument in known if parameters[argument].default is inspect.Parameter.empty]
+        return f"{name}: takes its fields by name, and needs {', '.join(missing)}"
+    for module, field in DECLARED_AS.items():
+        if function.__module__.startswith(module):
+            named = dict(zip(known[1:], map(ast.unparse, call.args), strict=False)) | given
+            arguments = "".join(f", {argument}={value}" for argument, value in named.items())
+            return (
+                f"{field}: {ast.unparse(call)} is called here, but each run calls it; write partial({name}{arguments})"
+            )
+    return None

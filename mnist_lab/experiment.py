@@ -21,8 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.arguments import LAMBDA, defaults, held, parameters_of, stable_text
 from mnist_lab.commandline import finite_number, whole_number
-from mnist_lab.errors import LabError
-from mnist_lab.mistakes import did_you_mean, unknown_argument
+from mnist_lab.errors import LabError, did_you_mean, unknown_argument
 
 # What is measured once per run; `reported` figures go by the same names, so that the two can stand side by side.
 SUMMARY_METRICS = (

@@ -22,8 +22,7 @@ from conftest import FullRun
 from forkserver import Program, run_program
 from helpers import ROOT, TINY, Terminal, TrackedRun, read_runs, wait_until
 from mnist_lab.cli import _parse, main
-from mnist_lab.errors import LabError
-from mnist_lab.mistakes import sentence_about
+from mnist_lab.errors import LabError, sentence_about
 
 STEP1 = ROOT / "experiments" / "step1_baseline.py"
 BESIDE_THE_DATABASE = ("locks", "mlflow.db.lock", "mlflow.db-wal", "mlflow.db-shm")

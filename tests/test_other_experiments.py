@@ -21,7 +21,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, RunResult
-from mnist_lab.training.generators import drawn_unseeded
+from mnist_lab.training.states import drawn_unseeded
 
 Train = Callable[..., RunResult]
 

@@ -15,9 +15,8 @@ from mnist_lab.checking.network import kind
 from mnist_lab.data import Mnist
 from mnist_lab.errors import text_of
 from mnist_lab.experiment import Experiment
-from mnist_lab.training.generators import seed_generators
 from mnist_lab.training.loop import training_batch
-from mnist_lab.training.states import load_parts_state, parts_state
+from mnist_lab.training.states import load_parts_state, parts_state, seed_generators
 from mnist_lab.training.transforms import Augmentation, is_mixing, is_torchvision
 
 DRAWS_SEED = 2**31  # of what is drawn twice alike; not a network's, so that one built meanwhile is another

@@ -25,9 +25,8 @@ from mnist_lab.errors import LabError, is_script, script_line, text_of
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.tracking import run as tracking
 from mnist_lab.training import loop as training
-from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import EVALUATION_BATCH_SIZE, EpochMetrics, normalize
-from mnist_lab.training.states import PARTS, objects_in, own_parts
+from mnist_lab.training.states import PARTS, kept_generators, objects_in, own_parts
 from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts.targets import out_of_reach
 

@@ -20,8 +20,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from mnist_lab import results
 from mnist_lab.errors import LabError
 from mnist_lab.paths import sqlite_file, tracking_uri
-from mnist_lab.reading.ink import NoDigit
-from mnist_lab.reading.pictures import Reader, find_reader, read_digit
+from mnist_lab.reading.pictures import NoDigit, Reader, find_reader, read_digit
 from mnist_lab.tracking.models import runs_with_a_model
 from mnist_lab.tracking.server import HOST
 from mnist_lab.tracking.store import open_store

@@ -12,8 +12,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from mnist_lab.checking.network import listed
 from mnist_lab.errors import text_of
-from mnist_lab.training.generators import kept_generators
 from mnist_lab.training.loop import num_params
+from mnist_lab.training.states import kept_generators
 
 IMAGE_SIZE = 28
 HEADERS = ("Layer (type)", "Output shape", "Param #", "Receptive field")

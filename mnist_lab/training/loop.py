@@ -22,8 +22,15 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS, Experiment
 from mnist_lab.training.dropout import SparseDropout
-from mnist_lab.training.generators import generator_states, kept_generators, seed_generators, set_generator_states
-from mnist_lab.training.states import load_parts_state, parts_state, plain
+from mnist_lab.training.states import (
+    generator_states,
+    kept_generators,
+    load_parts_state,
+    parts_state,
+    plain,
+    seed_generators,
+    set_generator_states,
+)
 from mnist_lab.training.transforms import Augmentation
 
 EVALUATION_BATCH_SIZE = 500

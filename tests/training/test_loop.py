@@ -34,8 +34,8 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running.record import epoch_metrics
 from mnist_lab.training.dropout import SparseDropout
-from mnist_lab.training.generators import seed_generators
 from mnist_lab.training.loop import Training, evaluate, initial_network, num_params, predict
+from mnist_lab.training.states import seed_generators
 
 # ---- what an epoch sees
 

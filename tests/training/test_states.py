@@ -32,9 +32,8 @@ from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import mixup
-from mnist_lab.training.generators import seed_generators
 from mnist_lab.training.loop import Training, initial_network
-from mnist_lab.training.states import own_parts
+from mnist_lab.training.states import own_parts, seed_generators
 
 EMA = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
 
