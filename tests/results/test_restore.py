@@ -24,10 +24,10 @@ from mnist_lab.results.records import read_records, to_csv
 from mnist_lab.results.report import write_report
 from mnist_lab.results.restore import Restored, restore
 from mnist_lab.running import run as runner
-from mnist_lab.running import workers
 from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.running.progress import Progress
 from mnist_lab.running.study import study
+from mnist_lab.running.workers import Trainers
 from mnist_lab.tracking import run as tracking
 from mnist_lab.tracking.store import Store, open_store
 from report_store import Published, new_place
@@ -225,15 +225,13 @@ def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(
 ) -> None:
     script, place = Path(shutil.copy(TINY, tmp_path / "quick.py")), new_place(new_store().uri, tmp_path / "first")
     monkeypatch.setattr(runner, "load_mnist", lambda *_: first(mnist, 1000, 10_000))
-    in_this_process = lambda waiting, count, on_message, on_time: workers._train_here(waiting, on_message)  # noqa: E731
-    monkeypatch.setattr(workers, "_train_in_processes", in_this_process)
     for slow in ("log_model", "log_figures"):  # and not what is looked at here
         monkeypatch.setattr(tracking.TrackedRun, slow, lambda *_: None)
 
     def train(seeds: Sequence[int], uri: str) -> None:
         experiment = replace(read_declaration(script), epochs=1)
         job = Job(script=script, experiment=experiment, tracking_uri=uri, threads=1)
-        study(job, seeds, Progress(), workers.Local())
+        study(job, seeds, Progress(), Trainers())
 
     train([0], place.uri)
     assert len(place.publish()) == 1

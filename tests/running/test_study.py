@@ -182,7 +182,7 @@ def test_all_seeds_are_children_of_the_newest_study_and_one_that_fails_is_report
     states = {run.params["seed"]: run.status for run in children}
     assert states == {"0": "FINISHED", "1": "FINISHED", "2": "FINISHED", "3": "FAILED"}
     assert story.code == 1
-    assert re.search(r"^seed 3  failed: training: seed 3 is not lucky \(my_idea\.py, line \d+\)$", story.stdout, re.M)
+    assert re.search(r"^seed 3  failed: training: seed 3 is not lucky \(my_idea\.py, line \d+\) ", story.stdout, re.M)
     assert story.stderr == "Failed: seed 3; the same command tries again.\n"
     assert (study.status, study.tags["seeds_failed"]) == ("FAILED", "3")
 
