@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, TypeAdapter
 
 from mnist_lab.errors import LabError, one_line
+from mnist_lab.experiment import quoted
 from mnist_lab.paths import CHECKPOINTS, PROJECT_ROOT, own_folder
 from mnist_lab.tracking.store import is_deleted, replace_files
 from mnist_lab.training.loop import EpochMetrics
@@ -144,8 +145,9 @@ def find(
             logger.warning("not used: checkpoint of run %s, which was deleted in MLflow", one.run_id)
         else:
             there.append(f"{one.run_id} ({one.description})")
-    declared = {name: "as declared" if value is None else value for name, value in changes.items()}
-    wish = ", ".join(f"{name} {value}" for name, value in {**asked, **declared}.items())
+    wish = ", ".join(
+        f"{name} {'as declared' if value is None else quoted(value)}" for name, value in {**asked, **changes}.items()
+    )
     raise LabError(
         f"resume: there is no interrupted run with {wish or 'a finished epoch'} in {folder(uri)}; "
         f"there are: {', '.join(there) or 'none'}"

@@ -186,7 +186,7 @@ def test_a_checkpoint_comes_back_as_it_was_and_is_found_by_step_and_run(uri: str
     assert checkpoint.find(uri, "one").run_id == "b"
     assert checkpoint.find(uri, "one", "a").run_id == "a"
     assert checkpoint.find(uri, run_id="b").run_id == "b"
-    with pytest.raises(LabError, match=r"^resume: there is no interrupted run with step three in "):
+    with pytest.raises(LabError, match=r"^resume: there is no interrupted run with step 'three' in "):
         checkpoint.find(uri, "three")
 
 
