@@ -105,7 +105,7 @@ resume: $(INSTALLED)  ## go on with the newest interrupted run, after its last f
 # ---- what the runs say
 
 .PHONY: compare
-compare: $(INSTALLED)  ## print one row per experiment from the tracked runs
+compare: $(INSTALLED)  ## set experiments side by side, and say what each change is worth: ARGS="step4 step5"
 	@$(PYTHON) -m mnist_lab compare $(ARGS)
 
 .PHONY: export
@@ -137,7 +137,7 @@ ui: $(INSTALLED)  ## browse the runs in the MLflow UI
 	@$(PYTHON) -m mnist_lab ui $(ARGS)
 
 .PHONY: server
-server: $(INSTALLED)  ## serve MLflow to a team, on PostgreSQL: ARGS="--auth --host 0.0.0.0"
+server: $(INSTALLED)  ## serve MLflow to a team, over a database of PostgreSQL: docs/server.md
 	@$(PYTHON) -m mnist_lab server $(ARGS)
 
 .PHONY: report
