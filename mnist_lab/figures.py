@@ -8,7 +8,6 @@ used here.
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import cycle, pairwise, product
 from typing import Any
 
@@ -26,8 +25,8 @@ from scipy import special
 
 from mnist_lab.errors import LabError
 from mnist_lab.verdicts.comparison import step_order
-from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED, percent
-from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate
+from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED
+from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D"), ("black", "-", "v"))
@@ -57,9 +56,10 @@ def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> F
     rows = np.stack([originals, *draws])[:, :limit]  # (1 + K, columns, 28, 28)
     names = ["before", "after"] if len(draws) == 1 else ["before", *(f"draw {k}" for k in range(1, len(rows)))]
     columns = rows.shape[1]
-    figure = _grid(rows.reshape(-1, *rows.shape[2:]), columns, (0.9 + 0.95 * columns, len(rows)))
-    for axes, name in zip(figure.axes[::columns], names, strict=True):
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=MEDIUM)
+    figure = _gallery(rows.reshape(-1, *rows.shape[2:]), [""] * (len(rows) * columns), columns, MEDIUM)
+    (axes,) = figure.axes
+    for name, first in zip(names, axes.images[::columns], strict=True):
+        axes.text(-6, np.mean(first.get_extent()[2:]), name, ha="right", va="center", fontsize=MEDIUM)
     return figure
 
 
@@ -74,7 +74,7 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     stretched towards 100 %, where the differences are.
     """
     measured = HELD_OUT if "validation_accuracy" in history and "test_accuracy" not in history else TESTED
-    history = _first_runs(history, "history", ["epoch", *measured.curves])
+    history = _first_runs(history, measured.curves)
     curves: dict[str, tuple[pd.DataFrame, str]] = {
         _name(step): (of_step, measured.part) for step, of_step in history.groupby("step", sort=False)
     }
@@ -90,9 +90,9 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
             _plot_over_seeds(axes, values.unstack("seed"), name, look)
         axes.set_ylabel(f"{metric} ({MEASURES[f'{measured.part}_{metric}'].unit})")
         _finish_epochs(axes, history)
-    _target_lines(accuracy, target_accuracy)
+    _target_line(accuracy, target_accuracy)
     _log_scale(loss.yaxis)
-    _stretch(accuracy.yaxis)
+    _stretch(accuracy)
     handles, labels = accuracy.get_legend_handles_labels()
     columns = 3 if len(labels) < 4 else math.ceil(len(labels) / 2) if len(curves) < 3 else 2
     if one_step:
@@ -137,7 +137,7 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     history: one row per run and epoch with `run_id, step, seed, epoch, lr`; of several runs of one seed the first
     in the table counts.
     """
-    history = _first_runs(history, "history", ["epoch", "lr"])
+    history = _first_runs(history, ["lr"])
     history = history[np.isfinite(history["lr"].astype("float64"))]
     if history.empty:
         raise LabError("history has no finite learning rate: there is nothing to draw")
@@ -164,77 +164,42 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     return _finish(figure)
 
 
-def plot_steps(runs: pd.DataFrame, target_accuracy: float | None = 99.4, target_params: int | None = 10_000) -> Figure:
-    """Compare steps by the accuracy of their last epoch: against parameters (above) and one by one (below).
-
-    runs: one row per run with `step, seed, num_params, final_test_accuracy, best_test_accuracy`; of several runs of one
-    seed the first in the table counts. The bars are 95 % intervals by Student's t, of four or more seeds.
-    """
-    table = _step_table(runs)
-    names = [_name(step) for step in table["step"]]
-    heights = [3.9, 0.7 + 0.28 * len(table)]  # inches, and 1.3 for the legend
-    width = 9 + 0.08 * max(0, max(map(len, names)) - 24)
-    figure = Figure(figsize=(width, sum(heights) + 1.3), layout="constrained")
-    # Subfigures: else the names beside the lower axes would narrow the upper ones too.
-    halves = figure.add_gridspec(2, 1, height_ratios=heights)
-    above, below = (figure.add_subfigure(halves[row]).subplots() for row in (0, 1))
-    enough = table["seeds"] >= FEWEST_FOR_INTERVAL
-    for part, face, label in (
-        (table[enough], BLUE, "mean over seeds, 95 % t-interval"),
-        (table[~enough], "white", "mean, too few seeds for an interval"),
-    ):
-        if len(part):
-            above.errorbar(part["num_params"], part["mean"], yerr=_bars(part), label=label, fmt="o", mfc=face, **MEAN)
-            below.errorbar(part["mean"], part.index, xerr=_bars(part), fmt="o", mfc=face, **MEAN)
-    best = "best epoch, mean over seeds (picked on the test images)"
-    below.plot(table["best"], table.index, "|", ms=11, mew=2, color=RED, label=best)
-    if target_accuracy is not None:
-        below.axvline(target_accuracy, **TARGET)
-    _finish_params(above, MEASURES["test_accuracy"].axis, target_accuracy, target_params)
-
-    below.set(xlabel="test accuracy of the last epoch (%)", ylim=(len(table) - 0.4, -0.6))
-    below.set_yticks(table.index, [f"{name}   {i}" for i, name in enumerate(names, start=1)])
-    below.grid(alpha=0.3)
-    _stretch(below.xaxis)
-    right = below.twinx()
-    right.set(ylim=below.get_ylim(), yticks=table.index)
-    right.set_yticklabels(
-        f"{percent(mean)}{'' if low == high else f' [{low:.2f}, {high:.2f}]'}, n = {n}"
-        for n, mean, low, high in table[["seeds", "mean", "low", "high"]].itertuples(index=False)
-    )
-    _finish(figure, 2)
-    _label_points(above, [str(row + 1) for row in table.index], table)
-    return figure
-
-
-def plot_summary(table: pd.DataFrame, target_accuracy: float = 99.4, target_params: int = 10_000) -> Figure:
+def plot_steps(table: pd.DataFrame, target_accuracy: float | None = 99.4, target_params: int | None = 10_000) -> Figure:
     """Draw accuracy against parameters, with the steps joined in their order by arrows: the project in one picture.
 
     table: one row per experiment with `step, num_params, seeds, last, low, high`, accuracies in percent, as
     `results.compare_table` gives it. The bars are 95 % intervals of the mean, of four or more seeds. A step is named
-    by its number, and another experiment by its name. The axis of accuracies is stretched towards 100 % where they
-    span more than half a point.
+    by its number, and another experiment by its name.
     """
     _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
-    table = _without_few(_in_order(table.rename(columns={"last": "mean"})))
     number = table["step"].str.extract(r"^step(\d+)_", expand=False)
-    steps, others = table[number.notna()], table[number.isna()]
+    few = table["seeds"] < FEWEST_FOR_INTERVAL
+    interval = table[["low", "high"]].mask(few, table["last"], axis=0)
+    table = _in_order(table.assign(name=number.fillna(_with_overrides(table).map(_name)), **interval))
+    is_step = table["step"].str.match(r"step\d+_")
 
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     axes = figure.subplots()
     for part, marker, label in (
-        (steps, "o", "steps, mean over seeds, 95 % interval"),
-        (others, "s", "other experiments"),
+        (table[is_step], "o", "steps, mean over seeds, 95 % interval"),
+        (table[~is_step], "s", "other experiments"),
     ):
         if len(part):
-            axes.errorbar(part["num_params"], part["mean"], yerr=_bars(part), fmt=marker, label=label, **MEAN)
+            bars = part[["low", "high"]].sub(part["last"], axis=0).abs().T
+            axes.errorbar(part["num_params"], part["last"], yerr=bars, fmt=marker, label=label, **MEAN)
     axes.margins(0.1)  # for the names beside the points
-    _finish_params(axes, "test accuracy of the last epoch (%)", target_accuracy, target_params)
-    for start, end in pairwise(steps[["num_params", "mean"]].itertuples(index=False, name=None)):
+    _target_line(axes, target_accuracy)
+    if target_params is not None:
+        axes.axvline(target_params, label=f"target {target_params:,} parameters", **TARGET | {"ls": "--"})
+    axes.set(xlabel=MEASURES["num_params"].axis, ylabel="test accuracy of the last epoch (%)")
+    _log_scale(axes.xaxis)
+    _stretch(axes)
+    axes.grid(alpha=0.3)
+    for start, end in pairwise(table[is_step][["num_params", "last"]].itertuples(index=False, name=None)):
         arrow = {"arrowstyle": "-|>", "color": BLUE, "lw": 1.2, "alpha": 0.55, "shrinkA": 5, "shrinkB": 5}
         axes.annotate("", end, start, arrowprops=arrow, zorder=2)
     _finish(figure, 2)
-    _label_points(axes, number.fillna(table["step"].map(_name)), table)
+    _label_points(axes, table)
     return figure
 
 
@@ -315,55 +280,20 @@ def run_figures(
     return figures
 
 
-def study_figures(history: Iterable[Mapping[str, object]], target_accuracy: float | None) -> dict[str, Figure]:
-    """Return the figures that are kept with a study, by name; none where they can't be drawn.
-
-    history: one record per run and epoch with the columns that `plot_training` needs.
-    """
-    with suppress(LabError):
-        return {"training": plot_training(pd.DataFrame.from_records(list(history)), target_accuracy)}
-    return {}
+def _first_runs(history: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Keep the first run of each step and seed, in the order of the steps."""
+    _require(history, "history", ["run_id", "step", "seed", "epoch", *columns])
+    history = history.assign(step=_with_overrides(history))
+    first = history.drop_duplicates(["step", "seed"])["run_id"]
+    return _in_order(history[history["run_id"].isin(first)])
 
 
-def _step_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Summarise each step in a row: step, num_params, seeds, and mean, best, low and high in percent."""
-    runs = _first_runs(runs, "runs", ["num_params", "final_test_accuracy", "best_test_accuracy"])
-    bad = runs[~runs["final_test_accuracy"].between(0, 100)].astype(str)
-    if len(bad):
-        raise LabError(f"runs has a final_test_accuracy that is not 0 to 100 in {', '.join(bad['step'].unique())}")
-    by_step = runs.groupby("step", sort=False)
-    for step, counts in by_step["num_params"].unique().items():
-        if len(counts) > 1:
-            different = ", ".join(f"{count:,.0f}" for count in counts)
-            raise LabError(f"runs has different num_params in {step} ({different}): keep the runs of one network")
-    last = pd.DataFrame([vars(aggregate(of.tolist())) for _, of in by_step["final_test_accuracy"]])
-    table = by_step.agg(num_params=("num_params", "first"), best=("best_test_accuracy", "mean")).reset_index()
-    return _without_few(table.join(last.rename(columns={"n": "seeds"})))
-
-
-def _without_few(table: pd.DataFrame) -> pd.DataFrame:
-    """Put the mean itself in place of intervals that are of too few seeds."""
-    few = table["seeds"] < FEWEST_FOR_INTERVAL
-    return table.assign(low=table["low"].mask(few, table["mean"]), high=table["high"].mask(few, table["mean"]))
-
-
-def _bars(table: pd.DataFrame) -> NDArray[np.float64]:
-    """Return how far each interval reaches below and above the mean: (2, N)."""
-    return np.array([table["mean"] - table["low"], table["high"] - table["mean"]])
-
-
-def _first_runs(frame: pd.DataFrame, name: str, columns: list[str]) -> pd.DataFrame:
-    """Keep the first run of each step and seed, and sort by `step_order`.
-
-    Where there is a column `overrides`, a run that has some is named with them: `step1_baseline [epochs=1]`.
-    """
-    in_epochs = "epoch" in columns
-    _require(frame, name, [*(["run_id"] if in_epochs else []), "step", "seed", *columns])
-    if "overrides" in frame:
-        overridden = " [" + frame["overrides"] + "]"
-        frame = frame.assign(step=frame["step"] + overridden.where(frame["overrides"] != "", "").fillna(""))
-    first = frame.drop_duplicates(["step", "seed"])
-    return _in_order(frame[frame["run_id"].isin(first["run_id"])] if in_epochs else first)
+def _with_overrides(frame: pd.DataFrame) -> "pd.Series[str]":
+    """Return the names of steps, with what was overridden: `step1_baseline [epochs=1]`."""
+    if "overrides" not in frame:
+        return frame["step"]
+    overridden = " [" + frame["overrides"] + "]"
+    return frame["step"] + overridden.where(frame["overrides"] != "", "").fillna("")
 
 
 def _require(frame: pd.DataFrame, name: str, columns: list[str]) -> None:
@@ -395,23 +325,12 @@ def _finish(figure: Figure, columns: int = 1, **legend: Any) -> Figure:
     return figure
 
 
-def _target_lines(axes: Axes, accuracy: float | None, params: int | None = None) -> None:
+def _target_line(axes: Axes, accuracy: float | None) -> None:
     if accuracy is not None:
         axes.axhline(accuracy, label=f"target {accuracy:g} %", **TARGET)
-    if params is not None:
-        axes.axvline(params, label=f"target {params:,} parameters", **TARGET | {"ls": "--"})
 
 
-def _finish_params(axes: Axes, label: str, target_accuracy: float | None, target_params: int | None) -> None:
-    """Add the targets and scales of accuracy against parameters."""
-    _target_lines(axes, target_accuracy, target_params)
-    axes.set(xlabel=MEASURES["num_params"].axis, ylabel=label)
-    _log_scale(axes.xaxis)
-    _stretch(axes.yaxis)
-    axes.grid(alpha=0.3)
-
-
-def _label_points(axes: Axes, names: Iterable[str], table: pd.DataFrame) -> None:
+def _label_points(axes: Axes, table: pd.DataFrame) -> None:
     """Write the name of each row's point at the nearest free place, with a leader line."""
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -424,8 +343,8 @@ def _label_points(axes: Axes, names: Iterable[str], table: pd.DataFrame) -> None
     taken += [line.get_window_extent().padded(2 * unit) for line in axes.lines if line.get_linestyle() != "None"]
     turns = np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60])
     places = list(product(range(12, 200, 4), [side + turn for turn in turns for side in (0, math.pi)]))
-    points = zip(names, table[["num_params", "mean"]].to_numpy(float).tolist(), strict=True)
-    for name, (x, y) in sorted(points, key=lambda point: -point[1][1]):  # from the top, so that neighbours keep order
+    from_the_top = table.sort_values("last", ascending=False, kind="stable")  # so that neighbours keep their order
+    for name, x, y in from_the_top[["name", "num_params", "last"]].itertuples(index=False, name=None):
         width = 1 + 7 * len(name)
         for radius, angle in places:
             right, up = radius * math.cos(angle), radius * math.sin(angle)
@@ -460,16 +379,6 @@ def _gallery(images: NDArray[Any], titles: Sequence[str], columns: int, title_si
     return figure
 
 
-def _grid(images: NDArray[Any], columns: int, size: tuple[float, float]) -> Figure:
-    """Draw images (N, 28, 28) in rows, white to black over the range of all of them."""
-    figure = Figure(figsize=size, layout="constrained")
-    places = figure.subplots(math.ceil(len(images) / columns), columns, squeeze=False).flat
-    for axes, image in zip(places, images, strict=True):
-        axes.imshow(image, cmap="gray_r", vmin=images.min(), vmax=images.max())
-        axes.set(xticks=[], yticks=[])
-    return figure
-
-
 def _finish_epochs(axes: Axes, history: pd.DataFrame) -> None:
     axes.set(xlabel="epoch", xlim=(history["epoch"].min() - 0.5, history["epoch"].max() + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
@@ -480,19 +389,21 @@ def _log_scale(axis: Axis) -> None:
     """Make an axis logarithmic, unless it has no positive value to show."""
     if not math.isfinite(axis.get_minpos()):
         return
-    _set_scale(axis, "log")
+    axes = axis.axes
+    (axes.set_yscale if axis is axes.yaxis else axes.set_xscale)("log")
+    axes.autoscale_view()
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
     axis.set_major_formatter(lambda value, _: f"{value:,.7g}")
     axis.set_minor_locator(NullLocator())
 
 
-def _stretch(axis: Axis) -> None:
-    """Stretch an accuracy axis that spans more than half a point towards 100 %, by the asinh of the error.
+def _stretch(axes: Axes) -> None:
+    """Stretch an axis of accuracies that spans more than half a point towards 100 %, by the asinh of the error.
 
     Far from 100 % this is logarithmic in the error; unlike a logarithm it has a place for no error at all.
     """
-    low, high = axis.get_view_interval()
+    low, high = axes.get_ylim()
     if high - low <= 0.5:
         return
 
@@ -502,22 +413,16 @@ def _stretch(axis: Axis) -> None:
     def inverse(place: ArrayLike) -> NDArray[np.float64]:
         return 100 + 0.2 * np.sinh(place)
 
-    _set_scale(axis, "function", functions=(scale, inverse))
-    low, high = axis.get_view_interval()
-    part_of_a_label = 0.05 if axis is axis.axes.yaxis else 0.08  # of the axis: labels are wider than high
-    apart = part_of_a_label * (scale(high) - scale(low))
+    axes.set_yscale("function", functions=(scale, inverse))
+    axes.autoscale_view()
+    low, high = axes.get_ylim()
+    apart = 0.05 * (scale(high) - scale(low))
     ticks: list[float] = []
     for tick in (*ACCURACY_TICKS, *MaxNLocator(5).tick_values(low, high)):
         if low <= tick <= high and all(abs(scale(tick) - scale(other)) > apart for other in ticks):
             ticks.append(tick)
-    axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    axis.set_label_text(f"{axis.get_label_text()}, stretched towards 100")
-
-
-def _set_scale(axis: Axis, name: str, **settings: Any) -> None:
-    axes = axis.axes
-    (axes.set_yscale if axis is axes.yaxis else axes.set_xscale)(name, **settings)
-    axes.autoscale_view()
+    axes.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axes.set_ylabel(f"{axes.get_ylabel()}, stretched towards 100")
 
 
 def _array(name: str, values: ArrayLike, *shape: int | None) -> NDArray[Any]:

@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
@@ -50,15 +49,9 @@ def make_history(step: str = "step3_gap", seeds: int = 3, epochs: int = 14, lr: 
     return pd.DataFrame(rows, columns=["run_id", "step", "seed", "epoch", *metrics])
 
 
-def make_runs(*steps: tuple[str, int, float], seeds: int = 10, sd: float = 0.045) -> pd.DataFrame:
-    noise = np.linspace(-1, 1, seeds) if seeds > 1 else np.zeros(1)
-    noise = noise * sd / (noise.std(ddof=1) if seeds > 1 else 1)
-    rows = [(step, i, n, mean + noise[i], mean + noise[i] + 0.05) for step, n, mean in steps for i in range(seeds)]
-    return pd.DataFrame(rows, columns=["step", "seed", "num_params", "final_test_accuracy", "best_test_accuracy"])
-
-
-def points_of(line: Line2D) -> NDArray[np.float64]:
-    return np.asarray(line.get_xydata(), dtype=float)  # (N, 2)
+def make_table(*steps: tuple[str, int, float], seeds: int = 10) -> pd.DataFrame:
+    rows = [(step, num_params, seeds, mean, mean - 0.03, mean + 0.03) for step, num_params, mean in steps]
+    return pd.DataFrame(rows, columns=["step", "num_params", "seeds", "last", "low", "high"])
 
 
 def curves(axes: Axes) -> dict[str, NDArray[np.float64]]:
@@ -72,7 +65,7 @@ def bars(axes: Axes) -> list[tuple[float, float, float, float]]:
         assert isinstance(container, ErrorbarContainer)
         points, _, (collection,) = container.lines
         assert points is not None
-        for (x, y), segment in zip(points_of(points), collection.get_segments(), strict=True):
+        for (x, y), segment in zip(np.asarray(points.get_xydata()), collection.get_segments(), strict=True):
             found.append((float(x), float(y), float(segment[0, 1]), float(segment[1, 1])))
     return found
 
@@ -110,11 +103,11 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "learning rate": lambda: figures.plot_learning_rate(
         pd.concat([make_history(LONG + str(i), 2, 14, lr) for i, lr in enumerate((0.1, 0.1, 0.1, 0.01, 0.0001))])
     ),
-    "steps, one run": lambda: figures.plot_steps(make_runs(STEPS[5], seeds=1)),
+    "steps, one run": lambda: figures.plot_steps(make_table(STEPS[5], seeds=1)),
     "steps, long names and a bad one": lambda: figures.plot_steps(
-        make_runs(*STEPS, (LONG, 7_852, 99.46), ("linear", 7_850, 30.0))
+        make_table(*STEPS, (LONG, 7_852, 99.46), ("linear", 7_850, 30.0))
     ),
-    "README's picture": lambda: figures.plot_summary(headline(summary_of(read_runs(PUBLISHED)))),
+    "README's picture": lambda: figures.plot_steps(headline(summary_of(read_runs(PUBLISHED)))),
     "confusion": lambda: figures.plot_confusion(np.repeat(np.arange(10), 1000), RNG.integers(0, 10, 10_000)),
     "mistakes": lambda: figures.plot_mistakes(IMAGES, LABELS, (LABELS + 1) % 10, np.linspace(0.3, 1, 60), 20),
     "no mistakes": lambda: figures.plot_mistakes(IMAGES, LABELS, LABELS, np.linspace(0.3, 1, 60)),
@@ -144,13 +137,12 @@ def test_samples_and_augmented_images_stand_in_rows_on_one_grey_scale() -> None:
     assert {image.get_clim() for image in axes.images} == {(0, 255)}
 
     draws = np.stack([IMAGES[:6] // 2, IMAGES[:6] // 3])
-    figure = figures.plot_augmentation(IMAGES[:6], draws, limit=4)
-    drawn = np.array([axes.images[0].get_array() for axes in figure.axes]).reshape(3, 4, 28, 28)
+    (axes,) = figures.plot_augmentation(IMAGES[:6], draws, limit=4).axes
+    drawn = np.array([image.get_array() for image in axes.images]).reshape(3, 4, 28, 28)
     np.testing.assert_array_equal(drawn, [IMAGES[:4], draws[0, :4], draws[1, :4]])
-    assert [axes.get_ylabel() for axes in figure.axes[::4]] == ["before", "draw 1", "draw 2"]
-    assert {axes.images[0].get_clim() for axes in figure.axes} == {(0, 255)}
-    single = figures.plot_augmentation(IMAGES[:6], draws[0])
-    assert [axes.get_ylabel() for axes in single.axes[::6]] == ["before", "after"]
+    assert [text.get_text() for text in axes.texts if text.get_text()] == ["before", "draw 1", "draw 2"]
+    assert {image.get_clim() for image in axes.images} == {(0, 255)}
+    assert titles(figures.plot_augmentation(IMAGES[:6], draws[0]))[-2:] == ["before", "after"]
 
 
 def test_training_draws_mean_and_range_over_seeds() -> None:
@@ -184,34 +176,27 @@ def test_curves_of_one_seed_have_no_band_and_those_of_several_steps_are_told_apa
 
 
 def test_of_several_runs_of_one_seed_the_first_counts() -> None:
-    history, runs = make_history(seeds=2), make_runs(STEPS[5], seeds=2)
+    history = make_history(seeds=2)
     older = history[history["seed"] == 0].assign(run_id="older", lr=0.5, train_loss=9.0, test_accuracy=10.0)
     for plot in (figures.plot_training, figures.plot_learning_rate):
         drawn = [plot(table).axes[0] for table in (pd.concat([history, older]), history)]
         np.testing.assert_array_equal(*([line.get_xydata() for line in axes.lines] for axes in drawn))
-    again = pd.concat([runs, runs.iloc[:1].assign(final_test_accuracy=10.0)], ignore_index=True)
-    assert bars(figures.plot_steps(again).axes[0]) == bars(figures.plot_steps(runs).axes[0])
 
 
 def test_steps_come_in_the_order_of_their_names_whatever_the_order_of_the_runs() -> None:
     names = ["under_20k", "step2", "four_conv", "step1"]
-    runs = make_runs(*((name, 8_000, 99.4) for name in names), seeds=2).sample(frac=1, random_state=3)
-    labels = figures.plot_steps(runs).axes[1].get_yticklabels()
-    assert [label.get_text().split()[0] for label in labels] == ["step1", "step2", "four_conv", "under_20k"]
     history = pd.concat([make_history(name, 1, 3, lr) for lr, name in enumerate(names, start=1)])
     assert legend_texts(figures.plot_learning_rate(history)) == ["step1", "step2", "four_conv", "under_20k"]
 
 
-def test_values_that_are_not_finite_are_announced_and_those_of_a_study_do_not_end_it() -> None:
+def test_values_that_are_not_finite_are_announced() -> None:
     history = make_history(seeds=2)
     history.loc[history["seed"] == 0, "train_loss"] = [math.nan] * 7 + [math.inf] * 7
     figure = figures.plot_training(history)
     assert figure.get_suptitle() == "step3_gap\nnot recorded, or not finite: train loss (14 of 28)"
     expected = history.loc[history["seed"] == 1, "train_loss"]
     np.testing.assert_allclose(curves(figure.axes[0])["training, mean of 2 seeds"], expected)
-    without = history.assign(train_loss=math.nan, test_loss=math.nan).to_dict("records")
-    assert set(figures.study_figures(without, 99.4)) == {"training"}
-    assert figures.study_figures([{"run_id": "a"}], 99.4) == {}
+    figures.plot_training(history.assign(train_loss=math.nan, test_loss=math.nan)).draw_without_rendering()
 
 
 def test_learning_rate_has_one_line_a_schedule_and_none_where_it_is_no_number() -> None:
@@ -228,45 +213,31 @@ def test_learning_rate_has_one_line_a_schedule_and_none_where_it_is_no_number() 
     assert figures.plot_learning_rate(make_history()).axes[0].get_yscale() == "linear"
 
 
-def test_steps_draws_the_mean_with_a_t_interval_over_seeds() -> None:
-    runs = pd.DataFrame(
-        {
-            "step": ["step4", "step4", "step4", "step4", "four_conv", "four_conv"],
-            "seed": [0, 1, 2, 3, 0, 1],
-            "num_params": [7_852] * 4 + [10_970] * 2,
-            "final_test_accuracy": [99.40, 99.46, 99.40, 99.46, 99.20, 99.30],
-            "best_test_accuracy": [99.5, 99.5, 99.5, 99.5, 99.3, 99.4],
-        }
-    )
-    figure = figures.plot_steps(runs)
-    above, below = figure.axes[:2]
-    half = 3.182446 * 0.06 / math.sqrt(3) / 2  # t at 0.975 with three degrees of freedom; the sd is 0.06 / sqrt(3)
-    expected = [(7_852, 99.43, 99.43 - half, 99.43 + half), (10_970, 99.25, 99.25, 99.25)]
-    np.testing.assert_allclose(bars(above), expected, rtol=1e-7)
-    assert [label.get_text().split() for label in below.get_yticklabels()] == [["step4", "1"], ["four_conv", "2"]]
-    values = [label.get_text() for label in figure.axes[2].get_yticklabels()]
-    assert values == ["99.43 [99.37, 99.49], n = 4", "99.25, n = 2"]
-    best = next(line for line in below.lines if "best epoch" in str(line.get_label()))
-    np.testing.assert_allclose(points_of(best), np.array([(99.5, 0), (99.35, 1)]))
-    assert {"mean over seeds, 95 % t-interval", "mean, too few seeds for an interval"} <= set(legend_texts(figure))
-    assert curves(above)["target 99.4 %"].tolist() == [99.4, 99.4]
-    assert any(points_of(line)[:, 0].tolist() == [99.4, 99.4] for line in below.lines)
-    assert "target 10,000 parameters" in legend_texts(figure)
-    assert not any(text.startswith("target") for text in legend_texts(figures.plot_steps(runs, None, None)))
-
-
-def test_steps_numbers_each_point_beside_it_and_covers_none() -> None:
-    figure = figures.plot_steps(make_runs(*STEPS, sd=0.042))
+def test_steps_are_numbered_beside_their_points_with_intervals_of_four_seeds_or_more_and_joined_in_order() -> None:
+    table = make_table(*reversed(STEPS)).assign(overrides="")
+    table.loc[0, ["seeds", "overrides"]] = [3, "lr=1"]  # under_20k
+    figure = figures.plot_steps(table)
     figure.savefig(io.BytesIO(), dpi=figure.dpi)
-    above = figure.axes[0]
-    numbers = {text.get_text(): text for text in above.texts if isinstance(text, Annotation)}
-    points = {str(i): (params, accuracy) for i, (_, params, accuracy) in enumerate(STEPS, start=1)}
-    assert {number: numbers[number].xy for number in points} == {i: pytest.approx(xy) for i, xy in points.items()}
-    for number, point in points.items():
-        box = Text.get_window_extent(numbers[number])
-        assert not any(box.contains(*above.transData.transform(marker)) for marker in points.values())
-        away = box.get_points().mean(axis=0) - above.transData.transform(point)
-        assert np.linalg.norm(away) * 72 / figure.dpi < 60  # points
+    (axes,) = figure.axes
+    drawn = {(x, y): (low, high) for x, y, low, high in bars(axes)}
+    assert drawn == {(n, mean): pytest.approx((mean - 0.03, mean + 0.03)) for _, n, mean in STEPS[:-1]} | {
+        (14_320, 99.43): (99.43, 99.43)
+    }
+    assert {"target 99.4 %", "target 10,000 parameters"} < set(legend_texts(figure))
+    assert not any(text.startswith("target") for text in legend_texts(figures.plot_steps(table, None, None)))
+    annotations = [text for text in axes.texts if isinstance(text, Annotation)]
+    steps = [(params, mean) for step, params, mean in STEPS if step.startswith("step")]
+    arrows = [(text.xyann, text.xy) for text in annotations if not text.get_text()]
+    assert arrows == list(pairwise(steps))
+
+    names = {text.xy: text for text in annotations if text.get_text()}
+    assert {text.get_text() for text in names.values()} == {"1", "2", "3", "4", "four_conv", "under_20k [lr=1]"}
+    markers = [axes.transData.transform((params, mean)) for _, params, mean in STEPS]
+    for point, name in names.items():
+        box = Text.get_window_extent(name)
+        assert not any(box.contains(*marker) for marker in markers)
+        away = box.get_points().mean(axis=0) - axes.transData.transform(point)
+        assert np.linalg.norm(away) * 72 / figure.dpi < 70  # points
 
 
 def test_confusion_counts_and_colours_errors_only() -> None:
@@ -300,17 +271,16 @@ def test_mistakes_are_the_wrong_ones_most_confident_first() -> None:
     assert titles(alone) == titles(figure)
 
 
-HISTORY, RUNS = make_history(), make_runs(*STEPS[:2])
+HISTORY = make_history()
 ERRORS: dict[str, Callable[[], Figure]] = {
     r"labels .*\(3,\)": lambda: figures.plot_samples(IMAGES, LABELS[:3]),
     r"after .*59, 28, 28\)": lambda: figures.plot_augmentation(IMAGES, IMAGES[1:]),
     "history has no rows": lambda: figures.plot_training(HISTORY.iloc[:0]),
     "history lacks epoch, train_loss": lambda: figures.plot_training(HISTORY.drop(columns=["epoch", "train_loss"])),
     "no finite learning rate": lambda: figures.plot_learning_rate(HISTORY.assign(lr=math.nan)),
-    r"num_params in step1_baseline \(10,970, 7\)": lambda: figures.plot_steps(
-        pd.concat([RUNS, make_runs(("step1_baseline", 7, 99.0), seeds=20)])
+    "table lacks seeds: .* step, num_params, seeds, last, low": lambda: figures.plot_steps(
+        make_table(*STEPS).drop(columns="seeds")
     ),
-    "final_test_accuracy .*bad": lambda: figures.plot_steps(pd.concat([RUNS, make_runs(("bad", 7_852, math.nan))])),
     "prediction .* 0 to 9": lambda: figures.plot_confusion(LABELS, LABELS - 1),
 }
 
@@ -326,8 +296,8 @@ HOSTILE = ["a$\\frac{$", "_hidden", "two\nlines\tand\x00more", "m" * 5_000]
 
 def test_names_are_free_text_and_drawn_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     history = pd.concat([make_history(name, 1, 3, 0.01 * rate) for rate, name in enumerate(HOSTILE, start=1)])
-    runs = make_runs(*((name, 7_852, 99.4) for name in HOSTILE), seeds=2)
-    for figure in (figures.plot_learning_rate(history), figures.plot_steps(runs)):
+    table = make_table(*((name, 7_852, 99.4) for name in HOSTILE))
+    for figure in (figures.plot_learning_rate(history), figures.plot_steps(table)):
         texts = drawn_texts(figure, monkeypatch)
         for shown in ("a$\\frac{$", "_hidden", "two lines and more", f"{'m' * 30}…{'m' * 30}"):
             assert any(shown in " ".join(text.get_text().split()) for text in texts), shown

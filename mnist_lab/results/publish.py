@@ -24,7 +24,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from mnist_lab.errors import LabError
-from mnist_lab.figures import plot_summary
+from mnist_lab.figures import plot_steps
 from mnist_lab.paths import PROJECT_ROOT
 from mnist_lab.results.compare import compare_runs, declared_pairs, summarise
 from mnist_lab.results.records import (
@@ -257,7 +257,7 @@ def picture(rows: pd.DataFrame) -> str:
     )
     svg = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "mnist_lab"}):  # else each drawing has ids of its own
-        plot_summary(drawn).savefig(svg, format="svg", metadata={"Date": None, "Description": points})
+        plot_steps(drawn).savefig(svg, format="svg", metadata={"Date": None, "Description": points})
     return svg.getvalue()
 
 

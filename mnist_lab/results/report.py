@@ -129,7 +129,8 @@ def write_report(
     if runs.empty:
         raise LabError("no finished run to report on; train first, e.g. `make step1`")
     history = results.epoch_history(include_overrides="if_none", loaded=loaded)
-    rows = {row["step"]: row for row in summarise(runs).to_dict("records")}
+    summary = summarise(runs)
+    rows = {row["step"]: row for row in summary.to_dict("records")}
     images = load_mnist().test_images[:, 0].numpy()  # (10000, 28, 28)
     chapters = [
         Chapter(
@@ -143,8 +144,9 @@ def write_report(
         draw(chapter, runs[runs["step"] == chapter.step], history, images, loaded)
     logger.info("Drawing the overview, and writing the page")
     compared = [chapter for chapter in drawn if steps or chapter.name == chapter.step]
-    in_overview = runs[runs["step"].isin({chapter.step for chapter in compared})]
-    overview = None if in_overview.empty else draw_overview(in_overview)
+    overview = (
+        draw_overview(summary[summary["step"].isin({chapter.step for chapter in compared})]) if compared else None
+    )
     page = {
         **{"chapters": chapters, "results": compared, "overview": overview},
         "runs": by_step(runs).to_dict("records"),
@@ -221,15 +223,16 @@ def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: Lo
     return [confusion, _picture(gallery, f"{run['step']}-mistakes", alt, caption)]
 
 
-def draw_overview(runs: pd.DataFrame) -> Picture:
+def draw_overview(summary: pd.DataFrame) -> Picture:
     """Draw all experiments side by side."""
-    means = runs.groupby("step")["final_test_accuracy"].mean().sort_values()
-    params = runs.groupby("step")["num_params"].first()
-    ends = [f"{step}, {means[step]:.2f} % with {params[step]:,} parameters" for step in means.index]
-    alt = f"Test accuracy of the last epoch against parameters, {len(ends)} experiments. Highest: {ends[-1]}."
-    alt += f" Lowest: {ends[0]}." if len(ends) > 1 else ""
-    caption = "Test accuracy of the last epoch against parameters (above) and one by one (below)."
-    return _picture(figures.plot_steps(runs), "all", alt, caption)
+    ordered = summary.sort_values("last", ascending=False, kind="stable")
+    ends = [
+        f"{step}, {last:.2f} % with {params:,} parameters"
+        for step, last, params in ordered[["step", "last", "num_params"]].itertuples(index=False, name=None)
+    ]
+    alt = f"Test accuracy of the last epoch against parameters, {len(ends)} experiments. Highest: {ends[0]}."
+    alt += f" Lowest: {ends[-1]}." if len(ends) > 1 else ""
+    return _picture(figures.plot_steps(summary), "all", alt, "Test accuracy of the last epoch against parameters.")
 
 
 def _picture(figure: Figure, name: str, alt: str, caption: str) -> Picture:

@@ -141,7 +141,7 @@ def log_curves(tracked: TrackedRun, history: Sequence[Mapping[str, object]], tar
     """
     import pandas as pd
 
-    from mnist_lab.figures import study_figures  # pandas and matplotlib take a second
+    from mnist_lab.figures import plot_training  # pandas and matplotlib take a second
 
     if not history:
         return
@@ -152,7 +152,7 @@ def log_curves(tracked: TrackedRun, history: Sequence[Mapping[str, object]], tar
     tracked.log_missing(
         {epoch: {name: mean for name, mean in of.items() if mean == mean} for epoch, of in whole.items()}
     )
-    tracked.log_figures(study_figures(history, targets.accuracy))
+    tracked.log_figures({"training": plot_training(frame, targets.accuracy)})
 
 
 def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> list[dict[str, object]]:

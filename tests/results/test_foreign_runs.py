@@ -163,8 +163,8 @@ def test_reports_and_figures_show_the_others(
         loaded = results.load_runs(odd_store.uri)
         history = results.epoch_history(include_overrides=True, loaded=loaded)
         figures.plot_learning_rate(history).draw_without_rendering()
-        runs = results.run_table(columns="all", include_overrides=True, loaded=loaded)
-        figures.plot_steps(results.newest_runs(runs)).draw_without_rendering()
+        compared = results.compare_table(include_overrides=True, loaded=loaded)
+        figures.plot_steps(compared).draw_without_rendering()
 
     for page in (html.read_text("utf-8"), md.read_text("utf-8")):
         assert "No training curves: history has no rows" in page
@@ -239,8 +239,7 @@ def test_no_run_keeps_the_others_from_the_tables(shared_store: Store, run: dict[
         compared = results.compare_table(include_overrides=True, loaded=loaded)
         results.compare_text(compared)
         assert "step2" in set(compared["step"])
-        finished = results.newest_runs(results.run_table(columns="all", include_overrides=True, loaded=loaded))
-        figures.plot_steps(finished)
+        figures.plot_steps(compared)
         history = results.epoch_history(include_overrides=True, loaded=loaded)
         for _, of_step in history[history["run_id"] == run_id].groupby(["step", "overrides"]):
             figures.plot_training(of_step)
