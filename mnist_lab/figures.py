@@ -105,9 +105,9 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
 plot_curves = plot_training  # the name that fits several steps
 
 
-def _not_recorded(history: pd.DataFrame, metrics: list[str]) -> str:
+def _not_recorded(history: pd.DataFrame, metrics: Sequence[str]) -> str:
     """Say which figures are missing, and in how many of all epochs where it is not all."""
-    finite = history[metrics].replace([math.inf, -math.inf], math.nan)
+    finite = history[list(metrics)].replace([math.inf, -math.inf], math.nan)
     missing = {str(name): int(count) for name, count in finite.isna().sum().items() if count}
     return ", ".join(
         MEASURES[name].label + ("" if count == len(history) else f" ({count:,} of {len(history):,})")
@@ -154,7 +154,7 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
         under = min(len(schedules) - 1 - len(axes.lines), 4)
         axes.plot(*zip(*points, strict=True), drawstyle="steps-mid", color=color, ls=line, lw=1.5 + 0.8 * under,
                   marker=marker, ms=4 + 1.6 * under, label=label)  # fmt: skip
-    axes.set_ylabel(MEASURES["lr"].axis)
+    axes.set_ylabel(MEASURES["lr"].label)
     _finish_epochs(axes, history)
     if history["lr"].min() > 0 and history["lr"].max() > 5 * history["lr"].min():
         _log_scale(axes.yaxis)
@@ -191,7 +191,7 @@ def plot_steps(table: pd.DataFrame, target_accuracy: float | None = 99.4, target
     _target_line(axes, target_accuracy)
     if target_params is not None:
         axes.axvline(target_params, label=f"target {target_params:,} parameters", **TARGET | {"ls": "--"})
-    axes.set(xlabel=MEASURES["num_params"].axis, ylabel="test accuracy of the last epoch (%)")
+    axes.set(xlabel=MEASURES["num_params"].label, ylabel="test accuracy of the last epoch (%)")
     _log_scale(axes.xaxis)
     _stretch(axes)
     axes.grid(alpha=0.3)
@@ -280,7 +280,7 @@ def run_figures(
     return figures
 
 
-def _first_runs(history: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+def _first_runs(history: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Keep the first run of each step and seed, in the order of the steps."""
     _require(history, "history", ["run_id", "step", "seed", "epoch", *columns])
     history = history.assign(step=_with_overrides(history))

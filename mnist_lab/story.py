@@ -39,11 +39,7 @@ class Story:
 
 
 def read_story(script: Path) -> Story:
-    """Read the story in a script's docstring, without importing the script. Headings may be missing.
-
-    Raises:
-        LabError: if the script can't be read or is not Python.
-    """
+    """Read the story in a script's docstring, without importing it; raises LabError if it can't be read."""
     try:
         docstring = ast.get_docstring(ast.parse(script.read_bytes(), script.name)) or ""
     except (OSError, SyntaxError, ValueError) as error:

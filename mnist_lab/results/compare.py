@@ -32,16 +32,15 @@ def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the newest run of each step and seed, without those that other code computed; the newest stand first.
 
     runs: a run table with all columns (LabError if not).
-    Other code: another `code_sha256`, number of parameters or teacher than the step's newest run. The column `left_out`
-    says how many such runs the step has.
+    Other code: another `code_sha256`, number of parameters or teacher than the step's newest run; `left_out` is their
+    number.
     """
     if not {"start_time", "code_sha256", "overrides"} <= set(runs):
         raise LabError('runs: all columns of a run table are needed, from results.run_table(columns="all")')
     runs = runs.sort_values("start_time", ascending=False, kind="stable")
     experiment = [runs["step"], runs["overrides"]]
     code = runs["code_sha256"].fillna("") + " " + runs["num_params"].astype("str")
-    if "teacher_sha256" in runs:
-        code += " " + runs["teacher_sha256"].fillna("")
+    code += " " + runs["teacher_sha256"].fillna("")
     same = code == code.groupby(experiment).transform("first")
     left_out = (~same).groupby(experiment).transform("sum").astype("int64")
     return runs.assign(left_out=left_out)[same].drop_duplicates(["step", "overrides", "seed"])
@@ -68,7 +67,6 @@ def compare_table(steps: Iterable[str] | str | None = None, **which: Unpack[RunF
 
 
 def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
-    """Return the rows of `compare_table` for these runs, the newest of each seed."""
     facts = [str(name) for name in runs if str(name).startswith(("target_", "reported_"))]
     best = (HELD_OUT if HELD_OUT.best in runs else TESTED).best
     counts = ["seeds", "left_out", "num_params", "epochs"]
@@ -100,7 +98,6 @@ def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
 
 
 def stated_targets(run: Mapping[Any, Any] | pd.Series[Any]) -> Targets:
-    """Return the targets of a row of a run table."""
     accuracy, *counts = (run[f"target_{name}"] for name in TARGETS)
     params, epochs = (None if pd.isna(count) else int(count) for count in counts)
     return Targets(accuracy=None if pd.isna(accuracy) else accuracy, params=params, epochs=epochs)
@@ -138,7 +135,7 @@ def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
     holdout, folds, tracking_uri, loaded: as for `run_table`.
 
     Raises:
-        LabError: if a step has no such run, their protocols differ, or one has a single seed and the other several.
+        LabError: if a step has no such run, or one has a single seed and the other several.
     """
     loaded = which["loaded"] = loaded_runs(**which)
     a, b = full_names([a, b], loaded)
@@ -163,10 +160,7 @@ def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
 
 
 def declared_pairs(scripts: Path = PROJECT_ROOT / "experiments") -> list[Pair]:
-    """Return the pairs that the scripts' docstrings declare: a line "Compared with step3_gap: more dropout." each.
-
-    A script that can't be read declares none; running it says why.
-    """
+    """Return the pairs that the scripts' docstrings declare: a line "Compared with step3_gap: more dropout." each."""
     stories, _ = read_stories(scripts)
     return [
         Pair(script_named(other), step, change)
@@ -176,7 +170,6 @@ def declared_pairs(scripts: Path = PROJECT_ROOT / "experiments") -> list[Pair]:
 
 
 def pair_of(a: str, b: str) -> Pair:
-    """Return the pair of two experiments, with the change that is declared; else with all that differs."""
     declared = (pair for pair in declared_pairs() if (pair.a, pair.b) == (a, b))
     return next(declared, Pair(a, b, change="all that differs"))
 
@@ -201,7 +194,6 @@ def compare_pairs(
 def compare_runs(
     pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0, uri: str = ""
 ) -> tuple[list[Comparison], list[str]]:
-    """Compare the pairs that both have runs in a run table; see `compare_pairs`."""
     found, refused = [], []
     for pair in pairs:
         if {pair.a, pair.b} <= {*runs["step"]}:
@@ -219,10 +211,9 @@ def _compare(pair: Pair, runs: pd.DataFrame, uri: str, folds: int) -> Comparison
         if folds and len(of) < folds:
             raise LabError(f"{step} has {len(of)} of {folds} folds; the command that trained them trains the others")
     if len(of_a) == len(of_b) == 1:
-        ids = [of_a["run_id"].iloc[0], of_b["run_id"].iloc[0]]
-        said_a, said_b = (predictions(run_id, tracking_uri=uri) for run_id in ids)
+        said_a, said_b = (predictions(of["run_id"].iloc[0], tracking_uri=uri) for of in (of_a, of_b))
         if not said_a["truth"].equals(said_b["truth"]):
-            raise LabError(f"the predictions of the runs {ids[0]} and {ids[1]} are not of the same images")
+            raise LabError("the predictions of the two runs are not of the same images")
         right_a, right_b = (said["truth"] == said["prediction"] for said in (said_a, said_b))
         return Comparison.of(pair, statistics.mcnemar_exact(right_a, right_b))
     if min(len(of_a), len(of_b)) == 1:

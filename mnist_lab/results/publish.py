@@ -65,12 +65,8 @@ PUBLISHED = PROJECT_ROOT / "docs" / "results"
 def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
     """Write the tracked runs' CSVs into a folder of one's own, and the tables made of them into its README.md.
 
-    A step that can't name a file is left out, with a warning; so is a CSV in the folder of which the store has no runs.
-    Returns what was written.
-
-    Raises:
-        LabError: if the store has no runs that can be exported, the folder is that of the published figures, its
-            README.md has no markers for tables, or a file can't be read or written; then nothing was changed.
+    Returns what was written. Raises LabError, and has changed nothing, if the store has no such runs, the folder is
+    that of the published figures, its README.md has no markers for tables, or a file can't be read or written.
     """
     if folder.resolve() == PUBLISHED.resolve():
         raise LabError(f"folder: {folder} holds the published figures; `make publish` adds to them")
@@ -96,14 +92,11 @@ def publish(
 ) -> list[Path]:
     """Lay the tracked runs over the published CSVs in the folder, and make the tables of `readme` and its README.md.
 
-    A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere,
-    such as those that were restored into the store. A step that can't name a file is left out, with a warning.
+    A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere.
     replace: whether a published row may be replaced or removed. progress: is told of each row that changes.
-    Returns what was written.
 
-    Raises:
-        LabError: if the store has no runs that can be published, a published row would be replaced unasked, a page has
-            no markers for its tables, or a file can't be read or written; then nothing was changed.
+    Returns what was written. Raises LabError, and has changed nothing, as `export_runs` does, and if a published row
+    would be replaced unasked.
     """
     own = tracked_records(tracking_uri, restored=False)
     with _file_errors(folder):
@@ -126,7 +119,6 @@ def publish(
 
 
 def files_of(records: Records, folder: Path, steps: set[str], pages: Mapping[Path, str]) -> dict[Path, str]:
-    """Return the CSVs of these steps and of all runs, and the pages with their tables."""
     made = tables(records)
     return {
         **records.csvs(folder, steps),
@@ -181,20 +173,19 @@ def _file_errors(folder: Path) -> Iterator[None]:
 
 
 def compare_rows(rows: pd.DataFrame) -> list[Comparison]:
-    """Compare the pairs that scripts declare and that both have several seeds, adjusted for their number (Holm)."""
+    """Compare the pairs that scripts declare and that both have several seeds."""
     runs = typed(rows, RUN_COLUMNS)
     return compare_runs(declared_pairs(), runs[runs.groupby("step")["seed"].transform("size") > 1])[0]
 
 
 def compare_folds(rows: pd.DataFrame) -> list[Comparison]:
-    """Compare the pairs that scripts declare and that have the same folds, adjusted for their number."""
+    """Compare the pairs that scripts declare and that have the same folds."""
     pairs, runs = declared_pairs(), typed(rows, FOLD_COLUMNS)
     alike = [(folds, runs[runs["folds"] == folds]) for folds in runs["folds"].unique()]
     return adjust([found for folds, of in alike for found in compare_runs(pairs, of, folds)[0]])
 
 
 def effect_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
-    """Return the rows of effects.csv; of too few seeds, without an interval."""
     unknown = {"low": math.nan, "high": math.nan}
     rows = [{**vars(one), "seeds": one.seeds, **(unknown if one.interval == TOO_FEW else {})} for one in comparisons]
     return cells(pd.DataFrame(rows, columns=[name for name, _ in EFFECT_COLUMNS.values()]), EFFECT_COLUMNS)
@@ -204,7 +195,6 @@ def effect_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def summary_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `compare_table` for the rows of the CSVs."""
     return summarise(typed(rows, RUN_COLUMNS).assign(overrides="", left_out=0))
 
 
@@ -246,10 +236,7 @@ def headline(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def picture(rows: pd.DataFrame) -> str:
-    """Return the picture of accuracy against parameters as SVG; its description lists the points that are drawn.
-
-    The experiments are those of `headline`.
-    """
+    """Return the picture of the experiments of `headline` as SVG; its description lists the points that are drawn."""
     drawn = headline(summary_of(rows))
     points = "; ".join(
         f"{row['step']}: {row['num_params']:,} parameters, {row['last']:.2f} %, seeds: {row['seeds']}"
@@ -262,11 +249,7 @@ def picture(rows: pd.DataFrame) -> str:
 
 
 def with_tables(page: str, made: Mapping[str, str]) -> str:
-    """Return a page with the tables put between its markers, `<!-- results -->` to `<!-- /results -->` and so on.
-
-    Raises:
-        LabError: if the page has no markers at all.
-    """
+    """Put the tables between a page's markers, `<!-- results -->` to `<!-- /results -->` and so on."""
     place = re.compile(rf"(<!-- ({'|'.join(made)}) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
     page, found = place.subn(lambda marks: f"{marks[1]}\n{made[marks[2]]}\n\n{marks[3]}", page)
     if not found:
@@ -293,7 +276,7 @@ def _commit(row: Mapping[str, str]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Return a store's text as Markdown that shows it in one cell of a table, without HTML."""
+    """Return text as Markdown that shows it in one cell of a table, without HTML."""
     return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 

@@ -97,18 +97,13 @@ SETTINGS = ("step", "seed", "kind", "name", "value")  # in memory: of one seed e
 
 
 class Records(NamedTuple):
-    """Rows of runs, each with step and seed.
+    """Rows of runs, each with step and seed."""
 
-    runs: RUN_COLUMNS. epochs: EPOCH_COLUMNS. settings: kind ("param" or "tag"), name and value. mistakes: the test
-    images that the run got wrong, by their numbers from 0, with the prediction and its confidence. folds: of the runs
-    of cross-validations, which are no others' rows: FOLD_COLUMNS.
-    """
-
-    runs: pd.DataFrame
-    epochs: pd.DataFrame
-    settings: pd.DataFrame
-    mistakes: pd.DataFrame
-    folds: pd.DataFrame
+    runs: pd.DataFrame  # RUN_COLUMNS
+    epochs: pd.DataFrame  # EPOCH_COLUMNS
+    settings: pd.DataFrame  # SETTINGS, of which kind is "param" or "tag"
+    mistakes: pd.DataFrame  # MISTAKE_COLUMNS: the test images that the run got wrong, by their numbers from 0
+    folds: pd.DataFrame  # FOLD_COLUMNS, of the runs of cross-validations alone
 
     def csvs(self, folder: Path, steps: Iterable[str]) -> dict[Path, str]:
         """Return the files of these steps, and those that hold the rows of all steps."""
@@ -125,13 +120,11 @@ def rows_of(step: str, rows: pd.DataFrame) -> pd.DataFrame:
 
 def among(rows: pd.DataFrame, others: pd.DataFrame, *columns: str) -> pd.Series[bool]:
     """Say of each row whether the other rows have its cells of these columns."""
-    wanted = {*others[[*columns]].itertuples(index=False, name=None)}
-    found = [cells in wanted for cells in rows[[*columns]].itertuples(index=False, name=None)]
-    return pd.Series(found, rows.index, dtype="bool")
+    mine, theirs = (pd.MultiIndex.from_frame(table[[*columns]].astype("str")) for table in (rows, others))
+    return pd.Series(mine.isin(theirs), rows.index)
 
 
 def joined(columns: Iterable[str], *tables: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of all tables, sorted by their runs, and within a run as they belong."""
     rows = pd.concat([pd.DataFrame(columns=[*columns], dtype="str"), *tables]).fillna("")
     return rows.sort_values([name for name in ORDER if name in rows], key=_sortable, ignore_index=True)
 
@@ -216,7 +209,7 @@ def _mistakes(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 
 def cells(table: pd.DataFrame, columns: Columns) -> pd.DataFrame:
-    """Return these columns of a run table, an epoch history or comparisons as the text that a CSV holds."""
+    """Return these columns of a table as the text that a CSV holds."""
     return pd.DataFrame(
         {
             name: [format(value, form) if pd.notna(value) else "" for value in table[column]]
@@ -230,11 +223,7 @@ def cells(table: pd.DataFrame, columns: Columns) -> pd.DataFrame:
 
 
 def read_records(folder: Path) -> Records:
-    """Read the CSVs in a folder, and check each cell.
-
-    Raises:
-        LabError: if one can't be read, or holds what the lab does not write: it names the file, the row and the column.
-    """
+    """Read the CSVs in a folder; raises LabError with file, row and column for what the lab does not write."""
     runs = read_runs(folder)
     return Records(
         runs,
@@ -246,7 +235,7 @@ def read_records(folder: Path) -> Records:
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
-    """Read the CSVs of all experiments in a folder, the steps first; raises LabError as `read_records`."""
+    """Read the CSVs of all experiments in a folder, as `read_records` does."""
     files = [file for file in folder.glob("*.csv") if file.stem not in OTHER_FILES]
     return joined(RUN_COLUMNS, *(_read(file, COLUMNS, "seed").assign(step=file.stem) for file in files))
 
@@ -286,7 +275,7 @@ def _check_once(file: Path, table: pd.DataFrame, *key: str) -> None:
 
 
 def _read_settings(file: Path, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the settings, a row for each seed that there is; those of other steps are left out."""
+    """Return a row for each setting and seed that there is; those of other steps are left out."""
     known = {step: {int(seed) for seed in seeds} for step, seeds in runs.groupby("step")["seed"]}
     table = _read(file, SETTING_COLUMNS, "step", "seeds", "kind", "name")
     table = table[table["step"].isin([*known])]

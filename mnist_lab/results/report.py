@@ -63,24 +63,21 @@ class Picture:
 class Chapter:
     """What the report tells of one experiment.
 
-    trouble: why its script has no story, where it can't be read.
     copied_from: the script whose Result stands in this one's docstring word for word; "" if none does.
     published: whether docs/results has figures of this script.
-    row: of the comparison; None without runs. notes: on what could not be drawn.
     """
 
     step: str
     story: Story | None
-    trouble: str
+    trouble: str  # why its script has no story, where it can't be read
     copied_from: str
     published: bool
-    row: dict[Any, Any] | None
+    row: dict[Any, Any] | None  # of the comparison; none without runs
     pictures: list[Picture] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # on what could not be drawn
 
     @property
     def name(self) -> str:
-        """The step, with its overrides where there are any."""
         return f"{self.step} [{self.row['overrides']}]" if self.row and self.row["overrides"] else self.step
 
     @property
@@ -105,12 +102,7 @@ def write_report(
     """Write steps.html and steps.md into the folder and return their paths. Nothing is written before all is drawn.
 
     The runs that count are those of `newest_runs`. Overridden ones are told where an experiment has none as declared,
-    and are compared with others only if they were asked for.
-    steps: only these, of which a short name will do.
-
-    Raises:
-        LabError: if the store is missing or foreign or has no finished run, a step is unknown, or the folder can't be
-            written to.
+    and are compared with others only if they were asked for. steps: only these, of which a short name will do.
     """
     if not scripts.is_dir():
         raise LabError(f"scripts: {scripts} is not a folder")
@@ -165,8 +157,7 @@ def write_report(
 def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict[str, str]:
     """Return which scripts have another's Result in their docstring, word for word, and whose.
 
-    stories: by script. published: the scripts that have published figures; of scripts with one Result, the first of
-    these wrote it, or the first in order. A Result without a figure says nothing of anybody.
+    Of scripts with one Result, the first that has published figures wrote it, or the first in order.
     """
     authors: dict[str, str] = {}
     copies = {}
@@ -180,7 +171,6 @@ def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict
 def draw(
     chapter: Chapter, runs: pd.DataFrame, history: pd.DataFrame, images: NDArray[np.uint8], loaded: LoadedRuns
 ) -> None:
-    """Draw one experiment: training curves over its seeds, confusion matrix and mistakes of the newest run."""
     try:
         chapter.pictures.append(_draw_training(runs, history[history["run_id"].isin(runs["run_id"])]))
     except LabError as error:
@@ -224,7 +214,6 @@ def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: Lo
 
 
 def draw_overview(summary: pd.DataFrame) -> Picture:
-    """Draw all experiments side by side."""
     ordered = summary.sort_values("last", ascending=False, kind="stable")
     ends = [
         f"{step}, {last:.2f} % with {params:,} parameters"

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import compress, groupby
+from itertools import chain, compress, groupby, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,32 +46,16 @@ NOT_SHARED = {"seed", "step", "targets", "model", DESCRIPTION}
 
 
 class Restored(NamedTuple):
-    """What a call has done to the store.
-
-    runs, studies: how many it wrote. there: how many runs of the files were there already, restored or trained here.
-    """
+    """How many runs, and studies over them, a call has written; and how many of its runs were there already."""
 
     runs: int
     studies: int
     there: int
 
 
-@dataclass
-class Past:
-    """A clock that stands at a time, in milliseconds since 1970."""
-
-    time: int
-
-    def __call__(self) -> int:
-        return self.time
-
-
 @dataclass(frozen=True)
 class Committed:
-    """One run as the files have it.
-
-    start, end: milliseconds since 1970. history: a record of each epoch. figures: what it logs once.
-    """
+    """One run as the files have it; times in milliseconds since 1970."""
 
     step: str
     seed: int
@@ -79,8 +63,8 @@ class Committed:
     start: int
     end: int
     targets: Targets
-    history: Sequence[Mapping[Any, Any]]
-    figures: Mapping[str, float]
+    history: Sequence[Mapping[Any, Any]]  # a record of each epoch
+    figures: Mapping[str, float]  # logged once
     params: Mapping[str, str]
     tags: Mapping[str, str]
     mistakes: pd.DataFrame
@@ -94,10 +78,6 @@ def restore(
     A run that was trained into this store itself is not added again. Where the files say something else than they did
     before, or an earlier call was interrupted, all restored runs are written anew. All other runs are left alone.
     commit: which the files are of. progress: is told of each step before its runs are written.
-
-    Raises:
-        LabError: if the folder has no such files, they are not as the lab writes them, the store can't be written, or
-            another call is at work on it.
     """
     records = files.read_records(folder)
     if records.runs.empty:
@@ -129,7 +109,6 @@ def restore(
 
 
 def script_of(step: str) -> Path:
-    """Return where the script of a step is, or would be."""
     return PROJECT_ROOT / "experiments" / f"{step}.py"
 
 
@@ -189,7 +168,6 @@ def _of_run(rows: pd.DataFrame, run: Mapping[Any, Any]) -> pd.DataFrame:
 
 
 def _check(folder: Path, row: Mapping[Any, Any], params: object, epochs: list[int], mistakes: int) -> None:
-    """Check that the files agree about a run; raises LabError."""
     step, last, best = row["step"], row["final_test_accuracy"], row["best_test_accuracy"]
     count, best_epoch, wrong = row["epochs"], row["best_epoch"], round(files.IMAGES * (1 - last / 100))
     for file, fits, reason in (
@@ -208,16 +186,15 @@ def _check(folder: Path, row: Mapping[Any, Any], params: object, epochs: list[in
 
 def _restore(store: Store, runs: Sequence[Committed]) -> None:
     """Write a step's runs, and the study over them if there are several."""
-    step, clock = runs[0].step, Past(min(run.start for run in runs))
     if len(runs) == 1:
         _run(store, runs[0], None)
         return
+    step, past = runs[0].step, _past(store, min(run.start for run in runs), max(run.end for run in runs))
     tags = {mlflow_tags.MLFLOW_GIT_COMMIT: "", **_shared([run.tags for run in runs]), "study": step, "seeds_reused": ""}
     tags["seeds"] = " ".join(str(run.seed) for run in runs)
     params = _shared([run.params for run in runs])
-    with track(replace(store, clock=clock), f"{step} {len(runs)} seeds", params=params, tags=tags) as tracked:
+    with track(past, f"{step} {len(runs)} seeds", params=params, tags=tags) as tracked:
         ids = [_run(store, run, tracked.run_id) for run in runs]
-        clock.time = max(run.end for run in runs)
         finished = [FinishedRun(one, run.seed, run.figures) for one, run in zip(ids, runs, strict=True)]
         log_verdict(tracked, judge_runs(runs[0].targets, runs[0].epochs, tracked.run_id, finished), script_of(step))
         history = [{"run_id": one, **of} for one, run in zip(ids, runs, strict=True) for of in run.history]
@@ -226,10 +203,8 @@ def _restore(store: Store, runs: Sequence[Committed]) -> None:
 
 def _run(store: Store, run: Committed, parent_run_id: str | None) -> str:
     """Write a run; return its id."""
-    clock = Past(run.start)
-    past, name = replace(store, clock=clock), f"{run.step} seed {run.seed}"
+    past, name = _past(store, run.start, run.end), f"{run.step} seed {run.seed}"
     with track(past, name, params=run.params, tags=run.tags, parent_run_id=parent_run_id) as tracked:
-        clock.time = run.end
         points = {
             of["epoch"]: {name: of[name] for name in files.EPOCH_FIGURES if pd.notna(of[name])} for of in run.history
         }
@@ -238,6 +213,11 @@ def _run(store: Store, run: Committed, parent_run_id: str | None) -> str:
         if len(run.mistakes):
             tracked.log_text(files.to_csv(run.mistakes[[*files.MISTAKE_COLUMNS][2:]]), MISTAKES)
     return tracked.run_id
+
+
+def _past(store: Store, start: int, end: int) -> Store:
+    """Return the store with a clock that says when a run began, and ever after when it ended."""
+    return replace(store, clock=chain([start], repeat(end)).__next__)
 
 
 def _shared(of_runs: Sequence[Mapping[str, str]]) -> dict[str, str]:

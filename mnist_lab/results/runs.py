@@ -48,10 +48,7 @@ MISTAKES = "mistakes.csv"  # an artifact of a restored run: image, prediction, c
 
 
 class Kind(NamedTuple):
-    """The values of a column: their type, and the bounds of those that can be right.
-
-    dtype: also the format of dates as text. form: a regular expression, of texts.
-    """
+    """The values of a column: their type (or a format of dates), and the bounds or form of those that can be right."""
 
     dtype: str
     low: float = -math.inf
@@ -107,8 +104,7 @@ USUAL_HYPERPARAMETERS = ("batch_size", "epochs", "optimizer", "lr")  # of a tabl
 class LoadedRuns:
     """The lab's runs in one store, newest first, as they were when the store was read; and how many were left out.
 
-    runs: COLUMNS, typed, and all hyperparameters as text, one row per run.
-    found: the runs as MLflow gives them, by run id.
+    runs: COLUMNS, typed, and all hyperparameters as text. found: the runs as MLflow gives them, by run id.
     """
 
     uri: str
@@ -118,7 +114,6 @@ class LoadedRuns:
 
     @property
     def name(self) -> str:
-        """The URI without its password, for messages."""
         return without_password(self.uri)
 
     @property
@@ -158,15 +153,13 @@ def run_table(
     """Return one row per run, by step and seed, with typed columns; of several runs of one seed the newest first.
 
     steps, seeds: only these. A step is named by its script, e.g. "step3_gap", or "step3" for short.
-    columns: "all" for every column; else the eight that a reader needs most, and `overrides` and `restored` where a run
-        has any.
+    columns: "all" for every column; else the eight that a reader needs most, and `overrides` and `restored` if used.
     include_overrides, status, holdout, folds, tracking_uri, loaded: as in `runs.RunFilter`.
 
     All columns: step, seed, holdout, folds, every hyperparameter (missing where a run has none of that name),
     num_params, accuracies in percent, verdicts, targets, reported figures, device, versions, commit, times, run_id.
     `final_` is the last epoch; `best_` was picked on the test images, or on the validation images where there are any.
-    `restored` is the commit whose docs/results a run was restored from, and missing of runs that were trained into this
-    store.
+    `restored` is the commit whose docs/results a run was restored from; of runs that were trained here it is missing.
 
     Raises:
         LabError: if the store is missing or foreign, a step has no such run, or an argument is out of range.
@@ -258,7 +251,6 @@ def load_runs(tracking_uri: str | None = None, *, artifacts: bool = False) -> Lo
 
 
 def _row(run: Run) -> dict[str, object]:
-    """Return a run's row of the table as MLflow has it: numbers of metrics, texts of tags and params."""
     tags, params, metrics, info = run.data.tags, run.data.params, run.data.metrics, run.info
     last = {  # MLflow gives the latest value
         "final_train_accuracy": metrics.get("train_accuracy"),
@@ -280,7 +272,7 @@ def _row(run: Run) -> dict[str, object]:
 
 
 def _why_left_out(raw: pd.DataFrame) -> dict[Any, str]:
-    """Return what can't be right about runs, by their places in the table: the first such value of each."""
+    """Return the first thing that can't be right about each run, by its place in the table."""
     best = raw[TESTED.best].where((raw["holdout"] == "0") & (raw["folds"] == "0"), raw[HELD_OUT.best])
     judged = raw[TESTED.judged].where(raw["folds"] == "0", raw[FOLDED.judged])
     no_result = raw[["num_params"]].assign(best=best, judged=judged).isna().any(axis=1)
@@ -341,20 +333,17 @@ def _find_runs(
 
 def _of_protocol(loaded: LoadedRuns, holdout: int, folds: int) -> pd.DataFrame:
     """Return the runs that hold out so many images, or a fold of so many; raises LabError if there are only others."""
-    if holdout and folds:
-        raise LabError("folds: not together with holdout: each fold is held out in turn")
     if loaded.runs.empty and not loaded.left_out:
         raise LabError(f"no runs yet in {loaded.name}; train first, e.g. `make step1`")
     runs = loaded.runs[(loaded.runs["holdout"] == holdout) & (loaded.runs["folds"] == folds)]
     if runs.empty and not loaded.runs.empty:
-        wanted, number = ("folds", folds) if folds else ("holdout", holdout)
+        wanted = f"folds {folds}" if folds else f"holdout {holdout:,}"
         kinds = _kinds(loaded.runs)
-        raise LabError(f"{wanted}: {loaded.name} has no run with {wanted} {number:,}; its runs are: {kinds}")
+        raise LabError(f"{wanted.split()[0]}: {loaded.name} has no run with {wanted}; its runs are: {kinds}")
     return runs
 
 
 def _kinds(runs: pd.DataFrame) -> str:
-    """Say what kinds of runs there are."""
     kinds = {
         f"{status}, holdout {holdout:,}" + (f", folds {folds}" if folds else "") + (", overridden" if overrides else "")
         for status, overrides, holdout, folds in runs[["status", "overrides", "holdout", "folds"]].to_numpy()
@@ -365,8 +354,7 @@ def _kinds(runs: pd.DataFrame) -> str:
 def full_names(steps: Iterable[str] | str, loaded: LoadedRuns) -> list[str]:
     """Return the steps by the names that their runs have: "step4" is short for "step4_augment_steplr".
 
-    Raises:
-        LabError: if a step has no run, or a short name fits several.
+    Raises LabError if a step has no run, or a short name fits several.
     """
     known, names = sorted(loaded.runs["step"].unique()), []
     for step in [steps] if isinstance(steps, str) else steps:
@@ -381,7 +369,6 @@ def full_names(steps: Iterable[str] | str, loaded: LoadedRuns) -> list[str]:
 
 
 def by_step(runs: pd.DataFrame) -> pd.DataFrame:
-    """Sort runs by step and seed; those of one seed keep their order."""
     return runs.sort_values("seed", kind="stable").sort_values("step", key=places, kind="stable", ignore_index=True)
 
 
@@ -391,7 +378,7 @@ def places(steps: pd.Series[Any]) -> pd.Series[Any]:
 
 
 def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
-    """Return a column of hyperparameters as integers or numbers where every value is one, else as text."""
+    """Return hyperparameters as integers or numbers where every value is one, else as text."""
     text = column.astype("str")
     number = pd.to_numeric(text, errors="coerce", dtype_backend="numpy_nullable")
     if (number.isna() & text.notna()).any():
@@ -434,7 +421,6 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
 
 
 def predictions_of(run: Run, uri: str) -> pd.DataFrame:
-    """Return `predictions` of a run that was loaded with its artifacts; raises LabError."""
     run_id = run.info.run_id
     if run.info.status != "FINISHED":
         raise LabError(f"run {run_id} is {run.info.status}, not FINISHED: it has no predictions")
@@ -467,7 +453,6 @@ def _test_labels() -> np.ndarray:
 
 
 def _from_mistakes(file: Path) -> pd.DataFrame:
-    """Return what a restored run's network said, as far as it is known: by its mistakes, and the labels of MNIST."""
     mistakes = pd.read_csv(file, index_col="image")
     truth = _test_labels()
     table = pd.DataFrame({"truth": truth, "prediction": truth, "confidence": math.nan})
@@ -476,7 +461,6 @@ def _from_mistakes(file: Path) -> pd.DataFrame:
 
 
 def _from_logits(file: Path) -> pd.DataFrame:
-    """Read truth (N,), prediction (N,) and logits (N, 10); a damaged file raises errors of many kinds."""
     with np.load(file, allow_pickle=False) as arrays:
         truth, prediction, logits = arrays["truth"], arrays["prediction"], arrays["logits"]
         images = pd.Index(arrays["image"], name="image") if "image" in arrays else pd.RangeIndex(len(truth))

@@ -31,7 +31,6 @@ class Comparison(Difference, Pair):
     """How experiment `b` differs from `a` in test accuracy, in points (percentage points), b - a.
 
     p_holm: p adjusted for the other comparisons of the same table; the same as p for one by itself.
-    n: pairs of seeds; or seeds of a and of b; or test images, where one run of each was compared.
     """
 
     p_holm: float
@@ -51,14 +50,12 @@ class Comparison(Difference, Pair):
 
     @property
     def interval(self) -> str:
-        """The 95 % interval as it is printed, e.g. "+0.10 to +0.25", or that there are too few seeds for one."""
         if self.test != MCNEMAR and min(self.n) < FEWEST_FOR_INTERVAL:
             return TOO_FEW
         return interval_text(self.low, self.high, signed=True)
 
     @property
     def word(self) -> str:
-        """Whether `b` is "better" or "worse" than `a`, or "not shown"."""
         return "not shown" if not self.shown else "better" if self.effect > 0 else "worse"
 
     @property
@@ -84,13 +81,12 @@ def rounds_alike(one: str, other: str) -> bool:
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return the comparisons of one table with `p_holm` adjusted for their number."""
+    """Set `p_holm` for the number of comparisons in one table."""
     adjusted = statistics.holm([comparison.p for comparison in comparisons])
     return [dataclasses.replace(comparison, p_holm=p) for comparison, p in zip(comparisons, adjusted, strict=True)]
 
 
 def effects_text(comparisons: Sequence[Comparison], width: int | None = None) -> str:
-    """Return a table of comparisons as text to print; width: as for `table_text`."""
     columns = {
         "change": [f"{c.change}\n  {c.a} -> {c.b}" for c in comparisons],
         "points": [f"{c.effect:+.2f}" for c in comparisons],
@@ -122,13 +118,11 @@ def table_text(columns: Mapping[str, Sequence[str]], width: int | None = None) -
 
 
 def interval_text(low: float, high: float, *, signed: bool = False) -> str:
-    """Return an interval as it is printed, e.g. "99.31 to 99.44", or "-" where there is none."""
     sign = "+" if signed else ""
     return "-" if math.isnan(low) else f"{low:{sign}.2f} to {high:{sign}.2f}"
 
 
 def mean_interval_text(seeds: int, low: float, high: float) -> str:
-    """Return the interval of a mean accuracy as it is printed, or that there are too few seeds for one."""
     return interval_text(low, high) if seeds >= FEWEST_FOR_INTERVAL else TOO_FEW
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Unit = Literal["%", "cross-entropy", "", "s", "min", "number"]
-Part = Literal["test", "validation"]
 HALF = 1e-9  # added before rounding, so that the mean of 99.25 and 99.26 is 99.26 whatever the last bit of the sum
 
 
@@ -24,11 +23,6 @@ class Measure:
     label: str
     unit: Unit
     cell: str = ""
-
-    @property
-    def axis(self) -> str:
-        """The label with its unit, e.g. "test accuracy (%)"."""
-        return self.label if self.unit in ("", "number") else f"{self.label} ({self.unit})"
 
     def text(self, value: float | None) -> str:
         """Return a value as it is printed: "99.41 %", "7,852", "0.0182", or "-" where there is none."""
@@ -83,16 +77,13 @@ class Protocol:
     """What the runs of one protocol measure, by the names of MEASURES.
 
     part: the images that each epoch is evaluated on.
-    each_epoch, at_times: a point per epoch; the latter of some experiments only.
     once: logged at the end. MLflow shows the last value of each epoch's metrics by itself, so few are logged again.
     summary: printed at the end.
-    over_seeds: aggregated over the seeds of a study, the last epoch first.
+    over_seeds: aggregated over the seeds of a study; experiments are judged and compared by the first.
     unit: what a study has one run for each of.
     """
 
-    part: Part
-    each_epoch: tuple[str, ...]
-    at_times: tuple[str, ...]
+    part: Literal["test", "validation"]
     once: tuple[str, ...]
     summary: tuple[str, ...]
     over_seeds: tuple[str, ...]
@@ -105,19 +96,24 @@ class Protocol:
 
     @property
     def judged(self) -> str:
-        """The accuracy that experiments are judged and compared by."""
         return self.over_seeds[0]
 
     @property
-    def curves(self) -> list[str]:
-        """What the curves of a training show."""
-        return ["train_loss", f"{self.part}_loss", "train_accuracy", f"{self.part}_accuracy"]
+    def curves(self) -> tuple[str, ...]:
+        return ("train_loss", "train_accuracy", f"{self.part}_loss", f"{self.part}_accuracy")
+
+    @property
+    def each_epoch(self) -> tuple[str, ...]:
+        return (*self.curves, "lr", "epoch_seconds")
+
+    @property
+    def at_times(self) -> tuple[str, ...]:
+        """As `each_epoch`, of some experiments only."""
+        return (f"raw_{self.part}_accuracy", "objective", "lr_1", "lr_2")
 
 
 TESTED = Protocol(  # on the test images after each epoch: the protocol of the write-ups
     part="test",
-    each_epoch=("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"),
-    at_times=("raw_test_accuracy", "objective", "lr_1", "lr_2"),
     once=("num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target"),
     summary=(
         *("final_train_accuracy", "best_train_accuracy", "final_test_accuracy", "best_test_accuracy", "best_epoch"),
@@ -127,8 +123,6 @@ TESTED = Protocol(  # on the test images after each epoch: the protocol of the w
 )
 HELD_OUT = Protocol(  # validated on training images held out, and tested once
     part="validation",
-    each_epoch=("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr", "epoch_seconds"),
-    at_times=("raw_validation_accuracy", "objective", "lr_1", "lr_2"),
     once=(
         *("num_params", "final_validation_accuracy", "best_validation_accuracy", "best_epoch"),
         *("final_test_accuracy", "final_test_loss"),

@@ -21,8 +21,7 @@ class Verdict:
     """One target beside what was measured, e.g. accuracy, "at least 99.4 %", 99.47, met.
 
     measured: the mean, where there are several seeds. n: the number of seeds. target: the number in `wanted`.
-    word: "met" or "missed"; a mean over seeds may also be "not shown" to be either.
-    p, seeds_needed: of the test behind that, as in `statistics.StudyVerdict`; nan and None where none was made.
+    p, seeds_needed: as in `statistics.StudyVerdict`; nan and None where no test was made.
     """
 
     name: str

@@ -66,12 +66,9 @@ def test_a_table_leaves_out_what_is_empty_and_names_what_it_has_no_place_for() -
     assert narrow.endswith("A wider terminal\nalso shows: a long\nheader.")
 
 
-@pytest.mark.parametrize(
-    ("p", "text"),
-    [(1.0, "1.00"), (0.153, "0.15"), (0.0712, "0.071"), (0.0042, "0.0042"), (1e-9, "<0.0001"), (math.nan, "-")],
-)
-def test_a_p_value_is_never_a_bare_zero(p: float, text: str) -> None:
-    assert p_text(p) == text
+def test_a_p_value_is_never_a_bare_zero() -> None:
+    texts = {1.0: "1.00", 0.153: "0.15", 0.0712: "0.071", 0.0042: "0.0042", 1e-9: "<0.0001", math.nan: "-"}
+    assert {p: p_text(p) for p in texts} == texts
 
 
 def test_experiments_are_in_natural_order() -> None:
@@ -79,8 +76,6 @@ def test_experiments_are_in_natural_order() -> None:
     assert sorted(names, key=step_order) == ["step2", "step2_a", "step10_b", "10th", "idea3", "idea12", "step", "zero"]
 
 
-@pytest.mark.parametrize(
-    ("needed", "text"), [(2, "2"), (9, "9"), (44, "40"), (45, "50"), (99, "100"), (224, "200"), (1_107, "1,000")]
-)
-def test_seeds_needed_are_an_order_of_magnitude(needed: int, text: str) -> None:
-    assert seeds_text(needed) == text
+def test_seeds_needed_are_an_order_of_magnitude() -> None:
+    texts = {2: "2", 9: "9", 44: "40", 45: "50", 99: "100", 224: "200", 1_107: "1,000"}
+    assert {needed: seeds_text(needed) for needed in texts} == texts
