@@ -39,8 +39,7 @@ def stable_text(value: object) -> str:
 def held(value: object, text: Text = stable_text) -> dict[str, object]:
     """Return what a callable holds by name: a local function's outer variables and defaults, an object's attributes.
 
-    Attributes that begin with an underscore are left out, and those that are as the class's defaults have them.
-    text: what makes text of these to compare.
+    Left out are attributes that begin with an underscore, and those whose text is that of the class's defaults.
     """
     if isinstance(value, functools.partial):
         return held(value.func, text)
@@ -58,7 +57,7 @@ def held(value: object, text: Text = stable_text) -> dict[str, object]:
 
 
 def _text(value: Any, outer: tuple[int, ...]) -> str:
-    """Return the text of a value inside others, whose ids are `outer`."""
+    """Return the text of a value inside others, whose ids are `outer`: one in itself ends there."""
     if id(value) in outer:
         return "..."
     text = functools.partial(_text, outer=(*outer, id(value)))
@@ -88,8 +87,6 @@ def _callable(value: Any, text: Text) -> str:
 def _container(value: Any, text: Text) -> str:
     """Return a container with its elements in order, a set's sorted; nothing for what is no container."""
     name = type(value).__qualname__
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return _call(name, _pairs(dict(zip(value._fields, value, strict=True)), text))
     if type(value) is tuple:
         return f"({', '.join(map(text, value))}{',' if len(value) == 1 else ''})"
     if type(value) is list:

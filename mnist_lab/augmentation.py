@@ -18,10 +18,10 @@ def random_rotation(images: Tensor, degrees: float) -> Tensor:
 
 
 def random_affine(images: Tensor, degrees: float, shift: float, scale: float) -> Tensor:
-    """Rotate, scale and shift each image about its centre, each by draws of its own.
+    """Rotate, scale and shift each image about its centre by its own draws.
 
-    Angles are drawn uniformly from [-degrees, degrees], factors from [1 - scale, 1 + scale], and shifts, in pixels and
-    along each axis, from [-shift, shift].
+    Angles are uniform in [-degrees, degrees], factors in [1 - scale, 1 + scale], shifts along each axis in [-shift,
+    shift] pixels.
     """
     _check_range(degrees=degrees, shift=shift)
     if not 0 <= scale < 1:

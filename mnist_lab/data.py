@@ -65,8 +65,7 @@ class Mnist:
 def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = "cpu") -> Mnist:
     """Load MNIST onto `device` from the data folder (see `find_data_dir`), fetching what is missing or damaged.
 
-    Raises:
-        LabError: if files are missing and can't be fetched, or the data folder can't be written to.
+    Raises LabError if files are missing and can't be fetched, or the data folder can't be written to.
     """
     contents = read_files(data_dir)
     # Of a bytearray, as torch warns of memory that can't be written to.
@@ -81,7 +80,7 @@ def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = 
 
 
 def read_files(data_dir: Path | str | None = None) -> dict[str, bytes]:
-    """Return the verified bytes of the four IDX files by name; the folder and the errors are those of `load_mnist`."""
+    """Return the verified bytes of the four IDX files by name, as `load_mnist` does."""
     folder = find_data_dir(data_dir)
     found = {name: _find(folder, name) for name in FILES}
     missing = [name for name in FILES if not found[name]]
@@ -96,10 +95,9 @@ def find_data_dir(data_dir: Path | str | None = None) -> Path:
 
 
 def hold_out(mnist: Mnist, count: int) -> Mnist:
-    """Return the data with `count` of the training images held out for validation.
+    """Return the data with `count` of the training images held out for validation, the same in every run.
 
-    The hold-out is stratified by digit, to within one image (largest remainders). A generator of torch with a fixed
-    seed chooses the images, so they are the same in every run and on every device. Both parts keep the images' order.
+    The hold-out is stratified by digit, to within one image (largest remainders). Both parts keep the images' order.
     Raises LabError if a digit would be missing from either part.
     """
     labels = mnist.train_labels.cpu()
@@ -117,8 +115,7 @@ def hold_out(mnist: Mnist, count: int) -> Mnist:
 def images_of_fold(labels: Tensor, fold: int, folds: int) -> Tensor:
     """Return the indices, in rising order, of one of `folds` parts of the images with these labels (N,).
 
-    Each image is in one part. Parts differ by one image at most, and by one of each digit. A generator of torch with a
-    fixed seed deals them out, so they are the same in every run and on every device.
+    Each image is in one part, the same in every run. Parts differ by one image at most, and by one of each digit.
     """
     order = _order(len(labels))
     by_digit = order[labels.cpu()[order].argsort(stable=True)]
@@ -150,7 +147,7 @@ def _held_out(mnist: Mnist, chosen: Tensor) -> Mnist:
 
 
 def _find(folder: Path, name: str) -> bytes:
-    """Return a file's bytes from the first good copy in the folder, or none; warn of copies that are not good."""
+    """Return a file's bytes from the first good copy in the folder, or none."""
     for path in (folder / "MNIST" / "raw" / name, folder / name):
         try:
             if path.is_file():
@@ -169,13 +166,8 @@ def _verified(content: bytes, name: str) -> bytes:
 def _fetch(folder: Path, names: list[str]) -> dict[str, bytes]:
     """Fetch files into the folder and return their verified bytes by name. Each is written beside and renamed."""
     raw = folder / "MNIST" / "raw"
-    if others := sorted(path.name for path in folder.glob("*.csv")):
-        logger.warning(
-            "data_dir: %s in %s: not read, as the lab fetches MNIST's own four files; "
-            'docs/recipes.md, "A submission to Kaggle", has what to do with Kaggle\'s',
-            ", ".join(others),
-            folder,
-        )
+    for other in folder.glob("*.csv"):
+        logger.warning('data_dir: %s is not read; for Kaggle\'s see docs/recipes.md, "A submission to Kaggle"', other)
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=raw, ignore_cleanup_errors=True) as temporary:
@@ -187,13 +179,12 @@ def _fetch(folder: Path, names: list[str]) -> dict[str, bytes]:
             return contents
     except OSError as error:
         raise LabError(
-            f"data_dir: MNIST is not complete in {folder}, which can't be written to ({error}); "
-            "choose another folder with --data-dir or MNIST_LAB_DATA, or put the four files there"
+            f"data_dir: MNIST is not complete in {folder}, which can't be written to ({error}); choose another folder "
+            "with --data-dir or MNIST_LAB_DATA"
         ) from error
 
 
 def _download(folder: Path, names: list[str], temporary: Path) -> dict[str, bytes]:
-    """Return the verified bytes of files by name from the first way that works."""
     failures = []
     for way, (commands, place) in WAYS.items():
         logger.warning("fetching MNIST into %s with %s (%d seconds at most)", folder, way, TIME_LIMIT)

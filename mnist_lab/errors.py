@@ -24,13 +24,12 @@ SECRET_PARAMETER = re.compile(
 class LabError(ValueError):
     """Bad input or a missing precondition: one sentence that names the field, its value and what is allowed.
 
-    The command line prints it on stderr without a traceback and exits with 1; a notebook shows the sentence alone.
-    Every other exception is a bug and keeps its traceback.
+    It is shown without a traceback. Every other exception is a bug and keeps its own.
     """
 
     @property
     def field(self) -> str:
-        """What the sentence is about, which is what stands before its first colon: "epochs", "targets.accuracy"."""
+        """Return what stands before the first colon: "epochs", "targets.accuracy"."""
         return str(self).partition(": ")[0]
 
     def _render_traceback_(self) -> list[str]:

@@ -48,9 +48,9 @@ NAME_IT = "name the function (def ...), so that runs can say what they used"
 
 
 class Declared(NamedTuple):
-    """A hyperparameter: the part that has it, None for a field of its own; the argument, and its value."""
+    """A hyperparameter."""
 
-    part: str | None
+    part: str | None  # None: a field of its own
     argument: str
     value: object
 
@@ -75,29 +75,25 @@ class Experiment:
 
     net: the network's class; called without arguments, or with those given by `partial`. It maps normalised images
         (N, 1, 28, 28) to logits or log-probabilities (N, 10).
-    epochs, batch_size: as everywhere. All training images are seen in each epoch; the last batch may be smaller.
+    epochs, batch_size: all training images are seen in each epoch; the last batch may be smaller.
     optimizer: called with the network's parameters, e.g. `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`.
-    scheduler: called with the optimizer, e.g. `partial(StepLR, step_size=2, gamma=0.6)`. Where it has arguments named
-        `epochs` or `steps_per_epoch` (OneCycleLR) that are not given and have no default but None, the run's own are
-        filled in.
-    scheduler_interval: whether the scheduler steps after each "epoch" (one step per epoch) or each "batch".
+    scheduler: called with the optimizer, e.g. `partial(StepLR, step_size=2, gamma=0.6)`. Where OneCycleLR is not given
+        `epochs` or `steps_per_epoch`, the run's own are filled in.
+    scheduler_interval: whether the scheduler steps after each "epoch" or each "batch".
     augmentation: maps a batch of training images, float in [0, 1] of shape (N, 1, 28, 28), to another such batch, with
-        a draw for each image. It runs on the images' device, before they are normalised. A transform of torchvision's
-        is applied image by image. One that needs the labels, such as torchvision's MixUp, or a function with an
-        argument named `labels`, maps images and labels (N,) to images and labels: (N,) again, or probabilities (N, 10).
-    loss: maps logits (N, 10) and labels to a scalar that training minimises; the cross-entropy if not given. Labels are
-        digits (N,), or probabilities (N, 10) where the augmentation makes them such. The reported losses are the
-        cross-entropy whatever is minimised.
+        a draw for each image. A transform of torchvision's is applied image by image. One that needs the labels, such
+        as torchvision's MixUp, or a function with an argument named `labels`, maps images and labels (N,) to images and
+        labels: (N,) again, or probabilities (N, 10).
+    loss: maps logits (N, 10) and labels, as the augmentation gives them, to a scalar that training minimises; the
+        cross-entropy if not given. The reported losses are the cross-entropy whatever is minimised.
     objective: in place of `loss`, for what needs the network or the images: maps the network, normalised images
-        (N, 1, 28, 28) and labels to the scalar that training minimises and the batch's logits (N, 10). It runs in
-        training only. An argument of it named `teacher` that is text names a trained network: `runs:/<id>/model`,
-        `models:/<name>/<version>`, or a script, whose newest finished run it is; the objective is given the network.
-        See mnist_lab.objectives.
-    average: maps the network to an average of its weights over the batches, e.g.
+        (N, 1, 28, 28) and labels to the scalar that training minimises and the batch's logits (N, 10). A text as its
+        argument `teacher` names a trained network: `runs:/<id>/model`, `models:/<name>/<version>`, or a
+        script, whose newest finished run it is; the objective is given the network. See mnist_lab.objectives.
+    average: maps the network to an average of its weights, e.g.
         `partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)`. It is updated after each
         batch, and is evaluated, judged and logged in place of the network.
-    normalize: mean and standard deviation; the network's input is (images - mean) / deviation. The default is that of
-        the training images, scaled to [0, 1].
+    normalize: mean and standard deviation; the network's input is (images - mean) / deviation.
     targets: what the verdict is about.
     reported: figures of an earlier write-up, keyed by SUMMARY_METRICS; shown beside the measured ones.
     """
@@ -117,11 +113,7 @@ class Experiment:
     reported: Mapping[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse values that can't be right on their face. What only torch can judge, `rehearsal.rehearse` tries.
-
-        Raises:
-            LabError: naming the field, its value and what is allowed.
-        """
+        """Refuse values that can't be right on their face, by a LabError. What only torch can judge is rehearsed."""
         for name, (allowed, words) in ALLOWED.items():
             value = attrgetter(name)(self)
             try:
@@ -148,16 +140,11 @@ class Experiment:
         So is a name that stands for something else in a run's params: `net.seed`. What a part holds that was not given
         by `partial` is there too: the attributes of a transform, the outer variables of a local function.
         """
-        flat = {name: one.value for name, one in self._flat().items()}
-        if self.normalize == MNIST_PIXELS:
-            del flat["normalize"]
-        return flat
+        usual = ("normalize", MNIST_PIXELS)
+        return {name: one.value for name, one in self.flat().items() if (name, one.value) != usual}
 
-    def where(self, name: str) -> tuple[str | None, str]:
-        """Return the part and the argument that a flat name stands for; part None for a field of its own."""
-        return self._flat()[name][:2]
-
-    def _flat(self) -> dict[str, Declared]:
+    def flat(self) -> dict[str, Declared]:
+        """Return the hyperparameters with the part and the argument that each name stands for."""
         flat = {name: Declared(None, name, getattr(self, name)) for name in ("batch_size", "epochs", "normalize")}
         for part in PARTS:
             value = getattr(self, part)
@@ -178,11 +165,9 @@ class Experiment:
         """Return a copy with hyperparameters replaced, and those changes that differ from the declaration.
 
         changes: by flat name as in `hyperparameters()`. Text (from the command line) is read as a Python literal.
-
-        Raises:
-            LabError: if nothing of that name is declared, or the value is of another type than the declared one.
+        Raises LabError if nothing of that name is declared, or the value is of another type than the declared one.
         """
-        flat = self._flat()
+        flat = self.flat()
         fields: dict[str, Any] = {}
         different: dict[str, object] = {}
         for name, given in changes.items():
@@ -212,7 +197,6 @@ def _name(part: Callable[..., object]) -> str:
 
 
 def _logged(part: str, value: Callable[..., object] | None) -> dict[str, object]:
-    """Return the arguments that a part's declaration gives and what the part holds, by name."""
     return {**held(value), **_arguments(part, value)}
 
 
@@ -225,7 +209,7 @@ def _arguments(part: str, value: Callable[..., object] | None) -> dict[str, obje
 
 
 def quoted(value: object) -> str:
-    """Return the value as a sentence shows it: its repr on one line, and of a long one the beginning."""
+    """Return the value as a sentence shows it: its repr on one line, the beginning of a long one."""
     try:
         text = " ".join(repr(value).split())
     except Exception:  # an int of thousands of digits has none either
@@ -245,7 +229,6 @@ def _check_settable(name: str, declared: Collection[str]) -> None:
 
 
 def _like(name: str, given: object, declared: object) -> object:
-    """Return a given value in the declared value's type, or refuse it."""
     value = _read(given, type(declared)) if isinstance(given, str) and not isinstance(declared, str) else given
     if isinstance(declared, float):
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
@@ -268,7 +251,6 @@ def _read(text: str, kind: type) -> object:
 
 
 def _check_part(part: str, value: Any) -> None:
-    """Refuse what can't be called as this part, and arguments that it can't be given; raises LabError."""
     name = _name(value)
     if part == "net" and isinstance(value, nn.Module):
         raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
@@ -288,7 +270,6 @@ def _check_part(part: str, value: Any) -> None:
 
 
 def _check_arguments(part: str, value: functools.partial[Any], parameters: Mapping[str, inspect.Parameter]) -> None:
-    """Refuse arguments of a partial that its function does not have, and numbers written as text."""
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for argument, given in value.keywords.items():
         if argument not in parameters and not takes_any:

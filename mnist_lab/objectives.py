@@ -17,9 +17,6 @@ def mixup(net: nn.Module, images: Tensor, labels: Tensor, *, alpha: float) -> tu
 
     Each image is mixed with another by a share of its own, drawn from Beta(alpha, alpha), the larger share being its
     own. Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018, https://arxiv.org/abs/1710.09412
-
-    Raises:
-        ValueError: if alpha is not above 0.
     """
     if not alpha > 0:
         raise ValueError(f"alpha={alpha!r} is not above 0")
@@ -42,9 +39,6 @@ def distillation(
     https://arxiv.org/abs/1503.02531
 
     teacher: declared as text, e.g. "runs:/<id>/model"; see `Experiment`.
-
-    Raises:
-        ValueError: if temperature is not above 0, or weight not in [0, 1].
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature!r} is not above 0")

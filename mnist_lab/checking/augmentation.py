@@ -32,17 +32,11 @@ MAX_SECONDS = 2.0
 
 
 def check_augmentation(experiment: Experiment, mnist: Mnist, size: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Return a batch of so many images, augmented, its labels, and notices of what the user may not expect.
-
-    Raises:
-        ValueError: if what the augmentation gives can't be trained with.
-    """
+    """Return an augmented batch of so many images, its labels, and notices; raises ValueError if it can't be used."""
     augment = Augmentation(experiment.augmentation)
     for name in (type(transform).__name__ for _, transform in augment.parts if is_torchvision(transform)):
         if name in DONE_BY_THE_LAB:
-            raise ValueError(
-                f"{name}: leave it out; images are tensors in [0, 1], and `normalize` is a field of its own"
-            )
+            raise ValueError(f"{name}: leave it out; images are in [0, 1], and `normalize` is a field of its own")
     indices = torch.arange(size, device=mnist.train_images.device)
     start, state = time.perf_counter(), deepcopy(parts_state(experiment))
     seed_generators(DRAWS_SEED)
@@ -76,7 +70,7 @@ def _check_batch(images: object, labels: object, size: int) -> None:
 
 
 def _image_by_image(augment: Augmentation, mnist: Mnist, size: int) -> str:
-    """Return what to do about an augmentation that works with a single image."""
+    """Return the advice for an augmentation that works with a single image."""
     for transform in (transform for given, transform in augment.parts if given == "batch"):
         with suppress(Exception):
             if transform(mnist.train_images[0].float() / 255).shape == (1, 28, 28):
@@ -88,33 +82,28 @@ def _image_by_image(augment: Augmentation, mnist: Mnist, size: int) -> str:
 
 
 def _notice_transforms(augment: Augmentation, mnist: Mnist, seconds: float) -> Iterator[str]:
-    """Refuse what draws once for a whole batch, and say which can't be tried; seconds: that an image took."""
+    """Refuse what draws once for a whole batch, and name what can't be tried; seconds: that an image took."""
     images = mnist.train_images
     for given, transform in augment.parts:
         name = type(transform).__name__
         if given == "batch":
             check_draws(transform, images[0].float() / 255)
         elif given == "labels" and is_mixing(transform):
-            own = "; mnist_lab.objectives.mixup draws one for each image" if name == "MixUp" else ""
-            yield f"augmentation: torchvision's {name} draws once for all images of a batch{own}"
+            yield f"augmentation: torchvision's {name} draws once for all images of a batch"
         elif given == "labels":
-            yield (
-                "augmentation: takes the labels, so it may mix images, and it can't be tried out whether it draws for "
-                "each image; see that it does"
-            )
+            yield "augmentation: takes the labels, so whether it draws for each image can't be tried; see that it does"
     if any(given == "image" for given, _ in augment.parts):
         yield (
-            f"augmentation: torchvision's transforms draw once per call, so they are applied image by image, some "
-            f"{math.ceil(seconds * len(images))} s of an epoch; those of mnist_lab.augmentation "
-            "take a batch at once"
+            "augmentation: torchvision's transforms draw once per call, so they are applied image by image, some "
+            f"{math.ceil(seconds * len(images))} s of an epoch; those of mnist_lab.augmentation take a batch at once"
         )
 
 
 def _notice_images(images: Tensor, again: Tensor) -> Iterator[str]:
     if not torch.allclose(images, again, atol=1e-5):
         yield (
-            "the run's seed does not decide what augmentation draws: it has a generator or numbers of its own, "
-            "which a resumed run does not go on with either; draw from torch, random or np.random themselves"
+            "the run's seed does not decide what augmentation draws, and `--resume` does not go on with it; draw from "
+            "torch, random or np.random themselves"
         )
     low, high = images.min().item(), images.max().item()
     if low < -OUTSIDE or high > 1 + OUTSIDE:
@@ -122,14 +111,11 @@ def _notice_images(images: Tensor, again: Tensor) -> Iterator[str]:
 
 
 def check_draws(augmentation: Callable[[Tensor], Tensor], image: Tensor) -> None:
-    """Refuse an augmentation that changes all images of a batch alike, by one random draw.
+    """Refuse, by ValueError, an augmentation that changes all images of a batch alike, by one random draw.
 
     It is given the same image (1, 28, 28) twice in a batch, again and again. With a draw for each image, the two come
-    out as different from one another as from those of another call. With one draw for both they are more alike: this
-    also holds where noise, drawn for each pixel, comes on top.
-
-    Raises:
-        ValueError: if it draws once for a whole batch.
+    out as different from one another as from those of another call. With one draw for both they are more alike, also
+    where noise, drawn for each pixel, comes on top.
     """
     twice = image.expand(2, *image.shape)
     for_shared = 0.0  # the logarithm of the likelihood ratio

@@ -19,12 +19,7 @@ def tensors_of(net: nn.Module) -> dict[str, Tensor]:
 
 
 def check_own_weights(net: nn.Module, before: dict[str, Tensor], again: nn.Module) -> None:
-    """Refuse a network that shares what it changes with another that was built anew.
-
-    It would carry over from one seed to the next, and from the rehearsal to the run.
-
-    before: copies of what it began with.
-    """
+    """Refuse a network that shares what it changes with another that was built anew; before: what it began with."""
     after, built = tensors_of(net), tensors_of(again)
     common = [name for name in before if name in after and name in built]
     changed = [name for name in common if not torch.equal(before[name], after[name])]
@@ -36,19 +31,16 @@ def check_own_weights(net: nn.Module, before: dict[str, Tensor], again: nn.Modul
 
 
 def notice_same_start(net: nn.Module, other: nn.Module) -> Iterator[str]:
-    """Yield a notice if two seeds' networks begin with equal weights."""
     pairs = zip(net.parameters(), other.parameters(), strict=False)  # a seed may decide how many
     if all(torch.equal(own, others) for own, others in pairs if own.requires_grad):
         yield (
-            "net: begins with the same weights whatever the seed, so seeds differ in what is drawn later only, and "
-            "their spread says less; where its code seeds torch, dropout and augmentation are the same, too"
+            "net: begins with the same weights whatever the seed, so the spread over seeds says less; where its code "
+            "seeds torch, dropout and augmentation are the same, too"
         )
 
 
 def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
-    """Refuse a network whose output depends on tensors that want a gradient and are not its parameters.
-
-    Layers in a list or dict of Python's are such: they would be neither trained nor counted.
+    """Refuse a network whose output depends on weights that it does not register, such as layers in a list.
 
     output: with its graph, which may have been gone through backwards.
     images: what the network was given. A leaf of their shape is a change to them, as adversarial training makes it.
@@ -65,14 +57,12 @@ def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
             shapes.append(str(tuple(leaf.shape)))
     if shapes:
         raise ValueError(
-            f"uses weights that it does not register, of shape {listed(shapes)}: "
-            "they would be neither trained nor counted; keep layers in nn.ModuleList or nn.ModuleDict, and tensors in "
-            "nn.Parameter"
+            f"uses weights that it does not register, of shape {listed(shapes)}: they would be neither trained nor "
+            "counted; keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter"
         )
 
 
 def notice_optimized(net: nn.Module, optimizer: Optimizer) -> Iterator[str]:
-    """Yield a notice if the optimizer lacks some of the trainable parameters; raises ValueError if it has none."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trainable = {name: id(parameter) for name, parameter in net.named_parameters() if parameter.requires_grad}
     missing = [name for name, parameter in trainable.items() if parameter not in held]
@@ -83,20 +73,17 @@ def notice_optimized(net: nn.Module, optimizer: Optimizer) -> Iterator[str]:
 
 
 def notice_outputs(logits: Tensor, takes_log_probabilities: bool) -> Iterator[str]:
-    """Yield a notice if a network ends with softmax or sigmoid, or not with the log-probabilities that its loss takes.
-
-    logits: what it gives for some images, (N, 10).
-    """
+    """Yield a notice if a network ends with softmax or sigmoid, or not with the log-probabilities of its loss."""
     if bool(((logits > 0) & (logits < 1)).all()):
         ending = "softmax" if _sums_to_one(logits) else "sigmoid"
         yield (
-            f"net: seems to end with {ending}: a loss that takes logits, such as cross_entropy, trains badly on that, "
-            f"and the reported losses take it for logits, too; leave {ending} out unless your loss takes probabilities"
+            f"net: seems to end with {ending}; cross_entropy and the reported losses take logits, so leave it out "
+            "unless your loss takes probabilities"
         )
     elif takes_log_probabilities and not _sums_to_one(logits.exp()):
         yield (
-            "loss: takes log-probabilities, and the network gives others: their exponentials do not sum to 1 for each "
-            "image; use cross_entropy, or end the network with log_softmax(dim=1)"
+            "loss: takes log-probabilities, and the network gives other numbers; use cross_entropy, or end the network "
+            "with log_softmax(dim=1)"
         )
 
 
@@ -119,7 +106,6 @@ def failing_layer(error: BaseException, net: nn.Module) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first of these names for a sentence, and how many more there are."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
 

@@ -39,18 +39,12 @@ TRAINING = Path(training.__file__)
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsal found out; it depends on the declaration, the data and the device only.
-
-    memory_format: channels_last, or torch.contiguous_format where the network or its optimizer fails with that.
-    untrained: the names of parameters that no gradient has reached, in the rehearsal or where `watch` was asked to.
-    no_effect: the hyperparameters that change nothing in this run, each with a sentence.
-    notices: sentences about what the user may not expect.
-    """
+    """What a rehearsal found out; it depends on the declaration, the data and the device only."""
 
     memory_format: torch.memory_format
-    untrained: set[str]
-    no_effect: Mapping[str, str]
-    notices: list[str]
+    untrained: set[str]  # the parameters that no gradient has reached
+    no_effect: Mapping[str, str]  # the hyperparameters that change nothing in this run, each with a sentence
+    notices: list[str]  # of what the user may not expect
 
     def watch(self, net: nn.Module) -> None:
         """Take a parameter of this network from `untrained` when a gradient reaches it after all.
@@ -64,18 +58,12 @@ class Rehearsal:
                 parameters[name].register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
 
     def notice(self, overrides: Mapping[str, object]) -> None:
-        """Warn of what the user may not expect, such as parameters that get no gradient.
-
-        Raises:
-            LabError: if one of the overrides has no effect.
-        """
+        """Warn of what the user may not expect; raises LabError if one of the overrides has no effect."""
         for notice in self.notices:
             logger.warning("%s", notice)
         if self.untrained:
-            logger.warning(
-                "no gradient reaches %s: not trained, and not counted among the parameters",
-                listed(sorted(self.untrained)),
-            )
+            names = listed(sorted(self.untrained))
+            logger.warning("no gradient reaches %s: not trained, and not counted among the parameters", names)
         for name, sentence in self.no_effect.items():
             if name in overrides:
                 raise LabError(sentence)
@@ -100,7 +88,6 @@ class Trial:
 
     @property
     def minimised(self) -> str:
-        """The field that says what is minimised."""
         return "loss" if self.experiment.objective is None else "objective"
 
     @property
@@ -111,12 +98,12 @@ class Trial:
         return training.initial_network(self.experiment, seed, self.mnist.train_images.device, self.memory_format)
 
     def evaluated(self, size: int) -> Tensor:
-        """Return so many of the images that the epochs are evaluated on, some of them twice where there are too few."""
+        """Return so many of the images that the epochs are evaluated on, some twice where there are too few."""
         images = training.evaluation_part(self.mnist)[1]
         return images[torch.arange(size, device=images.device) % len(images)]
 
     def logits(self, images: Tensor, net: nn.Module | None = None) -> Tensor:
-        """Return the logits of images in evaluation mode; raises TypeError or ValueError if they are none."""
+        """Return the logits of images in evaluation mode; raises ValueError if they are none."""
         logits = training.predict(self.net if net is None else net, images, self.experiment.normalize)
         _check_logits(logits, len(images))
         return logits
@@ -126,11 +113,8 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
     """Try the declaration on real batches before any training, and walk the schedule to its end or very far.
 
     All is tried as it will be trained: on a CPU with the network in channels_last, which is faster there. Where that
-    fails, and on other devices, it is tried with a contiguous one: `view` after a convolution works there, and LBFGS.
-    The random state and the data are left as they were, and so are loss, objective and augmentation: copies are tried.
-
-    Raises:
-        LabError: naming the field that is wrong and what torch, or the script's own code, said about it.
+    fails, and on other devices, it is contiguous: `view` after a convolution works there, and LBFGS.
+    The random state and all that is given are left as they were. Raises LabError with the field that is wrong.
     """
     with kept_generators(mnist.train_images.device):
         if mnist.train_images.device.type == "cpu":
@@ -210,8 +194,8 @@ def _check_evaluation(trial: Trial) -> Iterator[str]:
     few = trial.evaluated(min(FEW, max(1, size // 3)))
     if not torch.allclose(trial.logits(few), logits[: len(few)], rtol=1e-2, atol=1e-2):
         yield (
-            f"net: gives an image other logits beside other images, so its accuracy depends on the batches of "
-            f"{EVALUATION_BATCH_SIZE} that it is evaluated in; see for dim=0 where dim=1 is meant"
+            "net: gives an image other logits beside other images, so its accuracy depends on the size of batches; "
+            "see for dim=0 where dim=1 is meant"
         )
     loss = trial.experiment.loss
     function = loss.func if isinstance(loss, partial) else loss
@@ -224,16 +208,13 @@ def _check_average(trial: Trial) -> Iterator[str]:
     average = training.build_average(trial.experiment, trial.net)
     if not isinstance(average, AveragedModel):
         raise TypeError(f"gives a {type(average).__name__}, not a torch.optim.swa_utils.AveragedModel")
-    own, averaged = trial.net.state_dict(), average.module.state_dict()
-    if own.keys() != averaged.keys() or not all(torch.equal(own[name], averaged[name]) for name in own):
-        raise ValueError("is of another network than the one that it is given")
     average.update_parameters(trial.net)
     average.update_parameters(trial.net)  # the first call copies
     trial.logits(trial.evaluated(2), average.module)
     if not average.use_buffers and any(True for _ in trial.net.buffers()):
         yield (
-            "average: takes the network's buffers, such as the statistics of batch norm, as they are after the last "
-            "batch; AveragedModel(..., use_buffers=True) averages them too"
+            "average: takes the buffers, such as batch norm's statistics, of the last batch; "
+            "AveragedModel(..., use_buffers=True) averages them too"
         )
     yield from schedule.notice_slow_average(trial.experiment, len(trial.mnist.train_images))
 
@@ -246,7 +227,7 @@ def _check_steps(trial: Trial) -> Iterable[str]:
         trial.net.train()
         trial.training.train_batch(torch.arange(size, device=trial.mnist.train_images.device))
         trial.untrained -= {name for name, p in trial.net.named_parameters() if p.grad is not None}
-        if not training.predict(trial.net, trial.evaluated(2), trial.experiment.normalize).isfinite().all():
+        if not training.predict(trial.net, trial.evaluated(FEW), trial.experiment.normalize).isfinite().all():
             raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
     return ()
 
@@ -256,15 +237,15 @@ def _check_trained(trial: Trial) -> Iterable[str]:
     logits, again = trial.logits(images), trial.logits(images)
     if not torch.allclose(logits, again, rtol=1e-4, atol=1e-5, equal_nan=True):  # a GPU may round differently
         raise ValueError(
-            "gives other logits when it is evaluated on the same images again; turn off in evaluation mode what draws "
-            "or keeps numbers, e.g. F.dropout(x, training=self.training)"
+            "gives other logits when it is evaluated again; turn off in evaluation mode what draws or keeps numbers, "
+            "e.g. F.dropout(x, training=self.training)"
         )
     network.check_own_weights(trial.net, trial.before, trial.network(SEED))
     return ()
 
 
 def _check_resume(trial: Trial) -> Iterator[str]:
-    """Take the training up anew, and say what changes from batch to batch without being in its state."""
+    """Take the training up anew, and name what changes from batch to batch without being in its state."""
     resumed = training.Training(trial.network(SEED), own_parts(trial.declared), trial.mnist, seed=SEED)
     try:
         resumed.load_state_dict(trial.training.state_dict())
@@ -324,7 +305,6 @@ def _check_logits(logits: object, size: int) -> None:
 
 
 def _checked_loss(returned: object, size: int) -> tuple[Tensor, Tensor]:
-    """Return loss and logits if these are what was returned."""
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise TypeError(f"gives {kind(returned)}, not a loss and the batch's logits: return loss, logits")
     loss, logits = returned
@@ -369,7 +349,7 @@ def blame_script() -> Iterator[None]:
 
 
 def without_exits(epochs: Iterable[EpochMetrics]) -> Iterator[EpochMetrics]:
-    """Yield the epochs; a script that calls `sys.exit` meanwhile has not finished its run by that."""
+    """Yield the epochs; a script that calls `sys.exit` meanwhile has not finished its run."""
     try:
         yield from epochs
     except SystemExit as end:

@@ -29,11 +29,7 @@ Groups = list[dict[str, object]]  # what an optimizer holds for each group of pa
 
 
 class Walk:
-    """A schedule of its own that is stepped through the whole run: OneCycleLR, for one, fails only past its last step.
-
-    Raises:
-        TypeError, ValueError: if it can't work.
-    """
+    """A schedule of its own that is stepped through the whole run: OneCycleLR fails only past its last step."""
 
     def __init__(self, experiment: Experiment, net: nn.Module, num_images: int) -> None:
         self.experiment, self.net, self.num_images = experiment, net, num_images
@@ -62,7 +58,7 @@ class Walk:
 
     @property
     def rates(self) -> list[float]:
-        """The first group's learning rate at each step."""
+        """Return the first group's learning rate at each step."""
         return [float(groups[0]["lr"]) for groups in self.groups]  # type: ignore[arg-type]
 
     def _groups(self) -> Groups:
@@ -99,7 +95,7 @@ def _check_state(scheduler: LRScheduler) -> None:
 
 
 def notice_unit(walk: Walk) -> Iterator[str]:
-    """Say where the rates of a run look like those of a schedule that was meant for the other interval."""
+    """Yield a notice if the schedule looks as if it was meant for the other interval."""
     if not walk.groups:
         return
     name, run, rates, epochs = type(walk.scheduler).__name__, walk.run, walk.rates, walk.experiment.epochs
@@ -134,10 +130,7 @@ def notice_unit(walk: Walk) -> Iterator[str]:
 
 
 def _half_way(walk: Walk, little: float, steps: int) -> int:
-    """Return after how many steps a rate has moved by half of what it moves in the run; 0 if it never moves.
-
-    Where that is little, the schedule is walked on, to so many steps.
-    """
+    """Return after how many steps a rate has gone half of its way, in the run or, where that is little, in `steps`."""
     if max(walk.rates) - min(walk.rates) <= little:
         with suppress(Exception):  # a schedule may end with the run
             walk.go_on(min(steps, MAX_SCHEDULE_STEPS))
@@ -166,8 +159,7 @@ def without_effect(walk: Walk) -> dict[str, str]:
         "scheduler": f"the schedule of this run's {experiment.epochs} epochs is the same with another value",
     }
     found: dict[str, str] = {}
-    for name, value in experiment.hyperparameters().items():
-        part, _ = experiment.where(name)
+    for name, (part, _, value) in experiment.flat().items():
         if part not in reasons or not isinstance(value, int | float) or isinstance(value, bool):
             continue
         changed = value + 1 if isinstance(value, int) else value * 0.9 + 0.01 * (value == 0)
@@ -183,10 +175,7 @@ def without_effect(walk: Walk) -> dict[str, str]:
 
 
 class FirstWeights:
-    """Tells what share of the declared average is still the weights that it began with, those after the first batch.
-
-    Found by averaging one number, 1 at first and then 0, by the declared rule.
-    """
+    """Tells what share of an average is still the first batch's weights, by averaging 1, 0, 0, ... by the same rule."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.shares = [1.0]  # by the number of batches
@@ -210,12 +199,11 @@ class FirstWeights:
 
 
 def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str]:
-    """Yield a notice if after an epoch the average still holds much of the first weights."""
     first, batches = FirstWeights(experiment), _batches(experiment, num_images)
     if first.share(min(batches, MAX_BATCHES)) > MUCH:
         last = min(MAX_BATCHES, experiment.epochs * batches)
         yield (
             f"average: after {batches:,} batches it is still {100 * first.share(batches):.0f} % the first weights, and "
-            f"after {last:,} {100 * first.share(last):.0f} %: as long as it holds much of them, its accuracy says "
-            "little; see the raw weights', train for longer, or let it forget sooner"
+            f"after {last:,} {100 * first.share(last):.0f} %, so its accuracy says little; train for longer, or let it "
+            "forget sooner"
         )

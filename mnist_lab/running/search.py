@@ -142,8 +142,8 @@ def check_space(job: Job, space: Space) -> None:
 
 def paste_lines(job: Job, values: Mapping[str, object]) -> list[str]:
     """Return the values as arguments to write into the script, each with the part that it belongs to."""
-    parts = {name: job.experiment.where(name) for name in values}
-    return [f"{argument}={values[name]!r},  # {part or 'EXPERIMENT'}" for name, (part, argument) in parts.items()]
+    declared = {name: job.experiment.flat()[name] for name in values}
+    return [f"{one.argument}={values[name]!r},  # {one.part or 'EXPERIMENT'}" for name, one in declared.items()]
 
 
 def trial_text(values: Mapping[str, object]) -> str:

@@ -19,9 +19,7 @@ class SparseDropout(TorchFunctionMode):
     """Within this context, `F.dropout` (and so `nn.Dropout`) on CPU tensors finds its zeros by the gaps between them.
 
     The gaps between the zeros of independent draws are geometrically distributed, so drawing the gaps gives the same
-    masks with the same probabilities from p times as many random numbers. They come from torch's default generator.
-    On another device, in evaluation mode, in place, with p above MAX_P, and where torch.utils.checkpoint may call it,
-    `F.dropout` is as it was.
+    masks with the same probabilities from p times as many random numbers of torch's default generator.
     """
 
     def __torch_function__(
@@ -37,16 +35,15 @@ class SparseDropout(TorchFunctionMode):
 
 
 def _is_called_again() -> bool:
-    """Say whether torch.utils.checkpoint may call this part again in the backward pass, where no context holds.
+    """Say whether torch.utils.checkpoint may call this part again, in the backward pass, where no context holds.
 
-    It calls it without gradients first, or saves tensors in its own way. Both calls must draw the same zeros.
+    Both calls must draw the same zeros. It makes the first without gradients, or saves tensors in its own way.
     """
     saves = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return saves is not None or not torch.is_grad_enabled()
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Take the arguments of `F.dropout`."""
     if training and not inplace and 0 < p <= MAX_P and input.device.type == "cpu" and input.numel():
         return _DropoutByGaps.apply(input, p)  # type: ignore[no-any-return]
     return F.dropout(input, p, training, inplace)
@@ -83,19 +80,16 @@ class _DropoutByGaps(torch.autograd.Function):
 
 
 def _scale_and_zero(images: Tensor, scale: float, zeros: Tensor) -> Tensor:
-    """Return the scaled tensor with zeros at these places; contiguous images stay contiguous, others are channels_last.
+    """Return the scaled tensor with zeros at these places, which are counted as channels_last stores images.
 
-    The places of images (N, C, H, W) are counted in the order in which channels_last stores them, whatever their
-    layout is: one seed drops the same ones.
+    So one seed drops the same ones of images (N, C, H, W), whatever their layout is, which stays.
     """
-    if images.ndim != 4:
-        scaled = torch.mul(images.contiguous(), scale)
-        scaled.view(-1).index_fill_(0, zeros, 0.0)
-    elif images.is_contiguous() and not images.is_contiguous(memory_format=torch.channels_last):
-        scaled = torch.mul(images, scale)
-        by_pixel = scaled.permute(0, 2, 3, 1)  # (N, H, W, C)
-        by_pixel[torch.unravel_index(zeros, by_pixel.shape)] = 0.0
+    if not images.is_contiguous():
+        images = images.contiguous(memory_format=torch.channels_last if images.ndim == 4 else torch.contiguous_format)
+    scaled = torch.mul(images, scale)
+    by_place = scaled.permute(0, 2, 3, 1) if images.ndim == 4 else scaled  # images: (N, H, W, C)
+    if by_place.is_contiguous():
+        by_place.view(-1).index_fill_(0, zeros, 0.0)
     else:
-        scaled = torch.mul(images.contiguous(memory_format=torch.channels_last), scale)
-        scaled.permute(0, 2, 3, 1).view(-1).index_fill_(0, zeros, 0.0)
+        by_place[torch.unravel_index(zeros, by_place.shape)] = 0.0
     return scaled

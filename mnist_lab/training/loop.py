@@ -45,31 +45,24 @@ Takes = Literal["gradients", "closure", "both"]
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One finished epoch, counted from 1.
+    """One finished epoch. Losses are mean cross-entropies; accuracies are in percent.
 
-    Training loss (mean cross-entropy) and correct are running sums over the epoch's batches, in training mode, as the
-    network changed; eval loss (mean cross-entropy) and correct are those of the network at the epoch's end, on the
-    images that `evaluated_on` names: the test images, or with a hold-out the validation images.
-    lr is the learning rate of the epoch's first batch, and other_lrs are those of the optimizer's parameter groups
-    after the first. epoch_seconds covers training and evaluation.
-    objective is the mean over the epoch's batches of what is minimised; None where that is the cross-entropy.
-    Where the weights are averaged, the average is evaluated, and raw_correct is of the network itself.
-    Accuracies are in percent.
+    Those of training are running figures over the epoch's batches, in training mode, as the network changed.
     """
 
-    epoch: int
+    epoch: int  # from 1
     train_loss: float
     train_correct: int
     train_images: int
     eval_loss: float
     eval_correct: int
     eval_images: int
-    lr: float
-    epoch_seconds: float
+    lr: float  # of the epoch's first batch
+    epoch_seconds: float  # of training and evaluation
     evaluated_on: Literal["test", "validation"] = "test"
-    other_lrs: tuple[float, ...] = ()
-    objective: float | None = None
-    raw_correct: int | None = None
+    other_lrs: tuple[float, ...] = ()  # of the optimizer's parameter groups after the first
+    objective: float | None = None  # mean over the batches of what is minimised, where that is not the cross-entropy
+    raw_correct: int | None = None  # of the network itself, where an average of its weights is evaluated
 
     @property
     def train_accuracy(self) -> float:
@@ -90,12 +83,9 @@ def initial_network(
     device: torch.device,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> nn.Module:
-    """Seed all that draws, and build the network on the device; images are shuffled by generators of their own.
+    """Seed all that draws, and build the network on the device; raises TypeError if that gives none, or a lazy one.
 
     memory_format: of its four-dimensional parameters, which that of the images between its layers follows.
-
-    Raises:
-        TypeError: if what is declared gives no network, or one that lacks sizes.
     """
     seed_generators(seed)
     net = experiment.net()
@@ -124,11 +114,8 @@ def normalize(images: Tensor, by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
 class Training:
     """A network in training, on the device of `mnist`; it can be stopped after an epoch and taken up again.
 
-    The order of the images depends on the seed and the epoch alone and is the same on every device. Nothing in an
-    epoch's batches waits for the device, unless `on_batch` does. With a hold-out, each epoch is evaluated on the
-    validation images, and the test images are not read.
-    Dropout, augmentation and whatever else draws, draws from Python's, numpy's and torch's generators: seed them before
-    the network is built, as `initial_network` does.
+    The order of the images depends on the seed and the epoch alone; what else draws was seeded by `initial_network`.
+    Nothing in an epoch's batches waits for the device, unless `on_batch` does.
     """
 
     def __init__(
@@ -154,11 +141,7 @@ class Training:
         return self.net if self.average is None else self.average.module
 
     def epochs(self) -> Iterator[EpochMetrics]:
-        """Train the epochs that are left, and yield each when it is finished.
-
-        Raises:
-            LabError: if the loss is not finite.
-        """
+        """Train the epochs that are left, and yield each when finished; raises LabError if the loss is not finite."""
         while self.epoch < self.experiment.epochs:
             start = time.perf_counter()
             lr, *other_lrs = (float(group["lr"]) for group in self.optimizer.param_groups)
@@ -176,13 +159,11 @@ class Training:
             if self.experiment.scheduler_interval == "epoch":
                 self._step_schedule(minimised)
             evaluated_on, images, labels = evaluation_part(self.mnist)
-            self.logits = predict(self.net, images, self.experiment.normalize)
-            loss, correct = evaluate(self.logits, labels)
             raw_correct = None
             if self.average is not None:
-                raw_correct = correct
-                self.logits = predict(self.average.module, images, self.experiment.normalize)
-                loss, correct = evaluate(self.logits, labels)
+                _, raw_correct = evaluate(predict(self.net, images, self.experiment.normalize), labels)
+            self.logits = predict(self.result, images, self.experiment.normalize)
+            loss, correct = evaluate(self.logits, labels)
             self.epoch += 1
             yield EpochMetrics(
                 epoch=self.epoch,
@@ -240,10 +221,7 @@ class Training:
             self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the epochs to come depend on, as tensors and plain values; `load_state_dict` takes it.
-
-        The names are those of the checkpoints that stores hold already.
-        """
+        """Return all that the epochs to come depend on, by the names of the checkpoints that stores hold already."""
         return {
             "epoch": self.epoch,
             "net": self.net.state_dict(),
@@ -277,10 +255,7 @@ def evaluation_part(mnist: Mnist) -> tuple[Literal["test", "validation"], Tensor
 
 
 def training_batch(mnist: Mnist, batch: Tensor, augment: Augmentation) -> tuple[Tensor, Tensor]:
-    """Return the images (N, 1, 28, 28), augmented, in [0, 1], that the indices `batch` (N,) name, and their labels.
-
-    Labels are (N,), or probabilities (N, 10) where the augmentation makes them such.
-    """
+    """Return the augmented images (N, 1, 28, 28) in [0, 1] that the indices `batch` (N,) name, and their labels."""
     return augment(mnist.train_images[batch].float() / 255, mnist.train_labels[batch])
 
 
@@ -331,27 +306,20 @@ def without_half(logits: Tensor) -> Tensor:
 
 
 def step_takes(experiment: Experiment, net: nn.Module) -> Takes:
-    """Say what the step of the declared optimizer takes.
-
-    The signature of an overridden `step` can't tell, so that is found out by trial, on copies of the parameters.
-    """
-    kind = type(build_optimizer(experiment, net.parameters()))
-    steps = [vars(one)["step"] for one in kind.__mro__ if "step" in vars(one)]
-    likely: Takes = "closure" if any(map(_requires_argument, steps)) else "gradients"
-    if kind.step.__module__.startswith("torch."):
+    """Say what the step of the declared optimizer takes; the signature of a script's own can't tell, so it is tried."""
+    step = type(build_optimizer(experiment, net.parameters())).step
+    _, *arguments = inspect.signature(step).parameters.values()
+    requires = any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in arguments)
+    likely: Takes = "closure" if requires else "gradients"
+    if step.__module__.startswith("torch."):
         return likely
     ways: tuple[Takes, ...] = (likely, "both")
     with kept_generators(next(net.parameters()).device):
         return next((takes for takes in ways if _can_step(experiment, net, takes)), likely)
 
 
-def _requires_argument(step: Callable[..., object]) -> bool:
-    _, *parameters = inspect.signature(step).parameters.values()
-    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
-
-
 def _can_step(experiment: Experiment, net: nn.Module, takes: Takes) -> bool:
-    """Try the step with gradients of zero."""
+    """Try the step on copies of the parameters, with gradients of zero."""
     copies = [parameter.detach().clone().requires_grad_(parameter.requires_grad) for parameter in net.parameters()]
 
     def closure() -> Tensor:
@@ -419,7 +387,7 @@ def build_average(experiment: Experiment, net: nn.Module) -> AveragedModel | Non
 
 
 def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: int) -> LRScheduler | None:
-    """Build the declared scheduler; fill in the run's `epochs` and `steps_per_epoch` where it leaves them open."""
+    """Build the declared scheduler, with the run's `epochs` and `steps_per_epoch` where it leaves them open."""
     if experiment.scheduler is None:
         return None
     run = {"epochs": experiment.epochs, "steps_per_epoch": scheduler_steps_per_epoch(experiment, num_images)}

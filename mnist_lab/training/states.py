@@ -33,11 +33,7 @@ def plain(state: Any) -> Any:
 
 
 def own_parts(experiment: Experiment) -> Experiment:
-    """Return the experiment with copies of its loss, objective and augmentation, for one run to change.
-
-    Raises:
-        LabError: if one of them can't be copied.
-    """
+    """Return the experiment with copies of its loss, objective and augmentation, for one run to change."""
     memo: dict[int, Any] = {}  # what two parts share, their copies share too
     copies = {}
     for name in PARTS:
@@ -65,7 +61,6 @@ def parts_state(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def load_parts_state(experiment: Experiment, states: list[dict[str, Any]]) -> None:
-    """Put back what `parts_state` returned."""
     for one, state in zip(_stateful(experiment), states, strict=False):
         one.load_state_dict(state)
 
@@ -88,18 +83,14 @@ def seed_generators(seed: int) -> None:
 
 
 def drawn_unseeded() -> bool:
-    """Say whether numbers were drawn from torch's generator before anything seeded it.
-
-    torch begins with a seed of 64 random bits; a smaller one is taken for somebody's own.
-    """
-    seed = torch.initial_seed()
-    if seed < 2**32:
-        return False
-    return not torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(seed).get_state())
+    """Say whether numbers were drawn from torch's generator before anything seeded it."""
+    seed = torch.initial_seed()  # torch begins with 64 random bits; a smaller number is taken for somebody's own
+    untouched = torch.Generator().manual_seed(seed).get_state()
+    return seed >= 2**32 and not torch.equal(torch.get_rng_state(), untouched)
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of these generators, as tensors and plain values; of torch's, the CPU's and the device's."""
+    """Return the generators' states as tensors and plain values; of torch's, the CPU's and the device's."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "python": random.getstate(),
@@ -111,7 +102,6 @@ def generator_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_generator_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Set the generators to what `generator_states` returned."""
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002

@@ -20,8 +20,8 @@ Given = Literal["batch", "image", "labels"]
 class Augmentation:
     """Maps images (N, 1, 28, 28) and labels (N,) to augmented images and their labels, (N,) or probabilities (N, 10).
 
-    torchvision's transforms draw once per call, so they are applied image by image, and so is whatever stands in a
-    Compose with them. Those that mix images are called once for the batch.
+    torchvision's transforms draw once per call, so they, and whatever stands in a Compose with them, are applied image
+    by image. Those that mix images are called once for the batch.
     """
 
     def __init__(self, declared: Callable[..., Any] | None) -> None:
@@ -48,10 +48,7 @@ def _apply(chain: list[Callable[[Tensor], Tensor]], image: Tensor) -> Tensor:
 
 
 def parts(augmentation: Any, alone: Given = "batch") -> Iterator[tuple[Given, Any]]:
-    """Yield the transforms that are applied one after another, each with what it is given.
-
-    alone: what another function than torchvision's is given.
-    """
+    """Yield the transforms that are applied one after another, each with what it is given; `alone`: if no library's."""
     if is_torchvision(augmentation) and type(augmentation).__name__ == "Compose":
         for transform in augmentation.transforms:
             yield from parts(transform, alone="image")

@@ -1,7 +1,8 @@
 """The rehearsal tries what training does: the layout in memory, the steps, and evaluation."""
 
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD
+from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
+from torchvision.transforms import v2
 
 from helpers import TINY, read_runs
-from mnist_lab import Experiment, Targets
+from mnist_lab import Targets
 from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
@@ -28,10 +30,12 @@ from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
 from mnist_lab.training import dropout
-from mnist_lab.training.loop import Training, initial_network, num_params
+from mnist_lab.training.loop import num_params
+from networks import Linear, train
+from networks import declare as declare_linear
 
 FLATTEN = partial(torch.flatten, start_dim=1)
-CPU = torch.device("cpu")
+AVERAGE = partial(AveragedModel, use_buffers=True)
 
 
 class Convolutions(nn.Module):
@@ -50,14 +54,10 @@ class Convolutions(nn.Module):
 
 
 class Changing(Convolutions):
-    """Flattens in a way of its own, according to the mode it is in and the number of images."""
-
-    def __init__(self, by_view: Callable[[bool, int], bool]) -> None:
-        super().__init__()
-        self.by_view = by_view
+    """Flattens by `view` in evaluation of as many images as the test has."""
 
     def forward(self, images: Tensor) -> Tensor:
-        self.flatten = view if self.by_view(self.training, len(images)) else FLATTEN
+        self.flatten = FLATTEN if self.training or len(images) != 300 else view
         return super().forward(images)
 
 
@@ -65,9 +65,7 @@ def view(images: Tensor) -> Tensor:
     return images.view(-1, 90)
 
 
-def declare(**changes: Any) -> Experiment:
-    fields: dict[str, Any] = {"net": Convolutions, "epochs": 2, "batch_size": 128, "optimizer": partial(SGD, lr=0.05)}
-    return Experiment(**(fields | changes))
+declare = partial(declare_linear, net=Convolutions)
 
 
 @pytest.mark.parametrize(
@@ -75,19 +73,16 @@ def declare(**changes: Any) -> Experiment:
     [
         {"net": partial(Convolutions, flatten=view)},
         {"optimizer": partial(LBFGS, lr=0.1, max_iter=2)},
-        {"net": partial(Changing, by_view=lambda training, n: not training and n == 300)},
+        {"net": Changing},
     ],
     ids=["view", "LBFGS", "view in evaluation"],
 )
 def test_what_fails_in_channels_last_only_trains_contiguous(changes: dict[str, Any], small_mnist: Mnist) -> None:
-    experiment = declare(**changes)
+    memory_format = rehearse(declare(**changes), small_mnist).memory_format
+    training, epochs = train(declare(**changes), small_mnist, memory_format=memory_format)
 
-    rehearsal = rehearse(experiment, small_mnist)
-    net = initial_network(experiment, 3, CPU, rehearsal.memory_format)
-    epochs = list(Training(net, experiment, small_mnist, seed=3).epochs())
-
-    assert rehearsal.memory_format == torch.contiguous_format
-    assert all(parameter.is_contiguous() for parameter in net.parameters())
+    assert memory_format == torch.contiguous_format
+    assert all(parameter.is_contiguous() for parameter in training.net.parameters())
     assert epochs[1].train_loss < epochs[0].train_loss
 
 
@@ -109,7 +104,8 @@ def test_what_fails_in_both_layouts_is_refused_for_what_fails_in_the_contiguous_
 def test_softmax_before_a_loss_of_logits_is_said_however_it_is_declared(
     minimised: dict[str, Any], small_mnist: Mnist
 ) -> None:
-    [notice] = rehearse(declare(net=partial(Ending, partial(F.softmax, dim=1)), **minimised), small_mnist).notices
+    softmax = partial(Linear, change=partial(F.softmax, dim=1))
+    [notice] = rehearse(declare(net=softmax, **minimised), small_mnist).notices
     assert notice.startswith("net: seems to end with softmax")
     assert rehearse(declare(**minimised), small_mnist).notices == []
 
@@ -149,6 +145,9 @@ def test_a_copy_is_named_and_does_not_count_and_a_layer_that_is_trained_later_do
     assert f"Trainable params: {own:,}" in summary
 
 
+# ---- what trains but is not meant
+
+
 class SameStart(Convolutions):
     def __init__(self) -> None:
         torch.manual_seed(1)
@@ -169,20 +168,15 @@ class OwnGenerator:
         return images * torch.from_numpy(self.generator.uniform(0.5, 1, (len(images), 1, 1, 1))).float()
 
 
-class Ending(Convolutions):
-    def __init__(self, ending: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.ending = ending
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.ending(super().forward(images))
-
-
 def in_a_run_of_its_own(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with mlflow.start_run():
         mlflow.log_param("images", len(images))
     logits = net(images)
     return F.cross_entropy(logits, labels), logits
+
+
+def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy(numbers, F.one_hot(labels, 10).float())
 
 
 @pytest.mark.parametrize(
@@ -194,6 +188,10 @@ def in_a_run_of_its_own(net: nn.Module, images: Tensor, labels: Tensor) -> tuple
             "scheduler: OneCycleLR is made for 99 steps and the run has ",
         ),
         ({"augmentation": OwnGenerator()}, "the run's seed does not decide what augmentation draws"),
+        ({"augmentation": lambda images: images * 2 - 0.5}, r"augmentation gives pixels from -0\.50 to 1\.50"),
+        ({"augmentation": lambda images, labels: (images, labels)}, "augmentation: takes the labels"),
+        ({"augmentation": v2.MixUp(num_classes=10)}, "augmentation: torchvision's MixUp draws once for all images"),
+        ({"augmentation": v2.RandomRotation(7)}, r"augmentation: .* image by image, some \d+ s of an epoch"),
         (
             {"optimizer": lambda parameters: SGD(list(parameters)[-2:], lr=0.01)},
             "optimizer: it is not given first.weight, first.bias, second.weight, second.bias, which",
@@ -205,14 +203,8 @@ def in_a_run_of_its_own(net: nn.Module, images: Tensor, labels: Tensor) -> tuple
         ({"net": Normed, "average": AveragedModel}, r"average: .*use_buffers=True"),
         ({"objective": in_a_run_of_its_own}, "mlflow: the script calls mlflow.start_run"),
         ({"targets": Targets(params=1_000)}, "targets.params: "),
-        (
-            {
-                "net": partial(Ending, torch.sigmoid),
-                "loss": lambda y, labels: F.binary_cross_entropy(y, F.one_hot(labels, 10).float()),
-            },
-            "net: seems to end with sigmoid",
-        ),
-        ({"net": partial(Ending, partial(F.log_softmax, dim=0))}, "net: gives an image other logits beside other"),
+        ({"net": partial(Linear, change=torch.sigmoid), "loss": of_sigmoid}, "net: seems to end with sigmoid"),
+        ({"net": partial(Linear, change=partial(F.log_softmax, dim=0))}, "net: gives an image other logits beside"),
         ({"loss": partial(F.nll_loss, reduction="sum")}, r".*log_softmax\(dim=1\)"),
     ],
 )
@@ -260,6 +252,76 @@ class Auxiliary(Convolutions):
         return (logits, logits) if self.training else logits
 
 
+class GhostNorm(nn.BatchNorm1d):
+    """Keeps statistics of each half of a batch, and one mean of them when it is switched to evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__(10)
+        self.running_mean, self.running_var = torch.zeros(20), torch.ones(20)
+
+    def train(self, mode: bool = True) -> "GhostNorm":
+        if self.training and not mode:
+            self.running_mean = self.running_mean.view(2, 10).mean(0).repeat(2)
+            self.running_var = self.running_var.view(2, 10).mean(0).repeat(2)
+        return super().train(mode)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training or len(inputs) % 2:
+            return F.batch_norm(inputs, self.running_mean[:10], self.running_var[:10], self.weight, self.bias)
+        halves = inputs.view(2, -1, 10).transpose(0, 1).reshape(-1, 20)
+        normed = F.batch_norm(halves, self.running_mean, self.running_var, None, None, True, self.momentum)
+        return normed.view(-1, 2, 10).transpose(0, 1).reshape(-1, 10) * self.weight + self.bias
+
+
+def ghost_normed() -> nn.Module:
+    return Linear(change=GhostNorm())
+
+
+def weight_normed() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has a newer weight_norm
+        return Linear(change=nn.utils.weight_norm(nn.Linear(10, 10)))
+
+
+class SharpSGD(SGD):
+    """SAM on SGD: wants a closure beside the gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [p.clone() for p in parameters]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            p.add_(p.grad, alpha=0.05 / (norm.item() + 1e-12))
+        torch.enable_grad()(closure)()
+        for p, value in zip(parameters, before, strict=True):
+            p.copy_(value)
+        return super().step()
+
+
+class ClippedAdam(Adam):
+    """Evaluates the loss by itself, though its signature says that it need not."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = closure()
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+        super().step()
+        return loss
+
+
+class LineSearch(Optimizer):
+    """Evaluates the loss as often as it likes."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure: Callable[[], Tensor]) -> Any:  # type: ignore[override]
+        closure()
+        for p in self.param_groups[0]["params"]:
+            p.data.add_(p.grad, alpha=-self.param_groups[0]["lr"])
+        return closure()
+
+
 def of_both(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits, auxiliary = net(images)
     return F.cross_entropy(logits, labels) + F.cross_entropy(auxiliary, labels), logits
@@ -282,16 +344,26 @@ def by_numpy(images: Tensor) -> Tensor:
     [
         {},
         {"net": Noisy},
-        {"net": Fixed, "objective": adversarial},
-        {"net": KeepsActivation, "average": partial(AveragedModel, use_buffers=True)},
+        {"net": Fixed, "objective": adversarial, "optimizer": partial(SGD, lr=1e-5)},
+        {"net": KeepsActivation, "average": AVERAGE},
         {"net": Auxiliary, "objective": of_both},
         {"augmentation": by_numpy},
-        {"net": partial(Ending, nn.LogSoftmax(dim=1)), "loss": partial(F.nll_loss, reduction="sum")},
+        {
+            "net": partial(Linear, change=nn.LogSoftmax(dim=1)),
+            "loss": partial(F.nll_loss, reduction="sum"),
+            "optimizer": partial(SGD, lr=5e-4),
+        },
+        {"net": ghost_normed},
+        {"net": ghost_normed, "average": AVERAGE},
+        {"net": weight_normed, "average": AVERAGE},
+        *({"optimizer": partial(optimizer, lr=0.005)} for optimizer in (SharpSGD, LineSearch, ClippedAdam)),
     ],
 )
-def test_what_is_meant_is_let_through_without_a_word(changes: dict[str, Any], small_mnist: Mnist) -> None:
+def test_what_is_meant_is_let_through_without_a_word_and_trains(changes: dict[str, Any], small_mnist: Mnist) -> None:
     rehearsal = rehearse(declare(**changes), small_mnist)
     assert (rehearsal.notices, rehearsal.memory_format) == ([], torch.channels_last)
+    _, (first, second) = train(declare(**changes), small_mnist, memory_format=torch.channels_last)
+    assert second.train_loss < first.train_loss
 
 
 class Recomputed(Convolutions):
@@ -302,25 +374,16 @@ class Recomputed(Convolutions):
 
 
 def test_what_is_computed_again_has_the_same_dropout(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch) -> None:
-    recomputed = declare(net=Recomputed)
-    assert rehearse(recomputed, small_mnist).notices == []
-
-    def train(experiment: Experiment) -> list[float]:
-        net = initial_network(experiment, 0, CPU)
-        return [epoch.train_loss for epoch in Training(net, experiment, small_mnist, seed=0).epochs()]
-
-    losses = train(recomputed)
+    assert rehearse(declare(net=Recomputed), small_mnist).notices == []
+    _, recomputed = train(declare(net=Recomputed), small_mnist)
     monkeypatch.setattr(dropout, "MAX_P", -1.0)  # torch's own dropout in either pass
-    assert losses == pytest.approx(train(declare()), abs=1e-6)
-
-
-class Half(Convolutions):
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).half()
+    _, plain = train(declare(), small_mnist)
+    assert [one.train_loss for one in recomputed] == pytest.approx([one.train_loss for one in plain], abs=1e-6)
 
 
 def test_losses_of_half_precision_logits_are_not_rounded(small_mnist: Mnist) -> None:
-    experiment = declare(net=Half, batch_size=len(small_mnist.train_images))  # so the loss is that of one batch
-    for epoch in Training(initial_network(experiment, 0, CPU), experiment, small_mnist, seed=0).epochs():
+    half = declare(net=partial(Linear, change=Tensor.half), batch_size=500)  # so the loss is that of one batch
+    _, epochs = train(half, small_mnist)
+    for epoch in epochs:
         assert epoch.eval_loss * 512 % 1 != 0
         assert epoch.train_loss * 512 % 1 != 0

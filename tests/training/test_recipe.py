@@ -1,7 +1,7 @@
 """What a run computes is what it computed: the losses of the first batches, kept in golden.json.
 
 Where they differ, either the change was not meant, or `RECIPE` has to be raised and the file written anew:
-python tests/test_recipe.py
+python tests/training/test_recipe.py
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,21 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import CPU, Linear, Small, declare
-from test_loop import DrawsElsewhere
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import (
-    ChainedScheduler,
-    ConstantLR,
-    ExponentialLR,
-    LambdaLR,
-    LRScheduler,
-    OneCycleLR,
-    ReduceLROnPlateau,
-    SequentialLR,
-    StepLR,
-)
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_lab import Experiment
@@ -34,8 +23,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.objectives import mixup
 from mnist_lab.training.loop import Training, initial_network
 from mnist_lab.training.states import own_parts, seed_generators
-
-EMA = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
+from networks import CPU, DrawsElsewhere, Linear, Small, declare
 
 
 class WarmsUp(Linear):
@@ -83,22 +71,12 @@ class Holds(Optimizer):
         return self.base.step()
 
 
-class WarmUp:
-    """A schedule's factor; numpy's numbers are no plain ones."""
-
-    def __init__(self) -> None:
-        self.factors = [0.1, 1.0]
-
-    def __call__(self, epoch: int) -> Any:
-        return np.interp(epoch, [0, 3], self.factors)
+def warm_up(epoch: int) -> Any:
+    return np.interp(epoch, [0, 3], [0.1, 1.0])  # numpy's numbers are no plain ones
 
 
 def in_sequence(optimizer: Optimizer) -> LRScheduler:
-    return SequentialLR(optimizer, [LambdaLR(optimizer, WarmUp()), StepLR(optimizer, 1)], milestones=[2])
-
-
-def chained(optimizer: Optimizer) -> LRScheduler:
-    return ChainedScheduler([ConstantLR(optimizer), ExponentialLR(optimizer, 0.9)])
+    return SequentialLR(optimizer, [LambdaLR(optimizer, warm_up), StepLR(optimizer, 1)], milestones=[2])
 
 
 class Counts:
@@ -152,8 +130,7 @@ def start(experiment: Experiment, mnist: Mnist, seed: int = 3) -> Training:
         {"scheduler": partial(OneCycleLR, max_lr=0.1), "scheduler_interval": "batch"},
         {"scheduler": partial(ReduceLROnPlateau, patience=0), "optimizer": partial(AdamW, lr=0.01)},
         {"scheduler": in_sequence},
-        {"scheduler": chained},
-        {"average": EMA},
+        {"average": partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)},
         {"average": AveragedModel, "objective": partial(mixup, alpha=0.3)},
         {"objective": Ramp()},
         {"objective": partial(weighed, by=Ramp())},
@@ -176,9 +153,7 @@ def test_a_training_that_is_taken_up_again_ends_as_if_never_stopped(changes: Any
     again.load_state_dict(torch.load(file, weights_only=True))
     rest = list(again.epochs())
 
-    assert [(one.train_loss, one.eval_loss, one.raw_correct, one.lr) for one in rest] == [
-        (one.train_loss, one.eval_loss, one.raw_correct, one.lr) for one in epochs[1:]
-    ]
+    assert [replace(one, epoch_seconds=0.0) for one in rest] == [replace(one, epoch_seconds=0.0) for one in epochs[1:]]
     for name, value in whole.result.state_dict().items():
         assert torch.equal(value, again.result.state_dict()[name]), name
 

@@ -1,9 +1,12 @@
-"""Networks and declarations that train in a moment, for the tests of this folder."""
+"""Networks and declarations that train in a moment, for the tests of training and of what is checked before it."""
 
 import dataclasses
+import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,14 +20,16 @@ CPU = torch.device("cpu")
 
 
 class Linear(nn.Module):
-    """The least that can be trained."""
+    """The least that can be trained; its logits may be changed."""
 
-    def __init__(self, outputs: int = 10) -> None:
+    def __init__(self, outputs: int = 10, change: Callable[[Tensor], Any] | None = None) -> None:
         super().__init__()
         self.linear = nn.Linear(49, outputs)
+        self.change = change
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(F.avg_pool2d(images, 4).flatten(1))
+    def forward(self, images: Tensor) -> Any:
+        logits = self.linear(F.avg_pool2d(images, 4).flatten(1))
+        return logits if self.change is None else self.change(logits)
 
 
 class Small(nn.Module):
@@ -46,6 +51,16 @@ class Small(nn.Module):
         return self.layers(images)
 
 
+class DrawsElsewhere:
+    """An augmentation that draws from Python's and numpy's generators."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.stack([self.change(image) for image in images])
+
+    def change(self, image: Tensor) -> Tensor:
+        return image.roll(random.randint(-2, 2), dims=-1) * float(np.random.uniform(0.5, 1.0))  # noqa: NPY002
+
+
 def declare(**changes: Any) -> Experiment:
     fields: dict[str, Any] = {
         "net": Linear,
@@ -56,15 +71,14 @@ def declare(**changes: Any) -> Experiment:
     return Experiment(**(fields | changes))
 
 
-def train(experiment: Experiment, mnist: Mnist, seed: int = 0, **options: Any) -> tuple[Training, list[EpochMetrics]]:
+def train(
+    experiment: Experiment,
+    mnist: Mnist,
+    seed: int = 0,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    **options: Any,
+) -> tuple[Training, list[EpochMetrics]]:
     """Return a training from its first epoch to its last, and the epochs, but for their times."""
-    net = initial_network(experiment, seed, mnist.train_images.device, torch.contiguous_format)
+    net = initial_network(experiment, seed, CPU, memory_format)
     training = Training(net, experiment, mnist, seed=seed, **options)
     return training, [dataclasses.replace(epoch, epoch_seconds=0.0) for epoch in training.epochs()]
-
-
-def first(mnist: Mnist, number: int) -> Mnist:
-    """Return the data with so many training images only."""
-    return dataclasses.replace(
-        mnist, train_images=mnist.train_images[:number], train_labels=mnist.train_labels[:number]
-    )
