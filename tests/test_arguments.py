@@ -1,10 +1,10 @@
 """Arguments as text, the same in each process, and numbers read from text."""
 
 import enum
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -33,11 +33,6 @@ class Rotation(nn.Module):
         self.relu = nn.ReLU()
 
 
-class Point(NamedTuple):
-    x: int
-    activation: Callable[..., object]
-
-
 @dataclass
 class Settings:
     activation: Callable[..., object] = F.relu
@@ -55,12 +50,8 @@ def warm_up(epochs: int) -> Callable[[int], float]:
     return factor
 
 
-def in_itself() -> list[object]:
-    inside: list[object] = [1]
-    inside.append(inside)
-    return inside
-
-
+IN_ITSELF: list[object] = [1]
+IN_ITSELF.append(IN_ITSELF)
 TEXTS = [
     (1e-08, "1e-08"),
     ("relu", "relu"),
@@ -69,8 +60,6 @@ TEXTS = [
     (np.float64(0.1), "0.1"),
     (torch.device("cpu"), "cpu"),
     (F.relu, "relu"),
-    (np.tanh, "tanh"),
-    (nn.ReLU, "ReLU"),
     (nn.Sequential(nn.LeakyReLU(0.2)), "Sequential(0=LeakyReLU(negative_slope=0.2))"),
     (Rotation(9.0), "Rotation(degrees=9.0, relu=ReLU())"),
     (partial(F.leaky_relu, negative_slope=0.2), "leaky_relu(negative_slope=0.2)"),
@@ -79,14 +68,9 @@ TEXTS = [
     (Schedule(3), "Schedule(warm_up=3)"),
     (Schedule(3).at, "Schedule(warm_up=3).at"),
     (Settings(), "Settings(activation=relu, layers=[ReLU])"),
-    (Point(1, F.relu), "Point(x=1, activation=relu)"),
     (Mode.FAST, "Mode.FAST"),
-    (in_itself(), "[1, ...]"),
+    (IN_ITSELF, "[1, ...]"),
     (object(), "object()"),
-    (
-        transforms.RandomRotation(30),
-        "RandomRotation(degrees=[-30.0, 30.0], interpolation=nearest, expand=False, fill=0)",
-    ),
 ]
 
 
@@ -131,15 +115,10 @@ def test_what_a_part_holds_is_what_its_class_does_not_give_by_default() -> None:
     assert held(F.cross_entropy) == held(nn.ReLU) == held(None) == {}
 
 
-def test_a_number_is_read() -> None:
+def test_a_number_is_read_and_nothing_else() -> None:
     assert [whole_number(text) for text in ("3", "+3", "-3", "003")] == [3, 3, -3, 3]
     assert [finite_number(text) for text in ("3", "-.5", "5e-2", "2.")] == [3, -0.5, 0.05, 2]
-
-
-@pytest.mark.parametrize("text", ["", "٣", "1_0", " 3", "3\n", "0x10", "two", "nan", "1e999", "."])
-def test_what_is_no_number_is_refused(text: str) -> None:
-    for read in (whole_number, finite_number):
+    wrong = ["", "٣", "1_0", " 3", "3\n", "0x10", "two", "nan", "1e999", "."]
+    for read, text in [*itertools.product((whole_number, finite_number), wrong), (whole_number, "3.0")]:
         with pytest.raises(ValueError, match="is not a"):
             read(text)
-    with pytest.raises(ValueError, match="is not a whole number"):
-        whole_number("3.0")
