@@ -22,11 +22,8 @@ USER_INFO = re.compile(r"[\w.~!$&()*+,;=:%-]*", re.ASCII)
 def tracking_uri(given: str | None = None) -> str:
     """Return the URI given, else MLFLOW_TRACKING_URI, else the project's own `mlruns/mlflow.db`.
 
-    A SQLite path comes back absolute: it means the same file whatever the current folder is later.
-
-    Raises:
-        LabError: if a SQLite URI names no file, or one that MLflow would read as another; if a user name or password
-            holds characters that a URI can't.
+    A SQLite path comes back absolute. LabError if a SQLite URI names no file, or one that MLflow would read as another;
+    if a user name or password holds characters that a URI can't.
     """
     uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
     file = sqlite_file(uri)

@@ -28,6 +28,8 @@ from forkserver import SIGNALS, run_program
 from helpers import ROOT, TrackedRun, copy_store, first, read_runs
 
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
+    from playwright.sync_api import Browser
+
     from mnist_lab.data import Mnist
     from mnist_lab.tracking.store import Store
     from report_store import Published
@@ -72,6 +74,18 @@ def load_script() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Iterator[Browser]":
+    """Return headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    from chromium import CHROMIUM
+
+    flags = ["--no-sandbox"] if os.geteuid() == 0 else []  # its sandbox refuses to work for root
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
 
 
 @pytest.fixture(autouse=True)

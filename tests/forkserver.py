@@ -244,6 +244,8 @@ def _forget_the_parent(kept: Sequence[int]) -> None:
         if file > 2 and file not in (null, *kept):
             os.dup2(null, file)  # what still holds its number must not meet another file there
     _set_signals(tuple(number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN))
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as Python begins; `subprocess` has undone it
+        signal.signal(number, signal.SIG_IGN)
     atexit._clear()
     sys.stdin, sys.stdout, sys.stderr = (open(file, mode, closefd=False) for file, mode in enumerate("rww"))  # noqa: SIM115
     sys.stderr.reconfigure(line_buffering=True)  # type: ignore[attr-defined]

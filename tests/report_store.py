@@ -10,8 +10,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.figures import plot_samples
 from mnist_lab.results import publish as files
 from mnist_lab.tracking.store import Store, open_store
-from pages import PAGE
-from run_writer import TARGETS, log_predictions, write_run
+from run_writer import PAGE, TARGETS, log_predictions, write_run
 
 T0 = 1_790_000_000_000
 REPORTED = {"reported_best_test_accuracy": "99.46", "reported_best_train_accuracy": "99.32"}

@@ -24,6 +24,21 @@ STEP4 = {
     "device": "cpu",
 }
 T0 = 1_700_000_000_000  # milliseconds since 1970
+PAGE = """# Page
+
+Before.
+
+<!-- results -->
+old
+<!-- /results -->
+
+Between.
+
+<!-- effects -->
+<!-- /effects -->
+
+After.
+"""
 TARGETS = {"target_accuracy": "99.4", "target_params": "10000", "target_epochs": "15"}
 
 

@@ -1,45 +1,27 @@
 """The report and the MLflow UI in headless Chromium, as a user sees them."""
 
 import io
-import os
 import re
-import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
+from chromium import PATIENCE, barriers, needs_chromium, opened
 from forkserver import Program
-from helpers import ROOT, wait_until
+from helpers import ROOT, free_port, wait_until
 from mnist_lab import results
 from mnist_lab.data import Mnist
 from mnist_lab.results.report import write_report
 from mnist_lab.tracking.store import Store
 from report_store import RUNS, write_sample_store
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
-]
-
-WIDTHS, SCHEMES = (390, 1280), ("light", "dark")
-PATIENCE = 30_000  # milliseconds
+pytestmark = [pytest.mark.browser, needs_chromium]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    # Chromium's sandbox refuses to work for root.
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +44,8 @@ def report(tmp_path_factory: pytest.TempPathFactory, store: Store) -> str:
     return page.as_uri()
 
 
-@contextmanager
-def opened(browser: Browser, address: str, width: int, scheme: str) -> Iterator[Page]:
-    """Open a page that may load nothing else and may say nothing on the console."""
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    page = context.new_page()
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url) if not request.url.startswith("data:") else None)
-    page.goto(address)
-    yield page
-    context.close()
-    assert said == []
-    assert asked == [address]
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
 def test_the_report_fits_shows_its_figures_and_is_accessible(
     browser: Browser, report: str, width: int, scheme: str
 ) -> None:
@@ -88,15 +53,7 @@ def test_the_report_fits_shows_its_figures_and_is_accessible(
         assert page.evaluate("document.scrollingElement.scrollWidth") <= width
         drawn = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 400)")
         assert drawn == [True] * 7
-        found = Axe().run(page).response
-        assert {"color-contrast", "image-alt"} <= {rule["id"] for rule in found["passes"]}  # axe has looked
-        serious = [
-            f"{problem['id']}: {node['html'][:200]}"
-            for problem in found["violations"]
-            if problem["impact"] in ("serious", "critical")
-            for node in problem["nodes"]
-        ]
-        assert serious == []
+        assert barriers(page, "color-contrast", "image-alt") == []
 
 
 def test_dark_is_dark_and_so_are_its_figures(browser: Browser, report: str) -> None:
@@ -149,10 +106,7 @@ def test_no_figure_is_cut_in_print(browser: Browser, report: str) -> None:
 @pytest.fixture(scope="module")
 def runs_address(store: Store) -> Iterator[str]:
     """Return the address of the runs table that `make ui` prints."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = Program("-m", "mnist_lab", "ui", "--port", str(port), "--tracking-uri", store.uri, cwd=ROOT)
+    process = Program("-m", "mnist_lab", "ui", "--port", str(free_port()), "--tracking-uri", store.uri, cwd=ROOT)
     try:
         wait_until(lambda: "\n" in process.stdout, process)
         printed = process.stdout.splitlines()[0]
@@ -165,10 +119,10 @@ def runs_address(store: Store) -> Iterator[str]:
 
 @pytest.fixture
 def ui(browser: Browser) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1600, "height": 900})
-    context.set_default_timeout(PATIENCE)
-    yield context.new_page()
-    context.close()
+    page = browser.new_page(viewport={"width": 1600, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    yield page
+    page.close()
 
 
 def test_the_mlflow_ui_shows_the_runs_with_their_accuracies(ui: Page, runs_address: str, store: Store) -> None:
@@ -179,7 +133,7 @@ def test_the_mlflow_ui_shows_the_runs_with_their_accuracies(ui: Page, runs_addre
         row = ui.locator(f"[role=row][row-id='{run['run_id']}']")  # in two halves: the one with the name stays in sight
         expect(row.get_by_text(f"{run['step']} seed {run['seed']}")).to_be_visible(timeout=PATIENCE)
         cell = row.locator("[col-id='metrics.`last`']")
-        expect(cell).to_have_text(f"{run['final_test_accuracy']:g}", timeout=PATIENCE)
+        expect(cell).to_have_text(f"{run['final_test_accuracy']:g}")
 
 
 def test_the_learning_curves_are_the_first_of_the_charts(ui: Page, runs_address: str) -> None:

@@ -18,8 +18,7 @@ from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics
-from pages import PAGE, T0
-from run_writer import write_run
+from run_writer import PAGE, T0, write_run
 
 # ---- what the repository loads
 

@@ -35,10 +35,7 @@ class Networks:
     """The networks that a page can choose from, each loaded when it is first asked for."""
 
     def __init__(self, model: str | None = None, *, store: str | None = None) -> None:
-        """Load the network that reads at first, as `find_reader` finds it; raises LabError.
-
-        store: the URI of the tracking store; the usual one if not given.
-        """
+        """Load the network that reads at first, as `find_reader` finds it; raises LabError."""
         self.uri = tracking_uri(store)
         self.first = find_reader(model, tracking_uri=self.uri)
         self._readers = {"": self.first}
@@ -74,10 +71,7 @@ class Networks:
             return self._readers[name]
 
     def read(self, name: str, picture: bytes) -> dict[str, Any]:
-        """Return what a network reads in a picture: ten probabilities, and the 28x28 that it saw, one byte a pixel.
-
-        Both are None where there is no digit yet.
-        """
+        """Return ten probabilities and the 28x28 that the network saw, one byte a pixel; None where no digit is yet."""
         try:
             digit = read_digit(io.BytesIO(picture))
         except NoDigit:
@@ -89,7 +83,7 @@ class Networks:
 
 
 def make_app(networks: Networks) -> FastAPI:
-    """Return the page and what it asks for. It answers to this machine's own names only."""
+    """Return the page and what it asks for; it answers to this machine's own names only."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
 

@@ -35,25 +35,22 @@ IMAGES_AT_ONCE = 1_000  # that the network is given
 UNSURE = 0.8  # probability of the likeliest digit below which a picture may show something else
 SHADES = " .:-=+*#%@"
 
+Ink = NDArray[np.float64]
+
 
 def find_pictures(paths: Iterable[Path]) -> list[Path]:
-    """Return the files, and for each folder the pictures in it, by their names.
-
-    Raises:
-        LabError: if there is none, or a folder has none.
-    """
+    """Return the files, and for each folder the pictures in it, by their names; LabError if one has or is none."""
     found: list[Path] = []
     for path in paths:
         try:
-            inside = [path]
+            inside = [path] * path.is_file()  # a pipe would be waited for
             if path.is_dir():
                 inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-            elif not path.is_file():  # a pipe would be waited for
-                raise LabError(f"{shown(path)}: there is no file of this name")
         except OSError as error:
             raise LabError(f"{shown(path)}: it can't be read: {error.strerror}") from error
         if not inside:
-            raise LabError(f"{shown(path)}: there is no picture in this folder ({', '.join(sorted(SUFFIXES))})")
+            suffixes = ", ".join(sorted(SUFFIXES))
+            raise LabError(f"{shown(path)}: there is no file of this name, nor a folder with a picture ({suffixes})")
         found += inside
     if not found:
         raise LabError("image: which one? e.g. `make predict IMAGE=photo.png`")
@@ -64,11 +61,8 @@ def read_digit(file: Path | BytesIO) -> NDArray[np.uint8]:
     """Return the digit in a picture, a file or its content, as MNIST has it: (28, 28), light ink on black.
 
     In a picture of at most 112x112 the ink is what differs from the colour of the edge; in a larger one, which may be a
-    photo, it is found by `ink.digit_on`. Its box is scaled to 20x20, keeping its proportions, and its centre of mass is
-    put at the centre of the 28x28.
-
-    Raises:
-        LabError: if the file can't be read as one picture; NoDigit if there is nothing to see in it.
+    photo, it is found by `_digit_on`. Its box is scaled to 20x20, keeping its proportions, and its centre of mass is
+    put at the centre of the 28x28. LabError if the file can't be read as one picture; NoDigit if nothing is seen in it.
     """
     return _as_mnist(_ink(_open(file), shown(file)))
 
@@ -122,17 +116,14 @@ def _in_mnists_form(images: object) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class Reader:
-    """A tracked network that reads digits."""
+    """A tracked network."""
 
     run_id: str
     run_name: str
     net: nn.Module
 
     def probabilities(self, digits: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the probability of each digit, (N, 10), for images (N, 28, 28) in MNIST's form.
-
-        They are whole numbers from 0 to 255, or floats from 0 to 1.
-        """
+        """Return the probability of each digit, (N, 10), for images (N, 28, 28): from 0 to 255, or floats to 1."""
         import torch
 
         from mnist_lab.training.loop import normalize
@@ -151,8 +142,7 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
         which the newest finished run counts. None for `models:/mnist@champion` of the store, and if it has none, for
         the champion that comes with the project.
 
-    Raises:
-        LabError: if it is not there, or can't be loaded.
+    Raises LabError if it is not there, or can't be loaded.
     """
     import torch
 
@@ -224,24 +214,24 @@ def _flat(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(paper, image).convert("RGB")
 
 
-def _ink(image: Image.Image, name: str) -> NDArray[np.float64]:
+def _ink(image: Image.Image, name: str) -> Ink:
     """Return how much ink each pixel has, 0 to 1; raises NoDigit where there is none."""
     pixels = np.asarray(image, dtype=np.float64) / 255
     if max(image.size) > 4 * FIELD:
-        return digit_on(pixels, name)
-    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    ink: NDArray[np.float64] = np.abs(pixels - np.median(edge, axis=0)).max(axis=2)
+        return _digit_on(pixels, name)
+    ink: Ink = np.abs(pixels - np.median(_edge(pixels), axis=0)).max(axis=2)
     if ink.max() < LEAST_CONTRAST:
         raise NoDigit(f"{name}: {ONE_COLOUR}")
-    share: NDArray[np.float64] = ink / ink.max()
-    return share
+    shares: Ink = ink / ink.max()
+    return shares
 
 
-def _thickened(box: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the ink in its box; strokes that would be thinner than MNIST's are drawn as wide as those.
+def _edge(image: NDArray[Any]) -> NDArray[Any]:
+    return np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
 
-    A hair's line fades when it is scaled down to 20 pixels, and no network has seen such digits.
-    """
+
+def _thickened(box: Ink) -> Ink:
+    """Return the ink in its box, strokes as wide as MNIST's at least: a hair's line fades when it is scaled down."""
     pixel = max(box.shape) / BOX  # the size of a pixel of MNIST's
     if pixel <= 1:
         return box
@@ -251,13 +241,12 @@ def _thickened(box: NDArray[np.float64]) -> NDArray[np.float64]:
     if stroke >= THINNEST * pixel:
         return box
     radius = (USUAL * pixel - stroke) / 2
-    margin = int(np.ceil(radius))
-    distance = ndimage.distance_transform_edt(~np.pad(box > 0.5, margin))
-    thick: NDArray[np.float64] = np.clip(radius + 0.5 - distance, 0, 1)
+    distance = ndimage.distance_transform_edt(~np.pad(box > 0.5, int(np.ceil(radius))))
+    thick: Ink = np.clip(radius + 0.5 - distance, 0, 1)
     return thick
 
 
-def _as_mnist(ink: NDArray[np.float64]) -> NDArray[np.uint8]:
+def _as_mnist(ink: Ink) -> NDArray[np.uint8]:
     rows, columns = (np.flatnonzero((ink > FAINTEST_INK).any(axis=axis)) for axis in (1, 0))
     box = _thickened(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
     height, width = (max(1, round(side * BOX / max(box.shape))) for side in box.shape)
@@ -275,6 +264,10 @@ def _as_mnist(ink: NDArray[np.float64]) -> NDArray[np.uint8]:
 # ---- where the ink of a digit is in a photo: the ground is taken away, and the strokes of one digit are kept
 
 
+class NoDigit(LabError):
+    """A picture without a digit in it."""
+
+
 LEAST_CONTRAST = 0.08  # between ink and paper, of all that there can be
 INK = 0.9  # of a part's border is an edge in the picture; of ground that was cut off, less
 EVEN = 0.008  # a ground that differs less over half of the picture is not a photo's
@@ -283,27 +276,17 @@ ONE_COLOUR = "there is no digit to see: it has nearly one colour all over"
 UNEVEN = "there is no digit to see: the ground is uneven; crop to the digit"
 
 
-class NoDigit(LabError):
-    """A picture without a digit in it."""
-
-
-def digit_on(pixels: NDArray[np.float64], name: str) -> NDArray[np.float64]:
-    """Return the ink, (H, W) from 0 to 1, of the digit in pixels (H, W, 3) from 0 to 1.
-
-    The ground may have shadows, a margin, ruled lines and specks.
+def _digit_on(pixels: Ink, name: str) -> Ink:
+    """Return the ink, (H, W) from 0 to 1, of the digit in pixels (H, W, 3) from 0 to 1; raises LabError.
 
     Ink is what a closing (dark ink, as a share of the light on the paper) or an opening (light ink) of the picture
     takes away: whatever is narrower than their window. Shades, shadows and the margin of a sheet are wider, and stay.
     Of what is left, connected parts that are no thin strokes, or go on beyond the picture, are not the digit.
     https://en.wikipedia.org/wiki/Top-hat_transform
-
-    Raises:
-        NoDigit: if there is no stroke; LabError if there are two digits.
     """
     window = (max(pixels.shape) // THICKEST, max(pixels.shape) // THICKEST, 1)
     smooth = ndimage.gaussian_filter(pixels, (1, 1, 0))
     steep = np.max([ndimage.gaussian_gradient_magnitude(smooth[..., channel], 1) for channel in range(3)], axis=0)
-    found: list[tuple[float, NDArray[np.float64], _Parts]] = []
     from_ground = np.abs(smooth - np.median(smooth, axis=(0, 1)))
     if (from_ground.max(axis=2) < EVEN).mean() > 0.5:  # drawn, not photographed: all else is ink, however thick
         changes = [(from_ground, steep)]
@@ -311,60 +294,59 @@ def digit_on(pixels: NDArray[np.float64], name: str) -> NDArray[np.float64]:
         paper = ndimage.grey_closing(smooth, window) + 0.1  # above nothing, as it is divided by
         dark = (paper - 0.1 - smooth) / paper, steep / paper.min(axis=2)
         changes = [dark, (smooth - ndimage.grey_opening(smooth, window), steep)]
-    for change, edges in changes:
-        ink = change.max(axis=2)
-        ink = np.clip(ink - np.median(ink), 0, None)
-        if (parts := _Parts(ink, edges)).scores.size:
-            found.append((float(parts.scores.max()), ink, parts))
+    inks = [(np.clip(change.max(axis=2) - np.median(change.max(axis=2)), 0, None), edges) for change, edges in changes]
+    found = [(ink, parts) for ink, edges in inks if (parts := _Parts(ink, edges)).scores.size]
     if not found:
         uneven = np.ptp(smooth, axis=(0, 1)).max() >= 2 * LEAST_CONTRAST
         raise NoDigit(f"{name}: {UNEVEN if uneven else ONE_COLOUR}")
-    _, ink, parts = max(found, key=lambda one: one[0])
-    ink = ink * ndimage.binary_dilation(parts.digit(name), iterations=2)
+    ink, parts = max(found, key=lambda one: float(one[1].scores.max()))
+    ink = np.where(ndimage.binary_dilation(parts.digit(name), iterations=2), ink, 0)
     return np.minimum(ink / float(np.percentile(ink[ink > 0], 95)), 1)
 
 
 class _Parts:
     """The connected parts of ink, and how much each is like the stroke of a digit."""
 
-    def __init__(self, ink: NDArray[np.float64], steep: NDArray[np.float64]) -> None:
+    def __init__(self, ink: Ink, steep: Ink) -> None:
         strong = ink > max(LEAST_CONTRAST, _otsu(ink[ink > LEAST_CONTRAST / 2]))
         self.labels, count = ndimage.label(strong, np.ones((3, 3)))
         numbers = np.arange(1, count + 1)
-        self.boxes = [(b[0].start, b[0].stop, b[1].start, b[1].stop) for b in ndimage.find_objects(self.labels)]
-        self.areas = ndimage.sum_labels(strong, self.labels, numbers)
+        self.boxes = ndimage.find_objects(self.labels)
+        self.scores = np.array([])
         if not count:
-            self.scores = np.array([])
             return
+        areas = ndimage.sum_labels(strong, self.labels, numbers)
         distance = ndimage.distance_transform_edt(np.pad(strong, 1))[1:-1, 1:-1]  # to the border of the stroke
         half_widths = ndimage.maximum(distance, self.labels, numbers)
-        length = np.minimum(self.areas / (4 * half_widths**2), 4)  # in widths
-        edge = np.concatenate([self.labels[0], self.labels[-1], self.labels[:, 0], self.labels[:, -1]])
-        inside = np.where(np.isin(numbers, edge), 0.1, 1)
+        length = np.minimum(areas / (4 * half_widths**2), 4)  # in widths
+        inside = np.where(np.isin(numbers, _edge(self.labels)), 0.1, 1)
         contrast = ndimage.mean(ink, self.labels, numbers)
         # Ground that the window cut off has borders where the picture has none.
         border = np.where(strong & ~ndimage.binary_erosion(strong, np.ones((3, 3), bool)), self.labels, 0)
         is_edge = np.minimum(steep / (0.1 * np.append(1, contrast)[self.labels]), 1)
         self.real = ndimage.mean(is_edge, border, numbers)
-        self.scores = contrast * self.areas**0.25 * length * inside * self.real**4
+        self.scores = contrast * areas**0.25 * length * inside * self.real**4
 
     def digit(self, name: str) -> NDArray[np.bool_]:
         """Return where the likeliest stroke and the rest of its digit are; raises LabError if there are two."""
         first = int(self.scores.argmax())
-        top, bottom, left, right = self.boxes[first]
-        reach = 0.25 * max(bottom - top, right - left)
+        rows, columns = self.boxes[first]
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        reach = 0.25 * max(height, width)
         chosen = [first]
-        for n, (t, b, le, r) in enumerate(self.boxes):
-            near = t < bottom + reach and b > top - reach and le < right + reach and r > left - reach
-            if n == first or self.scores[n] < 0.2 * self.scores[first]:
-                continue
-            beside = (le > right or r < left) and min(b, bottom) - max(t, top) > 0.6 * (bottom - top)
+        for n in np.flatnonzero(self.scores >= 0.2 * self.scores[first]):
+            down, across = (_gap(one, other) for one, other in zip(self.boxes[n], (rows, columns), strict=True))
+            beside = n != first and across >= 0 and -down > 0.6 * height
             if beside and self.scores[n] > 0.4 * self.scores[first] and min(self.real[first], self.real[n]) > INK:
                 raise LabError(f"{name}: there is more than one digit in it; crop to one")
-            if near:
-                chosen.append(n)
-        mask: NDArray[np.bool_] = np.isin(self.labels, np.array(chosen) + 1)
-        return mask
+            if max(down, across) < reach:
+                chosen.append(int(n))
+        return np.isin(self.labels, np.array(chosen) + 1)
+
+
+def _gap(one: slice, other: slice) -> int:
+    """Return how far two boxes are apart in one direction; below nothing where they overlap, by how much."""
+    return int(max(one.start, other.start) - min(one.stop, other.stop))
 
 
 def _otsu(values: NDArray[np.float64]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -94,7 +95,7 @@ class Record:
                 self.tracked.log_text(summary + "\n", "model_summary.txt")
                 for module, file in job.sources.items():  # `nets.blocks` goes to `source/nets`
                     self.tracked.log_file(file, str(Path("source") / place(module, file).parent))
-                self.tracked.log_json(environment, "environment.json")
+                self.tracked.log_text(json.dumps(environment, indent=2) + "\n", "environment.json")
             else:
                 self.epochs = list(resume.epochs)
                 self.tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in self.epochs})

@@ -34,10 +34,9 @@ def is_server(uri: str) -> bool:
 
 
 def ask(uri: str) -> None:
-    """Ask a server for the experiment, once.
+    """Ask a server for the experiment, once; ValueError with a sentence if it fails, refuses, or is no MLflow server.
 
-    Raises ValueError with a sentence if what answers is no MLflow server, fails, or refuses the user; MlflowException
-    or OSError if there is no answer.
+    MlflowException or OSError if there is no answer.
     """
     if not is_server(uri):
         return
@@ -53,20 +52,19 @@ def ask(uri: str) -> None:
     if answer.status_code in REFUSALS:
         raise ValueError(f"the server refuses you (HTTP {answer.status_code}): {REFUSALS[answer.status_code]}")
     try:
-        content = answer.json()
-    except ValueError:
-        content = None
+        content = dict(answer.json())
+    except (TypeError, ValueError):
+        content = {}
     if answer.status_code >= 500:
-        message = content.get("message") if isinstance(content, dict) else None
         token = "it may not take MLFLOW_TRACKING_TOKEN; " if os.environ.get("MLFLOW_TRACKING_TOKEN") else ""
-        why = message or f"{token}its own log says why"
+        why = content.get("message") or f"{token}its own log says why"
         raise ValueError(f"the server fails (HTTP {answer.status_code}): {why}")
-    if not isinstance(content, dict) or not content.keys() & {"experiment", "error_code"}:
+    if not content.keys() & {"experiment", "error_code"}:
         raise ValueError(f"what answers there is no MLflow server (HTTP {answer.status_code})")
 
 
 def why_refused(error: Exception, uri: str = "") -> str:
-    """Say why a store can't be used, the cause first: what a server or the network says of it can be long.
+    """Say why a store can't be used, the cause first.
 
     uri: of a server, which is asked once more where MLflow has kept nothing of its answers but their number.
     """
@@ -90,35 +88,31 @@ def why_refused(error: Exception, uri: str = "") -> str:
     return one_line(error)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it came of, as libraries of the network nest it."""
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return an error and what it came of, as libraries of the network nest it."""
     found = [error]
     for one in found:
-        yield one
         inner = [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
         found += [cause for cause in inner if isinstance(cause, BaseException) and cause not in found]
+    return found
 
 
 def short_timeouts() -> AbstractContextManager[None]:
     """Let MLflow ask a server once and for some seconds, or for as long as MLFLOW_HTTP_REQUEST_TIMEOUT says."""
-    return environment_variables({**_defaults(SHORT_TIMEOUT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
+    return patience(SHORT_TIMEOUT, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
 
 
-def patience() -> AbstractContextManager[None]:
+def patience(timeout: int = LONG_TIMEOUT, **more: str) -> AbstractContextManager[None]:
     """Let MLflow wait for a server as it does by itself: seven more attempts, the last after four minutes."""
-    return environment_variables(_defaults(LONG_TIMEOUT))
-
-
-def _defaults(timeout: int) -> dict[str, str]:
     defaults = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout),
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines for each run that ends on a server
     }
-    return {name: value for name, value in defaults.items() if name not in os.environ}
+    return environment_variables({name: value for name, value in defaults.items() if name not in os.environ} | more)
 
 
 def _say_that_it_waits(record: logging.LogRecord) -> bool:
-    """Put the lab's words for those of urllib3 before it tries again; `record` is dropped."""
+    """Put the lab's words for those of urllib3 before it tries again."""
     if not str(record.msg).startswith("Retrying"):
         return True
     reason = next((why_refused(part) for part in record.args or () if isinstance(part, Exception)), "")

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import re
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +34,6 @@ NAME, ALIAS = "mnist", "champion"
 CHAMPION = f"models:/{NAME}@{ALIAS}"
 COMMITTED = PROJECT_ROOT / "docs" / "results"
 NETWORK, ORIGIN = "champion.pt2", "champion.json"
-NO_SUCH = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's words for no such model, and no such alias
 RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
 STEP = re.compile(r"\w[\w.-]*")
 CALLED = "objective: teacher"
@@ -66,8 +64,7 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
 
     holdout: how many training images are held out. called: how sentences name it.
 
-    Raises:
-        LabError: if it is not there, its run is not finished, or it has seen images that are held out.
+    Raises LabError if it is not there, its run is not finished, or it has seen images that are held out.
     """
     try:
         with quiet(), short_timeouts():
@@ -88,7 +85,7 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
 
 
 def runs_with_a_model(store: Store) -> set[str]:
-    """Return the ids of the finished runs that have logged a model; raises LabError if the store does not answer."""
+    """Return the ids of the finished runs that have logged a model; raises LabError."""
     runs = search(store, "attributes.status = 'FINISHED'")
     return {run.info.run_id for run in runs if run.outputs is not None and run.outputs.model_outputs}
 
@@ -96,10 +93,9 @@ def runs_with_a_model(store: Store) -> set[str]:
 def load_teacher(
     store: Store, teacher: Teacher, device: torch.device, normalize: tuple[float, float], *, called: str = CALLED
 ) -> nn.Module:
-    """Return the teacher, frozen, in evaluation mode, on the device.
+    """Return the teacher, frozen, in evaluation mode, on the device; raises LabError.
 
     normalize: of the images that it will be given; where it was trained with others, it gets its own.
-    called: how sentences name it.
     """
     named = f"{called} {teacher.model_id} of run {teacher.run_id}"
     try:
@@ -108,10 +104,10 @@ def load_teacher(
             own = _normalize_of(file, normalize)
     except Exception as error:  # what a store gives can be broken in many ways
         raise LabError(f"{named} can't be loaded: {one_line(error)}") from error
-    return load_exported(file, teacher.sha256, device, normalize=normalize, own=own, named=named)
+    return _load_exported(file, teacher.sha256, device, normalize=normalize, own=own, named=named)
 
 
-def load_exported(
+def _load_exported(
     file: Path,
     sha256: str,
     device: torch.device,
@@ -120,13 +116,9 @@ def load_exported(
     own: tuple[float, float],
     named: str,
 ) -> nn.Module:
-    """Return the network in a file of torch.export's, frozen, in evaluation mode, on the device.
+    """Return the network in a file of torch.export's, as `load_teacher` does.
 
     sha256: of the file. own: the mean and standard deviation that it was trained with. named: what sentences call it.
-    normalize: as in `load_teacher`.
-
-    Raises:
-        LabError: if it can't be loaded, is another file, or does not give one logit per digit.
     """
     from torch.export.passes import move_to_device_pass  # slow to import
 
@@ -134,7 +126,7 @@ def load_exported(
         with quiet():
             if _sha256(file) != sha256:
                 raise ValueError("its file is another one than its digest says")
-            net = move_to_device_pass(read_exported(file), device).module()
+            net = move_to_device_pass(_read_exported(file), device).module()
             net.requires_grad_(False)
             with torch.inference_mode():
                 shape = tuple(net(torch.zeros(2, 1, 28, 28, device=device)).shape)
@@ -145,12 +137,8 @@ def load_exported(
     return net if own == normalize else _Renormalized(net, normalize, own)
 
 
-def read_exported(file: Path) -> ExportedProgram:
-    """Read a file of torch.export's. Torch itself would unpickle what such a file may hold besides numbers.
-
-    Raises:
-        ValueError: if it holds anything that torch.export does not write of a plain network.
-    """
+def _read_exported(file: Path) -> ExportedProgram:
+    """Read a file of torch.export's; ValueError if it holds more than a plain network, which torch would unpickle."""
     from torch.export.pt2_archive._package import PT2ArchiveReader, load_pt2  # torch.export.load falls back to pickles
 
     content = file.read_bytes()
@@ -201,7 +189,7 @@ def _model_of(store: Store, run: Run, name: str) -> str:
 
 
 def _newest_run(store: Store, step: str, holdout: int) -> Run:
-    """Return the newest finished run of a script, as it is declared, with this hold-out."""
+    """Return the newest finished run of a script as declared, with this hold-out."""
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.step = '{step}'"):
         as_declared = not run.data.tags.get("overrides") and run.data.params.get("holdout", "0") == str(holdout)
         if as_declared and "folds" not in run.data.params and "model" not in run.data.tags:
@@ -240,11 +228,9 @@ def _sha256(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a committed network comes from, and how it is used.
+    """Where a committed network comes from, and how its input is normalised.
 
-    accuracy: of the run's last epoch on the 10,000 test images, in percent.
-    normalize: the mean and standard deviation by which the network's input is normalised.
-    sha256: of the file with the network.
+    accuracy: of the run's last epoch on the 10,000 test images, in percent. sha256: of the file with the network.
     """
 
     step: str
@@ -266,11 +252,8 @@ def register(store: Store, run_id: str) -> str:
     client = store.client
     here = environment_variables({"MLFLOW_TRACKING_URI": store.uri})  # where MLflow looks for the model's files
     with store_failures(store, "can't be written"), quiet(), short_timeouts(), here:
-        try:
+        if not client.search_registered_models(f"name = '{NAME}'"):
             client.create_registered_model(NAME)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
         versions = list(client.search_model_versions(f"name = '{NAME}' and run_id = '{run_id}'"))
         if not versions:
             source = f"models:/{found.model_id}"
@@ -280,15 +263,9 @@ def register(store: Store, run_id: str) -> str:
 
 
 def is_registered(store: Store) -> bool:
-    """Say whether the store has a `models:/mnist@champion`. Raises LabError if it can't be read."""
+    """Say whether the store has a `models:/mnist@champion`; raises LabError if it can't be read."""
     with store_failures(store, "can't be read"), quiet(), short_timeouts():
-        try:
-            store.client.get_model_version_by_alias(NAME, ALIAS)
-        except MlflowException as error:
-            if error.error_code in NO_SUCH:
-                return False
-            raise
-    return True
+        return any(ALIAS in model.aliases for model in store.client.search_registered_models(f"name = '{NAME}'"))
 
 
 def commit(store: Store, origin: Origin, folder: Path = COMMITTED) -> list[Path]:
@@ -306,11 +283,7 @@ def commit(store: Store, origin: Origin, folder: Path = COMMITTED) -> list[Path]
 
 
 def load_committed(folder: Path = COMMITTED) -> tuple[nn.Module, Origin]:
-    """Return the committed network, for images normalised as MNIST's are, and where it comes from.
-
-    Raises:
-        LabError: if there is none, or it can't be loaded, or is another one than the file beside it says.
-    """
+    """Return the committed network, for images normalised as MNIST's are, and where it comes from; raises LabError."""
     try:
         origin = TypeAdapter(Origin).validate_json((folder / ORIGIN).read_bytes())
     except FileNotFoundError as error:
@@ -318,19 +291,17 @@ def load_committed(folder: Path = COMMITTED) -> tuple[nn.Module, Origin]:
         raise LabError(f"champion: there is none in the store, and none is committed in {folder}; {advice}") from error
     except (OSError, ValidationError) as error:
         raise LabError(f"champion: {folder / ORIGIN} is not as the lab writes it: {one_line(error)}") from error
-    cpu, named = torch.device("cpu"), f"champion {folder / NETWORK}"
-    file = folder / NETWORK
-    return load_exported(file, origin.sha256, cpu, normalize=MNIST_PIXELS, own=origin.normalize, named=named), origin
+    file, cpu, own = folder / NETWORK, torch.device("cpu"), origin.normalize
+    return _load_exported(file, origin.sha256, cpu, normalize=MNIST_PIXELS, own=own, named=f"champion {file}"), origin
 
 
 def _without_paths(file: Path) -> bytes:
     """Return an exported network's file without what torch notes of the files in which its layers are written."""
+    content = io.BytesIO()
     with quiet():
-        exported = read_exported(file)
+        exported = _read_exported(file)
         for module in exported.graph_module.modules():
             for node in module.graph.nodes if hasattr(module, "graph") else ():
                 node.meta.pop("stack_trace", None)
-        with tempfile.TemporaryDirectory() as temporary:
-            new = Path(temporary) / NETWORK
-            torch.export.save(exported, new)
-            return new.read_bytes()
+        torch.export.save(exported, content)
+    return content.getvalue()

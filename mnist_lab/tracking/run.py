@@ -6,7 +6,6 @@ import copy
 import gc
 import importlib.metadata
 import io
-import json
 import logging
 import re
 import tempfile
@@ -49,28 +48,26 @@ from mnist_lab.tracking.store import (
 METRICS_PER_CALL = 900  # MLflow takes 1,000 things at once
 MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 MODEL_STEP = 0  # a model belongs to the metrics that a run has one value of
-PAUSES = (0.05, 0.2, 0.5, 1)  # seconds until what another run was writing at the same moment is written
+PAUSES = (0.05, 0.2, 0.5)  # seconds until what another run was writing at the same moment is written
 THERE_ALREADY = ("unique constraint", "duplicate entry", "duplicate key")  # in the words of the databases
 CALLS = [name for name in dir(mlflow) if name.startswith(("log_", "set_tag")) or name == "start_run"]
-RUN, STORE = "MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI"  # of the run that MLflow goes on with where none is active
 
 logger = logging.getLogger(__name__)
 
 
 class TrackedRun:
-    """One run being written. Made by `track`. Signals that end the program wait until what is being logged is.
+    """One run being written, made by `track`; each of its methods raises LabError where the store fails.
 
-    A tracking server that goes away is waited for, and a signal then ends the wait. Where it stays away, or the store
-    fails, a LabError ends the run, and it can go on from its checkpoint.
+    Signals wait until what is being logged is. A tracking server that goes away is waited for; a signal ends the wait.
     end_status: the status that the run gets when its block comes to its end.
     """
 
-    def __init__(self, store: Store, run: Run, lock: FileLock, *, resumed: bool = False) -> None:
+    def __init__(self, store: Store, run: Run, lock: FileLock) -> None:
         self.run_id: str = run.info.run_id
         self.end_status = "FINISHED"
         self._store = store
         self._lock = lock
-        self._logged_before = frozenset(run.data.metrics) if resumed else frozenset()
+        self._logged_before = frozenset(run.data.metrics)
         self._client = store.client
         self._began: int = max(run.info.start_time, int(1000 * time.time()))
         self._clock = time.monotonic()
@@ -108,20 +105,17 @@ class TrackedRun:
             self._client.log_artifact(self.run_id, str(file), folder)
 
     def log_text(self, text: str, artifact_file: str) -> None:
-        with self._artifact(artifact_file) as file:
-            file.write_text(text, encoding="utf-8")
-
-    def log_json(self, value: Mapping[str, object], artifact_file: str) -> None:
-        self.log_text(json.dumps(value, indent=2) + "\n", artifact_file)
+        with self._writing():
+            self._client.log_text(self.run_id, text, artifact_file)
 
     def log_figures(self, figures: Mapping[str, Any]) -> None:
         """Log matplotlib figures as `figures/<name>.png`."""
         for name, figure in figures.items():
-            with self._artifact(f"figures/{name}.png") as file:
-                figure.savefig(file, dpi=120)
+            with self._writing():
+                self._client.log_figure(self.run_id, figure, f"figures/{name}.png", save_kwargs={"dpi": 120})
 
     def log_data(self, mnist: Mnist, source: Path) -> None:
-        """Log the parts of MNIST as MLflow inputs, with the SHA-256 of the files as digest (its first 36 digits)."""
+        """Log the parts of MNIST as MLflow inputs."""
         inputs = []
         for context, images, labels in (
             ("training", mnist.train_images, mnist.train_labels),
@@ -138,37 +132,30 @@ class TrackedRun:
         with self._writing():
             self._log_inputs(inputs)
 
-    def _log_inputs(self, inputs: list[DatasetInput]) -> None:
+    def _log_inputs(self, inputs: list[DatasetInput], attempt: int = 0) -> None:
         """Log data sets. Of two runs that are the first to do so at the same moment, the database refuses one."""
-        for pause in PAUSES:
-            try:
-                self._client.log_inputs(self.run_id, inputs)
-            except MlflowException as error:
-                if not _is_there_already(error) or pause == PAUSES[-1]:
-                    raise
-                time.sleep(pause)
-            else:
-                return
+        try:
+            self._client.log_inputs(self.run_id, inputs)
+        except MlflowException as error:
+            if not _is_there_already(error) or attempt == len(PAUSES):
+                raise
+            time.sleep(PAUSES[attempt])
+            self._log_inputs(inputs, attempt + 1)
 
     def log_predictions(self, truth: Tensor, logits: Tensor, images: Tensor | None = None) -> None:
         """Log truth (N,), prediction (N,) and logits (N, 10) as `predictions.npz`, pickle-free.
 
         images: the numbers (N,) of the images; None for all test images in their order.
         """
+        arrays = {"truth": truth.byte(), "prediction": logits.argmax(dim=1).byte(), "logits": logits.float()}
+        arrays |= {} if images is None else {"image": images}
         with self._artifact("predictions.npz") as file:
-            np.savez_compressed(
-                file,
-                truth=truth.cpu().numpy().astype(np.uint8),
-                prediction=logits.argmax(dim=1).cpu().numpy().astype(np.uint8),
-                logits=logits.float().cpu().numpy(),
-                **({} if images is None else {"image": images.cpu().numpy()}),  # type: ignore[arg-type]
-            )
+            np.savez_compressed(file, **{name: array.cpu().numpy() for name, array in arrays.items()})  # type: ignore[arg-type]
 
     def log_model(self, step: str, net: nn.Module, images: Tensor, normalize: tuple[float, float]) -> str | None:
         """Log the trained network so that `mlflow.pytorch.load_model` gives it back, for any batch size.
 
-        step: which names it, as far as MLflow takes the name.
-        images: a few of the network's inputs (N, 1, 28, 28), at least two, as the input example.
+        step: which names it. images: at least two of the network's inputs (N, 1, 28, 28), as the input example.
         normalize: the mean and standard deviation by which they were normalised, which the model's metadata keep.
         The format is torch.export's, which holds no pickle. Where it can't express the network, the weights are
         logged as `state_dict.pt`, and the reason is returned.
@@ -179,7 +166,7 @@ class TrackedRun:
             model = Path(temporary) / "model"
             try:
                 # torch.export prints the graph that it can't express, and takes long enough for a Ctrl-C to come in it.
-                with uninterrupted(), quiet(), _own_logging(), redirect_stderr(io.StringIO()):
+                with uninterrupted(), quiet(), redirect_stderr(io.StringIO()):
                     on_cpu = copy.deepcopy(net).cpu().eval()  # one that names its device fails there
                     with torch.inference_mode():
                         output = on_cpu(example)
@@ -215,12 +202,8 @@ class TrackedRun:
             if not _is_there_already(error):
                 raise
         points = [point for key in run.data.metrics for point in client.get_metric_history(run_id, key)]
-        of_model = [
-            Metric(point.key, point.value, point.timestamp, MODEL_STEP, logged.model_id, run_id=run_id)
-            for point in points
-            if point.step == MODEL_STEP
-        ]
-        client.log_batch(run_id, metrics=of_model)
+        once = [(one.key, one.value, one.timestamp, MODEL_STEP) for one in points if one.step == MODEL_STEP]
+        client.log_batch(run_id, metrics=[Metric(*one, logged.model_id, run_id=run_id) for one in once])
         model = Model.load(str(folder))
         model.run_id, model.model_id, model.model_uuid = run_id, logged.model_id, logged.model_id
         model.artifact_path = logged.artifact_location
@@ -234,27 +217,25 @@ class TrackedRun:
         MLflow makes a second one where the answer to its first request was lost; the oldest stays.
         """
 
+        experiment_id, run_id = run.info.experiment_id, run.info.run_id
+
         def there() -> list[LoggedModel]:
-            of_run = f"source_run_id = '{run.info.run_id}'"
-            models = self._client.search_logged_models([run.info.experiment_id], of_run)
+            models = self._client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
             return sorted((model for model in models if model.name == name), key=lambda model: model.creation_timestamp)
 
         if not there():
-            self._client.create_logged_model(
-                run.info.experiment_id, name, run.info.run_id, tags=resolve_tags(), params=run.data.params
-            )
+            self._client.create_logged_model(experiment_id, name, run_id, tags=resolve_tags(), params=run.data.params)
         oldest, *others = there()
         for surplus in others:
             self._client.delete_logged_model(surplus.model_id)
         return oldest
 
     @contextmanager
-    def _artifact(self, artifact_file: str) -> Iterator[Path]:
+    def _artifact(self, name: str) -> Iterator[Path]:
         """Give a file to write, then log it under this name."""
-        folder, _, name = artifact_file.rpartition("/")
         with store_failures(self._store, "failed during the run"), tempfile.TemporaryDirectory() as temporary:
             yield (file := Path(temporary) / name)
-            self.log_file(file, folder or None)
+            self.log_file(file)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -279,24 +260,20 @@ class TrackedRun:
         return max(int(1000 * time.time()), self._began + int(1000 * (time.monotonic() - self._clock)))
 
     def close(self, status: str) -> None:
-        """Close the run. Where that fails, what ended the block matters more.
-
-        A run that can't be marked so keeps its lock's file, free: by that the next run here sees that it has ended.
-        """
-        marked = False
+        """Close the run. Where that fails, its lock's file stays, free: so the next run here sees that it has ended."""
         try:
             with patience() if status == "FINISHED" else short_timeouts():
                 self._store.check_in_place()
                 self._client.set_terminated(self.run_id, status, self._now())
-            marked = True
+            release(self._lock)
         except (MlflowException, SQLAlchemyError, OSError, LabError) as error:
             reason = why_refused(error, self._store.uri)
             message = f"tracking store: the run {self.run_id} could not be marked {status}: {reason}"
             if status == "FINISHED":
                 raise LabError(message + self._what_then()) from error
-            logger.warning(message)
+            logger.warning(message)  # what ended the block matters more
         finally:
-            release(self._lock) if marked else self._lock.release()
+            self._lock.release()
 
 
 @contextmanager
@@ -310,16 +287,13 @@ def track(
     resume_run_id: str | None = None,
     reopen: bool = False,
 ) -> Iterator[TrackedRun]:
-    """Open a run, and close it by how the block ends.
+    """Open a run, and close it by how the block ends; raises LabError if it can't be opened or the store fails.
 
     FINISHED at its end or by `sys.exit(0)`, KILLED by KeyboardInterrupt, else FAILED, with the traceback as
     `traceback.txt` unless it is a LabError.
-    parent_run_id: the study's run that this one is a child of; that may be open in this process or in another.
+    parent_run_id: the study's run that this one is a child of.
     resume_run_id: go on with this run, with its name, params and tags.
     reopen: that run may have finished too, and has this name and these tags from now on.
-
-    Raises:
-        LabError: if the run can't be opened or resumed, or the store fails on the way, e.g. because its disk is full.
     """
     parent = {} if parent_run_id is None else {MLFLOW_PARENT_RUN_ID: parent_run_id}
     tracked, status = None, "FAILED"
@@ -372,7 +346,7 @@ def _reopen_run(store: Store, run_id: str, new_name: str | None) -> TrackedRun:
     except BaseException:
         release(lock)
         raise
-    return TrackedRun(store, run, lock, resumed=True)
+    return TrackedRun(store, run, lock)
 
 
 def _safe(tags: Mapping[str, str]) -> dict[str, str]:
@@ -380,27 +354,11 @@ def _safe(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_there_already(error: MlflowException) -> bool:
-    """Say whether the database refused to write something a second time."""
     return any(words in str(error).lower() for words in THERE_ALREADY)
 
 
-@contextmanager
-def _own_logging() -> Iterator[None]:
-    """Leave the program's logging as it is: the first import of mlflow.pytorch shows errors only from then on."""
-    level, handlers = logging.root.level, list(logging.root.handlers)
-    try:
-        yield
-    finally:
-        logging.root.setLevel(level)
-        logging.root.handlers[:] = handlers
-
-
 def _forget_exports() -> None:
-    """Free what torch.export keeps of each network for as long as the process lives: 0.4 MB of step 4's.
-
-    The caches of ShapeEnv's methods have no limit. The tensors that an instance tracks hold it in turn, from C++, so
-    Python never collects it.
-    """
+    """Free what torch.export keeps of each network: caches without limit, and tensors that hold it in turn from C++."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # slow to import, but for an export it was
 
     for method in vars(ShapeEnv).values():
@@ -416,7 +374,7 @@ def _forget_exports() -> None:
 
 @contextmanager
 def silenced() -> Iterator[Mapping[str, Mock]]:
-    """Let these functions do nothing; yield them by their names, as mocks that know whether they were called."""
+    """Let these functions do nothing; yield them by their names, as mocks."""
     silent = {name: Mock(return_value=nullcontext()) for name in CALLS}  # start_run is a context
     with patch.multiple(mlflow, **silent):
         yield silent
@@ -425,9 +383,9 @@ def silenced() -> Iterator[Mapping[str, Mock]]:
 @contextmanager
 def adopted(uri: str, run_id: str) -> Iterator[None]:
     """Let what a script logs go into this run, unless a run of its own is active or it has chosen another store."""
-    with environment_variables({STORE: uri}):
+    with environment_variables({"MLFLOW_TRACKING_URI": uri}):
         is_its_store = mlflow.get_tracking_uri() == uri
-        with environment_variables({RUN: run_id} if is_its_store else {}):
+        with environment_variables({"MLFLOW_RUN_ID": run_id} if is_its_store else {}):
             try:
                 yield
             finally:

@@ -5,7 +5,6 @@ Without the processes for jobs, which the lab has none of, it is ready in 4 s wi
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -17,6 +16,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,10 +51,7 @@ database_uri = {uri}
 
 
 def serve_ui(uri: str, port: int) -> None:
-    """Serve the runs in a SQLite store on loopback until interrupted; print the address of the runs table.
-
-    A store that is not there is made. Raises LabError.
-    """
+    """Serve the runs in a SQLite store, made if it is not there, on loopback until interrupted; raises LabError."""
     check_writable(uri)
     database = sqlite_file(uri)
     if database is not None and database.exists():
@@ -70,9 +67,7 @@ def serve_ui(uri: str, port: int) -> None:
 def serve(host: str, port: int, folder: Path, workers: int, *, auth: bool, database: str) -> None:
     """Serve MLflow to a team until interrupted; print what to set when the server is there.
 
-    folder: where the artifacts are. database: the URI of one of PostgreSQL.
-
-    Raises LabError if the database can't be used, or the server does not start or ends by itself.
+    folder: of the artifacts. database: the URI of one of PostgreSQL. Raises LabError.
     """
     if not is_free(host, port):
         raise LabError(f"port: {port} is taken; name another with --port")
@@ -81,8 +76,7 @@ def serve(host: str, port: int, folder: Path, workers: int, *, auth: bool, datab
     uri, experiment_id = _prepare(database)
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # others can read a command line
     if host not in LOOPBACK:
-        message = f"Other machines reach {host}:{port}: docs/server.md says what is protected."
-        print(message, file=sys.stderr, flush=True)
+        print(f"Other machines reach {host}:{port}: docs/server.md says what is protected.", file=sys.stderr)
         os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", _allowed_hosts(host, port))
     url = _url(socket.gethostname() if host in EVERYWHERE else host, port)
     page = f"/#/experiments/{experiment_id}/runs?{VIEW}" if auth else PATH
@@ -112,13 +106,10 @@ def make_app() -> FastAPI:
 
 
 def _run_mlflow(host: str, port: int, flags: Sequence[str], lines: Sequence[str]) -> None:
-    """Run `mlflow server` until interrupted, and print these lines when it is there.
-
-    Raises LabError if it does not start, or ends by itself.
-    """
+    """Run `mlflow server` until interrupted, and print these lines when it is there; LabError if it does not last."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # whoever reads the output may be gone, and the server must still end
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *flags]
-    with contextlib.suppress(KeyboardInterrupt), _child([*command, "--uvicorn-opts", "--log-level warning"]) as server:
+    with suppress(KeyboardInterrupt), _child([*command, "--uvicorn-opts", "--log-level warning"]) as server:
         deadline = time.monotonic() + START_TIMEOUT
         while not _is_ready(f"{_url(host, port)}/health"):
             if server.poll() is not None:
@@ -139,11 +130,11 @@ def _is_ready(address: str) -> bool:
         return False
 
 
-@contextlib.contextmanager
+@contextmanager
 def _child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program, and end it and what it has started; also where this program is killed.
+    """Run a program, and end it and what it has started.
 
-    A shell beside it does that: the pipe that it reads from ends with this program, however that ends.
+    A shell beside it does that: the pipe that it reads from ends with this program, also where that is killed.
     """
     environment = {
         **os.environ,
@@ -169,13 +160,12 @@ def _child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 def free_port(first: int) -> int:
     """Return `first`, or the next port that nothing on loopback listens on, which is said; LabError if none is free."""
-    last = min(first + PORTS_TRIED - 1, 65535)
-    for port in range(first, max(first, last) + 1):
+    for port in range(first, first + PORTS_TRIED):
         if is_free(HOST, port):
             if port != first:
                 print(f"Port {first} is taken; using {port}.", file=sys.stderr)
             return port
-    raise LabError(f"port: {first} to {last} are all taken; name another with --port")
+    raise LabError(f"port: {first} to {port} are all taken; name another with --port")
 
 
 def is_free(host: str, port: int) -> bool:
@@ -199,7 +189,7 @@ def _url(host: str, port: int) -> str:
 
 
 def _allowed_hosts(host: str, port: int) -> str:
-    """Return by which names other machines may call the server; to others it gives no answer."""
+    """Return by which names other machines may call the server."""
     own = [one.address for ones in psutil.net_if_addrs().values() for one in ones if one.family == socket.AF_INET]
     names = [host, "localhost", socket.gethostname(), socket.getfqdn(), *own]
     return ",".join(_url(name, port).removeprefix("http://") for name in names)
@@ -212,11 +202,12 @@ def _prepare(uri: str) -> tuple[str, str]:
     """Return a database's URI without its password, and the id of the lab's experiment, made if it is not there.
 
     The password goes into the environment: what is in a URI could be shown, and is kept in a file. The experiment is
-    made here and not by the first user: with passwords, that one would own it. Raises LabError.
+    made here: with passwords, the first user would own it. Another program's database is left as it is; LabError.
     """
     import psycopg
     from alembic.util import CommandError
     from mlflow.exceptions import MlflowException  # which takes seconds to import
+    from psycopg.errors import UndefinedTable
     from sqlalchemy import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -229,7 +220,10 @@ def _prepare(uri: str) -> tuple[str, str]:
         raise LabError(f"backend store: {shown}; give {form} (docs/server.md)")
     try:
         tracking_uri(uri)  # refuses a password that a URI can't hold
-        _check_foreign(f"postgresql://{rest}")
+        with psycopg.connect(f"postgresql://{rest}", connect_timeout=5) as other, suppress(UndefinedTable):
+            versions = {version for (version,) in other.execute("SELECT version_num FROM alembic_version")}
+            if versions - known_schemas():
+                raise LabError("backend store: it is another program's, or of a newer MLflow, which is not read")
         url = make_url(f"{DRIVER}://{rest}")
         if url.password:
             os.environ["PGPASSWORD"] = str(url.password)
@@ -238,16 +232,6 @@ def _prepare(uri: str) -> tuple[str, str]:
     except (psycopg.Error, MlflowException, SQLAlchemyError, CommandError) as error:
         reason = one_line(error).partition(" [SQL:")[0]
         raise LabError(f"backend store: {without_password(uri)!r} can't be used: {reason}") from error
-
-
-def _check_foreign(uri: str) -> None:
-    """Refuse another program's database, which is left as it is; LabError, or psycopg.Error if it does not answer."""
-    import psycopg
-
-    with psycopg.connect(uri, connect_timeout=5) as connection, contextlib.suppress(psycopg.errors.UndefinedTable):
-        versions = {version for (version,) in connection.execute("SELECT version_num FROM alembic_version")}
-        if versions - known_schemas():
-            raise LabError("backend store: it is another program's, or of a newer MLflow, which this one can't read")
 
 
 def _ask_for_passwords(file: Path, uri: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
-import importlib.util
 import os
 import sqlite3
 import tempfile
@@ -92,10 +91,9 @@ def check_writable(uri: str) -> None:
 
 
 def follow_move(uri: str) -> None:
-    """Correct the paths of artifacts in a SQLite store that was moved or copied with its `artifacts/`.
+    """Correct the absolute paths that MLflow records in a SQLite store that was moved or copied; raises LabError.
 
-    MLflow records absolute paths. Nothing changes on a server, in a folder that the lab would not have chosen, or where
-    the database was moved without its artifacts. Raises LabError.
+    Nothing changes in a folder that the lab would not have chosen, or where the artifacts were not moved with it.
     """
     file = sqlite_file(uri)
     if file is None:
@@ -106,12 +104,9 @@ def follow_move(uri: str) -> None:
         old = next((location for (location,) in connection.execute(query, (EXPERIMENT_NAME,))), "")
         if old == new or not old.startswith("file:") or not old.endswith(f"/{ARTIFACTS}"):
             return
-        query = (
-            "SELECT substr(artifact_uri, length(:old) + 2) FROM runs WHERE substr(artifact_uri, 1, length(:old)) = :old"
-        )
-        runs = [run for (run,) in connection.execute(query, {"old": old})]
+        uris = [uri for (uri,) in connection.execute("SELECT artifact_uri FROM runs") if uri.startswith(old)]
     here = file.resolve().parent / ARTIFACTS
-    if runs and not any((here / run).exists() for run in runs):
+    if uris and not any((here / uri[len(old) + 1 :]).exists() for uri in uris):
         return
     with _connection(file, "rw", "corrected, though it was moved and so its artifacts are not found") as connection:
         connection.execute("BEGIN IMMEDIATE")
@@ -126,10 +121,8 @@ def follow_move(uri: str) -> None:
 
 def known_schemas() -> set[str]:
     """Return the versions of its database that the installed MLflow knows, without importing it; that takes seconds."""
-    spec = importlib.util.find_spec("mlflow")
-    assert spec is not None
-    assert spec.origin is not None
-    files = (Path(spec.origin).parent / "store" / "db_migrations" / "versions").glob("*_*.py")
+    package = importlib.metadata.distribution("mlflow").locate_file("mlflow")
+    files = Path(str(package), "store", "db_migrations", "versions").glob("*_*.py")
     return {file.name.partition("_")[0] for file in files}
 
 
@@ -161,12 +154,9 @@ def _advice(error: OSError | sqlite3.Error) -> str:
 
 
 def read_points(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> Iterable[Point]:
-    """Return every point of these metrics, in the order of logging.
+    """Return every point of these metrics, in the order of logging; MlflowException, SQLAlchemyError or OSError.
 
     epochs: the runs' numbers of epochs by run id; they bound what a server is asked for at a time.
-
-    Raises:
-        MlflowException, SQLAlchemyError, OSError: if the store can't be read.
     """
     if uri.startswith(("http://", "https://")):
         return _over_http(uri, epochs, metrics)
@@ -177,19 +167,16 @@ def read_points(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> 
         "SELECT run_uuid, key, step, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics "
         "WHERE run_uuid IN :run_ids AND key IN :keys ORDER BY timestamp"
     ).bindparams(sqlalchemy.bindparam("run_ids", expanding=True), sqlalchemy.bindparam("keys", metrics, expanding=True))
-    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
-    with engine.connect() as connection:
-        rows = connection.execute(query, {"run_ids": list(epochs)})
-        return [(run_id, metric, epoch, value) for run_id, metric, epoch, value in rows]
+    with sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect() as connection:
+        return [tuple(row) for row in connection.execute(query, {"run_ids": list(epochs)})]
 
 
 def _over_http(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> Iterator[Point]:
     from mlflow.utils.credentials import get_default_host_creds  # slow to import
     from mlflow.utils.rest_utils import http_request
 
-    most = max(epochs.values(), default=1)
+    run_ids, most = list(epochs), max(epochs.values(), default=1)
     at_a_time = max(1, min(RUNS_PER_REQUEST, POINTS_PER_REQUEST // (2 * most)))
-    run_ids = list(epochs)
     for first in range(0, len(run_ids), at_a_time):
         for metric in metrics:
             asked = {"run_id": run_ids[first : first + at_a_time], "metric_key": metric}

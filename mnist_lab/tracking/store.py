@@ -51,8 +51,7 @@ logger = logging.getLogger(__name__)
 class Store:
     """A tracking store that is ready: its URI and the id of the MLflow experiment that holds the runs.
 
-    database: what names the file of a SQLite database, whatever its path is.
-    clock: says the time of what is written, in milliseconds since 1970, in place of the system's.
+    database: what names the file of a SQLite database, whatever its path is. clock: milliseconds since 1970.
     """
 
     uri: str
@@ -71,28 +70,24 @@ class Store:
 
     def check_in_place(self) -> None:
         """Refuse a SQLite database that is not where it was opened: MLflow would go on with a removed one; LabError."""
-        file = sqlite_file(self.uri)
-        if file is not None and file_id(file) != self.database:
+        if _file_id(sqlite_file(self.uri)) != self.database:
             raise LabError(
                 f"tracking store {self.name!r}: its database was removed, moved or replaced in the middle of the run; "
                 "where a moved one is now, `--resume` goes on: name it with --tracking-uri"
             )
 
 
-def file_id(file: Path) -> tuple[int, int] | None:
+def _file_id(file: Path | None) -> tuple[int, int] | None:
     """Return what names a file whatever its path is; None where there is none."""
-    with suppress(OSError):
-        state = file.stat()
-        return state.st_dev, state.st_ino
-    return None
+    try:
+        return None if file is None else (file.stat().st_dev, file.stat().st_ino)
+    except OSError:
+        return None
 
 
 @contextmanager
 def store_failures(store: Store, what: str, then: str = "") -> Iterator[None]:
-    """Turn an error of the store, its server or a full disk into a LabError.
-
-    what: happened to the store, e.g. "can't be read". then: what the user can do, at the sentence's end.
-    """
+    """Turn an error of the store, its server or a full disk into a LabError: store, `what`, the cause, `then`."""
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
@@ -122,7 +117,7 @@ def open_store(uri: str | None = None) -> Store:
                 if not database.exists():
                     _create(database)
                 follow_move(uri)
-                store = Store(uri, experiment_of(uri, artifacts_of(database)).experiment_id, file_id(database))
+                store = Store(uri, experiment_of(uri, artifacts_of(database)).experiment_id, _file_id(database))
     except LabError:
         raise
     except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error, ValueError) as error:
@@ -147,11 +142,9 @@ def _create(database: Path) -> None:
 
 
 def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.entities.Experiment:
-    """Return the experiment that holds all runs, made if it is not there.
+    """Return the experiment that holds all runs, made if it is not there; LabError if it was deleted.
 
-    artifact_location: of a new one; without it, a server chooses.
-
-    Raises LabError if it was deleted; MlflowException or SQLAlchemyError if the store fails.
+    artifact_location: of a new one; without it, a server chooses. Other errors are MLflow's and SQLAlchemy's.
     """
     client = mlflow.MlflowClient(tracking_uri=uri)
     with quiet():
@@ -166,7 +159,6 @@ def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.enti
 
 
 def check_not_deleted(uri: str, experiment: mlflow.entities.Experiment) -> None:
-    """Refuse a store whose experiment was deleted in the MLflow UI; raises LabError."""
     if experiment.lifecycle_stage == "deleted":
         name = without_password(uri)
         raise LabError(f"tracking store {name!r}: the experiment {EXPERIMENT_NAME!r} is deleted; restore it in MLflow")
@@ -177,7 +169,7 @@ def uninterrupted(*, interrupted: bool = False) -> Iterator[None]:
     """Hold back the signals that end a program until the block is through; a second Ctrl-C ends it at once.
 
     An interrupt within MLflow can leave the database locked by an open transaction, so that the run can't be closed.
-    interrupted: whether the program is being ended already, so that the next Ctrl-C is a second one.
+    interrupted: whether the next Ctrl-C is a second one.
     """
     if threading.current_thread() is not threading.main_thread():  # signals interrupt no other thread
         yield
@@ -224,23 +216,21 @@ def finished_runs(
     hardware: as the tag of that name. A restored run counts only for a seed that has no other, and only if hardware
         that rounds sums alike made it; a notice names those that don't count.
     """
-    found: dict[int, FinishedRun] = {}
+    own: dict[int, FinishedRun] = {}
     restored: dict[int, FinishedRun] = {}
-    elsewhere: set[int] = set()
+    elsewhere: dict[int, FinishedRun] = {}
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
         seed = run.data.params.get("seed", "")
         alike = run.data.params == {**params, "seed": seed} and tags.items() <= run.data.tags.items()
-        if not alike or not seed.isdecimal() or figure not in run.data.metrics:
-            continue
-        if RESTORED in run.data.tags and not rounds_alike(run.data.tags.get("hardware", ""), hardware):
-            elsewhere.add(int(seed))
-            continue
-        kind = restored if RESTORED in run.data.tags else found
-        kind.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
-    if missing := sorted(elsewhere - found.keys() - restored.keys()):
+        if alike and seed.isdecimal() and figure in run.data.metrics:
+            kind = own
+            if RESTORED in run.data.tags:
+                kind = restored if rounds_alike(run.data.tags.get("hardware", ""), hardware) else elsewhere
+            kind.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
+    if missing := sorted(elsewhere.keys() - own.keys() - restored.keys()):
         message = "restored runs of seed %s are not taken over: they were made on other hardware than this, %r"
         logger.warning(message, ", ".join(map(str, missing)), hardware)
-    return {**restored, **found}
+    return {**restored, **own}
 
 
 def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
@@ -250,10 +240,10 @@ def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
 
 
 def close_abandoned(store: Store) -> None:
-    """Mark the runs KILLED that stand as RUNNING though their process is gone; raises LabError.
+    """Mark the runs KILLED that stand as RUNNING though their process is gone, as the lock that it held tells.
 
-    The lock that it held tells whether it is gone. Where that says nothing, as on another machine, the run is left,
-    unless it is of a worker of a cluster, which ends with the process that wrote the parent's run.
+    Where that says nothing, as on another machine, the run is left, unless it is of a worker of a cluster, which ends
+    with the process that wrote the parent's run.
     """
     running = {run.info.run_id: run for run in reversed(search(store, "attributes.status = 'RUNNING'"))}
     for run_id, run in [*running.items()]:  # parents first
@@ -266,10 +256,7 @@ def close_abandoned(store: Store) -> None:
 
 
 def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) -> list[str]:
-    """Mark the child runs of this name, or all, KILLED that stand as RUNNING: their process is gone.
-
-    Returns the child runs of this name, whatever their status. Raises LabError.
-    """
+    """Mark the child runs of this name, or all, KILLED that stand as RUNNING; return all of this name."""
     children = search(store, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}'")
     named = [run for run in children if run_name in (None, run.info.run_name)]
     for run in named:
@@ -279,7 +266,7 @@ def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) ->
 
 
 def _kill_unless_locked(store: Store, run_id: str) -> bool:
-    """Mark a run KILLED that stands as RUNNING, and say so; leave one that a process on this machine still writes."""
+    """Mark a run KILLED that stands as RUNNING; False where a process on this machine still writes it."""
     lock = lock_of(store, run_id)
     with store_failures(store, "can't be written"), suppress(Timeout), short_timeouts():
         lock.acquire()
@@ -302,8 +289,7 @@ def search(store: Store, condition: str) -> list[Run]:
 def process_tag() -> str:
     """Name this process: host, number, start; then the start of the system, and the machine; "cluster" if it is one's.
 
-    The run's lock tells whether the process has ended. Its number alone would not: containers number anew, and two
-    machines can have one name.
+    Its number alone would not do: containers number anew, and two machines can have one name.
     """
     process = psutil.Process()
     words = [socket.gethostname(), process.pid, process.create_time(), _boot(), _machine()]
@@ -322,7 +308,6 @@ def _boot() -> str:
 
 
 def _machine() -> str:
-    """Return what names this machine, whenever it was started."""
     return _content("/etc/machine-id", f"{uuid.getnode():012x}")
 
 
@@ -403,15 +388,20 @@ def is_deleted(uri: str, run_id: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show."""
-    level = logging.root.manager.disable
-    logging.disable(max(level, logging.WARNING))
+    """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show.
+
+    The program's logging stays as it is: the first import of mlflow.pytorch shows errors only from then on.
+    """
+    root, disabled = logging.root, logging.root.manager.disable
+    level, handlers = root.level, root.handlers[:]
+    logging.disable(max(disabled, logging.WARNING))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logging.disable(level)
+        logging.disable(disabled)
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 # ---- files that are replaced whole: a reader or a power cut finds the old one or the new one
@@ -431,7 +421,7 @@ def replace_files(contents: Mapping[Path, str | bytes]) -> None:
             new[target] = target.with_name(f"{target.name}.{os.getpid()}.new")
             try:
                 new[target].write_bytes(content.encode() if isinstance(content, str) else content)
-                sync_to_disk(new[target])
+                _sync_to_disk(new[target])
             except OSError as error:
                 error.filename = str(file)  # a full disk is said without it
                 raise
@@ -440,14 +430,13 @@ def replace_files(contents: Mapping[Path, str | bytes]) -> None:
         for target, written in new.items():
             written.replace(target)
         for folder in {target.parent for target in new}:
-            sync_to_disk(folder)
+            _sync_to_disk(folder)
     finally:
         for written in new.values():
             written.unlink(missing_ok=True)
 
 
-def sync_to_disk(path: Path) -> None:
-    """Make what was written to a file, or renamed in a folder, last through a power cut."""
+def _sync_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

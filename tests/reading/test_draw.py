@@ -2,9 +2,7 @@
 
 import base64
 import io
-import os
 import re
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 import mnist_lab
-from forkserver import Program, run_program
+from chromium import PATIENCE, barriers, needs_chromium, opened
+from forkserver import Program
 from helpers import ROOT, copy_store, free_port, wait_until
 from mnist_lab.data import Mnist
 from mnist_lab.reading.page import MOST_BYTES
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
-PATIENCE = 60_000  # milliseconds
+expect.set_options(timeout=PATIENCE)
 # How a hand draws each digit: its strokes, as points in a square from 00,00 at the top left to 99,99.
 DRAWN = [
     "50,15 33,25 27,50 33,75 50,85 67,75 73,50 67,25 50,15",
@@ -108,42 +104,14 @@ def test_the_server_listens_on_loopback_and_answers_to_no_other_name(served: str
         probe.bind(("127.0.0.2", port))  # so it is not taken on every address
 
 
-def test_without_a_network_it_is_said_what_to_do(uri: str) -> None:
-    done = run_program("-m", "mnist_lab", "draw", "--model", "step4", "--tracking-uri", uri, cwd=ROOT)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: model 'step4_augment_steplr'")
-    assert len(done.stderr.splitlines()) == 1
-
-
 # ---- the page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses to work for root
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[(1280, "light", False), (390, "dark", True)], ids=["desktop", "telephone"])
 def page(request: pytest.FixtureRequest, browser: Browser, served: str) -> Iterator[Page]:
-    """Open the page, which may load nothing from elsewhere and may say nothing on the console."""
     width, scheme, touch = request.param
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, has_touch=touch)
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda asking: asked.append(asking.url))
-    page.goto(served)
-    yield page
-    context.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith((served, "data:"))] == []
+    with opened(browser, served, width, scheme, touch=touch) as page:
+        yield page
 
 
 class Hand:
@@ -183,8 +151,8 @@ def shares(page: Page) -> list[float]:
 
 
 def wait_for_the_answer(page: Page) -> None:
-    expect(page.locator("#said")).to_have_text(re.compile(r"\d"), timeout=PATIENCE)
-    expect(page.locator("main")).to_have_attribute("aria-busy", "false", timeout=PATIENCE)
+    expect(page.locator("#said")).to_have_text(re.compile(r"\d"))
+    expect(page.locator("main")).to_have_attribute("aria-busy", "false")
 
 
 def image(page: Page) -> Any:
@@ -193,7 +161,7 @@ def image(page: Page) -> Any:
 
 
 @pytest.mark.browser
-@in_chromium
+@needs_chromium
 def test_each_digit_that_is_drawn_is_read(page: Page) -> None:
     hand = Hand(page)
     read = {}
@@ -213,7 +181,7 @@ def test_each_digit_that_is_drawn_is_read(page: Page) -> None:
 
 
 @pytest.mark.browser
-@in_chromium
+@needs_chromium
 def test_a_dot_is_not_read_the_bars_move_while_the_pen_is_down_and_clear_empties_all(page: Page) -> None:
     hand = Hand(page)
     hand.draw([(0.5, 0.5)])
@@ -239,18 +207,11 @@ def test_a_dot_is_not_read_the_bars_move_while_the_pen_is_down_and_clear_empties
 
 
 @pytest.mark.browser
-@in_chromium
+@needs_chromium
 def test_the_page_fits_and_is_accessible(page: Page) -> None:
     viewport = page.viewport_size
     assert viewport is not None
     assert page.evaluate("document.scrollingElement.scrollWidth") <= viewport["width"]
     assert page.evaluate("document.scrollingElement.scrollHeight") <= viewport["height"]  # no scrolling while drawing
     expect(page.get_by_role("combobox", name="Network")).to_have_text(re.compile("step8_averaging seed"))
-    found = Axe().run(page).response
-    assert {"color-contrast", "button-name"} <= {rule["id"] for rule in found["passes"]}  # axe has looked
-    assert [
-        f"{problem['id']}: {node['html'][:200]}"
-        for problem in found["violations"]
-        if problem["impact"] in ("serious", "critical")
-        for node in problem["nodes"]
-    ] == []
+    assert barriers(page, "color-contrast", "button-name") == []

@@ -14,9 +14,8 @@ from mnist_lab.results import publish as files
 from mnist_lab.results.records import IMAGES, OTHER_FILES, read_records
 from mnist_lab.running.identity import code_sha256, find_sources
 from mnist_lab.tracking.store import open_store
-from pages import PAGE
 from report_store import Published, new_place
-from run_writer import T0, write_run
+from run_writer import PAGE, T0, write_run
 
 RESULTS = ROOT / "docs" / "results"
 COMMITTED = read_records(RESULTS)

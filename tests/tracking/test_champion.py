@@ -24,8 +24,7 @@ from mnist_lab.reading.pictures import find_reader
 from mnist_lab.results.records import read_runs, rows_of
 from mnist_lab.tracking import models as champion
 from mnist_lab.tracking.store import open_store
-from pages import T0
-from run_writer import write_run
+from run_writer import T0, write_run
 
 RESULTS = ROOT / "docs" / "results"
 

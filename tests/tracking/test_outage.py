@@ -110,14 +110,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
-class After(Progress):
-    """Listens to a run, and does something after one of its epochs."""
-
-    def __init__(self, epoch: int = 0, deed: Callable[[], None] = bool) -> None:
-        self.epoch, self.deed = epoch, deed
+class AfterEpochOne(Progress):
+    def __init__(self, deed: Callable[[], None]) -> None:
+        self.deed = deed
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
-        if metrics.epoch == self.epoch:
+        if metrics.epoch == 1:
             self.deed()
 
 
@@ -128,7 +126,7 @@ def job_of(uri: str) -> Job:
 
 
 def train(uri: str, listener: Progress | None = None) -> str:
-    return runner.run(job_of(uri), 5, listener or After()).run_id
+    return runner.run(job_of(uri), 5, listener or Progress()).run_id
 
 
 def check_same(run: TrackedRun, whole: TrackedRun, server: Server) -> None:
@@ -179,7 +177,7 @@ def whole(one_server: Server) -> TrackedRun:
 
 def resume(uri: str) -> str:
     found = checkpoint.find(uri)
-    return runner.run(job_of(uri), found.seed, After(), resume=found).run_id
+    return runner.run(job_of(uri), found.seed, Progress(), resume=found).run_id
 
 
 def test_a_server_gives_the_same_tables_as_the_file_and_the_history_of_many_runs_in_few_requests(
@@ -228,7 +226,7 @@ def test_a_server_that_is_away_or_hangs_for_a_while_is_waited_for(
             server.kill()
             threading.Timer(seconds, server.start).start()
 
-    run_id = train(server.uri, After(1, go_away))
+    run_id = train(server.uri, AfterEpochOne(go_away))
 
     assert "the run waits for it" in caplog.text
     check_same(by_id(server, run_id), whole, server)
@@ -264,7 +262,7 @@ def test_ctrl_c_ends_the_wait_for_a_server(whole: TrackedRun, server: Server) ->
         threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     with within(60), pytest.raises(KeyboardInterrupt):
-        train(server.uri, After(1, go_away))
+        train(server.uri, AfterEpochOne(go_away))
 
     server.start()
     check_same(by_id(server, resume(server.uri)), whole, server)

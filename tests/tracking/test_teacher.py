@@ -8,7 +8,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
 
 from helpers import TrackedRun, read_runs
@@ -27,13 +27,11 @@ from mnist_lab.tracking.store import open_store
 CPU = torch.device("cpu")
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(784, 10)
+STUDENT: Any = partial(distillation, teacher="large", temperature=2.0, weight=0.5)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(images.flatten(1))
+
+def net(classes: int = 10) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.Monk
     def train(name: str, seed: int = 0, holdout: int = 0, **changes: Any) -> TrackedRun:
         script = tmp_path / f"{name}.py"
         script.touch()
-        fields: dict[str, Any] = {"net": Net, "epochs": 1, "batch_size": 100, "optimizer": partial(SGD, lr=0.05)}
+        fields: dict[str, Any] = {"net": net, "epochs": 1, "batch_size": 100, "optimizer": partial(SGD, lr=0.05)}
         experiment = Experiment(**(fields | changes))
         runner.run(Job(script=script, experiment=experiment, tracking_uri=uri, threads=1), seed, Progress())
         run = read_runs(Path(uri.removeprefix("sqlite:///")))[-1]
@@ -55,10 +53,6 @@ def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.Monk
         return run
 
     return train
-
-
-def student(teacher: str) -> Any:
-    return partial(distillation, teacher=teacher, temperature=2.0, weight=0.5)
 
 
 def test_a_teacher_is_found_by_its_run_its_registered_model_its_id_or_its_script(
@@ -109,15 +103,15 @@ def test_a_student_says_which_teacher_it_learns_from_and_keeps_it_when_it_goes_o
     train: Callable[..., TrackedRun], uri: str, tmp_path: Path
 ) -> None:
     teacher = train("large")
-    run = train("small", objective=student("large"))
+    run = train("small", objective=STUDENT)
 
     assert run.tags["teacher_run_id"] == teacher.run_id
     assert len(run.tags["teacher_sha256"]) == 64
     assert run.params["teacher"] == "large"
     assert run.metrics["num_params"] == [(0, 7850)]  # the teacher's do not count
 
-    store, optimizer = open_store(uri), partial(SGD, lr=0.1)
-    experiment = Experiment(net=Net, epochs=1, batch_size=64, optimizer=optimizer, objective=student("large"))
+    store = open_store(uri)
+    experiment = Experiment(net=net, epochs=1, batch_size=64, optimizer=partial(SGD, lr=0.1), objective=STUDENT)
     job = Job(script=tmp_path / "small.py", experiment=experiment, tracking_uri=uri)
     begun = with_teacher(job, store)
     train("large", seed=1)
@@ -125,12 +119,6 @@ def test_a_student_says_which_teacher_it_learns_from_and_keeps_it_when_it_goes_o
     assert with_teacher(job, store, begun.identity).teacher == begun.teacher
     assert begun.teacher.run_id == teacher.run_id
     assert with_teacher(job, store).teacher != begun.teacher
-
-
-class NineClasses(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(784, 9)
 
 
 def test_a_teacher_that_is_not_there_or_not_finished_is_refused(train: Callable[..., TrackedRun], uri: str) -> None:
@@ -174,10 +162,9 @@ def test_a_model_that_is_pickled_or_changed_or_of_other_classes_is_refused(
 ) -> None:
     store, run = open_store(uri), train("large")
     with environment_variables({"MLFLOW_TRACKING_URI": uri}), mlflow.start_run(run_id=run.run_id):
-        mlflow.pytorch.log_model(Net(), name="pickled", serialization_format="pickle")
+        mlflow.pytorch.log_model(net(), name="pickled", serialization_format="pickle")
         example = torch.zeros(2, 1, 28, 28).numpy()
-        net = NineClasses().eval()
-        mlflow.pytorch.log_model(net, name="nine", serialization_format="pt2", input_example=example)
+        mlflow.pytorch.log_model(net(9).eval(), name="nine", serialization_format="pt2", input_example=example)
 
     with pytest.raises(LabError, match="it is not kept by torch.export, so loading it might run code"):
         find_teacher(store, f"runs:/{run.run_id}/pickled", holdout=0)

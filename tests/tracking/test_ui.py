@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from forkserver import PATIENCE, Program
+from forkserver import PATIENCE, Program, run_program
 from helpers import all_gone, ports_of, wait_until
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import server as servers
@@ -36,13 +36,15 @@ def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
-def begin(first: Callable[[], object]) -> None:
+def begin(pipe: Path | None = None) -> None:
     servers.START_TIMEOUT = PATIENCE
-    first()
+    if pipe is not None:  # print into it
+        os.dup2(os.open(pipe, os.O_WRONLY), 1)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
 
 
-def start(*flags: str, cwd: Path, first: Callable[[], object] = bool) -> Program:
-    return Program("-m", "mnist_lab", "ui", *flags, cwd=cwd, first=partial(begin, first))
+def start(*flags: str, cwd: Path, pipe: Path | None = None) -> Program:
+    return Program("-m", "mnist_lab", "ui", *flags, cwd=cwd, first=partial(begin, pipe))
 
 
 def family(program: Program) -> list[psutil.Process]:
@@ -54,10 +56,7 @@ class Server:
     taken_port: int
     process: Program
     database: Path
-
-    @property
-    def address(self) -> str:
-        return self.process.stdout.partition("\n")[0].removeprefix("The runs: ").removesuffix("/lab")
+    address: str
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"{self.address}{path}", timeout=PATIENCE) as answer:
@@ -72,7 +71,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         process = start("--port", str(port), "--tracking-uri", "sqlite:///store/mlflow.db", cwd=folder)
         try:
             wait_until(lambda: "Ready. Ctrl-C stops the server." in process.stdout, process)
-            yield Server(port, process, folder / "store" / "mlflow.db")
+            address = process.stdout.partition("/lab\n")[0].removeprefix("The runs: ")
+            yield Server(port, process, folder / "store" / "mlflow.db", address)
         finally:
             process.terminate()
             process.wait()
@@ -125,13 +125,6 @@ def test_kill_9_of_the_program_ends_all_that_it_started(server: Server) -> None:
     wait_until(lambda: all_gone(started))
 
 
-def print_into(pipe: Path) -> None:
-    file = os.open(pipe, os.O_WRONLY)
-    os.dup2(file, 1)
-    os.close(file)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-
-
 def test_it_shows_the_artifacts_of_a_copy_and_sigterm_ends_it_in_order_though_nobody_reads_what_it_prints(
     uri: str, database: Path, tmp_path: Path
 ) -> None:
@@ -142,7 +135,7 @@ def test_it_shows_the_artifacts_of_a_copy_and_sigterm_ends_it_in_order_though_no
     shown.write_text("hello from the copy")
     pipe = tmp_path / "printed"
     os.mkfifo(pipe)
-    process = start("--tracking-uri", "sqlite:///copy ü/mlflow.db", cwd=tmp_path, first=partial(print_into, pipe))
+    process = start("--tracking-uri", "sqlite:///copy ü/mlflow.db", cwd=tmp_path, pipe=pipe)
     with pipe.open() as printed:
         line = printed.readline()
     assert line.startswith("The runs: "), process.stderr
@@ -173,6 +166,13 @@ def test_a_taken_port_is_passed_over_and_one_that_cannot_be_had_refused(monkeypa
     monkeypatch.setattr(servers, "PORTS_TRIED", 1)
     with listening() as port, pytest.raises(LabError, match=f"^port: {port} to {port} "):
         servers.free_port(port)
+
+
+def test_a_copied_program_ignores_a_broken_pipe_as_every_python_does(tmp_path: Path) -> None:
+    """Else a server that these tests start would end where a client leaves early."""
+    code = "import signal, subprocess, sys; subprocess.run([sys.executable, '-c', 'import signal; print({0})'])"
+    done = run_program("-c", code.format("signal.getsignal(signal.SIGPIPE).name"), cwd=tmp_path)
+    assert done.stdout == "SIG_IGN\n"
 
 
 # ---- the view
