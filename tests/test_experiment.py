@@ -11,7 +11,8 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 from torchvision.transforms import RandomRotation
 
-from mnist_lab import Experiment, Targets
+import networks
+from mnist_lab import Targets
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import quoted
@@ -31,16 +32,14 @@ def crop_and_rotate(images: Tensor, size: int = 22, p: float = 0.1, degrees: flo
     return images
 
 
-def declare(**changes: object) -> Experiment:
-    fields: dict[str, object] = {
-        "net": Net,
-        "epochs": 14,
-        "batch_size": 128,
-        "optimizer": partial(SGD, lr=0.1, momentum=0.9),
-        "scheduler": partial(StepLR, step_size=2, gamma=0.6),
-        "augmentation": partial(random_rotation, degrees=7.0),
-    }
-    return Experiment(**(fields | changes))
+declare = partial(
+    networks.declare,
+    net=Net,
+    epochs=14,
+    optimizer=partial(SGD, lr=0.1, momentum=0.9),
+    scheduler=partial(StepLR, step_size=2, gamma=0.6),
+    augmentation=partial(random_rotation, degrees=7.0),
+)
 
 
 # ---- fields and check()
@@ -123,10 +122,8 @@ REFUSED: list[tuple[str, object, str]] = [
 )
 def test_a_declaration_that_cannot_be_right_is_refused_by_its_field(field: str, value: object, named: str) -> None:
     part, _, limit = field.partition(".")
-    experiment = declare(**{part: Targets(**{limit: value}) if limit else value})  # type: ignore[arg-type]
-
     with pytest.raises(LabError) as refusal:
-        experiment.check()
+        declare(**{part: Targets(**{limit: value}) if limit else value}).check()  # type: ignore[arg-type]
 
     assert refusal.value.field == field
     assert named in str(refusal.value)
@@ -206,10 +203,8 @@ def test_a_value_is_read_in_the_declared_values_type_and_one_equal_to_it_is_no_o
 
 
 def test_overrides_reach_what_is_built() -> None:
-    experiment = declare()
-    changed, overrides = experiment.override({"lr": "0.05", "momentum": 0, "dropout": 0.5, "gamma": 0.1, "degrees": 0})
+    changed, overrides = declare().override({"lr": "0.05", "momentum": 0, "dropout": 0.5, "gamma": 0.1, "degrees": 0})
 
-    assert experiment.hyperparameters() == declare().hyperparameters()
     net = changed.net()
     optimizer = changed.optimizer(net.parameters())
     scheduler = changed.scheduler(optimizer)
@@ -222,14 +217,9 @@ def test_overrides_reach_what_is_built() -> None:
 
 
 def test_a_qualified_name_changes_its_own_part_only() -> None:
-    experiment = declare(net=NetWithMomentum)
-
-    changed, overrides = experiment.override({"net.momentum": "0.7"})
-    assert overrides == {"net.momentum": 0.7}
-    assert changed.net().momentum == 0.7
-    assert changed.optimizer.keywords["momentum"] == 0.9
-
-    changed, _ = experiment.override({"epochs": 2, "net.epochs": 4})
+    changed, overrides = declare(net=NetWithMomentum).override({"net.momentum": "0.7", "epochs": 2, "net.epochs": 4})
+    assert overrides == {"net.momentum": 0.7, "epochs": 2, "net.epochs": 4}
+    assert (changed.net().momentum, changed.optimizer.keywords["momentum"]) == (0.7, 0.9)
     assert (changed.epochs, changed.hyperparameters()["net.epochs"]) == (2, 4)
 
 

@@ -4,24 +4,22 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from forkserver import run_program
 from helpers import first, read_runs
-from mnist_lab import Experiment
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, RunResult
 from mnist_lab.training.states import drawn_unseeded
+from networks import Linear, declare
 
 Train = Callable[..., RunResult]
 
@@ -31,22 +29,12 @@ def train(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch, uri: str) -> Trai
     """Return a function that trains a network for two epochs of three batches, on the first 130 images."""
     monkeypatch.setattr(runner, "load_mnist", lambda folder, device: first(small_mnist, 130, 300))
 
-    def train(net: Callable[..., object], holdout: int = 0, **fields: object) -> RunResult:
-        declared = {"epochs": 2, "batch_size": 64, "optimizer": partial(SGD, lr=0.01)}
-        experiment = Experiment(net=net, **(declared | fields))
+    def train(holdout: int = 0, **fields: object) -> RunResult:
+        experiment = declare(batch_size=64, **fields)
         job = Job(script=Path(__file__), experiment=experiment, tracking_uri=uri, holdout=holdout)
         return runner.run(job, 0, Progress())
 
     return train
-
-
-class Linear(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(784, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(images.flatten(1))
 
 
 # ---- what shows in training only
@@ -82,12 +70,7 @@ def times_nan(output: Tensor) -> Tensor:
 # Calls 1 to 3 are the first epoch's batches, and 4 is its evaluation; with a hold-out, an epoch has two batches.
 IN_TRAINING = {
     "raises in the second epoch": (gives_up, 7, 0, r"training: no more \(test_other_experiments\.py, line \d+\)"),
-    "exits in the second epoch": (
-        lambda y: sys.exit(),
-        7,
-        0,
-        r"training: sys\.exit\(None\) was called \(test_.*",
-    ),
+    "exits in the second epoch": (lambda y: sys.exit(), 7, 0, r"training: sys\.exit\(None\) was called \(test_.*"),
     "NaN in the second epoch": (times_nan, 7, 0, r"loss: .*epoch 2.*"),
     "NaN in the second evaluation": (times_nan, 8, 0, "net: its test loss is nan in epoch 2"),
     "exits on the test images": (lambda y: sys.exit(), 7, 30, r"net: sys\.exit\(None\) was called.*"),
@@ -99,7 +82,7 @@ def test_a_network_that_fails_later_ends_its_run_as_failed(
     change: Callable[[Tensor], Tensor], calls: int, holdout: int, sentence: str, train: Train, database: Path
 ) -> None:
     with pytest.raises(LabError) as refusal:
-        train(later(change, calls), holdout=holdout)
+        train(net=later(change, calls), holdout=holdout)
 
     assert re.fullmatch(sentence, str(refusal.value))
     (run,) = read_runs(database)
@@ -118,7 +101,7 @@ def test_what_a_script_logs_by_mlflow_goes_into_the_labs_run_and_nothing_of_the_
         mlflow.log_metric("largest_logit", logits.max().item())
         return nn.functional.cross_entropy(logits, labels), logits
 
-    train(Linear, objective=logging_objective)
+    train(objective=logging_objective)
 
     (run,) = read_runs(database)
     assert run.status == "FINISHED"
@@ -129,7 +112,6 @@ def test_what_a_script_logs_by_mlflow_goes_into_the_labs_run_and_nothing_of_the_
 # ---- scripts, in processes of their own
 
 SCRIPT = """
-import dataclasses
 import resource
 import sys
 from functools import partial
@@ -139,7 +121,6 @@ import torch
 from torch import nn
 
 from mnist_lab import Experiment, main
-from mnist_lab.running import run as runner
 
 
 class Net(nn.Module):
@@ -152,12 +133,6 @@ class Net(nn.Module):
         return self.linear(self.wide(images.flatten(1)))
 
 
-def load_few(folder, device, load=runner.load_mnist):
-    mnist = load(folder, device)
-    return dataclasses.replace(mnist, test_images=mnist.test_images[:100], test_labels=mnist.test_labels[:100])
-
-
-runner.load_mnist = load_few
 WIDTH = 10
 # more
 EXPERIMENT = Experiment(net=Net, epochs=1, batch_size=64, optimizer=partial(torch.optim.SGD, lr=0.001, momentum=0.9))

@@ -7,7 +7,6 @@ from functools import partial
 from itertools import pairwise
 
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adam
@@ -20,10 +19,8 @@ from helpers import ROOT, first
 from mnist_lab import Experiment
 from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
-from mnist_lab.training.loop import Training, initial_network, num_params
-
-CPU = torch.device("cpu")
-UNIT = (0.0, 1.0)  # pixels in [0, 1]
+from mnist_lab.training.loop import num_params
+from networks import train
 
 
 class View(nn.Module):
@@ -41,13 +38,6 @@ def pytorch_examples() -> nn.Module:
     features = [nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
     hidden = [nn.Flatten(), nn.Linear(64 * 12 * 12, 128), nn.ReLU(), nn.Dropout(0.5)]
     return nn.Sequential(*features, *hidden, nn.Linear(128, 10), nn.LogSoftmax(dim=1))
-
-
-def ignite() -> nn.Module:
-    first = [nn.Conv2d(1, 10, 5), nn.MaxPool2d(2), nn.ReLU()]
-    second = [nn.Conv2d(10, 20, 5), nn.Dropout2d(), nn.MaxPool2d(2), nn.ReLU()]
-    hidden = [View(320), nn.Linear(320, 50), nn.ReLU(), nn.Dropout()]
-    return nn.Sequential(*first, *second, *hidden, nn.Linear(50, 10), nn.LogSoftmax(dim=1))
 
 
 class SimpleCNN(nn.Module):
@@ -68,19 +58,6 @@ class SimpleCNN(nn.Module):
         return F.log_softmax(self.norm(self.classifier(hidden.permute(0, 2, 3, 1).flatten(1))), dim=1)
 
 
-class Course(nn.Sequential):
-    """Under 10,000 parameters but for the norms; a norm in each block, after the activation."""
-
-    def __init__(self) -> None:
-        def block(before: int, after: int, kernel: int = 3) -> list[nn.Module]:
-            return [nn.Conv2d(before, after, kernel), nn.ReLU(), nn.BatchNorm2d(after), nn.Dropout(0.1)]
-
-        same = [layer for _ in range(4) for layer in block(12, 12)]
-        later = [*block(12, 16), *block(16, 16), *block(16, 10, kernel=1)]
-        head = [nn.AvgPool2d(5), View(10), nn.LogSoftmax(dim=-1)]
-        super().__init__(*block(1, 12), *same, nn.MaxPool2d(2), *later, *head)
-
-
 def depthwise_separable() -> nn.Module:
     def block(before: int, after: int) -> list[nn.Module]:
         depthwise = nn.Conv2d(before, before, 3, padding=1, groups=before, bias=False)
@@ -91,13 +68,6 @@ def depthwise_separable() -> nn.Module:
     second = [*block(20, 28), *block(28, 28), nn.MaxPool2d(2), nn.Dropout(0.05)]
     head = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 10, 1, bias=False), View(10), nn.LogSoftmax(dim=1)]
     return nn.Sequential(*stem, *first, *second, *block(28, 32), *head)
-
-
-def nll_with_l1(net: nn.Module, images: Tensor, labels: Tensor, *, strength: float) -> tuple[Tensor, Tensor]:
-    """Add the sum of all weights' sizes to the loss."""
-    log_probabilities = net(images)
-    sizes = sum(parameter.abs().sum() for parameter in net.parameters())
-    return F.nll_loss(log_probabilities, labels) + strength * sizes, log_probabilities
 
 
 def smoothed(log_probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -113,19 +83,6 @@ def ema_with_warm_up(averaged: list[Tensor], current: list[Tensor], num_averaged
         average.lerp_(weights, 1 - decay)
 
 
-simple_cnn = partial(
-    Experiment,
-    epochs=150,
-    batch_size=120,
-    optimizer=partial(Adam, lr=0.001),
-    scheduler=partial(ExponentialLR, gamma=0.98),
-    loss=F.nll_loss,
-    normalize=UNIT,
-    average=partial(AveragedModel, multi_avg_fn=ema_with_warm_up),
-    augmentation=transforms.Compose(
-        [transforms.RandomRotation(20), transforms.RandomAffine(0, translate=(0.2, 0.2))],
-    ),
-)
 M3 = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176)
 
 RECIPES = {
@@ -137,17 +94,18 @@ RECIPES = {
         scheduler=partial(StepLR, step_size=1, gamma=0.7),
         loss=F.nll_loss,
     ),
-    "pytorch/ignite": Experiment(
-        net=ignite, epochs=10, batch_size=64, optimizer=partial(SGD, lr=0.01, momentum=0.5), loss=F.nll_loss
-    ),
-    "MnistSimpleCNN M3": simple_cnn(net=partial(SimpleCNN, kernel=3, channels=M3)),
-    "course, batch norm": Experiment(
-        net=Course,
-        epochs=20,
-        batch_size=64,
-        optimizer=partial(SGD, lr=0.01, momentum=0.9),
-        augmentation=transforms.RandomRotation((-7.0, 7.0), fill=(1,)),  # the corners become white
-        objective=partial(nll_with_l1, strength=0.001),
+    "MnistSimpleCNN M3": Experiment(
+        net=partial(SimpleCNN, kernel=3, channels=M3),
+        epochs=150,
+        batch_size=120,
+        optimizer=partial(Adam, lr=0.001),
+        scheduler=partial(ExponentialLR, gamma=0.98),
+        loss=F.nll_loss,
+        normalize=(0.0, 1.0),  # pixels in [0, 1]
+        average=partial(AveragedModel, multi_avg_fn=ema_with_warm_up),
+        augmentation=transforms.Compose(
+            [transforms.RandomRotation(20), transforms.RandomAffine(0, translate=(0.2, 0.2))]
+        ),
     ),
     "depthwise separable": Experiment(
         net=depthwise_separable,
@@ -178,10 +136,9 @@ def test_a_public_recipe_has_the_parameters_counted_by_hand_and_trains(name: str
     short = dataclasses.replace(recipe, epochs=1, batch_size=8)
 
     rehearsal = rehearse(short, few)
-    net = initial_network(short, 0, CPU, rehearsal.memory_format)
-    (epoch,) = Training(net, short, few, seed=0).epochs()
+    training, (epoch,) = train(short, few, memory_format=rehearsal.memory_format)
 
     *layers, total = counted_by_hand()[name]
-    assert num_params(net) == total == sum(layers)
+    assert num_params(training.net) == total == sum(layers)
     assert not rehearsal.untrained
     assert math.isfinite(epoch.train_loss + epoch.eval_loss + (epoch.objective or 0))

@@ -4,8 +4,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     CyclicLR,
@@ -19,50 +18,36 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from mnist_lab import Experiment
 from mnist_lab.checking.schedule import Walk, notice_unit, without_effect
-
-IMAGES = 1_000
-
-
-def Net() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+from networks import Linear, declare
 
 
-def declare(optimizer: Any, scheduler: Any, epochs: int = 14, interval: Any = "epoch") -> Experiment:
-    return Experiment(
-        net=Net, epochs=epochs, batch_size=128, optimizer=optimizer, scheduler=scheduler, scheduler_interval=interval
-    )
+def walk(scheduler: Any, epochs: int = 14, interval: str = "epoch", images: int = 1_000) -> Walk:
+    return Walk(declare(scheduler=scheduler, epochs=epochs, scheduler_interval=interval), Linear(), images)
 
 
 def in_sequence(optimizer: Optimizer) -> LRScheduler:
     return SequentialLR(optimizer, [LinearLR(optimizer), StepLR(optimizer, 1)], milestones=[2])
 
 
-sgd = partial(SGD, lr=0.1, momentum=0.9)
-
 NO_EFFECT = {
-    "one cycle": (sgd, partial(OneCycleLR, max_lr=0.01), ["lr", "momentum"]),
-    "step beyond the run": (sgd, partial(StepLR, step_size=14, gamma=0.6), ["step_size", "gamma"]),
-    "step in the run": (sgd, partial(StepLR, step_size=13, gamma=0.6), []),
-    "in sequence": (sgd, in_sequence, []),
-    "plateau": (sgd, partial(ReduceLROnPlateau, patience=3), []),
-    "none": (sgd, None, []),
+    "one cycle": (walk(partial(OneCycleLR, max_lr=0.01)), ["lr", "momentum"]),
+    "one cycle by batch": (walk(partial(OneCycleLR, max_lr=1.0), 2, "batch"), ["lr", "momentum"]),
+    "step beyond the run": (walk(partial(StepLR, step_size=14, gamma=0.6)), ["step_size", "gamma"]),
+    "step in the run": (walk(partial(StepLR, step_size=13, gamma=0.6)), []),
+    "step by batch": (walk(partial(StepLR, step_size=14), 2, "batch"), []),
+    "in sequence": (walk(in_sequence), []),
+    "plateau": (walk(partial(ReduceLROnPlateau, patience=3)), []),
+    "none": (walk(None), []),
 }
 
 
-@pytest.mark.parametrize(("optimizer", "scheduler", "names"), NO_EFFECT.values(), ids=NO_EFFECT)
-def test_what_has_no_effect_is_found(optimizer: Any, scheduler: Any, names: list[str]) -> None:
-    found = without_effect(Walk(declare(optimizer, scheduler), Net(), IMAGES))
+@pytest.mark.parametrize(("schedule", "names"), NO_EFFECT.values(), ids=NO_EFFECT)
+def test_what_has_no_effect_is_found(schedule: Walk, names: list[str]) -> None:
+    found = without_effect(schedule)
 
     assert list(found) == names
     assert all(sentence.startswith(name) for name, sentence in found.items())
-
-
-def test_what_has_no_effect_is_found_where_the_schedule_steps_after_each_batch() -> None:
-    one_cycle, step = partial(OneCycleLR, max_lr=1.0), partial(StepLR, step_size=14)
-    assert list(without_effect(Walk(declare(sgd, one_cycle, 2, "batch"), Net(), IMAGES))) == ["lr", "momentum"]
-    assert list(without_effect(Walk(declare(sgd, step, 2, "batch"), Net(), IMAGES))) == []
 
 
 # ---- schedules in the wrong unit
@@ -89,8 +74,7 @@ WRONG = {
 def test_a_schedule_in_the_wrong_unit_is_named_in_both(
     interval: str, epochs: int, scheduler: Any, figures: tuple[str, ...]
 ) -> None:
-    (notice,) = notice_unit(Walk(declare(sgd, scheduler, epochs, interval), Net(), 60_000))
-
+    (notice,) = notice_unit(walk(scheduler, epochs, interval, images=60_000))
     assert all(figure in notice for figure in figures)
 
 
@@ -107,4 +91,4 @@ RIGHT = {
 
 @pytest.mark.parametrize(("interval", "epochs", "scheduler"), RIGHT.values(), ids=RIGHT)
 def test_nothing_is_said_of_a_schedule_in_its_unit(interval: str, epochs: int, scheduler: Any) -> None:
-    assert list(notice_unit(Walk(declare(sgd, scheduler, epochs, interval), Net(), 60_000))) == []
+    assert list(notice_unit(walk(scheduler, epochs, interval, images=60_000))) == []
