@@ -119,8 +119,8 @@ def sentence_about(error: BaseException) -> str | None:
     if not (own and isinstance(error, TypeError) and own[-1][1].name == "<module>"):
         return None
     frame, step = own[-1]
-    call = _call_at(step)
     with suppress(AttributeError, KeyError, TypeError, ValueError):
+        call = _call_at(step)
         first, *more = ast.unparse(call.func).split(".")
         sentence = _about(call, reduce(getattr, more, frame.f_globals[first]))
         return sentence and sentence + script_line(error)
@@ -128,7 +128,6 @@ def sentence_about(error: BaseException) -> str | None:
 
 
 def _call_at(step: traceback.FrameSummary) -> ast.Call:
-    """Return the call of a script that a step of a traceback stands at."""
     place = (step.lineno, step.end_lineno, step.colno, step.end_colno)
     for node in ast.walk(ast.parse(Path(step.filename).read_bytes())):
         if isinstance(node, ast.Call) and place == (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset):
@@ -137,11 +136,10 @@ def _call_at(step: traceback.FrameSummary) -> ast.Call:
 
 
 def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
-    """Return the sentence about a call of a class that declares, or of a function that is to be declared."""
     name, parameters = ast.unparse(call.func), inspect.signature(function).parameters
     known, given = list(parameters), {str(keyword.arg): ast.unparse(keyword.value) for keyword in call.keywords}
     if function.__module__ == "mnist_lab.experiment":
-        for unknown in [argument for argument in given if argument not in known]:
+        if unknown := next((argument for argument in given if argument not in known), None):
             return f"{unknown}: {unknown_argument(name, known, unknown, given[unknown])}"
         missing = [argument for argument in known if parameters[argument].default is inspect.Parameter.empty]
         return f"{name}: takes its fields by name, and needs {', '.join(missing)}"

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision import transforms
 from torchvision.transforms import v2
 
 from mnist_lab.arguments import MAX_TEXT, held, stable_text
@@ -107,7 +106,6 @@ def test_a_text_is_that_of_what_an_argument_holds_and_no_other(make: Callable[[i
 def test_what_a_part_holds_is_what_its_class_does_not_give_by_default() -> None:
     assert held(nn.CrossEntropyLoss()) == {}
     assert held(nn.CrossEntropyLoss(label_smoothing=0.1)) == {"label_smoothing": 0.1}
-    assert held(transforms.RandomRotation(30)) == {"degrees": [-30.0, 30.0]}
     assert held(v2.RandomRotation(30)) == {"degrees": [-30.0, 30.0]}
     assert held(warm_up(5)) == {"epochs": 5}
     assert held(Schedule(3).at) == {"warm_up": 3}

@@ -80,9 +80,9 @@ ALLOWED: list[dict[str, object]] = [
 ]
 
 
-def test_what_scripts_declare_passes() -> None:
-    for changes in ALLOWED:
-        declare(**changes).check()
+@pytest.mark.parametrize("changes", ALLOWED)
+def test_what_scripts_declare_passes(changes: dict[str, object]) -> None:
+    declare(**changes).check()
 
 
 COUNTS = [0, 1.0, True, "14", 10**10]
@@ -158,7 +158,6 @@ def test_what_a_part_holds_and_its_own_defaults_are_declared() -> None:
     for changes, declared in [
         ({"augmentation": crop_and_rotate}, {"size": 22, "p": 0.1, "degrees": 15.0}),
         ({"augmentation": RandomRotation(30)}, {"augmentation": "RandomRotation", "degrees": [-30.0, 30.0]}),
-        ({"loss": partial(F.cross_entropy, label_smoothing=0.1)}, {"loss": "cross_entropy", "label_smoothing": 0.1}),
         ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, {"loss": "CrossEntropyLoss", "label_smoothing": 0.1}),
     ]:
         assert declared.items() <= declare(**changes).hyperparameters().items()

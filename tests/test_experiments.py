@@ -12,10 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-from torch import nn
 
-from mnist_lab.augmentation import random_rotation
 from mnist_lab.checking import rehearsal
 from mnist_lab.data import Mnist
 from mnist_lab.running.identity import code_sha256, find_sources
@@ -102,20 +99,3 @@ def test_comments_state_the_shape_and_the_receptive_field(stem: str, load_script
     left = iter(rows)
     for kind, *stated in comments:  # a layer that is shared has only a name
         assert (kind or "Conv2d", *stated) in left
-
-
-def test_four_conv_crops_one_image_in_ten_then_rotates(load_script: Load, small_mnist: Mnist) -> None:
-    experiment = load_script("four_conv").EXPERIMENT
-    images = small_mnist.train_images.float() / 255
-
-    torch.manual_seed(0)
-    changed = experiment.override({"degrees": 0})[0].augmentation(images)
-    is_cropped = ((changed - images).abs() > 1e-4).flatten(1).any(dim=1)
-    assert 0.05 < is_cropped.float().mean() < 0.15
-    cropped = nn.functional.interpolate(images[is_cropped][..., 3:-3, 3:-3], (28, 28), mode="bilinear")
-    torch.testing.assert_close(changed[is_cropped], cropped, rtol=0, atol=1e-4)
-    torch.manual_seed(0)
-    rotated = experiment.override({"p": 0})[0].augmentation(images)
-    torch.manual_seed(0)
-    torch.rand(len(images))  # what the crop draws first
-    torch.testing.assert_close(rotated, random_rotation(images, 15))

@@ -42,10 +42,9 @@ class Walk:
         if self.scheduler is None:
             return
         _check_kind(experiment, self.scheduler)
-        _check_state(self.scheduler)
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.go_on(min(self.run, MAX_SCHEDULE_STEPS))
-            _check_state(self.scheduler)
+        _check_state(self.scheduler)
 
     def go_on(self, steps: int) -> None:
         """Walk to so many steps from the first on."""
@@ -85,9 +84,9 @@ def _check_state(scheduler: LRScheduler) -> None:
         kept.seek(0)
         torch.load(kept, weights_only=True)
     except Exception as error:
+        name = type(scheduler).__name__
         raise ValueError(
-            f"the state of {type(scheduler).__name__} holds more than numbers, texts and tensors, "
-            "so a checkpoint can't keep it; give it a state_dict() of those"
+            f"give {name} a state_dict() of numbers, texts and tensors: a checkpoint keeps these"
         ) from error
 
 
@@ -106,9 +105,8 @@ def notice_unit(walk: Walk) -> Iterator[str]:
     planned = getattr(walk.scheduler, "total_steps", None)
     if not by_batch and 3 * idle >= run:
         yield (
-            f"scheduler: {name} leaves {idle} of the run's {run} epochs a learning rate of {min(rates):.2g} or a "
-            f"little more, and its largest is {largest:.2g}: it steps once per epoch; is scheduler_interval='batch' "
-            "meant?"
+            f"scheduler: {name} steps once per epoch, and {idle} of the run's {run} have a learning rate of about "
+            f"{min(rates):.2g}, where its largest is {largest:.2g}; is scheduler_interval='batch' meant?"
         )
     elif isinstance(planned, int) and planned > run:
         yield (

@@ -57,7 +57,7 @@ class Record:
 
     @property
     def num_params(self) -> int:
-        return num_params(self.training.result, self.rehearsal.untrained)
+        return num_params(self.training.net, self.rehearsal.untrained)
 
     @contextmanager
     def begin(
@@ -67,7 +67,7 @@ class Record:
         job, device, no_effect = self.job, self.mnist.train_images.device, " ".join(self.rehearsal.no_effect)
         job.check_unchanged()
         name, environment = run_name_of(job, f"{job.unit} {self.seed}"), identity.environment(device)
-        summary = summarize(self.training.result, self.rehearsal.untrained)
+        summary = summarize(self.training.net, self.rehearsal.untrained)
         progress.on_run(name, device, self.num_params, summary, len(self.mnist.train_images))
         is_channels_last = self.rehearsal.memory_format == torch.channels_last
         tags = {

@@ -83,7 +83,7 @@ def initial_network(
     device: torch.device,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> nn.Module:
-    """Seed all that draws, and build the network on the device; raises TypeError if that gives none, or a lazy one.
+    """Seed all that draws, and build the network on the device; raises TypeError if that gives none.
 
     memory_format: of its four-dimensional parameters, which that of the images between its layers follows.
     """
@@ -91,9 +91,6 @@ def initial_network(
     net = experiment.net()
     if not isinstance(net, nn.Module):
         raise TypeError(f"gives a {type(net).__name__}, not a torch.nn.Module")
-    for name, parameter in net.named_parameters():
-        if isinstance(parameter, nn.UninitializedParameter):
-            raise TypeError(f"{name} has no shape before the first batch; give sizes in place of lazy layers")
     return net.to(device).to(memory_format=memory_format)
 
 
@@ -380,9 +377,6 @@ def build_average(experiment: Experiment, net: nn.Module) -> AveragedModel | Non
     average = experiment.average(net)
     if isinstance(average, AveragedModel):
         average.n_averaged = average.n_averaged.cpu()  # it is read for each batch
-        own = dict(net.named_parameters())
-        for name, parameter in average.module.named_parameters():  # one that is frozen still counts what is trained
-            parameter.requires_grad_(name in own and own[name].requires_grad)
     return average
 
 

@@ -86,7 +86,7 @@ NETS: dict[str, tuple[Any, str]] = {
     "raises": (changed(raises), r"no such.*\(test_refused\.py, line \d+\)"),
     "sys.exit": (changed(lambda y: sys.exit()), r"sys\.exit\(None\)"),
     "no parameters": (partial(nn.Upsample, size=28), "no parameters"),
-    "lazy": (lambda: flat(nn.LazyLinear(10)), "no shape"),
+    "lazy": (lambda: flat(nn.LazyLinear(10)), "uninitialized"),
     "half precision of weights only": (lambda: Linear().half(), "dtype"),
     "larger than memory": (lambda: nn.Linear(10**6, 10**6), "memory"),
     "dropout in evaluation": (changed(lambda y: F.dropout(y, 0.1)), r"training=self\.training"),
