@@ -147,7 +147,6 @@ def _held_out(mnist: Mnist, chosen: Tensor) -> Mnist:
 
 
 def _find(folder: Path, name: str) -> bytes:
-    """Return a file's bytes from the first good copy in the folder, or none."""
     for path in (folder / "MNIST" / "raw" / name, folder / name):
         try:
             if path.is_file():
@@ -178,10 +177,8 @@ def _fetch(folder: Path, names: list[str]) -> dict[str, bytes]:
                 written.replace(raw / name)
             return contents
     except OSError as error:
-        raise LabError(
-            f"data_dir: MNIST is not complete in {folder}, which can't be written to ({error}); choose another folder "
-            "with --data-dir or MNIST_LAB_DATA"
-        ) from error
+        message = f"data_dir: MNIST is not complete in {folder}, which can't be written to ({error})"
+        raise LabError(f"{message}; choose another folder with --data-dir or MNIST_LAB_DATA") from error
 
 
 def _download(folder: Path, names: list[str], temporary: Path) -> dict[str, bytes]:

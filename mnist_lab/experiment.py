@@ -48,8 +48,6 @@ NAME_IT = "name the function (def ...), so that runs can say what they used"
 
 
 class Declared(NamedTuple):
-    """A hyperparameter."""
-
     part: str | None  # None: a field of its own
     argument: str
     value: object
@@ -57,16 +55,11 @@ class Declared(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What the experiment should reach; None where nothing was stated.
+    """What the experiment should reach; None where nothing was stated."""
 
-    accuracy: test accuracy of the last epoch in percent, at least this.
-    params: trainable parameters, fewer than this.
-    epochs: epochs trained, fewer than this.
-    """
-
-    accuracy: float | None = None
-    params: int | None = None
-    epochs: int | None = None
+    accuracy: float | None = None  # test accuracy of the last epoch in percent, at least this
+    params: int | None = None  # trainable parameters, fewer than this
+    epochs: int | None = None  # epochs trained, fewer than this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +121,7 @@ class Experiment:
             if value is not None or part in ("net", "optimizer"):
                 _check_part(part, value)
         if self.loss is not None and self.objective is not None:
-            raise LabError(
-                f"objective: {_name(self.objective)} and the loss {_name(self.loss)} are both declared; "
-                "give one of them, as the objective returns the loss itself"
-            )
+            raise LabError(f"objective: {_name(self.objective)} returns the loss; leave out {_name(self.loss)}")
 
     def hyperparameters(self) -> dict[str, object]:
         """Return every declared hyperparameter, flat: `batch_size epochs optimizer lr momentum scheduler ...`.
@@ -188,8 +178,7 @@ class Experiment:
 
 
 def _function(part: Callable[..., object]) -> Callable[..., object]:
-    """Return what a partial is of, or the part itself."""
-    return _function(part.func) if isinstance(part, functools.partial) else part
+    return part.func if isinstance(part, functools.partial) else part
 
 
 def _name(part: Callable[..., object]) -> str:
@@ -201,7 +190,6 @@ def _logged(part: str, value: Callable[..., object] | None) -> dict[str, object]
 
 
 def _arguments(part: str, value: Callable[..., object] | None) -> dict[str, object]:
-    """Return the arguments that a part's declaration gives, by name."""
     if value is None:
         return {}
     given: dict[str, object] = dict(value.keywords) if isinstance(value, functools.partial) else {}

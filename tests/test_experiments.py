@@ -1,10 +1,7 @@
 """The scripts in experiments/: they are the ones whose runs are committed, and the comments are true."""
 
 import csv
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -51,39 +48,6 @@ def test_declaration_passes_its_checks_and_its_rehearsal(stem: str, load_script:
 
     notices = rehearsal.rehearse(experiment, mnist).notices
     assert not [notice for notice in notices if notice.startswith(("scheduler", "net", "loss", "optimizer", "mlflow"))]
-
-
-def test_importing_a_script_trains_and_logs_nothing(tmp_path: Path) -> None:
-    program = """
-import runpy, sys, torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-def refuse(*_):
-    raise AssertionError("an optimizer took a step")
-
-register_optimizer_step_pre_hook(refuse)
-for path in sys.argv[1:]:
-    runpy.run_path(path, run_name="imported")
-print(sorted({"mlflow", "mnist_lab.running.run", "mnist_lab.tracking.run"} & sys.modules.keys()))
-"""
-    paths = [str(ROOT / "experiments" / f"{stem}.py") for stem in STEMS]
-    environment = os.environ | {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
-        "MNIST_LAB_DATA": f"{tmp_path}/data",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'experiments'}",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program, *paths],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "[]\n"
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- the comments beside the layers

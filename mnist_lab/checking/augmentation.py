@@ -27,6 +27,7 @@ DONE_BY_THE_LAB = ("ToTensor", "PILToTensor", "Normalize")  # of torchvision's t
 SHARED = 0.8
 REFUSED, PASSED = -math.log(1e-6), math.log(1e-2)  # with so many wrongly refused, and missed
 SAME = 1e-3  # difference in the sum over an image's pixels that rounding may make
+IMAGE_BY_IMAGE = "partial(image_by_image, transform=...) from mnist_lab.augmentation"
 MAX_TRIALS = 500
 MAX_SECONDS = 2.0
 
@@ -63,21 +64,16 @@ def _check_batch(images: object, labels: object, size: int) -> None:
     are_digits = isinstance(labels, Tensor) and labels.shape == (size,) and labels.dtype == torch.int64
     are_shares = isinstance(labels, Tensor) and labels.shape == (size, 10) and labels.is_floating_point()
     if not are_digits and not are_shares:
-        raise ValueError(
-            f"gives {kind(labels)} for the labels, not torch.int64 digits of shape ({size},) or probabilities of "
-            f"shape ({size}, 10)"
-        )
+        wanted = f"torch.int64 digits of shape ({size},) or probabilities of shape ({size}, 10)"
+        raise ValueError(f"gives {kind(labels)} for the labels, not {wanted}")
 
 
 def _image_by_image(augment: Augmentation, mnist: Mnist, size: int) -> str:
     """Return the advice for an augmentation that works with a single image."""
-    for transform in (transform for given, transform in augment.parts if given == "batch"):
+    for _, transform in [part for part in augment.parts if part[0] == "batch"]:
         with suppress(Exception):
             if transform(mnist.train_images[0].float() / 255).shape == (1, 28, 28):
-                return (
-                    f"; it is given a batch ({size}, 1, 28, 28); image by image: "
-                    "partial(image_by_image, transform=...) from mnist_lab.augmentation"
-                )
+                return f"; it is given a batch ({size}, 1, 28, 28); image by image: {IMAGE_BY_IMAGE}"
     return ""
 
 
@@ -90,21 +86,14 @@ def _notice_transforms(augment: Augmentation, mnist: Mnist, seconds: float) -> I
             check_draws(transform, images[0].float() / 255)
         elif given == "labels" and is_mixing(transform):
             yield f"augmentation: torchvision's {name} draws once for all images of a batch"
-        elif given == "labels":
-            yield "augmentation: takes the labels, so whether it draws for each image can't be tried; see that it does"
     if any(given == "image" for given, _ in augment.parts):
-        yield (
-            "augmentation: torchvision's transforms draw once per call, so they are applied image by image, some "
-            f"{math.ceil(seconds * len(images))} s of an epoch; those of mnist_lab.augmentation take a batch at once"
-        )
+        cost = f"some {math.ceil(seconds * len(images))} s of an epoch; those of mnist_lab.augmentation are faster"
+        yield f"augmentation: torchvision's transforms are applied image by image, {cost}"
 
 
 def _notice_images(images: Tensor, again: Tensor) -> Iterator[str]:
     if not torch.allclose(images, again, atol=1e-5):
-        yield (
-            "the run's seed does not decide what augmentation draws, and `--resume` does not go on with it; draw from "
-            "torch, random or np.random themselves"
-        )
+        yield "the run's seed does not decide what augmentation draws; draw from torch, random or np.random themselves"
     low, high = images.min().item(), images.max().item()
     if low < -OUTSIDE or high > 1 + OUTSIDE:
         yield f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
@@ -130,6 +119,5 @@ def check_draws(augmentation: Callable[[Tensor], Tensor], image: Tensor) -> None
             break
     if for_shared >= REFUSED:
         raise ValueError(
-            "draws once for a whole batch and changes all its images alike; "
-            "augmentation=partial(image_by_image, transform=...) from mnist_lab.augmentation draws for each image"
+            f"draws once for a whole batch, and changes all its images alike; image by image: {IMAGE_BY_IMAGE}"
         )

@@ -13,7 +13,6 @@ MAX_NAMES = 5  # of tensors in a sentence
 
 
 def tensors_of(net: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name."""
     named = dict(net.named_parameters()) | dict(net.named_buffers())
     return {name: tensor.detach().to_dense() for name, tensor in named.items()}
 
@@ -24,19 +23,13 @@ def check_own_weights(net: nn.Module, before: dict[str, Tensor], again: nn.Modul
     common = [name for name in before if name in after and name in built]
     changed = [name for name in common if not torch.equal(before[name], after[name])]
     if shared := [name for name in changed if torch.equal(after[name], built[name])]:
-        raise ValueError(
-            f"two networks built from it share {listed(shared)}, so a seed would go on with what another has "
-            "trained; build the layers anew for each network, in its __init__, or by copy.deepcopy"
-        )
+        raise ValueError(f"two networks share {listed(shared)}, which are trained; build all layers in its __init__")
 
 
 def notice_same_start(net: nn.Module, other: nn.Module) -> Iterator[str]:
     pairs = zip(net.parameters(), other.parameters(), strict=False)  # a seed may decide how many
     if all(torch.equal(own, others) for own, others in pairs if own.requires_grad):
-        yield (
-            "net: begins with the same weights whatever the seed, so the spread over seeds says less; where its code "
-            "seeds torch, dropout and augmentation are the same, too"
-        )
+        yield "net: begins with the same weights whatever the seed, so the spread over seeds says less"
 
 
 def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
@@ -56,10 +49,8 @@ def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
         if leaf is not None and id(leaf) not in known and leaf.shape != images.shape:
             shapes.append(str(tuple(leaf.shape)))
     if shapes:
-        raise ValueError(
-            f"uses weights that it does not register, of shape {listed(shapes)}: they would be neither trained nor "
-            "counted; keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter"
-        )
+        where = "keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter"
+        raise ValueError(f"would not train weights that it does not register, of shape {listed(shapes)}; {where}")
 
 
 def notice_optimized(net: nn.Module, optimizer: Optimizer) -> Iterator[str]:
@@ -76,15 +67,9 @@ def notice_outputs(logits: Tensor, takes_log_probabilities: bool) -> Iterator[st
     """Yield a notice if a network ends with softmax or sigmoid, or not with the log-probabilities of its loss."""
     if bool(((logits > 0) & (logits < 1)).all()):
         ending = "softmax" if _sums_to_one(logits) else "sigmoid"
-        yield (
-            f"net: seems to end with {ending}; cross_entropy and the reported losses take logits, so leave it out "
-            "unless your loss takes probabilities"
-        )
+        yield f"net: seems to end with {ending}; leave it out, as losses take logits, unless yours takes probabilities"
     elif takes_log_probabilities and not _sums_to_one(logits.exp()):
-        yield (
-            "loss: takes log-probabilities, and the network gives other numbers; use cross_entropy, or end the network "
-            "with log_softmax(dim=1)"
-        )
+        yield "loss: takes log-probabilities; use cross_entropy, or end the network with log_softmax(dim=1)"
 
 
 def _sums_to_one(numbers: Tensor) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from mnist_lab.checking import network, schedule
 from mnist_lab.checking.augmentation import check_augmentation
 from mnist_lab.checking.network import kind, listed
 from mnist_lab.data import Mnist
-from mnist_lab.errors import LabError, is_script, script_line, text_of
+from mnist_lab.errors import LabError, script_line, text_of
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.tracking import run as tracking
 from mnist_lab.training import loop as training
@@ -34,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
 FEW = 100  # images, where any will do
-TRAINING = Path(training.__file__)
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,7 @@ class Rehearsal:
     notices: list[str]  # of what the user may not expect
 
     def watch(self, net: nn.Module) -> None:
-        """Take a parameter of this network from `untrained` when a gradient reaches it after all.
-
-        A layer that is skipped at random may have been skipped in each batch of the rehearsal.
-        """
+        """Take a parameter from `untrained` when a gradient reaches it after all: a layer may be skipped at random."""
         parameters = dict(net.named_parameters())
         for name in self.untrained:
             if name in parameters:  # the seed may decide which there are
@@ -155,10 +150,7 @@ def _check_optimizer(trial: Trial) -> Iterator[str]:
     yield from network.notice_optimized(trial.net, optimizer)
     held = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
     if held and type(optimizer).state_dict is Optimizer.state_dict:
-        yield (
-            f"optimizer: keeps numbers in {listed(held)}, which `--resume` begins anew; write state_dict and "
-            "load_state_dict that have them too"
-        )
+        yield f"optimizer: keeps numbers in {listed(held)}, which `--resume` begins anew unless its state_dict has them"
 
 
 def _check_augmentation(trial: Trial) -> list[str]:
@@ -193,10 +185,7 @@ def _check_evaluation(trial: Trial) -> Iterator[str]:
         logits = trial.logits(trial.evaluated(size))
     few = trial.evaluated(min(FEW, max(1, size // 3)))
     if not torch.allclose(trial.logits(few), logits[: len(few)], rtol=1e-2, atol=1e-2):
-        yield (
-            "net: gives an image other logits beside other images, so its accuracy depends on the size of batches; "
-            "see for dim=0 where dim=1 is meant"
-        )
+        yield "net: gives an image other logits beside other images; see for dim=0 where dim=1 is meant"
     loss = trial.experiment.loss
     function = loss.func if isinstance(loss, partial) else loss
     yield from network.notice_outputs(logits, function is F.nll_loss or isinstance(function, nn.NLLLoss))
@@ -212,10 +201,7 @@ def _check_average(trial: Trial) -> Iterator[str]:
     average.update_parameters(trial.net)  # the first call copies
     trial.logits(trial.evaluated(2), average.module)
     if not average.use_buffers and any(True for _ in trial.net.buffers()):
-        yield (
-            "average: takes the buffers, such as batch norm's statistics, of the last batch; "
-            "AveragedModel(..., use_buffers=True) averages them too"
-        )
+        yield "average: takes the last batch norm statistics; AveragedModel(..., use_buffers=True) averages them"
     yield from schedule.notice_slow_average(trial.experiment, len(trial.mnist.train_images))
 
 
@@ -236,10 +222,7 @@ def _check_trained(trial: Trial) -> Iterable[str]:
     images = trial.evaluated(FEW)
     logits, again = trial.logits(images), trial.logits(images)
     if not torch.allclose(logits, again, rtol=1e-4, atol=1e-5, equal_nan=True):  # a GPU may round differently
-        raise ValueError(
-            "gives other logits when it is evaluated again; turn off in evaluation mode what draws or keeps numbers, "
-            "e.g. F.dropout(x, training=self.training)"
-        )
+        raise ValueError("gives other logits when it is evaluated again; is it F.dropout(x, training=self.training)?")
     network.check_own_weights(trial.net, trial.before, trial.network(SEED))
     return ()
 
@@ -258,10 +241,8 @@ def _check_resume(trial: Trial) -> Iterator[str]:
     for part, (used, anew) in {**pairs, "net": (trial.net, resumed.net)}.items():
         after, before = _attributes(used), _attributes(anew)
         if changed := sorted(name for name in after if after[name] != before.get(name)):
-            yield (
-                f"{part}: changes {listed(changed)} from batch to batch, which `--resume` begins anew; keep it in a "
-                "buffer, or write state_dict and load_state_dict"
-            )
+            advice = "keep it in a buffer, or write state_dict and load_state_dict"
+            yield f"{part}: changes {listed(changed)} from batch to batch, which `--resume` begins anew; {advice}"
 
 
 def _check_scheduler(trial: Trial) -> Iterator[str]:
@@ -297,9 +278,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (  # "loss" stands for the objective whe
 def _check_logits(logits: object, size: int) -> None:
     kinds = (torch.float32, torch.float64, torch.float16)
     if not isinstance(logits, Tensor) or logits.dtype not in kinds or logits.shape != (size, 10):
-        raise ValueError(
-            f"gives {kind(logits)} for {size} images, not torch.float32 logits of shape ({size}, 10), one per digit"
-        )
+        raise ValueError(f"gives {kind(logits)} for {size} images, not torch.float32 logits of shape ({size}, 10)")
     if not logits.isfinite().all():
         raise ValueError("gives logits that are not finite on the first batch")
 
@@ -333,27 +312,16 @@ def _attributes(part: object) -> dict[str, str]:
 # ---- who is to blame
 
 
-@contextmanager
-def blame_script() -> Iterator[None]:
-    """Turn what the script's own code raises while it trains into one sentence, and so a lack of memory."""
-    try:
-        yield
-    except LabError:
-        raise
-    except Exception as error:
-        files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-        in_training = any(map(is_script, files[files.index(TRAINING) :])) if TRAINING in files else False
-        if in_training or _lacks_memory(error):
-            raise _refusal("training", error) from error
-        raise
-
-
-def without_exits(epochs: Iterable[EpochMetrics]) -> Iterator[EpochMetrics]:
-    """Yield the epochs; a script that calls `sys.exit` meanwhile has not finished its run."""
+def blame_script(epochs: Iterable[EpochMetrics]) -> Iterator[EpochMetrics]:
+    """Yield the epochs; turn what the script's code raises meanwhile, and a lack of memory, into one sentence."""
     try:
         yield from epochs
-    except SystemExit as end:
-        raise _refusal("training", end) from end
+    except LabError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) or script_line(error) or _lacks_memory(error):
+            raise _refusal("training", error) from error
+        raise
 
 
 @contextmanager

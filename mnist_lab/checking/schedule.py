@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.arguments import stable_text
 from mnist_lab.experiment import Experiment, quoted
-from mnist_lab.training.loop import build_optimizer, build_scheduler, scheduler_steps_per_epoch
+from mnist_lab.training.loop import batches_per_epoch, build_optimizer, build_scheduler, scheduler_steps_per_epoch
 from mnist_lab.training.states import plain
 
 MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
@@ -37,6 +36,7 @@ class Walk:
         self.names = [name for name in self.optimizer.param_groups[0] if name != "params"]  # a scheduler adds others
         self.built = self._groups()
         self.scheduler = build_scheduler(experiment, self.optimizer, num_images)
+        self.batches = batches_per_epoch(experiment, num_images)
         self.run = experiment.epochs * scheduler_steps_per_epoch(experiment, num_images)  # steps
         self.groups: list[Groups] = []  # before each step, and after the last
         if self.scheduler is None:
@@ -47,7 +47,6 @@ class Walk:
         _check_state(self.scheduler)
 
     def go_on(self, steps: int) -> None:
-        """Walk to so many steps from the first on."""
         with warnings.catch_warnings():  # of an optimizer that has not stepped yet
             warnings.simplefilter("ignore")
             while len(self.groups) <= steps:
@@ -57,7 +56,6 @@ class Walk:
 
     @property
     def rates(self) -> list[float]:
-        """Return the first group's learning rate at each step."""
         return [float(groups[0]["lr"]) for groups in self.groups]  # type: ignore[arg-type]
 
     def _groups(self) -> Groups:
@@ -98,7 +96,7 @@ def notice_unit(walk: Walk) -> Iterator[str]:
     if not walk.groups:
         return
     name, run, rates, epochs = type(walk.scheduler).__name__, walk.run, walk.rates, walk.experiment.epochs
-    by_batch, batches = walk.experiment.scheduler_interval == "batch", _batches(walk.experiment, walk.num_images)
+    by_batch, batches = walk.experiment.scheduler_interval == "batch", walk.batches
     group = walk.optimizer.param_groups[0]
     largest = max(*rates, *(float(group.get(limit, 0)) for limit in ("initial_lr", "max_lr")))
     idle = sum(rate < NOTHING * largest for rate in rates[:run])
@@ -109,10 +107,7 @@ def notice_unit(walk: Walk) -> Iterator[str]:
             f"{min(rates):.2g}, where its largest is {largest:.2g}; is scheduler_interval='batch' meant?"
         )
     elif isinstance(planned, int) and planned > run:
-        yield (
-            f"scheduler: {name} is made for {planned:,} steps and the run has {run:,}, so it does not come to its end; "
-            "leave out epochs, steps_per_epoch and total_steps, and they are filled in"
-        )
+        yield f"scheduler: {name} is made for {planned:,} steps and the run has {run:,}; left out, they are filled in"
     elif planned != run:  # else it comes to its end with the run
         steps = _half_way(walk, 0.1 * largest, epochs * batches)
         if by_batch and 0 < steps <= min(epochs, batches // 4):
@@ -135,10 +130,6 @@ def _half_way(walk: Walk, little: float, steps: int) -> int:
     rates = walk.rates
     moved = [abs(rate - rates[0]) for rate in rates]
     return next((step for step, way in enumerate(moved) if 2 * way >= max(moved) > 0), 0)
-
-
-def _batches(experiment: Experiment, num_images: int) -> int:
-    return math.ceil(num_images / experiment.batch_size)
 
 
 # ---- what has no effect
@@ -181,7 +172,7 @@ class FirstWeights:
         nn.init.ones_(self.number.weight)
         self.average: AveragedModel | None = None
         if experiment.average is not None:
-            with suppress(Exception):  # a rule of one's own may ask for more of a network
+            with suppress(Exception):  # a script's own rule may ask for more of a network
                 self.average = experiment.average(self.number)
 
     @torch.no_grad()
@@ -197,7 +188,7 @@ class FirstWeights:
 
 
 def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str]:
-    first, batches = FirstWeights(experiment), _batches(experiment, num_images)
+    first, batches = FirstWeights(experiment), batches_per_epoch(experiment, num_images)
     if first.share(min(batches, MAX_BATCHES)) > MUCH:
         last = min(MAX_BATCHES, experiment.epochs * batches)
         yield (

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from mnist_lab.arguments import defaults
-from mnist_lab.checking.rehearsal import Rehearsal, blame_script, rehearse, without_exits
+from mnist_lab.checking.rehearsal import Rehearsal, blame_script, rehearse
 from mnist_lab.data import Mnist, hold_out, hold_out_fold, load_mnist
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import Experiment
@@ -30,7 +30,6 @@ from mnist_lab.training.states import own_parts
 logger = logging.getLogger(__name__)
 
 
-@blame_script()
 def run(
     job: Job,
     seed: int,
@@ -67,7 +66,7 @@ def run(
     with record.begin(store, progress, parent_run_id, resume) as run_id, adopted(store.uri, run_id):
         logger.info("Training, epoch by epoch")
         try:
-            for metrics in without_exits(training.epochs()):
+            for metrics in blame_script(training.epochs()):
                 if not math.isfinite(metrics.eval_loss):
                     raise LabError(
                         f"net: its {metrics.evaluated_on} loss is {metrics.eval_loss} in epoch {metrics.epoch}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,23 +22,15 @@ class SparseDropout(TorchFunctionMode):
     masks with the same probabilities from p times as many random numbers of torch's default generator.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.dropout and not _is_called_again():
             return _dropout(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _is_called_again() -> bool:
-    """Say whether torch.utils.checkpoint may call this part again, in the backward pass, where no context holds.
-
-    Both calls must draw the same zeros. It makes the first without gradients, or saves tensors in its own way.
-    """
+    """Say whether torch.utils.checkpoint may call this part again, backwards, where no context holds."""
+    # Both calls must draw the same zeros. It makes the first without gradients, or saves tensors in its own way.
     saves = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return saves is not None or not torch.is_grad_enabled()
 

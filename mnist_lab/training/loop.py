@@ -95,10 +95,7 @@ def initial_network(
 
 
 def num_params(net: nn.Module, untrained: Collection[str] = ()) -> int:
-    """Count the trainable parameters, each once, wherever in the network it is used.
-
-    untrained: names of parameters that no gradient reaches, such as those of a copy; they do not count.
-    """
+    """Count the trainable parameters, each once, without those that no gradient reaches, which `untrained` names."""
     return sum(p.numel() for name, p in net.named_parameters() if p.requires_grad and name not in untrained)
 
 
@@ -134,7 +131,7 @@ class Training:
 
     @property
     def result(self) -> nn.Module:
-        """What the training is about: the average of the network's weights where one is declared, else the network."""
+        """Return what is evaluated and kept: the average of the weights where one is declared, else the network."""
         return self.net if self.average is None else self.average.module
 
     def epochs(self) -> Iterator[EpochMetrics]:
@@ -149,10 +146,8 @@ class Training:
                 objective = torch.stack(self.losses).mean().item()
             minimised = train_loss if objective is None else objective
             if not math.isfinite(minimised):
-                raise LabError(
-                    f"loss: is {minimised} in epoch {self.epoch + 1} of {self.experiment.epochs}; the training has "
-                    "diverged, e.g. by too high a learning rate"
-                )
+                epoch = f"epoch {self.epoch + 1} of {self.experiment.epochs}"
+                raise LabError(f"loss: is {minimised} in {epoch}; is the learning rate too high?")
             if self.experiment.scheduler_interval == "epoch":
                 self._step_schedule(minimised)
             evaluated_on, images, labels = evaluation_part(self.mnist)
@@ -179,7 +174,6 @@ class Training:
             )
 
     def _train_epoch(self) -> None:
-        """Train on all images in a new order, and sum up loss and correct predictions."""
         total = len(self.mnist.train_images)
         order = torch.randperm(total, generator=self.shuffling, device="cpu").to(self.device)
         self.loss_sum.zero_()
@@ -259,17 +253,14 @@ def training_batch(mnist: Mnist, batch: Tensor, augment: Augmentation) -> tuple[
 def train_step(
     net: nn.Module, images: Tensor, labels: Tensor, experiment: Experiment, optimizer: Optimizer, takes: Takes
 ) -> tuple[Tensor, Tensor]:
-    """Update the network once; return the batch's loss () and logits (N, 10), detached and still on the device.
-
-    They are those of the network before the update, also where an optimizer such as LBFGS evaluates several times.
-    """
+    """Update the network once; return the loss () and logits (N, 10) before that, detached and still on the device."""
     evaluated: list[tuple[Tensor, Tensor]] = []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss, logits = loss_and_logits(net, images, labels, experiment)
         loss.backward()  # type: ignore[no-untyped-call]
-        if not evaluated:
+        if not evaluated:  # LBFGS evaluates several times
             evaluated.append((loss.detach(), logits.detach()))
         return loss
 
@@ -336,13 +327,9 @@ def minimises_cross_entropy(experiment: Experiment) -> bool:
     return experiment.objective is None and experiment.loss in (None, F.cross_entropy)
 
 
-@torch.no_grad()
+@torch.no_grad()  # what inference_mode leaves in a network can't be trained with
 def predict(net: nn.Module, images: Tensor, normalize_by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
-    """Return the network's output (N, 10) in evaluation mode for uint8 images (N, 1, 28, 28).
-
-    Each part of the network is left in the mode it was in. What it keeps of an evaluation can be trained with, which
-    torch.inference_mode would forbid.
-    """
+    """Return the network's output (N, 10) in evaluation mode for uint8 images (N, 1, 28, 28)."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
@@ -392,6 +379,9 @@ def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: in
     return experiment.scheduler(optimizer, **left_open)
 
 
+def batches_per_epoch(experiment: Experiment, num_images: int) -> int:
+    return math.ceil(num_images / experiment.batch_size)
+
+
 def scheduler_steps_per_epoch(experiment: Experiment, num_images: int) -> int:
-    """Return how often the scheduler steps in an epoch of `num_images` images."""
-    return math.ceil(num_images / experiment.batch_size) if experiment.scheduler_interval == "batch" else 1
+    return batches_per_epoch(experiment, num_images) if experiment.scheduler_interval == "batch" else 1

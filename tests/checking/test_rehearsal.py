@@ -189,7 +189,6 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
         ),
         ({"augmentation": OwnGenerator()}, "the run's seed does not decide what augmentation draws"),
         ({"augmentation": lambda images: images * 2 - 0.5}, r"augmentation gives pixels from -0\.50 to 1\.50"),
-        ({"augmentation": lambda images, labels: (images, labels)}, "augmentation: takes the labels"),
         ({"augmentation": v2.MixUp(num_classes=10)}, "augmentation: torchvision's MixUp draws once for all images"),
         ({"augmentation": v2.RandomRotation(7)}, r"augmentation: .* image by image, some \d+ s of an epoch"),
         (

@@ -19,7 +19,6 @@ from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
-from mnist_lab.errors import LabError
 from mnist_lab.objectives import mixup
 from mnist_lab.training.loop import Training, initial_network
 from mnist_lab.training.states import own_parts, seed_generators
@@ -185,13 +184,3 @@ def test_each_run_begins_with_the_parts_as_declared(objective: Any, small_mnist:
     rehearse(experiment, small_mnist)
 
     assert [epoch.train_loss for epoch in start(experiment, small_mnist).epochs()] == untouched
-
-
-def test_a_part_that_has_no_copy_is_refused(small_mnist: Mnist) -> None:
-    objective = Counts()
-    objective.module = torch  # type: ignore[attr-defined]
-
-    with pytest.raises(LabError) as refusal:
-        rehearse(declare(objective=objective), small_mnist)
-
-    assert refusal.value.field == "objective"
