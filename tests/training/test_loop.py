@@ -142,15 +142,22 @@ def test_figures_equal_those_of_a_plain_loop(experiment: Experiment, small_mnist
     assert epochs[-1].train_loss < epochs[0].train_loss
 
 
-def test_train_loss_is_the_cross_entropy_per_image_whatever_is_minimised(small_mnist: Mnist) -> None:
-    """A sum over the batch with a rate divided by its size trains as the mean does, so it shows the same figures."""
-    shared: dict[str, Any] = {"epochs": 1, "batch_size": 100}
-    of_sum = declare(loss=partial(F.cross_entropy, reduction="sum"), optimizer=partial(SGD, lr=0.05 / 100), **shared)
-    _, (summed,) = train(of_sum, small_mnist)
-    _, (plain,) = train(declare(optimizer=partial(SGD, lr=0.05), **shared), small_mnist)
+def summed(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = net(images)
+    return F.cross_entropy(logits, labels, reduction="sum"), logits
 
-    assert (summed.train_loss, summed.eval_loss) == pytest.approx((plain.train_loss, plain.eval_loss), rel=1e-5)
-    assert summed.objective == pytest.approx(100 * plain.train_loss, rel=1e-5)
+
+@pytest.mark.parametrize("minimised", [{"loss": partial(F.cross_entropy, reduction="sum")}, {"objective": summed}])
+def test_train_loss_is_the_cross_entropy_per_image_whatever_is_minimised(
+    minimised: dict[str, Any], small_mnist: Mnist
+) -> None:
+    """A sum over the batch with a rate divided by its size trains as the mean does, so it shows the same figures."""
+    shared = partial(declare, epochs=1, batch_size=100)
+    _, (of_sum,) = train(shared(optimizer=partial(SGD, lr=0.05 / 100), **minimised), small_mnist)
+    _, (plain,) = train(shared(optimizer=partial(SGD, lr=0.05)), small_mnist)
+
+    assert (of_sum.train_loss, of_sum.eval_loss) == pytest.approx((plain.train_loss, plain.eval_loss), rel=1e-5)
+    assert of_sum.objective == pytest.approx(100 * plain.train_loss, rel=1e-5)
     assert plain.objective is None
 
 

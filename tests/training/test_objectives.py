@@ -5,13 +5,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import SGD
+from torch import Tensor
 
-from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import distillation, mixup
-from networks import Linear, declare, train
+from networks import Linear, declare
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +67,6 @@ def test_distillation_is_the_divergence_from_the_teacher_times_the_squared_tempe
 
 
 # ---- as declared
-
-
-def doubled(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    logits = net(images)
-    return 2 * F.cross_entropy(logits, labels), logits
-
-
-def test_an_objective_trains_as_a_loss_does_and_is_reported_as_it_is(small_mnist: Mnist) -> None:
-    _, (plain, _) = train(declare(optimizer=partial(SGD, lr=0.1), batch_size=100), small_mnist)
-    _, (twice, _) = train(declare(objective=doubled, optimizer=partial(SGD, lr=0.05), batch_size=100), small_mnist)
-
-    assert (twice.train_loss, twice.eval_loss) == pytest.approx((plain.train_loss, plain.eval_loss), rel=1e-5)
-    assert twice.objective == pytest.approx(2 * plain.train_loss, rel=1e-5)
 
 
 def test_an_objective_and_its_arguments_are_hyperparameters_and_the_loss_is_not() -> None:
