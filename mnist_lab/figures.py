@@ -7,7 +7,7 @@ used here.
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle, pairwise, product
 from typing import Any
 
@@ -21,7 +21,6 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from mnist_lab.errors import LabError
 from mnist_lab.verdicts.comparison import step_order
@@ -66,12 +65,11 @@ def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> F
 def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
     """Draw loss (left) and accuracy (right) over the epochs: of one step in training and on the test images.
 
-    Several steps have a line each, on the test images.
+    Several steps have a line each, on the test images. Several seeds give a line for their mean and a band from the
+    smallest to the largest.
 
     history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_` or,
-    with a hold-out, `validation_`; of several runs of one seed the first in the table counts. Several seeds give a line
-    for their mean and a band from the smallest to the largest. The loss axis is logarithmic, and the accuracy axis
-    stretched towards 100 %, where the differences are.
+    with a hold-out, `validation_`; of several runs of one seed the first in the table counts.
     """
     measured = HELD_OUT if "validation_accuracy" in history and "test_accuracy" not in history else TESTED
     history = _first_runs(history, measured.curves)
@@ -134,8 +132,7 @@ def _plot_over_seeds(axes: Axes, values: pd.DataFrame, name: str, look: tuple[st
 def plot_learning_rate(history: pd.DataFrame) -> Figure:
     """Draw the learning rate over epochs; runs with the same schedule, of any step, share one line.
 
-    history: one row per run and epoch with `run_id, step, seed, epoch, lr`; of several runs of one seed the first
-    in the table counts.
+    history: one row per run and epoch with `run_id, step, seed, epoch, lr`.
     """
     history = _first_runs(history, ["lr"])
     history = history[np.isfinite(history["lr"].astype("float64"))]
@@ -167,9 +164,8 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
 def plot_steps(table: pd.DataFrame, target_accuracy: float | None = 99.4, target_params: int | None = 10_000) -> Figure:
     """Draw accuracy against parameters, with the steps joined in their order by arrows: the project in one picture.
 
-    table: one row per experiment with `step, num_params, seeds, last, low, high`, accuracies in percent, as
-    `results.compare_table` gives it. The bars are 95 % intervals of the mean, of four or more seeds. A step is named
-    by its number, and another experiment by its name.
+    table: of `results.compare_table`; or one row per experiment with `step, num_params, seeds, last, low, high`. The
+    bars are 95 % intervals of the mean, of four or more seeds.
     """
     _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
     number = table["step"].str.extract(r"^step(\d+)_", expand=False)
@@ -233,8 +229,8 @@ def plot_mistakes(
 ) -> Figure:
     """Draw the first `limit` misclassified images, the most confident mistakes first (ties keep their order).
 
-    images (N, 28, 28), truth (N,), prediction (N,), confidence (N,): the probability of the prediction, 0 to 1. Images
-    that were classified correctly may be among them and are left out; their confidence may be missing.
+    images (N, 28, 28), truth (N,), prediction (N,), confidence (N,): the probability of the prediction, 0 to 1, which
+    may be missing for images that were classified correctly.
     """
     pictures = _array("images", images, None, None, None)
     true_digits = _array("truth", truth, len(pictures))
@@ -250,34 +246,6 @@ def plot_mistakes(
     figure = _gallery(pictures[order], titles, columns, SMALL)
     figure.suptitle(f"{len(order)} of {len(wrong)} mistakes, the most confident first", fontsize=MEDIUM)
     return figure
-
-
-def run_figures(
-    history: Iterable[Mapping[str, object]],
-    target_accuracy: float | None,
-    images: ArrayLike,
-    truth: ArrayLike,
-    logits: ArrayLike,
-    augmented: tuple[ArrayLike, ArrayLike] | None = None,
-) -> dict[str, Figure]:
-    """Return the figures that are kept with one run, by name.
-
-    history: one record per epoch with the columns that `plot_training` and `plot_learning_rate` need.
-    images (N, 28, 28), truth (N,), logits (N, 10): the test images and what the trained network says of them.
-    augmented: images before and after the augmentation, as `plot_augmentation` takes them.
-    """
-    frame = pd.DataFrame.from_records(list(history))
-    scores = special.softmax(np.asarray(logits, dtype=np.float64), axis=1)
-    prediction = scores.argmax(axis=1)
-    figures = {
-        "training": plot_training(frame, target_accuracy),
-        "learning_rate": plot_learning_rate(frame),
-        "confusion": plot_confusion(truth, prediction),
-        "mistakes": plot_mistakes(images, truth, prediction, scores.max(axis=1)),
-    }
-    if augmented is not None:
-        figures["augmentation"] = plot_augmentation(*augmented)
-    return figures
 
 
 def _first_runs(history: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -1,40 +1,35 @@
 """A small real store for the report and the browser, and a place to publish a store's runs into."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlflow
 import numpy as np
 
 from mnist_lab.data import Mnist
-from mnist_lab.figures import plot_samples
 from mnist_lab.results import publish as files
-from mnist_lab.tracking.store import Store, open_store
+from mnist_lab.tracking.store import Store
 from run_writer import PAGE, TARGETS, log_predictions, write_run
 
 T0 = 1_790_000_000_000
 REPORTED = {"reported_best_test_accuracy": "99.46", "reported_best_train_accuracy": "99.32"}
-# step, seed, test accuracy of each epoch in percent; the oldest run first
-RUNS = (
+Sample = tuple[str, int, Sequence[float]]  # step, seed, test accuracy of each epoch in percent
+RUNS: list[Sample] = [  # the oldest run first
     ("step1_plain", 0, (97.5, 98.9, 98.97)),
     ("step1_plain", 1, (97.1, 98.8, 98.83)),
     ("step2_better", 0, (98.0, 98.1, 98.2)),  # the later run of seed 0 counts instead
     ("step2_better", 1, (98.3, 99.86, 99.83)),
     ("step2_better", 0, (98.1, 99.80, 99.81)),
-)
-NUM_PARAMS = {"step1_plain": 10_970, "step2_better": 7_852}
+]
+NUM_PARAMS = {"step1_plain": 10_970}
 
 
-def write_sample_store(folder: Path, mnist: Mnist) -> Store:
-    """Write the runs into a new store in `folder`, each with `predictions.npz` and `figures/samples.png`."""
-    store = open_store(f"sqlite:///{folder / 'mlflow.db'}")
-    client = mlflow.MlflowClient(store.uri)
-    truth = mnist.test_labels.numpy()
-    samples = plot_samples(mnist.test_images[:10, 0], truth[:10])
-    for number, (step, seed, accuracies) in enumerate(RUNS):
-        tags, start = TARGETS | REPORTED, T0 + number * 3_600_000
-        run = write_run(store, step, seed, accuracies, start_time=start, num_params=NUM_PARAMS[step], tags=tags)
-        client.log_figure(run.info.run_id, samples, "figures/samples.png")
+def write_sample_store(store: Store, mnist: Mnist, runs: Sequence[Sample] = RUNS, **tags: str) -> Store:
+    """Write these runs into a store, a minute after each other, each with its `predictions.npz`."""
+    truth, tags = mnist.test_labels.numpy(), TARGETS | (tags or REPORTED)
+    for number, (step, seed, accuracies) in enumerate(runs):
+        start, num_params = T0 + number * 60_000, NUM_PARAMS.get(step, 7_852)
+        run = write_run(store, step, seed, accuracies, start_time=start, num_params=num_params, tags=tags)
         log_predictions(store, run, truth=truth, **predict(truth, accuracies[-1]))
     return store
 
@@ -73,16 +68,11 @@ def new_place(uri: str, place: Path) -> Published:
 
 def publish_sample(store: Store, mnist: Mnist, place: Path) -> Published:
     """Write two steps of three seeds and one of one, and publish them."""
-    truth = mnist.test_labels.numpy()
-    tags = TARGETS | {
-        **{"code_sha256": "0123456789abcdef", "threads": "1", "hardware": "a CPU, 2 cores, AVX2"},
-        **{"torch": "2.15.0", "reported_best_test_accuracy": "99.46"},
-    }
-    runs = [(step, seed) for step in ("step1_baseline", "step2_dropout") for seed in range(3)] + [("idea", 5)]
-    for number, (step, seed) in enumerate(runs):
-        accuracies, start = [98.0 + seed / 10, 99.3 + number / 100], 1_700_000_000_000 + 60_000 * number
-        run = write_run(store, step, seed, accuracies, start_time=start, tags=tags)
-        log_predictions(store, run, truth=truth, **predict(truth, accuracies[-1]))
+    named = [(step, seed) for step in ("step1_baseline", "step2_dropout") for seed in range(3)] + [("idea", 5)]
+    runs = [(step, seed, (98.0 + seed / 10, 99.3 + number / 100)) for number, (step, seed) in enumerate(named)]
+    hardware = {"hardware": "a CPU, 2 cores, AVX2", "torch": "2.15.0", "threads": "1"}
+    reported = {"reported_best_test_accuracy": "99.46"}
+    write_sample_store(store, mnist, runs, code_sha256="0123456789abcdef", **hardware, **reported)
     published = new_place(store.uri, place)
     published.publish()
     return published

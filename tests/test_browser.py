@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from forkserver import Program
 from helpers import ROOT, free_port, wait_until
 from mnist_lab import results
 from mnist_lab.data import Mnist
+from mnist_lab.figures import plot_samples
 from mnist_lab.results.report import write_report
 from mnist_lab.tracking.store import Store
 from report_store import RUNS, write_sample_store
@@ -25,8 +26,12 @@ expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, mnist: Mnist) -> Store:
-    return write_sample_store(tmp_path_factory.mktemp("store"), mnist)
+def store(new_store: Callable[[], Store], mnist: Mnist) -> Store:
+    store = write_sample_store(new_store(), mnist)
+    samples = plot_samples(mnist.test_images[:10, 0], mnist.test_labels[:10])
+    for run in store.client.search_runs([store.experiment_id]):
+        store.client.log_figure(run.info.run_id, samples, "figures/samples.png")
+    return store
 
 
 # ---- the report

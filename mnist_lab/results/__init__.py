@@ -4,14 +4,7 @@ import warnings
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # MLflow's bars in a notebook; they are off
 
-from mnist_lab.results.compare import (
-    compare,
-    compare_pairs,
-    compare_table,
-    compare_text,
-    median_run,
-    newest_runs,
-)
+from mnist_lab.results.compare import compare, compare_pairs, compare_table, compare_text, median_run, newest_runs
 from mnist_lab.results.runs import epoch_history, keeps_predictions, load_runs, predictions, run_table
 
 __all__ = [

@@ -15,15 +15,7 @@ from mnist_lab.paths import PROJECT_ROOT, script_named
 from mnist_lab.results.runs import TARGETS, RunFilter, full_names, loaded_runs, predictions, run_table
 from mnist_lab.story import read_stories
 from mnist_lab.verdicts import statistics
-from mnist_lab.verdicts.comparison import (
-    Comparison,
-    Pair,
-    adjust,
-    rounds_alike,
-    seeds_text,
-    step_order,
-    table_text,
-)
+from mnist_lab.verdicts.comparison import Comparison, Pair, adjust, rounds_alike, seeds_text, step_order, table_text
 from mnist_lab.verdicts.measures import HELD_OUT, TESTED, percent, protocol
 from mnist_lab.verdicts.targets import judge
 
@@ -59,9 +51,6 @@ def compare_table(steps: Iterable[str] | str | None = None, **which: Unpack[RunF
     the last epoch, best as in `run_table`.
 
     A verdict is "met" or "missed", "-" where no target was stated; of several seeds' accuracy, also "not shown".
-
-    Raises:
-        LabError: as `run_table`.
     """
     return summarise(newest_runs(run_table(steps, columns="all", **which)), which.get("folds", 0))
 
@@ -124,14 +113,9 @@ def compare_text(table: pd.DataFrame, *, holdout: int = 0, folds: int = 0, width
 
 
 def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
-    """Compare two experiments by the test accuracy of their last epochs, b - a, in points.
+    """Compare two experiments by the test accuracy of their last epochs, b - a, in points; docs/statistics.md says how.
 
-    With folds, they are compared on all training images: paired image by image, with the folds as clusters, which for
-    folds of one size is the paired t-test over the folds.
-
-    a, b: steps, e.g. "gap_alone" and "step3_gap". The newest finished run of each seed counts, as declared
-        (`newest_runs`). Seeds that both have are paired. One run on each side is compared by its stored predictions,
-        image by image, which says something of these two trained networks only.
+    a, b: steps, e.g. "gap_alone" and "step3_gap", of which the runs of `newest_runs` count.
     holdout, folds, tracking_uri, loaded: as for `run_table`.
 
     Raises:
@@ -144,13 +128,9 @@ def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
 
 
 def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
-    """Return the row of `run_table` of the step's median seed, by the test accuracy of the last epoch and then by seed.
+    """Return the row of `run_table` of the step's median seed by the last epoch's test accuracy, of two the lower one.
 
-    Of an even number of seeds it is the lower one. Those of `newest_runs` count, without restored ones: these have no
-    network.
-
-    Raises:
-        LabError: if the step has no such run.
+    The runs of `newest_runs` count, but for restored ones, which have no network; raises LabError if there are none.
     """
     runs = newest_runs(run_table(step, columns="all", tracking_uri=tracking_uri))
     trained = runs[runs["restored"].isna()].sort_values(["final_test_accuracy", "seed"])
@@ -182,9 +162,6 @@ def compare_pairs(
     pairs: `declared_pairs()` unless others are given.
 
     Returns the comparisons, and a sentence for each pair that has runs but can't be compared.
-
-    Raises:
-        LabError: if the store is missing or foreign, or no run has this protocol.
     """
     loaded = which["loaded"] = loaded_runs(**which)
     runs = newest_runs(run_table(columns="all", **which))

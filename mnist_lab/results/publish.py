@@ -26,23 +26,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from mnist_lab.errors import LabError
 from mnist_lab.figures import plot_steps
 from mnist_lab.paths import PROJECT_ROOT
+from mnist_lab.results import records as files
 from mnist_lab.results.compare import compare_runs, declared_pairs, summarise
-from mnist_lab.results.records import (
-    FOLD_COLUMNS,
-    IMAGES,
-    OTHER_FILES,
-    RUN_COLUMNS,
-    Records,
-    among,
-    cells,
-    joined,
-    ranges,
-    read_records,
-    rows_of,
-    to_csv,
-    tracked_records,
-    typed,
-)
 from mnist_lab.results.runs import TARGETS
 from mnist_lab.tracking.store import replace_files
 from mnist_lab.verdicts.comparison import TOO_FEW, Comparison, adjust, mean_interval_text, p_text, seeds_text
@@ -70,16 +55,16 @@ def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
     """
     if folder.resolve() == PUBLISHED.resolve():
         raise LabError(f"folder: {folder} holds the published figures; `make publish` adds to them")
-    records = tracked_records(tracking_uri)
+    records = files.tracked_records(tracking_uri)
     logger.info("Judging what each change is worth, and writing the tables")
     steps, page = {*records.runs["step"]}, folder / "README.md"
     with _file_errors(folder):
         old = page.read_text("utf-8") if page.exists() else TEMPLATES.get_template("exported.md").render()
-        files = files_of(records, folder, steps, {page: old})
-        replace_files(files)
-        for step in sorted({file.stem for file in folder.glob("*.csv")} - steps - {*OTHER_FILES}):
+        written = files_of(records, folder, steps, {page: old})
+        replace_files(written)
+        for step in sorted({file.stem for file in folder.glob("*.csv")} - steps - {*files.OTHER_FILES}):
             logger.warning("left as it is: %s.csv, as the store has no runs of that step", step)
-    return sorted(files)
+    return sorted(written)
 
 
 def publish(
@@ -98,9 +83,9 @@ def publish(
     Returns what was written. Raises LabError, and has changed nothing, as `export_runs` does, and if a published row
     would be replaced unasked.
     """
-    own = tracked_records(tracking_uri, restored=False)
+    own = files.tracked_records(tracking_uri, restored=False)
     with _file_errors(folder):
-        old = read_records(folder)
+        old = files.read_records(folder)
         records = _laid_over(own, old)
         added, replaced = _changes(old, records)
         for sentence in added + replaced or ["The published rows are those of the store already."]:
@@ -111,36 +96,37 @@ def publish(
                 'if that is meant, `make publish ARGS="--replace"`'
             )
         pages = {page: page.read_text("utf-8") for page in (readme, folder / "README.md")}
-        files = files_of(records, folder, {*own.runs["step"]}, pages)
+        written = files_of(records, folder, {*own.runs["step"]}, pages)
         if len(records.runs):
-            files[folder / PICTURE] = picture(records.runs)
-        replace_files(files)
-    return sorted(files)
+            written[folder / PICTURE] = picture(records.runs)
+        replace_files(written)
+    return sorted(written)
 
 
-def files_of(records: Records, folder: Path, steps: set[str], pages: Mapping[Path, str]) -> dict[Path, str]:
+def files_of(records: files.Records, folder: Path, steps: set[str], pages: Mapping[Path, str]) -> dict[Path, str]:
     made = tables(records)
     return {
         **records.csvs(folder, steps),
-        folder / "effects.csv": to_csv(effect_rows(compare_rows(records.runs))),
+        folder / "effects.csv": files.to_csv(effect_rows(compare_rows(records.runs))),
         **{page: with_tables(text, made) for page, text in pages.items()},
     }
 
 
-def _laid_over(own: Records, old: Records) -> Records:
+def _laid_over(own: files.Records, old: files.Records) -> files.Records:
     """Return the store's rows over the published ones; folds of other code than the published seeds are left out."""
-    elsewhere = ~among(old.runs, own.runs, "step", "seed") & among(old.runs, own.runs, "step", "code_sha256")
-    kept = old.runs[~among(old.runs, own.runs, "step") | elsewhere]
+    same_code = files.among(old.runs, own.runs, "step", "code_sha256")
+    elsewhere = same_code & ~files.among(old.runs, own.runs, "step", "seed")
+    kept = old.runs[~files.among(old.runs, own.runs, "step") | elsewhere]
     runs, epochs, settings, mistakes = (
-        joined([], mine, theirs[among(theirs, kept, "step", "seed")])
+        files.joined([], mine, theirs[files.among(theirs, kept, "step", "seed")])
         for mine, theirs in zip(own[:4], old[:4], strict=True)
     )
-    folds = joined(FOLD_COLUMNS, own.folds, old.folds[~among(old.folds, own.folds, "step", "folds")])
-    folds = folds[~among(folds, runs, "step") | among(folds, runs, "step", "code_sha256")]
-    return Records(runs, epochs, settings, mistakes, folds)
+    folds = files.joined(files.FOLD_COLUMNS, own.folds, old.folds[~files.among(old.folds, own.folds, "step", "folds")])
+    folds = folds[~files.among(folds, runs, "step") | files.among(folds, runs, "step", "code_sha256")]
+    return files.Records(runs, epochs, settings, mistakes, folds)
 
 
-def _changes(before: Records, after: Records) -> tuple[list[str], list[str]]:
+def _changes(before: files.Records, after: files.Records) -> tuple[list[str], list[str]]:
     """Return a sentence for each row that is added, and one for each that is replaced or removed."""
     was, now = (
         {f"{row['step']} seed {row['seed']}": row for row in records.runs.to_dict("records")}
@@ -174,13 +160,13 @@ def _file_errors(folder: Path) -> Iterator[None]:
 
 def compare_rows(rows: pd.DataFrame) -> list[Comparison]:
     """Compare the pairs that scripts declare and that both have several seeds."""
-    runs = typed(rows, RUN_COLUMNS)
+    runs = files.typed(rows, files.RUN_COLUMNS)
     return compare_runs(declared_pairs(), runs[runs.groupby("step")["seed"].transform("size") > 1])[0]
 
 
 def compare_folds(rows: pd.DataFrame) -> list[Comparison]:
     """Compare the pairs that scripts declare and that have the same folds."""
-    pairs, runs = declared_pairs(), typed(rows, FOLD_COLUMNS)
+    pairs, runs = declared_pairs(), files.typed(rows, files.FOLD_COLUMNS)
     alike = [(folds, runs[runs["folds"] == folds]) for folds in runs["folds"].unique()]
     return adjust([found for folds, of in alike for found in compare_runs(pairs, of, folds)[0]])
 
@@ -188,17 +174,17 @@ def compare_folds(rows: pd.DataFrame) -> list[Comparison]:
 def effect_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     unknown = {"low": math.nan, "high": math.nan}
     rows = [{**vars(one), "seeds": one.seeds, **(unknown if one.interval == TOO_FEW else {})} for one in comparisons]
-    return cells(pd.DataFrame(rows, columns=[name for name, _ in EFFECT_COLUMNS.values()]), EFFECT_COLUMNS)
+    return files.cells(pd.DataFrame(rows, columns=[name for name, _ in EFFECT_COLUMNS.values()]), EFFECT_COLUMNS)
 
 
 # ---- the tables, in Markdown
 
 
 def summary_of(rows: pd.DataFrame) -> pd.DataFrame:
-    return summarise(typed(rows, RUN_COLUMNS).assign(overrides="", left_out=0))
+    return summarise(files.typed(rows, files.RUN_COLUMNS).assign(overrides="", left_out=0))
 
 
-def tables(records: Records) -> dict[str, str]:
+def tables(records: files.Records) -> dict[str, str]:
     """Return each table that is made of the rows of the CSVs, by the name of its template and its markers."""
     summary = summary_of(records.runs)
     folds = {key: of.to_dict("records") for key, of in records.folds.groupby(["step", "folds"], sort=False)}
@@ -207,7 +193,7 @@ def tables(records: Records) -> dict[str, str]:
         "headline": headline(summary).to_dict("records"),
         "comparisons": compare_rows(records.runs),
         "studies": {step: of.to_dict("records") for step, of in records.runs.groupby("step", sort=False)},
-        "new_images": {step: _new_images(rows_of(step, records.mistakes)) for step in summary["step"]},
+        "new_images": {step: _new_images(files.rows_of(step, records.mistakes)) for step in summary["step"]},
         "validated": {key: aggregate([float(row["accuracy"]) for row in of]) for key, of in folds.items()},
         "folds": folds,
         "fold_comparisons": compare_folds(records.folds),
@@ -220,7 +206,7 @@ def _new_images(mistakes: pd.DataFrame) -> tuple[int, float, float] | None:
     places, seeds = pd.factorize(mistakes["seed"])
     if len(seeds) < FEWEST_FOR_INTERVAL:
         return None
-    wrong = np.zeros((len(seeds), IMAGES), dtype=bool)
+    wrong = np.zeros((len(seeds), files.IMAGES), dtype=bool)
     wrong[places, mistakes["image"].astype("int64")] = True
     return len(seeds), *interval_for_new_images(wrong)
 
@@ -304,6 +290,6 @@ TEMPLATES.filters |= {
     "commit": _commit,
     "median": median,
     "p_text": p_text,
-    "ranges": ranges,
+    "ranges": files.ranges,
     "verdict": _verdict,
 }

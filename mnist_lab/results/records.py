@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -314,10 +314,6 @@ def _by_setting(settings: pd.DataFrame) -> pd.DataFrame:
 
 def ranges(seeds: Iterable[int]) -> str:
     """Return seeds in short, e.g. "0-4, 7"."""
-    runs: list[list[int]] = []
-    for seed in sorted(seeds):
-        if runs and seed == runs[-1][-1] + 1:
-            runs[-1].append(seed)
-        else:
-            runs.append([seed])
+    ordered = enumerate(sorted(seeds))  # within a range, a seed's place grows as the seed does
+    runs = [[seed for _, seed in run] for _, run in groupby(ordered, key=lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

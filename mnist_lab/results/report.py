@@ -104,8 +104,6 @@ def write_report(
     The runs that count are those of `newest_runs`. Overridden ones are told where an experiment has none as declared,
     and are compared with others only if they were asked for. steps: only these, of which a short name will do.
     """
-    if not scripts.is_dir():
-        raise LabError(f"scripts: {scripts} is not a folder")
     stories, troubles = read_stories(scripts)
     for trouble in troubles.values():
         logger.warning("%s", trouble)
@@ -125,10 +123,8 @@ def write_report(
     rows = {row["step"]: row for row in summary.to_dict("records")}
     images = load_mnist().test_images[:, 0].numpy()  # (10000, 28, 28)
     chapters = [
-        Chapter(
-            step, stories.get(step), troubles.get(step, ""), copied.get(step, ""), step in published, rows.get(step)
-        )
-        for step in sorted(told, key=step_order)
+        Chapter(one, stories.get(one), troubles.get(one, ""), copied.get(one, ""), one in published, rows.get(one))
+        for one in sorted(told, key=step_order)
     ]
     drawn = [chapter for chapter in chapters if chapter.row]
     for number, chapter in enumerate(drawn, start=1):
@@ -136,9 +132,8 @@ def write_report(
         draw(chapter, runs[runs["step"] == chapter.step], history, images, loaded)
     logger.info("Drawing the overview, and writing the page")
     compared = [chapter for chapter in drawn if steps or chapter.name == chapter.step]
-    overview = (
-        draw_overview(summary[summary["step"].isin({chapter.step for chapter in compared})]) if compared else None
-    )
+    steps_drawn = {chapter.step for chapter in compared}
+    overview = draw_overview(summary[summary["step"].isin(steps_drawn)]) if compared else None
     page = {
         **{"chapters": chapters, "results": compared, "overview": overview},
         "runs": by_step(runs).to_dict("records"),

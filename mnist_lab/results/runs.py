@@ -128,11 +128,9 @@ class RunFilter(TypedDict, total=False):
     include_overrides: also runs whose declaration was overridden on the command line; they are not that step any more.
         "if_none" takes them only for a step that has no run as declared: the newest, and those overridden alike.
     status: "FINISHED" (the default), "RUNNING", "FAILED" or "KILLED", or None for all.
-    holdout: only the runs that hold out so many training images; 0, the default, is the write-ups' protocol, which
-        tests after each epoch. The two are never in one table.
-    folds: only the runs of a cross-validation with so many folds, whose seeds are the folds; 0, the default, for none.
-    tracking_uri: the store; the usual one if not given.
-    loaded: what `load_runs` gave, so that the store is not asked again.
+    holdout, folds: only the runs that hold out so many training images, or a fold of so many; 0, the default, is the
+        write-ups' protocol, which tests after each epoch. Two protocols are never in one table.
+    tracking_uri: the store; the usual one if not given. loaded: what `load_runs` gave, so that it is not asked again.
     """
 
     include_overrides: bool | Literal["if_none"]
@@ -192,9 +190,6 @@ def epoch_history(
 
     Columns: run_id, step, overrides, seed, epoch, train_loss, train_accuracy, test_loss, test_accuracy, lr,
     epoch_seconds; validation_loss and validation_accuracy instead of test_ where images are held out.
-
-    Raises:
-        LabError: as `run_table`.
     """
     found = _find_runs(steps, seeds, **which)
     metrics = list(metrics or protocol(which.get("holdout", 0), which.get("folds", 0)).each_epoch)
@@ -212,11 +207,9 @@ def epoch_history(
 
 
 def load_runs(tracking_uri: str | None = None, *, artifacts: bool = False) -> LoadedRuns:
-    """Read every run of the lab in the store, and no other program's runs beside them.
+    """Read every run of the lab in the store; one whose values can't be right is left out, and a warning names it.
 
     artifacts: whether these will be read too; then they are found where a moved store has them.
-
-    A run whose values can't be right is left out, and a warning of the logger names it.
 
     Raises:
         LabError: if the store is missing, foreign or can't be read, or its experiment is deleted.

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tabulate import tabulate
 from torch import Tensor
 
@@ -258,19 +260,27 @@ def draw(
     experiment: Experiment, mnist: Mnist, epochs: list[EpochMetrics], logits: Tensor, **identity: object
 ) -> dict[str, Figure]:
     """Draw the figures that are kept with a run; `identity` is its step, seed and run_id."""
-    from mnist_lab.figures import run_figures  # pandas and matplotlib take a second, which a refused run need not wait
+    import pandas as pd  # it and matplotlib take a second, which a refused run need not wait
 
-    augmented = None
+    from mnist_lab import figures
+
+    history = pd.DataFrame([{**identity, "epoch": metrics.epoch, **epoch_metrics(metrics)} for metrics in epochs])
+    images, truth = mnist.test_images.squeeze(1).cpu().numpy(), mnist.test_labels.cpu().numpy()
+    confidence, prediction = (values.numpy() for values in logits.cpu().double().softmax(1).max(1))
+    drawn = {
+        "training": figures.plot_training(history, experiment.targets.accuracy),
+        "learning_rate": figures.plot_learning_rate(history),
+        "confusion": figures.plot_confusion(truth, prediction),
+        "mistakes": figures.plot_mistakes(images, truth, prediction, confidence),
+    }
     if experiment.augmentation is not None:
-        augment = Augmentation(own_parts(experiment).augmentation)
-        images, labels = mnist.train_images[:10].float() / 255, mnist.train_labels[:10]
-        draws = torch.stack([augment(images.clone(), labels.clone())[0] for _ in range(3)])
-        augmented = images.squeeze(1).cpu().numpy(), draws.squeeze(2).cpu().numpy()
-    return run_figures(
-        [{**identity, "epoch": metrics.epoch, **epoch_metrics(metrics)} for metrics in epochs],
-        experiment.targets.accuracy,
-        mnist.test_images.squeeze(1).cpu().numpy(),
-        mnist.test_labels.cpu().numpy(),
-        logits.float().cpu().numpy(),
-        augmented,
-    )
+        drawn["augmentation"] = figures.plot_augmentation(*augmented(experiment, mnist))
+    return drawn
+
+
+def augmented(experiment: Experiment, mnist: Mnist) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return ten training images, (10, 28, 28), and three draws of their augmentation, (3, 10, 28, 28)."""
+    augment = Augmentation(own_parts(experiment).augmentation)
+    images, labels = mnist.train_images[:10].float() / 255, mnist.train_labels[:10]
+    draws = torch.stack([augment(images.clone(), labels.clone())[0] for _ in range(3)])
+    return images.squeeze(1).cpu().numpy(), draws.squeeze(2).cpu().numpy()

@@ -103,10 +103,7 @@ def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate
 
 
 def lower_bound(values: Sequence[float]) -> float:
-    """Return the target that a mean over seeds is just shown to be above, by the test of `judge_mean`.
-
-    It is the one-sided 99 % bound of the mean; nan where nothing can be shown.
-    """
+    """Return the target that `judge_mean` just shows a mean to be above, its one-sided 99 % bound; nan if none."""
     x = _numbers(values)
     too_few = _same(x) and 0.5 ** len(x) >= ALPHA_TARGET  # for the sign test
     return math.nan if too_few else _interval(x, ALPHA_TARGET)[0]
@@ -180,8 +177,7 @@ def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int
     """Return the fewest seeds (per arm) with which a t-test shows an effect with POWER; None where it can't be said.
 
     effect_size: the difference in standard deviations: of the values, or with two arms, of either arm.
-    tail: the alpha of one tail; half of alpha for a two-sided test. The far tail of a two-sided test is left out: at
-        80 % power it has less than one part in 10,000.
+    tail: the alpha of one tail, half of a two-sided test's. The far tail has less than one part in 10,000 of the power.
 
     Power is that of the noncentral t-distribution (Cohen 1988, chapter 2), as computed by statsmodels.
     """
@@ -219,7 +215,7 @@ def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> Difference:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values adjusted by Holm (1979) for being a family; nan stays nan and is not of the family."""
+    """Adjust p-values by Holm (1979) for being a family; nan stays nan and is not of the family."""
     from statsmodels.stats.multitest import multipletests
 
     p = np.asarray(p_values, dtype=np.float64)
@@ -233,8 +229,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _one_sample(d: NDArray[np.float64], scale: float, tail: float) -> tuple[float, int | None]:
     """Return the one-sided p of the mean of d, on the side where it lies, and how many seeds would bring p below tail.
 
-    By Student's test; by the sign test where d has no spread, as measured by the scale of the figures it comes from.
-    The number is None where p is below tail, or where it can't be said.
+    By Student's test, or by the sign test where d has no spread at the scale of the figures that it comes from.
     """
     from scipy import stats
 

@@ -90,7 +90,7 @@ def test_a_publication_has_a_row_per_seed(published: Published) -> None:
         **{"seed": "1", "last": "99.31", "best": "99.31", "best_epoch": "2", "train": "99.210", "test_loss": "0.02300"},
         **{"num_params": "7852", "epochs": "2", "minutes": "1.0", "hardware": "a CPU, 2 cores, AVX2"},
         **{"torch": "2.15.0", "git_commit": "abc", "git_dirty": "False", "code_sha256": "0123456789ab"},
-        **{"date": "2023-11-14 22:14", "target_accuracy": "99.4", "target_params": "10000", "target_epochs": "15"},
+        **{"date": "2026-09-21 14:14", "target_accuracy": "99.4", "target_params": "10000", "target_epochs": "15"},
         "reported_best": "99.46",
     }
     epochs = rows_of(folder / "epochs.csv")
@@ -199,12 +199,7 @@ def test_an_export_is_of_the_store_alone(
     names = ["README.md", *(f"{name}.csv" for name in (*OTHER_FILES, *STEPS))]
     assert files.export_runs(folder, tracking_uri=published.uri) == sorted(folder / name for name in names)
     page = (folder / "README.md").read_text()
-    for shown in (
-        "| `step1_baseline` | 3 | **99.31**",
-        "`step1_baseline` → `step2_dropout`",
-        "--seed N` | 0-2 | abc |",
-    ):
-        assert shown in page
+    assert "| `step1_baseline` | 3 | **99.31**" in page
     (folder / "README.md").write_text(page + "My notes.\n")
     (folder / "earlier.csv").write_text((folder / "idea.csv").read_text())
     files.export_runs(folder, tracking_uri=published.uri)

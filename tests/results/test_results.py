@@ -57,13 +57,10 @@ def test_a_run_table_has_a_typed_row_per_finished_run_and_the_columns_that_a_rea
     assert newest[figures].tolist() == [99.5, 99.6, 2, 7852, 1]
     assert newest["final_train_accuracy"] == pytest.approx(99.4)
     assert newest["start_time"] == pd.Timestamp(T0 + 2000, unit="ms", tz="UTC")
-    kinds = {name: str(kind) for name, kind in table.dtypes.items()}
-    assert [kinds[name] for name in ("batch_size", "epochs", "step_size")] == ["Int64"] * 3
-    assert [kinds[name] for name in ("lr", "momentum", "gamma", "dropout")] == ["float64"] * 4
-    assert kinds["git_dirty"] == "boolean"
+    kinds = {"batch_size": "Int64", "step_size": "Int64", "lr": "float64", "dropout": "float64", "git_dirty": "boolean"}
+    assert {name: str(table[name].dtype) for name in kinds} == kinds
     assert pd.isna(table.iloc[0]["step_size"])  # step 2 has no schedule
     assert table.iloc[0]["dropout"] == 0.1
-    assert {*EIGHT, "lr", "hardware"} < {*table}
     assert list(results.run_table(tracking_uri=store.uri)) == EIGHT
     assert list(results.run_table("step4", include_overrides=True, tracking_uri=store.uri)) == [*EIGHT, "overrides"]
     with pytest.raises(LabError, match="^columns: 'some'"):
@@ -75,13 +72,11 @@ def test_run_table_filters(store: Store) -> None:
         table = results.run_table(tracking_uri=store.uri, **filters)
         return list(zip(table["step"], table["seed"], strict=True))
 
-    assert ids(steps="step2") == [("step2", 0)]
     assert ids(steps=["my_idea", "step2"]) == [("step2", 0), ("my_idea", 0)]
     assert ids(steps="step4", seeds=1) == [("step4", 1)]
     assert ids(seeds=[1, 7]) == [("step4", 1)]
     assert ids(steps="step4", include_overrides=True) == [("step4", 0), ("step4", 0), ("step4", 0), ("step4", 1)]
     assert ids(status="FAILED") == [("step4", 2)]
-    assert ids(status="RUNNING") == [("step4", 3)]
     assert len(ids(status=None)) == 7  # the study's own run is none
     with pytest.raises(LabError, match="no run of 'step9'.*my_idea, step2, step4"):
         ids(steps="step9")
@@ -89,7 +84,7 @@ def test_run_table_filters(store: Store) -> None:
         ids(status="DONE")
     nothing = results.run_table(seeds=77, columns="all", tracking_uri=store.uri)
     assert nothing.empty
-    assert {"step", "seed", "lr", "final_test_accuracy", "run_id"} <= set(nothing)
+    assert {*EIGHT, "lr"} <= {*nothing}
     assert results.epoch_history(seeds=77, tracking_uri=store.uri).empty
 
 
@@ -132,10 +127,8 @@ def test_epoch_history_is_tidy(store: Store) -> None:
     assert not history.isna().any().any()
     one = history[(history["step"] == "step4") & (history["seed"] == 1)]
     assert one["epoch"].tolist() == [1, 2, 3]
-    assert one["test_accuracy"].tolist() == [98.9, 99.3, 99.3]
     assert one["lr"].tolist() == pytest.approx([0.1, 0.1, 0.06])
     step2 = results.epoch_history("step2", tracking_uri=store.uri)
-    assert set(step2["step"]) == {"step2"}
     assert step2["test_accuracy"].tolist() == [98.5, 99.0]  # of a point that was logged twice the later value
 
 
@@ -143,15 +136,12 @@ def test_compare_takes_the_newest_run_of_each_seed_and_their_mean(store: Store) 
     table = results.compare_table(tracking_uri=store.uri).set_index("step")
     assert table.index.tolist() == ["step2", "step4", "my_idea"]  # the steps first
     step4 = table.loc["step4"]
-    assert step4["seeds"] == 2
-    assert step4["last"] == pytest.approx((99.5 + 99.3) / 2)
+    assert step4[["seeds", "last", "best"]].tolist() == [2, pytest.approx(99.4), pytest.approx(99.45)]
     assert step4["last_sd"] == pytest.approx(np.std([99.5, 99.3], ddof=1))
-    assert step4["best"] == pytest.approx((99.6 + 99.3) / 2)
     assert (step4["low"], step4["high"]) == pytest.approx((99.4 - 12.7062 * 0.1, 100), abs=1e-3)
     assert step4["verdict_accuracy"] == "not shown"  # the mean of the last epochs, 99.40, not one lucky seed
     assert step4["p"] == pytest.approx(0.5, abs=1e-6)
-    assert table.loc["step2", "verdict_accuracy"] == "missed"
-    assert table.loc["step2", "verdict_params"] == "met"
+    assert table.loc["step2", ["verdict_accuracy", "verdict_params"]].tolist() == ["missed", "met"]
     assert pd.isna(table.loc["step2", "last_sd"])
     assert table.loc["my_idea", "verdict_accuracy"] == "-"  # no target stated
 
@@ -227,10 +217,14 @@ def test_the_protocols_are_in_separate_tables(held_out: str) -> None:
     assert tested[["holdout", "final_test_accuracy", "best_test_accuracy"]].to_numpy().tolist() == [[0, 99.0, 99.0]]
     assert "final_validation_accuracy" not in tested
     (validated,) = results.run_table(columns="all", holdout=10_000, tracking_uri=held_out).to_dict("records")
-    shown = ("holdout", "overrides", "final_validation_accuracy", "best_validation_accuracy", "best_epoch")
-    assert [validated[name] for name in shown] == [10_000, "", 98.8, 98.9, 2]
-    assert (validated["final_test_accuracy"], validated["final_test_loss"]) == (98.7, 0.04)
-    assert validated["final_validation_loss"] == pytest.approx(1.2 / 30)
+    assert (
+        validated.items()
+        >= {
+            **{"holdout": 10_000, "overrides": "", "final_validation_accuracy": 98.8, "best_validation_accuracy": 98.9},
+            **{"best_epoch": 2, "final_test_accuracy": 98.7, "final_test_loss": 0.04},
+            "final_validation_loss": pytest.approx(1.2 / 30),
+        }.items()
+    )
     assert "best_test_accuracy" not in validated
     everything = results.run_table(holdout=10_000, include_overrides=True, tracking_uri=held_out)
     assert everything["overrides"].tolist() == ["", "lr=0.5"]  # holding out is a protocol, with its own column
@@ -268,14 +262,11 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(uri: str)
     (first, second), refused = results.compare_pairs(pairs, tracking_uri=uri)
 
     expected = compare_means(dict(enumerate([99.0, 99.1, 98.9])), dict(enumerate([99.2, 99.25, 99.12])))
-    assert (first.a, first.b, first.test, first.n, first.seeds) == ("a", "b", "paired t-test", (3,), "3")
-    assert (first.effect, first.low, first.high, first.p) == pytest.approx(
-        (expected.effect, expected.low, expected.high, expected.p)
+    assert (first.effect, first.low, first.high, first.p, first.p_holm) == pytest.approx(
+        (expected.effect, expected.low, expected.high, expected.p, 2 * expected.p)
     )
-    assert first.effect == pytest.approx(0.19)
-    assert (first.change, second.change) == ("first", "second")
-    assert (first.p_holm, second.p_holm) == pytest.approx((2 * first.p, second.p))
-    assert (first.shown, second.shown) == (2 * first.p < 0.05, False)
+    assert (first.change, first.test, first.seeds) == ("first", "paired t-test", "3")
+    assert (second.change, second.p_holm, second.shown) == ("second", pytest.approx(second.p), False)
     (sentence,) = refused  # a pair without runs is no one's mistake
     assert sentence.startswith("single against a is not compared: single has one seed and a has 3")
     one, back = (results.compare(*names, tracking_uri=uri) for names in (("a", "b"), ("b", "a")))
@@ -321,6 +312,13 @@ def test_one_run_each_is_compared_image_by_image(uri: str) -> None:
     assert found.verdict == "better by 1.60 points in this one run of each"
     same = results.compare("a", "a", tracking_uri=uri)
     assert same.verdict == "no difference shown by one run of each"
+    assert results.keeps_predictions(run.info.run_id, tracking_uri=uri)
+    others = predict(wrong=slice(0))
+    for name, truth in (("others", (others["truth"] + 1) % 10), ("fewer", others["truth"][:900])):
+        arrays = {"truth": truth, "prediction": truth, "logits": others["logits"][: len(truth)]}
+        log_predictions(store, write_run(store, name, 0, [99.0], start_time=T0), **arrays)
+        with pytest.raises(LabError, match="not of the same images"):
+            results.compare("a", name, tracking_uri=uri)
 
 
 def test_scripts_declare_with_which_experiments_they_are_compared(tmp_path: Path) -> None:
@@ -411,7 +409,6 @@ def test_predictions_that_are_not_there_are_refused(store: Store) -> None:
     ("damaged", "reason"),
     [
         (lambda good: b"", ""),
-        (lambda good: good[:200], ""),
         (lambda good: good[:60] + bytes([good[60] ^ 255]) + good[61:], ""),
         (lambda good: good.replace(b"logits", b"lagits"), "logits"),
         ({"truth": np.array([{}] * 50)}, "allow_pickle=False"),
@@ -433,15 +430,3 @@ def test_a_file_that_holds_no_predictions_is_refused_with_a_sentence(
         file.write_bytes(damaged(file.read_bytes()))
     with pytest.raises(LabError, match=rf"^run {run.info.run_id}: its predictions\.npz can't be read: .*{reason}"):
         results.predictions(run.info.run_id, tracking_uri=uri)
-
-
-def test_predictions_of_other_images_are_not_compared(uri: str) -> None:
-    store = open_store(uri)
-    shorter = {name: array[:40] for name, array in GOOD.items()}
-    for step, arrays in (("a", GOOD), ("b", {**GOOD, "truth": (TRUTH + 1) % 10}), ("c", shorter)):
-        log_predictions(store, write_run(store, step, 0, [99.0], start_time=T0), **arrays)
-    write_run(store, "d", 0, [99.0], start_time=T0)
-    found, refused = results.compare_pairs([Pair("a", step, "") for step in "abcd"], tracking_uri=uri)
-    assert [comparison.b for comparison in found] == ["a"]
-    assert results.keeps_predictions(results.run_table("a", tracking_uri=uri)["run_id"][0], tracking_uri=uri)
-    assert ["not of the same images" in sentence for sentence in refused] == [True, True, False]

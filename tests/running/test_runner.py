@@ -26,7 +26,7 @@ from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job, choose_device
 from mnist_lab.running.progress import Progress
-from mnist_lab.running.record import describe, draw, measure
+from mnist_lab.running.record import augmented, describe, measure
 from mnist_lab.running.run import first_images
 from mnist_lab.story import read_story
 from mnist_lab.training.loop import EpochMetrics
@@ -204,15 +204,9 @@ def brightened(images: Tensor) -> Tensor:
     return images.mul_(0.5).add_(torch.rand(len(images), 1, 1, 1) / 2)
 
 
-def test_the_figure_of_an_augmentation_in_place_shows_the_images_as_they_were(
-    small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn = []
-    monkeypatch.setattr("mnist_lab.figures.run_figures", lambda *arguments: drawn.append(arguments[-1]) or {})
+def test_the_figure_of_an_augmentation_in_place_shows_the_images_as_they_were(small_mnist: Mnist) -> None:
     experiment = Experiment(net=nn.Flatten, epochs=1, batch_size=10, optimizer=torch.optim.SGD, augmentation=brightened)
-    draw(experiment, small_mnist, [], torch.zeros(len(small_mnist.test_images), 10), seed=0)
-
-    ((before, draws),) = drawn
+    before, draws = augmented(experiment, small_mnist)
     np.testing.assert_array_equal(before, small_mnist.train_images[:10, 0].numpy() / np.float32(255))
     assert not np.array_equal(draws[0], draws[1])
 
