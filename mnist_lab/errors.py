@@ -129,10 +129,11 @@ def sentence_about(error: BaseException) -> str | None:
 
 def _call_at(step: traceback.FrameSummary) -> ast.Call:
     place = (step.lineno, step.end_lineno, step.colno, step.end_colno)
-    for node in ast.walk(ast.parse(Path(step.filename).read_bytes())):
-        if isinstance(node, ast.Call) and place == (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset):
-            return node
-    raise KeyError(place)
+    calls = [node for node in ast.walk(ast.parse(Path(step.filename).read_bytes())) if isinstance(node, ast.Call)]
+    by_place: dict[object, ast.Call] = {
+        (call.lineno, call.end_lineno, call.col_offset, call.end_col_offset): call for call in calls
+    }
+    return by_place[place]
 
 
 def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
@@ -147,7 +148,5 @@ def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
         if function.__module__.startswith(module):
             named = dict(zip(known[1:], map(ast.unparse, call.args), strict=False)) | given
             arguments = "".join(f", {argument}={value}" for argument, value in named.items())
-            return (
-                f"{field}: {ast.unparse(call)} is called here, but each run calls it; write partial({name}{arguments})"
-            )
+            return f"{field}: {ast.unparse(call)} is for each run to call; write partial({name}{arguments})"
     return None

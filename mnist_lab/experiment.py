@@ -70,8 +70,8 @@ class Experiment:
         (N, 1, 28, 28) to logits or log-probabilities (N, 10).
     epochs, batch_size: all training images are seen in each epoch; the last batch may be smaller.
     optimizer: called with the network's parameters, e.g. `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`.
-    scheduler: called with the optimizer, e.g. `partial(StepLR, step_size=2, gamma=0.6)`. Where OneCycleLR is not given
-        `epochs` or `steps_per_epoch`, the run's own are filled in.
+    scheduler: called with the optimizer, e.g. `partial(StepLR, step_size=2, gamma=0.6)`. Its arguments `epochs` and
+        `steps_per_epoch` (OneCycleLR), where not given and without a default but None, are the run's own.
     scheduler_interval: whether the scheduler steps after each "epoch" or each "batch".
     augmentation: maps a batch of training images, float in [0, 1] of shape (N, 1, 28, 28), to another such batch, with
         a draw for each image. A transform of torchvision's is applied image by image. One that needs the labels, such
@@ -210,10 +210,8 @@ def _check_settable(name: str, declared: Collection[str]) -> None:
         raise LabError(f"{name}: can't be set from the command line; copy the script and declare it there")
     if name not in declared:
         settable = [key for key in declared if key not in NAMES_OF_PARTS]
-        raise LabError(
-            f"{name if name.isprintable() and len(name) < 100 else quoted(name)}: not a hyperparameter of this "
-            f"experiment{did_you_mean(name, settable)}; declared are {', '.join(settable)}"
-        )
+        shown = name if name.isprintable() and len(name) < 100 else quoted(name)
+        raise LabError(f"{shown}: not declared{did_you_mean(name, settable)}; declared are {', '.join(settable)}")
 
 
 def _like(name: str, given: object, declared: object) -> object:

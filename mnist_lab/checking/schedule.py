@@ -102,10 +102,8 @@ def notice_unit(walk: Walk) -> Iterator[str]:
     idle = sum(rate < NOTHING * largest for rate in rates[:run])
     planned = getattr(walk.scheduler, "total_steps", None)
     if not by_batch and 3 * idle >= run:
-        yield (
-            f"scheduler: {name} steps once per epoch, and {idle} of the run's {run} have a learning rate of about "
-            f"{min(rates):.2g}, where its largest is {largest:.2g}; is scheduler_interval='batch' meant?"
-        )
+        idly = f"of the run's {run} have a learning rate of about {min(rates):.2g}, and its largest is {largest:.2g}"
+        yield f"scheduler: {name} steps once per epoch; {idle} {idly}; is scheduler_interval='batch' meant?"
     elif isinstance(planned, int) and planned > run:
         yield f"scheduler: {name} is made for {planned:,} steps and the run has {run:,}; left out, they are filled in"
     elif planned != run:  # else it comes to its end with the run
@@ -116,10 +114,8 @@ def notice_unit(walk: Walk) -> Iterator[str]:
             unit, other, interval = f"epochs, and the run has {run:,}", f"{steps / batches:.2g} epochs", "batch"
         else:
             return
-        yield (
-            f"scheduler: {name} has come half of its way after {steps:,} {unit}; is scheduler_interval={interval!r} "
-            f"meant, with which it would be {other}?"
-        )
+        meant = f"is scheduler_interval={interval!r} meant, with which it would be {other}?"
+        yield f"scheduler: {name} has come half of its way after {steps:,} {unit}; {meant}"
 
 
 def _half_way(walk: Walk, little: float, steps: int) -> int:
@@ -191,8 +187,6 @@ def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str
     first, batches = FirstWeights(experiment), batches_per_epoch(experiment, num_images)
     if first.share(min(batches, MAX_BATCHES)) > MUCH:
         last = min(MAX_BATCHES, experiment.epochs * batches)
-        yield (
-            f"average: after {batches:,} batches it is still {100 * first.share(batches):.0f} % the first weights, and "
-            f"after {last:,} {100 * first.share(last):.0f} %, so its accuracy says little; train for longer, or let it "
-            "forget sooner"
-        )
+        early, late = (f"{100 * first.share(number):.0f} %" for number in (batches, last))
+        shares = f"after {batches:,} batches it is still {early} the first weights, and after {last:,} {late}"
+        yield f"average: {shares}, so its accuracy says little; train for longer, or let it forget sooner"
