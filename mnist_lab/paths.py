@@ -50,6 +50,12 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(path).absolute() if path and path != uri else None
 
 
+def is_there(uri: str) -> bool:
+    """Say whether a store is there, as far as this machine's files tell: MLflow would make one."""
+    file = sqlite_file(uri)
+    return file is None or file.exists()
+
+
 def own_folder(uri: str) -> Path:
     """Return the lab's own folder for a store: the database's, else MNIST_LAB_MLRUNS, else the project's `mlruns`."""
     database = sqlite_file(uri)

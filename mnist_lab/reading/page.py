@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from mnist_lab import results
 from mnist_lab.errors import LabError
-from mnist_lab.paths import sqlite_file, tracking_uri
+from mnist_lab.paths import is_there, tracking_uri
 from mnist_lab.reading.pictures import NoDigit, Reader, find_reader, read_digit
 from mnist_lab.tracking.models import runs_with_a_model
 from mnist_lab.tracking.server import HOST
@@ -45,8 +45,7 @@ class Networks:
     def names(self) -> list[dict[str, str]]:
         """What can be asked for, and how it is shown: the first network, then one of each script that has a model."""
         first = {"name": "", "shown": self.first.run_name}
-        database = sqlite_file(self.uri)
-        if database is not None and not database.exists():
+        if not is_there(self.uri):
             return [first]
         loaded = results.load_runs(self.uri)
         if loaded.tested.empty:

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from mnist_lab.errors import LabError, text_of
 from mnist_lab.experiment import MNIST_PIXELS, quoted
-from mnist_lab.paths import script_named, sqlite_file
+from mnist_lab.paths import is_there, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
 from mnist_lab.tracking.sqlite import check_readable
 
@@ -82,8 +82,7 @@ def predict(images: object, *, model: str | None = None, tracking_uri: str | Non
         prepared as MNIST's digits were.
     model, tracking_uri: as for `find_reader`. It takes seconds to load, so give many images at once.
 
-    Raises:
-        LabError: if images are neither, there is no digit to see in a picture, or the network can't be loaded.
+    Raises LabError if images are neither, there is no digit to see in a picture, or the network can't be loaded.
     """
     pictures = [images] if isinstance(images, Image.Image) else images
     if isinstance(pictures, list | tuple) and pictures and all(isinstance(one, Image.Image) for one in pictures):
@@ -151,8 +150,7 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
 
     uri = resolve_uri(tracking_uri)
     if model is None:
-        database = sqlite_file(uri)
-        if (database is not None and not database.exists()) or not models.is_registered(open_store(uri)):
+        if not is_there(uri) or not models.is_registered(open_store(uri)):
             net, origin = models.load_committed()
             return Reader(origin.run_id, f"{origin.step} seed {origin.seed}, the champion of docs/results", net)
         model = models.CHAMPION

@@ -12,10 +12,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import DEFAULT, Mock, patch
 
 import mlflow
 import numpy as np
@@ -372,12 +372,9 @@ def _forget_exports() -> None:
 # ---- what a script logs by MLflow's own functions: into the lab's run while it trains, and nowhere while it is tried
 
 
-@contextmanager
-def silenced() -> Iterator[Mapping[str, Mock]]:
-    """Let these functions do nothing; yield them by their names, as mocks."""
-    silent = {name: Mock(return_value=nullcontext()) for name in CALLS}  # start_run is a context
-    with patch.multiple(mlflow, **silent):
-        yield silent
+def silenced() -> AbstractContextManager[Mapping[str, Mock]]:
+    """Let these functions do nothing; the context gives them by their names, as mocks."""
+    return patch.multiple(mlflow, **dict.fromkeys(CALLS, DEFAULT))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from mnist_lab.errors import LabError, one_line, without_password
-from mnist_lab.paths import ARTIFACTS, EXPERIMENT_NAME, sqlite_file, tracking_uri
+from mnist_lab.paths import ARTIFACTS, EXPERIMENT_NAME, is_there, tracking_uri
 from mnist_lab.tracking.sqlite import check_writable, follow_move, known_schemas
 from mnist_lab.tracking.view import VIEW
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 LOOPBACK, EVERYWHERE = (HOST, "localhost", "::1"), ("0.0.0.0", "::")  # noqa: S104 - what a user may ask for
 PORTS_TRIED = 20
-START_TIMEOUT = 120  # seconds; the server takes 4 on a quiet machine
 # Waits for the end of its input, then ends the process group $0; by force where it is there a second later.
 GUARD = 'cat; kill -s TERM -- "-$0"; sleep 1; kill -s KILL -- "-$0"'
 
@@ -53,8 +52,7 @@ database_uri = {uri}
 def serve_ui(uri: str, port: int) -> None:
     """Serve the runs in a SQLite store, made if it is not there, on loopback until interrupted; raises LabError."""
     check_writable(uri)
-    database = sqlite_file(uri)
-    if database is not None and database.exists():
+    if is_there(uri):
         follow_move(uri)
     else:
         from mnist_lab.tracking.store import open_store  # which takes seconds to import
@@ -109,13 +107,10 @@ def _run_mlflow(host: str, port: int, flags: Sequence[str], lines: Sequence[str]
     """Run `mlflow server` until interrupted, and print these lines when it is there; LabError if it does not last."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # whoever reads the output may be gone, and the server must still end
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *flags]
-    with suppress(KeyboardInterrupt), _child([*command, "--uvicorn-opts", "--log-level warning"]) as server:
-        deadline = time.monotonic() + START_TIMEOUT
+    with _child([*command, "--uvicorn-opts", "--log-level warning"]) as server, suppress(KeyboardInterrupt):
         while not _is_ready(f"{_url(host, port)}/health"):
             if server.poll() is not None:
                 raise LabError(f"the MLflow server did not start (exit code {server.returncode}): see above")
-            if time.monotonic() > deadline:
-                raise LabError(f"the MLflow server was not ready after {START_TIMEOUT} seconds")
             time.sleep(0.2)
         # In one piece: whoever reads the first line may be gone before there is another.
         print("\n".join([*lines, "Ready. Ctrl-C stops the server."]), flush=True)
@@ -143,16 +138,10 @@ def _child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
         "PYTHONWARNINGS": "ignore",  # of its own libraries, which no user of the lab can heed
     }
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=quiet)
-    watch = ["sh", "-c", GUARD, str(process.pid)]
-    guard = subprocess.Popen(watch, start_new_session=True, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
-    assert guard.stdin is not None
-    try:
-        yield process
-    finally:
-        guard.stdin.close()
-        process.wait()
-        guard.wait()
+    with subprocess.Popen(command, start_new_session=True, env=environment, stdout=quiet) as process:
+        watch = ["sh", "-c", GUARD, str(process.pid)]
+        with subprocess.Popen(watch, start_new_session=True, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet):
+            yield process
 
 
 # ---- addresses

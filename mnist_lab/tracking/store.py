@@ -28,7 +28,15 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from mnist_lab.errors import LabError, without_password
-from mnist_lab.paths import EXPERIMENT_NAME, LOCKS, SQLITE, artifacts_of, own_folder, sqlite_file, tracking_uri
+from mnist_lab.paths import (
+    EXPERIMENT_NAME,
+    LOCKS,
+    artifacts_of,
+    is_there,
+    own_folder,
+    sqlite_file,
+    tracking_uri,
+)
 from mnist_lab.tracking import view
 from mnist_lab.tracking.connection import ask, short_timeouts, why_refused
 from mnist_lab.tracking.sqlite import check_writable, follow_move
@@ -133,7 +141,7 @@ def _create(database: Path) -> None:
     folder.mkdir()
     new = folder / f"{secrets.token_hex(4)}.db"  # MLflow takes a path that it has seen for one that it has made
     try:
-        experiment_of(f"{SQLITE}{new}", artifacts_of(database))
+        experiment_of(f"sqlite:///{new}", artifacts_of(database))
         with closing(sqlite3.connect(new)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # it stays so
         new.replace(database)
@@ -378,8 +386,7 @@ def resumable_run(store: Store, run_id: str, *, finished_too: bool = False) -> R
 
 def is_deleted(uri: str, run_id: str) -> bool:
     """Say whether a run was deleted in MLflow, and can be restored there; False where that can't be found out."""
-    database = sqlite_file(uri)
-    if database is None or database.is_file():  # MLflow would make one
+    if is_there(uri):
         with suppress(MlflowException, SQLAlchemyError, ImportError, OSError, ValueError), quiet(), short_timeouts():
             info = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id).info
             return bool(info.lifecycle_stage == LifecycleStage.DELETED)

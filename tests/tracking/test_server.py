@@ -88,7 +88,6 @@ def postgres() -> Iterator[Database]:
 
 
 def begin(project: Path, *, anew: bool = False) -> None:
-    servers.START_TIMEOUT = PATIENCE
     paths.PROJECT_ROOT = project
     if anew:  # MLflow's module of passwords can't be loaded in a copy of a process that has MLflow
         forkserver._can_be_copied = lambda: False

@@ -36,15 +36,9 @@ def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
-def begin(pipe: Path | None = None) -> None:
-    servers.START_TIMEOUT = PATIENCE
-    if pipe is not None:  # print into it
-        os.dup2(os.open(pipe, os.O_WRONLY), 1)
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-
-
-def start(*flags: str, cwd: Path, pipe: Path | None = None) -> Program:
-    return Program("-m", "mnist_lab", "ui", *flags, cwd=cwd, first=partial(begin, pipe))
+def print_into(pipe: Path) -> None:
+    os.dup2(os.open(pipe, os.O_WRONLY), 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
 
 
 def family(program: Program) -> list[psutil.Process]:
@@ -68,7 +62,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Start the UI where the port that is asked for is taken, over a store that is not there yet."""
     folder = tmp_path_factory.mktemp("ui")
     with listening() as port:
-        process = start("--port", str(port), "--tracking-uri", "sqlite:///store/mlflow.db", cwd=folder)
+        flags = ["--port", str(port), "--tracking-uri", "sqlite:///store/mlflow.db"]
+        process = Program("-m", "mnist_lab", "ui", *flags, cwd=folder)
         try:
             wait_until(lambda: "Ready. Ctrl-C stops the server." in process.stdout, process)
             address = process.stdout.partition("/lab\n")[0].removeprefix("The runs: ")
@@ -135,7 +130,8 @@ def test_it_shows_the_artifacts_of_a_copy_and_sigterm_ends_it_in_order_though_no
     shown.write_text("hello from the copy")
     pipe = tmp_path / "printed"
     os.mkfifo(pipe)
-    process = start("--tracking-uri", "sqlite:///copy ü/mlflow.db", cwd=tmp_path, pipe=pipe)
+    flags = ["--tracking-uri", "sqlite:///copy ü/mlflow.db"]
+    process = Program("-m", "mnist_lab", "ui", *flags, cwd=tmp_path, first=partial(print_into, pipe))
     with pipe.open() as printed:
         line = printed.readline()
     assert line.startswith("The runs: "), process.stderr
