@@ -10,21 +10,12 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from mnist_lab.commandline import (
-    DATA_DIR,
-    TRACKING_URI,
-    Flag,
-    add_flags,
-    flag,
-    interrupt_on_signals,
-    number_from,
-    sentences,
-)
+from mnist_lab.commandline import DATA_DIR, TRACKING_URI, Flag, flag, interrupt_on_signals, number_from, sentences
 from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError, without_password
 from mnist_lab.paths import PROJECT_ROOT, script_named, sqlite_file, tracking_uri
@@ -72,6 +63,11 @@ def port(default: int, what: str) -> Flag:
     return flag("--port", f"{what} (default {default})", type=number_from(), default=default)
 
 
+def written(files: Iterable[Path]) -> None:
+    for file in files:
+        print(f"Written: {file}")
+
+
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `compare | head` ends quietly
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -80,7 +76,9 @@ def main() -> None:
     jobs = parser.add_subparsers(required=True, metavar="JOB", dest="job")
     for name, (run, _, flags) in JOBS.items():
         text = str(run.__doc__).rstrip(".")
-        add_flags(jobs.add_parser(name, help=text, description=text), flags)
+        of_job = jobs.add_parser(name, help=text, description=text)
+        for option, settings in flags:
+            of_job.add_argument(option, **settings)
     arguments = parser.parse_args()
     run, begins, _ = JOBS[arguments.job]
     interrupt_on_signals()
@@ -117,10 +115,9 @@ def compare(arguments: argparse.Namespace) -> None:
 
     steps, loaded = arguments.steps or None, results.load_runs(arguments.tracking_uri)
     holdout, folds = arguments.holdout, arguments.folds
-    held_out = {"holdout": holdout, "folds": folds}
+    of: dict[str, Any] = {"holdout": holdout, "folds": folds, "loaded": loaded}
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    include: Literal[True, "if_none"] = True if arguments.include_overrides else "if_none"
-    table = results.compare_table(steps, include_overrides=include, **held_out, loaded=loaded)
+    table = results.compare_table(steps, include_overrides=arguments.include_overrides or "if_none", **of)
     if table.empty:
         raise LabError(f"no finished runs in {loaded.name}; train first, e.g. `make step1`")
     lines = [*(CROSS_VALIDATED if folds else TESTED)]
@@ -130,17 +127,16 @@ def compare(arguments: argparse.Namespace) -> None:
         lines.append(f"{row['step']}: {row['left_out']} older runs by other code (code_sha256) are left out.")
     for row in table[table["seeds"] < folds].to_dict("records"):
         lines.append(f"{row['step']}: only {row['seeds']} of {folds} folds are there.")
-    every = results.compare_table([*table["step"].unique()], include_overrides=True, **held_out, loaded=loaded)
-    if overridden := len(every) - len(table):
+    if overridden := len(results.compare_table([*table["step"].unique()], include_overrides=True, **of)) - len(table):
         lines.append(
             f"Left out: {overridden} overridden variants of these experiments; --include-overrides shows them."
         )
-    print(results.compare_text(table, **held_out, width=width), end="\n\n")
+    print(results.compare_text(table, holdout=holdout, folds=folds, width=width), end="\n\n")
     print("\n".join(textwrap.fill(line, width) if width else line for line in lines))
     pairs = [pair for pair in declared_pairs() if {pair.a, pair.b} <= set(table["step"])]
     if not pairs and len(arguments.steps) == 2:
         pairs = [pair_of(*full_names(arguments.steps, loaded))]
-    comparisons, refused = results.compare_pairs(pairs, **held_out, loaded=loaded)
+    comparisons, refused = results.compare_pairs(pairs, **of)
     if comparisons:
         print("\nWhat each change is worth: accuracy of the last epoch, in points, with 95 % interval\n")
         print(effects_text(comparisons, width))
@@ -154,8 +150,7 @@ def export(arguments: argparse.Namespace) -> None:
     """Write the tracked runs' figures to reports/results."""
     from mnist_lab.results.publish import export_runs
 
-    for file in export_runs(arguments.folder, tracking_uri=arguments.tracking_uri):
-        print(f"Written: {file}")
+    written(export_runs(arguments.folder, tracking_uri=arguments.tracking_uri))
 
 
 @job("Reading the committed runs", TRACKING_URI, folder("docs/results", "where the CSVs are"))
@@ -189,10 +184,8 @@ def publish(arguments: argparse.Namespace) -> None:
     """Put the tracked runs' figures into docs/results and README."""
     from mnist_lab.results.publish import publish as publish_runs
 
-    for file in publish_runs(
-        arguments.folder, arguments.readme, replace=arguments.replace, tracking_uri=arguments.tracking_uri
-    ):
-        print(f"Written: {file}")
+    given = {"replace": arguments.replace, "tracking_uri": arguments.tracking_uri}
+    written(publish_runs(arguments.folder, arguments.readme, **given))
 
 
 @job(
@@ -205,8 +198,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Write steps.html and steps.md from the tracked runs."""
     from mnist_lab.results.report import write_report
 
-    for file in write_report(arguments.folder, arguments.steps, tracking_uri=arguments.tracking_uri):
-        print(f"Written: {file}")
+    written(write_report(arguments.folder, arguments.steps, tracking_uri=arguments.tracking_uri))
 
 
 @job(
@@ -281,8 +273,7 @@ def champion(arguments: argparse.Namespace) -> None:
         kept = {name: run[name] for name in ("step", "run_id", "code_sha256", "git_commit", "hardware", "torch")}
         seed, num_params, accuracy = int(run["seed"]), int(run["num_params"]), float(run["final_test_accuracy"])
         origin = models.Origin(**kept, seed=seed, num_params=num_params, accuracy=accuracy)
-        for file in models.commit(store, origin, arguments.folder):
-            print(f"Written: {file}")
+        written(models.commit(store, origin, arguments.folder))
 
 
 @job("Starting MLflow's server", TRACKING_URI, port(5000, "port to try first"))
@@ -309,14 +300,9 @@ def server(arguments: argparse.Namespace) -> None:
     """Serve MLflow to a team, on PostgreSQL."""
     from mnist_lab.tracking.server import serve
 
-    serve(
-        arguments.host,
-        arguments.port,
-        arguments.folder,
-        arguments.workers,
-        auth=arguments.auth,
-        database=arguments.backend_store_uri or os.environ.get("MLFLOW_BACKEND_STORE_URI", ""),
-    )
+    given = arguments.host, arguments.port, arguments.folder, arguments.workers
+    database = arguments.backend_store_uri or os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
+    serve(*given, auth=arguments.auth, database=database)
 
 
 @job("", TRACKING_URI, flag("run_id", "of MLflow", nargs="?", metavar="RUN_ID"))
@@ -332,8 +318,7 @@ def resume(arguments: argparse.Namespace) -> None:
         start = f"python {script} --resume {found.run_id}"
         raise LabError(f"resume: {script} is no script of this project; start it yourself, if you trust it: {start}")
     if not script.is_file():
-        gone = f"the script of run {found.run_id}, {script}, is not there any more"
-        raise LabError(f"resume: {gone}; start it with --resume where it is now")
+        raise LabError(f"resume: {script} is not there any more; start it with --resume {found.run_id} where it is now")
     print(f"Going on with {found.step} seed {found.seed} after epoch {found.epochs[-1].epoch}.", flush=True)
     os.environ["MLFLOW_TRACKING_URI"] = uri  # other users can read a command line, and there may be a password in it
     os.execv(sys.executable, [sys.executable, str(script), "--resume", found.run_id])  # noqa: S606 - a script of this project

@@ -5,21 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_lab.arguments import stable_text
-from mnist_lab.commandline import (
-    DATA_DIR,
-    TRACKING_URI,
-    add_flags,
-    interrupt_on_signals,
-    lasting_output,
-    number_from,
-    sentences,
-)
+from mnist_lab.commandline import DATA_DIR, TRACKING_URI, interrupt_on_signals, lasting_output, number_from, sentences
 from mnist_lab.console import Console, SearchConsole, StudyConsole, print_run_id, print_search, say_what_is_done
 from mnist_lab.errors import LabError, explain_mistakes, is_script
 from mnist_lab.experiment import Experiment, quoted
@@ -43,22 +35,18 @@ HELD_OUT = 10_000  # images that a search is judged by, unless told otherwise
 MAX_THREADS = 1_024  # starting very many ends the process
 CLUSTER = (
     "train a study or a search on this Ray cluster, of which this machine is a node: HOST:PORT of its head; auto: the "
-    "one of RAY_ADDRESS, else the one of this machine, else one that is started here for the time of the command "
-    "(docs/cluster.md)"
+    "one of RAY_ADDRESS, else this machine's, else one that is started for the time of the command (docs/cluster.md)"
 )
 
 
 def main(
-    experiment: Experiment,
-    argv: Sequence[str] | None = None,
-    *,
-    search: Mapping[str, BaseDistribution] | None = None,
+    experiment: Experiment, argv: Sequence[str] | None = None, *, search: Mapping[str, BaseDistribution] | None = None
 ) -> None:
-    """Train one run, or a study of several, as the command line says, print its verdict, and track it in MLflow.
+    """Train one run, a study or a search, as the command line says, print its verdict, and track it in MLflow.
 
     search: the space that `--search` draws from: Optuna's distributions, by the names that `--set` takes.
-    The name of the script that was started names the step. A script may call it once: its runs are told apart by the
-    script's name. What the user can put right ends the program with one sentence on stderr and exit code 1.
+    The name of the script that was started names the step, so it may call this once. What the user can put right ends
+    the program with one sentence on stderr and exit code 1.
     """
     if only_read(experiment):
         return
@@ -87,24 +75,19 @@ def main(
 
 
 def _started_script(caller: str) -> Path:
-    """Return the script that was started; `caller` is the file of the code that calls `main`.
+    """Return the script that was started; raises LabError in a notebook, or if it has called `main` before.
 
-    Raises:
-        LabError: if there is none, as in a notebook, or if it has called `main` before: a run is told by its script.
+    caller: the file of the code that calls `main`.
     """
     script = Path(sys.argv[0]).resolve()
     if not (is_script(script) and Path(caller).exists()):
-        raise LabError(
-            "main: is not called from a script, whose name and code tell its runs from others; save the cell as "
-            "experiments/NAME.py (%%writefile experiments/NAME.py) and start it by `make NAME`"
-        )
+        advice = "save the cell as experiments/NAME.py (%%writefile experiments/NAME.py) and start it by `make NAME`"
+        raise LabError(f"main: is not called from a script, whose name and code tell its runs from others; {advice}")
     program = sys.modules["__main__"]
     if Path(getattr(program, "__file__", None) or "").resolve() == script:  # else a program has called it
         if hasattr(program, "_has_called_main"):
-            raise LabError(
-                f"script: {script.name} calls main a second time; its runs would not be told apart. "
-                "Give each experiment a script of its own, or vary a value with --set"
-            )
+            advice = "give each experiment a script of its own, or vary a value with --set"
+            raise LabError(f"script: {script.name} calls main a second time; {advice}")
         program._has_called_main = True  # type: ignore[attr-defined]
     return script
 
@@ -119,7 +102,6 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     changes |= {name: value for name, value in given.items() if value is not None}
     changed, overrides = experiment.override(changes)
     resume, uri = None, tracking_uri(arguments.tracking_uri)
-    searching = arguments.search is not None
     if arguments.resume is not None and not _several(arguments):  # these go on by themselves
         wanted = {name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")}
         wanted_changes = {name: overrides.get(name) for name in changes}  # None: as declared
@@ -135,7 +117,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
         data_dir=arguments.data_dir,
         tracking_uri=uri,
         limit=arguments.limit,
-        holdout=arguments.holdout or (HELD_OUT if searching else 0),
+        holdout=arguments.holdout or (HELD_OUT if arguments.search else 0),
         folds=arguments.folds or 0,
     )
     job.check_unchanged()
@@ -143,32 +125,24 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
 
 
 def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the flags; refuse those that don't go together, or hold what neither a file name nor a database can."""
     flags = parser(script, experiment)
     arguments = flags.parse_args(argv)
-    for refusal in _refusals(arguments):
-        flags.error(f"argument --{refusal}")
+    several = _several(arguments)
+    if several and arguments.resume:
+        flags.error(f"argument --resume: --{several} goes on by itself, not with the run {arguments.resume}")
+    if arguments.folds and arguments.holdout:
+        flags.error("argument --folds: not allowed with --holdout: each fold is held out in turn")
+    for name, value in vars(arguments).items():
+        if name in ("workers", "again", "cluster") and value and not several:
+            flags.error(f"argument --{name}: only allowed with --seeds, --folds or --search")
+        for text in map(str, value if isinstance(value, list) else [value]):
+            if "\0" in text or text != text.encode("utf-8", "ignore").decode("utf-8"):
+                flags.error(f"argument --{name.replace('_', '-')}: {text!r} is not text in UTF-8")
     return arguments
 
 
-def _refusals(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yield the flags that don't go with the others, or hold what neither a file name nor a database can; and why."""
-    several = _several(arguments)
-    given = {name for name, value in vars(arguments).items() if value not in (None, False)}
-    if not several:
-        alone = [name for name in ("workers", "again", "cluster") if name in given]
-        yield from (f"{name}: only allowed with --seeds, --folds or --search" for name in alone)
-    if several and arguments.resume:
-        yield f"resume: --{several} goes on by itself where it stopped, not with the run {arguments.resume}"
-    if {"folds", "holdout"} <= given:
-        yield "folds: not allowed with --holdout: each fold is held out in turn"
-    for name, value in vars(arguments).items():
-        for text in map(str, value if isinstance(value, list) else [value]):
-            if "\0" in text or text != text.encode("utf-8", "ignore").decode("utf-8"):
-                yield f"{name.replace('_', '-')}: {text!r} is not text in UTF-8"
-
-
-def _several(arguments: argparse.Namespace) -> str:
-    """Return the flag that asks for several runs, where one does."""
+def _several(arguments: argparse.Namespace) -> str:  # the flag that asks for several runs
     return next((name for name in ("seeds", "folds", "search") if getattr(arguments, name) is not None), "")
 
 
@@ -185,16 +159,14 @@ def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
 def _study(job: Job, arguments: argparse.Namespace) -> None:
     from mnist_lab.running.study import study
 
-    consequence = (
-        f"Runs that had begun are marked KILLED; the same command trains only the {job.unit}s that are missing."
-    )
-    seeds = arguments.seeds or range(job.folds)
+    unit, seeds = job.protocol.unit, arguments.seeds or range(job.folds)
+    consequence = f"Runs that had begun are marked KILLED; the same command trains only the {unit}s that are missing."
     with sentences(consequence), _trainers(job, arguments) as trainers, closing(StudyConsole(job)) as console:
         result = study(job, seeds, console, trainers, again=arguments.again)
-    print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the {job.unit}s below it.", flush=True)
+    print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the {unit}s below it.", flush=True)
     if result.failed:
         failed = ", ".join(map(str, result.failed))
-        print(f"Failed: {job.unit} {failed}; the same command tries again.", file=sys.stderr)
+        print(f"Failed: {unit} {failed}; the same command tries again.", file=sys.stderr)
         sys.exit(1)
 
 
@@ -212,18 +184,15 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
         sys.exit(1)
 
 
-@contextmanager
-def _trainers(job: Job, arguments: argparse.Namespace) -> Iterator[Trainers]:
-    """Give what trains: this machine, or the cluster that is asked for, which is left at the end."""
+def _trainers(job: Job, arguments: argparse.Namespace) -> AbstractContextManager[Trainers]:
+    """Return what trains: this machine, or the cluster that is asked for, which is left at the end."""
     if arguments.cluster is None:
         from mnist_lab.running.workers import local
 
-        yield local(job, arguments.workers)
-        return
+        return nullcontext(local(job, arguments.workers))
     from mnist_lab.running.cluster import Cluster
 
-    with closing(Cluster(arguments.cluster, arguments.workers)) as cluster:
-        yield cluster
+    return closing(Cluster(arguments.cluster, arguments.workers))
 
 
 def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
@@ -238,9 +207,8 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     add("--epochs", type=number_from(), help="epochs to train (an override)")
     add("--batch-size", type=number_from(), help="images per batch (an override)")
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument(
-        "--seed", type=number_from(0, LARGEST_SEED), help="of weights, order, dropout, augmentation (default 0)"
-    )
+    draws = "of weights, order, dropout, augmentation (default 0)"
+    seeds.add_argument("--seed", type=number_from(0, LARGEST_SEED), help=draws)
     several = "a study: so many seeds, from 0 on, or these (3,7,9 or 0-9); finished ones are not trained again"
     seeds.add_argument("--seeds", type=_seeds, metavar="N", help=several)
     parts = "cross-validate: train K networks, each judged on its K-th of the training images, which it has not seen"
@@ -256,7 +224,8 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     threads = "of torch on a CPU (default: one per core, or 1 in a study or search; give 1 beside other work)"
     add("--threads", type=number_from(1, MAX_THREADS), metavar="N", help=threads)
-    add_flags(parser, (DATA_DIR, TRACKING_URI))
+    for flag, options in (DATA_DIR, TRACKING_URI):
+        add(flag, **options)
     add("--limit", type=number_from(1), metavar="N", help="train on the first N images, for a quick look")
     held_out = "hold out N training images for validation; the test images are read once, at the end"
     add("--holdout", type=number_from(1), metavar="N", help=held_out)
@@ -281,7 +250,6 @@ def _seeds(text: str) -> Sequence[int]:
 
 
 def assignment(text: str) -> tuple[str, str]:
-    """Split "lr=0.05" into its name and value; raises LabError if it is no such pair."""
     name, _, value = (part.strip() for part in text.partition("="))
     if not (name and value):
         raise LabError(f"--set: {quoted(text)} is not NAME=VALUE, e.g. lr=0.05")

@@ -8,10 +8,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from mnist_lab.errors import LabError
 
@@ -37,11 +37,6 @@ def flag(name: str, text: str, **options: Any) -> Flag:
     return name, {"help": text, **options}
 
 
-def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
-    for name, options in flags:
-        parser.add_argument(name, **options)
-
-
 @contextmanager
 def sentences(consequence: str = "") -> Iterator[None]:
     """Show a LabError as its sentence, and Ctrl-C as a word with what follows from it; a bug keeps its traceback."""
@@ -61,12 +56,12 @@ def number_from(least: int | None = None, most: int | None = None) -> Callable[[
     def number(text: str) -> int:
         try:
             value = whole_number(text)
+            if least is not None and value < least:
+                raise ValueError(f"{value} is less than {least}")
+            if most is not None and value > most:
+                raise ValueError(f"{value} is more than {most:,}")
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
-        if least is not None and value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"{value} is more than {most:,}")
         return value
 
     return number
@@ -114,13 +109,13 @@ class LastingStream:
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """Keep a reader that ends (`| head`) and a full disk from ending this program."""
-    stdout, stderr = cast("TextIO", LastingStream(sys.stdout)), cast("TextIO", LastingStream(sys.stderr))
-    with redirect_stdout(stdout), redirect_stderr(stderr):
+    streams: list[Any] = [LastingStream(sys.stdout), LastingStream(sys.stderr)]
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         try:
             yield
         finally:
-            stdout.flush()
-            stderr.flush()
+            for stream in streams:
+                stream.flush()
 
 
 DATA_DIR = flag("--data-dir", "where MNIST is kept (default: MNIST_LAB_DATA, else data/)", type=Path)

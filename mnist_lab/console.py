@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tabulate import tabulate
+
 from mnist_lab.running.progress import Progress
 from mnist_lab.verdicts.measures import MEASURES
 
@@ -59,8 +61,7 @@ class _Display(Progress):
             self.bar.set_postfix_str(stand, refresh=False)
             self.bar.write(line, file=sys.stdout)
 
-    def close(self) -> None:
-        """Take the bar away, so that what is printed next starts on a line of its own."""
+    def close(self) -> None:  # so that what is printed next starts on a line of its own
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -71,8 +72,6 @@ class _Display(Progress):
 
 
 class _TrainingDisplay(_Display):
-    """Has a line for each epoch."""
-
     def __init__(self, job: Job) -> None:
         from mnist_lab.checking.schedule import FirstWeights
 
@@ -82,10 +81,10 @@ class _TrainingDisplay(_Display):
     def epoch_line(self, metrics: EpochMetrics) -> str:
         raw = ""
         if metrics.raw_accuracy is not None:
-            raw = f" (raw weights {metrics.raw_accuracy:.2f} %)"
             batches = metrics.epoch * math.ceil(metrics.train_images / self.job.experiment.batch_size)
-            if (share := self.first_weights.share(batches)) >= LAGS:
-                raw = f"{raw[:-1]}; the average says little yet: it is {share:.0%} the first weights)"
+            share = self.first_weights.share(batches)
+            little = f"; the average says little yet: it is {share:.0%} the first weights" if share >= LAGS else ""
+            raw = f" (raw weights {metrics.raw_accuracy:.2f} %{little})"
         return (
             f"epoch {metrics.epoch:>{len(str(self.epochs))}}/{self.epochs}  "
             f"train loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2f} %  "
@@ -130,10 +129,7 @@ class Console(_TrainingDisplay):
 class StudyConsole(_TrainingDisplay):
     """Shows a study as it goes: one bar for all seeds on a terminal, else a line per epoch; and a line per seed."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self.trained: dict[int, int] = {}  # epochs by seed
-        self.done = self.wanted = self.width = 0
+    done = wanted = width = 0
 
     def on_study(
         self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
@@ -143,17 +139,15 @@ class StudyConsole(_TrainingDisplay):
             print(f"{name}: finished already, and not trained again: {reused}")
         if not missing:
             return
-        which = f"{self.job.unit}{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        which = f"{self.job.protocol.unit}{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
         print(f"{name}: training {which} ({workers} at a time, on {device.type})", flush=True)
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left{postfix}]"
         # The seeds' epochs end in bursts: only the mean speed, smoothing=0, says when all is done.
         self.start_bar(len(missing) * self.epochs, form, smoothing=0)
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
-        before = self.trained.get(seed, metrics.epoch - 1)
-        self.trained[seed] = max(before, metrics.epoch)
         if self.bar is not None:
-            self.bar.update(max(0, metrics.epoch - before))  # a seed that a cluster's node took along begins again
+            self.bar.update()
         else:
             print(f"{self._name(seed)}  {self.epoch_line(metrics)}", flush=True)
 
@@ -162,26 +156,21 @@ class StudyConsole(_TrainingDisplay):
         measures = self.job.protocol
         last, best = (MEASURES[name].text(metrics[name]) for name in (measures.judged, measures.best))
         judged = MEASURES[measures.judged].label.removeprefix("final ")
-        self.show(
-            f"{self._name(seed)}  done: {judged} {last} in the last epoch; "
-            f"best {measures.part} accuracy {best} in epoch {metrics['best_epoch']:.0f}",
-            self._seeds_done(),
-        )
+        best = f"best {measures.part} accuracy {best} in epoch {metrics['best_epoch']:.0f}"
+        self._show(seed, f"done: {judged} {last} in the last epoch; {best}")
 
     def on_failure(self, seed: int, reason: str) -> None:
-        if self.bar is not None and self.bar.total is not None:
-            self.bar.total -= self.epochs - self.trained.get(seed, 0)  # they will not be trained
-        self.show(f"{self._name(seed)}  failed: {reason}", self._seeds_done())
+        self._show(seed, f"failed: {reason}")
 
     def on_study_verdict(self, result: StudyResult) -> None:
         self.close()
         print_study(result, self.job)
 
-    def _seeds_done(self) -> str:
-        return f"{self.done}/{self.wanted} {self.job.unit}s"
+    def _show(self, seed: int, line: str) -> None:
+        self.show(f"{self._name(seed)}  {line}", f"{self.done}/{self.wanted} {self.job.protocol.unit}s")
 
     def _name(self, seed: int) -> str:
-        return f"{self.job.unit} {seed:>{self.width}}"
+        return f"{self.job.protocol.unit} {seed:>{self.width}}"
 
 
 class SearchConsole(_Display):
@@ -210,14 +199,12 @@ class SearchConsole(_Display):
 
 
 def print_search(result: SearchResult, job: Job) -> None:
-    """Print the best trials, the lines to paste, and how far the choice among so many can be trusted."""
     from mnist_lab.running.search import best_table, paste_lines
 
     counts = result.counts
-    ended = [f"{counts.finished} trained to the end", f"{counts.pruned} pruned", f"{counts.failed} failed"]
-    if counts.too_large:
-        ended.append(f"{counts.too_large} too large for the target, and not trained")
-    print(f"\n{counts.done} trials: {', '.join(ended)}.")
+    too_large = f", {counts.too_large} too large for the target, and not trained" if counts.too_large else ""
+    ended = f"{counts.finished} trained to the end, {counts.pruned} pruned, {counts.failed} failed"
+    print(f"\n{counts.done} trials: {ended}{too_large}.")
     if result.best:
         print("\n" + best_table(result))
         print("\nThe best values, to write into the script:\n")
@@ -236,20 +223,14 @@ def print_search(result: SearchResult, job: Job) -> None:
 
 
 def print_result(result: RunResult, job: Job) -> None:
-    """Print each target with its measured value and verdict, and the reported figures beside the measured ones."""
-    from tabulate import tabulate
-
     print()
     if result.verdicts:
         print(verdict_table(result.verdicts) + "\n")
     names, reported = (*job.protocol.summary, *job.protocol.at_times), job.experiment.reported
-    rows = [
-        (MEASURES[name].label, MEASURES[name].text(result.measured[name]), MEASURES[name].text(reported.get(name)))
-        for name in names
-        if name in result.measured
-    ]
-    headers = ("", "measured", "reported") if reported.keys() & {*names} else ("", "measured")
-    print(tabulate([row[: len(headers)] for row in rows], headers=headers, disable_numparse=True))
+    told = {"measured": result.measured, **({"reported": reported} if reported.keys() & {*names} else {})}
+    measures = {name: MEASURES[name] for name in names if name in result.measured}
+    rows = [(one.label, *(one.text(of.get(name)) for of in told.values())) for name, one in measures.items()]
+    print(tabulate(rows, headers=("", *told), disable_numparse=True))
     if job.holdout:
         print("\nThe accuracy that counts is the final test accuracy: the test images were read once, at the end.")
     else:
@@ -258,7 +239,6 @@ def print_result(result: RunResult, job: Job) -> None:
 
 
 def print_run_id(run_id: str, job: Job) -> None:
-    """Print where to find the run, and the comparison that has it."""
     flags = ["--include-overrides"] if job.tags["overrides"] else []
     flags += ["--holdout", str(job.holdout)] if job.holdout else []
     compare = f'make compare ARGS="{" ".join(flags)}"' if flags else "make compare"
@@ -266,9 +246,6 @@ def print_run_id(run_id: str, job: Job) -> None:
 
 
 def print_study(result: StudyResult, job: Job) -> None:
-    """Print what the seeds show together: the figures over the seeds, those of each seed, and the verdict."""
-    from tabulate import tabulate
-
     from mnist_lab.running.study import tables
 
     for rows, headers in tables(result):
@@ -305,9 +282,6 @@ def _print_overrides(job: Job) -> None:
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """Return the targets as text, one row each, with what was measured."""
-    from tabulate import tabulate
-
     from mnist_lab.verdicts import targets
 
     return tabulate(targets.rows(verdicts), headers=targets.HEADERS, disable_numparse=True)

@@ -6,23 +6,18 @@ import os
 # makes training many times slower where another program is busy too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import hashlib
 import importlib.util
-import json
 import logging
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
-from filelock import FileLock
 
 from forkserver import SIGNALS, run_program
 from helpers import ROOT, TrackedRun, copy_store, first, read_runs
@@ -133,23 +128,13 @@ def _no_test_touches_the_projects_runs(
 
 
 @pytest.fixture(scope="session")
-def empty_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the database of a store without runs, to copy: making one takes seconds. It is kept for the next time."""
-    code = hashlib.sha256(version("mlflow").encode())
-    for file in sorted((ROOT / "mnist_lab" / "tracking").glob("*.py")):
-        code.update(file.read_bytes())
-    cache: pytest.Cache | None = getattr(request.config, "cache", None)  # none with `-p no:cacheprovider`
-    kept = cache.mkdir("empty_store") if cache else tmp_path_factory.mktemp("empty_store")
-    folder = kept / code.hexdigest()[:12]
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            from mnist_lab.tracking.store import open_store
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the database of a store without runs, to copy: making one takes seconds."""
+    from mnist_lab.tracking.store import open_store
 
-            new = folder.with_suffix(".new")
-            shutil.rmtree(new, ignore_errors=True)
-            open_store(f"sqlite:///{new}/mlflow.db")
-            new.rename(folder)
-    return folder / "mlflow.db"
+    database = tmp_path_factory.mktemp("empty_store") / "mlflow.db"
+    open_store(f"sqlite:///{database}")
+    return database
 
 
 @pytest.fixture(scope="session")
@@ -202,23 +187,13 @@ class FullRun:
 
 
 @pytest.fixture(scope="session")
-def full_run(mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> FullRun:
-    """Train step 1 for one epoch through its script, from another current folder, into a store not made yet.
-
-    All processes of a test session share the run.
-    """
+def full_run(mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory) -> FullRun:
+    """Train step 1 for one epoch through its script, from another current folder, into a store not made yet."""
     from mnist_lab.running import identity
 
-    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
-    script, folder, said = EXPERIMENTS / "step1_baseline.py", shared / "full_run", shared / "full_run.json"
-    database = folder / "store" / "mlflow.db"
-    with FileLock(shared / "full_run.lock"):
-        if not said.exists():
-            commit = identity.commit_tags(script)["git_commit"]
-            folder.mkdir()
-            flags = ["--epochs", "1", "--limit", "5000", "--seed", "3", "--tracking-uri", f"sqlite:///{database}"]
-            process = run_program(script, *flags, cwd=folder)
-            assert process.returncode == 0, process.stderr
-            said.write_text(json.dumps([commit, process.stdout, process.stderr]))
-    commit, stdout, stderr = json.loads(said.read_text())
-    return FullRun(script, commit, stdout, stderr, database)
+    script, folder = EXPERIMENTS / "step1_baseline.py", tmp_path_factory.mktemp("full_run")
+    database, commit = folder / "store" / "mlflow.db", identity.commit_tags(script)["git_commit"]
+    flags = ["--epochs", "1", "--limit", "5000", "--seed", "3", "--tracking-uri", f"sqlite:///{database}"]
+    process = run_program(script, *flags, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return FullRun(script, commit, process.stdout, process.stderr, database)

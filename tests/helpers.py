@@ -1,19 +1,14 @@
 """Wait for what programs do, and read what they left, with nothing but the standard library."""
 
 import dataclasses
-import fcntl
+import io
 import os
-import pty
 import resource
-import select
 import shutil
 import socket
 import sqlite3
-import struct
-import termios
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 from forkserver import PATIENCE, Program
 
 if TYPE_CHECKING:
+    from multiprocessing.synchronize import Barrier
+
     import psutil
 
     from mnist_lab.data import Mnist
+    from mnist_lab.tracking.store import Store
 
 ROOT = Path(__file__).parent.parent
 TINY = Path(__file__).parent / "tiny.py"  # a script of an experiment that trains in a moment
@@ -41,6 +39,13 @@ def first(mnist: "Mnist", training: int, test: int) -> "Mnist":
     )
 
 
+class Screen(io.StringIO):
+    """What a program writes to on a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def write_search(folder: Path, declared: str) -> Path:
     """Write the tiny script with a space to search in, whose lower end `LOW` is declared by this line."""
     space = f'{declared}\nSEARCH = {{"lr": FloatDistribution(LOW, 1.0, log=True)}}\n\n'
@@ -48,40 +53,6 @@ def write_search(folder: Path, declared: str) -> Path:
     text = text.replace("import torch\n", "import torch\nfrom optuna.distributions import FloatDistribution\n", 1)
     (folder / "idea.py").write_text(text.replace("if __name__", f"{space}if __name__"))
     return folder / "idea.py"
-
-
-def open_terminal() -> tuple[int, int]:
-    """Return both ends of a new pseudo-terminal: what a screen shows, and what a program writes to."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # else it is 0 columns wide
-    return master, slave
-
-
-class Terminal:
-    """A pseudo-terminal that a program runs on. What it shows is read all the time: it holds a few kilobytes only."""
-
-    def __init__(self, *command: str | Path, cwd: Path) -> None:
-        self.shown = b""
-        self.hung_up = threading.Event()
-        self.master, self.slave = open_terminal()
-        self.process = Program(*command, cwd=cwd, terminal=os.ttyname(self.slave))
-        self.reader = threading.Thread(target=self._read)
-        self.reader.start()
-
-    def _read(self) -> None:
-        while not self.hung_up.is_set():
-            if select.select([self.master], [], [], 0.1)[0]:
-                self.shown += os.read(self.master, 65536)
-        os.close(self.master)
-        os.close(self.slave)
-
-    def text(self) -> str:
-        return self.shown.decode(errors="replace")
-
-    def hang_up(self) -> None:
-        """Close the terminal, as a lost connection does."""
-        self.hung_up.set()
-        self.reader.join()
 
 
 def copy_store(empty_store: Path, database: Path) -> Path:
@@ -134,7 +105,6 @@ def _metrics(connection: sqlite3.Connection, run_id: str) -> dict[str, list[tupl
 
 
 def read_value(database: Path, query: str) -> Any:
-    """Return the only value that a query gives."""
     with closing(sqlite3.connect(database, timeout=30)) as connection:
         ((value,),) = connection.execute(query).fetchall()
     return value
@@ -148,18 +118,16 @@ def wait_until(condition: Callable[[], object], program: Program | None = None) 
     deadline = time.monotonic() + PATIENCE
     error: Exception | None = None
     ended = False
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not ended:
+        ended = program is not None and program.poll() is not None  # it may be so by what it did last
         try:
             if condition():
                 return
         except (OSError, sqlite3.Error) as raised:
             error = raised
-        if program is not None and ended:
-            raise AssertionError(f"it has ended with {program.returncode}: {program.stdout}{program.stderr}")
-        ended = program is not None and program.poll() is not None  # and once more, for what it did last
         time.sleep(0.05)
-    said = f": {program.stdout}{program.stderr}" if program is not None else ""
-    raise AssertionError(f"not so after {PATIENCE} seconds{said}") from error
+    said = program and f": {program.returncode}, {program.stdout}{program.stderr}"
+    raise AssertionError(f"not so after {PATIENCE} seconds, or at the program's end{said or ''}") from error
 
 
 def free_port() -> int:
@@ -170,7 +138,6 @@ def free_port() -> int:
 
 
 def all_gone(processes: Iterable["psutil.Process"]) -> bool:
-    """Say whether these processes have ended."""
     return not [one for one in processes if one.is_running() and one.status() != "zombie"]
 
 
@@ -205,3 +172,21 @@ def _waited() -> float:
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     except OSError:
         return 0.0
+
+
+def log_points(
+    store: "Store", writer: int, epochs: int, names: list[str], together: "Barrier", env: Mapping[str, str]
+) -> None:
+    """Log one run of `epochs` points of each metric, in a process of its own, beginning when all writers are there."""
+    from mnist_lab.tracking.run import track
+
+    os.environ.update(env)
+    together.wait(PATIENCE)
+    with track(store, f"writer {writer}", params={"writer": writer}, tags={}) as run:
+        for epoch in range(1, epochs + 1):
+            run.log_epoch(epoch, {name: point(writer, epoch, number) for number, name in enumerate(names)})
+
+
+def point(writer: int, epoch: int, number: int) -> float:
+    """Return the value that a writer logs of a metric: another one for each."""
+    return writer * 1_000_000 + epoch * 10 + number

@@ -1,7 +1,6 @@
 """What a run and a study print while they go on, and at the end."""
 
 import dataclasses
-import io
 import re
 import sys
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tiny
-from helpers import TINY
+from helpers import TINY, Screen
 from mnist_lab.checking.schedule import FirstWeights
 from mnist_lab.console import Console, StudyConsole, how_sure, print_result, print_run_id
 from mnist_lab.experiment import Targets
@@ -23,17 +22,7 @@ from mnist_lab.verdicts.measures import HELD_OUT, TESTED
 from mnist_lab.verdicts.targets import judge
 
 CPU = torch.device("cpu")
-SECOND_EPOCH = EpochMetrics(
-    epoch=2,
-    train_loss=0.5,
-    train_correct=900,
-    train_images=1000,
-    eval_loss=0.25,
-    eval_correct=470,
-    eval_images=500,
-    lr=0.1,
-    epoch_seconds=1.5,
-)
+SECOND_EPOCH = EpochMetrics(2, 0.5, 900, 1000, 0.25, 470, 500, lr=0.1, epoch_seconds=1.5)
 
 
 def job_of(averaged_by: float | None = None, **given: Any) -> Job:
@@ -44,30 +33,26 @@ def job_of(averaged_by: float | None = None, **given: Any) -> Job:
     return Job(script=TINY, experiment=experiment, tracking_uri="sqlite:///none.db", **given)
 
 
-class Screen(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 # ---- a run
 
 
-def test_an_epoch_is_a_line_that_says_what_it_was_evaluated_on() -> None:
-    validated = dataclasses.replace(SECOND_EPOCH, evaluated_on="validation")
+@pytest.mark.parametrize(
+    ("decay", "raw"),
+    [
+        (0.998, " (raw weights 96.00 %; the average says little yet: it is 94% the first weights)"),
+        (0.9, " (raw weights 96.00 %)"),
+        (None, ""),
+    ],
+)
+def test_an_epoch_is_a_line_that_says_what_it_was_evaluated_on_and_whether_its_average_means_something(
+    decay: float | None, raw: str
+) -> None:
+    epoch = dataclasses.replace(SECOND_EPOCH, evaluated_on="validation", raw_correct=480 if decay else None)
 
-    line = "epoch 2/2  train loss 0.5000, accuracy 90.00 %  validation loss 0.2500, accuracy 94.00 %  lr 0.1  1.5 s"
-    assert Console(job_of()).epoch_line(validated) == line
+    shown = Console(job_of(decay)).epoch_line(epoch)  # after 2 epochs of 16 batches
 
-
-@pytest.mark.parametrize(("decay", "lags"), [(0.998, "94% the first weights"), (0.9, None)])
-def test_the_line_says_whether_the_average_or_the_raw_weights_mean_something(decay: float, lags: str | None) -> None:
-    averaged = dataclasses.replace(SECOND_EPOCH, raw_correct=480)
-
-    shown = Console(job_of(decay)).epoch_line(averaged)  # after 2 epochs of 16 batches
-
-    assert "raw weights 96.00 %" in shown
-    assert ("the average says little yet" in shown) == (lags is not None)
-    assert (lags or "") in shown
+    begin = "epoch 2/2  train loss 0.5000, accuracy 90.00 %  validation loss 0.2500, accuracy 94.00 %"
+    assert shown == f"{begin}{raw}  lr 0.1  1.5 s"
 
 
 def test_the_share_of_the_first_weights_is_that_of_the_declared_rule() -> None:
@@ -83,7 +68,6 @@ def test_a_result_has_what_there_is_to_say(capsys: pytest.CaptureFixture[str]) -
     print_result(RunResult("abc", [], dict.fromkeys(TESTED.summary, 99.0), []), job_of())
     shown = capsys.readouterr().out
     assert not [word for word in ("verdict", "Overridden", "reported") if word in shown]
-    assert re.search(r"^best test accuracy +99\.00 %$", shown, re.MULTILINE)
 
     print_result(RunResult("abc", [], dict.fromkeys(HELD_OUT.summary, 99.0), []), job_of(holdout=500))
     shown = capsys.readouterr().out
@@ -109,16 +93,13 @@ def test_a_terminal_shows_one_bar_for_all_seeds(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("COLUMNS", "100")
     console = StudyConsole(job_of())
-    first = dataclasses.replace(SECOND_EPOCH, epoch=1)
 
     console.on_study("idea 3 seeds", [0, 1, 2], [1, 2], 2, CPU)
-    console.on_epoch(1, first)
-    console.on_epoch(1, first)  # a node was lost, and the seed began again elsewhere: not an epoch more
+    console.on_epoch(1, dataclasses.replace(SECOND_EPOCH, epoch=1))
     console.on_epoch(1, SECOND_EPOCH)
     console.on_seed(1, {"final_test_accuracy": 99.1, "best_test_accuracy": 99.2, "best_epoch": 1.0})
     console.on_time()
     console.on_failure(2, "bad luck")
-    console.on_time()
     console.close()
 
     shown = screen.getvalue()
@@ -126,7 +107,6 @@ def test_a_terminal_shows_one_bar_for_all_seeds(monkeypatch: pytest.MonkeyPatch)
     assert re.search(r" 50%\|[^|]*\| 2/4 epochs \[\d\d:\d\d, \d\d:\d\d left, 2/3 seeds\]", shown)
     assert "seed 1  done: test accuracy 99.10 % in the last epoch; best test accuracy 99.20 % in epoch 1" in shown
     assert "seed 2  failed: bad luck" in shown
-    assert "| 2/2 epochs" in shown  # those of the failed seed will not come
     assert "train loss" not in shown
 
 

@@ -79,22 +79,15 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return started
 
 
-@pytest.mark.parametrize("place", ["elsewhere", "store in the project", "in experiments", "link", "shell"])
+@pytest.mark.parametrize("place", ["..", "mlruns", "experiments/theirs", "experiments/link.py", "experiments/idea.sh"])
 def test_resume_starts_nothing_but_the_experiments(
     place: str, tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = tmp_path / "project"
     monkeypatch.setattr(jobs, "PROJECT_ROOT", project)
-    (project / "experiments").mkdir(parents=True)
-    script = {
-        "store in the project": project / "mlruns" / "idea.py",
-        "in experiments": project / "experiments" / "theirs" / "idea.py",
-        "link": project / "experiments" / "idea.py",
-        "shell": project / "experiments" / "idea.sh",
-    }.get(place, tmp_path / "idea.py")
-    script.parent.mkdir(exist_ok=True)
-    if place == "link":
-        (tmp_path / "outside.py").touch()
+    script = project / place if Path(place).suffix else project / place / "idea.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    if place == "experiments/link.py":
         script.symlink_to(tmp_path / "outside.py")
     script.touch()
     uri = f"sqlite:///{script.parent}/mlflow.db"

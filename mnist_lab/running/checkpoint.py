@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,10 +28,8 @@ class Checkpoint:
     """A run after one of its epochs.
 
     script: in the file, a path inside the project is relative to it, as the project may be moved.
-    changes: what the command line had changed, by name, `limit` not included.
-    identity: the params and tags that runs share if they differ in nothing but the seed, as text.
-    threads: of torch; another number would round sums in another order.
-    training: `Training.state_dict()`.
+    changes: what the command line had changed, by name, `limit` not included. identity: `Job.identity`.
+    threads: of torch; another number would round sums in another order. training: `Training.state_dict()`.
     """
 
     run_id: str
@@ -49,15 +47,8 @@ class Checkpoint:
     def step(self) -> str:
         return Path(self.script).stem
 
-    @property
-    def description(self) -> str:
-        protocol = {"limit": self.limit, "holdout": self.holdout}
-        changes = {**self.changes, **{name: value for name, value in protocol.items() if value}}
-        return f"{self.step} seed {self.seed}" + "".join(f" {name}={value}" for name, value in changes.items())
-
 
 def folder(uri: str) -> Path:
-    """Return where the checkpoints of a tracking store's runs are."""
     return own_folder(uri) / CHECKPOINTS
 
 
@@ -103,19 +94,16 @@ def load(file: Path) -> Checkpoint:
 
 def newest_first(uri: str) -> Iterator[Checkpoint]:
     """Yield the readable checkpoints of a store, the newest first; a notice says why others are left out."""
-    for file in sorted(folder(uri).glob("*.pt"), key=_age):
+    written: dict[Path, float] = {}
+    for file in folder(uri).glob("*.pt"):
+        with suppress(OSError):  # removed since by the process that finished the run
+            written[file] = file.stat().st_mtime
+    for file in sorted(written, key=written.__getitem__, reverse=True):
         try:
             yield load(file)
         except LabError as error:
-            if file.exists():  # else removed since by the process that finished the run
+            if file.exists():
                 logger.warning("not used: %s", error)
-
-
-def _age(file: Path) -> float:
-    try:
-        return -file.lstat().st_mtime
-    except OSError:  # removed since by the process that finished the run
-        return math.inf
 
 
 def find(
@@ -129,8 +117,8 @@ def find(
     """Return the checkpoint of a run, or the newest one of a step, or the newest of all; raises LabError.
 
     A trial of a search and a fold are none of them: the same command goes on with those.
-    changes: only one whose hyperparameters were changed so, by flat name; None for one that stands as declared.
-    wanted: only one with this seed, limit, holdout or threads, where they are not None.
+    changes: its hyperparameters that were changed, by flat name; None for one that stands as declared.
+    wanted: its seed, limit, holdout and threads; None for any.
     """
     asked = {"step": step, "run_id": run_id or None, **wanted}
     asked = {name: value for name, value in asked.items() if value is not None}
@@ -144,7 +132,9 @@ def find(
                 return one
             logger.warning("not used: checkpoint of run %s, which was deleted in MLflow", one.run_id)
         else:
-            there.append(f"{one.run_id} ({one.description})")
+            changed = {**one.changes, "limit": one.limit, "holdout": one.holdout}
+            told = "".join(f" {name}={value}" for name, value in changed.items() if value)
+            there.append(f"{one.run_id} ({one.step} seed {one.seed}{told})")
     wish = ", ".join(
         f"{name} {'as declared' if value is None else quoted(value)}" for name, value in {**asked, **changes}.items()
     )

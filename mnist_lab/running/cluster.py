@@ -57,7 +57,6 @@ class Cluster(Trainers):
 
     address: HOST:PORT of the head, where this machine is a node; or "auto": RAY_ADDRESS, else the cluster that runs on
         this machine, else one of this machine's cores that is started, and ended by `close`.
-    workers: how many tasks train at once; by default as many as the cluster has room for.
     """
 
     def __init__(self, address: str, workers: int | None = None) -> None:
@@ -65,25 +64,23 @@ class Cluster(Trainers):
 
     def prepare(self, job: Job, store: Store) -> None:
         """Connect; raises LabError if the cluster does not answer, or has several nodes and the store is no server."""
-        on_gpu = job.device.type != "cpu"
-        self._needs = {"num_cpus": job.threads or 1, "num_gpus": GPU_SHARE if on_gpu else 0}
-        self._begin = ray.remote(**self._needs, max_retries=TRIES - 1)(_train_there)
+        self._needs = {"CPU": job.threads or 1, **({"GPU": GPU_SHARE} if job.device.type != "cpu" else {})}
+        needs = {f"num_{name.lower()}s": needed for name, needed in self._needs.items()}
+        self._begin = ray.remote(**needs, max_retries=TRIES - 1)(_train_there)
         with tempfile.TemporaryDirectory(prefix="mnist_lab-") as folder:
             _pack(job, Path(folder))
             _join(self.address, Path(folder))
         self._name = f"the cluster {ray.get_runtime_context().gcs_address}"
         nodes = [node for node in ray.nodes() if node["Alive"]]
         if len(nodes) > 1 and sqlite_file(store.uri) is not None:
-            raise LabError(
-                f"tracking store {store.name!r}: {len(nodes)} nodes can't write to SQLite; start a server with "
-                "`make server` and name it with --tracking-uri or MLFLOW_TRACKING_URI"
-            )
+            advice = "start a server with `make server` and name it with --tracking-uri or MLFLOW_TRACKING_URI"
+            raise LabError(f"tracking store {store.name!r}: {len(nodes)} nodes can't write to SQLite; {advice}")
         environment = {name: text for name, text in os.environ.items() if name.startswith("MLFLOW_")}
         if OWN_FOLDER in os.environ:
             environment[OWN_FOLDER] = str(own_folder(store.uri))
         self._order = identity.versions(), environment
         if self._resources() < 1:
-            raise LabError(f"cluster: {self._name} has no {'GPU' if on_gpu else 'core'} to train on")
+            raise LabError(f"cluster: {self._name} has no {' and '.join(self._needs)} to train on")
         logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.room())
 
     def storage(self, storage: RDBStorage) -> RemoteStorage:
@@ -96,8 +93,7 @@ class Cluster(Trainers):
     def _resources(self) -> int:
         """Return for how many tasks the cluster has resources now."""
         resources = ray.cluster_resources()
-        needs = {"CPU": self._needs["num_cpus"], "GPU": self._needs["num_gpus"]}
-        return int(min(resources.get(name, 0) / needed for name, needed in needs.items() if needed))
+        return int(min(resources.get(name, 0) / needed for name, needed in self._needs.items()))
 
     def train(self, *given: Any) -> None:
         try:
@@ -111,7 +107,12 @@ class Cluster(Trainers):
     def ended(self, progress: Progress) -> Iterator[tuple[ray.ObjectRef, Outcome]]:
         ready, _ = ray.wait([*self.running], timeout=LOOK_SECONDS)
         for ref in ready:
-            yield ref, _outcome(ref)
+            try:
+                yield ref, ray.get(ref)
+            except RayError as error:
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                reason = str(cause) if isinstance(cause, LabError) else f"cluster: {one_line(cause)[:200]}"
+                yield ref, Failed(reason, lost=isinstance(error, LOST))
 
     def stop(self) -> None:
         """Interrupt the tasks, so that they close their runs; those that do not are killed."""
@@ -126,16 +127,6 @@ class Cluster(Trainers):
     def close(self) -> None:
         """Leave the cluster; one that was started for this command ends."""
         ray.shutdown()
-
-
-def _outcome(ref: ray.ObjectRef) -> Outcome:
-    try:
-        outcome: Outcome = ray.get(ref)
-        return outcome
-    except RayError as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        reason = str(cause) if isinstance(cause, LabError) else f"cluster: {one_line(cause)[:200]}"
-        return Failed(reason, lost=isinstance(error, LOST))
 
 
 class RemoteStorage:
@@ -175,20 +166,14 @@ def _pack(job: Job, folder: Path) -> None:
 def _join(address: str, code: Path) -> None:
     """Connect this process to the cluster, whose workers are given the code; raises LabError."""
     named = os.environ.get("RAY_ADDRESS", AUTO) if address == AUTO else address
-    settings: dict[str, Any] = {
-        "runtime_env": {"working_dir": str(code)},
-        "log_to_driver": False,
-        "configure_logging": False,
-        "logging_level": logging.CRITICAL,
-    }
+    settings: dict[str, Any] = {"runtime_env": {"working_dir": str(code)}, "log_to_driver": False}
+    settings |= {"configure_logging": False, "logging_level": logging.CRITICAL}
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     logger.info("Looking for a Ray cluster (%s)", named)
     if not _answers(named):
         if named != AUTO:
-            raise LabError(
-                f"cluster: {named} does not answer as a Ray cluster within {ANSWER_SECONDS} seconds; it must be "
-                "HOST:PORT of its head, with this machine as a node of it and the head's token (docs/cluster.md)"
-            )
+            needed = "it must be HOST:PORT of its head, with this machine as a node and its token (docs/cluster.md)"
+            raise LabError(f"cluster: {named} does not answer as a Ray cluster in {ANSWER_SECONDS} seconds; {needed}")
         logger.info("Starting Ray on this machine, which can take a minute")
         settings |= {"num_cpus": available_cores(), "include_dashboard": False}
         named = "local"
@@ -197,10 +182,8 @@ def _join(address: str, code: Path) -> None:
         ray.init(address=named, **settings)
     except Exception as error:  # Ray raises bare ones too
         ray.shutdown()
-        raise LabError(
-            f"cluster: Ray does not start ({named}): {one_line(error)[:200]}; Ray gives its own agents 15 seconds "
-            "to be there, which may not do on a busy machine: then try again (docs/cluster.md)"
-        ) from error
+        advice = "on a busy machine, try again (docs/cluster.md)"
+        raise LabError(f"cluster: Ray does not start ({named}): {one_line(error)[:200]}; {advice}") from error
     finally:
         for number, handler in handlers.items():  # Ray sets its own, by which a study that is ended would have failed
             signal.signal(number, handler)
@@ -221,11 +204,10 @@ def _answers(address: str) -> bool:
 
 def _settle(versions: Mapping[str, str], environment: Mapping[str, str]) -> None:
     """Make this process one that trains, with these variables; raises LabError if it has other versions than these."""
-    here = identity.versions()
-    for name, wanted in versions.items():
-        if here[name] != wanted:
-            message = f"has {name} {here[name]}, and the machine that gives it work has {wanted}"
-            raise LabError(f"cluster: node {socket.gethostname()} {message}")
+    node = f"cluster: node {socket.gethostname()}"
+    for name, here in identity.versions().items():
+        if here != versions[name]:
+            raise LabError(f"{node} has {name} {here}, and the machine that gives it work has {versions[name]}")
     os.environ.update({**environment, ON_CLUSTER: "yes", "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
     os.environ.setdefault(OWN_FOLDER, str(Path.home() / ".local" / "state" / "mnist_lab"))
@@ -234,7 +216,6 @@ def _settle(versions: Mapping[str, str], environment: Mapping[str, str]) -> None
 
 
 def _train_there(task: SeedTask, *order: Any) -> Outcome:
-    """Train a task on this node. order: see `_settle`."""
     _settle(*order)
     task.job.lies_in(PROJECT_ROOT)
     sys.argv = [str(task.job.script)]  # by which MLflow names a run's source

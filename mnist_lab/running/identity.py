@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import resolve_name
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -42,9 +42,7 @@ def find_sources(script: Path) -> dict[str, Path]:
     wherever they stand in a file. Where `script` is the running program, the modules of its folder that it has loaded
     by other means, such as `importlib`, count too.
     """
-    found = {SCRIPT: script}
-    path = [str(script.parent), *sys.path]
-    waiting = [("", script)]
+    found, path, waiting = {SCRIPT: script}, [str(script.parent), *sys.path], [("", script)]
     while waiting:
         package, file = waiting.pop()
         for name in _imported_names(file, package):
@@ -64,24 +62,20 @@ def place(name: str, file: Path) -> Path:
 
 
 def code_sha256(sources: Mapping[str, Path]) -> str:
-    """Return a SHA-256 over what the sources say to Python, and over `RECIPE`, what the lab makes of it.
+    """Return a SHA-256 over what the sources say to any Python, and over `RECIPE`, what the lab makes of it.
 
-    Runs that share it, and their params, computed the same. Comments, docstrings and layout do not count: a Result can
-    be written into a script without making its runs look like those of another. Nor does a space to search in, given as
-    `main(..., search=SPACE)`. The digest is the same on every supported Python.
+    Comments, docstrings and layout do not count: a Result can be written into a script without making its runs look
+    like those of another. Nor does a space to search in, given as `main(..., search=SPACE)`.
     """
     digest = hashlib.sha256(f"recipe {RECIPE}".encode())
     for name in sorted(sources):
-        digest.update(f"\0{name}\0{_says(sources[name])}".encode("utf-8", "surrogatepass"))
+        content = sources[name].read_bytes()
+        try:
+            text = _canonical(_without_search(ast.parse(content)))
+        except (SyntaxError, ValueError):  # a module that this Python can't read, behind a `try`
+            text = content.hex()
+        digest.update(f"\0{name}\0{text}".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def _says(file: Path) -> str:
-    content = file.read_bytes()
-    try:
-        return _canonical(_without_search(ast.parse(content)))
-    except (SyntaxError, ValueError):  # a module that this Python can't read, behind a `try`
-        return content.hex()
 
 
 def _without_search(tree: ast.Module) -> ast.Module:
@@ -91,16 +85,19 @@ def _without_search(tree: ast.Module) -> ast.Module:
         if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] == "main":
             spaces |= {ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "search"}
             call.keywords = [keyword for keyword in call.keywords if keyword.arg != "search"]
-    tree.body = [node for node in tree.body if not _says_where_to_search(node, spaces)]
+
+    def stays(node: ast.stmt) -> bool:
+        match node:
+            case ast.Assign(targets=[target]):
+                return ast.unparse(target) not in spaces
+            case ast.Import(names=names):
+                return any(alias.name.partition(".")[0] != "optuna" for alias in names)
+            case ast.ImportFrom(module=module):
+                return (module or "").partition(".")[0] != "optuna"
+        return True
+
+    tree.body = list(filter(stays, tree.body))
     return tree
-
-
-def _says_where_to_search(node: ast.stmt, spaces: set[str]) -> bool:
-    if isinstance(node, ast.Assign):
-        return len(node.targets) == 1 and ast.unparse(node.targets[0]) in spaces
-    if isinstance(node, ast.Import):
-        return all(alias.name.partition(".")[0] == "optuna" for alias in node.names)
-    return isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "optuna"
 
 
 def _imported_names(file: Path, package: str) -> Iterator[str]:
@@ -128,7 +125,7 @@ def _find_spec(name: str, path: list[str]) -> ModuleSpec | None:
         for full in _with_parents(name):
             spec = PathFinder.find_spec(full, path)
             if spec is None:
-                return None
+                break
             path = list(spec.submodule_search_locations or [])
     return spec
 
@@ -151,9 +148,11 @@ def _loaded_modules(script: Path, found: Mapping[str, Path]) -> dict[str, Path]:
 def _canonical(node: object) -> str:
     """Write a syntax tree as text, without docstrings and without what differs between versions of Python."""
     if isinstance(node, list):
-        return f"[{','.join(_canonical(item) for item in node if not _is_text_alone(item))}]"
+        return f"[{','.join(filter(None, map(_canonical, node)))}]"
     if not isinstance(node, ast.AST):
         return repr(node)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return ""  # a docstring
     fields = {name: value for name, value in ast.iter_fields(node) if name not in SILENT_FIELDS}
     if isinstance(node, ast.JoinedStr):  # Pythons split the text of f-strings differently
         fields["values"] = _joined(node.values)
@@ -164,18 +163,12 @@ def _canonical(node: object) -> str:
 def _joined(parts: list[ast.expr]) -> list[ast.expr]:
     """Return the parts of an f-string with neighbouring texts made one, and empty ones left out."""
     joined: list[ast.expr] = []
-    for part in parts:
-        if isinstance(part, ast.Constant):
-            before = joined.pop() if joined and isinstance(joined[-1], ast.Constant) else ast.Constant("")
-            part = ast.Constant(before.value + part.value)  # type: ignore[attr-defined]
-        if not (isinstance(part, ast.Constant) and part.value == ""):
-            joined.append(part)
+    for is_text, group in groupby(parts, lambda part: isinstance(part, ast.Constant)):
+        if not is_text:
+            joined += group
+        elif text := "".join(part.value for part in group):  # type: ignore[attr-defined]
+            joined.append(ast.Constant(text))
     return joined
-
-
-def _is_text_alone(node: object) -> bool:
-    """Say whether a statement is a string and nothing else, as docstrings are."""
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 # ---- where it comes from
@@ -185,8 +178,7 @@ def commit_tags(script: Path, written: Iterable[Path] = ()) -> dict[str, str]:
     """Return the state of the repository that the script lies in, as tags of a run.
 
     git_commit: the commit, "none" outside a repository or before the first commit, "unknown" where git refuses to say.
-    git_dirty: whether any file differs from that commit, new files included.
-    written: files and folders that the lab itself writes or fetches, such as a tracking store. They are no changes.
+    git_dirty: whether any file differs from it, new ones included, but for `written`: what the lab writes or fetches.
     """
     folder = script.resolve().parent
     try:
@@ -211,7 +203,6 @@ def versions() -> dict[str, str]:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Return versions and hardware as text by name."""
     return {
         **versions(),
         "cuda": torch.version.cuda if device.type == "cuda" and torch.version.cuda else "none",
@@ -229,13 +220,7 @@ def hardware(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    info = Path("/proc/cpuinfo")  # of Linux
+    named = re.search(r"^model name\s*: *(.*?) *$", info.read_text() if info.exists() else "", re.MULTILINE)
+    processor = named[1] if named else platform.processor() or platform.machine()
+    return f"{processor}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import runpy
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,14 +34,12 @@ _reading = False
 class Job:
     """One experiment as it is to be run, with any seed. It can be pickled, and so be sent to another process.
 
-    Refused with a LabError are a script that is no file, and a declaration that can't be right on its face.
+    Raises LabError for a script that is no file, and a declaration that can't be right on its face.
 
     script: the file that declares the experiment; its name names the step.
-    experiment: with `overrides` applied.
-    overrides: the hyperparameters that differ from the declaration, by flat name.
-    device: what trains.
+    experiment: with `overrides` applied, the hyperparameters that differ from the declaration, by flat name.
     threads: of torch on a CPU; None for one per core that this process may run on.
-    data_dir, tracking_uri: where MNIST and the runs are kept; None for the default folder of the data.
+    data_dir: where MNIST is kept; None for the default folder.
     limit: train on the first so many images only, which counts as an override too; None for all.
     holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
         test images are then read once, at the end. 0 for none.
@@ -82,18 +79,12 @@ class Job:
         return protocol(self.holdout, self.folds)
 
     @property
-    def unit(self) -> str:
-        """What a study has one run for each of."""
-        return self.protocol.unit
-
-    @property
     def targets(self) -> Targets:
         """What is judged. The declared targets are those of a network that is trained on all images, and tested."""
         return Targets() if self.folds else self.experiment.targets
 
     @cached_property
     def sources(self) -> dict[str, Path]:
-        """The script and what it imports outside libraries, by module name."""
         return find_sources(self.script)
 
     @cached_property
@@ -102,7 +93,6 @@ class Job:
 
     @cached_property
     def commit_tags(self) -> dict[str, str]:
-        """The state of the repository that holds the script; see `identity.commit_tags`."""
         written = [*own_files(self.tracking_uri), find_data_dir(self.data_dir), PROJECT_ROOT / "reports"]
         return identity.commit_tags(self.script, written)
 
@@ -124,12 +114,11 @@ class Job:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Params and tags together, as text."""
         return {**self.params, **self.tags}
 
     def replaced(self, **changes: Any) -> Job:
         """Return the job with other fields, and the code that was read for it."""
-        changed = dataclasses.replace(self, **changes)
+        changed = replace(self, **changes)
         vars(changed).update({name: value for name, value in vars(self).items() if name in READ})
         return changed
 
@@ -138,18 +127,12 @@ class Job:
         return {**vars(self), "experiment": None, **{name: getattr(self, name) for name in READ}}
 
     def lies_in(self, folder: Path) -> None:
-        """Read the script, what it imports, and MNIST in this folder from now on, to which another machine sent them.
-
-        `script` stays, as it names the runs and is what their checkpoints go on with.
-        """
-        vars(self)["sources"] = {name: folder / place(name, file) for name, file in self.sources.items()}
-        vars(self)["data_dir"] = folder / "data"
+        """Read code and MNIST in this folder, where another machine sent them; `script` stays, and names the runs."""
+        sources = {name: folder / place(name, file) for name, file in self.sources.items()}
+        vars(self).update(sources=sources, data_dir=folder / "data")
 
     def check_unchanged(self) -> None:
-        """Refuse to go on if the script, or what it imports, was saved since this was first called; raises LabError.
-
-        The command line calls it when it has read the script. Digest and sources are logged later.
-        """
+        """Refuse to go on if the script, or what it imports, was saved since this was first called; raises LabError."""
         known, now = self.code_sha256, ""
         with suppress(OSError):
             now = code_sha256(self.sources)
@@ -157,24 +140,18 @@ class Job:
             raise LabError(f"script: {self.script.name} or what it imports was changed since it was read; start again")
 
     def read_experiment(self) -> None:
-        """Read the experiment from the script, in a process that was sent this job.
-
-        Raises LabError if the script, or what it imports, is another one now or declares another experiment.
-        """
+        """Read the experiment anew, in a process that was sent this job; raises LabError if it is another one now."""
         self.check_unchanged()
         vars(self)["experiment"], _ = read_declaration(self.sources[SCRIPT]).override(self.overrides)
         if self._read_params() != self.params:
-            raise LabError(
-                f"script: {self.script.name} does not declare the same experiment in a worker process; "
-                "a study needs a script that declares one experiment"
-            )
+            message = "does not declare the same experiment in a worker process, and a study needs one that does"
+            raise LabError(f"script: {self.script.name} {message}")
 
 
 def choose_device(name: str | None) -> torch.device:
     """Return the device named, else this machine's accelerator, else the CPU; raises LabError if it is not here."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     available = ["cpu"]
-    if accelerator is not None:
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
         numbered = [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
         available = [accelerator.type, *numbered, "cpu"]
     if name is not None and name not in available:
@@ -193,7 +170,7 @@ class _MainCalled(BaseException):
 
 
 def read_declaration(script: Path) -> Experiment:
-    """Return the experiment that `script` gives to `main`, by running it up to there; or raise LabError."""
+    """Return what `script` gives to `main`, by running it up to there; raises LabError."""
     global _reading
     _reading = True
     try:
@@ -206,11 +183,7 @@ def read_declaration(script: Path) -> Experiment:
 
 
 def only_read(experiment: Experiment) -> bool:
-    """Say whether `main` is called in a worker and must train nothing; end a script that `read_declaration` runs.
-
-    multiprocessing imports the script in each worker first, which calls `main` where the script does not guard that by
-    `if __name__ == "__main__"`.
-    """
+    """End a script that `read_declaration` runs; say whether `main` is called in a worker, and must train nothing."""
     if _reading:
         raise _MainCalled(experiment)
-    return multiprocessing.current_process().name == WORKER
+    return multiprocessing.current_process().name == WORKER  # it imports the script, which may call `main` unguarded

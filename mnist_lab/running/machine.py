@@ -30,11 +30,7 @@ def set_threads(wanted: int | None) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, in blocks of up to 1 GiB; do nothing where the C library isn't glibc.
-
-    glibc gives large freed blocks back to the system, which hands them out again page by page: docs/performance.md has
-    what that costs.
-    """
+    """Let glibc keep freed blocks of up to 1 GiB: the system gives them again page by page (docs/performance.md)."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, THRESHOLD)

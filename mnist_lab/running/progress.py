@@ -18,10 +18,7 @@ if TYPE_CHECKING:  # the console is imported before torch
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its id in MLflow, every epoch, the figures measured once, and the verdicts.
-
-    A trial of a search has no verdicts, and no figures of the test images; one that was pruned has no figures at all.
-    """
+    """A finished run. A trial of a search has no verdicts; one that was pruned, no figures measured once either."""
 
     run_id: str
     epochs: list[EpochMetrics]
@@ -31,11 +28,10 @@ class RunResult:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A study that came to its end. If no seed has finished, there are no aggregates and no verdicts.
+    """A study that came to its end.
 
-    runs: the finished run of each seed, in the order of the seeds that were asked for.
-    failed: why the other seeds have none.
-    aggregates: by the name of the figure, the last epoch's accuracy first.
+    runs: the finished run of each seed, in the order that was asked for. failed: why the other seeds have none.
+    aggregates: by the name of the figure, the last epoch's accuracy first; none where no seed has finished.
     unit: what there is a run for each of, "seed" or "fold".
     """
 
@@ -79,24 +75,19 @@ class Pruned(Exception):
 class Progress:
     """Listens, and does nothing: a listener overrides what it wants to hear.
 
-    on_run, on_study, on_search: it begins. on_batch: see `training.loop.OnBatch`.
-    on_verdict, on_study_verdict: it is judged; what takes longer, its figures and the model, is written next.
-    on_time: called now and then.
+    on_run, on_study, on_search: it begins. on_batch: see `training.loop.OnBatch`. on_time: called now and then.
     """
 
     def on_run(self, name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None: ...
     def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None: ...
     def on_verdict(self, result: RunResult) -> None: ...
-
     def on_study(
         self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
     ) -> None: ...
     def on_seed(self, seed: int, metrics: Mapping[str, float]) -> None: ...
     def on_failure(self, seed: int, reason: str) -> None: ...
     def on_study_verdict(self, result: StudyResult) -> None: ...
-
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None: ...
     def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None: ...
-
     def on_time(self) -> None: ...

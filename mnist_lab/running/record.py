@@ -47,8 +47,6 @@ DESCRIPTION = "mlflow.note.content"  # the tag whose text MLflow's UI shows as t
 
 @dataclass
 class Record:
-    """A run as it is written: begun or taken up, an epoch at a time, and judged at the end."""
-
     job: Job
     seed: int
     mnist: Mnist
@@ -68,29 +66,23 @@ class Record:
         """Open the run in MLflow and log what it is, or take up the one of `resume`; give its id."""
         job, device, no_effect = self.job, self.mnist.train_images.device, " ".join(self.rehearsal.no_effect)
         job.check_unchanged()
-        name, environment = run_name_of(job, f"{job.unit} {self.seed}"), identity.environment(device)
+        name, environment = run_name_of(job, f"{job.protocol.unit} {self.seed}"), identity.environment(device)
         summary = summarize(self.training.net, self.rehearsal.untrained)
         progress.on_run(name, device, self.num_params, summary, len(self.mnist.train_images))
-        is_channels_last = self.rehearsal.memory_format == torch.channels_last
         tags = {
             **job.tags,
             **job.commit_tags,
             "data_sha256": self.mnist.sha256,
             **{name: environment[name] for name in ("hardware", "torch", "threads")},
-            "memory_format": "channels_last" if is_channels_last else "contiguous",
+            "memory_format": str(self.rehearsal.memory_format).removeprefix("torch.").removesuffix("_format"),
             **({"no_effect": no_effect} if no_effect else {}),
             DESCRIPTION: describe(job.script, job.tags["overrides"]),
             **target_tags(job.targets),
             **{f"reported_{name}": str(figure) for name, figure in job.experiment.reported.items()},
         }
-        with track(
-            store,
-            name,
-            params={**job.params, "seed": self.seed},
-            tags=tags,
-            parent_run_id=parent_run_id,
-            resume_run_id=None if resume is None else resume.run_id,
-        ) as self.tracked:
+        params, resumed = {**job.params, "seed": self.seed}, None if resume is None else resume.run_id
+        run = track(store, name, params=params, tags=tags, parent_run_id=parent_run_id, resume_run_id=resumed)
+        with run as self.tracked:
             logger.info("Logging where the run comes from")
             if resume is None:
                 self.tracked.log_data(self.mnist, find_data_dir(job.data_dir))
@@ -123,15 +115,11 @@ class Record:
         self.tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
 
     def prune(self) -> RunResult:
-        """End a trial's run early."""
         self.tracked.set_tags({"pruned": f"after epoch {len(self.epochs)} of {self.job.experiment.epochs}"})
         return RunResult(self.tracked.run_id, self.epochs, {}, [])
 
     def finish(self, progress: Progress) -> RunResult:
-        """Judge the trained network, say so, then write what takes longer: predictions, figures and the model.
-
-        A trial of a search and a fold are not given the test images, so they have no verdict.
-        """
+        """Judge the trained network, if there are test images, then write what takes longer than to say so."""
         job, tracked, tested = self.job, self.tracked, len(self.mnist.test_images) > 0
         logger.info("Evaluating the trained network")
         measured = measure(self.num_params, self.epochs, job.experiment)
@@ -151,8 +139,7 @@ class Record:
             num_params=int(measured["num_params"]),
             epochs=len(self.epochs),
         )
-        description = describe(job.script, job.tags["overrides"], verdicts)
-        tracked.set_tags({**verdict_tags(verdicts), DESCRIPTION: description})
+        tracked.set_tags({**verdict_tags(verdicts), DESCRIPTION: describe(job.script, job.tags["overrides"], verdicts)})
         result = RunResult(tracked.run_id, self.epochs, measured, verdicts)
         progress.on_verdict(result)
         logger.info("Logging predictions, figures and the model")
@@ -189,20 +176,17 @@ def run_name_of(job: Job, seeds: str) -> str:
 
 
 def target_tags(stated: Targets) -> dict[str, str]:
-    """Return the stated targets as tags: `target_accuracy` and so on."""
     return {f"target_{name}": str(value) for name, value in dataclasses.asdict(stated).items() if value}
 
 
 def verdict_tags(verdicts: Sequence[Verdict]) -> dict[str, str]:
-    """Return the verdicts as tags: `targets`, and `verdict_accuracy` and so on."""
     return {"targets": targets.overall(verdicts), **{f"verdict_{verdict.name}": verdict.word for verdict in verdicts}}
 
 
 def describe(script: Path, overrides: str = "", verdicts: Sequence[Verdict] = (), more: str = "") -> str:
-    """Return what MLflow's UI shows as a run's description, in Markdown: verdicts, and the script's docstring.
+    """Return a run's description in Markdown: verdicts, `more`, and the script's docstring.
 
     Of an overridden run only what was planned is told: the Result in the docstring is not its own.
-    more: stands between the two.
     """
     rows = targets.rows(verdicts)
     parts = [tabulate(rows, targets.HEADERS, tablefmt="github", disable_numparse=True)] if rows else []
@@ -219,24 +203,22 @@ def describe(script: Path, overrides: str = "", verdicts: Sequence[Verdict] = ()
 
 def epoch_metrics(metrics: EpochMetrics) -> dict[str, float]:
     """Return what is logged of an epoch; accuracies in percent."""
-    return {
+    part = metrics.evaluated_on
+    logged = {
         "train_loss": metrics.train_loss,
         "train_accuracy": metrics.train_accuracy,
-        f"{metrics.evaluated_on}_loss": metrics.eval_loss,
-        f"{metrics.evaluated_on}_accuracy": metrics.eval_accuracy,
-        "lr": metrics.lr,
-        **{f"lr_{group}": lr for group, lr in enumerate(metrics.other_lrs, 1)},
+        f"{part}_loss": metrics.eval_loss,
+        f"{part}_accuracy": metrics.eval_accuracy,
+        **{f"lr_{group}" if group else "lr": lr for group, lr in enumerate((metrics.lr, *metrics.other_lrs))},
         "epoch_seconds": metrics.epoch_seconds,
-        **({} if metrics.objective is None else {"objective": metrics.objective}),
-        **({} if metrics.raw_accuracy is None else {f"raw_{metrics.evaluated_on}_accuracy": metrics.raw_accuracy}),
+        "objective": metrics.objective,
+        f"raw_{part}_accuracy": metrics.raw_accuracy,
     }
+    return {name: value for name, value in logged.items() if value is not None}
 
 
 def measure(num_params: int, epochs: list[EpochMetrics], experiment: Experiment) -> dict[str, float]:
-    """Return what the epochs say once per run. The best epoch is the first with the highest accuracy.
-
-    Names say what the epochs were evaluated on: `final_test_accuracy`, or with a hold-out `final_validation_accuracy`.
-    """
+    """Return what the epochs say once per run. The best epoch is the first with the highest accuracy."""
     last, best = epochs[-1], max(epochs, key=lambda epoch: epoch.eval_correct)
     part = last.evaluated_on
     measured = {
@@ -259,7 +241,6 @@ def measure(num_params: int, epochs: list[EpochMetrics], experiment: Experiment)
 def draw(
     experiment: Experiment, mnist: Mnist, epochs: list[EpochMetrics], logits: Tensor, **identity: object
 ) -> dict[str, Figure]:
-    """Draw the figures that are kept with a run; `identity` is its step, seed and run_id."""
     import pandas as pd  # it and matplotlib take a second, which a refused run need not wait
 
     from mnist_lab import figures

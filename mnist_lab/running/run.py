@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,17 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 def run(
-    job: Job,
-    seed: int,
-    progress: Progress,
-    *,
-    parent_run_id: str | None = None,
-    resume: Checkpoint | None = None,
+    job: Job, seed: int, progress: Progress, *, parent_run_id: str | None = None, resume: Checkpoint | None = None
 ) -> RunResult:
     """Train and track one run.
 
-    parent_run_id: the study's run that this one belongs to.
-    resume: continue this run, in the same MLflow run; the job and the seed are those of that run.
+    parent_run_id: the study's run that this one belongs to. resume: continue this run of the same job and seed.
 
     Raises LabError: before any training, if the declaration, an argument, the data or the tracking store is unusable;
     later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
@@ -67,10 +61,8 @@ def run(
         logger.info("Training, epoch by epoch")
         try:
             for metrics in blame_script(training.epochs()):
-                if not math.isfinite(metrics.eval_loss):
-                    raise LabError(
-                        f"net: its {metrics.evaluated_on} loss is {metrics.eval_loss} in epoch {metrics.epoch}"
-                    )
+                if not math.isfinite(loss := metrics.eval_loss):
+                    raise LabError(f"net: its {metrics.evaluated_on} loss is {loss} in epoch {metrics.epoch}")
                 record.log_epoch(metrics, store)
                 progress.on_epoch(seed, metrics)
         except Pruned:
@@ -82,16 +74,13 @@ def run(
 
 
 def tried(job: Job, store: Store, seed: int = 0) -> tuple[Experiment, Mnist, Rehearsal]:
-    """Return what is trained and on what, and what comes of trying it on a few batches; raises LabError.
-
-    An objective that names a teacher is given the network, on the job's device.
-    """
+    """Return what is trained, with its teacher, and on what, and what comes of trying it on a few batches; LabError."""
     torch.backends.cudnn.allow_tf32 = False  # else convolutions on a GPU compute with 10 bits of float32's 23
     torch.backends.cuda.matmul.allow_tf32 = False
     experiment = job.experiment
     if job.teacher is not None and experiment.objective is not None:
         net = load_teacher(store, job.teacher, job.device, experiment.normalize)
-        experiment = dataclasses.replace(experiment, objective=partial(experiment.objective, teacher=net))
+        experiment = replace(experiment, objective=partial(experiment.objective, teacher=net))
     logger.info("Reading MNIST")
     mnist = load_parts(job, seed)
     logger.info("Trying the declaration on a few batches")
@@ -109,56 +98,43 @@ def load_parts(job: Job, seed: int) -> Mnist:
     if job.holdout:
         mnist = hold_out(mnist, job.holdout)
     if job.search is not None:
-        mnist = dataclasses.replace(mnist, test_images=mnist.train_images[:0], test_labels=mnist.train_labels[:0])
-    return mnist if job.limit is None else first_images(mnist, job.limit)
-
-
-def first_images(mnist: Mnist, limit: int) -> Mnist:
-    """Return the data with only the first `limit` training images; raises LabError if there are not that many."""
-    total = len(mnist.train_images)
-    if not 1 <= limit <= total:
+        mnist = replace(mnist, test_images=mnist.train_images[:0], test_labels=mnist.train_labels[:0])
+    limit, total = job.limit, len(mnist.train_images)
+    if limit is not None and not 1 <= limit <= total:
         raise LabError(f"limit: {limit} is not between 1 and {total:,}, the number of training images")
-    return dataclasses.replace(mnist, train_images=mnist.train_images[:limit], train_labels=mnist.train_labels[:limit])
+    return replace(mnist, train_images=mnist.train_images[:limit], train_labels=mnist.train_labels[:limit])
 
 
 def with_teacher(job: Job, store: Store, interrupted: Mapping[str, str] | None = None) -> Job:
     """Return the job with the teacher that its objective learns from, if one, found once for all of a study's seeds.
 
-    interrupted: the identity of a run that goes on; it keeps the teacher it began with, though a script that the
-        objective names has a newer run by now.
-
+    interrupted: the identity of a run that goes on, and keeps the teacher it began with though there is a newer one.
     Raises LabError if the teacher is not there, or can't be one.
     """
     declared = None if job.experiment.objective is None else defaults(job.experiment.objective).get("teacher")
     if not isinstance(declared, str) or job.teacher is not None:
         return job
     if job.folds:
-        raise LabError(
-            f"folds: the teacher {declared!r} has seen the images that each fold holds out, so an experiment that "
-            "learns from one can't be cross-validated; --holdout judges it on held-out images"
-        )
+        seen = f"the teacher {declared!r} has seen the images that each fold holds out"
+        raise LabError(f"folds: {seen}; --holdout judges what learns from one on held-out images")
     if interrupted and "teacher_run_id" in interrupted and ":/" not in declared:
         declared = f"runs:/{interrupted['teacher_run_id']}/model"
     return job.replaced(teacher=find_teacher(store, declared, job.holdout))
 
 
 def _check_same(job: Job, resume: Checkpoint) -> None:
-    """Refuse to go on with a run whose declaration or code is another one now; raises LabError."""
     for name in sorted({*job.identity, *resume.identity}):
         now, then = job.identity.get(name, "none"), resume.identity.get(name, "none")
         if now != then:
             changed = f"{name} was {then} in run {resume.run_id} and is {now} now"
             raise LabError(f"resume: {changed}, as the script, its settings or the lab have changed; train it anew")
     if job.device.type != "cpu":
-        message = "resume: %s rounds sums in any order, so the run need not end as it would have without interruption"
-        logger.warning(message, job.device)
+        logger.warning("resume: %s rounds sums in any order, so the run need not end as it would have", job.device)
 
 
 def restore(training: Training, resume: Checkpoint) -> None:
-    """Let the training go on from the checkpoint; raises LabError if that holds something else than its state."""
     try:
         training.load_state_dict(resume.training)
     except Exception as error:  # torch has many ways to refuse a state
-        reason = f"{type(error).__name__}: {one_line(error)[:150]}"
-        message = f"resume: the checkpoint of run {resume.run_id} does not fit: {reason}; train it anew"
-        raise LabError(message) from error
+        reason = f"{type(error).__name__}: {one_line(error)[:150]}; train it anew"
+        raise LabError(f"resume: the checkpoint of run {resume.run_id} does not fit: {reason}") from error

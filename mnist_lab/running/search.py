@@ -1,8 +1,7 @@
 """A search over hyperparameters: Optuna decides, the lab trains, and no trial is given the test images.
 
 A trial is the job with values drawn from the space, judged by the validation accuracy of its last epoch. Who trains it
-tells Optuna's storage, a database beside MLflow's, of each epoch and of the end, and asks it whether to go on. So the
-same command goes on where a search has stopped.
+tells Optuna's storage, a database beside MLflow's, of each epoch and of the end. So the same command goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 
 import optuna
 import torch
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
+from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -47,9 +46,8 @@ BEGUN, REASON, TOO_LARGE = "begun", "reason", "num_params"
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A search that came to its end.
+    """A search that came to its end, with its best trials, the best first; none where no trial has finished.
 
-    best: the best trials, the best first; none where no trial has finished.
     too_good: by about how many points the best accuracy is too good, were all trials equally good in truth.
     """
 
@@ -63,10 +61,10 @@ class SearchResult:
 def search(
     job: Job, space: Space, count: int, progress: Progress, trainers: Trainers, *, again: bool = False
 ) -> SearchResult:
-    """Train trials, with the seed 0, until the search has `count` of them.
+    """Train trials, with the seed 0, until the search has `count` of them; raises LabError before any training.
 
     A search of the same script, code, settings and space goes on; `again` begins a new one. Trials that were
-    interrupted go on too. One that fails counts; the others are still trained. Raises LabError before any training.
+    interrupted go on too. One that fails counts; the others are still trained.
     """
     check_space(job, space)
     store = open_store(job.tracking_uri)
@@ -96,9 +94,9 @@ def search(
                 for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                     if trial.params.keys() == space.keys():
                         yield TrialTask(job, trial.number, tracked.run_id, storage=reached)
-                    else:  # this process was killed while it was drawn: it counts as none
+                    else:  # this process was killed while it was drawn
                         study.tell(trial.number, state=TrialState.FAIL)
-                for _ in range(count - len(_trials(study))):
+                for _ in range(count - len(study.trials)):
                     yield TrialTask(job, study.ask(dict(space)).number, tracked.run_id, storage=reached)
 
             def on_end(task: SeedTask, outcome: Outcome) -> None:
@@ -111,32 +109,25 @@ def search(
 
             progress.on_search(study.study_name, count, _counts(study).done, trainers.room(), job.device)
             trainers.train(store, tracked.run_id, tasks(), progress, on_end)
-            counts, best, too_good = _counts(study), _finished(study)[:BEST], 0.0
-            if best:
-                of_one = sd_of_accuracy(best[0].accuracy, job.holdout)
-                too_good = expected_maximum(counts.finished + counts.pruned) * of_one
+            counts, best = _counts(study), _finished(study)[:BEST]
+            of_one = sd_of_accuracy(best[0].accuracy, job.holdout) if best else 0.0
+            too_good = expected_maximum(max(1, counts.finished + counts.pruned)) * of_one
             result = SearchResult(tracked.run_id, study.study_name, counts, best, too_good)
             _log(tracked, study, job, result)
     return result
 
 
 def check_space(job: Job, space: Space) -> None:
-    """Refuse a space that can't be drawn from; raises LabError."""
     if not isinstance(space, Mapping) or not space:
         raise LabError(f"search: {quoted(space)} is no space; give a dict of Optuna's distributions by name")
     for name, distribution in space.items():
         if not isinstance(distribution, BaseDistribution):
-            raise LabError(
-                f"search: {name} is {quoted(distribution)}, not one of Optuna's distributions, "
-                "e.g. FloatDistribution(0.05, 0.5, log=True)"
-            )
+            example = "not one of Optuna's distributions, e.g. FloatDistribution(0.05, 0.5, log=True)"
+            raise LabError(f"search: {name} is {quoted(distribution)}, {example}")
         if name in job.overrides:
             raise LabError(f"search: {name} is searched, so it can't be set to {quoted(job.overrides[name])} too")
-        if isinstance(distribution, CategoricalDistribution):
-            values = list(distribution.choices)
-        else:
-            values = [distribution.low, distribution.high]  # type: ignore[attr-defined]
-        for value in values:
+        given = vars(distribution)
+        for value in given.get("choices", (given.get("low"), given.get("high"))):
             job.experiment.override({name: value})[0].check()
 
 
@@ -147,7 +138,6 @@ def paste_lines(job: Job, values: Mapping[str, object]) -> list[str]:
 
 
 def trial_text(values: Mapping[str, object]) -> str:
-    """Return the values of a trial on one line."""
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 
@@ -162,8 +152,6 @@ def best_table(result: SearchResult, style: str = "simple") -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialTask(SeedTask):
-    """The training of a trial, by its number. storage: Optuna's."""
-
     storage: BaseStorage
 
     def train(self, progress: Progress) -> None:
@@ -183,15 +171,12 @@ class TrialTask(SeedTask):
             values = _values(trial)
             experiment, overrides = self.job.experiment.override(values)
             teacher = None if "teacher" in values else self.job.teacher
-            job = self.job.replaced(
-                experiment=experiment, overrides={**self.job.overrides, **overrides}, teacher=teacher
-            )
-            job = with_teacher(job, store)
+            overrides = {**self.job.overrides, **overrides}
+            job = with_teacher(self.job.replaced(experiment=experiment, overrides=overrides, teacher=teacher), store)
             # The same values may have been drawn before, and a process may be lost when it has pruned its run.
             run = finished_runs(store, job.params, job.tags, "validation_accuracy").get(0)
             if run is None:
-                task = SeedTask(job, 0, self.parent_run_id, is_lost=is_lost)
-                run = task.train(_Judge(trial, job.experiment))
+                run = SeedTask(job, 0, self.parent_run_id, is_lost=is_lost).train(_Judge(trial, job.experiment))
                 assert run is not None
             else:
                 adopt(store, self.parent_run_id, run.run_id)
@@ -206,8 +191,6 @@ class TrialTask(SeedTask):
 
 
 class _Judge(Progress):
-    """Ends a trial that is not worth its training, or more of it; Optuna hears of the epochs."""
-
     def __init__(self, trial: optuna.Trial, experiment: Experiment) -> None:
         self.trial, self.experiment = trial, experiment
 
@@ -244,15 +227,13 @@ def _open_storage(job: Job) -> RDBStorage:
 
 @contextmanager
 def _storage_failures() -> Iterator[None]:
-    """Turn an error of Optuna's storage into a LabError."""
     try:
         yield
     except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
         raise LabError(f"search: Optuna's database {SEARCHES} can't be used: {one_line(error)[:200]}") from error
 
 
-def _digest(job: Job) -> str:
-    """Return what names the searches of a job: script, code and all settings but the space."""
+def _digest(job: Job) -> str:  # which names the searches of a job
     return hashlib.sha256(json.dumps(job.identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -269,30 +250,17 @@ def _open_study(job: Job, space: Space, storage: RDBStorage, *, again: bool) -> 
         study.set_user_attr("space", declared)
     drawn = study.user_attrs["space"]
     if other := [name for name in {**drawn, **declared} if drawn.get(name) != declared.get(name)]:
-        raise LabError(
-            f"search: {', '.join(other)} had another range when {study.study_name} began; "
-            "go on with that one, or begin a new search with --again"
-        )
+        changed = f"{', '.join(other)} had another range when {study.study_name} began"
+        raise LabError(f"search: {changed}; go on with that one, or begin a new search with --again")
     return study
 
 
-def _trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the trials of a study, without those whose values were not all drawn."""
-    names = study.user_attrs["space"].keys()
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.params.keys() == names]
-
-
 def _counts(study: optuna.Study) -> Counts:
-    trials = _trials(study)
+    trials = study.get_trials(deepcopy=False)
     too_large = sum(TOO_LARGE in trial.user_attrs for trial in trials)
     states = Counter(trial.state for trial in trials)
-    return Counts(
-        finished=states[TrialState.COMPLETE],
-        pruned=states[TrialState.PRUNED] - too_large,
-        failed=states[TrialState.FAIL],
-        too_large=too_large,
-        best=next(iter(_finished(study)), None),
-    )
+    finished, pruned, failed = states[TrialState.COMPLETE], states[TrialState.PRUNED], states[TrialState.FAIL]
+    return Counts(finished, pruned - too_large, failed, too_large, next(iter(_finished(study)), None))
 
 
 def _finished(study: optuna.Study) -> list[Trial]:
@@ -315,12 +283,8 @@ def _outcome_text(trial: FrozenTrial) -> str:
 
 def _log(tracked: TrackedRun, study: optuna.Study, job: Job, result: SearchResult) -> None:
     counts = result.counts
-    metrics: dict[str, float] = {
-        "trials": counts.done,
-        "trials_pruned": counts.pruned,
-        "trials_failed": counts.failed,
-        "trials_too_large": counts.too_large,
-    }
+    metrics: dict[str, float] = {"trials": counts.done}
+    metrics |= {f"trials_{name}": getattr(counts, name) for name in ("pruned", "failed", "too_large")}
     if result.best:
         metrics |= {"best_validation_accuracy": result.best[0].accuracy, "too_good": result.too_good}
         tracked.set_tags({DESCRIPTION: best_table(result, "github")})

@@ -35,12 +35,10 @@ VERDICT = "verdict.md"  # the artifact with the study's description
 def study(
     job: Job, seeds: Sequence[int], progress: Progress, trainers: Trainers, *, again: bool = False
 ) -> StudyResult:
-    """Train and track the job with each of these seeds, and judge them together.
+    """Train and track the job with each of these seeds, and judge them together; raises LabError before any training.
 
     A seed with a finished run of the same declaration, code and kind of device is not trained again, unless `again`:
-    its run becomes a child of this study. A restored run counts where it was made with the vector instructions that
-    this processor has, or on the same GPU. When a seed fails, the others are still trained.
-    Raises LabError before any training.
+    its run becomes a child of this study. When a seed fails, the others are still trained.
     """
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
@@ -54,7 +52,7 @@ def study(
         count = min(trainers.room(), len(missing))
         _, _, rehearsal = tried(job, store)
         rehearsal.notice(job.overrides)
-    name = run_name_of(job, f"{len(seeds)} {job.unit}{'s' if len(seeds) > 1 else ''}")
+    name = run_name_of(job, f"{len(seeds)} {job.protocol.unit}{'s' if len(seeds) > 1 else ''}")
     tags = {
         **{tag: text for tag, text in job.tags.items() if tag != "step"},
         **{"study": job.step, "seeds": " ".join(map(str, seeds)), "seeds_reused": " ".join(map(str, reused))},
@@ -94,37 +92,27 @@ def study(
 def judge_runs(
     targets: Targets, epochs: int, run_id: str, runs: Sequence[FinishedRun], measured: Protocol = TESTED
 ) -> StudyResult:
-    """Judge the finished runs of a study together.
-
-    epochs: of each of them. run_id: of the study. measured: by which protocol.
-    """
+    """Judge the finished runs, of so many epochs each, of the study with this id; `measured`: by which protocol."""
     aggregates, verdicts = {}, []
     if runs:
-        aggregates = {
-            name: aggregate([run.metrics[name] for run in runs], targets.accuracy) for name in measured.over_seeds
-        }
-        verdicts = judge(
-            targets,
-            accuracies=[run.metrics[measured.judged] for run in runs],
-            num_params=int(runs[0].metrics["num_params"]),
-            epochs=epochs,
-        )
+        figures = {name: [run.metrics[name] for run in runs] for name in measured.over_seeds}
+        aggregates = {name: aggregate(of, targets.accuracy) for name, of in figures.items()}
+        num_params = int(runs[0].metrics["num_params"])
+        verdicts = judge(targets, accuracies=figures[measured.judged], num_params=num_params, epochs=epochs)
     return StudyResult(run_id, list(runs), [], {}, aggregates, verdicts, measured.unit)
 
 
 def log_verdict(tracked: TrackedRun, result: StudyResult, script: Path, overrides: str = "") -> None:
     """Log what the seeds show together; verdicts, tables and the docstring are the study's description."""
-    metrics = {  # first: MLflow's comparison of runs begins with them
-        f"{name}_{key}": value
-        for name, figures in result.aggregates.items()
-        for key, value in asdict(figures).items()
-        if key != "n"
-    }
+    metrics: dict[str, float] = {}
+    for name, figures in result.aggregates.items():  # first: MLflow's comparison of runs begins with them
+        metrics |= {f"{name}_{key}": value for key, value in asdict(figures).items() if key != "n"}
     metrics["seeds"] = len(result.runs)
     if result.runs:
         judged, *_ = result.aggregates.values()
         metrics |= {"num_params": result.runs[0].metrics["num_params"], "sd": round(judged.sd, 3)}
-        metrics |= {name: one.p for name, one in [("p", one) for one in result.verdicts if one.name == "accuracy"]}
+        for verdict in [verdict for verdict in result.verdicts if verdict.name == "accuracy"]:
+            metrics["p"] = verdict.p
         metrics |= short_figures({name: figures.mean for name, figures in result.aggregates.items()})
     text = "\n\n".join(tabulate(*table, tablefmt="github", disable_numparse=True) for table in tables(result))
     described = describe(script, overrides, result.verdicts, text)
@@ -157,14 +145,12 @@ def log_curves(tracked: TrackedRun, history: Sequence[Mapping[str, object]], tar
 
 def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
     """Return a record of each epoch of these runs, with the losses and accuracies; raises LabError."""
-    names = job.protocol.curves
-    seeds = {run.run_id: run.seed for run in runs}
+    names, seeds = job.protocol.curves, {run.run_id: run.seed for run in runs}
     records: dict[tuple[str, int], dict[str, object]] = {}
     with store_failures(store, "can't be read"):
         for run_id, name, epoch, value in read_points(store.uri, dict.fromkeys(seeds, job.experiment.epochs), names):
-            identity = {"run_id": run_id, "step": job.step, "seed": seeds[run_id], "epoch": epoch}
-            empty = dict.fromkeys(names, math.nan)
-            record = records.setdefault((run_id, epoch), {**identity, **empty})
+            new = {"run_id": run_id, "step": job.step, "seed": seeds[run_id], "epoch": epoch}
+            record = records.setdefault((run_id, epoch), {**new, **dict.fromkeys(names, math.nan)})
             record[name] = math.nan if value is None else value
     return list(records.values())
 
@@ -173,18 +159,14 @@ def tables(result: StudyResult) -> list[tuple[list[tuple[str, ...]], tuple[str, 
     """Return rows and headers of two tables as text: one row per figure over the seeds, and one per seed."""
     if not result.aggregates:
         return []
-    over_seeds: list[tuple[str, ...]] = [
-        (
-            _label(name),
-            percent(a.mean),
-            f"{a.sd:.3f}" if math.isfinite(a.sd) else "-",
-            mean_interval_text(a.n, a.low, a.high),
-            percent(a.minimum),
-            percent(a.median),
-            f"{round(a.share_at_target * a.n)} of {a.n}" if math.isfinite(a.share_at_target) else "-",
+    over_seeds: list[tuple[str, ...]] = []
+    for name, a in result.aggregates.items():
+        sd = f"{a.sd:.3f}" if math.isfinite(a.sd) else "-"
+        at_target = f"{round(a.share_at_target * a.n)} of {a.n}" if math.isfinite(a.share_at_target) else "-"
+        interval = mean_interval_text(a.n, a.low, a.high)
+        over_seeds.append(
+            (_label(name), percent(a.mean), sd, interval, percent(a.minimum), percent(a.median), at_target)
         )
-        for name, a in result.aggregates.items()
-    ]
     headers = ("accuracy in percent", "mean", "sd", "95 % interval", "minimum", "median", "at target")
     per_seed: list[tuple[str, ...]] = [
         (str(run.seed), *(percent(run.metrics[name]) for name in result.aggregates), run.run_id) for run in result.runs
@@ -194,5 +176,5 @@ def tables(result: StudyResult) -> list[tuple[list[tuple[str, ...]], tuple[str, 
 
 def _label(name: str) -> str:
     """Say "last epoch, test" for `final_test_accuracy`."""
-    epoch, part, _ = name.split("_")
-    return f"{'last' if epoch == 'final' else epoch} epoch, {part}"
+    epoch, part, _ = name.replace("final", "last").split("_")
+    return f"{epoch} epoch, {part}"

@@ -23,9 +23,8 @@ Call = tuple[nn.Module, str, int | None]  # a layer, the shape of its output, an
 def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
     """Return a table of the layers in the order of their calls, and the parameters, each of which counts once.
 
-    A network that fails on the images by which receptive fields are measured has none in its table; one that can't be
-    run, a line that says so. Network and random state are left as they were.
-
+    A network that fails on the images by which receptive fields are measured has none in its table. Network and random
+    state are left as they were.
     untrained: names of parameters that no gradient reaches; they do not count as trainable.
     """
     with kept_generators(next(net.parameters()).device):  # some networks draw in evaluation mode too
@@ -45,8 +44,7 @@ def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
 def _marked_images() -> Tensor:
     """Return 28 images, of which number i has NaN in its column i, for NaN spreads to all that depends on it.
 
-    So fields are measured, not computed from kernel sizes, and functional pooling, residual paths and linear layers
-    count. In double precision kernels are plain: no tile of neighbours shares a NaN.
+    In double precision kernels are plain: no tile of neighbours shares a NaN.
     """
     images = torch.zeros(IMAGE_SIZE, 1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
     images[torch.arange(IMAGE_SIZE), :, :, torch.arange(IMAGE_SIZE)] = torch.nan
@@ -55,7 +53,6 @@ def _marked_images() -> Tensor:
 
 @torch.inference_mode()
 def _calls(net: nn.Module, images: Tensor) -> list[Call]:
-    """Run the network; return its layers, which are all modules but those that hold others in a row or a list."""
     calls: list[Call] = []
 
     def note(module: nn.Module, inputs: object, output: object) -> None:

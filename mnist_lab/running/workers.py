@@ -1,8 +1,7 @@
-"""Who trains a study or a search: they are handed tasks, and say how each of them ended.
+"""Who trains a study or a search: in processes on a CPU, in this process on a GPU.
 
-On a CPU tasks are trained in processes of one thread each, on a GPU in this process. The processes are started by
-`multiprocessing` with "spawn": torch's threads don't survive a fork. They are no `Pool`: that breaks as a whole when
-one of its processes dies, while here only that task fails.
+The processes are started with "spawn": torch's threads don't survive a fork. They are no `Pool`: that breaks as a whole
+when one of its processes dies, while here only that task fails.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -58,7 +58,6 @@ Outcome = FinishedRun | Failed | None  # a trial of a search has none: Optuna's 
 class SeedTask:
     """The training of a seed, which can be sent to another process. An interrupted run of it goes on.
 
-    number: the seed.
     parent_run_id: the run of the study or the search.
     again: go on only with a run that began for this parent.
     is_lost: whether a run of this seed that the parent has as RUNNING can only be one whose process is gone.
@@ -72,7 +71,7 @@ class SeedTask:
 
     def train(self, progress: Progress) -> FinishedRun | None:
         store = open_store(self.job.tracking_uri)
-        name = run_name_of(self.job, f"{self.job.unit} {self.number}")
+        name = run_name_of(self.job, f"{self.job.protocol.unit} {self.number}")
         own = close_lost(store, self.parent_run_id, name) if self.is_lost else []
         if own:
             logger.warning("%s begins again: its process was lost", name)
@@ -83,8 +82,10 @@ class SeedTask:
         return FinishedRun(result.run_id, self.number, result.measured)
 
 
+OnEnd = Callable[[SeedTask, Outcome], None]
+
+
 def outcome_of(task: SeedTask, progress: Progress) -> Outcome:
-    """Return what comes of a task; an error fails this one alone."""
     try:
         if task.job.experiment is None:  # a job is sent without it
             task.job.read_experiment()
@@ -99,22 +100,17 @@ def reason_of(error: Exception) -> str:
 
 
 class Trainers:
-    """Trains tasks: in this process, one after another, as on a GPU.
+    """Trains tasks: in this process, one after another, as on a GPU."""
 
-    running: the tasks that are being trained, each by what `start` has returned for it.
-    """
-
-    running: dict[Any, SeedTask]
+    running: dict[Any, SeedTask]  # the tasks that are being trained, by what `start` has returned for them
 
     def prepare(self, job: Job, store: Store) -> None:
         """Get ready for tasks of this job; raises LabError."""
 
-    def storage(self, storage: RDBStorage) -> Any:
-        """Return what reaches Optuna's storage from where the tasks are trained."""
+    def storage(self, storage: RDBStorage) -> Any:  # what reaches Optuna's from where the tasks are trained
         return storage
 
-    def room(self) -> int:
-        """Return how many tasks can be trained at a time."""
+    def room(self) -> int:  # for so many tasks at a time
         return 1
 
     def start(self, task: SeedTask) -> Any:
@@ -129,17 +125,9 @@ class Trainers:
         """Let what is being trained close its run and end."""
 
     def train(
-        self,
-        store: Store,
-        parent_run_id: str,
-        tasks: Iterator[SeedTask],
-        progress: Progress,
-        on_end: Callable[[SeedTask, Outcome], None],
+        self, store: Store, parent_run_id: str, tasks: Iterator[SeedTask], progress: Progress, on_end: OnEnd
     ) -> None:
-        """Train the tasks; however this ends, the trainings end before it.
-
-        parent_run_id: the run of the study or the search.
-        """
+        """Train the tasks of a study's or search's run; however this ends, the trainings end before it."""
         self.running = {}
         try:
             while True:
@@ -161,45 +149,63 @@ class Processes(Trainers):
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.started: set[Worker] = set()
+        self.started: dict[Connection, SpawnProcess] = {}
 
     def room(self) -> int:
         return self.count
 
-    def start(self, task: SeedTask) -> Worker:
-        idle = (one for one in self.started if one not in self.running and one.process.is_alive())
-        worker = next(idle, None) or Worker()
-        self.started.add(worker)
+    def start(self, task: SeedTask) -> Connection:
+        idle = (one for one, process in self.started.items() if one not in self.running and process.is_alive())
+        connection = next(idle, None) or self._new_process()
         with suppress(OSError):  # where it has died: receiving says so too
-            worker.connection.send(task)
-        return worker
+            connection.send(task)
+        return connection
 
-    def ended(self, progress: Progress) -> Iterator[tuple[Worker, Outcome]]:
-        ready = wait([worker.connection for worker in self.running], timeout=LOOK_SECONDS)
-        for worker in [worker for worker in self.running if worker.connection in ready]:
-            message = worker.receive()
+    def _new_process(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs,), name=WORKER, daemon=True)
+        resource_tracker.ensure_running()  # starting it would let the signals through again
+        # Ctrl-C and a closed terminal reach all processes at once. This one sees them, and ends its workers by SIGTERM.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+        try:
+            with environment_variables({"OMP_NUM_THREADS": "1"}):
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()  # so that this end hears of it when the process ends
+        self.started[ours] = process
+        return ours
+
+    def ended(self, progress: Progress) -> Iterator[tuple[Connection, Outcome]]:
+        ready = wait([*self.running], timeout=LOOK_SECONDS)
+        for connection in [one for one in self.running if one in ready]:
+            try:
+                message: EpochMetrics | Outcome = connection.recv()
+            except (EOFError, OSError):
+                process = self.started[connection]
+                process.join()
+                code = process.exitcode or 0
+                how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
+                message = Failed(f"its process ended early ({how})", lost=True)
             if isinstance(message, EpochMetrics):
-                progress.on_epoch(self.running[worker].number, message)
+                progress.on_epoch(self.running[connection].number, message)
             else:
-                yield worker, message
+                yield connection, message
 
     def stop(self) -> None:
-        """End all processes; those that do not close their runs in time are killed."""
-        for worker in self.started:
-            worker.process.terminate()
+        for process in self.started.values():
+            process.terminate()
         deadline = time.monotonic() + END_SECONDS
-        for worker in self.started:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-            worker.process.kill()
-            worker.process.join()
-            worker.connection.close()
+        for connection, process in self.started.items():
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+            connection.close()
 
 
 def local(job: Job, workers: int | None = None) -> Trainers:
-    """Return the trainers of this machine; raises LabError if `workers` processes are asked for on a GPU.
-
-    workers: by default one per core.
-    """
+    """Return the trainers of this machine, on a CPU `workers` processes, by default one per core; raises LabError."""
     if job.device.type == "cpu":
         return Processes(workers or max(1, available_cores() // (job.threads or 1)))
     if workers is not None:
@@ -207,37 +213,7 @@ def local(job: Job, workers: int | None = None) -> Trainers:
     return Trainers()
 
 
-class Worker:
-    """A process that trains, and the connection to it."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs,), name=WORKER, daemon=True)
-        resource_tracker.ensure_running()  # starting it would let the signals through again
-        # Ctrl-C and a closed terminal reach all processes at once. This one sees them, and ends its workers by SIGTERM.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-        try:
-            with environment_variables({"OMP_NUM_THREADS": "1"}):
-                self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()  # so that this end hears of it when the process ends
-
-    def receive(self) -> EpochMetrics | Outcome:
-        try:
-            message: EpochMetrics | Outcome = self.connection.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            code = self.process.exitcode or 0
-            how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
-            return Failed(f"its process ended early ({how})", lost=True)
-        return message
-
-
 class _Messages(Progress):
-    """Sends the epochs of a run over the connection."""
-
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
@@ -249,7 +225,6 @@ class _Messages(Progress):
 
 
 def _work(connection: Connection) -> None:
-    """Train the tasks that come over the connection, and send back what comes of them."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.getLogger("mnist_lab").setLevel(logging.WARNING)  # a script that imports mlflow.pytorch raises the root's
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -263,7 +238,6 @@ def _work(connection: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the study's process, then end this one, and with it its run."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -37,8 +37,7 @@ class Process(subprocess.Popen[str]):
     def __init__(self, *command: str | Path, cwd: Path, **environment: str) -> None:
         self.output = (cwd / f"output-{time.monotonic_ns()}.txt").open("w+")
         streams = {"stdin": subprocess.DEVNULL, "stdout": self.output, "stderr": subprocess.STDOUT}
-        words = [str(word) for word in command]
-        super().__init__(words, cwd=cwd, env={**os.environ, **environment}, start_new_session=True, **streams)
+        super().__init__(command, cwd=cwd, env={**os.environ, **environment}, start_new_session=True, **streams)
 
     @property
     def said(self) -> str:
@@ -62,8 +61,8 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder, port = folder, free_port()
         self.address = f"127.0.0.2:{port}"
-        self.nodes = [self._start("--head", f"--port={port}", "--include-dashboard=false")]
-        self.nodes.append(self._start(f"--address={self.address}"))
+        head = self._start("--head", f"--port={port}", "--include-dashboard=false")
+        self.nodes = [head, self._start(f"--address={self.address}")]
 
     def _start(self, *flags: str) -> Process:
         """Start a node; again where a busy machine did not start Ray's agents within the 15 seconds that Ray allows."""
@@ -145,7 +144,6 @@ def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, server: Server, star
     flags = ("--limit", "6000", "--epochs", "3", "--tracking-uri", server.uri)
     program = start("--seeds", "6", "--cluster", cluster.address, *flags)
     wait_until(lambda: len([run for run in runs() if PARENT in run.tags and "test_accuracy" in run.metrics]) >= 2)
-    assert program.poll() is None, program.said
     cluster.nodes[1].end()
     assert program.wait(PATIENCE) == 0, program.said
 
@@ -153,8 +151,7 @@ def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, server: Server, star
     assert parent.metrics["seeds"] == [(0, 6.0)]
     assert {run.status for run in runs()} == {"FINISHED"}  # the lost run went on
     assert sorted(run.params["seed"] for run in children) == ["0", "1", "2", "3", "4", "5"]
-    for run in children:
-        assert [epoch for epoch, _ in run.metrics["test_accuracy"]] == [1, 2, 3]
+    assert {tuple(epoch for epoch, _ in run.metrics["test_accuracy"]) for run in children} == {(1, 2, 3)}
 
     again = runs_since(server)
     local = start("--seeds", "2", "--again", *flags)
@@ -179,7 +176,6 @@ def test_a_search_goes_on_after_ctrl_c_and_when_its_driver_is_killed(
     wait_until(lambda: len([run for run in runs() if "validation_accuracy" in run.metrics]) >= 2)
     program.send_signal(signal.SIGINT)
     assert program.wait(PATIENCE) == 130, program.said
-    assert "Interrupted. " in program.said
     assert "Traceback" not in program.said
     assert {run.status for run in runs()} <= {"FINISHED", "KILLED"}
 
@@ -190,13 +186,11 @@ def test_a_search_goes_on_after_ctrl_c_and_when_its_driver_is_killed(
     again = start("--search", "6", *flags, server.uri)
     assert again.wait(PATIENCE) == 0, again.said
 
-    assert "6 trials: " in again.said
     assert {run.status for run in runs()} <= {"FINISHED", "KILLED"}
     (parent,) = [run for run in runs() if PARENT not in run.tags]
     assert parent.metrics["trials"] == [(6, 6.0)]
     finished = [run for run in runs() if PARENT in run.tags and run.status == "FINISHED"]
-    assert len(finished) == 6
-    assert {run.tags[PARENT] for run in finished} == {parent.run_id}
+    assert [run.tags[PARENT] for run in finished] == [parent.run_id] * 6
     assert not [name for run in finished for name in run.metrics if "test" in name]
 
 

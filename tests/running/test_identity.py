@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from mnist_lab.running import identity
-from mnist_lab.running.identity import code_sha256, commit_tags, environment, find_sources, hardware
+from mnist_lab.running.identity import code_sha256, commit_tags, environment, find_sources
 
-CPU = torch.device("cpu")
 # Puts empty modules in the place of the lab's training and of libraries, and prints the digest of the script.
 ON_ANOTHER_PYTHON = """
 import sys, types
@@ -75,15 +74,9 @@ def script(tmp_path: Path) -> Path:
 
 def test_the_sources_are_what_the_script_imports_wherever_the_import_stands(script: Path) -> None:
     found = {name: file.relative_to(script.parent).as_posix() for name, file in find_sources(script).items()}
-
     assert found == {
-        "script": "idea.py",
-        "nets": "nets/__init__.py",
-        "nets.deep": "nets/deep.py",
-        "nets.blocks": "nets/blocks.py",
-        "nets.sizes": "nets/sizes.py",
-        "tricks": "tricks.py",
-        "late": "late.py",
+        **{"script": "idea.py", "tricks": "tricks.py", "late": "late.py", "nets": "nets/__init__.py"},
+        **{f"nets.{name}": f"nets/{name}.py" for name in ("deep", "blocks", "sizes")},
     }
 
 
@@ -169,28 +162,22 @@ def test_the_digest_is_the_same_on_every_supported_python(
 # ---- where it comes from
 
 
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.check_output(["git", "-C", str(folder), *arguments], text=True).rstrip("\n")
+
+
 @pytest.fixture
-def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return a repository with one commit: experiments/idea.py, notes.txt, and an ignored folder."""
     for name in [name for name in os.environ if name.startswith("GIT_")]:  # set where a git hook runs the tests
         monkeypatch.delenv(name)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
     (tmp_path / "gitconfig").write_text("[user]\n\tname = A\n\temail = a@example.org\n")
-
-
-def git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True)
-    return done.stdout.rstrip("\n")
-
-
-@pytest.fixture
-def repository(_no_settings_of_the_user: None, tmp_path: Path) -> Path:
-    """Return a repository with one commit: experiments/idea.py, notes.txt, and an ignored folder."""
     root = tmp_path / "repository"
-    (root / "experiments").mkdir(parents=True)
-    (root / "experiments" / "idea.py").write_text("EPOCHS = 14\n")
-    (root / "notes.txt").write_text("one\n")
-    (root / ".gitignore").write_text("runs/\n")
+    for name, text in {"experiments/idea.py": "EPOCHS = 14\n", "notes.txt": "one\n", ".gitignore": "runs/\n"}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
     git(root, "init", "--quiet")
     git(root, "add", "--all", "--force")
     git(root, "commit", "--quiet", "--message", "First")
@@ -243,12 +230,9 @@ def test_what_the_lab_writes_and_fetches_is_no_change(repository: Path) -> None:
 
 
 def test_versions_and_hardware_are_those_in_use() -> None:
-    versions = environment(CPU)
-    name, cores, instructions = hardware(CPU).rsplit(", ", 2)
-
-    assert versions["python"] == platform.python_version()
-    assert versions["mlflow"] == mlflow.__version__
-    assert versions["hardware"] == hardware(CPU)
+    versions = environment(torch.device("cpu"))
+    assert (versions["python"], versions["mlflow"]) == (platform.python_version(), mlflow.__version__)
+    name, cores, instructions = versions["hardware"].rsplit(", ", 2)
     assert cores == f"{os.cpu_count()} cores"
     if platform.system() == "Linux" and platform.machine() == "x86_64":
         cpuinfo = Path("/proc/cpuinfo").read_text()

