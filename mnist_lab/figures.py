@@ -309,6 +309,9 @@ def _label_points(axes: Axes, table: pd.DataFrame) -> None:
         for x, low, high in table[["num_params", "low", "high"]].to_numpy(float)
     ]
     taken += [line.get_window_extent().padded(2 * unit) for line in axes.lines if line.get_linestyle() != "None"]
+    steps = to_pixels(table.loc[table["step"].str.match(r"step\d+_"), ["num_params", "last"]].to_numpy(float))
+    on_arrows = [place for start, end in pairwise(steps) for place in np.linspace(start, end, 40)]
+    taken += [Bbox([place, place]).padded(2 * unit) for place in on_arrows]
     turns = np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60])
     places = list(product(range(12, 200, 4), [side + turn for turn in turns for side in (0, math.pi)]))
     from_the_top = table.sort_values("last", ascending=False, kind="stable")  # so that neighbours keep their order
