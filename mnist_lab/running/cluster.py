@@ -6,7 +6,6 @@ then closes the run that was lost, and goes on with it.
 
 from __future__ import annotations
 
-import gzip
 import logging
 import os
 import shutil
@@ -160,7 +159,7 @@ def _pack(job: Job, folder: Path) -> None:
         shutil.copy(file, copy)
     (folder / "data").mkdir()
     for name, content in read_files(job.data_dir).items():
-        (folder / "data" / f"{name}.gz").write_bytes(gzip.compress(content, 1, mtime=0))
+        (folder / "data" / name).write_bytes(content)
 
 
 def _join(address: str, code: Path) -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from forkserver import PATIENCE
-from helpers import TrackedRun, free_port, read_runs, wait_until, write_search
+from helpers import TINY, TrackedRun, free_port, read_runs, wait_until, write_search
 from mnist_lab.errors import LabError
 
 PARENT = "mlflow.parentRunId"
@@ -235,7 +235,22 @@ def test_auto_starts_a_cluster_of_this_machine_on_loopback(
     assert {run.tags["process"].split()[-1] for run in children} == {"cluster"}
 
 
-# ---- what a node refuses
+# ---- on a node
+
+
+@pytest.mark.usefixtures("mnist")  # which are there
+def test_a_node_finds_the_script_and_mnist_in_what_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mnist_lab import data
+    from mnist_lab.running.cluster import _pack
+    from mnist_lab.running.job import Job, read_declaration
+
+    job = Job(script=TINY, experiment=read_declaration(TINY), tracking_uri="")
+    _pack(job, tmp_path)
+    job.lies_in(tmp_path)
+
+    monkeypatch.setattr(data, "WAYS", {})  # it need not reach the internet
+    assert data.read_files(job.data_dir).keys() == data.FILES.keys()
+    assert read_declaration(job.sources["script"]).epochs == job.experiment.epochs
 
 
 def test_a_node_with_another_version_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
