@@ -188,7 +188,7 @@ def commit_tags(script: Path, written: Iterable[Path] = ()) -> dict[str, str]:
             own = [path for path in own if path.is_relative_to(root) and not folder.is_relative_to(path)]
             others = [":/", *(f":(top,exclude,literal){path.relative_to(root)}" for path in own)]
             changes = repository.git.status("--porcelain", "--untracked-files=all", "--", *others)
-            sha = repository.head.commit.hexsha if repository.head.is_valid() else "none"
+            sha = repository.git.rev_parse("--verify", "--quiet", "HEAD", with_exceptions=False) or "none"
             return {"git_commit": sha, "git_dirty": "true" if changes else "false"}
     except InvalidGitRepositoryError:
         return {"git_commit": "none", "git_dirty": "false"}

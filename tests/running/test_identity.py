@@ -204,6 +204,14 @@ def test_the_commit_and_whether_any_file_differs_from_it(repository: Path, tmp_p
     assert commit_tags(tmp_path / "idea.py") == tags("none", "true")  # before the first commit
 
 
+def test_a_repository_whose_commits_are_named_by_sha_256(repository: Path) -> None:
+    shutil.rmtree(repository / ".git")
+    git(repository, "init", "--quiet", "--object-format=sha256")
+    git(repository, "add", "--all")
+    git(repository, "commit", "--quiet", "--message", "First")
+    assert commit_tags(repository / "notes.txt") == tags(git(repository, "rev-parse", "HEAD"), "false")
+
+
 @pytest.mark.parametrize("fault", ["another user's", "no git"])
 def test_where_git_refuses_the_state_is_unknown_and_that_is_said(
     fault: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
