@@ -47,7 +47,7 @@ def read_story(script: Path) -> Story:
     before, *parts = re.split(rf"^({'|'.join(HEADINGS)}):", docstring, flags=re.MULTILINE)
     title, _, opening = before.strip().partition("\n\n")
     texts = [text.strip() for text in parts[1::2]]
-    compared = re.findall(r"^Compared with (\w+): (.+?)\.?$", docstring, flags=re.MULTILINE)
+    compared = re.findall(r"^Compared with ([\w.-]+): (.+?)\.?$", docstring, flags=re.MULTILINE)
     return Story(
         " ".join(title.split()).removesuffix("."), opening, list(zip(parts[::2], texts, strict=True)), compared
     )

@@ -155,6 +155,8 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
     every = run_table(include_overrides=True, loaded=loaded)
     if overridden := sorted({*every["step"]} - {*run_table(loaded=loaded)["step"]}):
         logger.warning("left out, as they have only overridden runs: %s", ", ".join(overridden))
+    if runs.empty and folds.empty:
+        raise LabError(f"no finished run as declared in {loaded.name}; train one, e.g. `make step1`")
     if not restored:
         runs = runs[runs["restored"].isna()]
     history = epoch_history(loaded=loaded, metrics=EPOCH_FIGURES)

@@ -409,6 +409,8 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
         try:
             run = mlflow.MlflowClient(uri).get_run(run_id)
         except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
             raise LabError(f"run_id: there is no run {run_id!r} in {without_password(uri)}") from error
     return predictions_of(run, uri)
 

@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -153,13 +153,13 @@ def _advice(error: OSError | sqlite3.Error) -> str:
 # ---- points: MLflow's client asks for one run and one metric at a time
 
 
-def read_points(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> Iterable[Point]:
+def read_points(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> list[Point]:
     """Return every point of these metrics, in the order of logging; MlflowException, SQLAlchemyError or OSError.
 
     epochs: the runs' numbers of epochs by run id; they bound what a server is asked for at a time.
     """
     if uri.startswith(("http://", "https://")):
-        return _over_http(uri, epochs, metrics)
+        return list(_over_http(uri, epochs, metrics))
 
     import sqlalchemy  # slow to import
 

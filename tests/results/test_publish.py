@@ -171,6 +171,13 @@ def test_a_page_without_markers_or_a_full_disk_leaves_every_file_as_it_was(copie
     assert [file.read_bytes() for file in there] == [b"# Page\n", *before[1:]]
 
 
+def test_a_store_of_overridden_runs_alone_is_not_exported(uri: str, tmp_path: Path) -> None:
+    write_run(open_store(uri), "idea", 0, [99.0], start_time=T0, tags={"overrides": "lr=0.2"})
+    with pytest.raises(LabError, match="^no finished run as declared in "):
+        files.export_runs(tmp_path / "export", tracking_uri=uri)
+    assert not (tmp_path / "export").exists()
+
+
 def test_publish_says_what_it_would_do_and_waits_for_replace(
     copied: Published, lab: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:

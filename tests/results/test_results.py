@@ -1,5 +1,6 @@
 """Run tables and comparisons, read from real stores."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from helpers import ROOT
 from mnist_lab import results
 from mnist_lab.errors import LabError
 from mnist_lab.results.compare import compare_runs, declared_pairs
+from mnist_lab.results.runs import load_runs
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.verdicts.comparison import Pair, seeds_text
@@ -130,6 +132,12 @@ def test_epoch_history_is_tidy(store: Store) -> None:
     assert one["lr"].tolist() == pytest.approx([0.1, 0.1, 0.06])
     step2 = results.epoch_history("step2", tracking_uri=store.uri)
     assert step2["test_accuracy"].tolist() == [98.5, 99.0]  # of a point that was logged twice the later value
+
+
+def test_a_server_that_goes_away_while_histories_are_read_is_one_sentence(store: Store) -> None:
+    loaded = dataclasses.replace(load_runs(store.uri), uri="http://127.0.0.1:9")
+    with short_timeouts(), pytest.raises(LabError, match="can't be read: no connection to the server"):
+        results.epoch_history(loaded=loaded)
 
 
 def test_compare_takes_the_newest_run_of_each_seed_and_their_mean(store: Store) -> None:
@@ -328,11 +336,11 @@ def test_scripts_declare_with_which_experiments_they_are_compared(tmp_path: Path
         file.stem for file in (ROOT / "experiments").glob("*.py")
     }
     (tmp_path / "my_idea.py").write_text(
-        '"""An idea.\n\nChange: two.\nCompared with step4: a, b.\nCompared with x: c\n"""'
+        '"""An idea.\n\nChange: two.\nCompared with step4: a, b.\nCompared with my-x.2: c\n"""'
     )
     (tmp_path / "broken.py").write_text("(")
     found = declared_pairs(tmp_path)
-    assert found == [Pair("step4_augment_steplr", "my_idea", "a, b"), Pair("x", "my_idea", "c")]
+    assert found == [Pair("step4_augment_steplr", "my_idea", "a, b"), Pair("my-x.2", "my_idea", "c")]
 
 
 def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> None:
@@ -382,6 +390,8 @@ def test_a_store_without_runs_says_what_to_run_and_is_not_made(uri: str, tmp_pat
     assert sorted(tmp_path.iterdir()) == before
     with short_timeouts(), pytest.raises(LabError, match="tracking store 'http://127.0.0.1:9' can't be read"):
         results.run_table(tracking_uri="http://127.0.0.1:9")
+    with short_timeouts(), pytest.raises(LabError, match="tracking store 'http://127.0.0.1:9' can't be read"):
+        results.predictions("0" * 32, tracking_uri="http://127.0.0.1:9")
 
 
 # ---- predictions that won't do
