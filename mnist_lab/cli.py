@@ -52,6 +52,8 @@ def main(
         return
     script = _started_script(sys._getframe(1).f_code.co_filename)  # a notebook shows a LabError's sentence by itself
     with lasting_output(), sentences():
+        if not isinstance(experiment, Experiment):
+            raise LabError(f"main: {quoted(experiment)} is no Experiment(net=..., ...)")
         experiment.check()
         arguments = _parse(script, experiment, argv)
         say_what_is_done()

@@ -203,5 +203,6 @@ def _run(command: list[str], folder: Path) -> None:
         raise LabError(f"not finished after {TIME_LIMIT} seconds") from None
     except subprocess.CalledProcessError as error:
         # npm gives the reason ("... failed, reason: ...") in the midst of others, Python on the last line.
-        lines = error.stderr.decode(errors="replace").splitlines() or [f"exit code {error.returncode}"]
+        text = error.stderr.decode(errors="replace").strip()
+        lines = text.splitlines() or [f"exit code {error.returncode}"]
         raise LabError(next((line for line in lines if "failed, reason:" in line), lines[-1])) from None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch.nn.functional as F
 from pydantic import Field, InstanceOf, TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -109,8 +110,9 @@ class Experiment:
         """Refuse values that can't be right on their face, by a LabError. What only torch can judge is rehearsed."""
         for name, (allowed, words) in ALLOWED.items():
             value = attrgetter(name)(self)
+            number = value.item() if isinstance(value, np.generic) else value
             try:
-                TypeAdapter(allowed).validate_python(value, strict=True)
+                TypeAdapter(allowed).validate_python(number, strict=True)
             except ValidationError:
                 raise LabError(f"{name}: {quoted(value)} is not {words}") from None
         accuracy = self.targets.accuracy

@@ -182,6 +182,7 @@ def test_a_mistake_in_a_script_ends_with_one_sentence_before_any_training(
     for right, wrong, said in [
         ("nn.Conv2d(10, 10, 7", "nn.Conv2d(10, 9, 7", r"error: net: .*\(128, 9\).*"),
         ("epochs=14", "epoch=14", r"error: epoch: .*did you mean 'epochs'.*"),
+        ("main(EXPERIMENT)", "main(Net)", r"error: main: <class '.*Net'> is no Experiment\(net=..., ...\)"),
     ]:
         write_with_mistake(tmp_path / "my_idea.py", right, wrong)
 

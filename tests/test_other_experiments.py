@@ -9,6 +9,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
+from mlflow import log_metric
 from torch import Tensor, nn
 
 from forkserver import run_program
@@ -99,13 +100,14 @@ def test_what_a_script_logs_by_mlflow_goes_into_the_labs_run_and_nothing_of_the_
     def logging_objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = net(images)
         mlflow.log_metric("largest_logit", logits.max().item())
+        log_metric("smallest_logit", logits.min().item())
         return nn.functional.cross_entropy(logits, labels), logits
 
     train(objective=logging_objective)
 
     (run,) = read_runs(database)
     assert run.status == "FINISHED"
-    assert len(run.metrics["largest_logit"]) == 6  # one a batch
+    assert len(run.metrics["largest_logit"]) == len(run.metrics["smallest_logit"]) == 6  # one a batch
     assert mlflow.active_run() is None
 
 

@@ -32,8 +32,8 @@ def notice_same_start(net: nn.Module, other: nn.Module) -> Iterator[str]:
         yield "net: begins with the same weights whatever the seed, so the spread over seeds says less"
 
 
-def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
-    """Refuse a network whose output depends on weights that it does not register, such as layers in a list.
+def unregistered(net: nn.Module, output: Tensor, images: Tensor) -> list[str]:
+    """Return the shapes of the weights that an output depends on, but that the network does not register.
 
     output: with its graph, which may have been gone through backwards.
     images: what the network was given. A leaf of their shape is a change to them, as adversarial training makes it.
@@ -48,9 +48,7 @@ def check_registered(net: nn.Module, output: Tensor, images: Tensor) -> None:
         leaf = getattr(node, "variable", None)  # that gradients are accumulated in
         if leaf is not None and id(leaf) not in known and leaf.shape != images.shape:
             shapes.append(str(tuple(leaf.shape)))
-    if shapes:
-        where = "keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter"
-        raise ValueError(f"would not train weights that it does not register, of shape {listed(shapes)}; {where}")
+    return shapes
 
 
 def notice_optimized(net: nn.Module, optimizer: Optimizer) -> Iterator[str]:

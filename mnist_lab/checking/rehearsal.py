@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
 FEW = 100  # images, where any will do
+OF_OPTIMIZERS = ("state", "param_groups", "defaults")  # attributes that their state_dict holds, or that do not change
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _check_augmentation(trial: Trial) -> list[str]:
     return notices
 
 
-def _check_gradients(trial: Trial) -> Iterable[str]:
+def _check_gradients(trial: Trial) -> Iterator[str]:
     """Try the forward and the backward pass of a batch, and look through the graph between them."""
     net, images = trial.net.train(), normalize(trial.images, trial.experiment.normalize)
     if trial.experiment.objective is None:  # what it makes of the network's output is its own business
@@ -171,9 +173,12 @@ def _check_gradients(trial: Trial) -> Iterable[str]:
     trial.untrained = {name for name, p in parameters.items() if p.requires_grad and p.grad is None}
     if all(parameter.grad is None for parameter in parameters.values()):
         raise ValueError("has no gradient in the network's parameters, so it can't train them")
-    with blame("net", trial):
-        network.check_registered(net, logits if logits.requires_grad else loss, images)
-    return ()
+    if shapes := network.unregistered(net, logits, images):
+        where = "keep layers in nn.ModuleList or nn.ModuleDict, and tensors in nn.Parameter"
+        raise LabError(f"net: would not train weights that it does not register, of shape {listed(shapes)}; {where}")
+    if shapes := network.unregistered(net, loss, images):
+        advice = "the optimizer is given the network's only; make them parameters of the network"
+        yield f"{trial.minimised}: has weights of its own, of shape {listed(shapes)}, which are not trained: {advice}"
 
 
 def _check_evaluation(trial: Trial) -> Iterator[str]:
@@ -229,20 +234,35 @@ def _check_trained(trial: Trial) -> Iterable[str]:
 
 def _check_resume(trial: Trial) -> Iterator[str]:
     """Take the training up anew, and name what changes from batch to batch without being in its state."""
+    state = {name: _kept(name, value) for name, value in trial.training.state_dict().items()}
     resumed = training.Training(trial.network(SEED), own_parts(trial.declared), trial.mnist, seed=SEED)
     try:
-        resumed.load_state_dict(trial.training.state_dict())
+        resumed.load_state_dict(state)
     except Exception as error:  # a network that changes its layers in training
         yield f"resume: a run of this can't be gone on with: {text_of(error)}"
         return
     for one in (trial.net, resumed.net):  # which may keep its activations
         trial.logits(trial.evaluated(2), one)
     pairs = {part: (getattr(trial.experiment, part), getattr(resumed.experiment, part)) for part in PARTS}
-    for part, (used, anew) in {**pairs, "net": (trial.net, resumed.net)}.items():
+    pairs |= {"net": (trial.net, resumed.net), "optimizer": (trial.training.optimizer, resumed.optimizer)}
+    for part, (used, anew) in pairs.items():
         after, before = _attributes(used), _attributes(anew)
         if changed := sorted(name for name in after if after[name] != before.get(name)):
             advice = "keep it in a buffer, or write state_dict and load_state_dict"
             yield f"{part}: changes {listed(changed)} from batch to batch, which `--resume` begins anew; {advice}"
+
+
+def _kept(part: str, state: object) -> object:
+    """Return a part's state as a checkpoint gives it back, which is read without running any code."""
+    content = io.BytesIO()
+    try:
+        torch.save(state, content)
+        content.seek(0)
+        return torch.load(content, weights_only=True)
+    except Exception as error:
+        part = {"declared": "a loss, objective or augmentation"}.get(part, part)
+        message = f"{part}: its state_dict() must hold numbers, texts and tensors, which a checkpoint keeps"
+        raise LabError(message) from error
 
 
 def _check_scheduler(trial: Trial) -> Iterator[str]:
@@ -304,7 +324,8 @@ def _attributes(part: object) -> dict[str, str]:
         modules = dict(one.named_modules()) if isinstance(one, nn.Module) else {"": one}
         for place, module in modules.items():
             for name, value in attributes(module).items():
-                if not isinstance(value, nn.Module) and getattr(value, "is_leaf", True):
+                of_torch = isinstance(module, Optimizer) and (name in OF_OPTIMIZERS or name.startswith("_"))
+                if not (of_torch or isinstance(value, nn.Module | Optimizer)) and getattr(value, "is_leaf", True):
                     found[f"{place}.{name}".removeprefix(".")] = stable_text(value)
     return found
 

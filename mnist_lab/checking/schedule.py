@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel
 from mnist_lab.arguments import stable_text
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.training.loop import batches_per_epoch, build_optimizer, build_scheduler, scheduler_steps_per_epoch
-from mnist_lab.training.states import plain
 
 MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
 MAX_LR = torch.finfo(torch.float32).max  # torch refuses to multiply a float32 parameter by more
@@ -44,7 +42,6 @@ class Walk:
         _check_kind(experiment, self.scheduler)
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.go_on(min(self.run, MAX_SCHEDULE_STEPS))
-        _check_state(self.scheduler)
 
     def go_on(self, steps: int) -> None:
         with warnings.catch_warnings():  # of an optimizer that has not stepped yet
@@ -72,20 +69,6 @@ def _check_kind(experiment: Experiment, scheduler: object) -> None:
         raise ValueError("mode='max' waits for a figure that rises, but it is given the training loss; use mode='min'")
     if isinstance(scheduler, ReduceLROnPlateau) and experiment.scheduler_interval == "batch":
         raise ValueError("ReduceLROnPlateau needs scheduler_interval='epoch': it follows the epoch's training loss")
-
-
-def _check_state(scheduler: LRScheduler) -> None:
-    """Refuse a scheduler whose state a checkpoint can't keep: it is read back without running any code."""
-    kept = io.BytesIO()
-    try:
-        torch.save(plain(scheduler.state_dict()), kept)
-        kept.seek(0)
-        torch.load(kept, weights_only=True)
-    except Exception as error:
-        name = type(scheduler).__name__
-        raise ValueError(
-            f"give {name} a state_dict() of numbers, texts and tensors: a checkpoint keeps these"
-        ) from error
 
 
 # ---- schedules in the wrong unit

@@ -156,6 +156,9 @@ def _file_errors(folder: Path) -> Iterator[None]:
         raise LabError(f"the figures can't be written to {folder}: {error.strerror}: {error.filename}") from error
     except UnicodeDecodeError as error:
         raise LabError(f"the figures can't be written to {folder}: a page is not UTF-8") from error
+    except UnicodeEncodeError as error:
+        reason = f"{error.object!r} is no name in this locale's {error.encoding}"
+        raise LabError(f"the figures can't be written to {folder}: {reason}") from error
 
 
 def compare_rows(rows: pd.DataFrame) -> list[Comparison]:

@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import DEFAULT, Mock, patch
@@ -372,9 +372,15 @@ def _forget_exports() -> None:
 # ---- what a script logs by MLflow's own functions: into the lab's run while it trains, and nowhere while it is tried
 
 
-def silenced() -> AbstractContextManager[Mapping[str, Mock]]:
-    """Let these functions do nothing; the context gives them by their names, as mocks."""
-    return patch.multiple(mlflow, **dict.fromkeys(CALLS, DEFAULT))
+@contextmanager
+def silenced() -> Iterator[Mapping[str, Mock]]:
+    """Let these functions do nothing, also where a script has imported them; the context gives them as mocks."""
+    inside = {"_get_or_start_run": DEFAULT, "MlflowClient": DEFAULT}
+    with (
+        patch.multiple(mlflow.tracking.fluent, **inside),
+        patch.multiple(mlflow, **dict.fromkeys(CALLS, DEFAULT)) as mocks,
+    ):
+        yield mocks
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnist_lab.arguments import parameters_of
 from mnist_lab.augmentation import image_by_image
@@ -51,6 +51,9 @@ def parts(augmentation: Any, alone: Given = "batch") -> Iterator[tuple[Given, An
     """Yield the transforms that are applied one after another, each with what it is given; `alone`: if no library's."""
     if is_torchvision(augmentation) and type(augmentation).__name__ == "Compose":
         for transform in augmentation.transforms:
+            yield from parts(transform, alone="image")
+    elif isinstance(augmentation, nn.Sequential) and any(map(is_torchvision, augmentation)):
+        for transform in augmentation:
             yield from parts(transform, alone="image")
     elif takes_labels(augmentation):
         yield "labels", augmentation

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,13 @@ class LearnsItsNoise(Linear):
 
 def raises(*_: object) -> Any:
     raise KeyError("no such\nlayer")
+
+
+class KeepsAPath(Linear):
+    def get_extra_state(self) -> object:
+        return Path("layers")
+
+    def set_extra_state(self, state: object) -> None: ...
 
 
 class Listed(Linear):
@@ -93,6 +101,7 @@ NETS: dict[str, tuple[Any, str]] = {
     "shared layers": (lambda: flat(SHARED), r"1\.weight, 1\.bias"),
     "shared statistics": (lambda: nn.Sequential(STATISTICS, nn.Flatten(), nn.Linear(784, 10)), r"0\.running_mean"),
     "noise that is learned": (LearnsItsNoise, "other logits"),
+    "state of another kind": (KeepsAPath, r"state_dict\(\)"),
     "layers in a list": (Listed, r"\(10, 10\)|\(10\)"),
 }
 

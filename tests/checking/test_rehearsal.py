@@ -168,6 +168,23 @@ class OwnGenerator:
         return images * torch.from_numpy(self.generator.uniform(0.5, 1, (len(images), 1, 1, 1))).float()
 
 
+class Temperature(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits / self.temperature, labels)
+
+
+class CountingSGD(SGD):
+    count = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        return super().step(closure)
+
+
 def in_a_run_of_its_own(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with mlflow.start_run():
         mlflow.log_param("images", len(images))
@@ -183,6 +200,11 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
     ("changes", "said"),
     [
         ({"net": SameStart}, "net: begins with the same weights whatever the seed"),
+        ({"loss": Temperature()}, r"loss: has weights of its own, of shape \(\), which are not trained"),
+        (
+            {"optimizer": partial(CountingSGD, lr=0.01)},
+            "optimizer: changes count from batch to batch",
+        ),
         (
             {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=99), "scheduler_interval": "batch"},
             "scheduler: OneCycleLR is made for 99 steps and the run has ",

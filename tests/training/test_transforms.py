@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -33,6 +33,7 @@ PER_IMAGE = {
     "extended": Mine(30),
     "v1 Compose": transforms.Compose([transforms.RandomAffine(7), transforms.RandomCrop(28, padding=2)]),
     "v2 Compose": v2.Compose([v2.ToImage(), v2.RandomRotation(30), v2.ToDtype(torch.float32, scale=True)]),
+    "Sequential": nn.Sequential(v2.RandomRotation(30), v2.RandomErasing(p=0.5)),
     "one's own in a Compose": v2.Compose([rotated, v2.ToImage()]),
     "RandomApply": v2.RandomApply([v2.RandomRotation(30)], p=0.5),
 }
