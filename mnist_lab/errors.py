@@ -43,8 +43,8 @@ def text_of(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's text as one line, without the passwords of URIs in it."""
-    return without_password(text_of(error))[:500]
+    """Return an error's text as one line, without the passwords of URIs and the SQL that a database refused."""
+    return without_password(text_of(error).partition(" [SQL:")[0])[:500]
 
 
 def without_password(text: str) -> str:

@@ -59,12 +59,13 @@ class TrackedRun:
     """One run being written, made by `track`; each of its methods raises LabError where the store fails.
 
     Signals wait until what is being logged is. A tracking server that goes away is waited for; a signal ends the wait.
-    end_status: the status that the run gets when its block comes to its end.
+    end_status: the status that the run gets when its block comes to its end. goes_on: what resumes it.
     """
 
     def __init__(self, store: Store, run: Run, lock: FileLock) -> None:
         self.run_id: str = run.info.run_id
         self.end_status = "FINISHED"
+        self.goes_on = f"`--resume {self.run_id}`"
         self._store = store
         self._lock = lock
         self._logged_before = frozenset(run.data.metrics)
@@ -251,7 +252,7 @@ class TrackedRun:
 
     def _what_then(self) -> str:
         kept = own_folder(self._store.uri) / CHECKPOINTS / f"{self.run_id}.pt"
-        return f"; its checkpoint stands, and `--resume {self.run_id}` goes on with it" if kept.exists() else ""
+        return f"; its checkpoint stands, and {self.goes_on} goes on with it" if kept.exists() else ""
 
     def _now(self) -> int:
         """Return the time in milliseconds; it never goes back, though the clock be set back."""
@@ -307,6 +308,8 @@ def track(
                 tracked = _reopen_run(store, resume_run_id, run_name if reopen else None)
                 new = {**(tags if reopen else {}), **parent, "process": process_tag()}
                 store.client.log_batch(tracked.run_id, tags=[RunTag(name, value) for name, value in _safe(new).items()])
+        if {"search", "folds"} & {*params, *tags}:  # a trial or a fold
+            tracked.goes_on = "the same command"
         yield tracked
         status = tracked.end_status
     except KeyboardInterrupt:

@@ -219,8 +219,7 @@ def _prepare(uri: str) -> tuple[str, str]:
         bare = url._replace(password=None).render_as_string()
         return bare, str(experiment_of(bare, f"mlflow-artifacts:/{EXPERIMENT_NAME}").experiment_id)
     except (psycopg.Error, MlflowException, SQLAlchemyError, CommandError) as error:
-        reason = one_line(error).partition(" [SQL:")[0]
-        raise LabError(f"backend store: {without_password(uri)!r} can't be used: {reason}") from error
+        raise LabError(f"backend store: {without_password(uri)!r} can't be used: {one_line(error)}") from error
 
 
 def _ask_for_passwords(file: Path, uri: str) -> None:

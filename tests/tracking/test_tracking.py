@@ -1,5 +1,6 @@
 """Stores that are opened, runs that end in every way, and what one run leaves: all in real MLflow stores."""
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlflow
 import numpy as np
@@ -229,22 +231,26 @@ def test_a_signal_at_any_moment_leaves_a_killed_run_or_none(uri: str, database: 
     assert statuses.count("KILLED") >= 5
 
 
+def fill(database: Path, action: str) -> None:
+    """Let the database fail at this action, as one whose disk is full."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(f"CREATE TRIGGER full BEFORE {action} BEGIN SELECT RAISE(ABORT, 'database is full'); END")
+
+
 @pytest.mark.parametrize(
     ("action", "end", "sentence"),
     [
         ("INSERT ON metrics", None, "^tracking store '{uri}' failed during the run: .*database is full"),
         ("UPDATE ON runs", None, "the run .* could not be marked FINISHED: .*database is full"),
         ("UPDATE ON runs", KeyboardInterrupt(), "the run .* could not be marked KILLED: .*database is full"),
+        ("UPDATE ON runs", ZeroDivisionError(), "the run .* could not be marked FAILED: .*database is full"),
     ],
 )
 def test_a_store_that_fails_is_one_sentence_and_does_not_hide_what_ended_the_run(
     action: str, end: BaseException | None, sentence: str, uri: str, database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(tracked: TrackedRun) -> None:
-        with closing(sqlite3.connect(database)) as connection, connection:  # as one whose disk is full
-            connection.execute(
-                f"CREATE TRIGGER full BEFORE {action} BEGIN SELECT RAISE(ABORT, 'database is full'); END"
-            )
+        fill(database, action)
         tracked.log_epoch(1, {"test_accuracy": 98.0})
         if end is not None:
             raise end
@@ -254,7 +260,40 @@ def test_a_store_that_fails_is_one_sentence_and_does_not_hide_what_ended_the_run
 
     said = [one.getMessage() for one in caplog.records if one.name == "mnist_lab.tracking.run"]
     assert re.search(sentence.format(uri=uri), *(said if end else [str(raised.value)]))
+    assert end in (None, raised.value)
     assert read_runs(database)[0].status == ("FAILED" if "metrics" in action else "RUNNING")
+
+
+@pytest.mark.parametrize(
+    ("params", "tags", "what"),
+    [
+        ({}, {"step": "a"}, "`--resume {}`"),
+        ({"folds": 5}, {"step": "a"}, "the same command"),
+        ({}, {"search": "a 1"}, "the same command"),
+    ],
+)
+def test_a_store_that_fails_is_said_without_sql_and_with_what_goes_on(
+    params: dict[str, object], tags: dict[str, str], what: str, uri: str, database: Path
+) -> None:
+    def fail(tracked: TrackedRun) -> None:
+        (database.parent / "checkpoints").mkdir()
+        (database.parent / "checkpoints" / f"{tracked.run_id}.pt").touch()
+        fill(database, "INSERT ON metrics")
+        tracked.log_epoch(1, {"test_accuracy": 98.0})
+
+    with pytest.raises(LabError) as raised, track(open_store(uri), "a run", params=params, tags=tags) as tracked:
+        fail(tracked)
+
+    then = f"its checkpoint stands, and {what.format(tracked.run_id)} goes on with it"
+    assert str(raised.value).endswith(f" database is full; {then}")
+
+
+def test_a_run_whose_lock_can_not_be_made_has_failed(uri: str, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("mnist_lab.tracking.run.take_lock", Mock(side_effect=full))
+    with pytest.raises(LabError, match=f"^tracking store '{uri}' can't be written: .*No space left on device$"):
+        log_a_run(uri, "a run")
+    assert [run.status for run in read_runs(database)] == ["FAILED"]
 
 
 @pytest.mark.parametrize("fate", ["removed", "moved with its folder", "replaced"])
