@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import optuna
 import torch
+from mlflow.exceptions import MlflowException
 from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -30,8 +31,9 @@ from mnist_lab.running.progress import Counts, Progress, Pruned, Trial
 from mnist_lab.running.record import DESCRIPTION, run_name_of
 from mnist_lab.running.run import tried, with_teacher
 from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers, reason_of
+from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import TrackedRun, track
-from mnist_lab.tracking.store import adopt, alone, finished_runs, open_store, quiet
+from mnist_lab.tracking.store import Store, adopt, alone, finished_runs, open_store, quiet, store_failures
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
 
@@ -84,7 +86,7 @@ def search(
             run_name_of(job, f"search of {count} trials"),
             params={**job.params, **{name: str(distribution) for name, distribution in space.items()}},
             tags={**job.tags, **job.commit_tags, "hardware": identity.hardware(job.device)},
-            resume_run_id=study.user_attrs.get("run_id"),
+            resume_run_id=_run_of(study, store),
             reopen=True,
         ) as tracked:
             study.set_user_attr("run_id", tracked.run_id)
@@ -253,6 +255,18 @@ def _open_study(job: Job, space: Space, storage: RDBStorage, *, again: bool) -> 
         changed = f"{', '.join(other)} had another range when {study.study_name} began"
         raise LabError(f"search: {changed}; go on with that one, or begin a new search with --again")
     return study
+
+
+def _run_of(study: optuna.Study, store: Store) -> str | None:
+    """Return the search's run; None where the store has none of that id, as its database was removed or is another."""
+    run_id: str | None = study.user_attrs.get("run_id")
+    with store_failures(store, "can't be read"), short_timeouts():
+        try:
+            return run_id and store.client.get_run(run_id).info.run_id
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
 
 
 def _counts(study: optuna.Study) -> Counts:
