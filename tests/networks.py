@@ -79,6 +79,6 @@ def train(
     **options: Any,
 ) -> tuple[Training, list[EpochMetrics]]:
     """Return a training from its first epoch to its last, and the epochs, but for their times."""
-    net = initial_network(experiment, seed, CPU, memory_format)
+    net = initial_network(experiment, seed, mnist.train_images.device, memory_format)
     training = Training(net, experiment, mnist, seed=seed, **options)
     return training, [dataclasses.replace(epoch, epoch_seconds=0.0) for epoch in training.epochs()]

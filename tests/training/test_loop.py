@@ -4,8 +4,9 @@ import contextlib
 import math
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from helpers import first
 from mnist_lab import Experiment
 from mnist_lab.augmentation import random_rotation
 from mnist_lab.checking.rehearsal import rehearse
-from mnist_lab.data import Mnist
+from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.errors import LabError
 from mnist_lab.running.record import epoch_metrics
 from mnist_lab.training.dropout import SparseDropout
@@ -140,6 +141,19 @@ def test_figures_equal_those_of_a_plain_loop(experiment: Experiment, small_mnist
         for name, figure in figures.items():
             assert getattr(epoch, name) == pytest.approx(figure, rel=0, abs=1e-5), f"{name} of epoch {epoch.epoch}"
     assert epochs[-1].train_loss < epochs[0].train_loss
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_trains_as_a_cpu_does(load_script: Callable[[str], ModuleType]) -> None:
+    """Without draws, which are each device's own, and at a rate at which rounding, TF32's too, hardly grows."""
+    changes = {"epochs": 2, "lr": 0.01, "dropout": 0.0, "degrees": 0.0}
+    experiment, _ = load_script("step4_augment_steplr").EXPERIMENT.override(changes)
+    losses = []
+    for device in ("cpu", "cuda"):
+        _, epochs = train(experiment, first(load_mnist(device=device), 3000, 500))
+        losses.append([epoch.train_loss for epoch in epochs])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)  # of another seed, 3 % apart
 
 
 def summed(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
