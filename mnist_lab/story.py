@@ -46,11 +46,9 @@ def read_story(script: Path) -> Story:
         raise LabError(f"script {script} can't be read: {error}") from error
     before, *parts = re.split(rf"^({'|'.join(HEADINGS)}):", docstring, flags=re.MULTILINE)
     title, _, opening = before.strip().partition("\n\n")
-    texts = [text.strip() for text in parts[1::2]]
+    sections = list(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
     compared = re.findall(r"^Compared with ([\w.-]+): (.+?)\.?$", docstring, flags=re.MULTILINE)
-    return Story(
-        " ".join(title.split()).removesuffix("."), opening, list(zip(parts[::2], texts, strict=True)), compared
-    )
+    return Story(" ".join(title.split()).removesuffix("."), opening, sections, compared)
 
 
 def read_stories(scripts: Path) -> tuple[dict[str, Story], dict[str, str]]:
