@@ -23,7 +23,6 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from scipy import special
 
@@ -34,7 +33,7 @@ from mnist_lab.paths import EXPERIMENT_NAME, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
 from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.sqlite import check_readable, follow_move, read_points
-from mnist_lab.tracking.store import MAX_RUNS, Store, check_not_deleted, store_failures
+from mnist_lab.tracking.store import MAX_RUNS, Store, check_not_deleted, find_run, store_failures
 from mnist_lab.verdicts.comparison import step_order
 from mnist_lab.verdicts.measures import FOLDED, HELD_OUT, MEASURES, TESTED, protocol
 
@@ -406,12 +405,9 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
     check_readable(uri)
     follow_move(uri)
     with reading(uri):
-        try:
-            run = mlflow.MlflowClient(uri).get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            raise LabError(f"run_id: there is no run {run_id!r} in {without_password(uri)}") from error
+        run = find_run(uri, run_id)
+    if run is None:
+        raise LabError(f"run_id: there is no run {run_id!r} in {without_password(uri)}")
     return predictions_of(run, uri)
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import optuna
 import torch
-from mlflow.exceptions import MlflowException
 from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -33,7 +32,7 @@ from mnist_lab.running.run import tried, with_teacher
 from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers, reason_of
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import TrackedRun, track
-from mnist_lab.tracking.store import Store, adopt, alone, finished_runs, open_store, quiet, store_failures
+from mnist_lab.tracking.store import adopt, alone, find_run, finished_runs, open_store, quiet, store_failures
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
 
@@ -81,12 +80,15 @@ def search(
         for name in [name for name in rehearsal.no_effect if name in space]:
             raise LabError(f"{rehearsal.no_effect[name]}; give more --epochs, or leave {name} out of the space")
         rehearsal.notice(job.overrides)
+        run_id = study.user_attrs.get("run_id")
+        with store_failures(store, "can't be read"), short_timeouts():
+            begun = run_id and find_run(store.uri, run_id)  # None too where the database was removed, or is another
         with track(
             store,
             run_name_of(job, f"search of {count} trials"),
             params={**job.params, **{name: str(distribution) for name, distribution in space.items()}},
             tags={**job.tags, **job.commit_tags, "hardware": identity.hardware(job.device)},
-            resume_run_id=_run_of(study, store),
+            resume_run_id=begun.info.run_id if begun else None,
             reopen=True,
         ) as tracked:
             study.set_user_attr("run_id", tracked.run_id)
@@ -255,18 +257,6 @@ def _open_study(job: Job, space: Space, storage: RDBStorage, *, again: bool) -> 
         changed = f"{', '.join(other)} had another range when {study.study_name} began"
         raise LabError(f"search: {changed}; go on with that one, or begin a new search with --again")
     return study
-
-
-def _run_of(study: optuna.Study, store: Store) -> str | None:
-    """Return the search's run; None where the store has none of that id, as its database was removed or is another."""
-    run_id: str | None = study.user_attrs.get("run_id")
-    with store_failures(store, "can't be read"), short_timeouts():
-        try:
-            return run_id and store.client.get_run(run_id).info.run_id
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
 
 
 def _counts(study: optuna.Study) -> Counts:

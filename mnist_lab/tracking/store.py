@@ -384,6 +384,16 @@ def resumable_run(store: Store, run_id: str, *, finished_too: bool = False) -> R
     return run
 
 
+def find_run(uri: str, run_id: str) -> Run | None:
+    """Return a run, though it was deleted; None where the store has none of that id. Other errors are MLflow's."""
+    try:
+        return mlflow.MlflowClient(tracking_uri=uri).get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
 def is_deleted(uri: str, run_id: str) -> bool:
     """Say whether a run was deleted in MLflow, and can be restored there; False where that can't be found out."""
     if is_there(uri):
