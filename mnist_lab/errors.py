@@ -43,8 +43,8 @@ def text_of(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's text as one line, without the passwords of URIs and the SQL that a database refused."""
-    return without_password(text_of(error).partition(" [SQL:")[0])[:500]
+    """Return an error's text as one line, without the passwords of URIs, SQL, and SQLAlchemy's words on its flush."""
+    return without_password(re.sub(r"^\(raised as a result of [^)]*\) | \[SQL:.*", "", text_of(error)))[:500]
 
 
 def without_password(text: str) -> str:

@@ -81,7 +81,7 @@ class Store:
         if _file_id(sqlite_file(self.uri)) != self.database:
             raise LabError(
                 f"tracking store {self.name!r}: its database was removed, moved or replaced in the middle of the run; "
-                "where a moved one is now, `--resume` goes on: name it with --tracking-uri"
+                "name it with --tracking-uri where it is now, and what was in training goes on from its checkpoint"
             )
 
 

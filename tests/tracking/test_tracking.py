@@ -285,7 +285,7 @@ def test_a_store_that_fails_is_said_without_sql_and_with_what_goes_on(
         fail(tracked)
 
     then = f"its checkpoint stands, and {what.format(tracked.run_id)} goes on with it"
-    assert str(raised.value).endswith(f" database is full; {then}")
+    assert str(raised.value).endswith(f" failed during the run: (sqlite3.IntegrityError) database is full; {then}")
 
 
 def test_a_run_whose_lock_can_not_be_made_has_failed(uri: str, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
