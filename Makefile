@@ -27,7 +27,7 @@ help:  ## list the targets
 	  name=$$(basename "$$script" .py); \
 	  [[ $$name =~ ^step[0-9]+_ ]] && alike=(experiments/$${name%%_*}.py experiments/$${name%%_*}_*.py) && \
 	    [[ $$(ls "$${alike[@]}" 2>/dev/null | wc -l) == 1 ]] && name=$${name%%_*}; \
-	  printf '  %-16s %s\n' "$$name" "$$(sed -n '1{s/^"""//;s/"""$$//;p}' "$$script")"; \
+	  printf '  %-16s %s\n' "$$name" "$$(sed -n '1{/^"""/!d;s/^"""//;s/"""$$//;p;}' "$$script")"; \
 	done
 	@echo; echo 'Flags pass through: make step3 ARGS="--epochs 2 --seed 7 --set lr=0.05"'
 	@echo 'A study of ten seeds: make step3 SEEDS=10'

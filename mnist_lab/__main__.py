@@ -10,19 +10,21 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mnist_lab.commandline import DATA_DIR, TRACKING_URI, Flag, flag, interrupt_on_signals, number_from, sentences
 from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError, without_password
-from mnist_lab.paths import PROJECT_ROOT, script_named, sqlite_file, tracking_uri
+from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named, sqlite_file, tracking_uri
+
+if TYPE_CHECKING:  # imported by the jobs that need it: it takes seconds
+    from mnist_lab.verdicts.comparison import Comparison
 
 logger = logging.getLogger("mnist_lab.jobs")
 
-RESULTS = PROJECT_ROOT / "docs" / "results"
 READING = "Reading the tracked runs"
 NETWORKS = "runs:/<id>, models:/<name>@<alias> or a script's name (default: models:/mnist@champion, else docs/results)"
 DATABASE = "postgresql://user:password@host:5432/database (default: MLFLOW_BACKEND_STORE_URI)"
@@ -109,8 +111,6 @@ def data(arguments: argparse.Namespace) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Print one row per experiment, and what each single change is worth."""
     from mnist_lab import results
-    from mnist_lab.results.compare import declared_pairs, pair_of
-    from mnist_lab.results.runs import full_names
     from mnist_lab.verdicts.comparison import effects_text
 
     steps, loaded = arguments.steps or None, results.load_runs(arguments.tracking_uri)
@@ -131,18 +131,46 @@ def compare(arguments: argparse.Namespace) -> None:
         lines.append(
             f"Left out: {overridden} overridden variants of these experiments; --include-overrides shows them."
         )
+    lines += _changed_scripts([*table["step"].unique()], of)
     print(results.compare_text(table, holdout=holdout, folds=folds, width=width), end="\n\n")
     print("\n".join(textwrap.fill(line, width) if width else line for line in lines))
-    pairs = [pair for pair in declared_pairs() if {pair.a, pair.b} <= set(table["step"])]
-    if not pairs and len(arguments.steps) == 2:
-        pairs = [pair_of(*full_names(arguments.steps, loaded))]
-    comparisons, refused = results.compare_pairs(pairs, **of)
+    comparisons, refused = _effects(arguments.steps, of)
     if comparisons:
         print("\nWhat each change is worth: accuracy of the last epoch, in points, with 95 % interval\n")
         print(effects_text(comparisons, width))
         print("\np (Holm) is adjusted for the rows of this table; a difference is shown where it is below 0.05.")
     for sentence in refused:
-        print(sentence)
+        print(f"\n{sentence}")
+
+
+def _changed_scripts(steps: Sequence[str], of: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each of these steps whose script is not the one that its newest runs were made by."""
+    from mnist_lab import results
+    from mnist_lab.results.compare import newest_runs
+    from mnist_lab.running.identity import code_sha256, find_sources
+
+    runs = newest_runs(results.run_table(steps, columns="all", include_overrides=True, **of)).drop_duplicates("step")
+    for step, code in runs[["step", "code_sha256"]].itertuples(index=False, name=None):
+        script = PROJECT_ROOT / "experiments" / f"{step}.py"
+        if script.is_file() and code_sha256(find_sources(script)) != code:
+            yield f"{step}: its script has changed since these runs; train it anew for figures of the script as it is."
+
+
+def _effects(steps: Sequence[str], of: Mapping[str, Any]) -> tuple[list[Comparison], list[str]]:
+    """Return what the declared changes among these steps are worth, or all, and why the others are not compared."""
+    from mnist_lab import results
+    from mnist_lab.results.compare import declared_pairs
+    from mnist_lab.results.runs import full_names
+
+    named = {*full_names(steps, of["loaded"])}
+    pairs = [pair for pair in declared_pairs() if not named or {pair.a, pair.b} <= named]
+    comparisons, refused = results.compare_pairs(pairs, **of)
+    if comparisons or refused or len(steps) != 2:
+        return comparisons, refused
+    try:
+        return [results.compare(*steps, **of)], []
+    except LabError as error:
+        return [], [f"not compared: {error}"]
 
 
 @job(READING, TRACKING_URI, folder("reports/results", "where to"))
@@ -256,7 +284,7 @@ def draw(arguments: argparse.Namespace) -> None:
     TRACKING_URI,
     flag("step", "a script's name, or step8 for short", metavar="STEP"),
     flag("--commit", "also make it the champion of docs/results", action="store_true"),
-    flag("--folder", argparse.SUPPRESS, type=Path, default=RESULTS),
+    flag("--folder", argparse.SUPPRESS, type=Path, default=PUBLISHED),
 )
 def champion(arguments: argparse.Namespace) -> None:
     """Let the median seed of a step read pictures: models:/mnist@champion."""

@@ -135,12 +135,11 @@ class StudyConsole(_TrainingDisplay):
         self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
     ) -> None:
         self.wanted, self.done, self.width = len(seeds), len(seeds) - len(missing), len(str(max(seeds)))
-        if reused := ", ".join(str(seed) for seed in seeds if seed not in missing):
-            print(f"{name}: finished already, and not trained again: {reused}")
+        if reused := [seed for seed in seeds if seed not in missing]:
+            print(f"{name}: finished already, and not trained again: {self._names(reused)}")
         if not missing:
             return
-        which = f"{self.job.protocol.unit}{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-        print(f"{name}: training {which} ({workers} at a time, on {device.type})", flush=True)
+        print(f"{name}: training {self._names(missing)} ({workers} at a time, on {device.type})", flush=True)
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left{postfix}]"
         # The seeds' epochs end in bursts: only the mean speed, smoothing=0, says when all is done.
         self.start_bar(len(missing) * self.epochs, form, smoothing=0)
@@ -168,6 +167,9 @@ class StudyConsole(_TrainingDisplay):
 
     def _show(self, seed: int, line: str) -> None:
         self.show(f"{self._name(seed)}  {line}", f"{self.done}/{self.wanted} {self.job.protocol.unit}s")
+
+    def _names(self, seeds: Sequence[int]) -> str:
+        return f"{self.job.protocol.unit}{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
     def _name(self, seed: int) -> str:
         return f"{self.job.protocol.unit} {seed:>{self.width}}"

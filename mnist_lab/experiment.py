@@ -243,7 +243,8 @@ def _check_part(part: str, value: Any) -> None:
     if part == "net" and isinstance(value, nn.Module):
         raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
     if not callable(value):
-        raise LabError(f"{part}: {quoted(value)} can't be called; give a class or function, or a partial of one")
+        made = type(value).__name__ if isinstance(value, Optimizer | LRScheduler) else quoted(value)
+        raise LabError(f"{part}: {made} can't be called; give a class or function, or a partial of one")
     if part in ("augmentation", "loss", "objective") and isinstance(_function(value), type):
         raise LabError(f"{part}: {name} is a class; give an object of it, {name}(...)")
     if isinstance(value, functools.partial) and value.args:

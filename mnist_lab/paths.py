@@ -9,6 +9,7 @@ from pathlib import Path
 from mnist_lab.errors import LabError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = PROJECT_ROOT / "docs" / "results"  # the committed figures
 SQLITE = "sqlite:///"
 EXPERIMENT_NAME = "mnist"  # the one MLflow experiment that holds all runs
 # Folders beside a SQLite database; all but the first are in the project's `mlruns` where a server has the runs.

@@ -103,7 +103,7 @@ def test_a_terminal_shows_one_bar_for_all_seeds(monkeypatch: pytest.MonkeyPatch)
     console.close()
 
     shown = screen.getvalue()
-    assert "idea 3 seeds: finished already, and not trained again: 0\n" in shown
+    assert "idea 3 seeds: finished already, and not trained again: seed 0\n" in shown
     assert re.search(r" 50%\|[^|]*\| 2/4 epochs \[\d\d:\d\d, \d\d:\d\d left, 2/3 seeds\]", shown)
     assert "seed 1  done: test accuracy 99.10 % in the last epoch; best test accuracy 99.20 % in epoch 1" in shown
     assert "seed 2  failed: bad luck" in shown

@@ -11,7 +11,7 @@ import pandas as pd
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
-from mnist_lab.paths import PROJECT_ROOT, script_named
+from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
 from mnist_lab.results.runs import TARGETS, RunFilter, full_names, loaded_runs, predictions, run_table
 from mnist_lab.story import read_stories
 from mnist_lab.verdicts import statistics
@@ -140,12 +140,21 @@ def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
 
 
 def declared_pairs(scripts: Path = PROJECT_ROOT / "experiments") -> list[Pair]:
-    """Return the pairs that the scripts' docstrings declare: a line "Compared with step3_gap: more dropout." each."""
+    """Return the pairs that the scripts' docstrings declare: a line "Compared with step3_gap: more dropout." each.
+
+    A line that was copied with a script is that of the script with published figures, or of the first in order.
+    """
     stories, _ = read_stories(scripts)
+    published = {file.stem for file in PUBLISHED.glob("*.csv")}
+    author: dict[tuple[str, str], str] = {}
+    for step in sorted(stories, key=lambda step: (step not in published, step_order(step))):
+        for line in stories[step].compared_with:
+            author.setdefault(line, step)
     return [
         Pair(script_named(other), step, change)
         for step in sorted(stories, key=step_order)
         for other, change in stories[step].compared_with
+        if author[other, change] == step
     ]
 
 
@@ -171,13 +180,16 @@ def compare_pairs(
 def compare_runs(
     pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0, uri: str = ""
 ) -> tuple[list[Comparison], list[str]]:
-    found, refused = [], []
+    found, refused, pairs, steps = [], [], [*pairs], {*runs["step"]}
     for pair in pairs:
-        if {pair.a, pair.b} <= {*runs["step"]}:
+        if {pair.a, pair.b} <= steps:
             try:
                 found.append(_compare(pair, runs, uri, folds))
             except LabError as error:
                 refused.append(f"{pair.b} against {pair.a} is not compared: {error}")
+    if absent := sorted({pair.a for pair in pairs if pair.b in steps} - steps, key=step_order):
+        advice = "they have no finished run as declared; train them, or `make restore` the committed ones"
+        refused.append(f"not compared with {', '.join(absent)}: {advice}")
     return adjust(found), refused
 
 

@@ -25,7 +25,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from mnist_lab.errors import LabError
 from mnist_lab.figures import plot_steps
-from mnist_lab.paths import PROJECT_ROOT
+from mnist_lab.paths import PUBLISHED
 from mnist_lab.results import records as files
 from mnist_lab.results.compare import compare_runs, declared_pairs, summarise
 from mnist_lab.results.runs import TARGETS
@@ -44,7 +44,6 @@ EFFECT_COLUMNS = {
 }
 TABLES = ("summary", "results", "effects", "folds", "runs")
 PICTURE = "accuracy.svg"  # beside the CSVs: accuracy against parameters
-PUBLISHED = PROJECT_ROOT / "docs" / "results"
 
 
 def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:

@@ -27,9 +27,9 @@ from PIL import Image
 from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError
-from mnist_lab.paths import PROJECT_ROOT, script_named
+from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
 from mnist_lab.results.compare import stated_targets, summarise
-from mnist_lab.results.publish import PUBLISHED, TEMPLATES
+from mnist_lab.results.publish import TEMPLATES
 from mnist_lab.results.runs import TARGETS, LoadedRuns, by_step, full_names, predictions_of
 from mnist_lab.story import Story, read_stories
 from mnist_lab.tracking.store import replace_files

@@ -27,6 +27,8 @@ from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.training.loop import Training, initial_network
 from mnist_lab.training.states import own_parts
 
+MAX_SHOWN = 40  # characters of a value in a refusal: a digest has 64
+
 logger = logging.getLogger(__name__)
 
 
@@ -126,8 +128,9 @@ def _check_same(job: Job, resume: Checkpoint) -> None:
     for name in sorted({*job.identity, *resume.identity}):
         now, then = job.identity.get(name, "none"), resume.identity.get(name, "none")
         if now != then:
-            changed = f"{name} was {then} in run {resume.run_id} and is {now} now"
-            raise LabError(f"resume: {changed}, as the script, its settings or the lab have changed; train it anew")
+            changed = f"{name} was {then[:MAX_SHOWN]} in run {resume.run_id} and is {now[:MAX_SHOWN]} now"
+            advice = "train it anew, or go on with another run: --resume RUN_ID"
+            raise LabError(f"resume: {changed}, as the script, its settings or the lab have changed; {advice}")
     if job.device.type != "cpu":
         logger.warning("resume: %s rounds sums in any order, so the run need not end as it would have", job.device)
 

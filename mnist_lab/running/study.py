@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -44,7 +45,8 @@ def study(
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store)
     hardware, protocol = identity.hardware(job.device), job.protocol
-    runs = {} if again else finished_runs(store, job.params, job.tags, protocol.judged, hardware=hardware)
+    of_these = partial(finished_runs, seeds=seeds, hardware=hardware)
+    runs = {} if again else of_these(store, job.params, job.tags, protocol.judged)
     reused, missing = [seed for seed in seeds if seed in runs], [seed for seed in seeds if seed not in runs]
     count = 0
     if missing:  # else there is nothing to refuse

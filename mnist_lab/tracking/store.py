@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,13 +216,14 @@ def finished_runs(
     tags: Mapping[str, str],
     figure: str = "final_test_accuracy",
     *,
+    seeds: Sequence[int] = (),
     hardware: str = "",
 ) -> dict[int, FinishedRun]:
     """Return the newest finished run of each seed that has these tags and, but for the seed, exactly these params.
 
     figure: the metric that makes it a whole run.
     hardware: as the tag of that name. A restored run counts only for a seed that has no other, and only if hardware
-        that rounds sums alike made it; a notice names those that don't count.
+        that rounds sums alike made it; a notice names those of `seeds` that don't count.
     """
     own: dict[int, FinishedRun] = {}
     restored: dict[int, FinishedRun] = {}
@@ -235,7 +236,7 @@ def finished_runs(
             if RESTORED in run.data.tags:
                 kind = restored if rounds_alike(run.data.tags.get("hardware", ""), hardware) else elsewhere
             kind.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
-    if missing := sorted(elsewhere.keys() - own.keys() - restored.keys()):
+    if missing := sorted({*seeds} & elsewhere.keys() - own.keys() - restored.keys()):
         message = "restored runs of seed %s are not taken over: they were made on other hardware than this, %r"
         logger.warning(message, ", ".join(map(str, missing)), hardware)
     return {**restored, **own}

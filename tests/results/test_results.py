@@ -265,7 +265,7 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(uri: str)
     write_run(store, "b", 9, [50.0], start_time=T0 + 30, tags={"overrides": "lr=9"})
     write_seeds(store, "c", 99.20, 99.31, 99.1)
     write_seeds(store, "single", 99.0)
-    pairs = [Pair("a", "b", "first"), Pair("b", "c", "second"), Pair("a", "gone", "third"), Pair("a", "single", "4th")]
+    pairs = [Pair("a", "b", "first"), Pair("b", "c", "second"), Pair("gone", "a", "third"), Pair("a", "single", "4th")]
 
     (first, second), refused = results.compare_pairs(pairs, tracking_uri=uri)
 
@@ -275,8 +275,10 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(uri: str)
     )
     assert (first.change, first.test, first.seeds) == ("first", "paired t-test", "3")
     assert (second.change, second.p_holm, second.shown) == ("second", pytest.approx(second.p), False)
-    (sentence,) = refused  # a pair without runs is no one's mistake
-    assert sentence.startswith("single against a is not compared: single has one seed and a has 3")
+    assert [sentence.partition(": ")[0] for sentence in refused] == [
+        "single against a is not compared",
+        "not compared with gone",
+    ]
     one, back = (results.compare(*names, tracking_uri=uri) for names in (("a", "b"), ("b", "a")))
     assert one.shown
     assert (back.effect, back.word) == (pytest.approx(-0.19), "worse")
@@ -338,9 +340,15 @@ def test_scripts_declare_with_which_experiments_they_are_compared(tmp_path: Path
     (tmp_path / "my_idea.py").write_text(
         '"""An idea.\n\nChange: two.\nCompared with step4: a, b.\nCompared with my-x.2: c\n"""'
     )
+    (tmp_path / "step4_augment_steplr.py").write_text('"""Published.\n\nCompared with step3_gap: copied."""')
+    (tmp_path / "a_copy.py").write_text('"""Mine.\n\nCompared with step3_gap: copied."""')
     (tmp_path / "broken.py").write_text("(")
     found = declared_pairs(tmp_path)
-    assert found == [Pair("step4_augment_steplr", "my_idea", "a, b"), Pair("my-x.2", "my_idea", "c")]
+    assert found == [
+        Pair("step3_gap", "step4_augment_steplr", "copied"),
+        Pair("step4_augment_steplr", "my_idea", "a, b"),
+        Pair("my-x.2", "my_idea", "c"),
+    ]
 
 
 def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> None:

@@ -155,7 +155,7 @@ def test_the_same_command_trains_only_what_is_missing(story: SimpleNamespace) ->
     assert sorted(run.params["seed"] for run in story.finished) == ["0", "1", "2"]
     assert story.finished[0].run_id == story.runs[1].run_id
     for line in (
-        r"my_idea .*: finished already, and not trained again: 0",
+        r"my_idea .*: finished already, and not trained again: seed 0",
         r"my_idea .*: training seeds 1, 2, 3 \(2 at a time, on cpu\)",
         r"seed 1  epoch 1/1  train loss .*  test loss .*, accuracy [\d.]+ %  lr .*",
         r"seed 2  done: test accuracy \d\d\.\d\d % in the last epoch; .*seeds\)",

@@ -401,7 +401,10 @@ def test_only_finished_runs_of_the_same_declaration_and_code_are_found(uri: str)
 
 def test_a_restored_run_is_found_where_its_hardware_rounds_alike(uri: str, caplog: pytest.LogCaptureFixture) -> None:
     def found(hardware: str) -> dict[int, str]:
-        return {seed: run.run_id for seed, run in finished_runs(store, PARAMS, TAGS, hardware=hardware).items()}
+        return {
+            seed: run.run_id
+            for seed, run in finished_runs(store, PARAMS, TAGS, seeds=range(6), hardware=hardware).items()
+        }
 
     store = open_store(uri)
     own = {seed: write(store, seed, hardware="another, 8 cores, AVX2") for seed in (0, 1)}
