@@ -159,15 +159,16 @@ def test_a_result_is_told_under_the_script_that_it_belongs_to_and_a_broken_scrip
     original = (ROOT / "experiments" / "step3_gap.py").read_text()
     for name in ("mine", "a_copy", "step3_gap"):
         (tmp_path / f"{name}.py").write_text(original)
-    (tmp_path / "changed.py").write_text(original.replace("99.12 +- 0.09", "99.00 +- 0.09"))
+    (result,) = re.findall(r"^Result: (.+? \+- .+? %)", original, re.MULTILINE)
+    (tmp_path / "changed.py").write_text(original.replace(result, "98.00 +- 0.01 %"))
     for name in ("new", "newer"):
         (tmp_path / f"{name}.py").write_text('"""New.\n\nResult: not trained yet\n"""')  # without a figure: nobody's
     (tmp_path / "broken.py").write_text('"""Title."""\ndef')
     report = write(tmp_path / "reports", uri, tmp_path)
     for page in report.texts:
         page = " ".join(page.split())
-        assert page.count("99.12 +- 0.09 % in the last epoch") == 1
-        assert page.count("99.00 +- 0.09 % in the last epoch") == 1
+        assert page.count(f"{result} in the last epoch") == 1
+        assert page.count("98.00 +- 0.01 % in the last epoch") == 1
         assert page.count("This docstring was copied from ") == 2
         assert page.count("This docstring was copied from step3_gap, so its Result and Analysis are not told") == 2
         committed = "The figures under Result are the committed ones, of docs/results; no run in this store"
