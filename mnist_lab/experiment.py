@@ -106,13 +106,17 @@ class Experiment:
     targets: Targets = Targets()
     reported: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if isinstance(value := getattr(self, name), np.integer):  # which torch does not take everywhere
+                object.__setattr__(self, name, int(value))
+
     def check(self) -> None:
         """Refuse values that can't be right on their face, by a LabError. What only torch can judge is rehearsed."""
         for name, (allowed, words) in ALLOWED.items():
             value = attrgetter(name)(self)
-            number = value.item() if isinstance(value, np.generic) else value
             try:
-                TypeAdapter(allowed).validate_python(number, strict=True)
+                TypeAdapter(allowed).validate_python(value, strict=True)
             except ValidationError:
                 raise LabError(f"{name}: {quoted(value)} is not {words}") from None
         accuracy = self.targets.accuracy
