@@ -21,6 +21,8 @@ from mnist_lab.errors import LabError, without_password
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:  # imported by the jobs that need it: it takes seconds
+    import pandas as pd
+
     from mnist_lab.verdicts.comparison import Comparison
 
 logger = logging.getLogger("mnist_lab.jobs")
@@ -111,13 +113,15 @@ def data(arguments: argparse.Namespace) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Print one row per experiment, and what each single change is worth."""
     from mnist_lab import results
+    from mnist_lab.results.compare import newest_runs
     from mnist_lab.verdicts.comparison import effects_text
 
     steps, loaded = arguments.steps or None, results.load_runs(arguments.tracking_uri)
     holdout, folds = arguments.holdout, arguments.folds
     of: dict[str, Any] = {"holdout": holdout, "folds": folds, "loaded": loaded}
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    table = results.compare_table(steps, include_overrides=arguments.include_overrides or "if_none", **of)
+    shown: dict[str, Any] = {**of, "include_overrides": arguments.include_overrides or "if_none"}
+    table = results.compare_table(steps, **shown)
     if table.empty:
         raise LabError(f"no finished runs in {loaded.name}; train first, e.g. `make step1`")
     lines = [*(CROSS_VALIDATED if folds else TESTED)]
@@ -131,7 +135,7 @@ def compare(arguments: argparse.Namespace) -> None:
         lines.append(
             f"Left out: {overridden} overridden variants of these experiments; --include-overrides shows them."
         )
-    lines += _changed_scripts([*table["step"].unique()], of)
+    lines += _changed_scripts(newest_runs(results.run_table(steps, columns="all", **shown)))
     print(results.compare_text(table, holdout=holdout, folds=folds, width=width), end="\n\n")
     print("\n".join(textwrap.fill(line, width) if width else line for line in lines))
     comparisons, refused = _effects(arguments.steps, of)
@@ -143,16 +147,13 @@ def compare(arguments: argparse.Namespace) -> None:
         print(f"\n{sentence}")
 
 
-def _changed_scripts(steps: Sequence[str], of: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each of these steps whose script is not the one that its newest runs were made by."""
-    from mnist_lab import results
-    from mnist_lab.results.compare import newest_runs
+def _changed_scripts(runs: pd.DataFrame) -> Iterator[str]:
+    """Yield a sentence for each step whose script is not the one that these runs of it were made by."""
     from mnist_lab.running.identity import code_sha256, find_sources
 
-    runs = newest_runs(results.run_table(steps, columns="all", include_overrides=True, **of)).drop_duplicates("step")
-    for step, code in runs[["step", "code_sha256"]].itertuples(index=False, name=None):
+    for step, codes in runs.groupby("step")["code_sha256"]:
         script = PROJECT_ROOT / "experiments" / f"{step}.py"
-        if script.is_file() and code_sha256(find_sources(script)) != code:
+        if script.is_file() and {*codes.dropna()} - {code_sha256(find_sources(script))}:
             yield f"{step}: its script has changed since these runs; train it anew for figures of the script as it is."
 
 

@@ -15,12 +15,13 @@ from mnist_lab import results
 from mnist_lab.errors import LabError
 from mnist_lab.results.compare import compare_runs, declared_pairs
 from mnist_lab.results.runs import load_runs
+from mnist_lab.running.identity import code_sha256, find_sources
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.verdicts.comparison import Pair, seeds_text
 from mnist_lab.verdicts.measures import TESTED
 from mnist_lab.verdicts.statistics import compare_means, seeds_needed
-from run_writer import STEP4, T0, log_predictions, write_run, write_seeds
+from run_writer import STEP4, T0, TARGETS, log_predictions, write_run, write_seeds
 
 NO_SCHEDULE = {name: STEP4[name] for name in ("batch_size", "epochs", "optimizer", "momentum", "device")}
 NO_SCHEDULE |= {"scheduler": "none", "lr": "0.01", "dropout": "0.1"}
@@ -370,10 +371,16 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> No
 
 def test_compare_prints_the_tables_of_one_protocol(held_out: str, lab: Callable[..., str]) -> None:
     store = open_store(held_out)
-    write_seeds(store, "step2_dropout", 99.0, 99.1)
-    write_seeds(store, "gap_alone", 99.3, 99.1)
+    now = {
+        step: code_sha256(find_sources(ROOT / "experiments" / f"{step}.py")) for step in ("step2_dropout", "gap_alone")
+    }
+    write_seeds(store, "step2_dropout", 99.0, 99.1, tags={**TARGETS, "code_sha256": now["step2_dropout"]})
+    write_seeds(store, "gap_alone", 99.3, 99.1, tags={**TARGETS, "code_sha256": "of before"})
+    quick_look = {"code_sha256": now["gap_alone"], "overrides": "epochs=1"}
+    write_run(store, "gap_alone", 0, [9.0], start_time=T0 + 9, tags=quick_look)
     write_seeds(store, "step3_gap", 99.2)
     text = lab("compare", "--tracking-uri", held_out)
+    assert re.findall(r"^(\w+): its script has changed", text, re.MULTILINE) == ["gap_alone"]
     assert re.search(r"^step2_dropout +99\.05 \+- 0\.071 +not shown +2 .* 4 ", text, re.MULTILINE)
     assert re.search(r"^GAP alone +\+0\.15 +not shown +too few seeds ", text, re.MULTILINE)
     assert "step3_gap against gap_alone is not compared: step3_gap has one seed and gap_alone has 2" in text
