@@ -28,15 +28,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from mnist_lab.errors import LabError, without_password
-from mnist_lab.paths import (
-    EXPERIMENT_NAME,
-    LOCKS,
-    artifacts_of,
-    is_there,
-    own_folder,
-    sqlite_file,
-    tracking_uri,
-)
+from mnist_lab.paths import EXPERIMENT_NAME, LOCKS, artifacts_of, is_there, own_folder, sqlite_file, tracking_uri
 from mnist_lab.tracking import view
 from mnist_lab.tracking.connection import ask, short_timeouts, why_refused
 from mnist_lab.tracking.sqlite import check_writable, follow_move

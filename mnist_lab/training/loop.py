@@ -78,10 +78,7 @@ class EpochMetrics:
 
 
 def initial_network(
-    experiment: Experiment,
-    seed: int,
-    device: torch.device,
-    memory_format: torch.memory_format = torch.channels_last,
+    experiment: Experiment, seed: int, device: torch.device, memory_format: torch.memory_format = torch.channels_last
 ) -> nn.Module:
     """Seed all that draws, and build the network on the device; raises TypeError if that gives none.
 
