@@ -82,9 +82,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("named", "transform"), WRONG)
-def test_an_argument_that_is_not_possible_is_refused(
-    named: str, transform: Callable[[Tensor], Tensor], images: Tensor
-) -> None:
+def test_an_impossible_argument_is_refused(named: str, transform: Callable[[Tensor], Tensor], images: Tensor) -> None:
     with pytest.raises(ValueError, match=named):
         transform(images)
 

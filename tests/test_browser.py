@@ -51,9 +51,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, store: Store) -> str:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_report_fits_shows_its_figures_and_is_accessible(
-    browser: Browser, report: str, width: int, scheme: str
-) -> None:
+def test_the_report_fits_and_is_accessible(browser: Browser, report: str, width: int, scheme: str) -> None:
     with opened(browser, report, width, scheme) as page:
         assert page.evaluate("document.scrollingElement.scrollWidth") <= width
         drawn = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 400)")

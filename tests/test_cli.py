@@ -176,9 +176,7 @@ def test_a_call_that_python_refuses_is_one_sentence_and_other_errors_keep_their_
         assert "my_idea.py, line " in sentence
 
 
-def test_a_mistake_in_a_script_ends_with_one_sentence_before_any_training(
-    uri: str, database: Path, tmp_path: Path
-) -> None:
+def test_a_mistake_in_a_script_ends_with_one_sentence(uri: str, database: Path, tmp_path: Path) -> None:
     for right, wrong, said in [
         ("nn.Conv2d(10, 10, 7", "nn.Conv2d(10, 9, 7", r"error: net: .*\(128, 9\).*"),
         ("epochs=14", "epoch=14", r"error: epoch: .*did you mean 'epochs'.*"),
@@ -335,9 +333,7 @@ def test_a_second_ctrl_c_ends_the_program_at_once(train: Callable[..., Training]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_training_in_order_and_nohup_lets_it_outlive_its_terminal(
-    number: signal.Signals, train: Callable[..., Training]
-) -> None:
+def test_a_signal_ends_the_training_in_order(number: signal.Signals, train: Callable[..., Training]) -> None:
     training = train((signal.SIGHUP,))
     training.process.send_signal(signal.SIGHUP)
     epochs = training.epochs()

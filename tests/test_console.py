@@ -44,9 +44,7 @@ def job_of(averaged_by: float | None = None, **given: Any) -> Job:
         (None, ""),
     ],
 )
-def test_an_epoch_is_a_line_that_says_what_it_was_evaluated_on_and_whether_its_average_means_something(
-    decay: float | None, raw: str
-) -> None:
+def test_an_epoch_is_a_line_that_says_what_its_average_means(decay: float | None, raw: str) -> None:
     epoch = dataclasses.replace(SECOND_EPOCH, evaluated_on="validation", raw_correct=480 if decay else None)
 
     shown = Console(job_of(decay)).epoch_line(epoch)  # after 2 epochs of 16 batches

@@ -112,9 +112,7 @@ def test_tensors_are_mnist(mnist: Mnist, real_files: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("count", [123, 59_990])
-def test_a_hold_out_has_its_share_of_each_digit_and_the_rest_is_trained_on_whatever_the_seed(
-    count: int, mnist: Mnist
-) -> None:
+def test_a_hold_out_has_its_share_of_each_digit_whatever_the_seed(count: int, mnist: Mnist) -> None:
     torch.manual_seed(count)
     state = torch.get_rng_state()
     held_out = hold_out(mnist, count)
@@ -145,9 +143,7 @@ def test_a_hold_out_that_cannot_be_is_refused(count: int, mnist: Mnist) -> None:
 # ---- where it is looked for
 
 
-def test_data_dir_is_the_argument_else_the_variable_else_in_the_project(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_data_dir_is_the_argument_or_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MNIST_LAB_DATA", str(tmp_path))
     assert find_data_dir("elsewhere") == find_data_dir(Path("elsewhere")) == Path("elsewhere")
     assert find_data_dir() == tmp_path
@@ -158,9 +154,7 @@ def test_data_dir_is_the_argument_else_the_variable_else_in_the_project(
     assert find_data_dir("~nobody-here/mnist") == Path("~nobody-here/mnist")
 
 
-def test_a_complete_folder_is_read_and_nothing_else(
-    complete: Path, ways: Ways, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_complete_folder_is_only_read(complete: Path, ways: Ways, caplog: pytest.LogCaptureFixture) -> None:
     raw = complete / "MNIST" / "raw"
     for folder in (complete, raw):  # the files may lie in the folder itself
         before = snapshot(folder)
@@ -247,9 +241,7 @@ def test_where_no_way_works_both_reasons_are_said_and_nothing_is_left(
     assert "--ignore-scripts" in ways.log.read_text()  # a package may run nothing
 
 
-def test_a_stalled_fetch_is_given_up_and_its_processes_end(
-    tmp_path: Path, ways: Ways, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stalled_fetch_and_its_processes_end(tmp_path: Path, ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "TIME_LIMIT", 0.5)
     ways.torchvision.write_text(
         f"import os, time; open('{tmp_path}/pid1', 'w').write(str(os.getpid())); time.sleep(50)"

@@ -94,9 +94,7 @@ def test_a_network_that_fails_later_ends_its_run_as_failed(
 # ---- what works
 
 
-def test_what_a_script_logs_by_mlflow_goes_into_the_labs_run_and_nothing_of_the_rehearsal(
-    train: Train, database: Path
-) -> None:
+def test_what_a_script_logs_by_mlflow_goes_into_the_labs_run(train: Train, database: Path) -> None:
     def logging_objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = net(images)
         mlflow.log_metric("largest_logit", logits.max().item())

@@ -43,7 +43,7 @@ def train(small_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytes
     return train
 
 
-def test_a_runs_network_is_loaded_as_the_page_of_metrics_says(
+def test_a_network_is_loaded_as_it_is_said(
     train: Train, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "metrics.md").read_text(), re.DOTALL)
@@ -72,7 +72,7 @@ def test_the_recipe_for_distillation_finds_its_teacher(train: Train) -> None:
     assert student.params["teacher"] == "step1_baseline"
 
 
-def test_a_submission_to_kaggle_has_a_row_for_each_image_in_order(
+def test_a_submission_to_kaggle_has_rows_in_order(
     mnist: Mnist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = mnist.test_images[:20].reshape(20, 784)

@@ -193,9 +193,7 @@ REFUSED = {name: ("net", {"net": net}, said) for name, (net, said) in NETS.items
 
 
 @pytest.mark.parametrize(("field", "changes", "said"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_work_is_refused_by_its_field(
-    field: str, changes: dict[str, Any], said: str, small_mnist: Mnist
-) -> None:
+def test_what_can_not_work_is_refused(field: str, changes: dict[str, Any], said: str, small_mnist: Mnist) -> None:
     size = {"batch_size": 499} if "more than 1 value" in said else {}
     with pytest.raises(LabError) as refusal:
         rehearse(declare(**(size | changes)), small_mnist)

@@ -101,9 +101,7 @@ def test_what_fails_in_both_layouts_is_refused_for_what_fails_in_the_contiguous_
         {"objective": partial(mixup, alpha=0.2)},
     ],
 )
-def test_softmax_before_a_loss_of_logits_is_said_however_it_is_declared(
-    minimised: dict[str, Any], small_mnist: Mnist
-) -> None:
+def test_softmax_before_a_loss_of_logits_is_said(minimised: dict[str, Any], small_mnist: Mnist) -> None:
     softmax = partial(Linear, change=partial(F.softmax, dim=1))
     [notice] = rehearse(declare(net=softmax, **minimised), small_mnist).notices
     assert notice.startswith("net: seems to end with softmax")

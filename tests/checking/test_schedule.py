@@ -71,9 +71,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("interval", "epochs", "scheduler", "figures"), WRONG.values(), ids=WRONG)
-def test_a_schedule_in_the_wrong_unit_is_named_in_both(
-    interval: str, epochs: int, scheduler: Any, figures: tuple[str, ...]
-) -> None:
+def test_a_wrong_unit_is_named_in_both(interval: str, epochs: int, scheduler: Any, figures: tuple[str, ...]) -> None:
     (notice,) = notice_unit(walk(scheduler, epochs, interval, images=60_000))
     assert all(figure in notice for figure in figures)
 

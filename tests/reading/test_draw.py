@@ -86,9 +86,7 @@ def test_a_picture_is_read_as_predict_reads_it_and_one_without_a_digit_is_an_ans
     ],
     ids=["text", "too large", "another network"],
 )
-def test_what_cant_be_read_is_answered_by_a_sentence(
-    served: str, path: str, picture: bytes, status: int, sentence: str
-) -> None:
+def test_what_cant_be_read_is_said(served: str, path: str, picture: bytes, status: int, sentence: str) -> None:
     answer = requests.post(f"{served}{path}", data=picture, timeout=PATIENCE)
     assert answer.status_code == status
     assert answer.json()["sentence"].startswith(sentence)

@@ -152,9 +152,7 @@ def odd_store(new_store: Callable[[], Store]) -> Store:
     return store
 
 
-def test_reports_and_figures_show_the_others(
-    odd_store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_reports_and_figures_show_others(odd_store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         html, md = write_report(tmp_path / "reports", tracking_uri=odd_store.uri, scripts=tmp_path)

@@ -199,9 +199,7 @@ def test_publish_says_what_it_would_do_and_waits_for_replace(
     assert "99.36" in file.read_text()
 
 
-def test_an_export_is_of_the_store_alone(
-    published: Published, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_export_is_of_one_store(published: Published, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "new" / "results"
     names = ["README.md", *(f"{name}.csv" for name in (*OTHER_FILES, *STEPS))]
     assert files.export_runs(folder, tracking_uri=published.uri) == sorted(folder / name for name in names)

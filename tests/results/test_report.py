@@ -152,9 +152,7 @@ def test_the_experiments_stand_in_order(report: Report) -> None:
     ]
 
 
-def test_a_result_is_told_under_the_script_that_it_belongs_to_and_a_broken_script_is_named(
-    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_result_is_told_under_its_own_script(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
     write_run(open_store(uri), "mine", 0, [98.0], start_time=T0)
     original = (ROOT / "experiments" / "step3_gap.py").read_text()
     for name in ("mine", "a_copy", "step3_gap"):
@@ -240,9 +238,7 @@ def test_links_lead_somewhere_and_tables_are_labelled(report: Report) -> None:
 # ---- stores and scripts that won't do
 
 
-def test_runs_of_other_code_are_counted_and_overridden_ones_told_where_there_are_no_others_but_compared_on_request_only(
-    tmp_path: Path, uri: str, scripts: Path
-) -> None:
+def test_overridden_runs_and_those_of_other_code_are_told_apart(tmp_path: Path, uri: str, scripts: Path) -> None:
     store = open_store(uri)
     write_run(store, "step1_plain", 0, [97.0], start_time=T0, tags=TARGETS | {"overrides": "epochs=1"})
     report = write(tmp_path / "all", uri, scripts)

@@ -147,9 +147,7 @@ def test_the_committed_runs_of_all_steps_are_restored(uri: str, tmp_path: Path) 
 # ---- a second call
 
 
-def test_a_second_call_adds_nothing_and_neither_does_one_on_the_store_that_was_published(
-    published: Published, restored: str, lab: Callable[..., str]
-) -> None:
+def test_a_second_call_adds_nothing(published: Published, restored: str, lab: Callable[..., str]) -> None:
     for uri in (restored, published.uri):
         before = content(uri)
         said = lab("restore", "--folder", published.folder, "--tracking-uri", uri)
@@ -157,9 +155,7 @@ def test_a_second_call_adds_nothing_and_neither_does_one_on_the_store_that_was_p
         assert content(uri) == before
 
 
-def test_files_that_say_otherwise_replace_what_was_restored(
-    published: Published, restored: str, tmp_path: Path
-) -> None:
+def test_other_files_replace_what_was_restored(published: Published, restored: str, tmp_path: Path) -> None:
     shutil.copytree(database_of(restored).parent, tmp_path / "store")
     other = f"sqlite:///{tmp_path}/store/mlflow.db"
     folder = shutil.copytree(published.folder, tmp_path / "results")

@@ -49,9 +49,7 @@ def store(new_store: Callable[[], Store]) -> Store:
 EIGHT = ["step", "seed", "num_params", "epochs", "final_test_accuracy", "best_test_accuracy", "targets", "run_id"]
 
 
-def test_a_run_table_has_a_typed_row_per_finished_run_and_the_columns_that_a_reader_needs_most_or_all(
-    store: Store,
-) -> None:
+def test_a_run_table_has_a_typed_row_per_finished_run_and_the_columns_wanted(store: Store) -> None:
     table = results.run_table(columns="all", tracking_uri=store.uri)
     assert table["step"].tolist() == ["step2", "step4", "step4", "step4", "my_idea"]
     assert table["seed"].tolist() == [0, 0, 0, 1, 0]
@@ -91,9 +89,7 @@ def test_run_table_filters(store: Store) -> None:
     assert results.epoch_history(seeds=77, tracking_uri=store.uri).empty
 
 
-def test_overridden_runs_are_shown_where_a_step_has_no_others_and_counted_where_it_has(
-    uri: str, lab: Callable[..., str]
-) -> None:
+def test_overridden_runs_are_shown_where_a_step_has_no_others(uri: str, lab: Callable[..., str]) -> None:
     store = open_store(uri)
     write_seeds(store, "my_idea", 98.0, 98.0, tags={"overrides": "epochs=1"})
     write_run(store, "begun", 0, [98.0], start_time=T0, status=None)
@@ -295,9 +291,7 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(uri: str)
         (None, None, "Welch's t-test"),
     ],
 )
-def test_seeds_are_pairs_where_both_were_trained_on_what_rounds_alike(
-    one: str | None, other: str | None, test: str
-) -> None:
+def test_seeds_are_pairs_where_both_machines_round_alike(one: str | None, other: str | None, test: str) -> None:
     accuracies = {"a": [99.1, 99.2, 99.0], "b": [99.3, 99.45, 99.3, 99.2]}
     rows = [(step, seed, accuracy) for step, of in accuracies.items() for seed, accuracy in enumerate(of)]
     runs = pd.DataFrame(rows, columns=["step", "seed", "final_test_accuracy"])

@@ -218,9 +218,7 @@ def assert_refused(program: Process, sentence: str) -> None:
 
 
 @pytest.mark.long  # a minute: five processes import torch
-def test_auto_starts_a_cluster_of_this_machine_on_loopback(
-    start: Callable[..., Process], uri: str, database: Path
-) -> None:
+def test_auto_starts_a_cluster_on_loopback(start: Callable[..., Process], uri: str, database: Path) -> None:
     flags = ("--seeds", "2", "--limit", "500", "--epochs", "1", "--tracking-uri", uri)
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # its path must be short
         (Path(folder) / "ray").mkdir()

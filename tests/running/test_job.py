@@ -89,9 +89,7 @@ def job_of(script: Path, uri: str) -> Job:
     return Job(script=script, experiment=read_declaration(script), tracking_uri=uri, limit=64)
 
 
-def test_a_layer_widened_in_a_module_beside_the_script_makes_another_experiment(
-    command: Command, script: Path, uri: str, database: Path
-) -> None:
+def test_a_module_that_changes_is_another_experiment(command: Command, script: Path, uri: str, database: Path) -> None:
     assert command() == 0
     (run,) = read_runs(database)
     store, job = open_store(uri), job_of(script, uri)
@@ -210,9 +208,7 @@ INTERRUPTED = [
 ]
 
 
-def test_the_flags_choose_the_interrupted_run_and_those_that_none_has_are_refused_by_name(
-    script: Path, uri: str
-) -> None:
+def test_the_flags_choose_the_interrupted_run_or_are_refused_by_name(script: Path, uri: str) -> None:
     first = EpochMetrics(1, 0.5, 90, 100, 0.4, 9_000, 10_000, lr=0.1, epoch_seconds=1.0)
     same = {"script": str(script), "threads": 1, "identity": {}, "epochs": [first], "training": {}}
     for age, fields in enumerate(INTERRUPTED):

@@ -97,9 +97,7 @@ def check_complete(run: TrackedRun) -> None:
 
 
 @pytest.mark.parametrize("count", [WARM_UP + 3, pytest.param(SOAK_RUNS, marks=[pytest.mark.long, pytest.mark.load])])
-def test_runs_one_after_another_leave_no_file_open_and_nothing_in_memory(
-    count: int, uri: str, database: Path, tmp_path: Path
-) -> None:
+def test_runs_one_after_another_leave_nothing_open(count: int, uri: str, database: Path, tmp_path: Path) -> None:
     open_store(uri)
     report = tmp_path / "report.jsonl"
 

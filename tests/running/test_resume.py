@@ -113,9 +113,7 @@ def check_same(run: TrackedRun, whole: TrackedRun) -> None:
 
 
 @pytest.mark.parametrize("number", [5, pytest.param(20, marks=pytest.mark.long)])
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
-    lab: Lab, whole: tuple[TrackedRun, float], number: int
-) -> None:
+def test_a_run_killed_at_random_moments_ends_alike(lab: Lab, whole: tuple[TrackedRun, float], number: int) -> None:
     moments = random.Random(7)
     kills = 0
     while kills < number:
@@ -134,9 +132,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
             check_same(run, whole[0])
 
 
-def test_a_run_killed_in_the_midst_of_writing_ends_as_one_that_was_not(
-    lab: Lab, whole: tuple[TrackedRun, float]
-) -> None:
+def test_a_run_killed_in_the_midst_of_writing_ends_alike(lab: Lab, whole: tuple[TrackedRun, float]) -> None:
     assert lab.run(*FLAGS, point="after the rename") == -signal.SIGKILL
     for point in POINTS:
         assert lab.run("--resume", point=point) == -signal.SIGKILL, point
@@ -240,9 +236,7 @@ def test_a_state_that_does_not_fit_is_refused_by_the_runs_id(uri: str, small_mni
             restore(training, example(training=state))
 
 
-def test_an_interrupted_run_that_was_deleted_is_not_gone_on_with(
-    database: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_interrupted_run_that_was_deleted_is_left_out(database: Path, caplog: pytest.LogCaptureFixture) -> None:
     uri = f"sqlite:///{database}"
     client, store = MlflowClient(uri), open_store(uri)
     older, deleted = (client.create_run(store.experiment_id).info.run_id for _ in range(2))

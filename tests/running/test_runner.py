@@ -178,9 +178,7 @@ def test_the_figure_of_an_augmentation_in_place_shows_the_images_as_they_were(sm
 # ---- with a hold-out
 
 
-def test_the_epochs_of_a_hold_out_are_judged_on_validation_images_and_its_verdict_is_on_the_test_images(
-    load_script: Load, mnist: Mnist, uri: str, database: Path
-) -> None:
+def test_a_hold_out_judges_its_epochs_only(load_script: Load, mnist: Mnist, uri: str, database: Path) -> None:
     script = ROOT / "experiments" / "step1_baseline.py"
     experiment = dataclasses.replace(load_script(script.stem).EXPERIMENT, epochs=2)
     job = Job(script=script, experiment=experiment, tracking_uri=uri, limit=1000, holdout=500)

@@ -224,9 +224,7 @@ class Heard(Progress):
         assert not missing, f"{missing} are to be trained"
 
 
-def test_finished_seeds_need_no_training_but_those_of_another_declaration_do(
-    story: SimpleNamespace, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_seeds_are_taken_over(story: SimpleNamespace, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     script, uri = folder / "my_idea.py", f"sqlite:///{folder}/runs.db"
 

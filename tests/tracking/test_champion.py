@@ -135,9 +135,7 @@ def test_the_median_seed_is_chosen(accuracies: dict[int, float], median: int, ur
         results.median_run("step2_plain", tracking_uri=uri)
 
 
-def test_a_champion_is_registered_and_can_be_committed(
-    full_run: FullRun, tmp_path: Path, lab: Callable[..., str], mnist: Mnist
-) -> None:
+def test_a_champion_can_be_committed(full_run: FullRun, tmp_path: Path, lab: Callable[..., str], mnist: Mnist) -> None:
     shutil.copytree(full_run.database.parent, tmp_path / "store")
     uri, folder = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}", tmp_path / "results"
     store, run_id = open_store(uri), full_run.tracked.run_id
@@ -161,7 +159,7 @@ def test_a_champion_is_registered_and_can_be_committed(
     assert np.allclose(reader.probabilities(digits), net(images).softmax(dim=1).numpy(), atol=1e-6)
 
 
-def test_a_champion_of_a_step_without_runs_is_refused(
+def test_a_champion_without_runs_is_refused(
     uri: str, lab: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(open_store(uri), "step1_plain", 0, [99.0], start_time=T0)

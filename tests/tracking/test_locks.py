@@ -91,9 +91,7 @@ def test_a_free_lock_counts_where_it_could_have_been_seen(
     assert can_resume(open_store(uri), run_id) == (ends == "KILLED")
 
 
-def test_a_run_that_ends_while_it_is_looked_at_keeps_its_status(
-    uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_ends_meanwhile_keeps_its_status(uri: str, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(uri)
     with track(store, "a run", params={}, tags={}) as tracked:
         found = stores.search(store, "attributes.status = 'RUNNING'")
@@ -106,7 +104,7 @@ def test_a_run_that_ends_while_it_is_looked_at_keeps_its_status(
     assert status(database) == "FINISHED"
 
 
-def test_a_run_of_a_clusters_worker_ends_with_the_run_that_gave_it_work(
+def test_a_run_of_a_clusters_worker_ends_with_its_study(
     uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(stores.ON_CLUSTER, "1")

@@ -47,9 +47,7 @@ def check_found(project: Path, run_id: str) -> None:
     assert net(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
 
 
-def test_a_project_that_was_renamed_again_and_again_and_copied_shows_every_runs_artifacts(
-    empty_store: Path, tmp_path: Path
-) -> None:
+def test_a_project_that_was_moved_and_copied_shows_every_runs_artifacts(empty_store: Path, tmp_path: Path) -> None:
     project = tmp_path / "project"
     store = open_store(f"sqlite:///{copy_store(empty_store, project / 'mlruns' / 'mlflow.db')}")
     with track(store, "step9 seed 0", params={"seed": 0}, tags={"step": "step9"}) as run:
@@ -127,9 +125,7 @@ def test_what_was_not_moved_with_its_artifacts_is_left_alone(case: str, tmp_path
 # ---- an interrupted run
 
 
-def test_an_interrupted_run_finds_the_script_of_the_project_that_it_is_in_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_finds_the_script_of_its_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri, step = f"sqlite:///{tmp_path}/mlruns/mlflow.db", Path("experiments", "step1_baseline.py")
     epoch = EpochMetrics(1, 0.5, 1, 1, 0.5, 1, 1, lr=0.1, epoch_seconds=1.0)
     kept = Checkpoint("abc", str(ROOT / step), 0, {}, None, 0, {}, 1, [epoch], {})

@@ -174,9 +174,7 @@ def resume(uri: str) -> str:
     return runner.run(job_of(uri), found.seed, Progress(), resume=found).run_id
 
 
-def test_a_server_gives_the_same_tables_as_the_file_and_the_history_of_many_runs_in_few_requests(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_gives_the_same_tables_in_few_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     file, store = f"sqlite:///{server.database}", open_store(server.uri)
     for seed in range(8):
         write_run(store, "step4", seed, [99.0, 99.5], start_time=T0 + seed, status="FINISHED" if seed < 6 else "FAILED")
@@ -332,9 +330,7 @@ def test_what_is_asked_again_because_the_answer_was_lost_is_there_once(whole: Tr
         ),
     ],
 )
-def test_a_server_that_refuses_or_fails_in_mid_run_is_said_cause_first(
-    answer: tuple[int, bytes], cause: str, server: Server
-) -> None:
+def test_a_server_that_refuses_in_mid_run_is_said_so(answer: tuple[int, bytes], cause: str, server: Server) -> None:
     sentence = f"^tracking store 'http://[^']*' failed during the run: {cause}.*`--resume "
     with serve(server.port, answer=answer) as proxy, pytest.raises(LabError, match=sentence):
         train(f"http://{proxy}")
@@ -366,9 +362,7 @@ def mute() -> Iterator[str]:
         (serve(begun=True, answer=(503, b"")), r"the server fails \(HTTP 503\): its own log says why"),
     ],
 )
-def test_a_server_that_is_none_is_refused_within_ten_seconds_the_cause_first_and_without_the_password(
-    server: AbstractContextManager[str], cause: str
-) -> None:
+def test_what_is_no_server_is_refused_with_the_cause_first(server: AbstractContextManager[str], cause: str) -> None:
     refused = pytest.raises(LabError, match=rf"^tracking store 'https?://[^']+' can't be used: {cause}")
     with server as host, within(10), refused as refusal:
         open_store(f"http://bob:pass-word@{host}")

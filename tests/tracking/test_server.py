@@ -146,7 +146,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_it_says_what_to_set_and_listens_on_one_port_of_loopback_that_no_other_server_takes(
+def test_it_says_what_to_set_and_listens_on_one_port_of_loopback(
     team: Team, postgres: Database, tmp_path: Path
 ) -> None:
     lines = team.process.stdout.splitlines()
@@ -161,7 +161,7 @@ def test_it_says_what_to_set_and_listens_on_one_port_of_loopback_that_no_other_s
     assert sentence.startswith(f"error: port: {team.port} ")
 
 
-def test_eight_writers_at_once_lose_no_point_though_server_and_database_are_killed_and_come_back(
+def test_eight_writers_at_once_lose_no_point_though_server_and_database_are_killed(
     team: Team, postgres: Database
 ) -> None:
     store, together, epochs = open_store(team.uri), processes.Barrier(WRITERS), 25
@@ -240,9 +240,7 @@ def test_nobody_is_let_in_without_the_right_password(guarded: Team) -> None:
 
 
 @pytest.mark.usefixtures("_admin")
-def test_a_user_whom_the_admin_adds_trains_and_compares_and_one_who_is_denied_is_told_so(
-    guarded: Team, tmp_path: Path
-) -> None:
+def test_a_user_whom_the_admin_adds_trains_and_one_who_is_denied_is_told_so(guarded: Team, tmp_path: Path) -> None:
     users, own = get_app_client("basic-auth", guarded.uri), secrets.token_urlsafe(18)
     for name in ("max", "mia"):
         users.create_user(name, own)

@@ -55,9 +55,7 @@ def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.Monk
     return train
 
 
-def test_a_teacher_is_found_by_its_run_its_registered_model_its_id_or_its_script(
-    train: Callable[..., TrackedRun], uri: str
-) -> None:
+def test_a_teacher_is_found_by_its_run_model_or_script(train: Callable[..., TrackedRun], uri: str) -> None:
     store = open_store(uri)
     older, run = train("large"), train("large", seed=1)
     client = mlflow.MlflowClient(tracking_uri=uri)
@@ -81,9 +79,7 @@ def test_a_teacher_is_found_by_its_run_its_registered_model_its_id_or_its_script
     assert find_teacher(store, f"runs:/{older.run_id}/model", holdout=0).sha256 != found[0].sha256
 
 
-def test_a_teacher_is_loaded_frozen_and_given_images_as_it_was_trained_on(
-    train: Callable[..., TrackedRun], uri: str, small_mnist: Mnist
-) -> None:
+def test_a_teacher_is_loaded_frozen(train: Callable[..., TrackedRun], uri: str, small_mnist: Mnist) -> None:
     run = train("large", normalize=(0.5, 0.5))
     store = open_store(uri)
     teacher = find_teacher(store, "large", holdout=0)
@@ -99,9 +95,7 @@ def test_a_teacher_is_loaded_frozen_and_given_images_as_it_was_trained_on(
     assert 100 * correct.item() / 300 == pytest.approx(run.metrics["final_test_accuracy"][0][1])
 
 
-def test_a_student_says_which_teacher_it_learns_from_and_keeps_it_when_it_goes_on(
-    train: Callable[..., TrackedRun], uri: str, tmp_path: Path
-) -> None:
+def test_a_student_keeps_its_teacher(train: Callable[..., TrackedRun], uri: str, tmp_path: Path) -> None:
     teacher = train("large")
     run = train("small", objective=STUDENT)
 
@@ -157,9 +151,7 @@ def test_a_teacher_that_has_seen_the_images_held_out_is_refused(train: Callable[
     assert find_teacher(store, "large", holdout=0).run_id == run.run_id
 
 
-def test_a_model_that_is_pickled_or_changed_or_of_other_classes_is_refused(
-    train: Callable[..., TrackedRun], uri: str
-) -> None:
+def test_a_model_that_is_pickled_or_changed_is_refused(train: Callable[..., TrackedRun], uri: str) -> None:
     store, run = open_store(uri), train("large")
     with environment_variables({"MLFLOW_TRACKING_URI": uri}), mlflow.start_run(run_id=run.run_id):
         mlflow.pytorch.log_model(net(), name="pickled", serialization_format="pickle")

@@ -130,9 +130,7 @@ def test_a_process_killed_while_it_makes_the_store_blocks_nobody(tmp_path: Path)
         ("mssql://nobody@127.0.0.1:1/runs", "can't be used: "),  # its driver is not installed
     ],
 )
-def test_a_store_that_cannot_be_used_is_refused_and_left_as_it_was(
-    uri: str, reason: str, empty_store: Path, tmp_path: Path
-) -> None:
+def test_a_store_that_can_not_be_used_is_refused(uri: str, reason: str, empty_store: Path, tmp_path: Path) -> None:
     whole = empty_store.read_bytes()
     for name, content in (("notes.txt", b"my notes\n" * 1000), ("empty.db", b""), ("cut.db", whole[:20_000])):
         (tmp_path / name).write_bytes(content)
@@ -353,9 +351,7 @@ def test_runs_that_are_the_first_to_log_a_data_set_both_do(uri: str) -> None:
     assert [len(inputs) for inputs in logged] == [30, 30]
 
 
-def test_a_password_in_an_error_or_a_tag_is_not_logged(
-    uri: str, database: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_password_in_an_error_is_not_logged(uri: str, database: Path, caplog: pytest.LogCaptureFixture) -> None:
     tags = {"remote": "https://bob:pass-word@git.example/x.git"}
     with (
         caplog.at_level(logging.DEBUG, "mnist_lab"),

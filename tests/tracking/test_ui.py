@@ -120,9 +120,7 @@ def test_kill_9_of_the_program_ends_all_that_it_started(server: Server) -> None:
     wait_until(lambda: all_gone(started))
 
 
-def test_it_shows_the_artifacts_of_a_copy_and_sigterm_ends_it_in_order_though_nobody_reads_what_it_prints(
-    uri: str, database: Path, tmp_path: Path
-) -> None:
+def test_it_shows_a_copys_artifacts_and_sigterm_ends_it_in_order(uri: str, database: Path, tmp_path: Path) -> None:
     with track(open_store(uri), "a run", params={}, tags={}) as tracked:
         tracked.log_text("hello", "figures/hello.txt")
     shutil.copytree(database.parent, tmp_path / "copy ü")

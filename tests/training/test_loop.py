@@ -162,9 +162,7 @@ def summed(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize("minimised", [{"loss": partial(F.cross_entropy, reduction="sum")}, {"objective": summed}])
-def test_train_loss_is_the_cross_entropy_per_image_whatever_is_minimised(
-    minimised: dict[str, Any], small_mnist: Mnist
-) -> None:
+def test_train_loss_is_the_cross_entropy_per_image(minimised: dict[str, Any], small_mnist: Mnist) -> None:
     """A sum over the batch with a rate divided by its size trains as the mean does, so it shows the same figures."""
     shared = partial(declare, epochs=1, batch_size=100)
     _, (of_sum,) = train(shared(optimizer=partial(SGD, lr=0.05 / 100), **minimised), small_mnist)

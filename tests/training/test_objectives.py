@@ -54,9 +54,7 @@ def test_distillation_without_weight_is_the_cross_entropy(batch: tuple[Tensor, T
     torch.testing.assert_close(logits, net(batch[0]))
 
 
-def test_distillation_is_the_divergence_from_the_teacher_times_the_squared_temperature(
-    batch: tuple[Tensor, Tensor],
-) -> None:
+def test_distillation_is_the_divergence_from_the_teacher(batch: tuple[Tensor, Tensor]) -> None:
     net, teacher = Linear(), Linear()
     loss, _ = distillation(net, *batch, teacher=teacher, temperature=2.0, weight=1.0)
 
