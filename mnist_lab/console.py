@@ -183,7 +183,7 @@ class SearchConsole(_Display):
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
         self.wanted = wanted
         before = f", {done} of them done before" if done else ""
-        print(f"{name}: {wanted} in all{before}, {workers} at a time, on {device.type}", flush=True)
+        print(f"{name}: {wanted} trials{before}, {workers} at a time, on {device.type}", flush=True)
         if done < wanted:
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
             self.start_bar(wanted, form, smoothing=0, initial=done)
@@ -194,7 +194,7 @@ class SearchConsole(_Display):
         stand = [f"{counts.done}/{self.wanted}"]
         stand += [f"{count} {word}" for count, word in ((counts.pruned, "pruned"), (counts.failed, "failed")) if count]
         if counts.best is not None:
-            stand.append(f"best {counts.best.accuracy:.2f} % with {trial_text(counts.best.values)}")
+            stand.append(f"best {counts.best.accuracy:.2f} % in trial {counts.best.number}")
         if self.bar is not None:
             self.bar.update()
         self.show(f"trial {number:>{len(str(self.wanted))}}  {outcome}  {trial_text(values)}", ", ".join(stand))

@@ -146,9 +146,10 @@ def trial_text(values: Mapping[str, object]) -> str:
 
 
 def best_table(result: SearchResult, style: str = "simple") -> str:
-    """Return the best trials as a table, in one of the styles of tabulate."""
-    rows = [(trial.number, f"{trial.accuracy:.2f}", trial_text(trial.values)) for trial in result.best]
-    return tabulate(rows, ("trial", "validation accuracy", "values"), tablefmt=style, disable_numparse=True)
+    """Return the best trials as a table with a column for each value, in one of the styles of tabulate."""
+    rows = [(trial.number, f"{trial.accuracy:.2f}", *trial.values.values()) for trial in result.best]
+    names = result.best[0].values if result.best else ()
+    return tabulate(rows, ("trial", "validation", *names), tablefmt=style, disable_numparse=True)
 
 
 # ---- where a trial is trained
