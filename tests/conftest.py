@@ -41,7 +41,6 @@ def _signals_reach_the_processes_under_test() -> None:
 
 @pytest.fixture(scope="session")
 def mnist() -> "Mnist":
-    """Return the real data, from the project's data folder or fetched into it."""
     from mnist_lab.data import load_mnist
 
     return load_mnist()
@@ -73,7 +72,6 @@ def load_script() -> Callable[[str], ModuleType]:
 
 @pytest.fixture(scope="session")
 def browser() -> "Iterator[Browser]":
-    """Return headless Chromium."""
     from playwright.sync_api import sync_playwright
 
     from chromium import CHROMIUM
@@ -149,7 +147,6 @@ def new_store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> "C
 def published(
     new_store: "Callable[[], Store]", mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory
 ) -> "Published":
-    """Return a store whose runs were published into a folder, for tests that change nothing of either."""
     from report_store import publish_sample
 
     return publish_sample(new_store(), mnist, tmp_path_factory.mktemp("published") / "here")
@@ -163,7 +160,6 @@ def database(empty_store: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def uri(database: Path) -> str:
-    """Return the tracking URI of this test's own store."""
     return f"sqlite:///{database}"
 
 
@@ -172,8 +168,6 @@ def uri(database: Path) -> str:
 
 @dataclass(frozen=True)
 class FullRun:
-    """What a user gets from one epoch of step 1."""
-
     script: Path
     commit: str  # of the project, when the run began
     stdout: str

@@ -29,7 +29,6 @@ TINY = Path(__file__).parent / "tiny.py"  # a script of an experiment that train
 
 
 def first(mnist: "Mnist", training: int, test: int) -> "Mnist":
-    """Return the data with so many training and test images only, for trainings that take no time."""
     return dataclasses.replace(
         mnist,
         train_images=mnist.train_images[:training],
@@ -40,8 +39,6 @@ def first(mnist: "Mnist", training: int, test: int) -> "Mnist":
 
 
 class Screen(io.StringIO):
-    """What a program writes to on a terminal."""
-
     def isatty(self) -> bool:
         return True
 
@@ -67,8 +64,6 @@ def copy_store(empty_store: Path, database: Path) -> Path:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as it stands in the database."""
-
     run_id: str
     name: str
     status: str
@@ -131,7 +126,6 @@ def wait_until(condition: Callable[[], object], program: Program | None = None) 
 
 
 def free_port() -> int:
-    """Return a port of loopback that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -142,7 +136,6 @@ def all_gone(processes: Iterable["psutil.Process"]) -> bool:
 
 
 def ports_of(processes: Iterable["psutil.Process"]) -> set[tuple[str, int]]:
-    """Return the addresses that these processes listen on."""
     connections = [one for process in processes for one in process.net_connections("inet")]
     return {tuple(one.laddr) for one in connections if one.status == "LISTEN"}
 
@@ -188,5 +181,4 @@ def log_points(
 
 
 def point(writer: int, epoch: int, number: int) -> float:
-    """Return the value that a writer logs of a metric: another one for each."""
     return writer * 1_000_000 + epoch * 10 + number

@@ -32,12 +32,9 @@ class Linear(nn.Module):
         return logits if self.change is None else self.change(logits)
 
 
-class Small(nn.Module):
-    """A step's network in small: convolution, batch norm and dropout."""
-
+class Small(nn.Sequential):
     def __init__(self, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
+        super().__init__(
             nn.Conv2d(1, 4, 3, stride=2, bias=False),
             nn.BatchNorm2d(4),
             nn.Dropout(dropout),
@@ -47,13 +44,8 @@ class Small(nn.Module):
             nn.Linear(64, 10),
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
-
 
 class DrawsElsewhere:
-    """An augmentation that draws from Python's and numpy's generators."""
-
     def __call__(self, images: Tensor) -> Tensor:
         return torch.stack([self.change(image) for image in images])
 

@@ -46,8 +46,6 @@ def predict(truth: np.ndarray, accuracy: float) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Published:
-    """A store, the folder of CSVs that its runs were published into, and the page with the tables."""
-
     uri: str
     folder: Path
     readme: Path
@@ -59,7 +57,6 @@ class Published:
 
 
 def new_place(uri: str, place: Path) -> Published:
-    """Return a store, and a place to publish into: pages with markers for tables."""
     (place / "results").mkdir(parents=True)
     (place / "README.md").write_text(PAGE)
     (place / "results" / "README.md").write_text("<!-- runs -->\n<!-- /runs -->\n")
@@ -67,7 +64,6 @@ def new_place(uri: str, place: Path) -> Published:
 
 
 def publish_sample(store: Store, mnist: Mnist, place: Path) -> Published:
-    """Write two steps of three seeds and one of one, and publish them."""
     named = [(step, seed) for step in ("step1_baseline", "step2_dropout") for seed in range(3)] + [("idea", 5)]
     runs = [(step, seed, (98.0 + seed / 10, 99.3 + number / 100)) for number, (step, seed) in enumerate(named)]
     hardware = {"hardware": "a CPU, 2 cores, AVX2", "torch": "2.15.0", "threads": "1"}

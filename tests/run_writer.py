@@ -101,7 +101,6 @@ def write_seeds(store: Store, step: str, *accuracies: float, **more: Any) -> Non
 
 
 def log_predictions(store: Store, run: Run, **arrays: np.ndarray) -> None:
-    """Give a run its `predictions.npz`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "predictions.npz")
         np.savez_compressed(file, **arrays)

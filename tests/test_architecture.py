@@ -15,7 +15,6 @@ MODULES = sorted((ROOT / "mnist_lab").rglob("*.py"))
 
 
 def imported_modules(file: Path) -> set[str]:
-    """Return the top-level names of all modules that a file imports, wherever in it."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):

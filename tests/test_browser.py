@@ -39,7 +39,6 @@ def store(new_store: Callable[[], Store], mnist: Mnist) -> Store:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, store: Store) -> str:
-    """Return the address of a report with stories, with runs and without."""
     folder = tmp_path_factory.mktemp("report")
     story = '"""Step {0}: a title.\n\nTarget: t\n\nChange: c\n\nResult:\n\n- a list\n\nAnalysis: a"""'
     for number, name in enumerate(("step1_plain", "step2_better", "step3_next"), start=1):
@@ -108,7 +107,6 @@ def test_no_figure_is_cut_in_print(browser: Browser, report: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs_address(store: Store) -> Iterator[str]:
-    """Return the address of the runs table that `make ui` prints."""
     process = Program("-m", "mnist_lab", "ui", "--port", str(free_port()), "--tracking-uri", store.uri, cwd=ROOT)
     try:
         wait_until(lambda: "\n" in process.stdout, process)

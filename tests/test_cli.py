@@ -257,8 +257,6 @@ FLAGS = ("--epochs", "100000", "--tracking-uri", "sqlite:///mlflow.db")
 
 
 class Training:
-    """A training of a user's own script that would go on for hours."""
-
     def __init__(self, database: Path, ignored: tuple[signal.Signals, ...]) -> None:
         self.database = database
         shutil.copy(TINY, database.parent / "my_idea.py")
@@ -269,7 +267,6 @@ class Training:
         return len(runs[0].metrics.get("test_loss", [])) if runs else 0
 
     def ended(self) -> TrackedRun:
-        """Return the run as it stands after the process has ended."""
         self.process.wait()
         (run,) = read_runs(self.database)
         return run
@@ -277,7 +274,6 @@ class Training:
 
 @pytest.fixture
 def train(database: Path) -> Iterator[Callable[..., Training]]:
-    """Return what starts a training in this test's own store and returns it after its first epoch."""
     started: list[Training] = []
 
     def start(ignored: tuple[signal.Signals, ...] = ()) -> Training:

@@ -58,7 +58,7 @@ def test_the_share_of_the_first_weights_is_that_of_the_declared_rule() -> None:
     assert [exponential.share(batches) for batches in (3, 1, 11)] == pytest.approx([0.81, 1, 0.9**10])
     equal = FirstWeights(dataclasses.replace(tiny.EXPERIMENT, average=AveragedModel))
     assert equal.share(8) == pytest.approx(1 / 8)
-    unknown = FirstWeights(dataclasses.replace(tiny.EXPERIMENT, average=lambda net: AveragedModel(net.layers)))
+    unknown = FirstWeights(dataclasses.replace(tiny.EXPERIMENT, average=lambda net: AveragedModel(net[-1])))
     assert unknown.share(8) == 0
 
 

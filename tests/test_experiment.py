@@ -19,14 +19,9 @@ from mnist_lab.errors import LabError
 from mnist_lab.experiment import quoted
 
 
-class Net(nn.Module):
+class Net(nn.Sequential):
     def __init__(self, dropout: float = 0.1, width: int = 4, bias: bool = False, name: str = "plain") -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(784, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(self.dropout(images.flatten(1)))
+        super().__init__(nn.Flatten(), nn.Dropout(dropout), nn.Linear(784, 10))
 
 
 def crop_and_rotate(images: Tensor, size: int = 22, p: float = 0.1, degrees: float = 15.0) -> Tensor:
@@ -209,7 +204,7 @@ def test_overrides_reach_what_is_built() -> None:
     net = changed.net()
     optimizer = changed.optimizer(net.parameters())
     scheduler = changed.scheduler(optimizer)
-    assert net.dropout.p == 0.5
+    assert net[1].p == 0.5
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.05, 0.0)
     assert (scheduler.step_size, scheduler.gamma) == (2, 0.1)
     images = torch.rand(4, 1, 28, 28)

@@ -75,7 +75,6 @@ def legend_texts(figure: Figure) -> list[str]:
 
 
 def titles(figure: Figure) -> list[str]:
-    """Return the titles of the images of a gallery."""
     return [text.get_text() for text in figure.axes[0].texts]
 
 

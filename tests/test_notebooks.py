@@ -16,7 +16,6 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def execute(notebook: Path, folder: Path, tracking_uri: str) -> nbformat.NotebookNode:
-    """Execute a notebook in a kernel of its own, in `folder`, against the store at `tracking_uri`."""
     node = nbformat.read(notebook, as_version=4)
     client = NotebookClient(node, timeout=PATIENCE, resources={"metadata": {"path": str(folder)}})
     client.execute(env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri})
@@ -24,7 +23,6 @@ def execute(notebook: Path, folder: Path, tracking_uri: str) -> nbformat.Noteboo
 
 
 def pictures(node: nbformat.NotebookNode) -> int:
-    """Count the figures that the notebook's cells show."""
     return sum("image/png" in output.get("data", {}) for cell in node.cells for output in cell.get("outputs", []))
 
 

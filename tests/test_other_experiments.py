@@ -27,7 +27,6 @@ Train = Callable[..., RunResult]
 
 @pytest.fixture
 def train(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch, uri: str) -> Train:
-    """Return a function that trains a network for two epochs of three batches, on the first 130 images."""
     monkeypatch.setattr(runner, "load_mnist", lambda folder, device: first(small_mnist, 130, 300))
 
     def train(holdout: int = 0, **fields: object) -> RunResult:
@@ -123,26 +122,19 @@ from torch import nn
 from mnist_lab import Experiment, main
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.wide = nn.Linear(784, WIDTH)
-        self.linear = nn.Linear(WIDTH, 10)
-
-    def forward(self, images):
-        return self.linear(self.wide(images.flatten(1)))
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, WIDTH), nn.Linear(WIDTH, 10))
 
 
 WIDTH = 10
 # more
-EXPERIMENT = Experiment(net=Net, epochs=1, batch_size=64, optimizer=partial(torch.optim.SGD, lr=0.001, momentum=0.9))
+EXPERIMENT = Experiment(net=net, epochs=1, batch_size=64, optimizer=partial(torch.optim.SGD, lr=0.001, momentum=0.9))
 if __name__ == "__main__":
     main(EXPERIMENT)
 """
 
 
 def run_with(more: str, database: Path) -> subprocess.CompletedProcess[str]:
-    """Run the script with more lines in it, on one batch."""
     folder = database.parent
     script = folder / "my_idea.py"
     script.write_text(SCRIPT.replace("# more", more))

@@ -28,7 +28,6 @@ Train = Callable[..., SimpleNamespace]
 
 @pytest.fixture
 def train(small_mnist: Mnist, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """Return a function that trains a script's text for one epoch, and gives its run."""
     monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
     monkeypatch.syspath_prepend(ROOT / "experiments")
 

@@ -3,16 +3,15 @@
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mnist_lab import Experiment, Targets, main
 from mnist_lab.augmentation import random_rotation
 
 
-class Net(nn.Module):
+class Net(nn.Sequential):
     def __init__(self, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
+        super().__init__(
             nn.Conv2d(1, 4, 3, stride=2),
             nn.BatchNorm2d(4),
             nn.ReLU(),
@@ -23,9 +22,6 @@ class Net(nn.Module):
             nn.Flatten(),
             nn.Linear(8, 10),
         )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
 
 
 EXPERIMENT = Experiment(

@@ -43,7 +43,6 @@ STROKES = [
 
 @pytest.fixture(scope="module")
 def served(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Return the address of a page that is served, with the committed champion."""
     store = copy_store(empty_store, tmp_path_factory.mktemp("draw") / "mlflow.db")
     flags = ["--port", str(free_port()), "--tracking-uri", f"sqlite:///{store}"]
     process = Program("-m", "mnist_lab", "draw", *flags, cwd=ROOT)
@@ -142,7 +141,6 @@ class Hand:
 
 
 def shares(page: Page) -> list[float]:
-    """Return the ten bars' lengths, in percent of their place."""
     lengths = "bars => bars.map(bar => parseFloat(bar.style.width) || 0)"
     found: list[float] = page.locator("#bars i").evaluate_all(lengths)
     return found

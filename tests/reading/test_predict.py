@@ -70,7 +70,6 @@ def digits(mnist: Mnist) -> Pixels:
 
 
 def read(picture: Image.Image) -> Pixels:
-    """Prepare a picture by way of a PNG in memory."""
     file = io.BytesIO()
     picture.save(file, format="PNG")
     return read_digit(file)

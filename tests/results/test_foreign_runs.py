@@ -45,7 +45,6 @@ def write_foreign_run(
     end_time: int = T0 + 20,
     status: str = "FINISHED",
 ) -> str:
-    """Write a run as any program may, and return its id."""
     client = mlflow.MlflowClient(store.uri)
     run_id: str = client.create_run(store.experiment_id, start_time=start_time, tags=dict(tags)).info.run_id
     client.log_batch(

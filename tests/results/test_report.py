@@ -49,8 +49,6 @@ LINES = ["step1_plain", "step2_better", HOSTILE]
 
 @dataclass(frozen=True)
 class Report:
-    """A written report, as HTML, as Markdown, and as a reader's program finds it."""
-
     folder: Path
     html: str
     md: str
@@ -58,7 +56,6 @@ class Report:
 
     @property
     def texts(self) -> tuple[str, str]:
-        """What a reader sees of the page, and of the Markdown."""
         return self.page.get_text(), self.md
 
     def rows(self, table: int) -> list[list[str]]:
@@ -83,7 +80,6 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(new_store: Callable[[], Store], mnist: Mnist) -> Store:
-    """Return the sample store with what a report must tell apart: hostile, overridden and unfinished runs."""
     store = write_sample_store(new_store(), mnist)
     hostile = write_run(store, HOSTILE, 0, [97.0], start_time=T0, num_params=20_000, tags={})
     few = np.zeros(50, np.uint8)

@@ -63,7 +63,6 @@ def by_name(uri: str) -> dict[str, TrackedRun]:
 
 
 def content(uri: str) -> list[list[tuple[object, ...]]]:
-    """Return all that the store says of runs."""
     with closing(sqlite3.connect(database_of(uri))) as connection:
         return [
             sorted(connection.execute(f"SELECT * FROM {table}"), key=repr)  # noqa: S608
@@ -263,8 +262,6 @@ def test_a_study_goes_on_from_restored_seeds_and_their_rows_stay(
 
 
 def cell(column: str, value: str) -> Callable[[str], str]:
-    """Return what writes a value into a column of the first row."""
-
     def spoil(text: str) -> str:
         table = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False)
         table.loc[0, column] = value

@@ -29,7 +29,6 @@ NO_SCHEDULE |= {"scheduler": "none", "lr": "0.01", "dropout": "0.1"}
 
 @pytest.fixture(scope="module")
 def store(new_store: Callable[[], Store]) -> Store:
-    """Return a store with every kind of run that the tables must tell apart."""
     store = new_store()
     write_run(store, "step4", 0, [99.0, 99.5, 99.4], start_time=T0)
     write_run(store, "step4", 1, [98.9, 99.3, 99.3], start_time=T0 + 1000)
@@ -201,7 +200,6 @@ def held_out(uri: str) -> str:
 def write_held_out_run(
     store: Store, step: str, seed: int, accuracies: list[float], *, tested: float, overrides: str = ""
 ) -> None:
-    """Write a run that held out 10,000 images, whose epochs had these validation accuracies."""
     params, tags = {**STEP4, "holdout": "10000"}, {"overrides": f"{overrides}holdout=10000"}
     run_id = write_run(store, step, seed, [], start_time=T0 + 1, params=params, tags=tags).info.run_id
     best = max(accuracies)

@@ -44,7 +44,6 @@ class Process(subprocess.Popen[str]):
         return Path(self.output.name).read_text()
 
     def end(self) -> None:
-        """Kill it and all that it has started."""
         with suppress(psutil.NoSuchProcess):
             program = psutil.Process(self.pid)
             every = [program, *program.children(recursive=True)]
@@ -56,8 +55,6 @@ class Process(subprocess.Popen[str]):
 
 
 class Cluster:
-    """A head and one more node, with a core each."""
-
     def __init__(self, folder: Path) -> None:
         self.folder, port = folder, free_port()
         self.address = f"127.0.0.2:{port}"
@@ -132,7 +129,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 
 def runs_since(server: Server) -> Callable[[], list[TrackedRun]]:
-    """Return what reads the runs that begin from now on."""
     before = {run.run_id for run in server.runs()}
     return lambda: [run for run in server.runs() if run.run_id not in before]
 
@@ -210,7 +206,6 @@ def test_what_is_no_cluster(start: Callable[..., Process], uri: str) -> None:
 
 
 def assert_refused(program: Process, sentence: str) -> None:
-    """Assert that the command ends with this sentence, and nothing but notices before it."""
     assert program.wait(PATIENCE) == 1
     assert sentence in program.said
     assert "Traceback" not in program.said

@@ -56,8 +56,6 @@ def few(mnist: Mnist) -> Mnist:
 
 
 class Folds:
-    """Two experiments, each with three folds, in one store."""
-
     def __init__(self, folder: Path, empty_store: Path) -> None:
         self.database = copy_store(empty_store, folder / "runs.db")
         self.uri = f"sqlite:///{self.database}"

@@ -54,7 +54,6 @@ def digest(script: Path) -> str:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """Return a script whose network lies in a package and a module beside it."""
     files = {
         "idea.py": "import math\nimport torch\nfrom nets.deep import Net\nimport tricks\n\nLR = 0.1\n",
         "nets/__init__.py": "",

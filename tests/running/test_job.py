@@ -39,13 +39,9 @@ from torch import nn
 from .sizes import WIDTH
 
 
-class Net(nn.Module):
+class Net(nn.Sequential):
     def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, WIDTH), nn.Linear(WIDTH, 10))
-
-    def forward(self, images):
-        return self.layers(images)
+        super().__init__(nn.Flatten(), nn.Linear(784, WIDTH), nn.Linear(WIDTH, 10))
 """
 Command = Callable[..., int]
 
@@ -57,7 +53,6 @@ def forget_nets() -> None:
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a script whose network lies in a package beside it."""
     (tmp_path / "nets").mkdir()
     (tmp_path / "nets" / "__init__.py").touch()
     (tmp_path / "nets" / "wide.py").write_text(NET)

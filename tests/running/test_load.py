@@ -40,7 +40,6 @@ ONCE = {"num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch",
 
 
 def train_one_after_another(uri: str, seeds: range, report: Path) -> None:
-    """Train and track a run per seed; append a line of figures to `report` after each."""
     process = psutil.Process()
     job = Job(script=TINY, experiment=read_declaration(TINY), tracking_uri=uri, limit=256)
     for seed in seeds:
@@ -54,7 +53,6 @@ def train_one_after_another(uri: str, seeds: range, report: Path) -> None:
 
 
 def run_at_once(target: Callable[..., None], *arguments: tuple[Any, ...]) -> None:
-    """Run a process for each tuple of arguments, all at once, to their ends."""
     started = [processes.Process(target=target, args=each) for each in arguments]
     try:
         for process in started:

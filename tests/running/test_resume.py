@@ -65,8 +65,6 @@ def die_at(point: str) -> None:
 
 
 class Lab:
-    """Runs the lab's command line on a store of its own."""
-
     def __init__(self, folder: Path, empty_store: Path) -> None:
         self.folder = folder
         self.database = copy_store(empty_store, folder / "mlflow.db")
@@ -95,7 +93,6 @@ def lab(empty_store: Path, tmp_path: Path) -> Lab:
 
 @pytest.fixture(scope="module")
 def whole(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrackedRun, float]:
-    """Return a run that nothing interrupted, and how long it took."""
     lab, start = Lab(tmp_path_factory.mktemp("whole"), empty_store), time.monotonic()
     assert lab.run(*FLAGS) == 0
     (run,) = read_runs(lab.database)

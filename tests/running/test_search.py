@@ -48,8 +48,6 @@ def net_of(width: int = 8) -> nn.Module:
 
 
 class Poison:
-    """What fails whenever anything of it is read."""
-
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"the test images were read: {name}")
 
@@ -69,7 +67,6 @@ class Listener(Progress):
 
 @pytest.fixture
 def few(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let trials train on few images, beside test images that must not be read."""
     poisoned = dataclasses.replace(small_mnist, test_images=Poison(), test_labels=Poison())
     monkeypatch.setattr(runner, "load_mnist", lambda *_: poisoned)
 

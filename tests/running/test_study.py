@@ -43,13 +43,9 @@ from torch import nn
 from mnist_lab import Experiment, Targets, main
 
 
-class Net(nn.Module):
+class Net(nn.Sequential):
     def __init__(self, dropout=0.1):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(784, 10))
-
-    def forward(self, images):
-        return self.layers(images)
+        super().__init__(nn.Flatten(), nn.Dropout(dropout), nn.Linear(784, 10))
 
 
 def wait_or_fail(images):
@@ -83,7 +79,6 @@ class Study:
         self.process = Program("my_idea.py", *flags, "--tracking-uri", "sqlite:///runs.db", cwd=folder)
 
     def states(self) -> set[str]:
-        """Return the kind and status of each of its runs: the study, or the number of the seed."""
         return {f"{run.params.get('seed', 'study')} {run.status}" for run in read_runs(self.database)[self.before :]}
 
     def processes(self) -> list[psutil.Process]:
@@ -97,7 +92,6 @@ class Study:
 
 @contextmanager
 def started(folder: Path, workers: int, *states: str) -> Iterator[Study]:
-    """Start a study, and give it when its runs stand so."""
     study = Study(folder, workers)
     try:
         wait_until(lambda: study.states() >= {*states}, study.process)

@@ -61,7 +61,6 @@ def test_fields_are_right_for_other_shapes_of_network(net: nn.Module, fields: li
 
 
 def draw(net: nn.Module, images: Tensor) -> Tensor:
-    """Draw random numbers in evaluation mode too: `F.dropout` without `self.training`, a common slip."""
     return F.dropout(net.norm(net.conv(images))).mean((2, 3))
 
 

@@ -29,7 +29,6 @@ def train(uri: str, run_ids: object) -> None:
 
 @contextmanager
 def in_training(uri: str) -> Iterator[tuple[BaseProcess, str]]:
-    """Give a process that trains, and its run's id."""
     run_ids = fork.Queue()
     process = fork.Process(target=train, args=(uri, run_ids))
     process.start()
@@ -41,7 +40,6 @@ def in_training(uri: str) -> Iterator[tuple[BaseProcess, str]]:
 
 
 def killed(uri: str) -> str:
-    """Return the id of a run whose process was killed."""
     with in_training(uri) as (_, run_id):
         return run_id
 

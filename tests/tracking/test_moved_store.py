@@ -30,7 +30,6 @@ NAMES = ["renamed", "mit Leerzeichen und ünïcödé #1"]
 
 
 def check_found(project: Path, run_id: str) -> None:
-    """Check that all that the run left is found, and in this folder."""
     utils._artifact_repos_cache.clear()  # each move is followed by a program of its own
     uri = f"sqlite:///{project}/mlruns/mlflow.db"
     assert results.predictions(run_id, tracking_uri=uri)["prediction"].tolist() == list(range(10))

@@ -106,7 +106,6 @@ def _own_checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let MLflow ask twice only, as if its minutes were over."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
@@ -163,7 +162,6 @@ def by_id(server: Server, run_id: str) -> TrackedRun:
 
 @pytest.fixture(scope="module")
 def whole(one_server: Server) -> TrackedRun:
-    """Return a run that nothing disturbed."""
     if one_server.process is None:
         one_server.start()
     return by_id(one_server, train(one_server.uri))
@@ -341,7 +339,6 @@ def test_a_server_that_refuses_in_mid_run_is_said_so(answer: tuple[int, bytes], 
 
 @contextmanager
 def mute() -> Iterator[str]:
-    """Give the address of a program that takes connections and says nothing."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -36,8 +36,6 @@ PASSWORD = f"p%ss/w@rd:{SECRET}"  # with what has a meaning in a URI and in MLfl
 
 
 class Database:
-    """A PostgreSQL that an admin looks after: on a port, with a password."""
-
     def __init__(self, folder: Path, programs: str) -> None:
         self.folder, self.programs, self.port = folder / "data", Path(programs).parent, free_port()
         (folder / "password").write_text(PASSWORD)
@@ -93,8 +91,6 @@ def begin(project: Path, *, anew: bool = False) -> None:
 
 
 class Team:
-    """`make server` on a folder and a port of its own."""
-
     def __init__(self, folder: Path, *flags: str, **variables: str) -> None:
         self.folder, self.flags, self.variables = folder, flags, variables
         self.port = free_port()
@@ -133,7 +129,6 @@ def one_team(postgres: Database, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture
 def team(one_team: Team) -> Team:
-    """Return a server that is there; the tests share it, and its runs."""
     if one_team.process.poll() is not None:
         one_team.start()
     return one_team
@@ -212,7 +207,6 @@ def test_the_end_of_the_server_ends_all_that_it_started(number: signal.Signals, 
 
 @pytest.fixture(scope="module")
 def guarded(postgres: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    """Return a server that asks for passwords, and answers other machines."""
     flags = ["--auth", "--host", "0.0.0.0", "--workers", "1"]  # noqa: S104
     variables = {"MLFLOW_BACKEND_STORE_URI": postgres.create("guarded"), servers.ADMIN_VARIABLE: ADMIN}
     team = Team(tmp_path_factory.mktemp("guarded"), *flags, **variables)
@@ -223,7 +217,6 @@ def guarded(postgres: Database, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 def _admin(guarded: Team, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be the admin, in this process's environment, as the server says."""
     shown = guarded.process.stdout
     assert "\nexport MLFLOW_TRACKING_USERNAME=admin\n" in shown
     assert f'\nexport MLFLOW_TRACKING_PASSWORD="${servers.ADMIN_VARIABLE}"\n' in shown

@@ -48,7 +48,6 @@ def write_run(database: Path) -> None:
 
 @pytest.fixture(scope="module")
 def used(new_store: Callable[[], Store]) -> Path:
-    """Return the folder of a store with one run."""
     database = Path(new_store().uri.removeprefix("sqlite:///"))
     write_run(database)
     return database.parent
@@ -66,7 +65,6 @@ def copy_to(used: Path, place: Path) -> Path:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """Return the folder of a file system of 16 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
@@ -79,7 +77,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path, leave: int = 0) -> Path:
-    """Take all the room of a file system but for so many bytes, and return the file that takes it."""
     file = folder / "filler"
     with file.open("wb", buffering=0) as stream, suppress(OSError):
         while stream.write(bytes(2**16)):
@@ -158,7 +155,6 @@ def another_user() -> Iterator[None]:
 
 @pytest.fixture
 def public(used: Path) -> Iterator[Path]:
-    """Return the database of a store that everyone can write to, in a folder that everyone can enter."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         database = copy_to(used, Path(folder) / "mlruns")

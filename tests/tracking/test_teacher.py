@@ -36,7 +36,6 @@ def net(classes: int = 10) -> nn.Module:
 
 @pytest.fixture
 def train(small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrackedRun]:
-    """Return a function that trains a network of one layer for an epoch, and gives its run."""
     monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
     monkeypatch.setattr(runner, "hold_out", lambda mnist, count: mnist)
 

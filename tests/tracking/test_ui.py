@@ -28,7 +28,6 @@ from mnist_lab.tracking.store import open_store
 
 @contextlib.contextmanager
 def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
-    """Take a port, as another program does."""
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((host, port))

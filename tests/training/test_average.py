@@ -26,16 +26,16 @@ def test_the_average_is_torchs_over_the_batches(small_mnist: Mnist) -> None:
 
     class Watched(Small):
         def forward(self, images: Tensor) -> Tensor:
-            weights.append(self.layers[6].weight.detach().clone())
+            weights.append(self[6].weight.detach().clone())
             return super().forward(images)
 
     training, _ = train(averaged(net=Watched, epochs=1), small_mnist)
 
-    _, first, *others = [*weights[:4], training.net.layers[6].weight]  # type: ignore[union-attr,misc]
+    _, first, *others = [*weights[:4], training.net[6].weight]  # type: ignore[index,misc]
     expected = first
     for later in others:
         expected = 0.7 * expected + 0.3 * later
-    torch.testing.assert_close(training.result.layers[6].weight, expected)  # type: ignore[union-attr]
+    torch.testing.assert_close(training.result[6].weight, expected)  # type: ignore[index]
 
 
 def test_averaging_leaves_the_training_as_it_is_and_both_accuracies_are_reported(small_mnist: Mnist) -> None:

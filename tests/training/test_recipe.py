@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from helpers import first
@@ -29,12 +29,11 @@ BATCHES = 3
 SEED = 7
 
 
-class Small(nn.Module):
+class Small(nn.Sequential):
     """The parts that the steps have, in small."""
 
     def __init__(self, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
+        super().__init__(
             nn.Conv2d(1, 4, 3, stride=2, bias=False),
             nn.BatchNorm2d(4),
             nn.Dropout(dropout),
@@ -45,15 +44,11 @@ class Small(nn.Module):
             nn.Linear(6, 10),
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
-
 
 SMALL = Experiment(net=Small, epochs=2, batch_size=64, optimizer=partial(torch.optim.Adam, lr=0.01))
 
 
 def losses(experiment: Experiment, mnist: Mnist) -> list[float]:
-    """Return the losses of the first batches, and of the evaluation after them."""
     few = first(mnist, BATCHES * experiment.batch_size, 500)
     experiment = dataclasses.replace(experiment, epochs=1)
     training = Training(initial_network(experiment, SEED, torch.device("cpu")), experiment, few, seed=SEED)

@@ -26,8 +26,6 @@ from networks import CPU, DrawsElsewhere, Linear, Small, declare
 
 
 class WarmsUp(Linear):
-    """Counts its batches in an attribute, and gives smaller logits in the first ones."""
-
     batches = 0
 
     def forward(self, images: Tensor) -> Tensor:
@@ -36,8 +34,6 @@ class WarmsUp(Linear):
 
 
 class Centred(Linear):
-    """Keeps a buffer that its state_dict leaves out."""
-
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(10), persistent=False)
@@ -50,8 +46,6 @@ class Centred(Linear):
 
 
 class Grows(Linear):
-    """Makes a buffer in its first batch."""
-
     def forward(self, images: Tensor) -> Tensor:
         if self.training and not hasattr(self, "seen"):
             self.register_buffer("seen", torch.ones(1))
@@ -91,8 +85,6 @@ class Counts:
 
 
 class Ramp(Counts):
-    """Keeps its count by torch's protocol."""
-
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.batches}
 
@@ -101,8 +93,6 @@ class Ramp(Counts):
 
 
 class Normed(nn.Module):
-    """A loss that divides by a mean in a buffer of its own."""
-
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.ones(()))

@@ -22,7 +22,7 @@ def augmented(augmentation: Any) -> Experiment:
 
 
 class Mine(v2.RandomRotation):
-    """A transform that extends torchvision's."""
+    pass
 
 
 def rotated(image: Tensor) -> Tensor:
