@@ -1,7 +1,5 @@
 """The arguments that a script declares, as text that is the same in each process."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import inspect

@@ -1,7 +1,5 @@
 """Random transforms: float images (N, 1, H, W) in [0, 1] in and out, with a draw of its own for each image."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

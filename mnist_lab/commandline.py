@@ -1,7 +1,5 @@
 """What the command lines of scripts and of jobs share. It imports no torch, which takes seconds: few jobs need it."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

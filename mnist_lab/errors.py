@@ -1,7 +1,5 @@
 """LabError, for what the user can put right; errors as one line, and where in the user's own code they began."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 import inspect

@@ -4,8 +4,6 @@ An objective maps the network, a batch of normalised images (N, 1, 28, 28) and l
 the loss, a scalar, and the logits (N, 10), which the training accuracy is counted by.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

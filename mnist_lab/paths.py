@@ -1,7 +1,5 @@
 """Where things are: the project, the tracking store, and the lab's own folders beside it."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -2,8 +2,6 @@
 it is compared, by lines such as "Compared with step3_gap: dropout of 0.1."
 """
 
-from __future__ import annotations
-
 import ast
 import html
 import re

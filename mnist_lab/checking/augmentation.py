@@ -1,7 +1,5 @@
 """Tries an augmentation on a batch: what it gives, and whether it draws for each image or once for a whole batch."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What may be wrong with a network though it trains: weights that are shared, not registered, or not optimized."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """Walks schedule and average through a run before any training: refuses what cannot work, says what does little."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress

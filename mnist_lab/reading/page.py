@@ -1,7 +1,5 @@
 """`make draw`: a page on loopback to draw a digit on, which shows what a network reads while it is drawn."""
 
-from __future__ import annotations
-
 import base64
 import io
 import socket

@@ -4,8 +4,6 @@ Exported, they are one's own; published, they are those of docs/results and READ
 alone, so that a test can make them again.
 """
 
-from __future__ import annotations
-
 import html
 import io
 import logging

@@ -4,8 +4,6 @@ A restored run has the tags `restored`, the commit that the files are of, and `r
 By the digest a second call knows that nothing is to do.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What a run needs to go on after an interruption: written after each epoch, whole or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

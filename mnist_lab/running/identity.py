@@ -1,7 +1,5 @@
 """What a run is of: the script, what that imports, and their digest; commit, versions, hardware."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.metadata

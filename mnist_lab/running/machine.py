@@ -3,8 +3,6 @@
 The number of threads is chosen at a run's start, whatever else the machine does, since it decides the rounding.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

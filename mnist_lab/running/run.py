@@ -1,7 +1,5 @@
 """One run: data -> network -> training -> tracking, for one experiment and one seed."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

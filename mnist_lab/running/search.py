@@ -4,8 +4,6 @@ A trial is the job with values drawn from the space, judged by the validation ac
 tells Optuna's storage, a database beside MLflow's, of each epoch and of the end. So the same command goes on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

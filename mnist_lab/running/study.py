@@ -1,7 +1,5 @@
 """One experiment trained with several seeds: what is missing is trained, and all of it is judged together."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

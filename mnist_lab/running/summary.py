@@ -1,7 +1,5 @@
 """The model summary: each layer with its output, parameters and receptive field."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection
 

@@ -1,7 +1,5 @@
 """A tracking server: asked once before a run, waited for during one; and why a store can't be used, cause first."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

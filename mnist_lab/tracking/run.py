@@ -1,7 +1,5 @@
 """What one run leaves in MLflow (docs/metrics.md lists it)."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import importlib.metadata

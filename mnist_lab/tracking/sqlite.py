@@ -3,8 +3,6 @@
 Light to import: who waits for `make ui` does not wait for MLflow.
 """
 
-from __future__ import annotations
-
 import errno
 import importlib.metadata
 import os

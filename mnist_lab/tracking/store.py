@@ -1,7 +1,5 @@
 """The tracking store: opens it, finds runs in it, and closes those whose process is gone."""
 
-from __future__ import annotations
-
 import logging
 import os
 import secrets

@@ -3,8 +3,6 @@
 MLflow keeps a shared view as a tag of the experiment, and opens it by the name in the address.
 """
 
-from __future__ import annotations
-
 import json
 
 NAME = "lab"

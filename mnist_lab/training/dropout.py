@@ -1,7 +1,5 @@
 """Dropout that draws where the zeros fall, not one number per element: the same distribution, sooner on a CPU."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

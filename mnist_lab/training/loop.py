@@ -1,7 +1,5 @@
 """The training loop: torch only. `Training.epochs` yields each finished epoch and knows nothing of who listens."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math

@@ -3,8 +3,6 @@
 Each run has copies of these parts, and keeps their `state_dict`.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools

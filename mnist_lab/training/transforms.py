@@ -1,7 +1,5 @@
 """Applies what a script declares as augmentation: a function on batches, or transforms of torchvision."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby

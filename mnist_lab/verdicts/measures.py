@@ -1,7 +1,5 @@
 """What is measured: the name of each figure in MLflow, in tables and among `reported`; and which run logs it where."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

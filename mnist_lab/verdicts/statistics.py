@@ -3,8 +3,6 @@
 The tests are those of scipy.stats and statsmodels. Values are one figure per seed, in any unit; the units are kept.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Verdicts: the declared targets and the measured numbers in, words out. A run, a study and a table share this rule."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
