@@ -17,6 +17,7 @@ from mnist_lab.errors import LabError, explain_mistakes, is_script
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.paths import tracking_uri
 from mnist_lab.running.job import only_read
+from mnist_lab.running.machine import without_collections
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--help` needs none of it
     from optuna.distributions import BaseDistribution
@@ -94,6 +95,7 @@ def _started_script(caller: str) -> Path:
     return script
 
 
+@without_collections()
 def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace) -> tuple[Job, Checkpoint | None]:
     """Return the job that is asked for, and with `--resume` the checkpoint to go on from; raises LabError."""
     from mnist_lab.running import checkpoint

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import resolve_name
 from itertools import accumulate, groupby
@@ -135,11 +136,12 @@ def _with_parents(name: str) -> Iterator[str]:
 
 def _loaded_modules(script: Path, found: Mapping[str, Path]) -> dict[str, Path]:
     """Return what the running script has loaded of its folder besides `found`; nothing where another program runs."""
-    files = {name: Path(getattr(module, "__file__", None) or "").resolve() for name, module in [*sys.modules.items()]}
-    if files.pop("__main__") != script.resolve():
+    loaded = {name: getattr(module, "__file__", None) or "" for name, module in [*sys.modules.items()]}
+    if Path(loaded.pop("__main__")).resolve() != script.resolve():
         return {}
     known = {file.resolve() for file in found.values()}
-    own = {name: file for name, file in sorted(files.items()) if file.is_relative_to(script.resolve().parent)}
+    is_own = cache(lambda folder: folder.resolve().is_relative_to(script.resolve().parent))
+    own = {name: Path(file).resolve() for name, file in sorted(loaded.items()) if is_own(Path(file).parent)}
     return {name: file for name, file in own.items() if file not in known and is_script(file)}
 
 

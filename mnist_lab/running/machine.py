@@ -4,8 +4,11 @@ The number of threads is chosen at a run's start, whatever else the machine does
 """
 
 import ctypes
+import gc
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -25,6 +28,16 @@ def set_threads(wanted: int | None) -> int:
     if wanted is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(wanted or available_cores())
     return torch.get_num_threads()
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Let Python look for no garbage: imports leave none, and a look through what they make takes long."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def keep_freed_memory() -> None:

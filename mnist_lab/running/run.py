@@ -16,7 +16,7 @@ from mnist_lab.experiment import Experiment
 from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job
-from mnist_lab.running.machine import keep_freed_memory, set_threads
+from mnist_lab.running.machine import keep_freed_memory, set_threads, without_collections
 from mnist_lab.running.progress import Progress, Pruned, RunResult
 from mnist_lab.running.record import Record
 from mnist_lab.tracking.models import find_teacher, load_teacher
@@ -41,7 +41,8 @@ def run(
     later, if the training diverges, the script's own code fails, or memory or disk do not suffice.
     """
     logger.info("Opening the tracking store")
-    store = open_store(job.tracking_uri)
+    with without_collections():
+        store = open_store(job.tracking_uri)
     job = with_teacher(job, store, None if resume is None else resume.identity)
     experiment, mnist, rehearsal = tried(job, store, seed)
     if parent_run_id is None:  # else the study has said it
@@ -73,6 +74,7 @@ def run(
     return result
 
 
+@without_collections()
 def tried(job: Job, store: Store, seed: int = 0) -> tuple[Experiment, Mnist, Rehearsal]:
     """Return what is trained, with its teacher, and on what, and what comes of trying it on a few batches; LabError."""
     torch.backends.cudnn.allow_tf32 = False  # else convolutions on a GPU compute with 10 bits of float32's 23
