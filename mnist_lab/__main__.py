@@ -15,7 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_lab.commandline import DATA_DIR, TRACKING_URI, Flag, flag, interrupt_on_signals, number_from, sentences
+from mnist_lab.commandline import (
+    DATA_DIR,
+    TRACKING_URI,
+    Flag,
+    flag,
+    interrupt_on_signals,
+    leave,
+    number_from,
+    sentences,
+)
 from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError, without_password
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named, sqlite_file, tracking_uri
@@ -355,3 +364,4 @@ def resume(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

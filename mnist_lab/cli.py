@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_lab.arguments import stable_text
-from mnist_lab.commandline import DATA_DIR, TRACKING_URI, interrupt_on_signals, lasting_output, number_from, sentences
+from mnist_lab.commandline import (
+    DATA_DIR,
+    TRACKING_URI,
+    interrupt_on_signals,
+    is_last_call,
+    lasting_output,
+    leave,
+    number_from,
+    sentences,
+)
 from mnist_lab.console import Console, SearchConsole, StudyConsole, print_run_id, print_search, say_what_is_done
 from mnist_lab.errors import LabError, explain_mistakes, is_script
 from mnist_lab.experiment import Experiment, quoted
@@ -51,7 +60,8 @@ def main(
     """
     if only_read(experiment):
         return
-    script = _started_script(sys._getframe(1).f_code.co_filename)  # a notebook shows a LabError's sentence by itself
+    caller = sys._getframe(1)
+    script = _started_script(caller.f_code.co_filename)  # a notebook shows a LabError's sentence by itself
     with lasting_output(), sentences():
         if not isinstance(experiment, Experiment):
             raise LabError(f"main: {quoted(experiment)} is no Experiment(net=..., ...)")
@@ -75,6 +85,8 @@ def main(
             _study(job, arguments)
         else:
             _run(job, arguments.seed or 0, resume)
+    if is_last_call(caller):
+        leave()
 
 
 def _started_script(caller: str) -> Path:

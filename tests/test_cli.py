@@ -57,6 +57,28 @@ def test_a_run_prints_plain_lines_and_a_verdict_beside_targets_and_reported_figu
     assert list((folder / "checkpoints").iterdir()) == []  # the run has finished
 
 
+@pytest.mark.parametrize(("more", "printed"), [("", "last\n"), ("print('more')", "goes on\nmore\nlast\n")])
+def test_a_program_leaves_at_its_last_call_only_and_loses_nothing(tmp_path: Path, more: str, printed: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import atexit, sys
+from mnist_lab.commandline import is_last_call, leave
+file = open("file.txt", "w")
+def main():
+    file.write("kept")
+    atexit.register(print, "last")
+    if is_last_call(sys._getframe(1)):
+        leave()
+    print("goes on")
+if __name__ == "__main__":
+    main()
+{more}
+""")
+    ended = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    assert ((tmp_path / "file.txt").read_text(), ended.stdout) == ("kept", printed)
+
+
 # ---- what is refused, quickly and in one sentence
 
 
