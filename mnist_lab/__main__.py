@@ -26,7 +26,7 @@ from mnist_lab.commandline import (
     sentences,
 )
 from mnist_lab.console import say_what_is_done
-from mnist_lab.errors import LabError, without_password
+from mnist_lab.errors import LabError, counted, without_password
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:  # imported by the jobs that need it: it takes seconds
@@ -137,13 +137,12 @@ def compare(arguments: argparse.Namespace) -> None:
     if holdout:
         lines = [line.replace("on the test images", f"on the {holdout:,} training images held out") for line in lines]
     for row in table[table["left_out"] > 0].to_dict("records"):
-        lines.append(f"{row['step']}: {row['left_out']} older runs by other code (code_sha256) are left out.")
+        lines.append(f"{row['step']}: left out: {counted(row['left_out'], 'older run')} by other code (code_sha256).")
     for row in table[table["seeds"] < folds].to_dict("records"):
         lines.append(f"{row['step']}: only {row['seeds']} of {folds} folds are there.")
     if overridden := len(results.compare_table([*table["step"].unique()], include_overrides=True, **of)) - len(table):
-        lines.append(
-            f"Left out: {overridden} overridden variants of these experiments; --include-overrides shows them."
-        )
+        variants = counted(overridden, "overridden variant")
+        lines.append(f"Left out: {variants} of these experiments; --include-overrides shows them.")
     lines += _changed_scripts(newest_runs(results.run_table(steps, columns="all", **shown)))
     print(results.compare_text(table, holdout=holdout, folds=folds, width=width), end="\n\n")
     print("\n".join(textwrap.fill(line, width) if width else line for line in lines))
@@ -206,7 +205,8 @@ def restore(arguments: argparse.Namespace) -> None:
         tracking_uri=arguments.tracking_uri,
         progress=partial(print, flush=True),
     )
-    print(f"Restored: {done.runs} runs, {done.studies} studies over them; {done.there} runs were there already.")
+    studies = counted(done.studies, "study", "studies")
+    print(f"Restored: {counted(done.runs, 'run')}, {studies} over them; there already: {done.there}.")
     if done.runs:
         print("`make ui` shows them, `make compare` and `make report` tell of them.")
 

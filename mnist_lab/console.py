@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tabulate import tabulate
 
+from mnist_lab.errors import counted
 from mnist_lab.running.progress import Progress
 from mnist_lab.verdicts.measures import MEASURES
 
@@ -104,7 +105,7 @@ class Console(_TrainingDisplay):
         self.num_images = num_images
         if sys.stdout.isatty():
             print(summary)
-        print(f"{name}: {num_params:,} parameters, {num_images:,} training images, on {device.type}")
+        print(f"{name}: {num_params:,} parameters, {counted(num_images, 'training image')}, on {device.type}")
 
     def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
         if self.bar is None:
@@ -206,7 +207,7 @@ def print_search(result: SearchResult, job: Job) -> None:
     counts = result.counts
     too_large = f", {counts.too_large} too large for the target, and not trained" if counts.too_large else ""
     ended = f"{counts.finished} trained to the end, {counts.pruned} pruned, {counts.failed} failed"
-    print(f"\n{counts.done} trials: {ended}{too_large}.")
+    print(f"\n{counted(counts.done, 'trial')}: {ended}{too_large}.")
     if result.best:
         print("\n" + best_table(result))
         print("\nThe best values, to write into the script:\n")

@@ -44,6 +44,7 @@ FILES = {
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 IMAGES_HEADER, LABELS_HEADER = 16, 8  # bytes
+TRAINING_IMAGES = 60_000
 
 
 @dataclass(frozen=True)

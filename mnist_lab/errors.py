@@ -40,6 +40,11 @@ def text_of(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Say "1 epoch" or "2,000 epochs"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def one_line(error: BaseException) -> str:
     """Return an error's text as one line, without the passwords of URIs, SQL, and SQLAlchemy's words on its flush."""
     return without_password(re.sub(r"^\(raised as a result of [^)]*\) | \[SQL:.*", "", text_of(error)))[:500]

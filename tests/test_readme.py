@@ -55,7 +55,7 @@ def test_the_first_command_takes_as_long_as_is_said() -> None:
 def test_the_experiment_of_ones_own_runs_as_it_is_written(tmp_path: Path) -> None:
     script, database = tmp_path / "my_idea.py", tmp_path / "store" / "mlflow.db"
     script.write_text(PROGRAMS[1])
-    flags = ["--limit", "500", "--epochs", "1", "--tracking-uri", f"sqlite:///{database}"]
+    flags = ["--limit", "4000", "--epochs", "1", "--tracking-uri", f"sqlite:///{database}"]
     done = run_program(script, *flags, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     (run,) = read_runs(database)

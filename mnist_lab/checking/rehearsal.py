@@ -20,7 +20,7 @@ from mnist_lab.arguments import attributes, stable_text
 from mnist_lab.checking import network, schedule
 from mnist_lab.checking.augmentation import check_augmentation
 from mnist_lab.checking.network import kind, listed
-from mnist_lab.data import Mnist
+from mnist_lab.data import TRAINING_IMAGES, Mnist
 from mnist_lab.errors import LabError, script_line, text_of
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.tracking import run as tracking
@@ -140,6 +140,7 @@ def _check_building(trial: Trial) -> Iterator[str]:
         raise ValueError("has no parameters to train")
     trial.before = {name: tensor.clone() for name, tensor in network.tensors_of(trial.net).items()}
     yield from network.notice_same_start(trial.net, other)
+    yield from schedule.notice_batch_norm(trial.experiment, trial.net, len(trial.mnist.train_images))
 
 
 def _check_optimizer(trial: Trial) -> Iterator[str]:
@@ -266,8 +267,13 @@ def _kept(part: str, state: object) -> object:
 
 
 def _check_scheduler(trial: Trial) -> Iterator[str]:
-    walk = schedule.Walk(trial.experiment, trial.net, len(trial.mnist.train_images))
-    yield from schedule.notice_unit(walk)
+    """Judge a schedule's unit by all images that may be trained on: a quick look with few says nothing of it."""
+    used, held_out = len(trial.mnist.train_images), trial.mnist.validation_images
+    whole = walk = schedule.Walk(trial.experiment, trial.net, used)
+    if used < (total := TRAINING_IMAGES - (0 if held_out is None else len(held_out))):
+        with suppress(Exception):  # what could not be trained on all of them may still be looked at
+            whole = schedule.Walk(trial.experiment, trial.net, total)
+    yield from schedule.notice_unit(whole)
     trial.no_effect = schedule.without_effect(walk)
 
 

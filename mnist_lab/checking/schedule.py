@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.arguments import stable_text
+from mnist_lab.errors import counted
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.training.loop import batches_per_epoch, build_optimizer, build_scheduler, scheduler_steps_per_epoch
 
@@ -17,6 +18,7 @@ MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
 MAX_LR = torch.finfo(torch.float32).max  # torch refuses to multiply a float32 parameter by more
 NOTHING = 1e-3  # of a schedule's largest learning rate: trained with less, a network stands still
 MUCH = 1 / 3  # of an average: with more of the first weights in it, it says little of those that were trained
+LITTLE = 0.05  # of batch norm's statistics: with more of their first values, a network that learns well reads badly
 MAX_BATCHES = 5_000  # of an average that are tried
 LONG = 100  # steps: few schedules are meant to take more epochs for half of their way
 
@@ -83,20 +85,24 @@ def notice_unit(walk: Walk) -> Iterator[str]:
     idle = sum(rate < NOTHING * largest for rate in rates[:run])
     planned = getattr(walk.scheduler, "total_steps", None)
     if not by_batch and 3 * idle >= run:
-        idly = f"of the run's {run} have a learning rate of about {min(rates):.2g}, and its largest is {largest:.2g}"
-        yield f"scheduler: {name} steps once per epoch; {idle} {idly}; is scheduler_interval='batch' meant?"
+        idly = (
+            f"in {idle} of {counted(run, 'epoch')} the rate is some {min(rates):.2g}, and its largest is {largest:.2g}"
+        )
+        yield f"scheduler: {name} steps once per epoch; {idly}; is scheduler_interval='batch' meant?"
     elif isinstance(planned, int) and planned > run:
         yield f"scheduler: {name} is made for {planned:,} steps and the run has {run:,}; left out, they are filled in"
     elif planned != run:  # else it comes to its end with the run
         steps = _half_way(walk, 0.1 * largest, epochs * batches)
+        as_batches = f"{steps / batches:.2g} epochs"
         if by_batch and 0 < steps <= min(epochs, batches // 4):
-            unit, other, interval = f"batches, which are {steps / batches:.2g} epochs", f"{steps:,} epochs", "epoch"
+            after = f"{counted(steps, 'batch', 'batches')} ({as_batches})"
+            other, interval = counted(steps, "epoch"), "epoch"
         elif not by_batch and steps > max(run, LONG):
-            unit, other, interval = f"epochs, and the run has {run:,}", f"{steps / batches:.2g} epochs", "batch"
+            after, other, interval = f"{steps:,} epochs, and the run has {run:,}", as_batches, "batch"
         else:
             return
         meant = f"is scheduler_interval={interval!r} meant, with which it would be {other}?"
-        yield f"scheduler: {name} has come half of its way after {steps:,} {unit}; {meant}"
+        yield f"scheduler: {name} has come half of its way after {after}; {meant}"
 
 
 def _half_way(walk: Walk, little: float, steps: int) -> int:
@@ -122,7 +128,7 @@ def without_effect(walk: Walk) -> dict[str, str]:
     experiment, run = walk.experiment, slice(walk.run)
     reasons = {
         "optimizer": f"{stable_text(experiment.scheduler)} sets it",
-        "scheduler": f"the schedule of this run's {experiment.epochs} epochs is the same with another value",
+        "scheduler": f"in a run of {counted(experiment.epochs, 'epoch')}, another value gives the same learning rates",
     }
     found: dict[str, str] = {}
     for name, (part, _, value) in experiment.flat().items():
@@ -137,7 +143,18 @@ def without_effect(walk: Walk) -> dict[str, str]:
     return found
 
 
-# ---- averages of weights
+# ---- averages: of weights, and of what batch norm has seen
+
+
+def notice_batch_norm(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[str]:
+    """Yield a notice if what batch norm evaluates with is still in part what it began with."""
+    batches = experiment.epochs * batches_per_epoch(experiment, num_images)
+    norms = [module for module in net.modules() if getattr(module, "running_mean", None) is not None]
+    momentum = min([1.0, *(module.momentum for module in norms if isinstance(module.momentum, float))])
+    if (share := (1 - momentum) ** batches) > LITTLE:
+        left = f"are still {100 * share:.0f} % their first values, so its accuracy says little"
+        seen = f"after this run's {counted(batches, 'batch', 'batches')}"
+        yield f"net: {seen}, the running statistics of batch norm (momentum {momentum:g}) {left}"
 
 
 class FirstWeights:
@@ -169,5 +186,7 @@ def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str
     if first.share(min(batches, MAX_BATCHES)) > MUCH:
         last = min(MAX_BATCHES, experiment.epochs * batches)
         early, late = (f"{100 * first.share(number):.0f} %" for number in (batches, last))
-        shares = f"after {batches:,} batches it is still {early} the first weights, and after {last:,} {late}"
-        yield f"average: {shares}, so its accuracy says little; train for longer, or let it forget sooner"
+        shares = (
+            f"after {counted(batches, 'batch', 'batches')} it is still {early} the first weights, and after {last:,}"
+        )
+        yield f"average: {shares} {late}, so its accuracy says little; train for longer, or let it forget sooner"

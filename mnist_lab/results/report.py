@@ -26,7 +26,7 @@ from PIL import Image
 
 from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, counted
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
 from mnist_lab.results.compare import stated_targets, summarise
 from mnist_lab.results.publish import TEMPLATES
@@ -181,10 +181,10 @@ def _draw_training(runs: pd.DataFrame, epochs: pd.DataFrame) -> Picture:
     figure = figures.plot_training(epochs, stated_targets(newest).accuracy)
     mean = epochs.groupby("epoch")[["test_accuracy", "train_accuracy"]].mean()
     test, train = mean["test_accuracy"].iloc, mean["train_accuracy"].iloc
-    seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    seeds, length = counted(len(runs), "seed"), counted(len(mean), "epoch")
     alt = (
-        f"Two charts, loss and accuracy over {len(mean)} epochs, {seeds}. Test accuracy is {test[0]:.2f} % after the "
-        f"first epoch and {test[-1]:.2f} % after the last; training accuracy ends at {train[-1]:.2f} %."
+        f"Two charts, loss and accuracy over {length}, {seeds}. Test accuracy is {test[0]:.2f} % after the first epoch "
+        f"and {test[-1]:.2f} % after the last; training accuracy ends at {train[-1]:.2f} %."
     )
     return _picture(figure, f"{newest['step']}-training", alt, f"Loss and accuracy, {seeds}.")
 

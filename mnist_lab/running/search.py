@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from tabulate import tabulate
 
-from mnist_lab.errors import LabError, one_line
+from mnist_lab.errors import LabError, counted, one_line
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.paths import SEARCHES, own_folder
 from mnist_lab.running import identity
@@ -76,14 +76,14 @@ def search(
         trainers.prepare(job, store)
         _, _, rehearsal = tried(job, store)
         for name in [name for name in rehearsal.no_effect if name in space]:
-            raise LabError(f"{rehearsal.no_effect[name]}; give more --epochs, or leave {name} out of the space")
+            raise LabError(f"search: {rehearsal.no_effect[name]}; give more --epochs, or leave {name} out of the space")
         rehearsal.notice(job.overrides)
         run_id = study.user_attrs.get("run_id")
         with store_failures(store, "can't be read"), short_timeouts():
             begun = run_id and find_run(store.uri, run_id)  # None too where the database was removed, or is another
         with track(
             store,
-            run_name_of(job, f"search of {count} trials"),
+            run_name_of(job, f"search of {counted(count, 'trial')}"),
             params={**job.params, **{name: str(distribution) for name, distribution in space.items()}},
             tags={**job.tags, **job.commit_tags, "hardware": identity.hardware(job.device)},
             resume_run_id=begun.info.run_id if begun else None,
@@ -130,7 +130,10 @@ def check_space(job: Job, space: Space) -> None:
             raise LabError(f"search: {name} is searched, so it can't be set to {quoted(job.overrides[name])} too")
         given = vars(distribution)
         for value in given.get("choices", (given.get("low"), given.get("high"))):
-            job.experiment.override({name: value})[0].check()
+            try:
+                job.experiment.override({name: value})[0].check()
+            except LabError as error:
+                raise LabError(f"search: {error}") from error
 
 
 def paste_lines(job: Job, values: Mapping[str, object]) -> list[str]:

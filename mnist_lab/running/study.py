@@ -11,6 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from mnist_lab.errors import counted
 from mnist_lab.experiment import Targets
 from mnist_lab.running import identity
 from mnist_lab.running.job import Job
@@ -52,7 +53,7 @@ def study(
         count = min(trainers.room(), len(missing))
         _, _, rehearsal = tried(job, store)
         rehearsal.notice(job.overrides)
-    name = run_name_of(job, f"{len(seeds)} {job.protocol.unit}{'s' if len(seeds) > 1 else ''}")
+    name = run_name_of(job, counted(len(seeds), job.protocol.unit))
     tags = {
         **{tag: text for tag, text in job.tags.items() if tag != "step"},
         **{"study": job.step, "seeds": " ".join(map(str, seeds)), "seeds_reused": " ".join(map(str, reused))},

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import v2
@@ -31,7 +31,7 @@ from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
 from mnist_lab.training import dropout
 from mnist_lab.training.loop import num_params
-from networks import Linear, train
+from networks import Linear, Small, train
 from networks import declare as declare_linear
 
 FLATTEN = partial(torch.flatten, start_dim=1)
@@ -155,7 +155,7 @@ class SameStart(Convolutions):
 class Normed(Convolutions):
     def __init__(self) -> None:
         super().__init__()
-        self.second = nn.Sequential(self.second, nn.BatchNorm2d(10))
+        self.second = nn.Sequential(self.second, nn.BatchNorm2d(10, momentum=0.5))
 
 
 class OwnGenerator:
@@ -207,6 +207,11 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
             {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=99), "scheduler_interval": "batch"},
             "scheduler: OneCycleLR is made for 99 steps and the run has ",
         ),
+        (
+            {"scheduler": partial(StepLR, step_size=2), "scheduler_interval": "batch"},  # of the 60,000 images' 938
+            "scheduler: StepLR has come half of its way after 2 batches",
+        ),
+        ({"net": Small}, "net: after this run's 8 batches, .* are still 43 % their first values"),
         ({"augmentation": OwnGenerator()}, "the run's seed does not decide what augmentation draws"),
         ({"augmentation": lambda images: images * 2 - 0.5}, r"augmentation gives pixels from -0\.50 to 1\.50"),
         ({"augmentation": v2.MixUp(num_classes=10)}, "augmentation: torchvision's MixUp draws once for all images"),
@@ -275,7 +280,7 @@ class GhostNorm(nn.BatchNorm1d):
     """Keeps statistics of each half of a batch, and one mean of them when it is switched to evaluation."""
 
     def __init__(self) -> None:
-        super().__init__(10)
+        super().__init__(10, momentum=0.5)
         self.running_mean, self.running_var = torch.zeros(20), torch.ones(20)
 
     def train(self, mode: bool = True) -> "GhostNorm":

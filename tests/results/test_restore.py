@@ -150,7 +150,7 @@ def test_a_second_call_adds_nothing(published: Published, restored: str, lab: Ca
     for uri in (restored, published.uri):
         before = content(uri)
         said = lab("restore", "--folder", published.folder, "--tracking-uri", uri)
-        assert "Restored: 0 runs, 0 studies over them; 7 runs were there already." in said
+        assert "Restored: 0 runs, 0 studies over them; there already: 7." in said
         assert content(uri) == before
 
 

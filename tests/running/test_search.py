@@ -218,9 +218,9 @@ def test_a_space_that_can_not_be_drawn_from(job: Job) -> None:
     spaces: list[tuple[dict[str, Any], str]] = [
         ({}, "search: {} "),
         ({"lr": (0.1, 0.5)}, "search: lr is (0.1, 0.5), not"),
-        ({"wdth": IntDistribution(4, 8)}, "wdth: "),
-        ({"width": FloatDistribution(4.5, 8)}, "width: 4.5 is not a whole number"),
-        ({"epochs": IntDistribution(0, 3)}, "epochs: 0 "),
+        ({"wdth": IntDistribution(4, 8)}, "search: wdth: "),
+        ({"width": FloatDistribution(4.5, 8)}, "search: width: 4.5 is not a whole number"),
+        ({"epochs": IntDistribution(0, 3)}, "search: epochs: 0 "),
         ({"momentum": FloatDistribution(0.5, 0.9)}, "search: momentum is searched, so"),
     ]
     for space, said in spaces:
@@ -232,7 +232,7 @@ def test_a_space_that_can_not_be_drawn_from(job: Job) -> None:
 def test_what_has_no_effect_is_not_searched_and_what_to_do_is_said(job: Job) -> None:
     scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=6, gamma=0.5)
     job = dataclasses.replace(job, experiment=dataclasses.replace(job.experiment, scheduler=scheduler))
-    with pytest.raises(LabError, match=r"^gamma: .*more --epochs, or leave gamma out"):
+    with pytest.raises(LabError, match=r"^search: gamma: .*more --epochs, or leave gamma out"):
         search_for(job, 1, {"gamma": FloatDistribution(0.1, 0.9)})
 
 
