@@ -79,6 +79,13 @@ data: $(INSTALLED)  ## fetch and verify MNIST
 .PHONY: steps
 steps: $(STEPS)  ## train the nine steps, and the teacher of the last, one after another
 
+# Without its last two lines a script would train nothing, and say nothing.
+define START
+if [[ -t 1 ]]; then echo "Starting $$script"; fi; \
+grep -q 'main(' "$$script" || echo "make: $$script does not call main(EXPERIMENT), so it trains nothing" >&2; \
+exec $(PYTHON) "$$script" $(FLAGS)
+endef
+
 step:
 	@echo 'make: step needs its number, e.g. make step1; make help lists them' >&2; exit 2
 
@@ -87,19 +94,19 @@ step%: $(INSTALLED)
 	@scripts=(experiments/step$*.py experiments/step$*_*.py); found=(); \
 	for script in "$${scripts[@]}"; do [[ -f $$script ]] && found+=("$$script"); done; \
 	case $${#found[@]} in \
-	  1) if [[ -t 1 ]]; then echo "Starting $${found[0]}"; fi; exec $(PYTHON) "$${found[0]}" $(FLAGS);; \
+	  1) script=$${found[0]}; $(START);; \
 	  0) echo "make: there is no experiments/step$*.py and no experiments/step$*_*.py" >&2; exit 2;; \
 	  *) echo "make: step$* is not clear: $${found[*]}" >&2; exit 2;; \
 	esac
 
 %: experiments/%.py $(INSTALLED)
-	@if [[ -t 1 ]]; then echo "Starting $<"; fi; exec $(PYTHON) $< $(FLAGS)
+	@script=$<; $(START)
 
 .DEFAULT:
 	@echo 'make: there is no experiments/$@.py, and no target $@: make help lists both' >&2; exit 2
 
 .PHONY: resume
-resume: $(INSTALLED)  ## go on with the newest interrupted run, after its last finished epoch
+resume: $(INSTALLED)  ## go on with the newest interrupted run that can go on, after its last finished epoch
 	@$(PYTHON) -m mnist_lab resume $(ARGS)
 
 # ---- what the runs say

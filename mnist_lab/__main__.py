@@ -32,6 +32,7 @@ from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named, sqlite_file, 
 if TYPE_CHECKING:  # imported by the jobs that need it: it takes seconds
     import pandas as pd
 
+    from mnist_lab.running.checkpoint import Checkpoint
     from mnist_lab.verdicts.comparison import Comparison
 
 logger = logging.getLogger("mnist_lab.jobs")
@@ -345,21 +346,51 @@ def server(arguments: argparse.Namespace) -> None:
 
 @job("", TRACKING_URI, flag("run_id", "of MLflow", nargs="?", metavar="RUN_ID"))
 def resume(arguments: argparse.Namespace) -> None:
-    """Go on with the newest interrupted run, or the one named."""
+    """Go on with the newest interrupted run that can go on, or the one named."""
     from mnist_lab.running import checkpoint
 
-    uri = tracking_uri(arguments.tracking_uri)
-    found = checkpoint.find(uri, run_id=arguments.run_id)
+    uri, named = tracking_uri(arguments.tracking_uri), arguments.run_id
+    there = [checkpoint.find(uri, run_id=named)] if named else [*checkpoint.interrupted(uri)]
+    reasons = {one.run_id: _why_not(one, uri, named=bool(named)) for one in there}
+    refused = [f"{one.name} can't go on: {reasons[one.run_id]}" for one in there if reasons[one.run_id]]
+    able = [one for one in there if not reasons[one.run_id]]
+    if not able:
+        none = f"there is no interrupted run with a finished epoch in {checkpoint.folder(uri)}"
+        raise LabError(f"resume: {'; '.join(refused) or none}")
+    found = able[0]
+    print(f"Going on with {found.step} seed {found.seed} after epoch {found.epochs[-1].epoch}.")
+    alike = [one for one in able if one.identity == found.identity]
+    if len(alike) > 1:
+        flags = [f"--set {name}={value}" for name, value in found.changes.items()]
+        flags += [f"--{name} {value}" for name in ("limit", "holdout") if (value := getattr(found, name))]
+        command = f"make {found.step} SEEDS={','.join(sorted(str(one.seed) for one in alike))}"
+        print(f'With the other seeds, as a study does: {command} ARGS="{" ".join(flags)}"')
+    for one in [one for one in able if one not in alike]:
+        print(f"Interrupted too: {one.name}")
+    print("\n".join(f"Left out: {sentence}" for sentence in refused), end="\n" * bool(refused), flush=True)
+    script = str(Path(found.script).resolve())
+    os.environ["MLFLOW_TRACKING_URI"] = uri  # other users can read a command line, and there may be a password in it
+    os.execv(sys.executable, [sys.executable, script, "--resume", found.run_id])  # noqa: S606 - a script of this project
+
+
+def _why_not(found: Checkpoint, uri: str, *, named: bool) -> str:
+    """Say why an interrupted run can't go on, or nothing; one that was named looks at its code itself."""
+    from mnist_lab.running.identity import code_sha256, find_sources
+    from mnist_lab.tracking.store import is_deleted
+
     script = Path(found.script).resolve()
     # A checkpoint from elsewhere must not name a program to be run, nor one that came with it in a store's folder.
     if script.parent != (PROJECT_ROOT / "experiments").resolve() or script.suffix != ".py":
         start = f"python {script} --resume {found.run_id}"
-        raise LabError(f"resume: {script} is no script of this project; start it yourself, if you trust it: {start}")
+        return f"{script} is no script of this project; start it yourself, if you trust it: {start}"
     if not script.is_file():
-        raise LabError(f"resume: {script} is not there any more; start it with --resume {found.run_id} where it is now")
-    print(f"Going on with {found.step} seed {found.seed} after epoch {found.epochs[-1].epoch}.", flush=True)
-    os.environ["MLFLOW_TRACKING_URI"] = uri  # other users can read a command line, and there may be a password in it
-    os.execv(sys.executable, [sys.executable, str(script), "--resume", found.run_id])  # noqa: S606 - a script of this project
+        return f"{script} is not there any more; start it with --resume {found.run_id} where it is now"
+    if named:
+        return ""
+    if is_deleted(uri, found.run_id):
+        return "it was deleted in MLflow"
+    changed = code_sha256(find_sources(script)) != found.identity.get("code_sha256")
+    return f"{script.name} or the lab has changed; train it anew" if changed else ""
 
 
 if __name__ == "__main__":

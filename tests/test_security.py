@@ -16,6 +16,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
 from mnist_lab.running import checkpoint
 from mnist_lab.running.checkpoint import Checkpoint
+from mnist_lab.running.identity import code_sha256, find_sources
 from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics
 from run_writer import PAGE, T0, write_run
@@ -66,9 +67,9 @@ def test_predictions_that_would_run_code_are_refused(uri: str, tmp_path: Path) -
     assert mark.exists()  # else the file would prove nothing
 
 
-def save(uri: str, run_id: str, script: str) -> None:
-    epoch = EpochMetrics(1, 0.5, 1, 1, 0.5, 1, 1, 0.1, 1.0)
-    checkpoint.save(Checkpoint(run_id, script, 0, {}, None, None, {}, 1, [epoch], {}), uri)
+def save(uri: str, run_id: str, script: str, seed: int = 0, code_sha256: str = "") -> None:
+    epoch, identity = EpochMetrics(1, 0.5, 1, 1, 0.5, 1, 1, 0.1, 1.0), {"code_sha256": code_sha256}
+    checkpoint.save(Checkpoint(run_id, script, seed, {}, 2_000, None, identity, 1, [epoch], {}), uri)
 
 
 @pytest.fixture
@@ -112,6 +113,25 @@ def test_resume_starts_an_experiment_of_the_project_without_its_password_in_the_
     assert [arguments[1:4] for arguments in started] == [[step, "--resume", "abc"]]
     assert "pass-word" not in " ".join(started[0])
     assert os.environ["MLFLOW_TRACKING_URI"] == uri
+
+
+def test_resume_passes_over_a_run_whose_script_has_changed_and_names_a_study_s_other_seeds(
+    uri: str, started: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr("mnist_lab.tracking.store.is_deleted", lambda *_: False)
+    script = ROOT / "experiments" / "step1_baseline.py"
+    known = code_sha256(find_sources(script))
+    for age, (run_id, seed, code) in enumerate([("a", 0, known), ("b", 1, known), ("c", 2, "another")]):
+        save(uri, run_id, str(script), seed, code)
+        os.utime(checkpoint.file_of(uri, run_id), (age, age))
+
+    jobs.resume(argparse.Namespace(tracking_uri=uri, run_id=None))
+
+    assert [arguments[2:4] for arguments in started] == [["--resume", "b"]]
+    printed = capsys.readouterr().out
+    assert 'make step1_baseline SEEDS=0,1 ARGS="--limit 2000"' in printed
+    assert "Left out: c (step1_baseline seed 2 limit=2000) can't go on: step1_baseline.py " in printed
 
 
 def test_a_checkpoint_that_names_another_file_is_left_out(uri: str, tmp_path: Path) -> None:

@@ -45,6 +45,12 @@ class Checkpoint:
     def step(self) -> str:
         return Path(self.script).stem
 
+    @property
+    def name(self) -> str:
+        changed = {**self.changes, "limit": self.limit, "holdout": self.holdout}
+        told = "".join(f" {name}={value}" for name, value in changed.items() if value)
+        return f"{self.run_id} ({self.step} seed {self.seed}{told})"
+
 
 def folder(uri: str) -> Path:
     return own_folder(uri) / CHECKPOINTS
@@ -104,6 +110,11 @@ def newest_first(uri: str) -> Iterator[Checkpoint]:
                 logger.warning("not used: %s", error)
 
 
+def interrupted(uri: str) -> Iterator[Checkpoint]:
+    """Yield the newest first, without trials of a search and folds: the same command goes on with those."""
+    return (one for one in newest_first(uri) if not {"search", "folds"} & one.identity.keys())
+
+
 def find(
     uri: str,
     step: str | None = None,
@@ -114,15 +125,14 @@ def find(
 ) -> Checkpoint:
     """Return the checkpoint of a run, or the newest one of a step, or the newest of all; raises LabError.
 
-    A trial of a search and a fold are none of them: the same command goes on with those.
     changes: its hyperparameters that were changed, by flat name; None for one that stands as declared.
     wanted: its seed, limit, holdout and threads; None for any.
     """
     asked = {"step": step, "run_id": run_id or None, **wanted}
     asked = {name: value for name, value in asked.items() if value is not None}
     changes, there = changes or {}, []
-    for one in newest_first(uri):
-        if {"search", "folds"} & one.identity.keys() or step not in (None, one.step):
+    for one in interrupted(uri):
+        if step not in (None, one.step):
             continue
         has = {name: getattr(one, name) for name in asked} == asked
         if has and {name: one.changes.get(name) for name in changes} == changes:
@@ -130,9 +140,7 @@ def find(
                 return one
             logger.warning("not used: checkpoint of run %s, which was deleted in MLflow", one.run_id)
         else:
-            changed = {**one.changes, "limit": one.limit, "holdout": one.holdout}
-            told = "".join(f" {name}={value}" for name, value in changed.items() if value)
-            there.append(f"{one.run_id} ({one.step} seed {one.seed}{told})")
+            there.append(one.name)
     wish = ", ".join(
         f"{name} {'as declared' if value is None else quoted(value)}" for name, value in {**asked, **changes}.items()
     )
