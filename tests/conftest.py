@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,11 +23,10 @@ from forkserver import SIGNALS, run_program
 from helpers import ROOT, TrackedRun, copy_store, first, read_runs
 
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
-    from playwright.sync_api import Browser
-
+    from mnist_lab import Experiment
     from mnist_lab.data import Mnist
     from mnist_lab.tracking.store import Store
-    from report_store import Published
+    from run_writer import Published
 
 EXPERIMENTS = ROOT / "experiments"
 
@@ -68,17 +67,6 @@ def load_script() -> Callable[[str], ModuleType]:
         return module
 
     return load
-
-
-@pytest.fixture(scope="session")
-def browser() -> "Iterator[Browser]":
-    from playwright.sync_api import sync_playwright
-
-    from chromium import CHROMIUM
-
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []  # its sandbox refuses to work for root
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +135,7 @@ def new_store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> "C
 def published(
     new_store: "Callable[[], Store]", mnist: "Mnist", tmp_path_factory: pytest.TempPathFactory
 ) -> "Published":
-    from report_store import publish_sample
+    from run_writer import publish_sample
 
     return publish_sample(new_store(), mnist, tmp_path_factory.mktemp("published") / "here")
 
@@ -161,6 +149,36 @@ def database(empty_store: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def uri(database: Path) -> str:
     return f"sqlite:///{database}"
+
+
+@pytest.fixture
+def store(uri: str) -> "Store":
+    from mnist_lab.tracking.store import open_store
+
+    return open_store(uri)
+
+
+@pytest.fixture
+def train_run(
+    small_mnist: "Mnist", uri: str, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., TrackedRun]:
+    """Return a function that trains an experiment, as that of a script of this name, in this test's own store."""
+    from mnist_lab.running import run as runner
+    from mnist_lab.running.job import Job
+    from mnist_lab.running.progress import Progress
+
+    monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
+
+    def train(
+        experiment: "Experiment", name: str, seed: int = 0, listener: Progress | None = None, **more: Any
+    ) -> TrackedRun:
+        script = tmp_path / f"{name}.py"
+        script.touch()
+        job = Job(script=script, experiment=experiment, tracking_uri=uri, threads=1, **more)
+        runner.run(job, seed, listener or Progress())
+        return read_runs(database)[-1]
+
+    return train
 
 
 # ---- one real run

@@ -5,6 +5,7 @@ import io
 import os
 import resource
 import shutil
+import signal
 import socket
 import sqlite3
 import time
@@ -13,6 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
 
 from forkserver import PATIENCE, Program
 
@@ -36,6 +38,16 @@ def first(mnist: "Mnist", training: int, test: int) -> "Mnist":
         test_images=mnist.test_images[:test],
         test_labels=mnist.test_labels[:test],
     )
+
+
+@dataclass(frozen=True)
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    file: Path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.file,)
 
 
 class Screen(io.StringIO):
@@ -129,6 +141,38 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class Server:
+    """A real tracking server over a SQLite store, which can be killed, frozen and started again at its address."""
+
+    def __init__(self, folder: Path, empty_store: Path) -> None:
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.folder = folder
+        self.database = folder / "mlflow.db"
+        self.process: Program | None = None
+        shutil.copy(empty_store, self.database)
+        with closing(sqlite3.connect(self.database)) as connection, connection:
+            # Its experiment keeps its artifacts in a folder; let the server make one that it serves itself.
+            connection.execute("UPDATE experiments SET name = 'template' WHERE name = 'mnist'")
+
+    def start(self) -> None:
+        flags = ["--workers", "1", "--host", "127.0.0.1", "--port", str(self.port)]
+        flags += ["--backend-store-uri", f"sqlite:///{self.database}"]
+        flags += ["--artifacts-destination", str(self.folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self.process = Program("-m", "mlflow", "server", *flags, cwd=self.folder, env=environment)
+        wait_until(lambda: not urlopen(f"{self.uri}/health", timeout=10).close(), self.process)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def artifacts(self, run: TrackedRun) -> Path:
+        return self.folder / "artifacts" / str(run.artifacts).partition("mlflow-artifacts:")[2].lstrip("/")
 
 
 def all_gone(processes: Iterable["psutil.Process"]) -> bool:

@@ -14,6 +14,7 @@ from torch.optim import SGD
 
 from mnist_lab import Experiment
 from mnist_lab.data import Mnist
+from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.training.loop import EpochMetrics, Training, initial_network
 
 CPU = torch.device("cpu")
@@ -51,6 +52,19 @@ class DrawsElsewhere:
 
     def change(self, image: Tensor) -> Tensor:
         return image.roll(random.randint(-2, 2), dims=-1) * float(np.random.uniform(0.5, 1.0))  # noqa: NPY002
+
+
+FIRST = EpochMetrics(1, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5)
+
+
+def example(run_id: str = "abc", **changes: object) -> Checkpoint:
+    """Return the checkpoint of a run that was stopped after its first epoch."""
+    fields = {
+        **{"run_id": run_id, "script": "/somewhere/step9_idea.py", "seed": 3, "changes": {"lr": 0.1, "sizes": (1, 2)}},
+        **{"limit": None, "holdout": None, "identity": {"lr": "0.1"}, "threads": 1, "epochs": [FIRST]},
+        "training": {"epoch": 1, "net": {"weight": torch.ones(3)}},
+    }
+    return Checkpoint(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def declare(**changes: Any) -> Experiment:

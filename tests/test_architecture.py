@@ -63,15 +63,6 @@ def test_make_help_lists_every_target() -> None:
         assert re.search(rf"^  {name} +\S", help_text, flags=re.MULTILINE), name
 
 
-def test_make_help_shows_a_copied_step_under_its_own_name(tmp_path: Path) -> None:
-    (tmp_path / "experiments").mkdir()
-    for name in ("step1_first", "step2_second", "step2_mine"):
-        (tmp_path / "experiments" / f"{name}.py").write_text('"""About it."""\n')
-    done = subprocess.run(["make", "-f", ROOT / "Makefile", "help"], cwd=tmp_path, capture_output=True, text=True)
-    shown = re.findall(r"^  (\S+) +About it\.", done.stdout, flags=re.MULTILINE)
-    assert (shown, done.stderr) == (["step1", "step2_mine", "step2_second"], "")
-
-
 @pytest.mark.parametrize(
     ("target", "said"),
     [

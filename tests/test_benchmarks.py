@@ -1,11 +1,9 @@
 """The benchmarks in their smallest setting: that they run, what they write, and that the other ways really train."""
 
 import importlib
-import itertools
 import json
 import math
 import statistics
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -67,41 +65,6 @@ def test_a_benchmark_writes_its_figures_and_ratios(name: str, tmp_path: Path, mn
     assert wanted <= {ratio for section in content["sections"].values() for ratio in section["ratios"]}
 
 
-@pytest.mark.gpu
-def test_the_gpu_benchmark_measures_where_there_is_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load("gpu").main(["--quick", "--out", str(tmp_path)])
-    if torch.cuda.is_available():
-        content = json.loads((tmp_path / "gpu.json").read_text())
-        assert set(content["sections"]["1 epochs"]["ratios"]) == {"write-ups / lab"}
-    else:
-        assert capsys.readouterr().out == "gpu: there is no CUDA device here, so nothing is measured.\n"
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unknown_benchmark_is_refused() -> None:
-    done = subprocess.run([sys.executable, str(BENCHMARKS), "trainign"], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "'trainign'" in done.stderr
-    assert "training" in done.stderr
-
-
-def test_the_time_of_a_recipe_is_that_of_all_its_epochs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mnist: Mnist
-) -> None:
-    benchmark = load("time_to_accuracy")
-    seconds = {"step4_augment_steplr": (1.5, 0.5), "quick": (1.0, 0.25)}  # of an epoch's training and evaluation
-    monkeypatch.setattr(benchmark, "lab", lambda task: load("training").Epoch(*seconds[task.step]))
-
-    benchmark.main(["--quick", "--steps", "quick", "--out", str(tmp_path)])
-
-    (section,) = json.loads((tmp_path / "time_to_accuracy.json").read_text())["sections"].values()
-    assert {step: figure["median"] for step, figure in section["figures"].items()} == {
-        "step4_augment_steplr": 14 * 2.0,
-        "quick": 3 * 1.25,
-    }
-    assert section["ratios"]["quick / step4_augment_steplr"]["median"] == 3 * 1.25 / (14 * 2.0)
-
-
 # ---- the write-ups' way
 
 
@@ -137,25 +100,3 @@ def test_the_write_ups_loaders_give_the_labs_inputs(step: str, mnist: Mnist) -> 
     assert [train_loader.dataset[index][1] for index in range(100)] == mnist.train_labels[:100].tolist()
     plain = torch.stack([test_loader.dataset[index][0] for index in range(100)])
     torch.testing.assert_close(plain, normalize(mnist.test_images[:100].float() / 255))
-
-
-# ---- what the benchmarks share
-
-
-def test_few_batches_stand_for_a_whole_epoch() -> None:
-    laps = load("measure").Laps()
-    laps.start, laps.laps, laps.end = 100.0, [103.0, 103.5, 104.0], 104.25
-    assert laps.batch == 0.5
-    assert laps.seconds(3) == 4.25
-    assert laps.seconds(11) == 3.0 + 10 * 0.5 + 0.25
-
-
-def test_rounds_take_turns_and_begin_with_another_way_each() -> None:
-    turns = itertools.count(1)
-    results = load("measure").interleave(dict.fromkeys("abc", lambda: next(turns)), rounds=3)
-    assert results == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
-
-
-def test_start_up_counts_once_for_several_seeds() -> None:
-    study = load("study")
-    assert study.Trained(wall=10.0, epochs=6.0).repeated(3) == study.Trained(wall=22.0, epochs=18.0)

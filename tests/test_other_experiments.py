@@ -154,16 +154,6 @@ def test_what_a_script_draws_when_it_is_read_is_said_unless_it_seeds(database: P
     assert not drawn_unseeded()
 
 
-@pytest.mark.long
-def test_fifty_million_parameters_are_trained(database: Path) -> None:
-    done = run_with("WIDTH = 50_000_000 // 795", database)
-
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "49,999,945 parameters" in done.stdout
-    (run,) = read_runs(database)
-    assert (run.status, run.metrics["num_params"]) == ("FINISHED", [(0, 49_999_945)])
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems don't limit a process's memory so")
 def test_where_memory_is_short_fifty_million_parameters_are_refused(database: Path) -> None:
     imports = "torch.optim.SGD([torch.zeros(1)], lr=0.1)"  # what torch imports late is no part of the limit

@@ -270,7 +270,6 @@ def declarations(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
 def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples: int, tiny_mnist: Mnist) -> None:
     few = first(tiny_mnist, 8, 60)
     outcomes: Counter[str] = Counter()
-    named: Counter[str] = Counter()
 
     @settings(max_examples=examples)
     @given(declarations())
@@ -297,7 +296,7 @@ def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples:
             }
             assert odd & ({field[1]} | seen_by.get(field[1], set())), sentence
             outcomes["sentence"] += 1
-            named[field[1]] += 1
+
             return
         outcomes["accepted"] += 1
         try:
@@ -312,5 +311,3 @@ def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples:
 
     assert sum(outcomes.values()) >= examples
     assert min(outcomes.values()) >= examples / 20
-    if examples == MANY:
-        assert named.keys() >= {name for name in ODD if name != "reported"}

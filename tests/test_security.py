@@ -5,20 +5,16 @@ import os
 import re
 from pathlib import Path
 
-import mlflow
-import numpy as np
 import pytest
 
 from helpers import ROOT
 from mnist_lab import __main__ as jobs
-from mnist_lab import results
 from mnist_lab.errors import LabError
 from mnist_lab.results import publish as files
 from mnist_lab.running import checkpoint
-from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.identity import code_sha256, find_sources
 from mnist_lab.tracking.store import open_store
-from mnist_lab.training.loop import EpochMetrics
+from networks import example
 from run_writer import PAGE, T0, write_run
 
 # ---- what the repository loads
@@ -42,36 +38,6 @@ def test_every_file_is_loaded_without_running_what_is_in_it() -> None:
 # ---- files from elsewhere
 
 
-class Evil:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.mark,)
-
-
-def test_predictions_that_would_run_code_are_refused(uri: str, tmp_path: Path) -> None:
-    store = open_store(uri)
-    run = write_run(store, "step1", 0, [98.0], start_time=T0)
-    mark, file = tmp_path / "code ran", tmp_path / "predictions.npz"
-    np.savez(file, truth=np.arange(1), prediction=np.arange(1), logits=np.array([Evil(mark)], dtype=object))
-    mlflow.MlflowClient(uri).log_artifact(run.info.run_id, str(file))
-
-    with pytest.raises(LabError, match=f"^run {run.info.run_id}: its predictions.npz can't be read: .*allow_pickle"):
-        results.predictions(run.info.run_id, tracking_uri=uri)
-
-    assert not mark.exists()
-    np.load(file, allow_pickle=True)["logits"]
-    assert mark.exists()  # else the file would prove nothing
-
-
-def save(uri: str, run_id: str, script: str, seed: int = 0, code_sha256: str = "") -> None:
-    epoch, identity = EpochMetrics(1, 0.5, 1, 1, 0.5, 1, 1, 0.1, 1.0), {"code_sha256": code_sha256}
-    checkpoint.save(Checkpoint(run_id, script, seed, {}, 2_000, None, identity, 1, [epoch], {}), uri)
-
-
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Return the programs that `resume` becomes, which it only names here."""
@@ -92,7 +58,7 @@ def test_resume_starts_nothing_but_the_experiments(
         script.symlink_to(tmp_path / "outside.py")
     script.touch()
     uri = f"sqlite:///{script.parent}/mlflow.db"
-    save(uri, "abc", str(script))
+    checkpoint.save(example(script=str(script)), uri)
 
     with pytest.raises(LabError) as refusal:
         jobs.resume(argparse.Namespace(tracking_uri=uri, run_id=None))
@@ -101,12 +67,10 @@ def test_resume_starts_nothing_but_the_experiments(
     assert started == []
 
 
-def test_resume_starts_an_experiment_of_the_project_without_its_password_in_the_command_line(
-    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_hides_the_password(tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mnist_lab.paths.PROJECT_ROOT", tmp_path)
     uri, step = "http://bob:pass-word@127.0.0.1:9", str(ROOT / "experiments" / "step1_baseline.py")
-    save(uri, "abc", step)
+    checkpoint.save(example(script=step), uri)
 
     jobs.resume(argparse.Namespace(tracking_uri=uri, run_id="abc"))
 
@@ -123,7 +87,8 @@ def test_resume_passes_over_a_run_whose_script_has_changed_and_names_a_study_s_o
     script = ROOT / "experiments" / "step1_baseline.py"
     known = code_sha256(find_sources(script))
     for age, (run_id, seed, code) in enumerate([("a", 0, known), ("b", 1, known), ("c", 2, "another")]):
-        save(uri, run_id, str(script), seed, code)
+        one = example(run_id, script=str(script), seed=seed, changes={}, limit=2_000, identity={"code_sha256": code})
+        checkpoint.save(one, uri)
         os.utime(checkpoint.file_of(uri, run_id), (age, age))
 
     jobs.resume(argparse.Namespace(tracking_uri=uri, run_id=None))
@@ -135,16 +100,16 @@ def test_resume_passes_over_a_run_whose_script_has_changed_and_names_a_study_s_o
 
 
 def test_a_checkpoint_that_names_another_file_is_left_out(uri: str, tmp_path: Path) -> None:
-    save(uri, "abc", "/a.py")
+    checkpoint.save(example(), uri)
     valuable = checkpoint.file_of(uri, "../valuable")
     checkpoint.file_of(uri, "../valuable").touch()
     poisoned = checkpoint.file_of(uri, "abc")
-    save(uri, "../poisoned", "/a.py")
+    checkpoint.save(example("../poisoned"), uri)
     checkpoint.file_of(uri, "../poisoned").replace(poisoned)
 
     with pytest.raises(LabError, match="can't be read: it is named after another run than its own, '../poisoned'"):
         checkpoint.load(poisoned)
-    checkpoint.remove_alike(uri, {}, 0)
+    checkpoint.remove_alike(uri, {"lr": "0.1"}, 3)
 
     assert valuable.exists()
     assert poisoned.exists()

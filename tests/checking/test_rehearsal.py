@@ -2,10 +2,9 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -14,20 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adam, Optimizer
+from torch.optim import LBFGS, SGD, Adam
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import v2
 
-from helpers import TINY, read_runs
+from helpers import TrackedRun
 from mnist_lab import Targets
 from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import mixup
-from mnist_lab.running import run as runner
-from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress
 from mnist_lab.training import dropout
 from mnist_lab.training.loop import num_params
@@ -111,8 +108,8 @@ def test_softmax_before_a_loss_of_logits_is_said(minimised: dict[str, Any], smal
 # ---- parameters without a gradient
 
 
-def test_a_copy_is_named_and_does_not_count_and_a_layer_that_is_trained_later_does(
-    small_mnist: Mnist, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_copies_do_not_count_late_layers_do(
+    train_run: Callable[..., TrackedRun], caplog: pytest.LogCaptureFixture
 ) -> None:
     class Late(Convolutions):
         """Has a layer that is trained in some batches only, none of them in the rehearsal, and a copy that never is."""
@@ -131,16 +128,14 @@ def test_a_copy_is_named_and_does_not_count_and_a_layer_that_is_trained_later_do
         def on_run(self, *_: object) -> None:
             Late.late_is_used = True
 
-    monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
-    job = Job(script=TINY, experiment=declare(net=Late, epochs=1), tracking_uri=uri, threads=1)
-    own = num_params(Convolutions())
-    assert runner.run(job, 0, Progress()).measured["num_params"] == own
+    own, late = num_params(Convolutions()), declare(net=Late, epochs=1)
+    run = train_run(late, "late")
+    assert run.metrics["num_params"] == [(0, own)]
     assert caplog.messages[0].startswith(
         "no gradient reaches copy.bias, copy.weight, late.bias, late.weight: not trained, and not counted"
     )
-    assert runner.run(job, 1, UseLate()).measured["num_params"] == own + 110
-    summary = (read_runs(database)[0].artifacts / "model_summary.txt").read_text()
-    assert f"Trainable params: {own:,}" in summary
+    assert f"Trainable params: {own:,}" in (run.artifacts / "model_summary.txt").read_text()
+    assert train_run(late, "late", listener=UseLate()).metrics["num_params"] == [(0, own + 110)]
 
 
 # ---- what trains but is not meant
@@ -199,10 +194,7 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
     [
         ({"net": SameStart}, "net: begins with the same weights whatever the seed"),
         ({"loss": Temperature()}, r"loss: has weights of its own, of shape \(\), which are not trained"),
-        (
-            {"optimizer": partial(CountingSGD, lr=0.01)},
-            "optimizer: changes count from batch to batch",
-        ),
+        ({"optimizer": partial(CountingSGD, lr=0.01)}, "optimizer: changes count from batch to batch"),
         (
             {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=99), "scheduler_interval": "batch"},
             "scheduler: OneCycleLR is made for 99 steps and the run has ",
@@ -333,19 +325,6 @@ class ClippedAdam(Adam):
         return loss
 
 
-class LineSearch(Optimizer):
-    """Evaluates the loss as often as it likes."""
-
-    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
-        super().__init__(parameters, {"lr": lr})
-
-    def step(self, closure: Callable[[], Tensor]) -> Any:  # type: ignore[override]
-        closure()
-        for p in self.param_groups[0]["params"]:
-            p.data.add_(p.grad, alpha=-self.param_groups[0]["lr"])
-        return closure()
-
-
 def of_both(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits, auxiliary = net(images)
     return F.cross_entropy(logits, labels) + F.cross_entropy(auxiliary, labels), logits
@@ -380,7 +359,7 @@ def by_numpy(images: Tensor) -> Tensor:
         {"net": ghost_normed},
         {"net": ghost_normed, "average": AVERAGE},
         {"net": weight_normed, "average": AVERAGE},
-        *({"optimizer": partial(optimizer, lr=0.005)} for optimizer in (SharpSGD, LineSearch, ClippedAdam)),
+        *({"optimizer": partial(optimizer, lr=0.005)} for optimizer in (SharpSGD, ClippedAdam)),
     ],
 )
 def test_what_is_meant_is_let_through_without_a_word_and_trains(changes: dict[str, Any], small_mnist: Mnist) -> None:

@@ -14,15 +14,13 @@ from PIL import Image, ImageFilter, ImageOps
 
 import mnist_lab
 import tiny
+from helpers import TrackedRun
 from mnist_lab.__main__ import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.reading.pictures import find_pictures, find_reader, read_digit
-from mnist_lab.running import run as runner
-from mnist_lab.running.job import Job
-from mnist_lab.running.progress import Progress
 from mnist_lab.tracking.models import load_committed, register
-from mnist_lab.tracking.store import open_store
+from mnist_lab.tracking.store import Store
 
 Pixels = NDArray[np.uint8]
 COUNT = 200
@@ -222,26 +220,19 @@ def test_what_is_no_picture_of_a_digit_is_refused(
 # ---- the network
 
 
-def test_the_champion_reads_unless_another_is_named(
-    small_mnist: Mnist, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "load_mnist", lambda folder, device: small_mnist)
-    (tmp_path / "good.py").touch()
-
+def test_the_champion_reads_unless_another_is_named(train_run: Callable[..., TrackedRun], store: Store) -> None:
     def train(**overrides: float) -> str:
         experiment, _ = tiny.EXPERIMENT.override({"epochs": 1, **overrides})
-        job = Job(script=tmp_path / "good.py", experiment=experiment, tracking_uri=uri, threads=1, overrides=overrides)
-        return runner.run(job, 0, Progress()).run_id
+        return train_run(experiment, "good", overrides=overrides).run_id
 
-    assert find_reader(tracking_uri=uri).run_id == load_committed()[1].run_id  # in a store without a champion
+    assert find_reader(tracking_uri=store.uri).run_id == load_committed()[1].run_id  # in a store without a champion
     good, overridden = train(), train(lr=0.05)
-    store = open_store(uri)
     assert (register(store, good), register(store, overridden), register(store, good)) == ("1", "2", "1")
     named = {None: good, "good": good, f"runs:/{overridden}": overridden, "models:/mnist/2": overridden}
     for name, run_id in {**named, "models:/mnist@champion": good}.items():
-        assert find_reader(name, tracking_uri=uri).run_id == run_id
+        assert find_reader(name, tracking_uri=store.uri).run_id == run_id
     with pytest.raises(LabError, match="^model 'step4_augment_steplr': .* has no finished run of that script"):
-        find_reader("step4", tracking_uri=uri)
+        find_reader("step4", tracking_uri=store.uri)
 
 
 def test_without_a_store_the_committed_champion_reads_and_none_is_made(tmp_path: Path) -> None:
@@ -255,11 +246,7 @@ def test_without_a_store_the_committed_champion_reads_and_none_is_made(tmp_path:
 
 
 def test_a_bad_picture_among_others_loses_none_of_them(
-    uri: str,
-    digits: Pixels,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    uri: str, digits: Pixels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for n in (0, 2):
         Image.fromarray(digits[n]).save(tmp_path / f"{n}.png")

@@ -12,10 +12,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
-from hypothesis import strategies as st
 from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
 
 from mnist_lab import figures, results
 from mnist_lab.errors import LabError
@@ -30,9 +27,7 @@ METRICS = {
     **{"num_params": 7852.0, "final_test_accuracy": 99.1, "best_test_accuracy": 99.1, "best_epoch": 1.0},
 }
 MEASURED_ONCE = ("num_params", "final_test_accuracy", "best_test_accuracy")
-NASTY = ["+1", "abc", "10.5", "-1", "1e999", "nan", "inf", "٣", "1_0", " 7 ", "9" * 30, "9" * 400, "True", "0x10"]
 NASTY_NAMES = ["a$\\frac{$", "a|b <b>", "../x\ntwo lines", "_x\x01", "step" + "9" * 5000, "é"]
-NASTY += ["1e308", "high", "step1", *NASTY_NAMES]
 
 
 def write_foreign_run(
@@ -160,6 +155,7 @@ def test_reports_and_figures_show_others(odd_store: Store, tmp_path: Path, caplo
         figures.plot_learning_rate(history).draw_without_rendering()
         compared = results.compare_table(include_overrides=True, loaded=loaded)
         figures.plot_steps(compared).draw_without_rendering()
+        results.compare_text(compared)
 
     for page in (html.read_text("utf-8"), md.read_text("utf-8")):
         assert "No training curves: history has no rows" in page
@@ -185,54 +181,6 @@ def test_an_export_takes_what_can_name_a_file_and_prints_it_whatever_the_locale(
     assert "left out: step: 'a|b <b>' can't name a file of figures" in "\n".join(caplog.messages)
     assert re.search(r"not known: which test images \d+ runs got wrong, the first is ", caplog.text)
     assert ",nan" not in (tmp_path / "epochs.csv").read_text()
-
-
-# ---- whatever is written
-
-
-VALUES = st.sampled_from(NASTY) | st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=20)
-TAG_NAMES = ["step", "overrides", "code_sha256", "git_dirty", "git_commit", "hardware", "verdict_accuracy", "targets"]
-TAG_NAMES += ["target_accuracy", "target_params", "target_epochs", "reported_best_test_accuracy"]
-FOREIGN = st.fixed_dictionaries(
-    {
-        "params": st.dictionaries(st.sampled_from([*PARAMS, "holdout", "step", "num_params"]), VALUES).map(
-            lambda values: PARAMS | {name: text for name, text in values.items() if text}
-        ),
-        "tags": st.dictionaries(st.sampled_from(TAG_NAMES), VALUES).map(lambda values: TAGS | values),
-        "metrics": st.dictionaries(st.sampled_from([*METRICS, "epochs_at_target"]), st.floats(width=64)).map(
-            lambda values: METRICS | values
-        ),
-        "start_time": st.integers(-(2**62), 2**62) | st.integers(T0, T0 + 9),
-        "end_time": st.integers(-(2**62), 2**62) | st.integers(T0, T0 + 9),
-        "status": st.sampled_from(["FINISHED", "FAILED", "KILLED"]),
-    }
-)
-
-
-@given(run=FOREIGN)
-@example(run={"tags": TAGS | {"step": "step1"}, "start_time": T0 + 5})
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-def test_no_run_keeps_the_others_from_the_tables(store: Store, run: dict[str, Any]) -> None:
-    try:
-        run_id = write_foreign_run(store, **run)
-    except (MlflowException, OverflowError):
-        assume(False)
-    try:
-        loaded = results.load_runs(store.uri)
-        for status in ("FINISHED", None):
-            table = results.run_table(status=status, include_overrides=True, loaded=loaded)
-            assert "step1" in set(table["step"])
-            history = results.epoch_history(status=status, include_overrides=True, loaded=loaded)
-            assert set(history["run_id"]) <= set(table["run_id"])
-        compared = results.compare_table(include_overrides=True, loaded=loaded)
-        results.compare_text(compared)
-        assert "step1" in set(compared["step"])
-        figures.plot_steps(compared)
-        history = results.epoch_history(include_overrides=True, loaded=loaded)
-        for _, of_step in history[history["run_id"] == run_id].groupby(["step", "overrides"]):
-            figures.plot_training(of_step)
-    finally:
-        mlflow.MlflowClient(store.uri).delete_run(run_id)
 
 
 # ---- one reading of the store

@@ -17,8 +17,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.results.report import write_report
 from mnist_lab.story import read_story
 from mnist_lab.tracking.store import Store, open_store
-from report_store import T0, write_sample_store
-from run_writer import TARGETS, log_predictions, write_run, write_seeds
+from run_writer import T0, TARGETS, log_predictions, write_run, write_sample_store, write_seeds
 
 HOSTILE = "../a|b <script>alert(1)</script>"  # a step's name is free text to the store
 SCRIPTS = {

@@ -28,7 +28,7 @@ NO_SCHEDULE |= {"scheduler": "none", "lr": "0.01", "dropout": "0.1"}
 
 
 @pytest.fixture(scope="module")
-def store(new_store: Callable[[], Store]) -> Store:
+def many(new_store: Callable[[], Store]) -> Store:
     store = new_store()
     write_run(store, "step4", 0, [99.0, 99.5, 99.4], start_time=T0)
     write_run(store, "step4", 1, [98.9, 99.3, 99.3], start_time=T0 + 1000)
@@ -48,8 +48,8 @@ def store(new_store: Callable[[], Store]) -> Store:
 EIGHT = ["step", "seed", "num_params", "epochs", "final_test_accuracy", "best_test_accuracy", "targets", "run_id"]
 
 
-def test_a_run_table_has_a_typed_row_per_finished_run_and_the_columns_wanted(store: Store) -> None:
-    table = results.run_table(columns="all", tracking_uri=store.uri)
+def test_a_run_table_has_a_typed_row_per_finished_run_and_the_columns_wanted(many: Store) -> None:
+    table = results.run_table(columns="all", tracking_uri=many.uri)
     assert table["step"].tolist() == ["step2", "step4", "step4", "step4", "my_idea"]
     assert table["seed"].tolist() == [0, 0, 0, 1, 0]
     newest = table.iloc[1]  # of two runs of seed 0
@@ -61,15 +61,15 @@ def test_a_run_table_has_a_typed_row_per_finished_run_and_the_columns_wanted(sto
     assert {name: str(table[name].dtype) for name in kinds} == kinds
     assert pd.isna(table.iloc[0]["step_size"])  # step 2 has no schedule
     assert table.iloc[0]["dropout"] == 0.1
-    assert list(results.run_table(tracking_uri=store.uri)) == EIGHT
-    assert list(results.run_table("step4", include_overrides=True, tracking_uri=store.uri)) == [*EIGHT, "overrides"]
+    assert list(results.run_table(tracking_uri=many.uri)) == EIGHT
+    assert list(results.run_table("step4", include_overrides=True, tracking_uri=many.uri)) == [*EIGHT, "overrides"]
     with pytest.raises(LabError, match="^columns: 'some'"):
-        results.run_table(columns="some", tracking_uri=store.uri)  # type: ignore[arg-type]
+        results.run_table(columns="some", tracking_uri=many.uri)  # type: ignore[arg-type]
 
 
-def test_run_table_filters(store: Store) -> None:
+def test_run_table_filters(many: Store) -> None:
     def ids(**filters: object) -> list[tuple[str, int]]:
-        table = results.run_table(tracking_uri=store.uri, **filters)
+        table = results.run_table(tracking_uri=many.uri, **filters)
         return list(zip(table["step"], table["seed"], strict=True))
 
     assert ids(steps=["my_idea", "step2"]) == [("step2", 0), ("my_idea", 0)]
@@ -82,62 +82,60 @@ def test_run_table_filters(store: Store) -> None:
         ids(steps="step9")
     with pytest.raises(LabError, match="status: 'DONE' is none of FINISHED"):
         ids(status="DONE")
-    nothing = results.run_table(seeds=77, columns="all", tracking_uri=store.uri)
+    nothing = results.run_table(seeds=77, columns="all", tracking_uri=many.uri)
     assert nothing.empty
     assert {*EIGHT, "lr"} <= {*nothing}
-    assert results.epoch_history(seeds=77, tracking_uri=store.uri).empty
+    assert results.epoch_history(seeds=77, tracking_uri=many.uri).empty
 
 
-def test_overridden_runs_are_shown_where_a_step_has_no_others(uri: str, lab: Callable[..., str]) -> None:
-    store = open_store(uri)
+def test_overridden_runs_are_shown_where_a_step_has_no_others(store: Store, lab: Callable[..., str]) -> None:
     write_seeds(store, "my_idea", 98.0, 98.0, tags={"overrides": "epochs=1"})
     write_run(store, "begun", 0, [98.0], start_time=T0, status=None)
     for step, kind in (("my_idea", "overridden"), ("begun", "RUNNING")):
         with pytest.raises(LabError, match=f"^steps: no finished run of '{step}' .*{kind}"):
-            results.run_table(steps=step, tracking_uri=uri)
-    assert len(results.run_table(steps="my_idea", include_overrides=True, tracking_uri=uri)) == 2
-    assert "my_idea epochs=1" in lab("compare", "--tracking-uri", uri)
+            results.run_table(steps=step, tracking_uri=store.uri)
+    assert len(results.run_table(steps="my_idea", include_overrides=True, tracking_uri=store.uri)) == 2
+    assert "my_idea epochs=1" in lab("compare", "--tracking-uri", store.uri)
     write_seeds(store, "my_idea", 98.5, 98.6)
-    told = lab("compare", "my_idea", "--tracking-uri", uri)
+    told = lab("compare", "my_idea", "--tracking-uri", store.uri)
     assert "my_idea epochs=1" not in told
     assert "Left out: 1 overridden" in told
-    assert "my_idea epochs=1" in lab("compare", "--include-overrides", "--tracking-uri", uri)
+    assert "my_idea epochs=1" in lab("compare", "--include-overrides", "--tracking-uri", store.uri)
 
 
-def test_a_short_name_of_a_step_will_do(uri: str) -> None:
-    store = open_store(uri)
+def test_a_short_name_of_a_step_will_do(store: Store) -> None:
     for step in ("step3_gap", "step4_augment_steplr", "step44_a", "step44_b"):
         write_seeds(store, step, 99.0, 99.1)
-    assert results.run_table("step4", tracking_uri=uri)["step"].tolist() == ["step4_augment_steplr"] * 2
-    assert results.epoch_history(["step3"], tracking_uri=uri)["step"].unique().tolist() == ["step3_gap"]
-    assert results.compare("step3", "step4", tracking_uri=uri).change == "step 4 as a whole"
-    compared = results.compare_table(steps=["step4", "step3"], tracking_uri=uri)
+    assert results.run_table("step4", tracking_uri=store.uri)["step"].tolist() == ["step4_augment_steplr"] * 2
+    assert results.epoch_history(["step3"], tracking_uri=store.uri)["step"].unique().tolist() == ["step3_gap"]
+    assert results.compare("step3", "step4", tracking_uri=store.uri).change == "step 4 as a whole"
+    compared = results.compare_table(steps=["step4", "step3"], tracking_uri=store.uri)
     assert compared["step"].tolist() == ["step3_gap", "step4_augment_steplr"]
-    assert results.median_run("step4", tracking_uri=uri)["step"] == "step4_augment_steplr"
+    assert results.median_run("step4", tracking_uri=store.uri)["step"] == "step4_augment_steplr"
     with pytest.raises(LabError, match="^steps: 'step44' is not clear; there are runs of step44_a, step44_b"):
-        results.run_table("step44", tracking_uri=uri)
+        results.run_table("step44", tracking_uri=store.uri)
 
 
-def test_epoch_history_is_tidy(store: Store) -> None:
-    history = results.epoch_history(tracking_uri=store.uri)
+def test_epoch_history_is_tidy(many: Store) -> None:
+    history = results.epoch_history(tracking_uri=many.uri)
     assert list(history.columns) == ["run_id", "step", "overrides", "seed", "epoch", *TESTED.each_epoch]
     assert len(history) == 3 + 3 + 3 + 2 + 1
     assert not history.isna().any().any()
     one = history[(history["step"] == "step4") & (history["seed"] == 1)]
     assert one["epoch"].tolist() == [1, 2, 3]
     assert one["lr"].tolist() == pytest.approx([0.1, 0.1, 0.06])
-    step2 = results.epoch_history("step2", tracking_uri=store.uri)
+    step2 = results.epoch_history("step2", tracking_uri=many.uri)
     assert step2["test_accuracy"].tolist() == [98.5, 99.0]  # of a point that was logged twice the later value
 
 
-def test_a_server_that_goes_away_while_histories_are_read_is_one_sentence(store: Store) -> None:
-    loaded = dataclasses.replace(load_runs(store.uri), uri="http://127.0.0.1:9")
+def test_a_server_that_goes_away_while_histories_are_read_is_one_sentence(many: Store) -> None:
+    loaded = dataclasses.replace(load_runs(many.uri), uri="http://127.0.0.1:9")
     with short_timeouts(), pytest.raises(LabError, match="can't be read: no connection to the server"):
         results.epoch_history(loaded=loaded)
 
 
-def test_compare_takes_the_newest_run_of_each_seed_and_their_mean(store: Store) -> None:
-    table = results.compare_table(tracking_uri=store.uri).set_index("step")
+def test_compare_takes_the_newest_run_of_each_seed_and_their_mean(many: Store) -> None:
+    table = results.compare_table(tracking_uri=many.uri).set_index("step")
     assert table.index.tolist() == ["step2", "step4", "my_idea"]  # the steps first
     step4 = table.loc["step4"]
     assert step4[["seeds", "last", "best"]].tolist() == [2, pytest.approx(99.4), pytest.approx(99.45)]
@@ -150,13 +148,12 @@ def test_compare_takes_the_newest_run_of_each_seed_and_their_mean(store: Store) 
     assert table.loc["my_idea", "verdict_accuracy"] == "-"  # no target stated
 
 
-def test_the_verdict_on_several_seeds_is_what_their_mean_shows(uri: str) -> None:
-    store = open_store(uri)
+def test_the_verdict_on_several_seeds_is_what_their_mean_shows(store: Store) -> None:
     write_seeds(store, "above", 99.50, 99.52, 99.51)
     write_seeds(store, "below", 99.1, 99.12, 99.11)
     write_seeds(store, "near", 99.3, 99.6, 99.45)
     write_seeds(store, "one", 99.5)
-    table = results.compare_table(tracking_uri=uri).set_index("step")
+    table = results.compare_table(tracking_uri=store.uri).set_index("step")
     assert table["verdict_accuracy"].to_dict() == {"above": "met", "below": "missed", "near": "not shown", "one": "met"}
     assert table.loc["near", "seeds_needed"] == seeds_needed(0.05 / 0.15, arms=1, tail=0.01)
     assert table["seeds_needed"].isna().tolist() == [True, True, False, True]
@@ -168,15 +165,14 @@ def test_the_verdict_on_several_seeds_is_what_their_mean_shows(uri: str) -> None
     assert rows[2][1:4] == ["99.50", "met", "1"]
 
 
-def test_seeds_of_different_code_or_teachers_are_not_averaged(uri: str) -> None:
-    store = open_store(uri)
+def test_seeds_of_different_code_or_teachers_are_not_averaged(store: Store) -> None:
     seeds = [(0, 98.0, "old"), (1, 98.1, "old"), (2, 98.2, "old"), (0, 99.0, "new"), (1, 99.1, "new")]
     for start, (seed, accuracy, digest) in enumerate(seeds, start=T0):
         write_run(store, "code", seed, [accuracy], start_time=start, tags={"code_sha256": digest})
         write_run(store, "taught", seed, [accuracy], start_time=start, tags={"teacher_sha256": digest})
     write_seeds(store, "bare", 97.0, 97.2)  # runs without such a tag are of one kind, but for those of another network
     write_run(store, "bare", 2, [50.0], start_time=T0 - 5, num_params=10)
-    table = results.compare_table(tracking_uri=uri).set_index("step")
+    table = results.compare_table(tracking_uri=store.uri).set_index("step")
     newest = {"seeds": 2, "left_out": 3, "last": pytest.approx(99.05)}
     assert table[["seeds", "left_out", "last"]].to_dict("index") == {
         **{"code": newest, "taught": newest},
@@ -188,13 +184,12 @@ def test_seeds_of_different_code_or_teachers_are_not_averaged(uri: str) -> None:
 
 
 @pytest.fixture
-def held_out(uri: str) -> str:
+def held_out(store: Store) -> str:
     """Return a store with a run of each protocol of one step, and one that is overridden besides."""
-    store = open_store(uri)
     write_run(store, "step1", 0, [98.0, 99.0], start_time=T0)
     write_held_out_run(store, "step1", 0, [97.0, 98.9, 98.8], tested=98.7)
     write_held_out_run(store, "step1", 1, [98.5], tested=98.4, overrides="lr=0.5 ")
-    return uri
+    return store.uri
 
 
 def write_held_out_run(
@@ -251,8 +246,7 @@ def predict(wrong: slice) -> dict[str, np.ndarray]:
     return {"truth": truth, "prediction": prediction, "logits": np.eye(10, dtype=np.float32)[prediction]}
 
 
-def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(uri: str) -> None:
-    store = open_store(uri)
+def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(store: Store) -> None:
     write_run(store, "a", 0, [90.0], start_time=T0 - 1)  # an older run of seed 0
     write_seeds(store, "a", 99.0, 99.1, 98.9)
     for seed, accuracy in ((2, 99.12), (1, 99.25), (0, 99.2)):  # in another order of time
@@ -262,7 +256,7 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(uri: str)
     write_seeds(store, "single", 99.0)
     pairs = [Pair("a", "b", "first"), Pair("b", "c", "second"), Pair("gone", "a", "third"), Pair("a", "single", "4th")]
 
-    (first, second), refused = results.compare_pairs(pairs, tracking_uri=uri)
+    (first, second), refused = results.compare_pairs(pairs, tracking_uri=store.uri)
 
     expected = compare_means(dict(enumerate([99.0, 99.1, 98.9])), dict(enumerate([99.2, 99.25, 99.12])))
     assert (first.effect, first.low, first.high, first.p, first.p_holm) == pytest.approx(
@@ -274,7 +268,7 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(uri: str)
         "single against a is not compared",
         "not compared with gone",
     ]
-    one, back = (results.compare(*names, tracking_uri=uri) for names in (("a", "b"), ("b", "a")))
+    one, back = (results.compare(*names, tracking_uri=store.uri) for names in (("a", "b"), ("b", "a")))
     assert one.shown
     assert (back.effect, back.word) == (pytest.approx(-0.19), "worse")
 
@@ -300,28 +294,27 @@ def test_seeds_are_pairs_where_both_machines_round_alike(one: str | None, other:
     assert (found.test, mixed.test) == (test, "Welch's t-test")
 
 
-def test_one_run_each_is_compared_image_by_image(uri: str) -> None:
-    store = open_store(uri)
+def test_one_run_each_is_compared_image_by_image(store: Store) -> None:
     run = write_run(store, "a", 0, [98.0], start_time=T0)
     log_predictions(store, run, **predict(wrong=slice(0, 20)))
     log_predictions(store, write_run(store, "b", 3, [99.6], start_time=T0), **predict(wrong=slice(18, 22)))
-    table = results.predictions(run.info.run_id, tracking_uri=uri)
+    table = results.predictions(run.info.run_id, tracking_uri=store.uri)
     assert np.array_equal(table.filter(like="logit_").to_numpy(), predict(wrong=slice(0, 20))["logits"])
     assert table["confidence"].to_numpy() == pytest.approx(np.e / (np.e + 9))
-    found = results.compare("a", "b", tracking_uri=uri)
+    found = results.compare("a", "b", tracking_uri=store.uri)
     assert (found.test, found.n, found.seeds) == ("McNemar's exact test", (1000,), "1")
     assert found.effect == pytest.approx(1.6)  # points: 18 images that only b reads rightly, and 2 that only a does
     assert found.p == pytest.approx(2 * (1 + 20 + 190) / 2**20)
     assert found.verdict == "better by 1.60 points in this one run of each"
-    same = results.compare("a", "a", tracking_uri=uri)
+    same = results.compare("a", "a", tracking_uri=store.uri)
     assert same.verdict == "no difference shown by one run of each"
-    assert results.keeps_predictions(run.info.run_id, tracking_uri=uri)
+    assert results.keeps_predictions(run.info.run_id, tracking_uri=store.uri)
     others = predict(wrong=slice(0))
     for name, truth in (("others", (others["truth"] + 1) % 10), ("fewer", others["truth"][:900])):
         arrays = {"truth": truth, "prediction": truth, "logits": others["logits"][: len(truth)]}
         log_predictions(store, write_run(store, name, 0, [99.0], start_time=T0), **arrays)
         with pytest.raises(LabError, match="not of the same images"):
-            results.compare("a", name, tracking_uri=uri)
+            results.compare("a", name, tracking_uri=store.uri)
 
 
 def test_scripts_declare_with_which_experiments_they_are_compared(tmp_path: Path) -> None:
@@ -407,9 +400,9 @@ TRUTH = np.arange(50, dtype=np.uint8) % 10
 GOOD = {"truth": TRUTH, "prediction": TRUTH, "logits": np.eye(10, dtype=np.float32)[TRUTH]}
 
 
-def test_predictions_that_are_not_there_are_refused(store: Store) -> None:
+def test_predictions_that_are_not_there_are_refused(many: Store) -> None:
     def run_id(**filters: str) -> str:
-        return results.run_table(tracking_uri=store.uri, **filters)["run_id"].iloc[0]
+        return results.run_table(tracking_uri=many.uri, **filters)["run_id"].iloc[0]
 
     for wanted, sentence in (
         ("0" * 32, "there is no run '0000"),
@@ -418,8 +411,8 @@ def test_predictions_that_are_not_there_are_refused(store: Store) -> None:
         (run_id(steps="step2"), "has no predictions"),
     ):
         with pytest.raises(LabError, match=sentence):
-            results.predictions(wanted, tracking_uri=store.uri)
-        assert not results.keeps_predictions(wanted, tracking_uri=store.uri)
+            results.predictions(wanted, tracking_uri=many.uri)
+        assert not results.keeps_predictions(wanted, tracking_uri=many.uri)
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,21 @@
 """A study and a search over two Ray nodes, each of them real processes: nodes and drivers are killed in the middle."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import mlflow
 import psutil
 import pytest
 
 from forkserver import PATIENCE
-from helpers import TINY, TrackedRun, free_port, read_runs, wait_until, write_search
+from helpers import TINY, Server, TrackedRun, free_port, read_runs, wait_until, write_search
 from mnist_lab.errors import LabError
 
 PARENT = "mlflow.parentRunId"
@@ -75,31 +72,12 @@ class Cluster:
         raise AssertionError(process.said)
 
 
-class Server:
-    """A tracking server over SQLite, which makes the experiment anew: the template's has its artifacts in a folder."""
-
-    def __init__(self, empty_store: Path, folder: Path) -> None:
-        self.database, port = folder / "mlflow.db", free_port()
-        shutil.copy(empty_store, self.database)
-        client = mlflow.MlflowClient(f"sqlite:///{self.database}")
-        client.rename_experiment(client.get_experiment_by_name("mnist").experiment_id, "template")
-        self.uri = f"http://127.0.0.1:{port}"
-        flags = ["--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-        flags += ["--backend-store-uri", f"sqlite:///{self.database}"]
-        flags += ["--artifacts-destination", str(folder / "artifacts")]
-        light = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self.process = Process(sys.executable, "-m", "mlflow", "server", *flags, cwd=folder, **light)
-        wait_until(lambda: urllib.request.urlopen(f"{self.uri}/health", timeout=10).close() is None)
-
-    def runs(self) -> list[TrackedRun]:
-        return read_runs(self.database)
-
-
 @pytest.fixture(scope="module")
 def server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(empty_store, tmp_path_factory.mktemp("server"))
+    server = Server(tmp_path_factory.mktemp("server"), empty_store)
+    server.start()
     yield server
-    server.process.end()
+    server.kill()
 
 
 @pytest.fixture
@@ -129,8 +107,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 
 def runs_since(server: Server) -> Callable[[], list[TrackedRun]]:
-    before = {run.run_id for run in server.runs()}
-    return lambda: [run for run in server.runs() if run.run_id not in before]
+    before = {run.run_id for run in read_runs(server.database)}
+    return lambda: [run for run in read_runs(server.database) if run.run_id not in before]
 
 
 @pytest.mark.long
@@ -161,9 +139,7 @@ def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, server: Server, star
 
 @pytest.mark.long
 @on_nodes
-def test_a_search_goes_on_after_ctrl_c_and_when_its_driver_is_killed(
-    cluster: Cluster, server: Server, start: Callable[..., Process], uri: str
-) -> None:
+def test_search_goes_on_after_ctrl_c(cluster: Cluster, server: Server, start: Callable[..., Process], uri: str) -> None:
     flags = ("--limit", "3000", "--cluster", cluster.address, "--tracking-uri")
     assert_refused(start("--seeds", "2", *flags, uri), "error: tracking store")  # SQLite is for one node
 
@@ -254,9 +230,3 @@ def test_a_node_with_another_version_refuses(monkeypatch: pytest.MonkeyPatch) ->
     cluster._settle(identity.versions(), {})
     with pytest.raises(LabError, match="has torch "):
         cluster._settle({**identity.versions(), "torch": "0"}, {})
-
-
-def test_without_the_flag_nothing_of_ray_is_imported(tmp_path: Path) -> None:
-    code = "import sys, mnist_lab.running.study, mnist_lab.running.search; print(sorted({'ray'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

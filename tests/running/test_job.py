@@ -20,7 +20,7 @@ from mnist_lab.errors import LabError
 from mnist_lab.running import checkpoint
 from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.tracking.store import finished_runs, open_store
-from mnist_lab.training.loop import EpochMetrics
+from networks import example
 
 SCRIPT = """
 from functools import partial
@@ -204,10 +204,9 @@ INTERRUPTED = [
 
 
 def test_the_flags_choose_the_interrupted_run_or_are_refused_by_name(script: Path, uri: str) -> None:
-    first = EpochMetrics(1, 0.5, 90, 100, 0.4, 9_000, 10_000, lr=0.1, epoch_seconds=1.0)
-    same = {"script": str(script), "threads": 1, "identity": {}, "epochs": [first], "training": {}}
+
     for age, fields in enumerate(INTERRUPTED):
-        one = checkpoint.Checkpoint(**{"changes": {}, "holdout": 0, **same, **fields})  # type: ignore[arg-type]
+        one = example(**{"script": str(script), "changes": {}, **fields})  # type: ignore[arg-type]
         checkpoint.save(one, uri)
         os.utime(checkpoint.file_of(uri, one.run_id), (age, age))
     experiment = read_declaration(script)

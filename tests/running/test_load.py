@@ -6,17 +6,21 @@
 import gc
 import json
 import os
+import platform
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from forkserver import processes
 from helpers import TINY, TrackedRun, log_points, point, read_runs, read_value
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job, read_declaration
+from mnist_lab.running.machine import keep_freed_memory, set_threads
 from mnist_lab.running.progress import Progress
 from mnist_lab.tracking.store import open_store
 
@@ -113,3 +117,34 @@ def test_runs_one_after_another_leave_nothing_open(count: int, uri: str, databas
     assert max(files for _, files, _ in figures[warm:]) <= open_files
     assert last_objects - objects < OBJECTS_PER_RUN * (count - warm)
     assert last_megabytes - megabytes < MEGABYTES + MEGABYTES_PER_RUN * (count - warm)
+
+
+PAGES = (48 << 20) // 4096  # of a block that glibc gives back by default, since it is larger than 32 MiB
+
+
+def test_a_run_takes_every_core_that_it_may_use_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr("mnist_lab.running.machine.available_cores", lambda: 4)
+        assert set_threads(None) == torch.get_num_threads() == 4
+        assert set_threads(3) == torch.get_num_threads() == 3
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert set_threads(None) == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_blocks_that_are_freed_are_not_fetched_from_the_system_again() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.ones(48 << 18)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    faults()
+
+    assert 20 * faults() < PAGES

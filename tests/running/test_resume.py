@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from torch import nn
 
 from forkserver import Program
-from helpers import TINY, TrackedRun, copy_store, read_runs
+from helpers import TINY, Evil, TrackedRun, copy_store, read_runs
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
@@ -29,7 +29,8 @@ from mnist_lab.running import checkpoint
 from mnist_lab.running.run import restore
 from mnist_lab.tracking import run as tracking
 from mnist_lab.tracking.store import open_store, replace_files
-from mnist_lab.training.loop import EpochMetrics, Training
+from mnist_lab.training.loop import Training
+from networks import FIRST, example
 
 FLAGS = ["--limit", "512", "--epochs", "5", "--seed", "5"]
 
@@ -143,18 +144,6 @@ def test_a_run_killed_in_the_midst_of_writing_ends_alike(lab: Lab, whole: tuple[
 # ---- the files
 
 
-FIRST = EpochMetrics(1, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5)
-
-
-def example(run_id: str = "abc", **changes: object) -> checkpoint.Checkpoint:
-    fields = {
-        **{"run_id": run_id, "script": "/somewhere/step9_idea.py", "seed": 3, "changes": {"lr": 0.1, "sizes": (1, 2)}},
-        **{"limit": None, "holdout": None, "identity": {"lr": "0.1"}, "threads": 1, "epochs": [FIRST]},
-        "training": {"epoch": 1, "net": {"weight": torch.ones(3)}},
-    }
-    return checkpoint.Checkpoint(**{**fields, **changes})  # type: ignore[arg-type]
-
-
 def write(file: Path, one: checkpoint.Checkpoint) -> None:
     """Write a checkpoint as `checkpoint.save` does, whatever is in it."""
     buffer = io.BytesIO()
@@ -251,12 +240,9 @@ def test_an_interrupted_run_that_was_deleted_is_left_out(database: Path, caplog:
 
 
 def test_a_file_that_would_run_code_is_refused(uri: str, tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self):  # type: ignore[no-untyped-def]
-            return Path.touch, (tmp_path / "code ran",)
 
     file = checkpoint.file_of(uri, "evil")
-    write(file, example("evil", training=Evil()))
+    write(file, example("evil", training=Evil(tmp_path / "code ran")))
     with pytest.raises(LabError, match=r"checkpoint .*evil\.pt can't be read"):
         checkpoint.load(file)
     assert not (tmp_path / "code ran").exists()

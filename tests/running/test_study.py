@@ -1,7 +1,8 @@
-"""Several seeds of one experiment: real studies in processes of their own, killed and taken up again."""
+"""Several seeds of one experiment, and folds: real studies in processes of their own, killed and taken up again."""
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,24 +12,29 @@ from types import SimpleNamespace
 
 import mlflow
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
 
 from forkserver import Program
-from helpers import ROOT, read_runs, wait_until
+from helpers import ROOT, TINY, TrackedRun, copy_store, first, read_runs, wait_until
+from mnist_lab import results
+from mnist_lab.data import Mnist, hold_out_fold, images_of_fold
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
+from mnist_lab.results import publish as files
+from mnist_lab.results.records import read_records
 from mnist_lab.running import run as runner
 from mnist_lab.running import workers
 from mnist_lab.running.job import Job, read_declaration
 from mnist_lab.running.progress import Progress, RunResult, StudyResult
-from mnist_lab.running.study import judge_runs, tables
+from mnist_lab.running.study import judge_runs
 from mnist_lab.running.study import study as run_study
-from mnist_lab.running.workers import Failed, SeedTask, local
+from mnist_lab.running.workers import Failed, SeedTask, Trainers, local
 from mnist_lab.tracking.store import FinishedRun, open_store
+from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.statistics import aggregate, judge_mean
-from mnist_lab.verdicts.targets import overall
 
 NO_CHANGES: dict[str, object] = {}
 # As users write them too: nothing guards the call of main, and a lambda can't be sent to another process.
@@ -184,10 +190,12 @@ def test_a_study_keeps_its_figures_its_verdict_and_the_mean_curves(story: Simple
     for name in ("test_accuracy", "test_loss", "train_accuracy", "train_loss"):
         of_seeds = [run.metrics[name][0][1] for run in story.finished]
         assert study.metrics[name] == [(1, pytest.approx(np.mean(of_seeds)))]
-    assert study.tags["verdict_accuracy"] == judge_mean(last, 50.0).word
+    verdicts = {"accuracy": judge_mean(last, 50.0).word, "params": "met"}
+    assert {name: study.tags[f"verdict_{name}"] for name in verdicts} == verdicts
     text = study.tags["mlflow.note.content"]
     assert (study.artifacts / "verdict.md").read_text() == text + "\n"
     assert f"mean at least 50 % | {mean:.2f} %" in " ".join(text.split())
+    assert "too few seeds" in text
     assert all(run.run_id in text for run in story.finished)
     assert f"last epoch, test       {mean:.2f}" in story.stdout
     assert {file.name for file in (study.artifacts / "figures").iterdir()} == {"training.png"}
@@ -261,35 +269,160 @@ def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: 
     assert ended == [FinishedRun("run 3", 3, {}), Failed("lr: too high"), FinishedRun("run 5", 5, {})]
 
 
+def test_a_study_without_a_finished_run_has_no_verdict() -> None:
+    assert judge_runs(Targets(accuracy=99.4), 14, "abc", []).verdicts == []
+
+
 def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(LabError, match=r"^script: .*empty\.py came to its end without calling main\(EXPERIMENT\)$"):
         read_declaration(tmp_path / "empty.py")
 
 
-# ---- what the seeds show together
+RENAMED = {"one": "step7_depth", "other": "step8_averaging"}
 
 
-TARGETS = Targets(accuracy=99.4, params=10_000, epochs=15)
+@pytest.mark.parametrize("folds", [2, 6, 7])
+def test_folds_share_the_training_images_out_by_digit(folds: int, mnist: Mnist) -> None:
+    parts = [images_of_fold(mnist.train_labels, fold, folds) for fold in range(folds)]
+
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(60_000))
+    counts = torch.stack([mnist.train_labels[part].bincount(minlength=10) for part in parts])
+    for of_parts in (counts, counts.sum(dim=1, keepdim=True)):
+        assert (of_parts.max(dim=0).values - of_parts.min(dim=0).values).max() <= 1
 
 
-def test_the_verdict_of_a_study() -> None:
-    for accuracies, targets, word in [
-        ([99.45, 99.46, 99.47], TARGETS, "met"),
-        ([99.45, 99.46, 99.47], replace(TARGETS, params=7_000), "missed"),
-        ([99.45, 99.46, 99.38], TARGETS, "not shown"),
-        ([99.45, 99.46, 99.38], replace(TARGETS, epochs=14), "missed"),
-        ([], TARGETS, "none"),
-    ]:
-        assert overall(judged(accuracies, targets).verdicts) == word
+def test_a_fold_is_not_trained_on_and_nothing_is_tested(mnist: Mnist) -> None:
+    images = images_of_fold(mnist.train_labels, 1, 6)
+    others = torch.ones(60_000, dtype=torch.bool)
+    others[images] = False
+
+    data = hold_out_fold(mnist, 1, 6)
+
+    for part, chosen in (("validation", images), ("train", others)):
+        assert torch.equal(getattr(data, f"{part}_images"), mnist.train_images[chosen])
+        assert torch.equal(getattr(data, f"{part}_labels"), mnist.train_labels[chosen])
+    assert len(data.test_images) == len(data.test_labels) == 0
 
 
-def judged(accuracies: list[float], targets: Targets = TARGETS) -> StudyResult:
-    figures = [{"final_test_accuracy": one, "best_test_accuracy": one + 0.05, "num_params": 7852} for one in accuracies]
-    return judge_runs(targets, 14, "abc", [FinishedRun(str(seed), seed, of) for seed, of in enumerate(figures)])
+@pytest.fixture(scope="module")
+def few(mnist: Mnist) -> Mnist:
+    return first(mnist, 1200, 300)
 
 
-def test_an_interval_needs_four_seeds_and_ends_at_100() -> None:
-    for accuracies, interval in [((99.0, 99.9, 99.9, 99.9), "98.96 to 100.00"), ((99.3, 99.5, 99.4), "too few seeds")]:
-        (over_seeds, headers), _ = tables(judged([*accuracies]))
-        assert over_seeds[0][headers.index("95 % interval")] == interval
+class Folds:
+    def __init__(self, folder: Path, empty_store: Path) -> None:
+        self.database = copy_store(empty_store, folder / "runs.db")
+        self.uri = f"sqlite:///{self.database}"
+        self.studies = {step: self.study(Path(shutil.copy(TINY, folder / f"{step}.py"))) for step in ("one", "other")}
+
+    def job(self, script: Path) -> Job:
+        experiment = replace(read_declaration(script), epochs=2 if script.stem == "other" else 1)
+        return Job(script=script, experiment=experiment, tracking_uri=self.uri, threads=1, folds=3)
+
+    def study(self, script: Path) -> StudyResult:
+        return run_study(self.job(script), range(3), Progress(), Trainers())
+
+    def runs(self) -> list[TrackedRun]:
+        return read_runs(self.database)
+
+
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, few: Mnist) -> Iterator[Folds]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "load_mnist", lambda *_: few)
+        yield Folds(tmp_path_factory.mktemp("folds"), empty_store)
+
+
+def right(folds: Folds, step: str) -> "pd.Series[bool]":
+    """Return whether each of the 1,200 images was read rightly by the network that had not seen it."""
+    tables = [results.predictions(run.run_id, tracking_uri=folds.uri) for run in folds.studies[step].runs]
+    table = pd.concat(tables).sort_index()
+    assert table.index.tolist() == list(range(1200))
+    return table["truth"] == table["prediction"]
+
+
+def test_each_training_image_is_judged_once_by_a_network_that_has_not_seen_it(folds: Folds, few: Mnist) -> None:
+    table = results.run_table("one", columns="all", folds=3, tracking_uri=folds.uri)
+
+    told = [results.predictions(run, tracking_uri=folds.uri) for run in table["run_id"]]
+    assert table["seed"].tolist() == [0, 1, 2]
+    for fold, (accuracy, of_fold) in enumerate(zip(table["final_validation_accuracy"], told, strict=True)):
+        images = images_of_fold(few.train_labels, fold, 3)
+        assert of_fold.index.tolist() == images.tolist()
+        assert of_fold["truth"].tolist() == few.train_labels[images].tolist()
+        assert accuracy == pytest.approx(100 * (of_fold["truth"] == of_fold["prediction"]).mean())
+    mean = results.compare_table("one", folds=3, tracking_uri=folds.uri)["last"].item()
+    assert mean == pytest.approx(100 * right(folds, "one").mean())
+
+
+def test_a_fold_has_no_figures_of_the_test_images_and_is_in_no_other_table(folds: Folds) -> None:
+    assert all("test" not in metric for run in folds.runs() for metric in run.metrics)
+    assert not [tag for run in folds.runs() for tag in run.tags if tag.startswith(("target_", "verdict_"))]
+    with pytest.raises(LabError, match="folds 3"):
+        results.run_table(tracking_uri=folds.uri)
+    with pytest.raises(LabError, match="folds 2"):
+        results.run_table(folds=2, tracking_uri=folds.uri)
+
+
+def test_experiments_are_compared_image_by_image_with_the_folds_as_clusters(folds: Folds) -> None:
+    """By Obuchowski (1998), with the t-distribution, as there are few clusters."""
+    better = right(folds, "other").astype(int) - right(folds, "one").astype(int)
+    parts = [results.predictions(run.run_id, tracking_uri=folds.uri) for run in folds.studies["one"].runs]
+    sums = np.array([better[part.index].sum() for part in parts])
+    effect = sums.sum() / 1200
+    deviation = np.sqrt(3 / 2 * ((sums - 400 * effect) ** 2).sum()) / 1200
+
+    found = results.compare("one", "other", folds=3, tracking_uri=folds.uri)
+
+    assert found.effect == pytest.approx(100 * effect)
+    assert (found.high - found.effect) / 4.302653 == pytest.approx(100 * deviation, rel=1e-6)  # t of 2 degrees, 97.5 %
+
+
+def test_whole_cross_validations_are_published_and_read_back(folds: Folds, tmp_path: Path) -> None:
+    readme, said = tmp_path / "page.md", list[str]()
+    for page in (readme, tmp_path / "README.md"):
+        page.write_text("<!-- folds -->\n<!-- /folds -->\n")
+
+    for _ in range(2):
+        files.publish(tmp_path, readme, tracking_uri=folds.uri, progress=said.append)
+
+    assert len(said) == 6 + 1
+    assert said[-1] == "The published rows are those of the store already."
+    table = results.run_table(columns="all", folds=3, tracking_uri=folds.uri)
+    rows = read_records(tmp_path).folds
+    assert rows[["step", "fold"]].to_numpy().tolist() == table[["step", "seed"]].astype("str").to_numpy().tolist()
+    accuracies = table["final_validation_accuracy"]
+    assert rows["accuracy"].astype("float64").tolist() == pytest.approx(accuracies.tolist(), abs=5e-4)
+    assert f"| `one` | 3 | **{accuracies[:3].mean():.2f}** ±" in readme.read_text()
+    effect = results.compare("one", "other", folds=3, tracking_uri=folds.uri).effect
+    assert files.compare_folds(rows) == []  # no script declares them
+    renamed = files.compare_folds(rows.assign(step=rows["step"].map(RENAMED)))
+    assert renamed[0].effect == pytest.approx(effect, abs=1e-3)
+
+
+def test_a_teacher_that_has_seen_all_images_is_refused(folds: Folds) -> None:
+    script = ROOT / "experiments" / "step9_distillation.py"
+    job = Job(script=script, experiment=read_declaration(script), tracking_uri=folds.uri, folds=3)
+
+    with pytest.raises(LabError, match="folds: the teacher"):
+        run_study(job, range(3), Progress(), Trainers())
+
+
+class Interrupting(Progress):
+    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_fold_that_is_interrupted_after_its_last_epoch_is_finished_and_then_not_trained_again(folds: Folds) -> None:
+    script = Path(shutil.copy(TINY, folds.database.parent / "third.py"))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(folds.job(script), 0, Interrupting())
+
+    finished, again = folds.study(script), folds.study(script)
+
+    killed = [run.run_id for run in folds.runs() if run.name == "third fold 0"]
+    assert killed == [finished.runs[0].run_id]
+    assert len(results.predictions(killed[0], tracking_uri=folds.uri)) == 400
+    assert again.reused == [0, 1, 2]
+    assert [run.run_id for run in again.runs] == [run.run_id for run in finished.runs]

@@ -16,7 +16,7 @@ from helpers import read_runs
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import store as stores
 from mnist_lab.tracking.run import track
-from mnist_lab.tracking.store import can_resume, close_abandoned, lock_of, open_store
+from mnist_lab.tracking.store import Store, can_resume, close_abandoned, lock_of, open_store
 
 fork = multiprocessing.get_context("fork")
 
@@ -73,9 +73,7 @@ def test_a_run_is_left_alone_while_its_process_lives_and_closed_when_it_is_kille
         ("boot machine host", "RUNNING"),  # a copy of the database alone
     ],
 )
-def test_a_free_lock_counts_where_it_could_have_been_seen(
-    same: str, ends: str, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_free_lock_counts(same: str, ends: str, uri: str, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = killed(uri)
     for name, place in (("boot", "_boot"), ("machine", "_machine"), ("host", "socket.gethostname")):
         if name not in same:
@@ -89,8 +87,7 @@ def test_a_free_lock_counts_where_it_could_have_been_seen(
     assert can_resume(open_store(uri), run_id) == (ends == "KILLED")
 
 
-def test_a_run_that_ends_meanwhile_keeps_its_status(uri: str, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_store(uri)
+def test_a_run_that_ends_meanwhile_stays_so(store: Store, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with track(store, "a run", params={}, tags={}) as tracked:
         found = stores.search(store, "attributes.status = 'RUNNING'")
     monkeypatch.setattr(stores, "search", lambda *_: found)
@@ -102,11 +99,8 @@ def test_a_run_that_ends_meanwhile_keeps_its_status(uri: str, database: Path, mo
     assert status(database) == "FINISHED"
 
 
-def test_a_run_of_a_clusters_worker_ends_with_its_study(
-    uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clusters_run_ends_with_its_study(store: Store, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(stores.ON_CLUSTER, "1")
-    store = open_store(uri)
     with track(store, "study", params={}, tags={}) as study:
         tags = {"process": stores.process_tag(), "mlflow.parentRunId": study.run_id}
         store.client.create_run(store.experiment_id, tags=tags, run_name="seed 0")
@@ -118,9 +112,8 @@ def test_a_run_of_a_clusters_worker_ends_with_its_study(
     assert {run.name: run.status for run in read_runs(database)} == {"study": "FINISHED", "seed 0": "KILLED"}
 
 
-def test_two_processes_do_not_go_on_with_one_run(uri: str) -> None:
-    run_id = killed(uri)
-    store = open_store(uri)
+def test_two_processes_do_not_go_on_with_one_run(store: Store) -> None:
+    run_id = killed(store.uri)
     with (
         track(store, "a run", params={}, tags={}, resume_run_id=run_id),
         pytest.raises(LabError, match=f"^resume: run {run_id} is still in training, in another process"),
@@ -129,12 +122,11 @@ def test_two_processes_do_not_go_on_with_one_run(uri: str) -> None:
         pytest.fail("it went on")
 
 
-def test_a_run_named_like_a_path_touches_no_file(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_named_like_a_path_touches_no_file(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database from elsewhere may hold any text as a run's id."""
     victim = tmp_path / "victim.lock"
     victim.write_text("mine")
-    store = open_store(uri)
-    run = MlflowClient(uri).create_run(store.experiment_id, tags={"process": stores.process_tag()})
+    run = MlflowClient(store.uri).create_run(store.experiment_id, tags={"process": stores.process_tag()})
     run.info._run_id = "../../victim"
     monkeypatch.setattr(stores, "search", lambda *_: [run])
 

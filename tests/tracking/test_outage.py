@@ -3,12 +3,10 @@
 import http.client
 import math
 import os
-import shutil
 import signal
 import socket
 import ssl
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -29,8 +27,8 @@ from urllib3 import HTTPSConnectionPool
 from urllib3.exceptions import MaxRetryError, SSLError
 
 import tiny
-from forkserver import PATIENCE, Program
-from helpers import TINY, TrackedRun, free_port, read_runs, wait_until, within
+from forkserver import PATIENCE
+from helpers import TINY, Server, TrackedRun, read_runs, within
 from mnist_lab import results
 from mnist_lab.errors import LabError
 from mnist_lab.running import checkpoint
@@ -48,45 +46,9 @@ from run_writer import T0, write_run
 EPOCHS = 4
 
 
-class Server:
-    """A real tracking server over a SQLite store, which can be killed, frozen and started again at its address."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.folder = folder
-        self.database = folder / "mlflow.db"
-        self.process: Program | None = None
-
-    def start(self) -> None:
-        flags = ["--workers", "1", "--host", "127.0.0.1", "--port", str(self.port)]
-        flags += ["--backend-store-uri", f"sqlite:///{self.database}"]
-        flags += ["--artifacts-destination", str(self.folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self.process = Program("-m", "mlflow", "server", *flags, cwd=self.folder, env=environment)
-        wait_until(self._is_there, self.process)
-
-    def _is_there(self) -> bool:
-        with urllib.request.urlopen(f"{self.uri}/health", timeout=10):
-            return True
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def artifacts(self, run: TrackedRun) -> Path:
-        return self.folder / "artifacts" / str(run.artifacts).partition("mlflow-artifacts:")[2].lstrip("/")
-
-
 @pytest.fixture(scope="module")
 def one_server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    shutil.copy(empty_store, server.database)
-    # The template's experiment keeps its artifacts in a folder; let the server make one that it serves itself.
-    client = mlflow.MlflowClient(f"sqlite:///{server.database}")
-    client.rename_experiment(client.get_experiment_by_name("mnist").experiment_id, "template")
+    server = Server(tmp_path_factory.mktemp("server"), empty_store)
     yield server
     server.kill()
 
@@ -223,9 +185,7 @@ def test_a_server_that_is_away_or_hangs_for_a_while_is_waited_for(
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_run_whose_server_stays_away_ends_and_goes_on_when_it_is_back(
-    whole: TrackedRun, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_server_stays_away_ends(whole: TrackedRun, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     find = tracking.TrackedRun._logged_model
 
     def make_and_die(*given: Any) -> LoggedModel:
@@ -352,10 +312,7 @@ def mute() -> Iterator[str]:
         (nullcontext("no-such-host.invalid"), r"no connection to the server \("),
         (mute(), "the server does not answer in time"),
         (serve(begun=True, answer=(401, b"")), r"the server refuses you \(HTTP 401\): give MLFLOW_TRACKING_USERNAME"),
-        (
-            serve(begun=True, answer=(200, b"<html></html>")),
-            r"what answers there is no MLflow server \(HTTP 200\)",
-        ),
+        (serve(begun=True, answer=(200, b"<html></html>")), r"what answers there is no MLflow server \(HTTP 200\)"),
         (serve(begun=True, answer=(503, b"")), r"the server fails \(HTTP 503\): its own log says why"),
     ],
 )

@@ -1,14 +1,18 @@
-"""`python -m mnist_lab server`: a real server on a real PostgreSQL, with users, writers, and ends of many kinds."""
+"""`mnist_lab server`, on a real PostgreSQL with users and writers, and `mnist_lab ui`, over a store."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,9 @@ from helpers import TINY, all_gone, free_port, log_points, point, ports_of, wait
 from mnist_lab import paths
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import server as servers
+from mnist_lab.tracking import view
 from mnist_lab.tracking.connection import environment_variables
+from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import open_store
 
 WRITERS = 8
@@ -90,6 +96,11 @@ def begin(project: Path, *, anew: bool = False) -> None:
         forkserver._can_be_copied = lambda: False
 
 
+def family(program: Program) -> list[psutil.Process]:
+    started = psutil.Process(program.pid)
+    return [started, *started.children(recursive=True)]
+
+
 class Team:
     def __init__(self, folder: Path, *flags: str, **variables: str) -> None:
         self.folder, self.flags, self.variables = folder, flags, variables
@@ -103,13 +114,9 @@ class Team:
         self.process = Program(*words, *self.flags, cwd=self.folder, env=environment, first=first)
         wait_until(lambda: "Ready. Ctrl-C stops the server." in self.process.stdout, self.process)
 
-    def family(self) -> list[psutil.Process]:
-        started = psutil.Process(self.process.pid)
-        return [started, *started.children(recursive=True)]
-
     def kill(self) -> None:
         """Kill all of it outright, as a power cut does."""
-        for process in self.family():
+        for process in family(self.process):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
@@ -141,12 +148,10 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_it_says_what_to_set_and_listens_on_one_port_of_loopback(
-    team: Team, postgres: Database, tmp_path: Path
-) -> None:
+def test_it_says_what_to_set_and_listens_on_one_port(team: Team, postgres: Database, tmp_path: Path) -> None:
     lines = team.process.stdout.splitlines()
     assert lines[:2] == [f"The runs: {team.uri}/lab", f"export MLFLOW_TRACKING_URI={team.uri}"]
-    assert ports_of(team.family()) == {("127.0.0.1", team.port)}
+    assert ports_of(family(team.process)) == {("127.0.0.1", team.port)}
 
     flags = ["--port", str(team.port), "--backend-store-uri", postgres.uri()]
     second = run_program("-m", "mnist_lab", "server", *flags, cwd=tmp_path)
@@ -156,9 +161,7 @@ def test_it_says_what_to_set_and_listens_on_one_port_of_loopback(
     assert sentence.startswith(f"error: port: {team.port} ")
 
 
-def test_eight_writers_at_once_lose_no_point_though_server_and_database_are_killed(
-    team: Team, postgres: Database
-) -> None:
+def test_eight_writers_lose_no_point_though_server_and_database_are_killed(team: Team, postgres: Database) -> None:
     store, together, epochs = open_store(team.uri), processes.Barrier(WRITERS), 25
     patient = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),  # a busy machine is no outage
@@ -192,7 +195,7 @@ def test_eight_writers_at_once_lose_no_point_though_server_and_database_are_kill
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_end_of_the_server_ends_all_that_it_started(number: signal.Signals, team: Team) -> None:
-    started = team.family()
+    started = family(team.process)
     assert len(started) >= 5  # this one, MLflow's with its workers, and who watches
 
     team.process.send_signal(number)
@@ -259,7 +262,7 @@ def test_a_user_whom_the_admin_adds_trains_and_one_who_is_denied_is_told_so(guar
 
 
 def test_no_password_is_in_a_command_line_nor_in_what_is_printed_or_kept(guarded: Team) -> None:
-    commands = [" ".join(process.cmdline()) for process in guarded.family()]
+    commands = [" ".join(process.cmdline()) for process in family(guarded.process)]
     for secret in (SECRET, ADMIN):
         assert [command for command in commands if secret in command] == []
         assert secret not in guarded.process.stdout + guarded.process.stderr
@@ -319,3 +322,128 @@ def test_a_wrong_flag_is_refused_in_one_sentence(
     assert said.startswith(f"error: {sentence}")
     assert "secret" not in said
     assert not (tmp_path / "s").exists()
+
+
+@contextlib.contextmanager
+def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, port))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Ui:
+    taken_port: int
+    process: Program
+    database: Path
+    address: str
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.address}{path}", timeout=PATIENCE) as answer:
+            return answer.read().decode()
+
+
+@pytest.fixture(scope="module")
+def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
+    """Start the UI where the port that is asked for is taken, over a store that is not there yet."""
+    folder = tmp_path_factory.mktemp("ui")
+    with listening() as port:
+        flags = ["--port", str(port), "--tracking-uri", "sqlite:///store/mlflow.db"]
+        process = Program("-m", "mnist_lab", "ui", *flags, cwd=folder)
+        try:
+            wait_until(lambda: "Ready. Ctrl-C stops the server." in process.stdout, process)
+            address = process.stdout.partition("/lab\n")[0].removeprefix("The runs: ")
+            yield Ui(port, process, folder / "store" / "mlflow.db", address)
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def test_a_taken_port_gives_the_next_which_is_said_and_alone_listens_on_loopback(ui: Ui) -> None:
+    port = int(ui.address.rpartition(":")[2])
+    assert ui.taken_port < port < ui.taken_port + servers.PORTS_TRIED
+    assert ui.process.stderr.startswith(f"Port {ui.taken_port} is taken; using {port}.\n")
+    assert "Warning" not in ui.process.stderr
+    assert ports_of(family(ui.process)) == {("127.0.0.1", port)}
+
+
+def test_it_serves_mlflow_with_the_page_that_leads_to_the_runs(ui: Ui) -> None:
+    assert "<title>mnist_lab</title>" in ui.get("/lab")
+    assert "<title>MLflow</title>" in ui.get("/")
+    found = json.loads(ui.get("/api/2.0/mlflow/experiments/get-by-name?experiment_name=mnist"))["experiment"]
+    assert found["artifact_location"] == (ui.database.parent / "artifacts").as_uri()  # not the server's own
+
+
+def test_it_answers_nobody_who_is_led_to_it_by_another_page(ui: Ui) -> None:
+    opener = urllib.request.build_opener()
+    opener.process_response.clear()  # a refusal is an answer too
+    address = f"{ui.address}/api/2.0/mlflow/experiments/search"
+    for headers, status in (({}, 200), ({"Host": "evil.example"}, 403), ({"Origin": "http://evil.example"}, 403)):
+        asked = urllib.request.Request(
+            address, data=b'{"max_results": 1}', headers={"Content-Type": "application/json", **headers}
+        )
+        with opener.open(asked, timeout=PATIENCE) as answer:
+            assert answer.status == status
+
+
+def test_a_running_server_needs_no_ui(ui: Ui, lab: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        lab("ui", "--tracking-uri", ui.address)
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert ui.address in sentence
+
+
+def test_kill_9_of_the_program_ends_all_that_it_started(ui: Ui) -> None:
+    """The last test of this server."""
+    started = family(ui.process)
+    # this program, MLflow's command, its server, and who watches this program
+    assert len(started) >= 4, (ui.process.poll(), ui.process.stderr)
+
+    ui.process.kill()
+
+    wait_until(lambda: all_gone(started))
+
+
+# ---- ports
+
+
+def test_a_taken_port_is_passed_over_and_one_that_cannot_be_had_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for host in ("127.0.0.1", "0.0.0.0"):  # noqa: S104
+        with listening(host) as port:
+            assert port < servers.free_port(port) < port + servers.PORTS_TRIED
+        assert servers.free_port(port) == port
+    for wrong in (-1, 1023, 65536):
+        with pytest.raises(LabError, match=f"^port: {wrong} .*1024 and 65535"):
+            servers.free_port(wrong)
+    monkeypatch.setattr(servers, "PORTS_TRIED", 1)
+    with listening() as port, pytest.raises(LabError, match=f"^port: {port} to {port} "):
+        servers.free_port(port)
+
+
+# ---- the view
+
+
+def test_the_server_imports_nothing_that_takes_seconds(tmp_path: Path) -> None:
+    """MLflow and torch each do, and a person would wait."""
+    program = (
+        "import sys; from mnist_lab import __main__; from mnist_lab.tracking import server; "
+        "print([name for name in ('mlflow', 'torch', 'sqlalchemy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "[]\n"
+
+
+def test_a_store_gets_todays_view_studies_first_in_the_order_of_their_names_then_the_newest_runs(uri: str) -> None:
+    store = open_store(uri)
+    store.client.set_experiment_tag(store.experiment_id, view.TAG, "{}")
+    open_store(uri)
+    assert store.client.get_experiment(store.experiment_id).tags[view.TAG] == view.state()
+    for name, tags in (("b", {"study": "step2"}), ("seed", {}), ("a", {"study": "step1"}), ("newest", {})):
+        with track(store, name, params={}, tags=tags):
+            pass
+    shown = json.loads(view.state())
+    order = f"{shown['orderByKey']} {'ASC' if shown['orderByAsc'] else 'DESC'}"
+    runs = store.client.search_runs([store.experiment_id], order_by=[order])
+    assert [run.info.run_name for run in runs] == ["a", "b", "newest", "seed"]

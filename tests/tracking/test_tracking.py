@@ -197,8 +197,7 @@ def test_the_status_says_how_the_block_ended(end: BaseException | None, status: 
         assert trace.read_text().endswith("RuntimeError: a bug\n")
 
 
-def test_a_signal_at_any_moment_leaves_a_killed_run_or_none(uri: str, database: Path) -> None:
-    store = open_store(uri)
+def test_a_signal_at_any_moment_leaves_a_killed_run_or_none(store: Store, database: Path) -> None:
     interrupt_on_signals()  # as `main` does; conftest.py puts the handlers back
 
     def whole_run() -> None:
@@ -308,9 +307,7 @@ def test_a_database_that_goes_in_mid_run_ends_it_and_is_not_made_anew(fate: str,
     assert database.parent.exists() == (fate != "moved with its folder")
 
 
-def test_a_clock_that_is_set_back_leaves_no_run_that_ends_before_it_begins(
-    uri: str, database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clock_that_is_set_back_harms_no_run(uri: str, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time
 
     def set_back(tracked: TrackedRun) -> None:
@@ -372,8 +369,7 @@ def write(store: Store, seed: int, params: dict[str, str] = NO_TAGS, **tags: str
     return run.run_id
 
 
-def test_only_finished_runs_of_the_same_declaration_and_code_are_found(uri: str) -> None:
-    store = open_store(uri)
+def test_only_finished_runs_of_the_same_declaration_and_code_are_found(store: Store) -> None:
     write(store, 0)
     newest = write(store, 0)
     for seed, params in enumerate([{"lr": "0.2"}, {"device": "cuda"}, {"new": "1"}], start=1):
@@ -390,14 +386,13 @@ def test_only_finished_runs_of_the_same_declaration_and_code_are_found(uri: str)
     assert found[0].metrics == {"final_test_accuracy": 99.0}
 
 
-def test_a_restored_run_is_found_where_its_hardware_rounds_alike(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_restored_run_is_found_on_hardware_that_rounds_alike(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     def found(hardware: str) -> dict[int, str]:
         return {
             seed: run.run_id
             for seed, run in finished_runs(store, PARAMS, TAGS, seeds=range(6), hardware=hardware).items()
         }
 
-    store = open_store(uri)
     own = {seed: write(store, seed, hardware="another, 8 cores, AVX2") for seed in (0, 1)}
     before_instructions_were_noted = "CPU, 2 cores"
     machines = ["CPU, 2 cores, AVX512"] * 2 + [before_instructions_were_noted, "NVIDIA H100", ""]

@@ -1,15 +1,74 @@
-"""Objectives in place of a loss: what they compute, and what is refused."""
+"""Averaged weights and objectives: what they compute, what is evaluated, judged and kept, and what is refused."""
 
+from collections.abc import Callable
 from functools import partial
 
+import mlflow
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from helpers import TrackedRun
+from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.objectives import distillation, mixup
-from networks import Linear, declare
+from mnist_lab.tracking.connection import environment_variables
+from mnist_lab.training.loop import evaluate, num_params, predict
+from networks import Linear, Small, declare, train
+
+EMA = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
+averaged = partial(declare, net=Small, average=EMA)
+
+
+def test_the_average_is_torchs_over_the_batches(small_mnist: Mnist) -> None:
+    weights: list[Tensor] = []
+
+    class Watched(Small):
+        def forward(self, images: Tensor) -> Tensor:
+            weights.append(self[6].weight.detach().clone())
+            return super().forward(images)
+
+    training, _ = train(averaged(net=Watched, epochs=1), small_mnist)
+
+    _, first, *others = [*weights[:4], training.net[6].weight]  # type: ignore[index,misc]
+    expected = first
+    for later in others:
+        expected = 0.7 * expected + 0.3 * later
+    torch.testing.assert_close(training.result[6].weight, expected)  # type: ignore[index]
+
+
+def test_averaging_leaves_the_training_as_it_is_and_both_accuracies_are_reported(small_mnist: Mnist) -> None:
+    _, raw = train(declare(net=Small), small_mnist)
+    training, epochs = train(averaged(), small_mnist)
+
+    assert [(one.train_loss, one.raw_correct) for one in epochs] == [(one.train_loss, one.eval_correct) for one in raw]
+    assert {one.raw_correct for one in raw} == {None}
+    assert (epochs[-1].eval_loss, epochs[-1].eval_correct) == evaluate(
+        predict(training.result, small_mnist.test_images), small_mnist.test_labels
+    )
+    assert epochs[-1].eval_loss != raw[-1].eval_loss
+
+
+def frozen(net: nn.Module) -> AveragedModel:
+    return EMA(net).requires_grad_(False)
+
+
+def test_a_run_logs_its_average_as_model(train_run: Callable[..., TrackedRun], uri: str, small_mnist: Mnist) -> None:
+    run = train_run(averaged(normalize=(0.5, 0.5), average=frozen), "averaged")
+
+    with environment_variables({"MLFLOW_TRACKING_URI": uri}):
+        model = mlflow.pytorch.load_model(f"runs:/{run.run_id}/averaged")
+        metadata = mlflow.models.get_model_info(f"runs:/{run.run_id}/averaged").metadata
+    mean, deviation = metadata["normalize"]
+    logits = model((small_mnist.test_images.float() / 255 - mean) / deviation)
+    accuracy = 100 * (logits.argmax(1) == small_mnist.test_labels).sum().item() / 300
+    assert run.metrics["final_test_accuracy"] == [(0, pytest.approx(accuracy))]
+    _, raw = train(declare(net=Small, normalize=(0.5, 0.5)), small_mnist, memory_format=torch.channels_last)
+    assert run.metrics["raw_test_accuracy"] == [(epoch.epoch, epoch.eval_accuracy) for epoch in raw]
+    assert run.metrics["num_params"][0][1] == num_params(Small())
+    assert run.params["average"] == "frozen"
 
 
 @pytest.fixture(scope="module")
