@@ -28,8 +28,6 @@ def load(name: str) -> ModuleType:
         sys.path.remove(str(BENCHMARKS))
 
 
-# ---- each benchmark, as `make bench ARGS=--quick` runs it
-
 CASES = {  # flags and ratios
     "training": (
         ["--steps", "step4_augment_steplr"],

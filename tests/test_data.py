@@ -87,9 +87,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
 
 
-# ---- what is loaded
-
-
 def test_tensors_are_mnist(mnist: Mnist, real_files: dict[str, bytes]) -> None:
     assert mnist.train_images.shape == (60_000, 1, 28, 28)
     assert mnist.test_images.shape == (10_000, 1, 28, 28)

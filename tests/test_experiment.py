@@ -252,6 +252,9 @@ def test_what_cannot_be_overridden_is_refused_by_its_name() -> None:
     assert "did you mean 'step_size'?" in refusal_of("scheduler.step_size", 1)
 
 
+# ---- arguments as text
+
+
 class Schedule:
     def __init__(self, warm_up: int = 2) -> None:
         self.warm_up = warm_up

@@ -56,9 +56,6 @@ def test_declaration_passes_its_checks_and_its_rehearsal(stem: str, load_script:
     assert not [notice for notice in notices if notice.startswith(("scheduler", "net", "loss", "optimizer", "mlflow"))]
 
 
-# ---- the comments beside the layers
-
-
 @pytest.mark.parametrize("stem", [stem for stem, text in TEXTS.items() if "# after each: output (" in text])
 def test_comments_state_the_shape_and_the_receptive_field(stem: str, load_script: Load) -> None:
     summary = summarize(load_script(stem).Net())
@@ -100,9 +97,6 @@ def check_shown(step: str, text: str) -> None:
             assert f"{p:.{digits}f}" == said
 
 
-# ---- the scripts
-
-
 @pytest.mark.parametrize("step", STEPS)
 def test_a_result_is_that_of_the_committed_runs(step: str) -> None:
     docstring = ast.get_docstring(ast.parse((ROOT / "experiments" / f"{step}.py").read_text()))
@@ -128,9 +122,6 @@ def test_a_result_is_that_of_the_committed_runs(step: str) -> None:
         raw_accuracies = last["raw_test_accuracy"][last["epoch"] == final].astype("float64")
         assert float(raw) == pytest.approx(raw_accuracies.mean(), abs=0.0051)
     check_shown(step, told)
-
-
-# ---- docs/frontier.md
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\|.* \+- .*$", PAGE, re.MULTILINE))

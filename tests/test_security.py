@@ -17,9 +17,6 @@ from mnist_lab.tracking.store import open_store
 from networks import example
 from run_writer import PAGE, T0, write_run
 
-# ---- what the repository loads
-
-
 # What may run what it loads; `eval`, `exec` and pickle's own functions are the linter's to find (S102, S301, S307).
 UNSAFE = re.compile(
     r"torch\.load\((?!.*weights_only=True)|allow_pickle=True|\bload_model\(|\bunsafe_load\(|\bread_pickle\(|"

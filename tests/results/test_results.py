@@ -180,9 +180,6 @@ def test_seeds_of_different_code_or_teachers_are_not_averaged(store: Store) -> N
     }
 
 
-# ---- two protocols
-
-
 @pytest.fixture
 def held_out(store: Store) -> str:
     """Return a store with a run of each protocol of one step, and one that is overridden besides."""

@@ -119,6 +119,9 @@ def test_runs_one_after_another_leave_nothing_open(count: int, uri: str, databas
     assert last_megabytes - megabytes < MEGABYTES + MEGABYTES_PER_RUN * (count - warm)
 
 
+# ---- threads and memory
+
+
 PAGES = (48 << 20) // 4096  # of a block that glibc gives back by default, since it is larger than 32 MiB
 
 

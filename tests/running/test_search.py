@@ -236,9 +236,6 @@ def test_the_best_of_n_is_too_good() -> None:
     assert sd_of_accuracy(99.0, 10_000) == pytest.approx(0.0995, rel=1e-3)
 
 
-# ---- as users start it
-
-
 def test_a_search_in_a_process_that_is_killed_goes_on(database: Path, tmp_path: Path) -> None:
     script = write_search(tmp_path, "LOW = 0.01")
     flags = ("--search", "3", "--limit", "300", "--workers", "1", "--tracking-uri", f"sqlite:///{database}")

@@ -279,6 +279,9 @@ def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:
         read_declaration(tmp_path / "empty.py")
 
 
+# ---- folds
+
+
 RENAMED = {"one": "step7_depth", "other": "step8_averaging"}
 
 

@@ -81,9 +81,6 @@ def test_network_and_random_state_are_left_as_they_were(training: bool, capsys: 
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
-# ---- the true count
-
-
 REUSED = Made(  # a layer that is called twice, a bare parameter, and a frozen bias
     lambda net, images: net.fc(net.conv(net.conv(images)).flatten(1)) * net.scale,
     conv=nn.Conv2d(1, 1, 3, padding=1),

@@ -99,8 +99,9 @@ def test_a_run_that_ends_meanwhile_stays_so(store: Store, database: Path, monkey
     assert status(database) == "FINISHED"
 
 
-def test_a_clusters_run_ends_with_its_study(store: Store, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clusters_run_ends_with_its_study(uri: str, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(stores.ON_CLUSTER, "1")
+    store = open_store(uri)
     with track(store, "study", params={}, tags={}) as study:
         tags = {"process": stores.process_tag(), "mlflow.parentRunId": study.run_id}
         store.client.create_run(store.experiment_id, tags=tags, run_name="seed 0")
@@ -112,8 +113,9 @@ def test_a_clusters_run_ends_with_its_study(store: Store, database: Path, monkey
     assert {run.name: run.status for run in read_runs(database)} == {"study": "FINISHED", "seed 0": "KILLED"}
 
 
-def test_two_processes_do_not_go_on_with_one_run(store: Store) -> None:
-    run_id = killed(store.uri)
+def test_two_processes_do_not_go_on_with_one_run(uri: str) -> None:
+    run_id = killed(uri)
+    store = open_store(uri)
     with (
         track(store, "a run", params={}, tags={}, resume_run_id=run_id),
         pytest.raises(LabError, match=f"^resume: run {run_id} is still in training, in another process"),

@@ -170,6 +170,9 @@ def test_no_champion_without_runs(uri: str, lab: Callable[..., str], capsys: pyt
     assert not champion.is_registered(open_store(uri))
 
 
+# ---- teachers
+
+
 Train = Callable[..., TrackedRun]
 STUDENT: Any = partial(distillation, teacher="large", temperature=2.0, weight=0.5)
 

@@ -324,6 +324,9 @@ def test_a_wrong_flag_is_refused_in_one_sentence(
     assert not (tmp_path / "s").exists()
 
 
+# ---- the UI
+
+
 @contextlib.contextmanager
 def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
     with socket.socket() as taken:
@@ -404,9 +407,6 @@ def test_kill_9_of_the_program_ends_all_that_it_started(ui: Ui) -> None:
     ui.process.kill()
 
     wait_until(lambda: all_gone(started))
-
-
-# ---- ports
 
 
 def test_a_taken_port_is_passed_over_and_one_that_cannot_be_had_refused(monkeypatch: pytest.MonkeyPatch) -> None:

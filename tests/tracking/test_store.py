@@ -97,6 +97,9 @@ def test_a_password_that_a_uri_cannot_hold_is_refused_and_not_shown(uri: str) ->
     assert "cret" not in str(refusal.value)
 
 
+# ---- files that are replaced
+
+
 ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -142,10 +145,10 @@ replace_files({Path(sys.argv[1], "a"): "\\u2013 \\u00b1"})
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ["– ±".encode()]
 
 
+# ---- a store that was moved
+
+
 NAMES = ["renamed", "mit Leerzeichen und ünïcödé #1"]
-
-
-# ---- a real run
 
 
 def check_found(project: Path, run_id: str) -> None:
@@ -182,9 +185,6 @@ def test_a_project_that_was_moved_and_copied_shows_every_runs_artifacts(empty_st
     shutil.copytree(project, copy)
     check_found(copy, run_id)  # though the paths in it lead to the other one, which is there
     check_found(project, run_id)
-
-
-# ---- what is changed, and what is not
 
 
 TABLES = """
@@ -240,9 +240,6 @@ def test_what_was_not_moved_with_its_artifacts_is_left_alone(case: str, tmp_path
     assert places(new.parent, stays, runs) == ([new.as_uri()] if case == "no runs" else [stays, *runs])
 
 
-# ---- an interrupted run
-
-
 def test_an_interrupted_run_finds_the_script_of_its_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri, step = f"sqlite:///{tmp_path}/mlruns/mlflow.db", Path("experiments", "step1_baseline.py")
     checkpoint.save(example(script=str(ROOT / step)), uri)
@@ -253,9 +250,6 @@ def test_an_interrupted_run_finds_the_script_of_its_project(tmp_path: Path, monk
     assert checkpoint.find(uri).script == str(tmp_path / "moved" / step)
     checkpoint.save(example(script="/elsewhere/idea.py"), uri)
     assert checkpoint.find(uri).script == "/elsewhere/idea.py"
-
-
-# ---- its environment
 
 
 @pytest.mark.parametrize(("made_in", "kept"), [("{here}", True), ("/elsewhere", False), ("", True)])

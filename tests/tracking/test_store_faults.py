@@ -60,9 +60,6 @@ def copy_to(used: Path, place: Path) -> Path:
     return place / "mlflow.db"
 
 
-# ---- file systems
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
@@ -102,9 +99,6 @@ def test_a_full_disk_is_found_before_the_run(made: bool, used: Path, disk: Path)
     assert [run.status for run in read_runs(database)] == ["FINISHED"] * (1 + made)
 
 
-# ---- a disk that fills up during the run
-
-
 def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(used: Path, disk: Path, tmp_path: Path) -> None:
     database = copy_to(used, disk / "mlruns")
     (earlier,) = read_runs(database)
@@ -135,9 +129,6 @@ def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(used: Path, di
     assert resumed.metrics["test_accuracy"][: len(points)] == points
     assert [epoch for epoch, _ in resumed.metrics["test_accuracy"]] == [1, 2, 3]
     assert read_value(database, "PRAGMA integrity_check") == "ok"
-
-
-# ---- users
 
 
 @contextmanager

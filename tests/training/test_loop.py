@@ -30,8 +30,6 @@ from mnist_lab.training.loop import Training, evaluate, initial_network, num_par
 from mnist_lab.training.states import seed_generators
 from networks import CPU, DrawsElsewhere, Linear, Small, declare, train
 
-# ---- what an epoch sees
-
 
 @pytest.mark.parametrize("net", [Linear, Small])
 def test_an_epoch_sees_each_image_once_in_the_order_of_torchs_cpu_generator(net: Any, small_mnist: Mnist) -> None:
@@ -334,6 +332,9 @@ def test_a_rehearsal_leaves_random_numbers_data_and_declaration_alone(small_mnis
     assert torch.equal(small_mnist.train_labels, labels)
     assert lr == 0.1
     assert torch.is_grad_enabled()
+
+
+# ---- dropout
 
 
 @pytest.mark.parametrize("p", [0.007, 0.1, 0.25])

@@ -78,9 +78,6 @@ def batch() -> tuple[Tensor, Tensor]:
     return images, torch.randint(10, (64,), generator=generator)
 
 
-# ---- mixup
-
-
 def test_mixup_trains_on_mixtures_in_the_shares_of_their_labels(batch: tuple[Tensor, Tensor]) -> None:
     """With one-hot labels as the network's only input, the mixture tells each image's share."""
     _, labels = batch
