@@ -146,14 +146,15 @@ def compare(arguments: argparse.Namespace) -> None:
         lines.append(f"Left out: {variants} of these experiments; --include-overrides shows them.")
     lines += _changed_scripts(newest_runs(results.run_table(steps, columns="all", **shown)))
     print(results.compare_text(table, holdout=holdout, folds=folds, width=width), end="\n\n")
-    print("\n".join(textwrap.fill(line, width) if width else line for line in lines))
+    folded = partial(textwrap.fill, width=width) if width else str
+    print("\n".join(map(folded, lines)))
     comparisons, refused = _effects(arguments.steps, of)
     if comparisons:
         print("\nWhat each change is worth: accuracy of the last epoch, in points, with 95 % interval\n")
         print(effects_text(comparisons, width))
         print("\np (Holm) is adjusted for the rows of this table; a difference is shown where it is below 0.05.")
     for sentence in refused:
-        print(f"\n{sentence}")
+        print("\n" + folded(sentence))
 
 
 def _changed_scripts(runs: pd.DataFrame) -> Iterator[str]:
