@@ -108,9 +108,7 @@ def test_softmax_before_a_loss_of_logits_is_said(minimised: dict[str, Any], smal
 # ---- parameters without a gradient
 
 
-def test_copies_do_not_count_late_layers_do(
-    train_run: Callable[..., TrackedRun], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_late_layer_counts_a_copy_not(train_run: Callable[..., TrackedRun], caplog: pytest.LogCaptureFixture) -> None:
     class Late(Convolutions):
         """Has a layer that is trained in some batches only, none of them in the rehearsal, and a copy that never is."""
 
