@@ -315,7 +315,7 @@ def _find_runs(
     for step in set(named or ()) - set(runs["step"]):
         if status == "FINISHED":
             of_step = _kinds(loaded.runs[loaded.runs["step"] == step])
-            raise LabError(f"steps: no finished run of {step!r} as asked for; there are: {of_step}")
+            raise LabError(f"steps: no finished run of {step!r} as declared and asked for; there are: {of_step}")
     if seeds is not None:
         runs = runs[runs["seed"].isin(list(seeds) if isinstance(seeds, Iterable) else [seeds])]
     return replace(loaded, runs=runs)
