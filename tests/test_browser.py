@@ -152,7 +152,7 @@ def test_the_mlflow_ui_shows_the_runs_with_their_accuracies(ui: Page, runs_addre
     assert len(table) == len(RUNS)
     for run in table.to_dict("records"):
         row = ui.locator(f"[role=row][row-id='{run['run_id']}']")  # in two halves: the one with the name stays in sight
-        expect(row.get_by_text(f"{run['step']} seed {run['seed']}")).to_be_visible(timeout=PATIENCE)
+        expect(row.get_by_text(f"{run['step']} seed {run['seed']}")).to_be_visible()
         cell = row.locator("[col-id='metrics.`last`']")
         expect(cell).to_have_text(f"{run['final_test_accuracy']:g}")
 
@@ -163,7 +163,7 @@ def test_the_learning_curves_are_the_first_of_the_charts(ui: Page, runs_address:
     ui.get_by_role("link", name="step2_better seed 1").wait_for()
     ui.goto(f"{ui.url}&compareRunsMode=CHART")
     expect(ui.get_by_text(re.compile(r"Learning curves|Model metrics \(")).first).to_contain_text("Learning curves")
-    expect(ui.get_by_text("test_accuracy", exact=True).first).to_be_visible(timeout=PATIENCE)
+    expect(ui.get_by_text("test_accuracy", exact=True).first).to_be_visible()
 
 
 @in_chromium
@@ -171,15 +171,15 @@ def test_a_run_is_shown_with_its_figures_and_model_training_stays(ui: Page, runs
     """Else a click on a run leads to pages for language models, and an assistant takes a quarter of the window."""
     ui.goto(runs_address)
     ui.get_by_role("link", name="step2_better seed 1").click()
-    expect(ui.get_by_role("tab", name="Model metrics")).to_be_visible(timeout=PATIENCE)
+    expect(ui.get_by_role("tab", name="Model metrics")).to_be_visible()
     expect(ui.get_by_placeholder("Ask a question")).not_to_be_visible()
     ui.get_by_role("tab", name="Artifacts").click()
-    expect(ui.get_by_text("predictions.npz")).to_be_visible(timeout=PATIENCE)
+    expect(ui.get_by_text("predictions.npz")).to_be_visible()
     ui.get_by_text("figures", exact=True).click()
     ui.get_by_text("samples.png").first.click()
     ui.wait_for_function("[...document.images].some(i => i.alt.includes('samples.png') && i.naturalWidth > 300)")
     ui.goto(runs_address.removesuffix("lab"))
-    expect(ui.get_by_role("link", name="Model registry")).to_be_visible(timeout=PATIENCE)
+    expect(ui.get_by_role("link", name="Model registry")).to_be_visible()
 
 
 # How a hand draws each digit: its strokes, as points in a square from 00,00 at the top left to 99,99.

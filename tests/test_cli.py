@@ -270,7 +270,6 @@ def test_a_run_does_not_depend_on_who_reads_its_output(
 
 # ---- copied scripts that train: on a terminal, and until a signal comes
 
-
 FLAGS = ("--epochs", "100000", "--tracking-uri", "sqlite:///mlflow.db")
 
 

@@ -162,7 +162,6 @@ def test_a_complete_folder_is_only_read(complete: Path, ways: Ways, caplog: pyte
 
 # ---- damage
 
-
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda content: content[:-1],
     "flipped bit": lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],

@@ -26,8 +26,6 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
 PROGRAMS = [text for language, text in BLOCKS if language == "python"]
 PLAIN = [text for language, text in BLOCKS if not language]
-
-
 STEP8 = list(csv.DictReader((ROOT / "docs" / "results" / "step8_averaging.csv").read_text().splitlines()))
 
 

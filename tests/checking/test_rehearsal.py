@@ -229,7 +229,6 @@ def test_what_trains_but_is_not_meant_is_said(changes: dict[str, Any], said: str
 
 # ---- what is unusual and meant so
 
-
 FILTERS, SPARSE, FROZEN = torch.ones(6, 1, 5, 5), torch.eye(3).to_sparse(), nn.Linear(90, 10).requires_grad_(False)
 
 

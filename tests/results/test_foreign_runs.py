@@ -126,7 +126,6 @@ def test_odd_values_replace_nothing_that_is_measured_and_are_text_or_missing(sto
 
 # ---- report, export and figures
 
-
 HARMLESS_BUT_ODD: list[dict[str, Any]] = [
     *({"tags": TAGS | {"step": step}} for step in NASTY_NAMES),
     {"tags": TAGS | {"overrides": "a$\\frac{$ | <b>"}},

@@ -96,7 +96,6 @@ def report(tmp_path_factory: pytest.TempPathFactory, store: Store, scripts: Path
 
 # ---- the tables
 
-
 ROWS = [  # the newest run of each seed counts; HOSTILE states no target
     ["step1_plain", "98.90 ± 0.099", "10,970", "3", "2", "98.90", "98.80", "–", "99.46", "99.32"],
     ["step2_better", "99.82 ± 0.014", "7,852", "3", "2", "99.84", "99.72", "–", "99.46", "99.32"],

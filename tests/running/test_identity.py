@@ -270,7 +270,6 @@ class Net(nn.Sequential):
 """
 # ---- what a command line makes of a declaration
 
-
 Command = Callable[..., int]
 
 

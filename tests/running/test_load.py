@@ -121,7 +121,6 @@ def test_runs_one_after_another_leave_nothing_open(count: int, uri: str, databas
 
 # ---- threads and memory
 
-
 PAGES = (48 << 20) // 4096  # of a block that glibc gives back by default, since it is larger than 32 MiB
 
 

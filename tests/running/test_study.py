@@ -281,7 +281,6 @@ def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:
 
 # ---- folds
 
-
 RENAMED = {"one": "step7_depth", "other": "step8_averaging"}
 
 

@@ -172,7 +172,6 @@ def test_no_champion_without_runs(uri: str, lab: Callable[..., str], capsys: pyt
 
 # ---- teachers
 
-
 Train = Callable[..., TrackedRun]
 STUDENT: Any = partial(distillation, teacher="large", temperature=2.0, weight=0.5)
 

@@ -99,7 +99,6 @@ def test_a_password_that_a_uri_cannot_hold_is_refused_and_not_shown(uri: str) ->
 
 # ---- files that are replaced
 
-
 ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -146,7 +145,6 @@ replace_files({Path(sys.argv[1], "a"): "\\u2013 \\u00b1"})
 
 
 # ---- a store that was moved
-
 
 NAMES = ["renamed", "mit Leerzeichen und ünïcödé #1"]
 

@@ -52,7 +52,6 @@ def test_an_epoch_sees_each_image_once_in_the_order_of_torchs_cpu_generator(net:
 
 # ---- the figures
 
-
 ONE_CYCLE = partial(OneCycleLR, max_lr=0.2)
 
 
