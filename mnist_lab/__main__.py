@@ -15,16 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_lab.commandline import (
-    DATA_DIR,
-    TRACKING_URI,
-    Flag,
-    flag,
-    interrupt_on_signals,
-    leave,
-    number_from,
-    sentences,
-)
+from mnist_lab.commandline import DATA_DIR, TRACKING_URI, Flag, end, flag, interrupt_on_signals, number_from, sentences
 from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError, counted, without_password
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named, sqlite_file, tracking_uri
@@ -396,4 +387,4 @@ def _why_not(found: Checkpoint, uri: str, *, named: bool) -> str:
 
 if __name__ == "__main__":
     main()
-    leave()
+    end()

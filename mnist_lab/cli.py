@@ -14,10 +14,9 @@ from mnist_lab.arguments import stable_text
 from mnist_lab.commandline import (
     DATA_DIR,
     TRACKING_URI,
+    end,
     interrupt_on_signals,
-    is_last_call,
     lasting_output,
-    leave,
     number_from,
     sentences,
 )
@@ -85,8 +84,7 @@ def main(
             _study(job, arguments)
         else:
             _run(job, arguments.seed or 0, resume)
-    if is_last_call(caller):
-        leave()
+    end(caller)
 
 
 def _started_script(caller: str) -> Path:
@@ -201,7 +199,6 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
 
 
 def _trainers(job: Job, arguments: argparse.Namespace) -> AbstractContextManager[Trainers]:
-    """Return what trains: this machine, or the cluster that is asked for, which is left at the end."""
     if arguments.cluster is None:
         from mnist_lab.running.workers import local
 

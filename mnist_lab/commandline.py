@@ -81,14 +81,16 @@ def interrupt_on_signals() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
-def is_last_call(frame: FrameType) -> bool:
-    """Say whether a program, as `python FILE` starts it, ends with the call that it is at."""
-    left = {step.opname.partition("_")[0] for step in dis.get_instructions(frame.f_code) if step.offset > frame.f_lasti}
-    return frame.f_back is None and not sys.flags.inspect and left <= {"CACHE", "POP", "LOAD", "RETURN"}
+def end(caller: FrameType | None = None) -> None:
+    """End the program as its end would: to take torch and MLflow apart takes Python a second or two.
 
-
-def leave() -> None:
-    """End the program as its end would: to take torch and MLflow apart takes Python a second or two."""
+    caller: goes on instead, unless it is a program, as `python FILE` starts it, that ends with the call that it is at.
+    """
+    if caller is not None:
+        rest = [step.opname for step in dis.get_instructions(caller.f_code) if step.offset > caller.f_lasti]
+        ends = {name.partition("_")[0] for name in rest} <= {"CACHE", "POP", "LOAD", "RETURN"}
+        if not ends or caller.f_back is not None or sys.flags.inspect:
+            return
     if all(thread.daemon for thread in threading.enumerate()[1:]):
         atexit._run_exitfuncs()
         for file in [one for one in gc.get_objects() if type(one) in (io.TextIOWrapper, io.BufferedWriter)]:

@@ -43,8 +43,6 @@ def say_what_is_done() -> None:
 
 
 class _Display(Progress):
-    """Has a bar on a terminal while something goes on."""
-
     bar: tqdm[NoReturn] | None = None
 
     def start_bar(self, total: int, bar_format: str, **settings: Any) -> None:

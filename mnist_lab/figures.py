@@ -104,7 +104,6 @@ plot_curves = plot_training  # the name that fits several steps
 
 
 def _not_recorded(history: pd.DataFrame, metrics: Sequence[str]) -> str:
-    """Say which figures are missing, and in how many of all epochs where it is not all."""
     finite = history[list(metrics)].replace([math.inf, -math.inf], math.nan)
     missing = {str(name): int(count) for name, count in finite.isna().sum().items() if count}
     return ", ".join(
@@ -249,7 +248,6 @@ def plot_mistakes(
 
 
 def _first_runs(history: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Keep the first run of each step and seed, in the order of the steps."""
     _require(history, "history", ["run_id", "step", "seed", "epoch", *columns])
     history = history.assign(step=_with_overrides(history))
     first = history.drop_duplicates(["step", "seed"])["run_id"]
@@ -257,7 +255,6 @@ def _first_runs(history: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _with_overrides(frame: pd.DataFrame) -> "pd.Series[str]":
-    """Return the names of steps, with what was overridden: `step1_baseline [epochs=1]`."""
     if "overrides" not in frame:
         return frame["step"]
     overridden = " [" + frame["overrides"] + "]"
@@ -357,7 +354,6 @@ def _finish_epochs(axes: Axes, history: pd.DataFrame) -> None:
 
 
 def _log_scale(axis: Axis) -> None:
-    """Make an axis logarithmic, unless it has no positive value to show."""
     if not math.isfinite(axis.get_minpos()):
         return
     axes = axis.axes

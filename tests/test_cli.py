@@ -62,13 +62,12 @@ def test_a_program_leaves_at_its_last_call_only_and_loses_nothing(tmp_path: Path
     script = tmp_path / "script.py"
     script.write_text(f"""
 import atexit, sys
-from mnist_lab.commandline import is_last_call, leave
+from mnist_lab.commandline import end
 file = open("file.txt", "w")
 def main():
     file.write("kept")
     atexit.register(print, "last")
-    if is_last_call(sys._getframe(1)):
-        leave()
+    end(sys._getframe(1))
     print("goes on")
 if __name__ == "__main__":
     main()

@@ -67,7 +67,6 @@ def _check_batch(images: object, labels: object, size: int) -> None:
 
 
 def _image_by_image(augment: Augmentation, mnist: Mnist, size: int) -> str:
-    """Return the advice for an augmentation that works with a single image."""
     for _, transform in [part for part in augment.parts if part[0] == "batch"]:
         with suppress(Exception):
             if transform(mnist.train_images[0].float() / 255).shape == (1, 28, 28):

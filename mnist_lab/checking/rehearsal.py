@@ -370,7 +370,6 @@ def blame(blamed: str, trial: Trial | None = None) -> Iterator[None]:
 
 
 def _innermost(trial: Trial, error: BaseException) -> str:
-    """Return the field of the innermost part that an error went through, or nothing."""
     found = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code is Augmentation.__call__.__code__:

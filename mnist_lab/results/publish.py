@@ -124,7 +124,6 @@ def _laid_over(own: files.Records, old: files.Records) -> files.Records:
 
 
 def _changes(before: files.Records, after: files.Records) -> tuple[list[str], list[str]]:
-    """Return a sentence for each row that is added, and one for each that is replaced or removed."""
     was, now = (
         {f"{row['step']} seed {row['seed']}": row for row in records.runs.to_dict("records")}
         | {f"{row['step']} fold {row['fold']} of {row['folds']}": row for row in records.folds.to_dict("records")}

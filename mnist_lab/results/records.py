@@ -179,7 +179,6 @@ def _folds(loaded: LoadedRuns) -> Iterator[pd.DataFrame]:
 
 
 def _that_can_name_a_file(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs whose step can name a file; it is free text to the store."""
     named = runs["step"].str.fullmatch(r"\w[\w.-]{0,99}") & ~runs["step"].isin(OTHER_FILES)
     for step in runs["step"][~named].unique():
         sentence = f"step: {quoted(step)} can't name a file of figures; up to 100 letters, digits and _ . - can"
@@ -308,7 +307,6 @@ def to_csv(table: pd.DataFrame) -> str:
 
 
 def _by_setting(settings: pd.DataFrame) -> pd.DataFrame:
-    """Put the settings that several seeds of a step share on one line."""
     seeds = settings.astype({"seed": "int64"}).groupby(["step", "kind", "name", "value"], sort=False)["seed"]
     lines = seeds.agg(seeds=ranges, first="min").reset_index()
     return lines.sort_values(["step", "kind", "name", "first"], key=_sortable)[[*SETTING_COLUMNS]]

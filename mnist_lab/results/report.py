@@ -220,7 +220,6 @@ def draw_overview(summary: pd.DataFrame) -> Picture:
 
 
 def _picture(figure: Figure, name: str, alt: str, caption: str) -> Picture:
-    """Render a figure at the size that is shown, in few colours."""
     drawn, png = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=PIXELS_PER_INCH)
     with Image.open(drawn) as image:

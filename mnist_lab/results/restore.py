@@ -114,7 +114,6 @@ def script_of(step: str) -> Path:
 
 
 def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -> Iterator[Committed]:
-    """Yield the runs that these rows are of; raises LabError if they don't fit together."""
     every_epoch = files.typed(records.epochs, files.EPOCH_COLUMNS)
     texts: list[dict[Any, str]] = records.runs.to_dict("records")
     for text, row in zip(texts, files.typed(records.runs, files.RUN_COLUMNS).to_dict("records"), strict=True):
@@ -183,7 +182,6 @@ def _check(folder: Path, row: Mapping[Any, Any], params: object, epochs: list[in
 
 
 def _restore(store: Store, runs: Sequence[Committed]) -> None:
-    """Write a step's runs, and the study over them if there are several."""
     if len(runs) == 1:
         _run(store, runs[0], None)
         return
@@ -200,7 +198,6 @@ def _restore(store: Store, runs: Sequence[Committed]) -> None:
 
 
 def _run(store: Store, run: Committed, parent_run_id: str | None) -> str:
-    """Write a run; return its id."""
     past, name = _past(store, run.start, run.end), f"{run.step} seed {run.seed}"
     with track(past, name, params=run.params, tags=run.tags, parent_run_id=parent_run_id) as tracked:
         points = {

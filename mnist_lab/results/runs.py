@@ -295,7 +295,6 @@ def loaded_runs(**which: Unpack[RunFilter]) -> LoadedRuns:
 def _find_runs(
     steps: Iterable[str] | str | None, seeds: Iterable[int] | int | None, **which: Unpack[RunFilter]
 ) -> LoadedRuns:
-    """Return the runs asked for, newest first."""
     loaded = loaded_runs(**which)
     status, overridden = which.get("status", "FINISHED"), which.get("include_overrides", False)
     if status is not None and status not in STATUSES:

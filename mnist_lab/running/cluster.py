@@ -90,7 +90,6 @@ class Cluster(Trainers):
         return self.workers or max(1, self._resources())
 
     def _resources(self) -> int:
-        """Return for how many tasks the cluster has resources now."""
         resources = ray.cluster_resources()
         return int(min(resources.get(name, 0) / needed for name, needed in self._needs.items()))
 

@@ -118,7 +118,6 @@ def _imported_names(file: Path, package: str) -> Iterator[str]:
 
 
 def _find_spec(name: str, path: list[str]) -> ModuleSpec | None:
-    """Find a module by its dotted name without importing it or its parents."""
     spec = None
     with suppress(ImportError, ValueError):
         for full in _with_parents(name):
@@ -161,7 +160,6 @@ def _canonical(node: object) -> str:
 
 
 def _joined(parts: list[ast.expr]) -> list[ast.expr]:
-    """Return the parts of an f-string with neighbouring texts made one, and empty ones left out."""
     joined: list[ast.expr] = []
     for is_text, group in groupby(parts, lambda part: isinstance(part, ast.Constant)):
         if not is_text:

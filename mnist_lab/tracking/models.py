@@ -157,8 +157,6 @@ def _read_exported(file: Path) -> ExportedProgram:
 
 
 class _Renormalized(nn.Module):
-    """A network that is given images normalised for another one."""
-
     def __init__(self, net: nn.Module, given: tuple[float, float], own: tuple[float, float]) -> None:
         super().__init__()
         self.net, self.given, self.own = net, given, own
@@ -189,7 +187,6 @@ def _model_of(store: Store, run: Run, name: str) -> str:
 
 
 def _newest_run(store: Store, step: str, holdout: int) -> Run:
-    """Return the newest finished run of a script as declared, with this hold-out."""
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.step = '{step}'"):
         as_declared = not run.data.tags.get("overrides") and run.data.params.get("holdout", "0") == str(holdout)
         if as_declared and "folds" not in run.data.params and "model" not in run.data.tags:
@@ -213,7 +210,6 @@ def _file(store: Store, model_id: str) -> Path:
 
 
 def _normalize_of(file: Path, default: tuple[float, float]) -> tuple[float, float]:
-    """Return the mean and deviation by which a model's images were normalised, as its metadata say."""
     mean, deviation = (Model.load(str(file.parents[1])).metadata or {}).get("normalize", default)
     return mean, deviation
 

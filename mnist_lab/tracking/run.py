@@ -231,7 +231,6 @@ class TrackedRun:
 
     @contextmanager
     def _artifact(self, name: str) -> Iterator[Path]:
-        """Give a file to write, then log it under this name."""
         with store_failures(self._store, "failed during the run"), tempfile.TemporaryDirectory() as temporary:
             yield (file := Path(temporary) / name)
             self.log_file(file)

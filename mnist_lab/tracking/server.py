@@ -178,7 +178,6 @@ def _url(host: str, port: int) -> str:
 
 
 def _allowed_hosts(host: str, port: int) -> str:
-    """Return by which names other machines may call the server."""
     own = [one.address for ones in psutil.net_if_addrs().values() for one in ones if one.family == socket.AF_INET]
     names = [host, "localhost", socket.gethostname(), socket.getfqdn(), *own]
     return ",".join(_url(name, port).removeprefix("http://") for name in names)

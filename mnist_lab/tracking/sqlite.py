@@ -137,7 +137,6 @@ def _connection(file: Path, mode: str, purpose: str) -> Iterator[sqlite3.Connect
 
 
 def _advice(error: OSError | sqlite3.Error) -> str:
-    """Say what to do about it, in the rest of a sentence."""
     code = getattr(error, "errno", None) or getattr(error, "sqlite_errorname", "").removeprefix("SQLITE_").split("_")[0]
     if code in ("BUSY", "LOCKED"):
         return "; another program has locked it: wait for that program or end it, then try again"

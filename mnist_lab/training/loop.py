@@ -302,7 +302,6 @@ def step_takes(experiment: Experiment, net: nn.Module) -> Takes:
 
 
 def _can_step(experiment: Experiment, net: nn.Module, takes: Takes) -> bool:
-    """Try the step on copies of the parameters, with gradients of zero."""
     copies = [parameter.detach().clone().requires_grad_(parameter.requires_grad) for parameter in net.parameters()]
 
     def closure() -> Tensor:

@@ -248,7 +248,6 @@ def _numbers(values: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _interval(x: NDArray[np.float64], tail: float = 0.025) -> tuple[float, float]:
-    """Return the t-interval of the mean with so much beyond either end."""
     from scipy import stats
 
     if len(x) == 1:
