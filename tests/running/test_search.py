@@ -198,6 +198,17 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
     assert search_for(job, 1, other, again=True).name != result.name
 
 
+def test_a_search_whose_run_is_gone_goes_on_with_a_new_one(job: Job, database: Path) -> None:
+    first = search_for(job, 1)
+    storage = f"sqlite:///{database.parent / 'searches.db'}"
+    optuna.load_study(study_name=first.name, storage=storage).set_user_attr("run_id", "0" * 32)
+
+    more = search_for(job, 2)
+
+    assert (more.name, more.counts.done) == (first.name, 2)
+    assert more.run_id not in (first.run_id, "0" * 32)
+
+
 def test_a_space_that_can_not_be_drawn_from(job: Job) -> None:
     job = dataclasses.replace(job, overrides={"momentum": 0.8})
     spaces: list[tuple[dict[str, Any], str]] = [
