@@ -343,23 +343,24 @@ def resume(arguments: argparse.Namespace) -> None:
 
     uri, named = tracking_uri(arguments.tracking_uri), arguments.run_id
     there = [checkpoint.find(uri, run_id=named)] if named else [*checkpoint.interrupted(uri)]
-    reasons = {one.run_id: _why_not(one, uri, named=bool(named)) for one in there}
-    refused = [f"{one.name} can't go on: {reasons[one.run_id]}" for one in there if reasons[one.run_id]]
-    able = [one for one in there if not reasons[one.run_id]]
+    reasons = [(one, _why_not(one, uri, named=bool(named))) for one in there]
+    refused = [f"{one.name} can't go on: {reason}" for one, reason in reasons if reason]
+    able = [one for one, reason in reasons if not reason]
     if not able:
         none = f"there is no interrupted run with a finished epoch in {checkpoint.folder(uri)}"
         raise LabError(f"resume: {'; '.join(refused) or none}")
     found = able[0]
     print(f"Going on with {found.step} seed {found.seed} after epoch {found.epochs[-1].epoch}.")
     alike = [one for one in able if one.identity == found.identity]
-    if len(alike) > 1:
+    if len(seeds := sorted({one.seed for one in alike})) > 1:
         flags = [f"--set {name}={value}" for name, value in found.changes.items()]
         flags += [f"--{name} {value}" for name in ("limit", "holdout") if (value := getattr(found, name))]
-        command = f"make {found.step} SEEDS={','.join(sorted(str(one.seed) for one in alike))}"
+        command = f"make {found.step} SEEDS={','.join(map(str, seeds))}"
         print(f'With the other seeds, as a study does: {command} ARGS="{" ".join(flags)}"')
-    for one in [one for one in able if one not in alike]:
-        print(f"Interrupted too: {one.name}")
-    print("\n".join(f"Left out: {sentence}" for sentence in refused), end="\n" * bool(refused), flush=True)
+    others = [f"Interrupted too: {one.name}" for one in able if one not in alike]
+    for line in [*others, *(f"Left out: {sentence}" for sentence in refused)]:
+        print(line)
+    sys.stdout.flush()
     script = str(Path(found.script).resolve())
     os.environ["MLFLOW_TRACKING_URI"] = uri  # other users can read a command line, and there may be a password in it
     os.execv(sys.executable, [sys.executable, script, "--resume", found.run_id])  # noqa: S606 - a script of this project
