@@ -1,23 +1,22 @@
 """Quick: the least time on a CPU to a mean of 99.4 %.
 
-Target: 99.4 % in the last epoch, in a fifth of the time that step 4 trains.
+Target: 99.4 % in the last epoch, in a twentieth of the time that step 4 trains.
 
-Change: against step 8, the first convolution is 5x5 with a stride of 2, so what follows has a quarter of the pixels,
-and is wide: 16-24-32-64 channels, 30,122 parameters. Three epochs, with smoothed labels and weaker augmentation
-(5 degrees, 1 pixel, no scaling). The weights are not averaged: that takes time and was not seen to help.
+Change: against step 8, the first convolution is 5x5 with a stride of 2, the pool comes right after the second, and the
+widths are multiples of 16, which take less time than others: 16-16, pool, 64-64 channels, 49,754 parameters. Two epochs.
+The recipe was searched on held-out images (`--search`, 71 trials of two epochs): much learning rate, hardly any rotation,
+slightly smoothed labels. The weights are not averaged: that takes time and was not seen to help.
 
-Result: 99.47 +- 0.04 % in the last epoch (mean and sd of seeds 0 to 9, two cores of an AMD EPYC without AVX-512,
-torch 2.15); training accuracy 99.29. A training with those two cores to itself takes 29 s, step 4's 368.
+Result: to be measured.
 
-Analysis: the targets are met: the mean is shown to be above 99.4 (p = 0.0002). On held-out images, three
-epochs of this network end 0.1 points above four of one with a quarter of its parameters, in not much more time, and
-smoothed labels bring 0.1 more (one or two seeds each: docs/frontier.md).
+Analysis: to be measured.
 """
 
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from optuna.distributions import FloatDistribution, IntDistribution
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -32,17 +31,16 @@ class Net(nn.Module):
             nn.Conv2d(1, 16, 5, stride=2, bias=False),  # (16, 12, 12), 5
             nn.BatchNorm2d(16),
             nn.ReLU(),
-            nn.Conv2d(16, 24, 3, bias=False),  # (24, 10, 10), 9
-            nn.BatchNorm2d(24),
+            nn.Conv2d(16, 16, 3, bias=False),  # (16, 10, 10), 9
+            nn.BatchNorm2d(16),
             nn.ReLU(),
-            nn.Conv2d(24, 32, 3, bias=False),  # (32, 8, 8), 13
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # (32, 4, 4), 15
-            nn.Conv2d(32, 64, 3, bias=False),  # (64, 2, 2), 23
+            nn.MaxPool2d(2),  # (16, 5, 5), 11
+            nn.Conv2d(16, 64, 3, bias=False),  # (64, 3, 3), 19
             nn.BatchNorm2d(64),
             nn.ReLU(),
-            nn.AvgPool2d(2),  # (64, 1, 1), 27
+            nn.Conv2d(64, 64, 3, bias=False),  # (64, 1, 1), 27
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
             nn.Flatten(),
             nn.Linear(64, 10),
         )
@@ -53,15 +51,26 @@ class Net(nn.Module):
 
 EXPERIMENT = Experiment(
     net=Net,
-    epochs=3,
-    batch_size=128,
-    optimizer=partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-    scheduler=partial(OneCycleLR, max_lr=0.2, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False),
+    epochs=2,
+    batch_size=160,
+    optimizer=partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=0.00025),
+    scheduler=partial(OneCycleLR, max_lr=0.43, pct_start=0.16, anneal_strategy="linear", cycle_momentum=False),
     scheduler_interval="batch",
-    loss=partial(F.cross_entropy, label_smoothing=0.1),
-    augmentation=partial(random_affine, degrees=5.0, shift=1.0, scale=0.0),
+    loss=partial(F.cross_entropy, label_smoothing=0.03),
+    augmentation=partial(random_affine, degrees=1.3, shift=1.3, scale=0.036),
     targets=Targets(accuracy=99.4),
 )
 
+SEARCH = {
+    "max_lr": FloatDistribution(0.05, 0.6, log=True),
+    "pct_start": FloatDistribution(0.1, 0.4),
+    "label_smoothing": FloatDistribution(0.0, 0.2),
+    "degrees": FloatDistribution(0.0, 10.0),
+    "shift": FloatDistribution(0.0, 2.0),
+    "scale": FloatDistribution(0.0, 0.1),
+    "batch_size": IntDistribution(64, 256, step=32),
+    "weight_decay": FloatDistribution(0.0, 0.001),
+}
+
 if __name__ == "__main__":
-    main(EXPERIMENT)
+    main(EXPERIMENT, search=SEARCH)
