@@ -260,9 +260,12 @@ def test_a_bad_picture_among_others_loses_none_of_them(
     shown, said = capsys.readouterr()
     assert said.startswith(f"error: {tmp_path / '1.png'}: ")
     assert len(said.splitlines()) == 1
-    rows = re.findall(r"^(\S+\.png) +(\d) +[\d.]+ % +(\d) \([\d.]+ %\)$", shown, re.MULTILINE)
-    assert [row[:2] for row in rows] == [(str(tmp_path / f"{n}.png"), digit) for n, digit in ((0, "7"), (2, "1"))]
-    assert all(digit != runner_up for _, digit, runner_up in rows)
+    rows = re.findall(r"^(\S+\.png) +(\d) +([\d.]+) % +(\d) \(([\d.]+) %\)$", shown, re.MULTILINE)
+    read = mnist_lab.predict(digits[[0, 2]], tracking_uri=uri).probabilities
+    assert [(row[0], row[1]) for row in rows] == [(str(tmp_path / f"{n}.png"), one) for n, one in ((0, "7"), (2, "1"))]
+    for (_, digit, first, runner_up, second), shares in zip(rows, 100 * read, strict=True):
+        assert [float(first), float(second)] == pytest.approx(sorted(shares)[:-3:-1], abs=0.0051)
+        assert [float(first), float(second)] == pytest.approx(shares[[int(digit), int(runner_up)]], abs=0.0051)
     assert {"picture", "runner-up"} <= set(shown.splitlines()[0].split())
     assert f", the champion of docs/results, run {champion.run_id}." in shown
     assert shown.count("as the network sees it:") == 2
