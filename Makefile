@@ -14,6 +14,8 @@ INSTALLED := .venv/.installed
 
 export UV_PYTHON_DOWNLOADS ?= never
 export MLFLOW_DISABLE_TELEMETRY := true
+# torch's threads wait for each other by spinning: not long, or beside other work they spin while that has the cores.
+export GOMP_SPINCOUNT ?= 10000
 
 # In order; the network that teaches step 9 is trained before it.
 STEPS := step1 step2 step3 step4 step5 step6 step7 step8 teacher step9
