@@ -81,9 +81,9 @@ def main() -> None:
     jobs = parser.add_subparsers(required=True, metavar="JOB", dest="job")
     for name, (run, _, flags) in JOBS.items():
         text = str(run.__doc__).rstrip(".")
-        of_job = jobs.add_parser(name, help=text, description=text)
+        subparser = jobs.add_parser(name, help=text, description=text)
         for option, settings in flags:
-            of_job.add_argument(option, **settings)
+            subparser.add_argument(option, **settings)
     arguments = parser.parse_args()
     run, begins, _ = JOBS[arguments.job]
     interrupt_on_signals()
@@ -119,9 +119,9 @@ def compare(arguments: argparse.Namespace) -> None:
 
     steps, loaded = arguments.steps or None, results.load_runs(arguments.tracking_uri)
     holdout, folds = arguments.holdout, arguments.folds
-    of: dict[str, Any] = {"holdout": holdout, "folds": folds, "loaded": loaded}
+    protocol: dict[str, Any] = {"holdout": holdout, "folds": folds, "loaded": loaded}
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    shown: dict[str, Any] = {**of, "include_overrides": arguments.include_overrides or "if_none"}
+    shown: dict[str, Any] = {**protocol, "include_overrides": arguments.include_overrides or "if_none"}
     table = results.compare_table(steps, **shown)
     if table.empty:
         raise LabError(f"no finished runs in {loaded.name}; train first, e.g. `make step1`")
@@ -132,14 +132,15 @@ def compare(arguments: argparse.Namespace) -> None:
         lines.append(f"{row['step']}: left out: {counted(row['left_out'], 'older run')} by other code (code_sha256).")
     for row in table[table["seeds"] < folds].to_dict("records"):
         lines.append(f"{row['step']}: only {row['seeds']} of {folds} folds are there.")
-    if overridden := len(results.compare_table([*table["step"].unique()], include_overrides=True, **of)) - len(table):
+    every = results.compare_table([*table["step"].unique()], include_overrides=True, **protocol)
+    if overridden := len(every) - len(table):
         variants = counted(overridden, "overridden variant")
         lines.append(f"Left out: {variants} of these experiments; --include-overrides shows them.")
     lines += _changed_scripts(newest_runs(results.run_table(steps, columns="all", **shown)))
     print(results.compare_text(table, holdout=holdout, folds=folds, width=width), end="\n\n")
     folded = partial(textwrap.fill, width=width) if width else str
     print("\n".join(map(folded, lines)))
-    comparisons, refused = _effects(arguments.steps, of)
+    comparisons, refused = _effects(arguments.steps, protocol)
     if comparisons:
         print("\nWhat each change is worth: accuracy of the last epoch, in points, with 95 % interval\n")
         print(effects_text(comparisons, width))
@@ -158,19 +159,19 @@ def _changed_scripts(runs: pd.DataFrame) -> Iterator[str]:
             yield f"{step}: its script has changed since these runs; train it anew for figures of the script as it is."
 
 
-def _effects(steps: Sequence[str], of: Mapping[str, Any]) -> tuple[list[Comparison], list[str]]:
+def _effects(steps: Sequence[str], protocol: Mapping[str, Any]) -> tuple[list[Comparison], list[str]]:
     """Return what the declared changes among these steps are worth, or all, and why the others are not compared."""
     from mnist_lab import results
     from mnist_lab.results.compare import declared_pairs
     from mnist_lab.results.runs import full_names
 
-    named = {*full_names(steps, of["loaded"])}
+    named = {*full_names(steps, protocol["loaded"])}
     pairs = [pair for pair in declared_pairs() if not named or {pair.a, pair.b} <= named]
-    comparisons, refused = results.compare_pairs(pairs, **of)
+    comparisons, refused = results.compare_pairs(pairs, **protocol)
     if comparisons or refused or len(steps) != 2:
         return comparisons, refused
     try:
-        return [results.compare(*steps, **of)], []
+        return [results.compare(*steps, **protocol)], []
     except LabError as error:
         return [], [f"not compared: {error}"]
 
@@ -298,8 +299,8 @@ def champion(arguments: argparse.Namespace) -> None:
     run = results.median_run(script_named(arguments.step), tracking_uri=arguments.tracking_uri)
     store = open_store(arguments.tracking_uri)
     version = models.register(store, run["run_id"])
-    said = f"{run['step']} seed {run['seed']}, the median of its seeds, with {run['final_test_accuracy']:.2f} %"
-    print(f"{models.CHAMPION}, version {version}: {said}")
+    origin_text = f"{run['step']} seed {run['seed']}, the median of its seeds, with {run['final_test_accuracy']:.2f} %"
+    print(f"{models.CHAMPION}, version {version}: {origin_text}")
     if arguments.commit:
         kept = {name: run[name] for name in ("step", "run_id", "code_sha256", "git_commit", "hardware", "torch")}
         seed, num_params, accuracy = int(run["seed"]), int(run["num_params"]), float(run["final_test_accuracy"])
@@ -342,28 +343,28 @@ def resume(arguments: argparse.Namespace) -> None:
     from mnist_lab.running import checkpoint
 
     uri, named = tracking_uri(arguments.tracking_uri), arguments.run_id
-    there = [checkpoint.find(uri, run_id=named)] if named else [*checkpoint.interrupted(uri)]
-    reasons = [(one, _why_not(one, uri, named=bool(named))) for one in there]
+    found = [checkpoint.find(uri, run_id=named)] if named else [*checkpoint.interrupted(uri)]
+    reasons = [(one, _why_not(one, uri, named=bool(named))) for one in found]
     refused = [f"{one.name} can't go on: {reason}" for one, reason in reasons if reason]
     able = [one for one, reason in reasons if not reason]
     if not able:
         none = f"there is no interrupted run with a finished epoch in {checkpoint.folder(uri)}"
         raise LabError(f"resume: {'; '.join(refused) or none}")
-    found = able[0]
-    print(f"Going on with {found.step} seed {found.seed} after epoch {found.epochs[-1].epoch}.")
-    alike = [one for one in able if one.identity == found.identity]
+    newest = able[0]
+    print(f"Going on with {newest.step} seed {newest.seed} after epoch {newest.epochs[-1].epoch}.")
+    alike = [one for one in able if one.identity == newest.identity]
     if len(seeds := sorted({one.seed for one in alike})) > 1:
-        flags = [f"--set {name}={value}" for name, value in found.changes.items()]
-        flags += [f"--{name} {value}" for name in ("limit", "holdout") if (value := getattr(found, name))]
-        command = f"make {found.step} SEEDS={','.join(map(str, seeds))}"
+        flags = [f"--set {name}={value}" for name, value in newest.changes.items()]
+        flags += [f"--{name} {value}" for name in ("limit", "holdout") if (value := getattr(newest, name))]
+        command = f"make {newest.step} SEEDS={','.join(map(str, seeds))}"
         print(f'With the other seeds, as a study does: {command} ARGS="{" ".join(flags)}"')
     others = [f"Interrupted too: {one.name}" for one in able if one not in alike]
     for line in [*others, *(f"Left out: {sentence}" for sentence in refused)]:
         print(line)
     sys.stdout.flush()
-    script = str(Path(found.script).resolve())
+    script = str(Path(newest.script).resolve())
     os.environ["MLFLOW_TRACKING_URI"] = uri  # other users can read a command line, and there may be a password in it
-    os.execv(sys.executable, [sys.executable, script, "--resume", found.run_id])  # noqa: S606 - a script of this project
+    os.execv(sys.executable, [sys.executable, script, "--resume", newest.run_id])  # noqa: S606 - a script of this project
 
 
 def _why_not(found: Checkpoint, uri: str, *, named: bool) -> str:

@@ -228,10 +228,10 @@ def print_result(result: RunResult, job: Job) -> None:
     if result.verdicts:
         print(verdict_table(result.verdicts) + "\n")
     names, reported = (*job.protocol.summary, *job.protocol.at_times), job.experiment.reported
-    told = {"measured": result.measured, **({"reported": reported} if reported.keys() & {*names} else {})}
+    figures = {"measured": result.measured, **({"reported": reported} if reported.keys() & {*names} else {})}
     measures = {name: MEASURES[name] for name in names if name in result.measured}
-    rows = [(one.label, *(one.text(of.get(name)) for of in told.values())) for name, one in measures.items()]
-    print(tabulate(rows, headers=("", *told), disable_numparse=True))
+    rows = [(one.label, *(one.text(values.get(name)) for values in figures.values())) for name, one in measures.items()]
+    print(tabulate(rows, headers=("", *figures), disable_numparse=True))
     if job.holdout:
         print("\nThe accuracy that counts is the final test accuracy: the test images were read once, at the end.")
     else:

@@ -74,7 +74,7 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     measured = HELD_OUT if "validation_accuracy" in history and "test_accuracy" not in history else TESTED
     history = _first_runs(history, measured.curves)
     curves: dict[str, tuple[pd.DataFrame, str]] = {
-        _name(step): (of_step, measured.part) for step, of_step in history.groupby("step", sort=False)
+        _name(step): (rows, measured.part) for step, rows in history.groupby("step", sort=False)
     }
     one_step = len(curves) == 1
     if one_step:
@@ -83,8 +83,8 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
-        for (name, (of, part)), look in zip(curves.items(), cycle(LOOKS), strict=False):
-            values = of.set_index(["epoch", "seed"])[f"{part}_{metric}"].replace([math.inf, -math.inf], math.nan)
+        for (name, (rows, part)), look in zip(curves.items(), cycle(LOOKS), strict=False):
+            values = rows.set_index(["epoch", "seed"])[f"{part}_{metric}"].replace([math.inf, -math.inf], math.nan)
             _plot_over_seeds(axes, values.unstack("seed"), name, look)
         axes.set_ylabel(f"{metric} ({MEASURES[f'{measured.part}_{metric}'].unit})")
         _finish_epochs(axes, history)

@@ -194,26 +194,26 @@ def compare_runs(
 
 
 def _compare(pair: Pair, runs: pd.DataFrame, uri: str, folds: int) -> Comparison:
-    of_a, of_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
+    runs_a, runs_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
     figure = protocol(0, folds).judged
-    for step, of in ((pair.a, of_a), (pair.b, of_b)):
-        if folds and len(of) < folds:
-            raise LabError(f"{step} has {len(of)} of {folds} folds; the command that trained them trains the others")
-    if len(of_a) == len(of_b) == 1:
-        said_a, said_b = (predictions(of["run_id"].iloc[0], tracking_uri=uri) for of in (of_a, of_b))
-        if not said_a["truth"].equals(said_b["truth"]):
+    for step, count in ((pair.a, len(runs_a)), (pair.b, len(runs_b))):
+        if count < folds:
+            raise LabError(f"{step} has {count} of {folds} folds; the command that trained them trains the others")
+    if len(runs_a) == len(runs_b) == 1:
+        read_a, read_b = (predictions(one["run_id"].iloc[0], tracking_uri=uri) for one in (runs_a, runs_b))
+        if not read_a["truth"].equals(read_b["truth"]):
             raise LabError("the predictions of the two runs are not of the same images")
-        right_a, right_b = (said["truth"] == said["prediction"] for said in (said_a, said_b))
+        right_a, right_b = (read["truth"] == read["prediction"] for read in (read_a, read_b))
         return Comparison.of(pair, statistics.mcnemar_exact(right_a, right_b))
-    if min(len(of_a), len(of_b)) == 1:
-        single, several = (pair.a, pair.b) if len(of_a) == 1 else (pair.b, pair.a)
+    if min(len(runs_a), len(runs_b)) == 1:
+        single, several = (pair.a, pair.b) if len(runs_a) == 1 else (pair.b, pair.a)
         raise LabError(
-            f"{single} has one seed and {several} has {max(len(of_a), len(of_b))}: a test needs at least two of each, "
-            f'e.g. `make {single} ARGS="--seed 1"`'
+            f"{single} has one seed and {several} has {max(len(runs_a), len(runs_b))}: a test needs at least two of "
+            f'each, e.g. `make {single} ARGS="--seed 1"`'
         )
-    both = of_a.merge(of_b, on="seed")
+    both = runs_a.merge(runs_b, on="seed")
     made_on = both[["hardware_x", "hardware_y"]].fillna("").itertuples(index=False, name=None)
     # One fold has the same images on all hardware.
     paired = folds > 0 or all(rounds_alike(on_a, on_b) for on_a, on_b in made_on)
-    a, b = (dict(zip(of["seed"], of[figure], strict=True)) for of in (of_a, of_b))
+    a, b = (dict(zip(trained["seed"], trained[figure], strict=True)) for trained in (runs_a, runs_b))
     return Comparison.of(pair, statistics.compare_means(a, b, paired=paired))

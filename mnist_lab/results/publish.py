@@ -115,8 +115,8 @@ def _laid_over(own: files.Records, old: files.Records) -> files.Records:
     elsewhere = same_code & ~files.among(old.runs, own.runs, "step", "seed")
     kept = old.runs[~files.among(old.runs, own.runs, "step") | elsewhere]
     runs, epochs, settings, mistakes = (
-        files.joined([], mine, theirs[files.among(theirs, kept, "step", "seed")])
-        for mine, theirs in zip(own[:4], old[:4], strict=True)
+        files.joined([], rows, published[files.among(published, kept, "step", "seed")])
+        for rows, published in zip(own[:4], old[:4], strict=True)
     )
     folds = files.joined(files.FOLD_COLUMNS, own.folds, old.folds[~files.among(old.folds, own.folds, "step", "folds")])
     folds = folds[~files.among(folds, runs, "step") | files.among(folds, runs, "step", "code_sha256")]
@@ -167,7 +167,7 @@ def compare_folds(rows: pd.DataFrame) -> list[Comparison]:
     """Compare the pairs that scripts declare and that have the same folds."""
     pairs, runs = declared_pairs(), files.typed(rows, files.FOLD_COLUMNS)
     alike = [(folds, runs[runs["folds"] == folds]) for folds in runs["folds"].unique()]
-    return adjust([found for folds, of in alike for found in compare_runs(pairs, of, folds)[0]])
+    return adjust([found for folds, trained in alike for found in compare_runs(pairs, trained, folds)[0]])
 
 
 def effect_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -186,18 +186,18 @@ def summary_of(rows: pd.DataFrame) -> pd.DataFrame:
 def tables(records: files.Records) -> dict[str, str]:
     """Return each table that is made of the rows of the CSVs, by the name of its template and its markers."""
     summary = summary_of(records.runs)
-    folds = {key: of.to_dict("records") for key, of in records.folds.groupby(["step", "folds"], sort=False)}
-    told = {
+    folds = {key: rows.to_dict("records") for key, rows in records.folds.groupby(["step", "folds"], sort=False)}
+    values = {
         "experiments": summary.to_dict("records"),
         "headline": headline(summary).to_dict("records"),
         "comparisons": compare_rows(records.runs),
-        "studies": {step: of.to_dict("records") for step, of in records.runs.groupby("step", sort=False)},
+        "studies": {step: rows.to_dict("records") for step, rows in records.runs.groupby("step", sort=False)},
         "new_images": {step: _new_images(files.rows_of(step, records.mistakes)) for step in summary["step"]},
-        "validated": {key: aggregate([float(row["accuracy"]) for row in of]) for key, of in folds.items()},
+        "validated": {key: aggregate([float(row["accuracy"]) for row in rows]) for key, rows in folds.items()},
         "folds": folds,
         "fold_comparisons": compare_folds(records.folds),
     }
-    return {name: TEMPLATES.get_template(f"{name}.md").render(told).strip() for name in TABLES}
+    return {name: TEMPLATES.get_template(f"{name}.md").render(values).strip() for name in TABLES}
 
 
 def _new_images(mistakes: pd.DataFrame) -> tuple[int, float, float] | None:

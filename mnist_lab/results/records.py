@@ -120,8 +120,8 @@ def rows_of(step: str, rows: pd.DataFrame) -> pd.DataFrame:
 
 def among(rows: pd.DataFrame, others: pd.DataFrame, *columns: str) -> pd.Series[bool]:
     """Say of each row whether the other rows have its cells of these columns."""
-    mine, theirs = (pd.MultiIndex.from_frame(table[[*columns]].astype("str")) for table in (rows, others))
-    return pd.Series(mine.isin(theirs), rows.index)
+    keys, other_keys = (pd.MultiIndex.from_frame(table[[*columns]].astype("str")) for table in (rows, others))
+    return pd.Series(keys.isin(other_keys), rows.index)
 
 
 def joined(columns: Iterable[str], *tables: pd.DataFrame) -> pd.DataFrame:
@@ -199,11 +199,11 @@ def _mistakes(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
     unknown = []
     for step, seed, run_id in runs[["step", "seed", "run_id"]].itertuples(index=False, name=None):
         try:
-            told = predictions_of(loaded.found[run_id], loaded.uri)
+            read = predictions_of(loaded.found[run_id], loaded.uri)
         except LabError as error:
             unknown.append(f"{step} seed {seed} ({error})")
             continue
-        wrong = told[told["truth"] != told["prediction"]].rename_axis("image").reset_index()
+        wrong = read[read["truth"] != read["prediction"]].rename_axis("image").reset_index()
         yield cells(wrong.assign(step=step, seed=seed), MISTAKE_COLUMNS)
     if unknown:
         logger.warning("not known: which test images %d runs got wrong, the first is %s", len(unknown), unknown[0])
@@ -271,8 +271,8 @@ def _read(file: Path, columns: Columns, *key: str) -> pd.DataFrame:
 
 
 def _check_once(file: Path, table: pd.DataFrame, *key: str) -> None:
-    for place, *what in table.loc[table.duplicated([*key]), [*key]].itertuples(name=None):
-        raise LabError(f"{file}, row {place + 2}, {key[-1]}: {' '.join(what)} is there twice")
+    for place, *cells_of_key in table.loc[table.duplicated([*key]), [*key]].itertuples(name=None):
+        raise LabError(f"{file}, row {place + 2}, {key[-1]}: {' '.join(cells_of_key)} is there twice")
 
 
 def _read_settings(file: Path, runs: pd.DataFrame) -> pd.DataFrame:

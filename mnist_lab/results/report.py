@@ -111,11 +111,11 @@ def write_report(
     runs = results.newest_runs(results.run_table(columns="all", include_overrides="if_none", loaded=loaded))
     published = {file.stem for file in PUBLISHED.glob("*.csv")}
     copied = find_copies(stories, published)
-    told = {*stories, *troubles, *runs["step"]}
+    names = {*stories, *troubles, *runs["step"]}
     if steps:
-        named = [next((name for name in (step, script_named(step)) if name in told), None) for step in steps]
-        told = {name or full_names(step, loaded)[0] for name, step in zip(named, steps, strict=True)}
-        runs = runs[runs["step"].isin(told)]
+        named = [next((name for name in (step, script_named(step)) if name in names), None) for step in steps]
+        names = {name or full_names(step, loaded)[0] for name, step in zip(named, steps, strict=True)}
+        runs = runs[runs["step"].isin(names)]
     if runs.empty:
         raise LabError("no finished run to report on; train first, e.g. `make step1`")
     history = results.epoch_history(include_overrides="if_none", loaded=loaded)
@@ -124,7 +124,7 @@ def write_report(
     images = load_mnist().test_images[:, 0].numpy()  # (10000, 28, 28)
     chapters = [
         Chapter(one, stories.get(one), troubles.get(one, ""), copied.get(one, ""), one in published, rows.get(one))
-        for one in sorted(told, key=step_order)
+        for one in sorted(names, key=step_order)
     ]
     drawn = [chapter for chapter in chapters if chapter.row]
     for number, chapter in enumerate(drawn, start=1):

@@ -93,11 +93,11 @@ def restore(
         )
         steps = {step: [*runs] for step, runs in groupby(missing, key=lambda run: run.step)}
         studies, added = sum(len(runs) > 1 for runs in steps.values()), sum(map(len, steps.values()))
-        there = search(store, f"tags.{DIGEST} LIKE '%'")
-        whole = [run for run in there if run.info.status == "FINISHED" and run.data.tags[DIGEST] == marks[DIGEST]]
-        if len(whole) == len(there) == added + studies:
+        restored = search(store, f"tags.{DIGEST} LIKE '%'")
+        whole = [run for run in restored if run.info.status == "FINISHED" and run.data.tags[DIGEST] == marks[DIGEST]]
+        if len(whole) == len(restored) == added + studies:
             return Restored(0, 0, there=len(committed))
-        for run in there:
+        for run in restored:
             with uninterrupted():
                 store.client.delete_run(run.info.run_id)
         for number, (step, runs) in enumerate(steps.items(), start=1):
@@ -123,11 +123,11 @@ def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -
             for kind in ("param", "tag")
         )
         history = _of_run(every_epoch, row).to_dict("records")
-        _check(folder, row, params, [of["epoch"] for of in history], len(mistakes))
+        _check(folder, row, params, [epoch["epoch"] for epoch in history], len(mistakes))
         targets = stated_targets(row)
         figures = {name: row[name] for name in TESTED.once if name in row}
         if targets.accuracy is not None and history:
-            figures["epochs_at_target"] = sum(of["test_accuracy"] >= targets.accuracy for of in history)
+            figures["epochs_at_target"] = sum(epoch["test_accuracy"] >= targets.accuracy for epoch in history)
         accuracies = [row["final_test_accuracy"]]
         verdicts = judge(targets, accuracies=accuracies, num_params=row["num_params"], epochs=row["epochs"])
         tags = {
@@ -160,8 +160,8 @@ def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -
 
 
 def _of_run(rows: pd.DataFrame, run: Mapping[Any, Any]) -> pd.DataFrame:
-    mine: pd.DataFrame = rows[(rows["step"] == run["step"]) & (rows["seed"] == run["seed"])]
-    return mine
+    of_run: pd.DataFrame = rows[(rows["step"] == run["step"]) & (rows["seed"] == run["seed"])]
+    return of_run
 
 
 def _check(folder: Path, row: Mapping[Any, Any], params: object, epochs: list[int], mistakes: int) -> None:
@@ -193,7 +193,7 @@ def _restore(store: Store, runs: Sequence[Committed]) -> None:
         ids = [_run(store, run, tracked.run_id) for run in runs]
         finished = [FinishedRun(one, run.seed, run.figures) for one, run in zip(ids, runs, strict=True)]
         log_verdict(tracked, judge_runs(runs[0].targets, runs[0].epochs, tracked.run_id, finished), script_of(step))
-        history = [{"run_id": one, **of} for one, run in zip(ids, runs, strict=True) for of in run.history]
+        history = [{"run_id": run_id, **epoch} for run_id, run in zip(ids, runs, strict=True) for epoch in run.history]
         log_curves(tracked, history, runs[0].targets)
 
 
@@ -201,7 +201,8 @@ def _run(store: Store, run: Committed, parent_run_id: str | None) -> str:
     past, name = _past(store, run.start, run.end), f"{run.step} seed {run.seed}"
     with track(past, name, params=run.params, tags=run.tags, parent_run_id=parent_run_id) as tracked:
         points = {
-            of["epoch"]: {name: of[name] for name in files.EPOCH_FIGURES if pd.notna(of[name])} for of in run.history
+            row["epoch"]: {name: row[name] for name in files.EPOCH_FIGURES if pd.notna(row[name])}
+            for row in run.history
         }
         tracked.log_missing(points)
         tracked.log_once(run.figures)
@@ -220,5 +221,5 @@ def _shared(of_runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {
         name: value
         for name, value in of_runs[0].items()
-        if name not in NOT_SHARED and not name.startswith("verdict_") and all(of.get(name) == value for of in of_runs)
+        if name not in NOT_SHARED and not name.startswith("verdict_") and all(run.get(name) == value for run in of_runs)
     }

@@ -309,12 +309,12 @@ def _find_runs(
         counted: str | pd.Series[str] = ""
         if overridden == "if_none":
             by_step = runs.groupby("step")["overrides"]
-            counted = by_step.transform(lambda of_step: "" if "" in set(of_step) else of_step.iloc[0])
+            counted = by_step.transform(lambda texts: "" if "" in set(texts) else texts.iloc[0])
         runs = runs[runs["overrides"] == counted]
     for step in set(named or ()) - set(runs["step"]):
         if status == "FINISHED":
-            of_step = _kinds(loaded.runs[loaded.runs["step"] == step])
-            raise LabError(f"steps: no finished run of {step!r} as declared and asked for; there are: {of_step}")
+            kinds = _kinds(loaded.runs[loaded.runs["step"] == step])
+            raise LabError(f"steps: no finished run of {step!r} as declared and asked for; there are: {kinds}")
     if seeds is not None:
         runs = runs[runs["seed"].isin(list(seeds) if isinstance(seeds, Iterable) else [seeds])]
     return replace(loaded, runs=runs)
@@ -351,8 +351,8 @@ def full_names(steps: Iterable[str] | str, loaded: LoadedRuns) -> list[str]:
         alike = [name for name in known if name in (step, script_named(step))]
         alike = alike[:1] or [name for name in known if short and name.startswith(f"{step}_")]
         if len(alike) != 1:
-            what = f"{step!r} is not clear" if alike else f"no run of {step!r} in {loaded.name}"
-            raise LabError(f"steps: {what}; there are runs of {', '.join(alike or known)}")
+            problem = f"{step!r} is not clear" if alike else f"no run of {step!r} in {loaded.name}"
+            raise LabError(f"steps: {problem}; there are runs of {', '.join(alike or known)}")
         names += alike
     return names
 

@@ -48,8 +48,8 @@ class Checkpoint:
     @property
     def name(self) -> str:
         changed = {**self.changes, "limit": self.limit, "holdout": self.holdout}
-        told = "".join(f" {name}={value}" for name, value in changed.items() if value)
-        return f"{self.run_id} ({self.step} seed {self.seed}{told})"
+        settings = "".join(f" {name}={value}" for name, value in changed.items() if value)
+        return f"{self.run_id} ({self.step} seed {self.seed}{settings})"
 
 
 def folder(uri: str) -> Path:
@@ -130,7 +130,7 @@ def find(
     """
     asked = {"step": step, "run_id": run_id or None, **wanted}
     asked = {name: value for name, value in asked.items() if value is not None}
-    changes, there = changes or {}, []
+    changes, others = changes or {}, []
     for one in interrupted(uri):
         if step not in (None, one.step):
             continue
@@ -140,13 +140,13 @@ def find(
                 return one
             logger.warning("not used: checkpoint of run %s, which was deleted in MLflow", one.run_id)
         else:
-            there.append(one.name)
+            others.append(one.name)
     wish = ", ".join(
         f"{name} {'as declared' if value is None else quoted(value)}" for name, value in {**asked, **changes}.items()
     )
     raise LabError(
         f"resume: there is no interrupted run with {wish or 'a finished epoch'} in {folder(uri)}; "
-        f"there are: {', '.join(there) or 'none'}"
+        f"there are: {', '.join(others) or 'none'}"
     )
 
 

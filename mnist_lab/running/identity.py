@@ -155,8 +155,8 @@ def _canonical(node: object) -> str:
     fields = {name: value for name, value in ast.iter_fields(node) if name not in SILENT_FIELDS}
     if isinstance(node, ast.JoinedStr):  # Pythons split the text of f-strings differently
         fields["values"] = _joined(node.values)
-    told = (f"{name}={_canonical(value)}" for name, value in fields.items() if value not in (None, []))
-    return f"{type(node).__name__}({','.join(told)})"
+    named = (f"{name}={_canonical(value)}" for name, value in fields.items() if value not in (None, []))
+    return f"{type(node).__name__}({','.join(named)})"
 
 
 def _joined(parts: list[ast.expr]) -> list[ast.expr]:

@@ -193,8 +193,8 @@ def describe(script: Path, overrides: str = "", verdicts: Sequence[Verdict] = ()
     parts += [more, f"**Overridden:** `{overrides}`" if overrides else ""]
     with suppress(LabError):  # a script that was moved while it ran
         story = read_story(script)
-        told = story.markdown("Target", "Change") if overrides else story.markdown()
-        parts += [f"The docstring of {script.name}:", told] if told else []
+        sections = story.markdown("Target", "Change") if overrides else story.markdown()
+        parts += [f"The docstring of {script.name}:", sections] if sections else []
     return "\n\n".join(part for part in parts if part)
 
 

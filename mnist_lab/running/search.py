@@ -112,8 +112,8 @@ def search(
             progress.on_search(study.study_name, count, _counts(study).done, trainers.room(), job.device)
             trainers.train(store, tracked.run_id, tasks(), progress, on_end)
             counts, best = _counts(study), _finished(study)[:BEST]
-            of_one = sd_of_accuracy(best[0].accuracy, job.holdout) if best else 0.0
-            too_good = expected_maximum(max(1, counts.finished + counts.pruned)) * of_one
+            sd = sd_of_accuracy(best[0].accuracy, job.holdout) if best else 0.0
+            too_good = expected_maximum(max(1, counts.finished + counts.pruned)) * sd
             result = SearchResult(tracked.run_id, study.study_name, counts, best, too_good)
             _log(tracked, study, job, result)
     return result

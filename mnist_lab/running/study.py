@@ -97,7 +97,7 @@ def judge_runs(
     aggregates, verdicts = {}, []
     if runs:
         figures = {name: [run.metrics[name] for run in runs] for name in measured.over_seeds}
-        aggregates = {name: aggregate(of, targets.accuracy) for name, of in figures.items()}
+        aggregates = {name: aggregate(values, targets.accuracy) for name, values in figures.items()}
         num_params = int(runs[0].metrics["num_params"])
         verdicts = judge(targets, accuracies=figures[measured.judged], num_params=num_params, epochs=epochs)
     return StudyResult(run_id, list(runs), [], {}, aggregates, verdicts, measured.unit)
@@ -135,11 +135,11 @@ def log_curves(tracked: TrackedRun, history: Sequence[Mapping[str, object]], tar
     if not history:
         return
     frame = pd.DataFrame.from_records(list(history))
-    of_epoch = frame.groupby("epoch")
-    means = of_epoch[[name for name in frame if name in MEASURES]].agg(fmean)
-    whole: dict[Any, dict[Any, float]] = means[of_epoch.size() == frame["run_id"].nunique()].to_dict("index")
+    by_epoch = frame.groupby("epoch")
+    means = by_epoch[[name for name in frame if name in MEASURES]].agg(fmean)
+    of_all: dict[Any, dict[Any, float]] = means[by_epoch.size() == frame["run_id"].nunique()].to_dict("index")
     tracked.log_missing(
-        {epoch: {name: mean for name, mean in of.items() if mean == mean} for epoch, of in whole.items()}
+        {epoch: {name: mean for name, mean in row.items() if mean == mean} for epoch, row in of_all.items()}
     )
     tracked.log_figures({"training": plot_training(frame, targets.accuracy)})
 

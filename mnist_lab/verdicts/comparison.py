@@ -63,8 +63,8 @@ class Comparison(Difference, Pair):
         """What was shown: "better by 0.12 points", or "no difference shown (needs about 40 seeds for 0.03 points)"."""
         size = f"{abs(self.effect):.2f} points"
         if self.shown:
-            of = " in this one run of each" if self.test == MCNEMAR else ""
-            return f"{self.word} by {size}{of}"
+            where = " in this one run of each" if self.test == MCNEMAR else ""
+            return f"{self.word} by {size}{where}"
         if self.test == MCNEMAR:
             return "no difference shown by one run of each"
         if self.p < ALPHA_DIFFERENCE:

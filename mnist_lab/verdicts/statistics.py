@@ -121,8 +121,8 @@ def interval_for_new_images(wrong: NDArray[np.bool_]) -> tuple[float, float]:
     mean, (seeds, images) = wrong.mean(), wrong.shape
     by_seed = seeds / (seeds - 1) * ((wrong.sum(axis=1) - images * mean) ** 2).sum()
     by_image = images / (images - 1) * ((wrong.sum(axis=0) - seeds * mean) ** 2).sum()
-    of_each = wrong.size * mean * (1 - mean)
-    deviation = math.sqrt(max(by_seed + by_image - of_each, by_seed, by_image)) / wrong.size
+    by_both = wrong.size * mean * (1 - mean)
+    deviation = math.sqrt(max(by_seed + by_image - by_both, by_seed, by_image)) / wrong.size
     half = float(stats.t.ppf(0.975, min(seeds, images) - 1)) * deviation
     low, high = np.clip([1 - mean - half, 1 - mean + half], 0.0, 1.0)
     return 100 * float(low), 100 * float(high)
