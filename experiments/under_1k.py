@@ -1,16 +1,16 @@
-"""Under 1,000 parameters: one convolution, used four times.
+"""Under 1,000 parameters: one pair of kernels, used four times.
 
-Target: 98.6 % in the last epoch, with fewer than 1,000 parameters in fewer than 15 epochs.
+Target: 98.7 % in the last epoch, with fewer than 1,000 parameters in fewer than 15 epochs.
 
-Change: step 8's layers have 9 channels each, and those behind the first share one 3x3 kernel. Each of its four uses has
-a batch norm of its own, and the last layer has no bias: 990 parameters. The augmentation is weaker (5 degrees, 1 pixel,
+Change: step 8's layers have 17 channels each. Those behind the first share a 1x1 kernel that mixes the channels and a
+depthwise 3x3 kernel behind it, with a batch norm without parameters between the two. Each of their four uses has a
+batch norm of its own, and the last layer has no bias: 935 parameters. The augmentation is weaker (5 degrees, 1 pixel,
 no scaling) and the learning rate 0.5, as in under_2k.
 
-Result: 98.72 +- 0.11 % in the last epoch (mean and sd of seeds 0 to 9, two cores of an AMD EPYC without AVX-512, torch
-2.15) and 98.77 at best; training accuracy 98.32. The mean is shown to be above 98.6 (p = 0.003).
+Result: not trained yet.
 
-Analysis: all targets are met. Width is what counts here: on held-out images 9 channels are 0.36 points above 8, after
-six epochs of one seed. The network still gets 1.7 % of its augmented training images wrong: its size limits it.
+Analysis: width is what counts here: a whole 3x3 kernel has room for 9 channels. On held-out images, after six epochs,
+the pair is 0.25 points above it (98.38 and 98.13, two seeds each), and without the batch norm between them 0.02.
 """
 
 from functools import partial
@@ -27,28 +27,26 @@ from mnist_lab.augmentation import random_affine
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        shared = nn.Conv2d(9, 9, 3, bias=False)
+        mix = nn.Conv2d(17, 17, 1, bias=False)
+        depthwise = nn.Conv2d(17, 17, 3, groups=17, bias=False)
+
+        def block() -> nn.Sequential:
+            between = nn.BatchNorm2d(17, affine=False)
+            return nn.Sequential(mix, between, depthwise, nn.BatchNorm2d(17), nn.ReLU())
+
         self.layers = nn.Sequential(  # after each: output (channels, height, width), receptive field in pixels
-            nn.Conv2d(1, 9, 3, bias=False),  # (9, 26, 26), 3
-            nn.BatchNorm2d(9),
+            nn.Conv2d(1, 17, 3, bias=False),  # (17, 26, 26), 3
+            nn.BatchNorm2d(17),
             nn.ReLU(),
-            shared,  # (9, 24, 24), 5
-            nn.BatchNorm2d(9),
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # (9, 12, 12), 6
-            shared,  # (9, 10, 10), 10
-            nn.BatchNorm2d(9),
-            nn.ReLU(),
-            shared,  # (9, 8, 8), 14
-            nn.BatchNorm2d(9),
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # (9, 4, 4), 16
-            shared,  # (9, 2, 2), 24
-            nn.BatchNorm2d(9),
-            nn.ReLU(),
-            nn.AvgPool2d(2),  # (9, 1, 1), 28
+            block(),  # (17, 24, 24), 5
+            nn.MaxPool2d(2),  # (17, 12, 12), 6
+            block(),  # (17, 10, 10), 10
+            block(),  # (17, 8, 8), 14
+            nn.MaxPool2d(2),  # (17, 4, 4), 16
+            block(),  # (17, 2, 2), 24
+            nn.AvgPool2d(2),  # (17, 1, 1), 28
             nn.Flatten(),
-            nn.Linear(9, 10, bias=False),
+            nn.Linear(17, 10, bias=False),
         )
 
     def forward(self, images: Tensor) -> Tensor:  # (N, 1, 28, 28) -> (N, 10)
@@ -64,7 +62,7 @@ EXPERIMENT = Experiment(
     scheduler_interval="batch",
     augmentation=partial(random_affine, degrees=5.0, shift=1.0, scale=0.0),
     average=partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True),
-    targets=Targets(accuracy=98.6, params=1_000, epochs=15),
+    targets=Targets(accuracy=98.7, params=1_000, epochs=15),
 )
 
 if __name__ == "__main__":

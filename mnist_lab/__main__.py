@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_lab.commandline import DATA_DIR, TRACKING_URI, Flag, end, flag, interrupt_on_signals, number_from, sentences
+from mnist_lab.commandline import DATA_DIR, TRACKING_URI, Flag, flag, interrupt_on_signals, number_from, sentences
 from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError, counted, without_password
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named, sqlite_file, tracking_uri
@@ -84,7 +84,9 @@ def main() -> None:
         subparser = jobs.add_parser(name, help=text, description=text)
         for option, settings in flags:
             subparser.add_argument(option, **settings)
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        jobs.choices[arguments.job].error(f"unknown arguments: {' '.join(unknown)}")
     run, begins, _ = JOBS[arguments.job]
     interrupt_on_signals()
     with sentences():
@@ -142,9 +144,12 @@ def compare(arguments: argparse.Namespace) -> None:
     print("\n".join(map(folded, lines)))
     comparisons, refused = _effects(arguments.steps, protocol)
     if comparisons:
-        print("\nWhat each change is worth: accuracy of the last epoch, in points, with 95 % interval\n")
+        print(
+            "\n" + folded("What each change is worth: accuracy of the last epoch, in points, with 95 % interval") + "\n"
+        )
         print(effects_text(comparisons, width))
-        print("\np (Holm) is adjusted for the rows of this table; a difference is shown where it is below 0.05.")
+        rule = "A difference is shown where p (Holm), which is adjusted for the rows of this table, is below 0.05."
+        print("\n" + folded(rule))
     for sentence in refused:
         print("\n" + folded(sentence))
 
@@ -389,4 +394,3 @@ def _why_not(found: Checkpoint, uri: str, *, named: bool) -> str:
 
 if __name__ == "__main__":
     main()
-    end()

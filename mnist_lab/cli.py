@@ -8,19 +8,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from mnist_lab.arguments import stable_text
 from mnist_lab.commandline import (
     DATA_DIR,
     TRACKING_URI,
-    end,
     interrupt_on_signals,
     lasting_output,
     number_from,
     sentences,
 )
-from mnist_lab.console import Console, SearchConsole, StudyConsole, print_run_id, print_search, say_what_is_done
+from mnist_lab.console import Console, SearchConsole, StudyConsole, make, print_run_id, print_search, say_what_is_done
 from mnist_lab.errors import LabError, explain_mistakes, is_script
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.paths import tracking_uri
@@ -59,8 +59,7 @@ def main(
     """
     if only_read(experiment):
         return
-    caller = sys._getframe(1)
-    script = _started_script(caller.f_code.co_filename)  # a notebook shows a LabError's sentence by itself
+    script = _started_script(sys._getframe(1))  # a notebook shows a LabError's sentence by itself
     with lasting_output(), sentences():
         if not isinstance(experiment, Experiment):
             raise LabError(f"main: {quoted(experiment)} is no Experiment(net=..., ...)")
@@ -84,20 +83,21 @@ def main(
             _study(job, arguments)
         else:
             _run(job, arguments.seed or 0, resume)
-    end(caller)
 
 
-def _started_script(caller: str) -> Path:
-    """Return the script that was started; raises LabError in a notebook, or if it has called `main` before.
-
-    caller: the file of the code that calls `main`.
-    """
-    script = Path(sys.argv[0]).resolve()
-    if not (is_script(script) and Path(caller).exists()):
+def _started_script(caller: FrameType) -> Path:
+    """Return the script that was started; raises LabError in a notebook, or if it or a module called `main` before."""
+    program, file = sys.modules["__main__"], Path(caller.f_code.co_filename)
+    started = Path(getattr(program, "__file__", None) or "")  # absolute, whatever folder the script has gone to
+    script = (started if started.name == Path(sys.argv[0]).name else Path(sys.argv[0])).resolve()
+    is_own = caller.f_globals is vars(program) and not file.name.startswith("<")
+    if not (is_script(script) and (is_own or file.exists())):
         advice = "save the cell as experiments/NAME.py (%%writefile experiments/NAME.py) and start it by `make NAME`"
         raise LabError(f"main: is not called from a script, whose name and code tell its runs from others; {advice}")
-    program = sys.modules["__main__"]
-    if Path(getattr(program, "__file__", None) or "").resolve() == script:  # else a program has called it
+    if not is_own and caller.f_code.co_name == "<module>" and file.resolve() != script:
+        advice = 'there, put it under `if __name__ == "__main__":`'
+        raise LabError(f"main: {script.name} imports {file.name}, which calls main when it is imported; {advice}")
+    if started.resolve() == script:  # else a program has called it
         if hasattr(program, "_has_called_main"):
             advice = "give each experiment a script of its own, or vary a value with --set"
             raise LabError(f"script: {script.name} calls main a second time; {advice}")
@@ -111,9 +111,12 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     from mnist_lab.running import checkpoint
     from mnist_lab.running.job import Job, choose_device
 
-    changes: dict[str, object] = dict(assignment(text) for text in arguments.set)
-    given = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
-    changes |= {name: value for name, value in given.items() if value is not None}
+    given = [("epochs", arguments.epochs), ("batch_size", arguments.batch_size), *map(assignment, arguments.set)]
+    settings = [(name, value) for name, value in given if value is not None]
+    changes: dict[str, object] = dict(settings)
+    if len(changes) < len(settings):
+        twice = next(name for name, _ in settings if [other for other, _ in settings].count(name) > 1)
+        raise LabError(f"--set: {twice} is given twice")
     changed, overrides = experiment.override(changes)
     resume, uri = None, tracking_uri(arguments.tracking_uri)
     if arguments.resume is not None and not _several(arguments):  # these go on by themselves
@@ -174,10 +177,13 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
     from mnist_lab.running.study import study
 
     unit, seeds = job.protocol.unit, arguments.seeds or range(job.folds)
-    consequence = f"Runs that had begun are marked KILLED; the same command trains only the {unit}s that are missing."
+    command = "the same command without --again" if arguments.again else "the same command"
+    consequence = f"Runs that had begun are marked KILLED; {command} trains only the {unit}s that are missing."
     with sentences(consequence), _trainers(job, arguments) as trainers, closing(StudyConsole(job)) as console:
         result = study(job, seeds, console, trainers, again=arguments.again)
-    print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the {unit}s below it.", flush=True)
+    print(
+        f"MLflow run {result.run_id}; `{make('ui', job)}` shows it, with the runs of the {unit}s below it.", flush=True
+    )
     if result.failed:
         failed = ", ".join(map(str, result.failed))
         print(f"Failed: {unit} {failed}; the same command tries again.", file=sys.stderr)

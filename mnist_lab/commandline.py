@@ -1,10 +1,6 @@
 """What the command lines of scripts and of jobs share. It imports no torch, which takes seconds: few jobs need it."""
 
 import argparse
-import atexit
-import dis
-import gc
-import io
 import math
 import os
 import re
@@ -14,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 from mnist_lab.errors import LabError
@@ -77,26 +72,9 @@ def interrupt_on_signals() -> None:
     A signal that is ignored stays so: `nohup` starts programs that way, to let them outlive the terminal.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        is_main = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
+        if is_main and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
-
-
-def end(caller: FrameType | None = None) -> None:
-    """End the program as its end would: to take torch and MLflow apart takes Python a second or two.
-
-    caller: goes on instead, unless it is a program, as `python FILE` starts it, that ends with the call that it is at.
-    """
-    if caller is not None:
-        rest = [step.opname for step in dis.get_instructions(caller.f_code) if step.offset > caller.f_lasti]
-        ends = {name.partition("_")[0] for name in rest} <= {"CACHE", "POP", "LOAD", "RETURN"}
-        if not ends or caller.f_back is not None or sys.flags.inspect:
-            return
-    if all(thread.daemon for thread in threading.enumerate()[1:]):
-        atexit._run_exitfuncs()
-        for file in [one for one in gc.get_objects() if type(one) in (io.TextIOWrapper, io.BufferedWriter)]:
-            with suppress(OSError, ValueError):
-                file.flush()
-        os._exit(0)
 
 
 class LastingStream:

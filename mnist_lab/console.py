@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tabulate import tabulate
 
-from mnist_lab.errors import counted
+from mnist_lab.errors import counted, without_password
+from mnist_lab.paths import own_store
 from mnist_lab.running.progress import Progress
 from mnist_lab.verdicts.measures import MEASURES
 
@@ -220,7 +221,7 @@ def print_search(result: SearchResult, job: Job) -> None:
             f"What it reaches with other seeds: {command}"
         )
     print("The test images were not read.")
-    print(f"MLflow run {result.run_id}; `make ui` shows it, with the runs of the trials below it.")
+    print(f"MLflow run {result.run_id}; `{make('ui', job)}` shows it, with the runs of the trials below it.")
 
 
 def print_result(result: RunResult, job: Job) -> None:
@@ -242,8 +243,15 @@ def print_result(result: RunResult, job: Job) -> None:
 def print_run_id(run_id: str, job: Job) -> None:
     flags = ["--include-overrides"] if job.tags["overrides"] else []
     flags += ["--holdout", str(job.holdout)] if job.holdout else []
-    compare = f'make compare ARGS="{" ".join(flags)}"' if flags else "make compare"
-    print(f"MLflow run {run_id}; `make ui` shows it, `{compare}` sets it beside the others.", flush=True)
+    compare = make("compare", job, *flags)
+    print(f"MLflow run {run_id}; `{make('ui', job)}` shows it, `{compare}` sets it beside the others.", flush=True)
+
+
+def make(target: str, job: Job, *flags: str) -> str:
+    """Return the command that reads the store of this job; without a password that may be in its URI."""
+    elsewhere = ["--tracking-uri", without_password(job.tracking_uri)] if job.tracking_uri != own_store() else []
+    given = " ".join([*flags, *elsewhere])
+    return f'make {target} ARGS="{given}"' if given else f"make {target}"
 
 
 def print_study(result: StudyResult, job: Job) -> None:

@@ -24,7 +24,7 @@ def tracking_uri(given: str | None = None) -> str:
     A SQLite path comes back absolute. LabError if a SQLite URI names no file, or one that MLflow would read as another;
     if a user name or password holds characters that a URI can't.
     """
-    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
+    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or own_store()
     file = sqlite_file(uri)
     if file is None:
         # It is not shown, as it may be a database's words with a password.
@@ -41,6 +41,10 @@ def tracking_uri(given: str | None = None) -> str:
     if "%" in str(file) or "?" in str(file):
         raise LabError(f"tracking store {str(file)!r}: % and ? have another meaning in a URI; choose another path")
     return f"{SQLITE}{file}"
+
+
+def own_store() -> str:
+    return f"{SQLITE}{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
 
 
 def sqlite_file(uri: str) -> Path | None:

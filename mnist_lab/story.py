@@ -45,7 +45,7 @@ def read_story(script: Path) -> Story:
     before, *parts = re.split(rf"^({'|'.join(HEADINGS)}):", docstring, flags=re.MULTILINE)
     title, _, opening = before.strip().partition("\n\n")
     sections = list(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
-    compared = re.findall(r"^Compared with ([\w.-]+): (.+?)\.?$", docstring, flags=re.MULTILINE)
+    compared = re.findall(r"^Compared (?:with|to) ([\w.-]+): (.+?)\.?$", docstring, flags=re.MULTILINE)
     return Story(" ".join(title.split()).removesuffix("."), opening, sections, compared)
 
 

@@ -9,7 +9,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from mnist_lab.checking.network import kind
+from mnist_lab.checking.network import kind, sums_to_one
 from mnist_lab.data import Mnist
 from mnist_lab.errors import text_of
 from mnist_lab.experiment import Experiment
@@ -64,6 +64,8 @@ def _check_batch(images: object, labels: object, size: int) -> None:
     if not are_digits and not are_shares:
         wanted = f"torch.int64 digits of shape ({size},) or probabilities of shape ({size}, 10)"
         raise ValueError(f"gives {kind(labels)} for the labels, not {wanted}")
+    if isinstance(labels, Tensor) and are_shares and not sums_to_one(labels):
+        raise ValueError("gives probabilities for the labels that do not sum to 1")
 
 
 def _image_by_image(augment: Augmentation, mnist: Mnist, size: int) -> str:

@@ -62,13 +62,13 @@ def notice_optimized(net: nn.Module, optimizer: Optimizer) -> Iterator[str]:
 def notice_outputs(logits: Tensor, takes_log_probabilities: bool) -> Iterator[str]:
     """Yield a notice if a network ends with softmax or sigmoid, or not with the log-probabilities of its loss."""
     if bool(((logits > 0) & (logits < 1)).all()):
-        ending = "softmax" if _sums_to_one(logits) else "sigmoid"
+        ending = "softmax" if sums_to_one(logits) else "sigmoid"
         yield f"net: seems to end with {ending}; leave it out, as losses take logits, unless yours takes probabilities"
-    elif takes_log_probabilities and not _sums_to_one(logits.exp()):
+    elif takes_log_probabilities and not sums_to_one(logits.exp()):
         yield "loss: takes log-probabilities; use cross_entropy, or end the network with log_softmax(dim=1)"
 
 
-def _sums_to_one(numbers: Tensor) -> bool:
+def sums_to_one(numbers: Tensor) -> bool:
     return torch.allclose(numbers.sum(dim=1), torch.ones_like(numbers[:, 0]), atol=1e-3)
 
 

@@ -163,7 +163,8 @@ def _check_augmentation(trial: Trial) -> list[str]:
 
 def _check_gradients(trial: Trial) -> Iterator[str]:
     """Try the forward and the backward pass of a batch, and look through the graph between them."""
-    net, images = trial.net.train(), normalize(trial.images, trial.experiment.normalize)
+    net, images = trial.net, normalize(trial.images, trial.experiment.normalize)
+    net.train()
     if trial.experiment.objective is None:  # what it makes of the network's output is its own business
         with blame("net", trial):
             _check_logits(net(images), len(images))
@@ -222,6 +223,20 @@ def _check_steps(trial: Trial) -> Iterable[str]:
         if not training.predict(trial.net, trial.evaluated(FEW), trial.experiment.normalize).isfinite().all():
             raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
     return ()
+
+
+def _check_rate(trial: Trial) -> Iterator[str]:
+    """Try a step at a learning rate of 0 where the script has written it, and may step optimizers of its own in it."""
+    if type(trial.training.optimizer).step.__module__.startswith("torch."):
+        return
+    net = trial.network(SEED)
+    at_rest = training.Training(net, own_parts(trial.declared), trial.mnist, seed=SEED)
+    for group in at_rest.optimizer.param_groups:
+        group["lr"] = 0 * group["lr"]
+    at_rest.train_batch(torch.arange(min(FEW, trial.batch_size), device=trial.mnist.train_images.device))
+    if any(not torch.equal(parameter, trial.before[name]) for name, parameter in net.named_parameters()):
+        trial.no_effect = {}
+        yield "optimizer: moves the weights at lr 0: what is logged and scheduled as lr is not the rate that it uses"
 
 
 def _check_trained(trial: Trial) -> Iterable[str]:
@@ -292,6 +307,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (  # "loss" stands for the objective whe
     ("average", _check_average),  # after an evaluation: an activation that a network keeps can be copied then only
     ("scheduler", _check_scheduler),
     ("optimizer", _check_steps),
+    ("optimizer", _check_rate),
     ("net", _check_trained),
     ("net", _check_resume),
     ("targets", _check_targets),

@@ -152,9 +152,10 @@ def notice_batch_norm(experiment: Experiment, net: nn.Module, num_images: int) -
     norms = [module for module in net.modules() if getattr(module, "running_mean", None) is not None]
     momentum = min([1.0, *(module.momentum for module in norms if isinstance(module.momentum, float))])
     if (share := (1 - momentum) ** batches) > LITTLE:
-        left = f"are still {100 * share:.0f} % their first values, so its accuracy says little"
-        seen = f"after this run's {counted(batches, 'batch', 'batches')}"
-        yield f"net: {seen}, the running statistics of batch norm (momentum {momentum:g}) {left}"
+        mixed = (
+            f"batch norm evaluates with statistics (momentum {momentum:g}) that are {100 * share:.0f} % initial values"
+        )
+        yield f"net: after this run's {counted(batches, 'batch', 'batches')}, {mixed}, so its accuracy says little"
 
 
 class FirstWeights:

@@ -34,6 +34,7 @@ THINNEST, USUAL = 1.5, 2.5  # pixels: the width of a stroke in MNIST
 IMAGES_AT_ONCE = 1_000  # that the network is given
 UNSURE = 0.8  # probability of the likeliest digit below which a picture may show something else
 SHADES = " .:-=+*#%@"
+COMMITTED = "docs/results"  # the name of the champion that comes with the project
 
 Ink = NDArray[np.float64]
 
@@ -139,7 +140,7 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
 
     model: `runs:/<id>`, `models:/<name>/<version>`, `models:/<name>@<alias>` or a script's name, "step4" for short, of
         which the newest finished run counts. None for `models:/mnist@champion` of the store, and if it has none, for
-        the champion that comes with the project.
+        the champion that comes with the project, which is "docs/results".
 
     Raises LabError if it is not there, or can't be loaded.
     """
@@ -149,8 +150,8 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
     from mnist_lab.tracking.store import open_store
 
     uri = resolve_uri(tracking_uri)
-    if model is None:
-        if not is_there(uri) or not models.is_registered(open_store(uri)):
+    if model in (None, COMMITTED):
+        if model or not is_there(uri) or not models.is_registered(open_store(uri)):
             net, origin = models.load_committed()
             return Reader(origin.run_id, f"{origin.step} seed {origin.seed}, the champion of docs/results", net)
         model = models.CHAMPION
@@ -213,15 +214,21 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def _ink(image: Image.Image, name: str) -> Ink:
-    """Return how much ink each pixel has, 0 to 1; raises NoDigit where there is none."""
+    """Return how much ink each pixel has, 0 to 1; raises LabError where there is no digit, or more than one.
+
+    A small picture on an even ground stays as it is, like MNIST's own; another is looked at in a photo's size.
+    """
     pixels = np.asarray(image, dtype=np.float64) / 255
-    if max(image.size) > 4 * FIELD:
-        return _digit_on(pixels, name)
     ink: Ink = np.abs(pixels - np.median(_edge(pixels), axis=0)).max(axis=2)
+    is_small = max(image.size) <= PHOTO
+    is_even = (_edge(ink) >= LEAST_CONTRAST).mean() < 0.1 and (ink > ink.max() / 2).mean() < 0.5
+    if not (is_small and is_even and image.size == (FIELD, FIELD)):
+        sides = [max(side, round(side * PHOTO / max(image.size))) for side in image.size]
+        found = _digit_on(np.asarray(image.resize(sides, Image.Resampling.BICUBIC), dtype=np.float64) / 255, name)
     if ink.max() < LEAST_CONTRAST:
         raise NoDigit(f"{name}: {ONE_COLOUR}")
     shares: Ink = ink / ink.max()
-    return shares
+    return shares if is_small and is_even else found
 
 
 def _edge(image: NDArray[Any]) -> NDArray[Any]:
@@ -266,6 +273,7 @@ class NoDigit(LabError):
     """A picture without a digit in it."""
 
 
+PHOTO = 4 * FIELD  # pixels of the longer side of what is looked at as a photo; a smaller picture is enlarged
 LEAST_CONTRAST = 0.08  # between ink and paper, of all that there can be
 INK = 0.9  # of a part's border is an edge in the picture; of ground that was cut off, less
 EVEN = 0.008  # a ground that differs less over half of the picture is not a photo's

@@ -187,9 +187,10 @@ def compare_runs(
                 found.append(_compare(pair, runs, uri, folds))
             except LabError as error:
                 refused.append(f"{pair.b} against {pair.a} is not compared: {error}")
-    if absent := sorted({pair.a for pair in pairs if pair.b in steps} - steps, key=step_order):
-        advice = "they have no finished run as declared; train them, or `make restore` the committed ones"
-        refused.append(f"not compared with {', '.join(absent)}: {advice}")
+    if absent := [f"{pair.b} with {pair.a}" for pair in pairs if pair.b in steps and pair.a not in steps]:
+        flag = next((f" with --{name} {runs[name].iloc[0]}" for name in ("folds", "holdout") if runs[name].iloc[0]), "")
+        advice = f"train these{flag}" if flag else "train these, or `make restore` the committed ones"
+        refused.append(f"not compared: {', '.join(absent)}: the second has no finished run as declared{flag}; {advice}")
     return adjust(found), refused
 
 

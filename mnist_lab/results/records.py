@@ -246,7 +246,7 @@ def _read(file: Path, columns: Columns, *key: str) -> pd.DataFrame:
     if not file.exists():
         return pd.DataFrame(columns=[*columns], dtype="str")
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
             header, *rows = csv.reader(lines)
     except OSError as error:
         raise LabError(f"{file}: it can't be read: {error.strerror}") from error

@@ -123,7 +123,7 @@ def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -
             for kind in ("param", "tag")
         )
         history = _of_run(every_epoch, row).to_dict("records")
-        _check(folder, row, params, [epoch["epoch"] for epoch in history], len(mistakes))
+        _check(folder, row, params, history, len(mistakes))
         targets = stated_targets(row)
         figures = {name: row[name] for name in TESTED.once if name in row}
         if targets.accuracy is not None and history:
@@ -164,14 +164,19 @@ def _of_run(rows: pd.DataFrame, run: Mapping[Any, Any]) -> pd.DataFrame:
     return of_run
 
 
-def _check(folder: Path, row: Mapping[Any, Any], params: object, epochs: list[int], mistakes: int) -> None:
+def _check(
+    folder: Path, row: Mapping[Any, Any], params: object, history: Sequence[Mapping[Any, Any]], mistakes: int
+) -> None:
     step, last, best = row["step"], row["final_test_accuracy"], row["best_test_accuracy"]
     count, best_epoch, wrong = row["epochs"], row["best_epoch"], round(files.IMAGES * (1 - last / 100))
+    curve, epochs = [epoch["test_accuracy"] for epoch in history], [epoch["epoch"] for epoch in history]
     for file, fits, reason in (
         (step, best_epoch <= count, f"its best_epoch {best_epoch} is none of {count}"),
+        (step, last > 1, f"its last accuracy, {last}, is in percent"),
         (step, last <= best, f"its last accuracy {last} is above its best {best}"),
         ("settings", params, "it has no params"),
         ("epochs", epochs in ([], [*range(1, count + 1)]), f"it has other epochs than 1 to {count}"),
+        ("epochs", not curve or (curve[-1], max(curve)) == (last, best), f"its last or best is not {last}, {best} %"),
         ("mistakes", mistakes in (0, wrong), f"it got {wrong} images wrong, not {mistakes}"),
     ):
         if not fits:

@@ -1,7 +1,6 @@
 """One run: data -> network -> training -> tracking, for one experiment and one seed."""
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -62,12 +61,14 @@ def run(
         logger.info("Training, epoch by epoch")
         try:
             for metrics in blame_script(training.epochs()):
-                if not math.isfinite(loss := metrics.eval_loss):
-                    raise LabError(f"net: its {metrics.evaluated_on} loss is {loss} in epoch {metrics.epoch}")
                 record.log_epoch(metrics, store)
                 progress.on_epoch(seed, metrics)
         except Pruned:
             result = record.prune()
+        except LabError as error:
+            if error.field in ("loss", "net"):  # it diverged, and would again
+                checkpoint.remove_alike(store.uri, job.identity, seed)
+            raise
         else:
             result = record.finish(progress)
     checkpoint.remove_alike(store.uri, job.identity, seed)

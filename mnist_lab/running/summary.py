@@ -26,7 +26,8 @@ def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
     untrained: names of parameters that no gradient reaches; they do not count as trainable.
     """
     with kept_generators(next(net.parameters()).device):  # some networks draw in evaluation mode too
-        copied = copy.deepcopy(net).cpu().eval()
+        copied = copy.deepcopy(net).cpu()
+        copied.eval()  # which a script's own may return nothing from
         for name, parameter in copied.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name not in untrained)
         try:

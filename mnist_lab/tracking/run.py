@@ -42,13 +42,21 @@ from mnist_lab.tracking.store import (
     take_lock,
     uninterrupted,
 )
+from mnist_lab.verdicts.measures import MEASURES, SHORT
 
 METRICS_PER_CALL = 900  # MLflow takes 1,000 things at once
 MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 MODEL_STEP = 0  # a model belongs to the metrics that a run has one value of
 PAUSES = (0.05, 0.2, 0.5)  # seconds until what another run was writing at the same moment is written
 THERE_ALREADY = ("unique constraint", "duplicate entry", "duplicate key")  # in the words of the databases
-CALLS = [name for name in dir(mlflow) if name.startswith(("log_", "set_tag")) or name == "start_run"]
+CALLS = [name for name in dir(mlflow) if name.startswith(("log_", "set_tag")) or name in ("start_run", "end_run")]
+# The names that the lab logs under, by the functions with which a script could.
+METRICS = re.compile("|".join([*MEASURES, *SHORT, r"lr_\d+"]))
+TAGS = re.compile(
+    r"step|study|search|seeds\w*|overrides|(code|data|teacher|restored)_\w+|targets?|(target|verdict|reported|git)_\w+"
+    r"|hardware|torch|threads|memory_format|no_effect|restored|pruned|model|process|mlflow\..*"
+)
+NAMES = {"log_metric": METRICS, "log_metrics": METRICS, "set_tag": TAGS, "set_tags": TAGS}
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +174,8 @@ class TrackedRun:
             try:
                 # torch.export prints the graph that it can't express, and takes long enough for a Ctrl-C to come in it.
                 with uninterrupted(), quiet(), redirect_stderr(io.StringIO()):
-                    on_cpu = copy.deepcopy(net).cpu().eval()  # one that names its device fails there
+                    on_cpu = copy.deepcopy(net).cpu()  # one that names its device fails there
+                    on_cpu.eval()
                     with torch.inference_mode():
                         output = on_cpu(example)
                     mlflow.pytorch.save_model(
@@ -405,3 +414,17 @@ def notices(silenced: Mapping[str, Mock]) -> Iterator[str]:
         yield f"mlflow: what the script logs goes to {where}; call mlflow.end_run() before main(), and {log_here}"
     elif silenced["start_run"].called:
         yield f"mlflow: the script calls mlflow.start_run, which begins runs beside the lab's; leave it out: {log_here}"
+    elif silenced["end_run"].called:
+        raise LabError("mlflow: the script calls mlflow.end_run, which would end the lab's run; leave it out")
+    else:
+        _check_names(silenced)
+
+
+def _check_names(silenced: Mapping[str, Mock]) -> None:
+    for function, own in NAMES.items():
+        for call in silenced[function].call_args_list:
+            named = {"key": "", **call.kwargs}
+            given = call.args[0] if call.args else named.get("metrics") or named.get("tags") or named["key"]
+            for name in [given] if isinstance(given, str) else given:
+                if own.fullmatch(name):
+                    raise LabError(f"mlflow: {function} of {name!r}, which the lab logs itself; give it another name")

@@ -89,7 +89,7 @@ def store_failures(store: Store, what: str, then: str = "") -> Iterator[None]:
     """Turn an error of the store, its server or a full disk into a LabError: store, `what`, the cause, `then`."""
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         raise LabError(f"tracking store {store.name!r} {what}: {why_refused(error, store.uri)}{then}") from error
 
 

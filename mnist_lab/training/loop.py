@@ -152,6 +152,8 @@ class Training:
             self.logits = predict(self.result, images, self.experiment.normalize)
             loss, correct = evaluate(self.logits, labels)
             self.epoch += 1
+            if not math.isfinite(loss):
+                raise LabError(f"net: its {evaluated_on} loss is {loss} in epoch {self.epoch}")
             yield EpochMetrics(
                 epoch=self.epoch,
                 train_loss=train_loss,

@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tabulate import tabulate
 
@@ -15,6 +16,7 @@ from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, FEWEST_FOR_INTERVAL, MCNEMAR, Difference
 
 TOO_FEW = "too few seeds"
+WIDE = 80  # characters of a terminal; a narrower one shows names and changes on more lines
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def effects_text(comparisons: Sequence[Comparison], width: int | None = None) -> str:
+    folded, arrow = (str, " -> ") if width is None or width >= WIDE else (partial(textwrap.fill, width=22), "\n  -> ")
     columns = {
-        "change": [f"{c.change}\n  {c.a} -> {c.b}" for c in comparisons],
+        "change": [f"{folded(c.change)}\n  {c.a}{arrow}{c.b}" for c in comparisons],
         "points": [f"{c.effect:+.2f}" for c in comparisons],
         "verdict": [c.word for c in comparisons],
         "95 % interval": [c.interval for c in comparisons],

@@ -143,18 +143,18 @@ def judge_mean(values: Sequence[float], target: float) -> StudyVerdict:
 
 
 def compare_means(a: Mapping[int, float], b: Mapping[int, float], *, paired: bool = True) -> Difference:
-    """Compare two means of figures by seed: by the paired t-test over the seeds that both have, else by Welch's t-test.
+    """Compare two means of figures by seed: by the paired t-test over the seeds, else by Welch's t-test.
 
-    They are paired where at least two seeds are shared. Without any spread the paired test is the sign test.
+    They are paired where both have the same seeds. Without any spread the paired test is the sign test.
     a, b: two seeds at least, as one has no spread. paired: whether one seed means the same in both.
     """
     from scipy import stats
 
     x, y = _numbers(list(a.values())), _numbers(list(b.values()))
     assert min(len(x), len(y)) > 1, "one seed has no spread"
-    tail, shared = ALPHA_DIFFERENCE / 2, [seed for seed in a if seed in b and paired]
-    if len(shared) > 1:
-        d = np.array([b[seed] - a[seed] for seed in shared])
+    tail = ALPHA_DIFFERENCE / 2
+    if paired and a.keys() == b.keys():
+        d = np.array([b[seed] - a[seed] for seed in a])
         scale = float(np.abs(x).max())
         p, needed = _one_sample(d, scale, tail)
         by_sign = _same(d, scale) and p < 0.5
