@@ -69,6 +69,10 @@ def test_make_help_lists_every_target() -> None:
         ("step99", "make: there is no experiments/step99.py and no experiments/step99_*.py"),
         ("step", "make: step needs its number, e.g. make step1; make help lists them"),
         ("a.b", "make: there is no experiments/a.b.py, and no target a.b: make help lists both"),
+        (
+            "SEED=3",
+            'Makefile:13: *** SEED: there are ARGS, SEEDS, STEP and IMAGE; flags go into ARGS="--seed 3".  Stop.',
+        ),
     ],
 )
 def test_make_names_an_experiment_that_is_not_there(target: str, said: str) -> None:

@@ -57,27 +57,6 @@ def test_a_run_prints_plain_lines_and_a_verdict_beside_targets_and_reported_figu
     assert list((folder / "checkpoints").iterdir()) == []  # the run has finished
 
 
-@pytest.mark.parametrize(("more", "printed"), [("", "last\n"), ("print('more')", "goes on\nmore\nlast\n")])
-def test_a_program_leaves_at_its_last_call_only_and_loses_nothing(tmp_path: Path, more: str, printed: str) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-import atexit, sys
-from mnist_lab.commandline import end
-file = open("file.txt", "w")
-def main():
-    file.write("kept")
-    atexit.register(print, "last")
-    end(sys._getframe(1))
-    print("goes on")
-if __name__ == "__main__":
-    main()
-{more}
-""")
-    ended = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
-
-    assert ((tmp_path / "file.txt").read_text(), ended.stdout) == ("kept", printed)
-
-
 # ---- what is refused, quickly and in one sentence
 
 
@@ -98,6 +77,8 @@ def test_a_wrong_value_is_refused_by_its_name(
         ("--seeds 2 --set lr=-1", "optimizer", "-1"),
         ("--holdout 10000 --limit 50001", "limit", "50,000"),
         ("--search 2", "search", "tiny.py declares no space"),
+        ("--set lr=0.1 --set lr=0.2", "--set", "lr is given twice"),
+        ("--batch-size 32 --set batch_size=64", "--set", "batch_size is given twice"),
     ]:
         sentence = refused(*flags.split(), "--tracking-uri", uri)
         assert sentence.startswith(f"error: {field}: "), flags
@@ -208,16 +189,19 @@ def test_a_mistake_in_a_script_ends_with_one_sentence(uri: str, database: Path, 
     assert read_runs(database) == []
 
 
-def test_a_second_call_of_main_is_refused(uri: str, database: Path, tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    flags = ["--tracking-uri", uri, "--epochs", "1", "--limit", "128", "--device", "cpu"]
-    script.write_text(f"{TINY.read_text()}    main(EXPERIMENT)\n")
+def test_a_second_call_of_main_is_refused_and_one_of_a_module_that_is_imported(
+    uri: str, database: Path, tmp_path: Path
+) -> None:
+    calls = TINY.read_text().replace('if __name__ == "__main__":\n    ', "")
+    (tmp_path / "two.py").write_text(f"{calls}main(EXPERIMENT)\n")
+    (tmp_path / "other.py").write_text(calls)
+    (tmp_path / "mine.py").write_text("import os\nos.chdir('/')\nfrom other import Net\n")
+    for script, sentence in (("two.py", "script: two.py "), ("mine.py", "main: mine.py imports other.py, which calls")):
+        done = run_program(script, "--tracking-uri", uri, "--epochs", "1", "--limit", "128", cwd=tmp_path)
 
-    done = run_program(script, *flags, cwd=tmp_path)
-
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: script: two.py ")
-    assert [run.status for run in read_runs(database)] == ["FINISHED"]
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith(f"error: {sentence}")
+        assert [run.status for run in read_runs(database)] == ["FINISHED"]
 
 
 def test_main_is_refused_where_no_script_is_started(monkeypatch: pytest.MonkeyPatch) -> None:

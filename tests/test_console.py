@@ -15,6 +15,7 @@ from helpers import TINY, Screen
 from mnist_lab.checking.schedule import FirstWeights
 from mnist_lab.console import Console, StudyConsole, how_sure, print_result, print_run_id
 from mnist_lab.experiment import Targets
+from mnist_lab.paths import own_store
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import RunResult
 from mnist_lab.training.loop import EpochMetrics
@@ -30,7 +31,7 @@ def job_of(averaged_by: float | None = None, **given: Any) -> Job:
     if averaged_by is not None:
         average = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(averaged_by))
         experiment = dataclasses.replace(experiment, average=average)
-    return Job(script=TINY, experiment=experiment, tracking_uri="sqlite:///none.db", **given)
+    return Job(**{"script": TINY, "experiment": experiment, "tracking_uri": "sqlite:///none.db", **given})
 
 
 # ---- a run
@@ -75,9 +76,11 @@ def test_a_result_has_what_there_is_to_say(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_end_of_a_run_names_the_comparison_that_has_it(capsys: pytest.CaptureFixture[str]) -> None:
-    print_run_id("abc", job_of())
-    print_run_id("abc", job_of(limit=100, holdout=500))
-    plain, more = capsys.readouterr().out.splitlines()
+    print_run_id("abc", job_of(tracking_uri=own_store()))
+    print_run_id("abc", job_of(limit=100, holdout=500, tracking_uri=own_store()))
+    print_run_id("abc", job_of(tracking_uri="https://bob:SECRET@host"))
+    plain, more, elsewhere = capsys.readouterr().out.splitlines()
+    assert '`make ui ARGS="--tracking-uri https://bob:***@host"`' in elsewhere
     assert "run abc;" in plain
     assert "`make compare`" in plain
     assert '`make compare ARGS="--include-overrides --holdout 500"`' in more

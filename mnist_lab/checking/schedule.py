@@ -190,4 +190,7 @@ def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str
         shares = (
             f"after {counted(batches, 'batch', 'batches')} it is still {early} the first weights, and after {last:,}"
         )
-        yield f"average: {shares} {late}, so its accuracy says little; train for longer, or let it forget sooner"
+        little = "so its accuracy says little; train for longer, or let it forget sooner"
+        if first.share(last) <= MUCH:
+            little = "so the accuracy of the first epochs says little"
+        yield f"average: {shares} {late}, {little}"

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,14 @@ class FirstAxes(OneImage):
         return image.unsqueeze(0)[0, :1]
 
 
+def logs(function: str, *given: Any, **named: Any) -> Any:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        getattr(mlflow, function)(*given, **named)
+        return F.cross_entropy(logits, labels)
+
+    return loss
+
+
 IMAGE_BY_IMAGE = r"\(128, 1, 28, 28\).*image_by_image"
 
 
@@ -187,6 +196,14 @@ PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
         "no such",
     ),
     "alpha": ("objective", {"objective": partial(mixup, alpha=0.0)}, "alpha=0.0"),
+    "shares": (
+        "augmentation",
+        {"augmentation": lambda x, labels: (x, 255 * F.one_hot(labels, 10).float())},
+        "sum to 1",
+    ),
+    "a metric of the lab's": ("mlflow", {"loss": logs("log_metrics", metrics={"x": 1, "train_loss": 2})}, "train_loss"),
+    "a tag of the lab's": ("mlflow", {"loss": logs("set_tag", "step", 3)}, "step"),
+    "the end of the lab's run": ("mlflow", {"loss": logs("end_run")}, "end_run"),
     "no average": ("average", {"average": copy.deepcopy}, "Linear"),
 }
 REFUSED = {name: ("net", {"net": net}, said) for name, (net, said) in NETS.items()} | PARTS

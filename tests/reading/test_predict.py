@@ -58,6 +58,7 @@ STYLES: dict[str, Callable[[Pixels], Image.Image]] = {
     "200x300": lambda digit: placed(ImageOps.invert(enlarged(digit, 200)), (200, 300), (0, 60), 255),
     "off centre": lambda digit: placed(enlarged(255 - digit, 112), (400, 300), (7, 170), 255),
     "thick": lambda digit: enlarged(digit, 280).filter(ImageFilter.MaxFilter(13)),
+    "framed": lambda digit: ImageOps.expand(enlarged(255 - digit, 96), 2, fill=0),
     "thin": lambda digit: enlarged(255 - digit, 280).filter(ImageFilter.MaxFilter(11)),
 }
 

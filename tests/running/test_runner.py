@@ -309,6 +309,8 @@ def test_a_network_that_fails_later_ends_its_run_as_failed(
     (run,) = read_runs(database)
     assert run.status == "FAILED"
     assert "final_test_accuracy" not in run.metrics
+    kept = [*database.parent.glob("checkpoints/*.pt")]
+    assert bool(kept) == (change is not times_nan)  # with which it would end so again
 
 
 def test_what_a_script_logs_by_mlflow_goes_into_the_labs_run(train: Train, database: Path) -> None:

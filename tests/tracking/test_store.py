@@ -124,15 +124,6 @@ def test_where_one_of_the_files_has_no_room_all_are_as_they_were(tmp_path: Path)
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["old", "old"]
 
 
-def test_what_is_renamed_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    deeds: list[str] = []
-    fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: deeds.append("fsync") or fsync(descriptor))
-    monkeypatch.setattr(Path, "replace", lambda self, to: deeds.append("replace") or replace(self, to))
-    replace_files({tmp_path / "a": "1", tmp_path / "b": "2"})
-    assert deeds == ["fsync", "fsync", "replace", "replace", "fsync"]  # the last is the folder's
-
-
 def test_text_is_utf_8_in_an_ascii_locale(tmp_path: Path) -> None:
     program = """
 import sys
