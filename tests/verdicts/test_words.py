@@ -14,7 +14,6 @@ from mnist_lab.verdicts.comparison import (
     adjust,
     effects_text,
     mean_interval_text,
-    p_text,
     seeds_text,
     step_order,
     table_text,
@@ -159,11 +158,6 @@ def test_a_table_leaves_out_what_is_empty_and_names_what_it_has_no_place_for() -
     narrow = table_text(columns, width=20)
     assert "99.4" in narrow
     assert narrow.endswith("A wider terminal\nalso shows: a long\nheader.")
-
-
-def test_a_p_value_is_never_a_bare_zero() -> None:
-    texts = {1.0: "1.00", 0.153: "0.15", 0.0712: "0.071", 0.0042: "0.0042", 1e-9: "<0.0001", math.nan: "-"}
-    assert {p: p_text(p) for p in texts} == texts
 
 
 def test_experiments_are_in_natural_order() -> None:
