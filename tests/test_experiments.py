@@ -60,11 +60,11 @@ def test_declaration_passes_its_checks_and_its_rehearsal(stem: str, load_script:
 def test_comments_state_the_shape_and_the_receptive_field(stem: str, load_script: Load) -> None:
     summary = summarize(load_script(stem).Net())
     rows = re.findall(r"^(\w+)-\d+ +\[([\d, ]+)\] .* (\d+)x\3$", summary, re.MULTILINE)
-    comments = re.findall(r"^ +(?:nn\.(\w+)\(.*\)|\w+),  # \(([\d, ]+)\), (\d+)$", TEXTS[stem], re.MULTILINE)
+    comments = re.findall(r"^ +(?:nn\.(\w+)\(.*\)|\w+(?:\(\))?),  # \(([\d, ]+)\), (\d+)$", TEXTS[stem], re.MULTILINE)
     assert len(comments) == len(re.findall(r"  # \(\d+, ", TEXTS[stem])) > 4
 
     left = iter(rows)
-    for kind, *stated in comments:  # a layer that is shared has only a name
+    for kind, *stated in comments:  # a layer that is shared, or in a block, has only a name
         assert (kind or "Conv2d", *stated) in left
 
 
