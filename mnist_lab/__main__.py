@@ -138,14 +138,15 @@ def compare(arguments: argparse.Namespace) -> None:
     if overridden := len(every) - len(table):
         variants = counted(overridden, "overridden variant")
         lines.append(f"Left out: {variants} of these experiments; --include-overrides shows them.")
-    lines += _changed_scripts(newest_runs(results.run_table(steps, columns="all", **shown)))
+    lines += _origins(newest_runs(results.run_table(steps, columns="all", **shown)))
     print(results.compare_text(table, holdout=holdout, folds=folds, width=width), end="\n\n")
     folded = partial(textwrap.fill, width=width) if width else str
     print("\n".join(map(folded, lines)))
     comparisons, refused = _effects(arguments.steps, protocol)
     if comparisons:
         print(
-            "\n" + folded("What each change is worth: accuracy of the last epoch, in points, with 95 % interval") + "\n"
+            "\n" + folded("What each change is worth: accuracy of the last epoch in points, with 95 % interval"),
+            end="\n\n",
         )
         print(effects_text(comparisons, width))
         rule = "A difference is shown where p (Holm), which is adjusted for the rows of this table, is below 0.05."
@@ -154,13 +155,15 @@ def compare(arguments: argparse.Namespace) -> None:
         print("\n" + folded(sentence))
 
 
-def _changed_scripts(runs: pd.DataFrame) -> Iterator[str]:
-    """Yield a sentence for each step whose script is not the one that these runs of it were made by."""
+def _origins(runs: pd.DataFrame) -> Iterator[str]:
+    """Yield a sentence for each step whose script has changed since these runs, or of which some were restored."""
     from mnist_lab.running.identity import code_sha256, find_sources
 
-    for step, codes in runs.groupby("step")["code_sha256"]:
-        script = PROJECT_ROOT / "experiments" / f"{step}.py"
-        if script.is_file() and {*codes.dropna()} - {code_sha256(find_sources(script))}:
+    for step, of_step in runs.groupby("step"):
+        script, restored = PROJECT_ROOT / "experiments" / f"{step}.py", of_step["restored"].notna().sum()
+        if 0 < restored < len(of_step):
+            yield f"{step}: {restored} of its {len(of_step)} seeds were restored, the others trained in this store."
+        if script.is_file() and {*of_step["code_sha256"].dropna()} - {code_sha256(find_sources(script))}:
             yield f"{step}: its script has changed since these runs; train it anew for figures of the script as it is."
 
 

@@ -368,8 +368,10 @@ def test_compare_prints_the_tables_of_one_protocol(held_out: str, lab: Callable[
     assert "step3_gap against gap_alone is not compared: step3_gap has one seed and gap_alone has 2" in text
     assert "step3_gap" not in lab("compare", "step2_dropout", "gap_alone", "--tracking-uri", held_out)
     write_seeds(store, "my_idea", 99.5, 99.3)
+    write_run(store, "my_idea", 0, [99.5], start_time=T0 + 9, tags={"restored": "abc"})
     text = lab("compare", "gap_alone", "my_idea", "--tracking-uri", held_out)  # which no script declares
     assert re.search(r"^all that differs +\+0\.20 .*\n +gap_alone -> my_idea$", text, re.MULTILINE)
+    assert "my_idea: 1 of its 2 seeds were restored" in text
     text = lab("compare", "--holdout", 10_000, "--tracking-uri", held_out)
     assert re.search(r"best\s.*\n.*validation", text)
     assert "98.70" in text
