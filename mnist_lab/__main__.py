@@ -144,10 +144,8 @@ def compare(arguments: argparse.Namespace) -> None:
     print("\n".join(map(folded, lines)))
     comparisons, refused = _effects(arguments.steps, protocol)
     if comparisons:
-        print(
-            "\n" + folded("What each change is worth: accuracy of the last epoch in points, with 95 % interval"),
-            end="\n\n",
-        )
+        title = "What each change is worth: accuracy of the last epoch, in points, with 95 % interval"
+        print(f"\n{folded(title)}\n")
         print(effects_text(comparisons, width))
         rule = "A difference is shown where p (Holm), which is adjusted for the rows of this table, is below 0.05."
         print("\n" + folded(rule))
