@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # imported by the jobs that need it: it takes seconds
 logger = logging.getLogger("mnist_lab.jobs")
 
 READING = "Reading the tracked runs"
-NETWORKS = "runs:/<id>, models:/<name>@<alias> or a script's name (default: models:/mnist@champion, else docs/results)"
+NETWORKS = "runs:/<id>, models:/<name>@<alias>, a script's name, docs/results (default: models:/mnist@champion if any)"
 DATABASE = "postgresql://user:password@host:5432/database (default: MLFLOW_BACKEND_STORE_URI)"
 
 # What the columns of `compare` mean.

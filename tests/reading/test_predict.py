@@ -226,11 +226,12 @@ def test_the_champion_reads_unless_another_is_named(train_run: Callable[..., Tra
         experiment, _ = tiny.EXPERIMENT.override({"epochs": 1, **overrides})
         return train_run(experiment, "good", overrides=overrides).run_id
 
-    assert find_reader(tracking_uri=store.uri).run_id == load_committed()[1].run_id  # in a store without a champion
+    committed = load_committed()[1].run_id
+    assert find_reader(tracking_uri=store.uri).run_id == committed  # in a store without a champion
     good, overridden = train(), train(lr=0.05)
     assert (register(store, good), register(store, overridden), register(store, good)) == ("1", "2", "1")
     named = {None: good, "good": good, f"runs:/{overridden}": overridden, "models:/mnist/2": overridden}
-    for name, run_id in {**named, "models:/mnist@champion": good}.items():
+    for name, run_id in {**named, "models:/mnist@champion": good, "docs/results": committed}.items():
         assert find_reader(name, tracking_uri=store.uri).run_id == run_id
     with pytest.raises(LabError, match="^model 'step4_augment_steplr': .* has no finished run of that script"):
         find_reader("step4", tracking_uri=store.uri)
