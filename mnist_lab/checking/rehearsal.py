@@ -230,11 +230,12 @@ def _check_rate(trial: Trial) -> Iterator[str]:
     if type(trial.training.optimizer).step.__module__.startswith("torch."):
         return
     net = trial.network(SEED)
+    before = [parameter.detach().clone() for parameter in net.parameters()]  # of a network that may draw unseeded
     at_rest = training.Training(net, own_parts(trial.declared), trial.mnist, seed=SEED)
     for group in at_rest.optimizer.param_groups:
         group["lr"] = 0 * group["lr"]
     at_rest.train_batch(torch.arange(min(FEW, trial.batch_size), device=trial.mnist.train_images.device))
-    if any(not torch.equal(parameter, trial.before[name]) for name, parameter in net.named_parameters()):
+    if not all(map(torch.equal, net.parameters(), before)):
         trial.no_effect = {}
         yield "optimizer: moves the weights at lr 0: what is logged and scheduled as lr is not the rate that it uses"
 

@@ -53,8 +53,9 @@ CALLS = [name for name in dir(mlflow) if name.startswith(("log_", "set_tag")) or
 # The names that the lab logs under, by the functions with which a script could.
 METRICS = re.compile("|".join([*MEASURES, *SHORT, r"lr_\d+"]))
 TAGS = re.compile(
-    r"step|study|search|seeds\w*|overrides|(code|data|teacher|restored)_\w+|targets?|(target|verdict|reported|git)_\w+"
-    r"|hardware|torch|threads|memory_format|no_effect|restored|pruned|model|process|mlflow\..*"
+    r"step|study|search|seeds|seeds_(reused|failed)|overrides|(code|data|teacher|restored)_sha256|teacher_run_id|targets"
+    r"|(target|verdict|reported)_\w+|git_(commit|dirty)|hardware|torch|threads|memory_format|no_effect|restored|pruned"
+    r"|model|process|mlflow\..*"
 )
 NAMES = {"log_metric": METRICS, "log_metrics": METRICS, "set_tag": TAGS, "set_tags": TAGS}
 
