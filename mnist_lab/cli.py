@@ -114,10 +114,10 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     given = [("epochs", arguments.epochs), ("batch_size", arguments.batch_size), *map(assignment, arguments.set)]
     settings = [(name, value) for name, value in given if value is not None]
     changes: dict[str, object] = dict(settings)
+    changed, overrides = experiment.override(changes)
     if len(changes) < len(settings):
         twice = next(name for name, _ in settings if [other for other, _ in settings].count(name) > 1)
         raise LabError(f"--set: {twice} is given twice")
-    changed, overrides = experiment.override(changes)
     resume, uri = None, tracking_uri(arguments.tracking_uri)
     if arguments.resume is not None and not _several(arguments):  # these go on by themselves
         wanted = {name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")}
