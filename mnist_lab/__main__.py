@@ -146,7 +146,7 @@ def compare(arguments: argparse.Namespace) -> None:
     if comparisons:
         title = "What each change is worth: accuracy of the last epoch, in points, with 95 % interval"
         print(f"\n{folded(title)}\n")
-        print(effects_text(comparisons, width))
+        print(effects_text(comparisons, width, "folds" if folds else "seeds"))
         rule = "A difference is shown where p (Holm), which is adjusted for the rows of this table, is below 0.05."
         print("\n" + folded(rule))
     for sentence in refused:

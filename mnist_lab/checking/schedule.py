@@ -15,6 +15,7 @@ from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.training.loop import batches_per_epoch, build_optimizer, build_scheduler, scheduler_steps_per_epoch
 
 MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
+ROUNDING = 1e-9  # of a rate that ends at 0
 MAX_LR = torch.finfo(torch.float32).max  # torch refuses to multiply a float32 parameter by more
 NOTHING = 1e-3  # of a schedule's largest learning rate: trained with less, a network stands still
 MUCH = 1 / 3  # of an average: with more of the first weights in it, it says little of those that were trained
@@ -42,6 +43,8 @@ class Walk:
         _check_kind(experiment, self.scheduler)
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.go_on(min(self.run, MAX_SCHEDULE_STEPS))
+            if (lowest := min(self.rates[: self.run])) < -ROUNDING:
+                raise ValueError(f"the learning rate becomes {lowest:.3g}: below 0 a step makes the loss larger")
 
     def go_on(self, steps: int) -> None:
         with warnings.catch_warnings():  # of an optimizer that has not stepped yet

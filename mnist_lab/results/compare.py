@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -217,4 +218,5 @@ def _compare(pair: Pair, runs: pd.DataFrame, uri: str, folds: int) -> Comparison
     # One fold has the same images on all hardware.
     paired = folds > 0 or all(rounds_alike(on_a, on_b) for on_a, on_b in made_on)
     a, b = (dict(zip(trained["seed"], trained[figure], strict=True)) for trained in (runs_a, runs_b))
-    return Comparison.of(pair, statistics.compare_means(a, b, paired=paired))
+    found = statistics.compare_means(a, b, paired=paired)
+    return Comparison.of(pair, dataclasses.replace(found, seeds_needed=None) if folds else found)  # there are no more

@@ -88,7 +88,7 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [dataclasses.replace(comparison, p_holm=p) for comparison, p in zip(comparisons, adjusted, strict=True)]
 
 
-def effects_text(comparisons: Sequence[Comparison], width: int | None = None) -> str:
+def effects_text(comparisons: Sequence[Comparison], width: int | None = None, unit: str = "seeds") -> str:
     folded, arrow = (str, " -> ") if width is None or width >= WIDE else (partial(textwrap.fill, width=22), "\n  -> ")
     columns = {
         "change": [f"{folded(c.change)}\n  {c.a}{arrow}{c.b}" for c in comparisons],
@@ -96,7 +96,7 @@ def effects_text(comparisons: Sequence[Comparison], width: int | None = None) ->
         "verdict": [c.word for c in comparisons],
         "95 % interval": [c.interval for c in comparisons],
         "p\n(Holm)": [p_text(c.p_holm) for c in comparisons],
-        "seeds": [c.seeds for c in comparisons],
+        unit: [c.seeds for c in comparisons],
         "seeds\nneeded": ["-" if c.seeds_needed is None else seeds_text(c.seeds_needed) for c in comparisons],
         "p": [p_text(c.p) for c in comparisons],
     }

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -149,7 +149,6 @@ IMAGE_BY_IMAGE = r"\(128, 1, 28, 28\).*image_by_image"
 
 by_batch = {"scheduler_interval": "batch"}
 PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a negative rate": ("optimizer", {"optimizer": partial(SGD, lr=-0.1)}, "Invalid learning rate"),
     "steps that are too large": ("optimizer", {"optimizer": partial(SGD, lr=1e38)}, "not finite"),
     "an optimizer without a rate": ("optimizer", {"optimizer": WithoutRate}, "without lr"),
     "of another network": ("optimizer", {"optimizer": lambda _: SGD(Linear().parameters(), lr=0.1)}, "none of"),
@@ -157,6 +156,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "too short": ("scheduler", {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=7), **by_batch}, "7"),
     "plateau by batch": ("scheduler", {"scheduler": ReduceLROnPlateau, **by_batch}, "scheduler_interval='epoch'"),
     "plateau that rises": ("scheduler", {"scheduler": partial(ReduceLROnPlateau, mode="max")}, "mode='min'"),
+    "below zero": ("scheduler", {"scheduler": partial(LambdaLR, lr_lambda=lambda epoch: 0.5 - epoch)}, "below 0"),
     "beyond float32": ("scheduler", {"scheduler": partial(OneCycleLR, max_lr=1e40)}, "float32"),
     "state with code": ("scheduler", {"scheduler": remembers_code}, "state_dict"),
     "another shape": ("augmentation", {"augmentation": v2.Resize(14)}, r"\(128, 1, 14, 14\)"),
