@@ -313,18 +313,18 @@ def weight_normed() -> nn.Module:
 
 
 class SharpSGD(SGD):
-    """SAM on SGD: wants a closure beside the gradients."""
+    """SAM on SGD: wants a closure beside the gradients, and rounds where it brings the weights back."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         parameters = [p for group in self.param_groups for p in group["params"]]
-        before = [p.clone() for p in parameters]
         norm = torch.stack([p.grad.norm() for p in parameters]).norm()
-        for p in parameters:
-            p.add_(p.grad, alpha=0.05 / (norm.item() + 1e-12))
+        moves = [p.grad * (0.05 / (norm + 1e-12)) for p in parameters]
+        for p, move in zip(parameters, moves, strict=True):
+            p.add_(move)
         torch.enable_grad()(closure)()
-        for p, value in zip(parameters, before, strict=True):
-            p.copy_(value)
+        for p, move in zip(parameters, moves, strict=True):
+            p.sub_(move)
         return super().step()
 
 
