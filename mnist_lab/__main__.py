@@ -358,13 +358,7 @@ def resume(arguments: argparse.Namespace) -> None:
         raise LabError(f"resume: {'; '.join(refused) or none}")
     newest = able[0]
     print(f"Going on with {newest.step} seed {newest.seed} after epoch {newest.epochs[-1].epoch}.")
-    alike = [one for one in able if one.identity == newest.identity]
-    if len(seeds := sorted({one.seed for one in alike})) > 1:
-        flags = [f"--set {name}={value}" for name, value in newest.changes.items()]
-        flags += [f"--{name} {value}" for name in ("limit", "holdout") if (value := getattr(newest, name))]
-        command = f"make {newest.step} SEEDS={','.join(map(str, seeds))}"
-        print(f'With the other seeds, as a study does: {command} ARGS="{" ".join(flags)}"')
-    others = [f"Interrupted too: {one.name}" for one in able if one not in alike]
+    others = [f"Interrupted too: {one.name}" for one in able[1:]]
     for line in [*others, *(f"Left out: {sentence}" for sentence in refused)]:
         print(line)
     sys.stdout.flush()
