@@ -76,7 +76,7 @@ def test_resume_hides_the_password(tmp_path: Path, started: list[list[str]], mon
     assert os.environ["MLFLOW_TRACKING_URI"] == uri
 
 
-def test_resume_passes_over_a_run_whose_script_has_changed_and_names_a_study_s_other_seeds(
+def test_resume_passes_over_a_run_whose_script_has_changed_and_names_the_others(
     uri: str, started: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -92,7 +92,7 @@ def test_resume_passes_over_a_run_whose_script_has_changed_and_names_a_study_s_o
 
     assert [arguments[2:4] for arguments in started] == [["--resume", "b"]]
     printed = capsys.readouterr().out
-    assert 'make step1_baseline SEEDS=0,1 ARGS="--limit 2000"' in printed
+    assert "Interrupted too: a (step1_baseline seed 0 limit=2000)" in printed
     assert "Left out: c (step1_baseline seed 2 limit=2000) can't go on: step1_baseline.py " in printed
 
 
