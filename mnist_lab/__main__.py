@@ -131,7 +131,8 @@ def compare(arguments: argparse.Namespace) -> None:
     if holdout:
         lines = [line.replace("on the test images", f"on the {holdout:,} training images held out") for line in lines]
     for row in table[table["left_out"] > 0].to_dict("records"):
-        lines.append(f"{row['step']}: left out: {counted(row['left_out'], 'older run')} by other code (code_sha256).")
+        left_out = counted(row["left_out"], "older run")
+        lines.append(f"{row['step']}: left out: {left_out} of other code (code_sha256) or other hyperparameters.")
     for row in table[table["seeds"] < folds].to_dict("records"):
         lines.append(f"{row['step']}: only {row['seeds']} of {folds} folds are there.")
     every = results.compare_table([*table["step"].unique()], include_overrides=True, **protocol)

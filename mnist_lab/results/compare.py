@@ -13,7 +13,7 @@ import pandas as pd
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
-from mnist_lab.results.runs import TARGETS, RunFilter, full_names, loaded_runs, predictions, run_table
+from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, full_names, loaded_runs, predictions, run_table
 from mnist_lab.story import read_stories
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import Comparison, Pair, adjust, rounds_alike, seeds_text, step_order, table_text
@@ -22,18 +22,19 @@ from mnist_lab.verdicts.targets import judge
 
 
 def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the newest run of each step and seed, without those that other code computed; the newest stand first.
+    """Return the newest run of each step and seed, without those of another experiment; the newest stand first.
 
     runs: a run table with all columns (LabError if not).
-    Other code: another `code_sha256`, number of parameters or teacher than the step's newest run; `left_out` is their
-    number.
+    Another experiment: another `code_sha256`, number of parameters, teacher or hyperparameter than the step's newest
+    run; `left_out` is their number.
     """
     if not {"start_time", "code_sha256", "overrides"} <= set(runs):
         raise LabError('runs: all columns of a run table are needed, from results.run_table(columns="all")')
     runs = runs.sort_values("start_time", ascending=False, kind="stable")
     experiment = [runs["step"], runs["overrides"]]
-    code = runs["code_sha256"].fillna("") + " " + runs["num_params"].astype("str")
-    code += " " + runs["teacher_sha256"].fillna("")
+    settings = [name for name in runs if name not in COLUMNS]  # a script may read them from a file, or draw them
+    alike = ["code_sha256", "num_params", "teacher_sha256", *settings]
+    code = runs.groupby(alike, dropna=False).ngroup()
     same = code == code.groupby(experiment).transform("first")
     left_out = (~same).groupby(experiment).transform("sum").astype("int64")
     return runs.assign(left_out=left_out)[same].drop_duplicates(["step", "overrides", "seed"])
@@ -45,7 +46,7 @@ def compare_table(steps: Iterable[str] | str | None = None, **which: Unpack[RunF
     steps, include_overrides, holdout, folds, tracking_uri, loaded: as for `run_table`. With folds, these stand for
         seeds, the accuracy is that of the images held out, and the target for test images is not judged.
 
-    Columns: step, overrides, seeds (their number), left_out (runs of other code), num_params, epochs, last, last_sd,
+    Columns: step, overrides, seeds (their number), left_out (as by `newest_runs`), num_params, epochs, last, last_sd,
     low and high (95 % interval of the mean; missing for one seed, as last_sd is), above (the target that the mean is
     just shown to be above), best, train, the targets, the reported figures, verdict_accuracy, verdict_params,
     verdict_epochs, and p and seeds_needed of the accuracy's verdict. Accuracies are in percent; last and train are of

@@ -62,7 +62,7 @@ class Comparison(Difference, Pair):
 
     @property
     def verdict(self) -> str:
-        """What was shown: "better by 0.12 points", or "no difference shown (needs about 40 seeds for 0.03 points)"."""
+        """What was shown: "better by 0.12 points", or "no difference shown (needs about 50 seeds for 0.03 points)"."""
         size = f"{abs(self.effect):.2f} points"
         if self.shown:
             where = " in this one run of each" if self.test == MCNEMAR else ""
@@ -130,9 +130,9 @@ def mean_interval_text(seeds: int, low: float, high: float) -> str:
 
 
 def seeds_text(needed: int) -> str:
-    """Return a number of seeds needed as it is printed, rounded to one digit that counts: 224 as "200"."""
+    """Return a number of seeds needed as it is printed, rounded up to one digit that counts: 224 as "300"."""
     unit: int = 10 ** (len(str(needed)) - 1)
-    return f"{(needed + unit // 2) // unit * unit:,}"
+    return f"{-(-needed // unit) * unit:,}"
 
 
 def p_text(p: float) -> str:

@@ -165,17 +165,18 @@ def test_the_verdict_on_several_seeds_is_what_their_mean_shows(store: Store) -> 
     assert rows[2][1:4] == ["99.50", "met", "1"]
 
 
-def test_seeds_of_different_code_or_teachers_are_not_averaged(store: Store) -> None:
+def test_seeds_of_different_code_teachers_or_values_are_not_averaged(store: Store) -> None:
     seeds = [(0, 98.0, "old"), (1, 98.1, "old"), (2, 98.2, "old"), (0, 99.0, "new"), (1, 99.1, "new")]
     for start, (seed, accuracy, digest) in enumerate(seeds, start=T0):
         write_run(store, "code", seed, [accuracy], start_time=start, tags={"code_sha256": digest})
         write_run(store, "taught", seed, [accuracy], start_time=start, tags={"teacher_sha256": digest})
+        write_run(store, "read", seed, [accuracy], start_time=start, params={**STEP4, "lr": digest})
     write_seeds(store, "bare", 97.0, 97.2)  # runs without such a tag are of one kind, but for those of another network
     write_run(store, "bare", 2, [50.0], start_time=T0 - 5, num_params=10)
     table = results.compare_table(tracking_uri=store.uri).set_index("step")
     newest = {"seeds": 2, "left_out": 3, "last": pytest.approx(99.05)}
     assert table[["seeds", "left_out", "last"]].to_dict("index") == {
-        **{"code": newest, "taught": newest},
+        **{"code": newest, "taught": newest, "read": newest},
         "bare": {"seeds": 2, "left_out": 1, "last": pytest.approx(97.1)},
     }
 

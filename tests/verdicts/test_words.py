@@ -119,9 +119,9 @@ def comparison(**given: object) -> Comparison:
 @pytest.mark.parametrize(
     ("given", "verdict"),
     [
-        ({}, "no difference shown (needs about 40 seeds for 0.03 points)"),
-        ({"effect": -0.03}, "no difference shown (needs about 40 seeds for 0.03 points)"),
-        ({"seeds_needed": 12_345}, "no difference shown (needs about 10,000 seeds for 0.03 points)"),
+        ({}, "no difference shown (needs about 50 seeds for 0.03 points)"),
+        ({"effect": -0.03}, "no difference shown (needs about 50 seeds for 0.03 points)"),
+        ({"seeds_needed": 12_345}, "no difference shown (needs about 20,000 seeds for 0.03 points)"),
         ({"effect": 0.0, "p": 1.0, "p_holm": 1.0, "seeds_needed": None}, "no difference shown"),
         ({"p": math.nan, "p_holm": math.nan, "seeds_needed": None}, "no difference shown"),
         ({"p": 0.01, "p_holm": 0.03, "seeds_needed": None}, "better by 0.03 points"),
@@ -166,5 +166,5 @@ def test_experiments_are_in_natural_order() -> None:
 
 
 def test_seeds_needed_are_an_order_of_magnitude() -> None:
-    texts = {2: "2", 9: "9", 44: "40", 45: "50", 99: "100", 224: "200", 1_107: "1,000"}
+    texts = {2: "2", 9: "9", 10: "10", 41: "50", 50: "50", 224: "300", 1_107: "2,000"}
     assert {needed: seeds_text(needed) for needed in texts} == texts
