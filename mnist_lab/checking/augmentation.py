@@ -19,13 +19,15 @@ from mnist_lab.training.transforms import Augmentation, is_mixing, is_torchvisio
 
 DRAWS_SEED = 2**31  # of what is drawn twice alike; not a network's, so that one built meanwhile is another
 OUTSIDE = 0.01  # by which an augmented pixel may lie outside [0, 1]: an interpolation may overshoot
-DONE_BY_THE_LAB = ("ToTensor", "PILToTensor", "Normalize")  # of torchvision's transforms
+DONE_BY_THE_LAB = ("ToPILImage", "ToTensor", "PILToTensor", "Normalize")  # of torchvision's transforms
 # Wald's sequential test: two images of one batch are more alike in half of the trials where each has a draw of its own,
 # and in most of them where both share one. https://en.wikipedia.org/wiki/Sequential_probability_ratio_test
 SHARED = 0.8
 REFUSED, PASSED = -math.log(1e-6), math.log(1e-2)  # with so many wrongly refused, and missed
 SAME = 1e-3  # difference in the sum over an image's pixels that rounding may make
 IMAGE_BY_IMAGE = "partial(image_by_image, transform=...) from mnist_lab.augmentation"
+UNSEEDED = "the run's seed does not decide what augmentation draws; draw from torch, random or np.random themselves"
+FEW = 0.1  # of the images
 MAX_TRIALS = 500
 MAX_SECONDS = 2.0
 
@@ -33,9 +35,10 @@ MAX_SECONDS = 2.0
 def check_augmentation(experiment: Experiment, mnist: Mnist, size: int) -> tuple[Tensor, Tensor, list[str]]:
     """Return an augmented batch of so many images, its labels, and notices; raises ValueError if it can't be used."""
     augment = Augmentation(experiment.augmentation)
-    for name in (type(transform).__name__ for _, transform in augment.parts if is_torchvision(transform)):
-        if name in DONE_BY_THE_LAB:
-            raise ValueError(f"{name}: leave it out; images are in [0, 1], and `normalize` is a field of its own")
+    names = [type(transform).__name__ for _, transform in augment.parts if is_torchvision(transform)]
+    if done := [name for name in names if name in DONE_BY_THE_LAB]:
+        advice = "images are tensors in [0, 1], and `normalize` is a field of its own"
+        raise ValueError(f"has {', '.join(done)}, to be left out: {advice}")
     indices = torch.arange(size, device=mnist.train_images.device)
     start, state = time.perf_counter(), deepcopy(parts_state(experiment))
     seed_generators(DRAWS_SEED)
@@ -92,10 +95,13 @@ def _notice_transforms(augment: Augmentation, mnist: Mnist, seconds: float) -> I
 
 def _notice_images(images: Tensor, again: Tensor) -> Iterator[str]:
     if not torch.allclose(images, again, atol=1e-5):
-        yield "the run's seed does not decide what augmentation draws; draw from torch, random or np.random themselves"
+        yield UNSEEDED
     low, high = images.min().item(), images.max().item()
     if low < -OUTSIDE or high > 1 + OUTSIDE:
         yield f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
+    corners = images[..., :: images.shape[-1] - 1, :: images.shape[-1] - 1].amax(dim=(1, 2, 3))
+    if (share := (corners > 0.5).float().mean().item()) > FEW:
+        yield f"augmentation gives {share:.0%} of the images a light corner, where MNIST's are black; fill=0 is black"
 
 
 def check_draws(augmentation: Callable[[Tensor], Tensor], image: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What may be wrong with a network though it trains: weights that are shared, not registered, or not optimized."""
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +49,15 @@ def unregistered(net: nn.Module, output: Tensor, images: Tensor) -> list[str]:
     return shapes
 
 
-def notice_optimized(net: nn.Module, optimizer: Optimizer) -> Iterator[str]:
+def notice_optimized(net: nn.Module, optimizer: Optimizer, before: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield a notice of what an optimizer is not given, and has not changed by one of its own; before: its steps."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trainable = {name: id(parameter) for name, parameter in net.named_parameters() if parameter.requires_grad}
     missing = [name for name, parameter in trainable.items() if parameter not in held]
+    now = tensors_of(net)
     if len(missing) == len(trainable):
         raise ValueError("has none of the network's parameters; give it those that it is called with")
-    if missing:
+    if missing := [name for name in missing if torch.equal(now[name], before[name])]:
         yield f"optimizer: it is not given {listed(missing)}, which are not trained, though they count as parameters"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +19,15 @@ from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.arguments import attributes, stable_text
 from mnist_lab.checking import network, schedule
-from mnist_lab.checking.augmentation import check_augmentation
+from mnist_lab.checking.augmentation import UNSEEDED, check_augmentation
 from mnist_lab.checking.network import kind, listed
 from mnist_lab.data import TRAINING_IMAGES, Mnist
-from mnist_lab.errors import LabError, script_line, text_of
+from mnist_lab.errors import LabError, counted, script_line, text_of
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.tracking import run as tracking
 from mnist_lab.training import loop as training
 from mnist_lab.training.loop import EVALUATION_BATCH_SIZE, EpochMetrics, normalize
-from mnist_lab.training.states import PARTS, kept_generators, objects_in, own_parts
+from mnist_lab.training.states import PARTS, kept_generators, objects_in, own_parts, set_generator_states
 from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts.targets import out_of_reach
 
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
 FEW = 100  # images, where any will do
+MANY_STEPS = 11  # of a script's own optimizer: Lookahead brings its slow weights in at each fifth or tenth
 OF_OPTIMIZERS = ("state", "param_groups", "defaults")  # attributes that their state_dict holds, or that do not change
 
 
@@ -80,6 +82,8 @@ class Trial:
     training: training.Training = field(init=False)
     images: Tensor = field(init=False)  # of the first batch, augmented, in [0, 1]
     labels: Tensor = field(init=False)
+    evaluating: int = 0  # images
+    unseeded: bool = False  # whether the augmentation draws from elsewhere than the generators that a run seeds
     untrained: set[str] = field(default_factory=set)
     no_effect: dict[str, str] = field(default_factory=dict)
 
@@ -101,8 +105,10 @@ class Trial:
 
     def logits(self, images: Tensor, net: nn.Module | None = None) -> Tensor:
         """Return the logits of images in evaluation mode; raises ValueError if they are none."""
+        self.evaluating = len(images)
         logits = training.predict(self.net if net is None else net, images, self.experiment.normalize)
         _check_logits(logits, len(images))
+        self.evaluating = 0
         return logits
 
 
@@ -143,21 +149,19 @@ def _check_building(trial: Trial) -> Iterator[str]:
     yield from schedule.notice_batch_norm(trial.experiment, trial.net, len(trial.mnist.train_images))
 
 
-def _check_optimizer(trial: Trial) -> Iterator[str]:
+def _check_optimizer(trial: Trial) -> Iterable[str]:
     optimizer = training.build_optimizer(trial.experiment, trial.net.parameters())
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"gives a {name}, not a torch.optim.Optimizer")
     if any("lr" not in group for group in optimizer.param_groups):
         raise ValueError(f"{name} has a parameter group without lr, which each epoch reports")
-    yield from network.notice_optimized(trial.net, optimizer)
-    held = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
-    if held and type(optimizer).state_dict is Optimizer.state_dict:
-        yield f"optimizer: keeps numbers in {listed(held)}, which `--resume` begins anew unless its state_dict has them"
+    return ()
 
 
 def _check_augmentation(trial: Trial) -> list[str]:
     trial.images, trial.labels, notices = check_augmentation(trial.experiment, trial.mnist, trial.batch_size)
+    trial.unseeded = UNSEEDED in notices
     return notices
 
 
@@ -227,7 +231,8 @@ def _check_steps(trial: Trial) -> Iterable[str]:
 
 def _check_rate(trial: Trial) -> Iterator[str]:
     """Try a step at a learning rate of 0 where the script has written it, and may step optimizers of its own in it."""
-    if type(trial.training.optimizer).step.__module__.startswith("torch."):
+    yield from network.notice_optimized(trial.net, trial.training.optimizer, trial.before)
+    if not _is_own(trial.training.optimizer):
         return
     net = trial.network(SEED)
     before = [parameter.detach().clone() for parameter in net.parameters()]  # of a network that may draw unseeded
@@ -235,10 +240,19 @@ def _check_rate(trial: Trial) -> Iterator[str]:
     for group in at_rest.optimizer.param_groups:
         group["lr"] = 0 * group["lr"]
     at_rest.train_batch(torch.arange(min(FEW, trial.batch_size), device=trial.mnist.train_images.device))
-    close = partial(torch.allclose, rtol=1e-4, atol=1e-6)  # what is moved and brought back is rounded
-    if not all(map(close, net.parameters(), before)):
+    if not _same_weights(net, before):
         trial.no_effect = {}
         yield "optimizer: moves the weights at lr 0: what is logged and scheduled as lr is not the rate that it uses"
+
+
+def _is_own(optimizer: Optimizer) -> bool:  # the script's, not torch's
+    return not type(optimizer).step.__module__.startswith("torch.")
+
+
+def _same_weights(net: nn.Module, others: Iterable[Tensor]) -> bool:
+    """Compare weights, but for rounding: a step may move them and bring them back, and GPUs add in any order."""
+    pairs = zip(net.parameters(), others, strict=True)
+    return all(torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True) for one, other in pairs)
 
 
 def _check_trained(trial: Trial) -> Iterable[str]:
@@ -251,23 +265,47 @@ def _check_trained(trial: Trial) -> Iterable[str]:
 
 
 def _check_resume(trial: Trial) -> Iterator[str]:
-    """Take the training up anew, and name what changes from batch to batch without being in its state."""
-    state = {name: _kept(name, value) for name, value in trial.training.state_dict().items()}
+    """Take the training up anew, as after an epoch, and name what changes in it without being in its state."""
+    used, device = trial.training, trial.mnist.train_images.device
+    _train(used)
+    trial.logits(trial.evaluated(2))  # a network may change in an evaluation too, or keep its activations
+    state: dict[str, Any] = {name: _kept(name, value) for name, value in used.state_dict().items()}
     resumed = training.Training(trial.network(SEED), own_parts(trial.declared), trial.mnist, seed=SEED)
     try:
         resumed.load_state_dict(state)
     except Exception as error:  # a network that changes its layers in training
         yield f"resume: a run of this can't be gone on with: {text_of(error)}"
         return
-    for one in (trial.net, resumed.net):  # which may keep its activations
-        trial.logits(trial.evaluated(2), one)
-    pairs = {part: (getattr(trial.experiment, part), getattr(resumed.experiment, part)) for part in PARTS}
-    pairs |= {"net": (trial.net, resumed.net), "optimizer": (trial.training.optimizer, resumed.optimizer)}
-    for part, (used, anew) in pairs.items():
-        after, before = _attributes(used), _attributes(anew)
-        if changed := sorted(name for name in after if after[name] != before.get(name)):
-            advice = "keep it in a buffer, or write state_dict and load_state_dict"
-            yield f"{part}: changes {listed(changed)} from batch to batch, which `--resume` begins anew; {advice}"
+    lost = _differing(used, resumed)
+    for one in (used, resumed):
+        set_generator_states(state["generators"], device)
+        _train(one)
+        trial.logits(trial.evaluated(2), one.net)
+    lost &= _differing(used, resumed)  # else it is made anew from what is kept
+    advice = "keep it in a buffer, or write state_dict and load_state_dict"
+    for part in sorted({part for part, _ in lost}):
+        names = listed(sorted(name for of_part, name in lost if of_part == part))
+        yield f"{part}: changes {names} from batch to batch, which `--resume` begins anew; {advice}"
+    if not (lost or trial.unseeded or _same_weights(used.net, resumed.net.parameters())):
+        yield f"resume: does not go on as it would have: something that changes is in no state; {advice}"
+
+
+def _train(one: training.Training) -> None:
+    """Train a few batches; with an optimizer of the script's own some more."""
+    one.net.train()
+    for _ in range(MANY_STEPS if _is_own(one.optimizer) else 1):
+        one.train_batch(torch.arange(min(one.experiment.batch_size, len(one.mnist.train_images)), device=one.device))
+
+
+def _differing(used: training.Training, anew: training.Training) -> set[tuple[str, str]]:
+    """Return the attributes that two trainings have different values of: each with the part that it belongs to."""
+    pairs = {part: (getattr(used.experiment, part), getattr(anew.experiment, part)) for part in PARTS}
+    pairs |= {"net": (used.net, anew.net), "optimizer": (used.optimizer, anew.optimizer)}
+    differing = set()
+    for part, (one, other) in pairs.items():
+        values, others = _attributes(one), _attributes(other)
+        differing |= {(part, name) for name in values if values[name] != others.get(name)}
+    return differing
 
 
 def _kept(part: str, state: object) -> object:
@@ -322,7 +360,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (  # "loss" stands for the objective whe
 def _check_logits(logits: object, size: int) -> None:
     kinds = (torch.float32, torch.float64, torch.float16)
     if not isinstance(logits, Tensor) or logits.dtype not in kinds or logits.shape != (size, 10):
-        raise ValueError(f"gives {kind(logits)} for {size} images, not torch.float32 logits of shape ({size}, 10)")
+        raise ValueError(f"gives {kind(logits)}, not torch.float32 logits of shape ({size}, 10)")
     if not logits.isfinite().all():
         raise ValueError("gives logits that are not finite on the first batch")
 
@@ -345,12 +383,13 @@ def _attributes(part: object) -> dict[str, str]:
     """Return the attributes of a part's objects, and of modules in them, as text; but for activations."""
     found = {}
     for one in objects_in(part):
-        modules = dict(one.named_modules()) if isinstance(one, nn.Module) else {"": one}
+        modules: dict[str, object] = dict(one.named_modules()) if isinstance(one, nn.Module) else {"": one}
         for place, module in modules.items():
             for name, value in attributes(module).items():
                 of_torch = isinstance(module, Optimizer) and (name in OF_OPTIMIZERS or name.startswith("_"))
-                if not (of_torch or isinstance(value, nn.Module | Optimizer)) and getattr(value, "is_leaf", True):
-                    found[f"{place}.{name}".removeprefix(".")] = stable_text(value)
+                if not (of_torch or isinstance(value, nn.Module)) and getattr(value, "is_leaf", True):
+                    held = value.state_dict() if isinstance(value, Optimizer) else value
+                    found[f"{place}.{name}".removeprefix(".")] = stable_text(held)
     return found
 
 
@@ -383,8 +422,9 @@ def blame(blamed: str, trial: Trial | None = None) -> Iterator[None]:
         if trial is None or not hasattr(trial, "net"):
             raise _refusal(blamed, error) from error
         innermost = _innermost(trial, error) or blamed
-        layer = network.failing_layer(error, trial.net) if innermost == "net" else ""
-        raise _refusal(innermost, error, layer) from error
+        where = f"evaluated on {counted(trial.evaluating, 'image')}: " if trial.evaluating else ""
+        where += network.failing_layer(error, trial.net) if innermost == "net" else ""
+        raise _refusal(innermost, error, where) from error
 
 
 def _innermost(trial: Trial, error: BaseException) -> str:

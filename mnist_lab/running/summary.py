@@ -50,7 +50,7 @@ def _marked_images() -> Tensor:
     return images
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _calls(net: nn.Module, images: Tensor) -> list[Call]:
     calls: list[Call] = []
 

@@ -177,7 +177,7 @@ class TrackedRun:
                 with uninterrupted(), quiet(), redirect_stderr(io.StringIO()):
                     on_cpu = copy.deepcopy(net).cpu()  # one that names its device fails there
                     on_cpu.eval()
-                    with torch.inference_mode():
+                    with torch.no_grad():  # what inference_mode leaves in a network can't be exported
                         output = on_cpu(example)
                     mlflow.pytorch.save_model(
                         on_cpu,

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
-from mnist_lab.arguments import parameters_of
+from mnist_lab.arguments import parameters_of, stable_text
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS, Experiment
@@ -116,6 +116,7 @@ class Training:
         self.scheduler = build_scheduler(experiment, self.optimizer, len(mnist.train_images))
         self.average = build_average(experiment, net)
         self.takes = step_takes(experiment, net)
+        self.minimises_cross_entropy = minimises_cross_entropy(experiment)
         self.shuffling = torch.Generator().manual_seed(seed)
         self.epoch = 0
         self.device = mnist.train_images.device
@@ -137,7 +138,7 @@ class Training:
             self._train_epoch()
             train_loss = self.loss_sum.item() / len(self.mnist.train_images)
             objective = None
-            if not minimises_cross_entropy(self.experiment):
+            if not self.minimises_cross_entropy:
                 objective = torch.stack(self.losses).mean().item()
             minimised = train_loss if objective is None else objective
             if not math.isfinite(minimised):
@@ -194,7 +195,7 @@ class Training:
         images = normalize(images, self.experiment.normalize)
         loss, logits = train_step(self.net, images, labels, self.experiment, self.optimizer, self.takes)
         self.losses.append(loss.float())
-        if not minimises_cross_entropy(self.experiment):
+        if not self.minimises_cross_entropy:
             loss = F.cross_entropy(without_half(logits), labels, reduction="none").mean()
         if labels.ndim > 1:  # probabilities: the digit that an image shows most of
             labels = labels.argmax(dim=1)
@@ -287,7 +288,7 @@ def loss_and_logits(
 
 def without_half(logits: Tensor) -> Tensor:
     """Return logits of float16 as float32: a loss of them would be rounded to 11 bits."""
-    return logits.float() if logits.dtype == torch.float16 else logits
+    return logits.float() if getattr(logits, "dtype", None) == torch.float16 else logits
 
 
 def step_takes(experiment: Experiment, net: nn.Module) -> Takes:
@@ -320,7 +321,8 @@ def _can_step(experiment: Experiment, net: nn.Module, takes: Takes) -> bool:
 
 def minimises_cross_entropy(experiment: Experiment) -> bool:
     """Say whether what is minimised is known to be the mean cross-entropy per image."""
-    return experiment.objective is None and experiment.loss in (None, F.cross_entropy)
+    is_usual = experiment.loss in (None, F.cross_entropy) or stable_text(experiment.loss) == "CrossEntropyLoss()"
+    return experiment.objective is None and is_usual
 
 
 @torch.no_grad()  # what inference_mode leaves in a network can't be trained with
@@ -330,7 +332,8 @@ def predict(net: nn.Module, images: Tensor, normalize_by: tuple[float, float] = 
     net.eval()
     try:
         batches = torch.split(images, EVALUATION_BATCH_SIZE)
-        return without_half(torch.cat([net(normalize(batch.float() / 255, normalize_by)) for batch in batches]))
+        logits = [net(normalize(batch.float() / 255, normalize_by)) for batch in batches]
+        return without_half(torch.cat(logits) if len(logits) > 1 else logits[0])
     finally:
         for module, training in modes:
             module.training = training

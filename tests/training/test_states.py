@@ -24,6 +24,8 @@ from mnist_lab.training.loop import Training, initial_network
 from mnist_lab.training.states import own_parts, seed_generators
 from networks import CPU, DrawsElsewhere, Linear, Small, declare
 
+NOISE = torch.Generator().manual_seed(0)  # which no run seeds
+
 
 class WarmsUp(Linear):
     batches = 0
@@ -62,6 +64,26 @@ class Holds(Optimizer):
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         return self.base.step()
+
+
+class LooksAhead(SGD):
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        super().__init__(parameters := [*parameters], lr=lr)
+        self.slow = [parameter.detach().clone() for parameter in parameters]
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        (group,) = self.param_groups
+        group["steps"] = group.get("steps", 0) + 1
+        super().step()
+        for parameter, slow in zip(group["params"], self.slow, strict=True):
+            if group["steps"] % 6 == 0:
+                parameter.data = slow.lerp_(parameter.data, 0.5).clone()
+
+
+class Noisy(Linear):
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits + self.training * torch.rand(logits.shape, generator=NOISE)
 
 
 def warm_up(epoch: int) -> Any:
@@ -158,7 +180,9 @@ def test_a_training_that_is_taken_up_again_ends_as_if_never_stopped(changes: Any
         ({"net": lambda: nn.Sequential(WarmsUp())}, "net: changes 0.batches from"),
         ({"net": Centred}, "net: changes mean from"),
         ({"net": Grows}, "resume: a run of this can't be gone on with: "),
-        ({"optimizer": partial(Holds, lr=0.05)}, "optimizer: keeps numbers in base,"),
+        ({"optimizer": partial(Holds, lr=0.05)}, "optimizer: changes base from"),
+        ({"optimizer": partial(LooksAhead, lr=0.05)}, "optimizer: changes slow from"),
+        ({"net": Noisy}, "resume: does not go on as it would have"),
     ],
 )
 def test_what_resume_begins_anew_is_named(changes: dict[str, Any], said: str, small_mnist: Mnist) -> None:

@@ -149,7 +149,7 @@ def test_a_table_of_comparisons_is_adjusted_together() -> None:
     assert not any(c.shown for c in adjusted)  # each by itself would be
     assert adjust([]) == []
     (row,) = (line for line in effects_text(adjusted).splitlines() if " -0.03 " in line)
-    assert re.split(r"  +", row)[1:] == ["-0.03", "not shown", "-0.01 to +0.07", "0.06", "5", "40", "0.04"]
+    assert re.split(r"  +", row)[1:] == ["-0.03", "not shown", "-0.01 to +0.07", "0.06", "5", "50", "0.04"]
 
 
 def test_a_table_leaves_out_what_is_empty_and_names_what_it_has_no_place_for() -> None:
