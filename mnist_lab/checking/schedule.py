@@ -93,7 +93,7 @@ def notice_unit(walk: Walk) -> Iterator[str]:
         )
         yield f"scheduler: {name} steps once per epoch; {idly}; is scheduler_interval='batch' meant?"
     elif isinstance(planned, int) and planned > run:
-        yield f"scheduler: {name} is made for {planned:,} steps, and all images make {run:,}; left out, they are filled in"
+        yield f"scheduler: {name} has {planned:,} steps, and a run on all images {run:,}; left out, they are filled in"
     elif planned != run:  # else it comes to its end with the run
         steps = _half_way(walk, 0.1 * largest, epochs * batches)
         as_batches = f"{steps / batches:.2g} epochs"

@@ -13,7 +13,7 @@ import pandas as pd
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
-from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, full_names, loaded_runs, predictions, run_table
+from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, full_names, loaded_runs, run_table
 from mnist_lab.story import read_stories
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import Comparison, Pair, adjust, rounds_alike, seeds_text, step_order, table_text
@@ -121,7 +121,7 @@ def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
     holdout, folds, tracking_uri, loaded: as for `run_table`.
 
     Raises:
-        LabError: if a step has no such run, or one has a single seed and the other several.
+        LabError: if a step has no such run, or a single seed.
     """
     loaded = which["loaded"] = loaded_runs(**which)
     a, b = full_names([a, b], loaded)
@@ -199,21 +199,13 @@ def compare_runs(
 def _compare(pair: Pair, runs: pd.DataFrame, uri: str, folds: int) -> Comparison:
     runs_a, runs_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
     figure = protocol(0, folds).judged
-    for step, count in ((pair.a, len(runs_a)), (pair.b, len(runs_b))):
+    counts = {pair.a: len(runs_a), pair.b: len(runs_b)}
+    for step, count in counts.items():
         if count < folds:
             raise LabError(f"{step} has {count} of {folds} folds; the command that trained them trains the others")
-    if len(runs_a) == len(runs_b) == 1:
-        read_a, read_b = (predictions(one["run_id"].iloc[0], tracking_uri=uri) for one in (runs_a, runs_b))
-        if not read_a["truth"].equals(read_b["truth"]):
-            raise LabError("the predictions of the two runs are not of the same images")
-        right_a, right_b = (read["truth"] == read["prediction"] for read in (read_a, read_b))
-        return Comparison.of(pair, statistics.mcnemar_exact(right_a, right_b))
-    if min(len(runs_a), len(runs_b)) == 1:
-        single, several = (pair.a, pair.b) if len(runs_a) == 1 else (pair.b, pair.a)
-        raise LabError(
-            f"{single} has one seed and {several} has {max(len(runs_a), len(runs_b))}: a test needs at least two of "
-            f'each, e.g. `make {single} ARGS="--seed 1"`'
-        )
+    if single := [step for step, count in counts.items() if count == 1]:
+        steps, advice = " and ".join(single), f"`make {single[0]} SEEDS=2`"
+        raise LabError(f"of {steps} there is one seed, and a test needs at least two of each, e.g. {advice}")
     both = runs_a.merge(runs_b, on="seed")
     made_on = both[["hardware_x", "hardware_y"]].fillna("").itertuples(index=False, name=None)
     # One fold has the same images on all hardware.

@@ -13,7 +13,7 @@ from functools import partial
 from tabulate import tabulate
 
 from mnist_lab.verdicts import statistics
-from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, FEWEST_FOR_INTERVAL, MCNEMAR, Difference
+from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, FEWEST_FOR_INTERVAL, Difference
 
 TOO_FEW = "too few seeds"
 WIDE = 80  # characters of a terminal; a narrower one shows names and changes on more lines
@@ -48,11 +48,11 @@ class Comparison(Difference, Pair):
     @property
     def seeds(self) -> str:
         """The seeds that were compared, e.g. "10", or "10, 8" where they are not paired."""
-        return "1" if self.test == MCNEMAR else ", ".join(str(n) for n in self.n)
+        return ", ".join(str(n) for n in self.n)
 
     @property
     def interval(self) -> str:
-        if self.test != MCNEMAR and min(self.n) < FEWEST_FOR_INTERVAL:
+        if min(self.n) < FEWEST_FOR_INTERVAL:
             return TOO_FEW
         return interval_text(self.low, self.high, signed=True)
 
@@ -65,10 +65,7 @@ class Comparison(Difference, Pair):
         """What was shown: "better by 0.12 points", or "no difference shown (needs about 50 seeds for 0.03 points)"."""
         size = f"{abs(self.effect):.2f} points"
         if self.shown:
-            where = " in this one run of each" if self.test == MCNEMAR else ""
-            return f"{self.word} by {size}{where}"
-        if self.test == MCNEMAR:
-            return "no difference shown by one run of each"
+            return f"{self.word} by {size}"
         if self.p < ALPHA_DIFFERENCE:
             return "no difference shown (among so many comparisons)"
         if self.seeds_needed is None or size == "0.00 points":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 # scipy.stats and statsmodels take two seconds to import, so the functions that need them do it.
 
@@ -19,7 +19,6 @@ ALPHA_DIFFERENCE = 0.05  # two-sided
 POWER = 0.8  # the chance of seeing a difference that exists
 MOST_SEEDS = 1_000_000  # beyond this, "it can't be said"
 FEWEST_FOR_INTERVAL = 4  # seeds; with fewer, the interval of a mean is 2.5 or 9 times the sd to each side
-MCNEMAR = "McNemar's exact test"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class StudyVerdict(NamedTuple):
 class Difference:
     """The difference b - a, with its 95 % interval and a two-sided p.
 
-    n: what the test counts: pairs of seeds; or the seeds of a and of b; or images.
+    n: what the test counts: pairs of seeds; or the seeds of a and of b.
     seeds_needed: about how many seeds per arm would show a difference of this size; None where it is shown already
         or can't be said.
     """
@@ -192,24 +191,6 @@ def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int
         if high > MOST_SEEDS:
             return None
     return bisect.bisect_left(range(high), True, lo=max(2, high // 2), key=enough)
-
-
-def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> Difference:
-    """Compare the shares, in percent, of the same images that two networks classify correctly.
-
-    a_correct, b_correct: (N,) booleans, in the same order of images.
-
-    McNemar's exact test is binomial on the images that only one of them gets right. The interval of the difference
-    is Wald's for matched pairs (Agresti, Categorical Data Analysis, 2002, 10.1.2).
-    """
-    from scipy import stats
-
-    a, b = np.asarray(a_correct, dtype=bool), np.asarray(b_correct, dtype=bool)
-    n, only_a, only_b = a.size, int((a & ~b).sum()), int((~a & b).sum())
-    effect = (only_b - only_a) / n
-    half = float(stats.norm.ppf(0.975)) * math.sqrt((only_a + only_b) - (only_b - only_a) ** 2 / n) / n
-    p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return Difference(100 * effect, 100 * (effect - half), 100 * (effect + half), p, MCNEMAR, (n,), None)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -204,7 +204,7 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
         ({"optimizer": partial(CountingSGD, lr=0.01)}, "optimizer: changes count from batch to batch"),
         (
             {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=99), "scheduler_interval": "batch"},
-            "scheduler: OneCycleLR is made for 99 steps, and all images make ",
+            "scheduler: OneCycleLR has 99 steps, and a run on all images ",
         ),
         (
             {"scheduler": partial(StepLR, step_size=2), "scheduler_interval": "batch"},  # of the 60,000 images' 938

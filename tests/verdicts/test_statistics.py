@@ -19,7 +19,6 @@ from mnist_lab.verdicts.statistics import (
     interval_for_new_images,
     judge_mean,
     lower_bound,
-    mcnemar_exact,
     seeds_needed,
 )
 
@@ -173,31 +172,6 @@ def test_a_difference_without_any_spread_is_judged_by_the_sign_test_or_not_at_al
 def test_seeds_needed_are_cohens_and_bounded(effect_size: float, arms: Literal[1, 2], needed: int | None) -> None:
     """Cohen (1992), A power primer, Psychological Bulletin 112, 155-159, table 2: difference of means, alpha .05."""
     assert seeds_needed(effect_size, arms=arms, tail=0.025) == needed
-
-
-# ---- two networks on the same images
-
-
-def compare_images(both: int, only_a: int, only_b: int, neither: int) -> Difference:
-    counts = [both, only_a, only_b, neither]
-    return mcnemar_exact(np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts))
-
-
-def test_mcnemar_on_agrestis_approval_ratings() -> None:
-    """Agresti (2002), Categorical Data Analysis, 10.1: 794, 150, 86 and 570 of 1600; -0.04 +- 1.96 (0.0095)."""
-    ratings = compare_images(794, 150, 86, 570)
-    assert (ratings.test, ratings.n) == ("McNemar's exact test", (1600,))
-    assert ratings.effect == pytest.approx(-4)
-    assert (ratings.low, ratings.high) == pytest.approx((-4 - 1.96 * 0.95, -4 + 1.96 * 0.95), abs=1e-2)
-    assert ratings.p < 0.0001
-
-
-def test_mcnemars_exact_p() -> None:
-    """The example of the vignette exactMcNemar of R's package exact2x2: 21, 9, 2, 12; p-value = 0.06543."""
-    pairs = compare_images(21, 2, 9, 12)
-    assert pairs.effect == pytest.approx(100 * 7 / 44)
-    assert pairs.p == pytest.approx(0.06543, abs=1e-5)
-    assert compare_images(21, 0, 0, 12).p == 1
 
 
 # ---- a table of comparisons
