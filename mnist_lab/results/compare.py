@@ -126,7 +126,7 @@ def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
     loaded = which["loaded"] = loaded_runs(**which)
     a, b = full_names([a, b], loaded)
     runs = newest_runs(run_table([a, b], columns="all", **which))
-    return _compare(pair_of(a, b), runs, loaded.uri, which.get("folds", 0))
+    return _compare(pair_of(a, b), runs, which.get("folds", 0))
 
 
 def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
@@ -174,38 +174,37 @@ def compare_pairs(
 
     Returns the comparisons, and a sentence for each pair that has runs but can't be compared.
     """
-    loaded = which["loaded"] = loaded_runs(**which)
     runs = newest_runs(run_table(columns="all", **which))
-    return compare_runs(declared_pairs() if pairs is None else pairs, runs, which.get("folds", 0), loaded.uri)
+    return compare_runs(declared_pairs() if pairs is None else pairs, runs, which.get("folds", 0))
 
 
-def compare_runs(
-    pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0, uri: str = ""
-) -> tuple[list[Comparison], list[str]]:
-    found, refused, pairs, steps = [], [], [*pairs], {*runs["step"]}
+def compare_runs(pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0) -> tuple[list[Comparison], list[str]]:
+    found, steps, reasons = [], {*runs["step"]}, dict[str, list[str]]()
     for pair in pairs:
-        if {pair.a, pair.b} <= steps:
-            try:
-                found.append(_compare(pair, runs, uri, folds))
-            except LabError as error:
-                refused.append(f"{pair.b} against {pair.a} is not compared: {error}")
-    if absent := [f"{pair.b} with {pair.a}" for pair in pairs if pair.b in steps and pair.a not in steps]:
-        flag = next((f" with --{name} {runs[name].iloc[0]}" for name in ("folds", "holdout") if runs[name].iloc[0]), "")
-        advice = f"train these{flag}" if flag else "train these, or `make restore` the committed ones"
-        refused.append(f"not compared: {', '.join(absent)}: the second has no finished run as declared{flag}; {advice}")
+        if pair.b not in steps:
+            continue
+        try:
+            found.append(_compare(pair, runs, folds))
+        except LabError as error:
+            reasons.setdefault(str(error), []).append(f"{pair.b} with {pair.a}")
+    refused = [f"not compared: {', '.join(of_reason)}: {reason}" for reason, of_reason in reasons.items()]
     return adjust(found), refused
 
 
-def _compare(pair: Pair, runs: pd.DataFrame, uri: str, folds: int) -> Comparison:
+def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
     runs_a, runs_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
     figure = protocol(0, folds).judged
+    if runs_a.empty:
+        used = [(name, runs[name].iloc[0]) for name in ("folds", "holdout") if name in runs]
+        flag = next((f" with --{name} {count}" for name, count in used if count), "")
+        advice = "train one" if flag else "train one, or `make restore` the committed ones"
+        raise LabError(f"the second has no finished run as declared{flag}; {advice}")
     counts = {pair.a: len(runs_a), pair.b: len(runs_b)}
     for step, count in counts.items():
         if count < folds:
             raise LabError(f"{step} has {count} of {folds} folds; the command that trained them trains the others")
-    if single := [step for step, count in counts.items() if count == 1]:
-        steps, advice = " and ".join(single), f"`make {single[0]} SEEDS=2`"
-        raise LabError(f"of {steps} there is one seed, and a test needs at least two of each, e.g. {advice}")
+    if min(counts.values()) == 1:
+        raise LabError("of one or both there is a single seed, which shows nothing of a change; train several of each")
     both = runs_a.merge(runs_b, on="seed")
     made_on = both[["hardware_x", "hardware_y"]].fillna("").itertuples(index=False, name=None)
     # One fold has the same images on all hardware.

@@ -159,8 +159,7 @@ def _file_errors(folder: Path) -> Iterator[None]:
 
 def compare_rows(rows: pd.DataFrame) -> list[Comparison]:
     """Compare the pairs that scripts declare and that both have several seeds."""
-    runs = files.typed(rows, files.RUN_COLUMNS)
-    return compare_runs(declared_pairs(), runs[runs.groupby("step")["seed"].transform("size") > 1])[0]
+    return compare_runs(declared_pairs(), files.typed(rows, files.RUN_COLUMNS))[0]
 
 
 def compare_folds(rows: pd.DataFrame) -> list[Comparison]:
