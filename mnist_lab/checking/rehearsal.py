@@ -287,7 +287,8 @@ def _check_resume(trial: Trial) -> Iterator[str]:
         names = listed(sorted(name for of_part, name in lost if of_part == part))
         yield f"{part}: changes {names} from batch to batch, which `--resume` begins anew; {advice}"
     if not (lost or trial.unseeded or _same_weights(used.net, resumed.net.parameters())):
-        yield f"resume: does not go on as it would have: something that changes is in no state; {advice}"
+        changed = "something that no state_dict holds, such as a generator of the script's own"
+        yield f"resume: a run that is taken up again would go on otherwise: it changes {changed}; {advice}"
 
 
 def _train(one: training.Training) -> None:

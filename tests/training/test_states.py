@@ -182,7 +182,7 @@ def test_a_training_that_is_taken_up_again_ends_as_if_never_stopped(changes: Any
         ({"net": Grows}, "resume: a run of this can't be gone on with: "),
         ({"optimizer": partial(Holds, lr=0.05)}, "optimizer: changes base from"),
         ({"optimizer": partial(LooksAhead, lr=0.05)}, "optimizer: changes slow from"),
-        ({"net": Noisy}, "resume: does not go on as it would have"),
+        ({"net": Noisy}, "resume: a run that is taken up again would"),
     ],
 )
 def test_what_resume_begins_anew_is_named(changes: dict[str, Any], said: str, small_mnist: Mnist) -> None:
