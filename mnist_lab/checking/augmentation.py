@@ -27,7 +27,7 @@ REFUSED, PASSED = -math.log(1e-6), math.log(1e-2)  # with so many wrongly refuse
 SAME = 1e-3  # difference in the sum over an image's pixels that rounding may make
 IMAGE_BY_IMAGE = "partial(image_by_image, transform=...) from mnist_lab.augmentation"
 UNSEEDED = "the run's seed does not decide what augmentation draws; draw from torch, random or np.random themselves"
-FEW = 0.1  # of the images
+ENOUGH, MANY = 20, 0.3  # images, and the share of them
 MAX_TRIALS = 500
 MAX_SECONDS = 2.0
 
@@ -38,7 +38,7 @@ def check_augmentation(experiment: Experiment, mnist: Mnist, size: int) -> tuple
     names = [type(transform).__name__ for _, transform in augment.parts if is_torchvision(transform)]
     if done := [name for name in names if name in DONE_BY_THE_LAB]:
         advice = "images are tensors in [0, 1], and `normalize` is a field of its own"
-        raise ValueError(f"has {', '.join(done)}, to be left out: {advice}")
+        raise ValueError(f"leave out {', '.join(done)}: {advice}")
     indices = torch.arange(size, device=mnist.train_images.device)
     start, state = time.perf_counter(), deepcopy(parts_state(experiment))
     seed_generators(DRAWS_SEED)
@@ -100,8 +100,9 @@ def _notice_images(images: Tensor, again: Tensor) -> Iterator[str]:
     if low < -OUTSIDE or high > 1 + OUTSIDE:
         yield f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
     corners = images[..., :: images.shape[-1] - 1, :: images.shape[-1] - 1].amax(dim=(1, 2, 3))
-    if (share := (corners > 0.5).float().mean().item()) > FEW:
-        yield f"augmentation gives {share:.0%} of the images a light corner, where MNIST's are black; fill=0 is black"
+    if len(images) >= ENOUGH and (share := (corners > 0.5).float().mean().item()) > MANY:
+        light = f"{100 * share:.0f} % of the images a light corner, where MNIST's are black"
+        yield f"augmentation gives {light}; is it a fill? fill=0 is black"
 
 
 def check_draws(augmentation: Callable[[Tensor], Tensor], image: Tensor) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mnist_lab.errors import LabError
+
 MAX_NAMES = 5  # of tensors in a sentence
 
 
@@ -50,7 +52,10 @@ def unregistered(net: nn.Module, output: Tensor, images: Tensor) -> list[str]:
 
 
 def notice_optimized(net: nn.Module, optimizer: Optimizer, before: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield a notice of what an optimizer is not given, and has not changed by one of its own; before: its steps."""
+    """Yield a notice of the parameters that an optimizer is not given, and that are as they were in `before`."""
+    if late := [name for name, _ in net.named_parameters() if name not in before]:
+        advice = "too late for the optimizer; build all layers there"
+        raise LabError(f"net: builds {listed(late)} after its __init__, {advice}")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trainable = {name: id(parameter) for name, parameter in net.named_parameters() if parameter.requires_grad}
     missing = [name for name, parameter in trainable.items() if parameter not in held]

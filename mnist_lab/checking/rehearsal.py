@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
 FEW = 100  # images, where any will do
+LONGEST = 200  # characters of an error in a notice
 MANY_STEPS = 11  # of a script's own optimizer: Lookahead brings its slow weights in at each fifth or tenth
 OF_OPTIMIZERS = ("state", "param_groups", "defaults")  # attributes that their state_dict holds, or that do not change
 
@@ -232,7 +233,7 @@ def _check_steps(trial: Trial) -> Iterable[str]:
 def _check_rate(trial: Trial) -> Iterator[str]:
     """Try a step at a learning rate of 0 where the script has written it, and may step optimizers of its own in it."""
     yield from network.notice_optimized(trial.net, trial.training.optimizer, trial.before)
-    if not _is_own(trial.training.optimizer):
+    if not training.is_own(type(trial.training.optimizer)):
         return
     net = trial.network(SEED)
     before = [parameter.detach().clone() for parameter in net.parameters()]  # of a network that may draw unseeded
@@ -245,14 +246,11 @@ def _check_rate(trial: Trial) -> Iterator[str]:
         yield "optimizer: moves the weights at lr 0: what is logged and scheduled as lr is not the rate that it uses"
 
 
-def _is_own(optimizer: Optimizer) -> bool:  # the script's, not torch's
-    return not type(optimizer).step.__module__.startswith("torch.")
-
-
 def _same_weights(net: nn.Module, others: Iterable[Tensor]) -> bool:
     """Compare weights, but for rounding: a step may move them and bring them back, and GPUs add in any order."""
     pairs = zip(net.parameters(), others, strict=True)
-    return all(torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True) for one, other in pairs)
+    dense = ((one.to_dense(), other.to_dense()) for one, other in pairs)
+    return all(torch.allclose(*both, rtol=1e-4, atol=1e-6, equal_nan=True) for both in dense)
 
 
 def _check_trained(trial: Trial) -> Iterable[str]:
@@ -271,31 +269,36 @@ def _check_resume(trial: Trial) -> Iterator[str]:
     trial.logits(trial.evaluated(2))  # a network may change in an evaluation too, or keep its activations
     state: dict[str, Any] = {name: _kept(name, value) for name, value in used.state_dict().items()}
     resumed = training.Training(trial.network(SEED), own_parts(trial.declared), trial.mnist, seed=SEED)
+    lost: set[tuple[str, str]] = set()
+    otherwise = ""
     try:
         resumed.load_state_dict(state)
+        lost = _differing(used, resumed)
+        for one in (used, resumed):
+            set_generator_states(state["generators"], device)
+            _train(one)
+            trial.logits(trial.evaluated(2), one.net)
+        lost &= _differing(used, resumed)  # else it is made anew from what is kept
+        # On a GPU sums are rounded otherwise each time, and an optimizer may make much of it.
+        if device.type == "cpu" and not (trial.unseeded or _same_weights(used.net, resumed.net.parameters())):
+            otherwise = "would go on otherwise: it changes what no state_dict holds, as a generator of the script's own"
     except Exception as error:  # a network that changes its layers in training
-        yield f"resume: a run of this can't be gone on with: {text_of(error)}"
-        return
-    lost = _differing(used, resumed)
-    for one in (used, resumed):
-        set_generator_states(state["generators"], device)
-        _train(one)
-        trial.logits(trial.evaluated(2), one.net)
-    lost &= _differing(used, resumed)  # else it is made anew from what is kept
+        otherwise, trial.evaluating = f"can't be gone on with: {text_of(error)[:LONGEST]}", 0
     advice = "keep it in a buffer, or write state_dict and load_state_dict"
     for part in sorted({part for part, _ in lost}):
         names = listed(sorted(name for of_part, name in lost if of_part == part))
         yield f"{part}: changes {names} from batch to batch, which `--resume` begins anew; {advice}"
-    if not (lost or trial.unseeded or _same_weights(used.net, resumed.net.parameters())):
-        changed = "something that no state_dict holds, such as a generator of the script's own"
-        yield f"resume: a run that is taken up again would go on otherwise: it changes {changed}; {advice}"
+    if otherwise and not lost:
+        yield f"resume: a run that is taken up again {otherwise}"
 
 
 def _train(one: training.Training) -> None:
-    """Train a few batches; with an optimizer of the script's own some more."""
+    """Train a batch, or with an optimizer of the script's own many small ones."""
+    is_own = training.is_own(type(one.optimizer))
+    size = min(one.experiment.batch_size, len(one.mnist.train_images), *[FEW] * is_own)
     one.net.train()
-    for _ in range(MANY_STEPS if _is_own(one.optimizer) else 1):
-        one.train_batch(torch.arange(min(one.experiment.batch_size, len(one.mnist.train_images)), device=one.device))
+    for _ in range(MANY_STEPS if is_own else 1):
+        one.train_batch(torch.arange(size, device=one.device))
 
 
 def _differing(used: training.Training, anew: training.Training) -> set[tuple[str, str]]:

@@ -43,7 +43,8 @@ class Walk:
         _check_kind(experiment, self.scheduler)
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.go_on(min(self.run, MAX_SCHEDULE_STEPS))
-            if (lowest := min(self.rates[: self.run])) < -ROUNDING:
+            lowest = min(float(group["lr"]) for groups in self.groups[: self.run] for group in groups)  # type: ignore[arg-type]
+            if lowest < -ROUNDING:
                 raise ValueError(f"the learning rate becomes {lowest:.3g}: below 0 a step makes the loss larger")
 
     def go_on(self, steps: int) -> None:
@@ -62,7 +63,7 @@ class Walk:
         for rate in (float(group["lr"]) for group in self.optimizer.param_groups):
             if not abs(rate) <= MAX_LR:
                 raise ValueError(f"the learning rate becomes {rate}, which is no float32 number")
-        return [{name: group[name] for name in self.names} for group in self.optimizer.param_groups]
+        return [{name: group[name] for name in self.names if name in group} for group in self.optimizer.param_groups]
 
 
 def _check_kind(experiment: Experiment, scheduler: object) -> None:
@@ -93,7 +94,7 @@ def notice_unit(walk: Walk) -> Iterator[str]:
         )
         yield f"scheduler: {name} steps once per epoch; {idly}; is scheduler_interval='batch' meant?"
     elif isinstance(planned, int) and planned > run:
-        yield f"scheduler: {name} has {planned:,} steps, and a run on all images {run:,}; left out, they are filled in"
+        yield f"scheduler: {name} has {planned:,} steps, a run on all images {run:,}; left out, the number is filled in"
     elif planned != run:  # else it comes to its end with the run
         steps = _half_way(walk, 0.1 * largest, epochs * batches)
         as_batches = f"{steps / batches:.2g} epochs"

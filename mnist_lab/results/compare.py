@@ -198,13 +198,13 @@ def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
         used = [(name, runs[name].iloc[0]) for name in ("folds", "holdout") if name in runs]
         flag = next((f" with --{name} {count}" for name, count in used if count), "")
         advice = "train one" if flag else "train one, or `make restore` the committed ones"
-        raise LabError(f"the second has no finished run as declared{flag}; {advice}")
+        raise LabError(f"the second of each has no finished run as declared{flag}; {advice}")
     counts = {pair.a: len(runs_a), pair.b: len(runs_b)}
     for step, count in counts.items():
         if count < folds:
             raise LabError(f"{step} has {count} of {folds} folds; the command that trained them trains the others")
     if min(counts.values()) == 1:
-        raise LabError("of one or both there is a single seed, which shows nothing of a change; train several of each")
+        raise LabError("one or both have a single seed, which shows nothing of a change; train several")
     both = runs_a.merge(runs_b, on="seed")
     made_on = both[["hardware_x", "hardware_y"]].fillna("").itertuples(index=False, name=None)
     # One fold has the same images on all hardware.

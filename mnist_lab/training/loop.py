@@ -293,15 +293,20 @@ def without_half(logits: Tensor) -> Tensor:
 
 def step_takes(experiment: Experiment, net: nn.Module) -> Takes:
     """Say what the step of the declared optimizer takes; the signature of a script's own can't tell, so it is tried."""
-    step = type(build_optimizer(experiment, net.parameters())).step
-    _, *arguments = inspect.signature(step).parameters.values()
+    optimizer = type(build_optimizer(experiment, net.parameters()))
+    _, *arguments = inspect.signature(optimizer.step).parameters.values()
     requires = any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in arguments)
     likely: Takes = "closure" if requires else "gradients"
-    if step.__module__.startswith("torch."):
+    if not is_own(optimizer):
         return likely
     ways: tuple[Takes, ...] = (likely, "both")
     with kept_generators(next(net.parameters()).device):
         return next((takes for takes in ways if _can_step(experiment, net, takes)), likely)
+
+
+def is_own(optimizer: type[Optimizer]) -> bool:
+    """Say whether the step of an optimizer is the script's, not torch's."""
+    return not optimizer.step.__module__.startswith("torch.")
 
 
 def _can_step(experiment: Experiment, net: nn.Module, takes: Takes) -> bool:
@@ -321,8 +326,9 @@ def _can_step(experiment: Experiment, net: nn.Module, takes: Takes) -> bool:
 
 def minimises_cross_entropy(experiment: Experiment) -> bool:
     """Say whether what is minimised is known to be the mean cross-entropy per image."""
-    is_usual = experiment.loss in (None, F.cross_entropy) or stable_text(experiment.loss) == "CrossEntropyLoss()"
-    return experiment.objective is None and is_usual
+    loss = experiment.loss
+    is_usual = type(loss) is nn.CrossEntropyLoss and stable_text(loss) == "CrossEntropyLoss()"
+    return experiment.objective is None and (is_usual or loss in (None, F.cross_entropy))
 
 
 @torch.no_grad()  # what inference_mode leaves in a network can't be trained with

@@ -69,6 +69,15 @@ class Listed(Linear):
         return self.kept[0](super().forward(images).relu())
 
 
+class Late(Linear):
+    """Builds a layer where it is used first."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not hasattr(self, "late"):
+            self.late = nn.Linear(10, 10)
+        return self.late(super().forward(images).relu())
+
+
 def in_place(logits: Tensor) -> Tensor:
     logits = logits.exp()
     logits += 1  # exp's gradient needs what it gave
@@ -103,6 +112,7 @@ NETS: dict[str, tuple[Any, str]] = {
     "shared statistics": (lambda: nn.Sequential(STATISTICS, nn.Flatten(), nn.Linear(784, 10)), r"0\.running_mean"),
     "noise that is learned": (LearnsItsNoise, "other logits"),
     "state of another kind": (KeepsAPath, r"state_dict\(\)"),
+    "a layer built late": (Late, "late.weight, late.bias after its __init__"),
     "layers in a list": (Listed, r"\(10, 10\)|\(10\)"),
 }
 
@@ -163,7 +173,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "fewer images": ("augmentation", {"augmentation": lambda x: x[1:]}, r"\(127, 1, 28, 28\)"),
     "NaN pixels": ("augmentation", {"augmentation": lambda x: x * torch.nan}, "finite"),
     "refused degrees": ("augmentation", {"augmentation": partial(random_rotation, degrees=-7.0)}, "degrees=-7.0"),
-    "ToTensor": ("augmentation", {"augmentation": transforms.Compose([transforms.ToTensor()])}, "left out"),
+    "ToTensor": ("augmentation", {"augmentation": transforms.Compose([transforms.ToTensor()])}, "leave out ToT"),
     "few labels": ("augmentation", {"augmentation": lambda images, labels: (images, labels[1:])}, r"\(127,\)"),
     "one draw a batch": (
         "augmentation",

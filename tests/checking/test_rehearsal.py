@@ -204,7 +204,7 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
         ({"optimizer": partial(CountingSGD, lr=0.01)}, "optimizer: changes count from batch to batch"),
         (
             {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=99), "scheduler_interval": "batch"},
-            "scheduler: OneCycleLR has 99 steps, and a run on all images ",
+            "scheduler: OneCycleLR has 99 steps, a run on all images ",
         ),
         (
             {"scheduler": partial(StepLR, step_size=2), "scheduler_interval": "batch"},  # of the 60,000 images' 938
@@ -213,6 +213,7 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
         ({"net": Small}, "net: after this run's 8 batches, .* are 43 % initial values"),
         ({"augmentation": OwnGenerator()}, "the run's seed does not decide what augmentation draws"),
         ({"augmentation": lambda images: images * 2 - 0.5}, r"augmentation gives pixels from -0\.50 to 1\.50"),
+        ({"augmentation": partial(torch.clamp, min=0.6)}, "augmentation gives 100 % of the images a light corner"),
         ({"augmentation": v2.MixUp(num_classes=10)}, "augmentation: torchvision's MixUp draws once for all images"),
         ({"augmentation": v2.RandomRotation(7)}, r"augmentation: .* image by image, some \d+ s of an epoch"),
         (
