@@ -22,7 +22,7 @@ from mnist_lab.checking import network, schedule
 from mnist_lab.checking.augmentation import UNSEEDED, check_augmentation
 from mnist_lab.checking.network import kind, listed
 from mnist_lab.data import TRAINING_IMAGES, Mnist
-from mnist_lab.errors import LabError, counted, script_line, text_of
+from mnist_lab.errors import LabError, counted, one_line, script_line, text_of
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.tracking import run as tracking
 from mnist_lab.training import loop as training
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 SEED = 0  # of a rehearsal: whether something works may depend on what is drawn
 FEW = 100  # images, where any will do
-LONGEST = 200  # characters of an error in a notice
 MANY_STEPS = 11  # of a script's own optimizer: Lookahead brings its slow weights in at each fifth or tenth
 OF_OPTIMIZERS = ("state", "param_groups", "defaults")  # attributes that their state_dict holds, or that do not change
 
@@ -283,7 +282,7 @@ def _check_resume(trial: Trial) -> Iterator[str]:
         if device.type == "cpu" and not (trial.unseeded or _same_weights(used.net, resumed.net.parameters())):
             otherwise = "would go on otherwise: it changes what no state_dict holds, as a generator of the script's own"
     except Exception as error:  # a network that changes its layers in training
-        otherwise, trial.evaluating = f"can't be gone on with: {text_of(error)[:LONGEST]}", 0
+        otherwise, trial.evaluating = f"can't be gone on with: {one_line(error)}", 0
     advice = "keep it in a buffer, or write state_dict and load_state_dict"
     for part in sorted({part for part, _ in lost}):
         names = listed(sorted(name for of_part, name in lost if of_part == part))
