@@ -19,6 +19,7 @@ from mnist_lab.commandline import DATA_DIR, TRACKING_URI, Flag, flag, interrupt_
 from mnist_lab.console import say_what_is_done
 from mnist_lab.errors import LabError, counted, without_password
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named, sqlite_file, tracking_uri
+from mnist_lab.verdicts.measures import percent
 
 if TYPE_CHECKING:  # imported by the jobs that need it: it takes seconds
     import pandas as pd
@@ -144,6 +145,8 @@ def compare(arguments: argparse.Namespace) -> None:
     folded = partial(textwrap.fill, width=width) if width else str
     print("\n".join(map(folded, lines)))
     comparisons, refused = _effects(arguments.steps, protocol)
+    if len(table) > 1 and table["overrides"].ne("").all() and not comparisons:
+        refused = ["not compared: all these runs were overridden, and changes are compared by runs as declared"]
     if comparisons:
         title = "What each change is worth: accuracy of the last epoch, in points, with 95 % interval"
         print(f"\n{folded(title)}\n")
@@ -306,7 +309,9 @@ def champion(arguments: argparse.Namespace) -> None:
     run = results.median_run(script_named(arguments.step), tracking_uri=arguments.tracking_uri)
     store = open_store(arguments.tracking_uri)
     version = models.register(store, run["run_id"])
-    origin_text = f"{run['step']} seed {run['seed']}, the median of its seeds, with {run['final_test_accuracy']:.2f} %"
+    origin_text = (
+        f"{run['step']} seed {run['seed']}, the median of its seeds, with {percent(run['final_test_accuracy'])} %"
+    )
     print(f"{models.CHAMPION}, version {version}: {origin_text}")
     if arguments.commit:
         kept = {name: run[name] for name in ("step", "run_id", "code_sha256", "git_commit", "hardware", "torch")}

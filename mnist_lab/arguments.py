@@ -43,6 +43,8 @@ def held(value: object, text: Text = stable_text) -> dict[str, object]:
         return held(value.func, text)
     if isinstance(value, types.FunctionType):
         inner = inspect.unwrap(value)
+        if not isinstance(inner, types.FunctionType):  # a class or an object, by functools.wraps
+            return held(inner, text)
         outer = dict(inspect.getclosurevars(inner).nonlocals)
         return outer | defaults(inner) if "<locals>" in inner.__qualname__ else outer
     if isinstance(value, types.MethodType) and not isinstance(value.__self__, type):

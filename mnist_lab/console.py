@@ -14,7 +14,7 @@ from tabulate import tabulate
 from mnist_lab.errors import counted, without_password
 from mnist_lab.paths import own_store
 from mnist_lab.running.progress import Progress
-from mnist_lab.verdicts.measures import MEASURES
+from mnist_lab.verdicts.measures import MEASURES, percent
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
     import torch
@@ -84,11 +84,11 @@ class _TrainingDisplay(_Display):
             batches = metrics.epoch * math.ceil(metrics.train_images / self.job.experiment.batch_size)
             share = self.first_weights.share(batches)
             little = f"; the average says little yet: it is {share:.0%} the first weights" if share >= LAGS else ""
-            raw = f" (raw weights {metrics.raw_accuracy:.2f} %{little})"
+            raw = f" (raw weights {percent(metrics.raw_accuracy)} %{little})"
         return (
             f"epoch {metrics.epoch:>{len(str(self.epochs))}}/{self.epochs}  "
-            f"train loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2f} %  "
-            f"{metrics.evaluated_on} loss {metrics.eval_loss:.4f}, accuracy {metrics.eval_accuracy:.2f} %{raw}  "
+            f"train loss {metrics.train_loss:.4f}, accuracy {percent(metrics.train_accuracy)} %  "
+            f"{metrics.evaluated_on} loss {metrics.eval_loss:.4f}, accuracy {percent(metrics.eval_accuracy)} %{raw}  "
             f"lr {metrics.lr:.3g}  {metrics.epoch_seconds:.1f} s"
         )
 
@@ -114,7 +114,7 @@ class Console(_TrainingDisplay):
         if self.bar is not None and now - self.shown_at >= REFRESH_SECONDS:
             self.shown_at = now
             loss, accuracy = loss_sum.item() / seen, 100 * correct.item() / seen
-            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f} %", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {percent(accuracy)} %", refresh=False)
             self.bar.update(seen - self.bar.n)
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
@@ -194,7 +194,7 @@ class SearchConsole(_Display):
         stand = [f"{counts.done}/{self.wanted}"]
         stand += [f"{count} {word}" for count, word in ((counts.pruned, "pruned"), (counts.failed, "failed")) if count]
         if counts.best is not None:
-            stand.append(f"best {counts.best.accuracy:.2f} % in trial {counts.best.number}")
+            stand.append(f"best {percent(counts.best.accuracy)} % in trial {counts.best.number}")
         if self.bar is not None:
             self.bar.update()
         self.show(f"trial {number:>{len(str(self.wanted))}}  {outcome}  {trial_text(values)}", ", ".join(stand))

@@ -152,4 +152,7 @@ def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
             named = dict(zip(known[1:], map(ast.unparse, call.args), strict=False)) | given
             arguments = "".join(f", {argument}={value}" for argument, value in named.items())
             return f"{field}: {ast.unparse(call)} is for each run to call; write partial({name}{arguments})"
+    unknown = next((argument for argument in given if argument not in known), None)
+    if function.__module__ == "torch.nn.modules.loss" and unknown:
+        return f"loss: {unknown_argument(name, known[1:], unknown, given[unknown])}"
     return None

@@ -145,7 +145,7 @@ class Experiment:
         for part in PARTS:
             value = getattr(self, part)
             if part == "loss" and self.objective is None:
-                value = value or F.cross_entropy
+                value = F.cross_entropy if value is None else value
             if value is None and part in LISTED_WHERE_DECLARED:
                 continue
             if part != "net":

@@ -11,6 +11,10 @@ from pathlib import Path
 from mnist_lab.errors import LabError
 
 HEADINGS = ("Target", "Change", "Result", "Analysis")
+COMPARED = re.compile(  # with which steps, and by what: to the end of the paragraph, or to another such line
+    r"^Compared (?:with|to) ([^:\n]+?) ?: (.+?)\.?\s*(?=^\s*$|^Compared|^Target:|^Change:|^Result:|^Analysis:|\Z)",
+    flags=re.MULTILINE | re.DOTALL | re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,11 @@ def read_story(script: Path) -> Story:
     before, *parts = re.split(rf"^({'|'.join(HEADINGS)}):", docstring, flags=re.MULTILINE)
     title, _, opening = before.strip().partition("\n\n")
     sections = list(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
-    compared = re.findall(r"^Compared (?:with|to) ([\w.-]+): (.+?)\.?$", docstring, flags=re.MULTILINE)
+    compared = [
+        (step.removesuffix(".py"), " ".join(change.split()))
+        for steps, change in COMPARED.findall(docstring)
+        for step in re.split(r"\s*(?:,|\band\b)\s*", steps)
+    ]
     return Story(" ".join(title.split()).removesuffix("."), opening, sections, compared)
 
 

@@ -151,6 +151,7 @@ REFUSED_CALLS = [
     ("accuracy=99.4", "acuracy=99.4", "acuracy", "'accuracy'"),
     ("net=Net,", "", "Experiment", "net"),
     ("partial(torch.optim.SGD, lr=", "torch.optim.SGD(lr=", "optimizer", "partial(torch.optim.SGD, lr=0.01"),
+    ("epochs=14", "loss=torch.nn.CrossEntropyLoss(smoothing=0.1)", "loss", "'label_smoothing'"),
     ("epochs=14", "scheduler=StepLR(2, gamma=0.1), epochs=14", "scheduler", "partial(StepLR, step_size=2, gamma=0.1)"),
 ]
 

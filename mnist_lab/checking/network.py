@@ -68,9 +68,11 @@ def notice_optimized(net: nn.Module, optimizer: Optimizer, before: Mapping[str, 
 
 def notice_outputs(logits: Tensor, takes_log_probabilities: bool) -> Iterator[str]:
     """Yield a notice if a network ends with softmax or sigmoid, or not with the log-probabilities of its loss."""
-    if bool(((logits > 0) & (logits < 1)).all()):
-        ending = "softmax" if sums_to_one(logits) else "sigmoid"
-        yield f"net: seems to end with {ending}; leave it out, as losses take logits, unless yours takes probabilities"
+    is_softmax = bool((logits >= 0).all()) and sums_to_one(logits)
+    if is_softmax or bool(((logits > 0) & (logits < 1)).all()):
+        advice = "use log_softmax(dim=1)" if takes_log_probabilities else "leave it out, as losses take logits"
+        ending = "softmax" if is_softmax else "sigmoid"
+        yield f"net: seems to end with {ending}; {advice}, unless yours takes probabilities"
     elif takes_log_probabilities and not sums_to_one(logits.exp()):
         yield "loss: takes log-probabilities; use cross_entropy, or end the network with log_softmax(dim=1)"
 

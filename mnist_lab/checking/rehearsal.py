@@ -143,7 +143,7 @@ def _check_building(trial: Trial) -> Iterator[str]:
     other = trial.network(SEED + 1)
     trial.net = trial.network(SEED)
     if training.num_params(trial.net) == 0:
-        raise ValueError("has no parameters to train")
+        raise ValueError("has no parameters to train; build its layers in __init__")
     trial.before = {name: tensor.clone() for name, tensor in network.tensors_of(trial.net).items()}
     yield from network.notice_same_start(trial.net, other)
     yield from schedule.notice_batch_norm(trial.experiment, trial.net, len(trial.mnist.train_images))
@@ -174,6 +174,8 @@ def _check_gradients(trial: Trial) -> Iterator[str]:
             _check_logits(net(images), len(images))
     returned: object = training.loss_and_logits(net, images, trial.labels, trial.experiment)
     loss, logits = _checked_loss(returned, len(images))
+    if len(images) == 10 and trial.experiment.loss is not None:  # labels (10,) may spread over logits (10, 10)
+        trial.experiment.loss(logits[1:], trial.labels[1:])
     loss.backward()  # type: ignore[no-untyped-call]
     parameters = dict(net.named_parameters())
     trial.untrained = {name for name, p in parameters.items() if p.requires_grad and p.grad is None}
@@ -194,8 +196,8 @@ def _check_evaluation(trial: Trial) -> Iterator[str]:
     sizes |= {total % EVALUATION_BATCH_SIZE for total in totals}
     for size in sorted(sizes - {0}):
         logits = trial.logits(trial.evaluated(size))
-    few = trial.evaluated(min(FEW, max(1, size // 3)))
-    if not torch.allclose(trial.logits(few), logits[: len(few)], rtol=1e-2, atol=1e-2):
+    few = trial.evaluated(size)[-min(FEW, max(1, size // 3)) :]  # the last ones: an LSTM may have seen those before
+    if not torch.allclose(trial.logits(few), logits[-len(few) :], rtol=1e-2, atol=1e-2):
         yield "net: gives an image other logits beside other images; see for dim=0 where dim=1 is meant"
     loss = trial.experiment.loss
     function = loss.func if isinstance(loss, partial) else loss
@@ -320,7 +322,11 @@ def _kept(part: str, state: object) -> object:
         return torch.load(content, weights_only=True)
     except Exception as error:
         part = {"declared": "a loss, objective or augmentation"}.get(part, part)
+        items = state.items() if isinstance(state, dict) else ()
+        objects = {name: value for name, value in items if hasattr(value, "__dict__") and not isinstance(value, Tensor)}
+        odd = [f"{name}, {kind(value)}" for name, value in objects.items()]
         message = f"{part}: its state_dict() must hold numbers, texts and tensors, which a checkpoint keeps"
+        message += f", not {listed(odd)}; write state_dict and load_state_dict" if odd else ""
         raise LabError(message) from error
 
 
@@ -388,6 +394,8 @@ def _attributes(part: object) -> dict[str, str]:
     for one in objects_in(part):
         modules: dict[str, object] = dict(one.named_modules()) if isinstance(one, nn.Module) else {"": one}
         for place, module in modules.items():
+            if hasattr(module, "_orig_mod"):  # what torch.compile puts around a network
+                continue
             for name, value in attributes(module).items():
                 of_torch = isinstance(module, Optimizer) and (name in OF_OPTIMIZERS or name.startswith("_"))
                 if not (of_torch or isinstance(value, nn.Module)) and getattr(value, "is_leaf", True):

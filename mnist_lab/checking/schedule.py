@@ -41,6 +41,9 @@ class Walk:
         if self.scheduler is None:
             return
         _check_kind(experiment, self.scheduler)
+        groups = getattr(self.scheduler, "optimizer", self.optimizer).param_groups
+        if not any(group is own for group in groups for own in self.optimizer.param_groups):
+            raise ValueError("steps another optimizer; build it with the one that it is called with")
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.go_on(min(self.run, MAX_SCHEDULE_STEPS))
             lowest = min(float(group["lr"]) for groups in self.groups[: self.run] for group in groups)  # type: ignore[arg-type]
@@ -130,9 +133,10 @@ def without_effect(walk: Walk) -> dict[str, str]:
     if not walk.groups or walk.run > MAX_SCHEDULE_STEPS:
         return {}
     experiment, run = walk.experiment, slice(walk.run)
+    unit = ("batch", "batches") if experiment.scheduler_interval == "batch" else ("epoch",)
     reasons = {
         "optimizer": f"{stable_text(experiment.scheduler)} sets it",
-        "scheduler": f"in a run of {counted(experiment.epochs, 'epoch')}, another value gives the same learning rates",
+        "scheduler": f"in a run of {counted(walk.run, *unit)}, another value gives the same learning rates",
     }
     found: dict[str, str] = {}
     for name, (part, _, value) in experiment.flat().items():

@@ -22,6 +22,7 @@ from mnist_lab.reading.pictures import NoDigit, Reader, find_reader, read_digit
 from mnist_lab.tracking.models import runs_with_a_model
 from mnist_lab.tracking.server import HOST
 from mnist_lab.tracking.store import open_store
+from mnist_lab.verdicts.measures import percent
 
 PAGE = Path(__file__).with_suffix(".html")
 MOST_BYTES = 2**20  # of a drawing; the page sends some 10 kB
@@ -53,7 +54,7 @@ class Networks:
         runs = runs[runs["run_id"].isin(have_one - {self.first.run_id})].drop_duplicates("step")
         best_first = runs.sort_values("final_test_accuracy", ascending=False)
         return [first] + [
-            {"name": f"runs:/{run['run_id']}", "shown": f"{run['step']} seed {run['seed']}, {accuracy:.2f} %"}
+            {"name": f"runs:/{run['run_id']}", "shown": f"{run['step']} seed {run['seed']}, {percent(accuracy)} %"}
             for run in best_first.to_dict("records")
             if (accuracy := run["final_test_accuracy"]) == accuracy
         ]

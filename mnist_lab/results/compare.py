@@ -20,6 +20,9 @@ from mnist_lab.verdicts.comparison import Comparison, Pair, adjust, rounds_alike
 from mnist_lab.verdicts.measures import HELD_OUT, TESTED, percent, protocol
 from mnist_lab.verdicts.targets import judge
 
+EXPERIMENTS = PROJECT_ROOT / "experiments"
+UNSAID = "all that differs"
+
 
 def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the newest run of each step and seed, without those of another experiment; the newest stand first.
@@ -141,28 +144,26 @@ def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
     return trained.iloc[(len(trained) - 1) // 2]
 
 
-def declared_pairs(scripts: Path = PROJECT_ROOT / "experiments") -> list[Pair]:
+def declared_pairs(scripts: Path = EXPERIMENTS) -> list[Pair]:
     """Return the pairs that the scripts' docstrings declare: a line "Compared with step3_gap: more dropout." each.
 
-    A line that was copied with a script is that of the script with published figures, or of the first in order.
+    A line that was copied from a script with published figures says nothing of the change.
     """
     stories, _ = read_stories(scripts)
-    published = {file.stem for file in PUBLISHED.glob("*.csv")}
-    author: dict[tuple[str, str], str] = {}
-    for step in sorted(stories, key=lambda step: (step not in published, step_order(step))):
-        for line in stories[step].compared_with:
-            author.setdefault(line, step)
-    return [
-        Pair(script_named(other), step, change)
-        for step in sorted(stories, key=step_order)
-        for other, change in stories[step].compared_with
-        if author[other, change] == step
-    ]
+    published = {file.stem for file in PUBLISHED.glob("*.csv")} & stories.keys()
+    of_published = {line for step in published for line in stories[step].compared_with}
+    pairs: dict[tuple[str, str], Pair] = {}  # each once, with what is said first
+    for step in sorted(stories, key=step_order):
+        for other, change in stories[step].compared_with:
+            is_copied = step not in published and (other, change) in of_published
+            pair = Pair(script_named(other), step, UNSAID if is_copied else change)
+            pairs.setdefault((pair.a, pair.b), pair)
+    return [pair for pair in pairs.values() if pair.a != pair.b]
 
 
 def pair_of(a: str, b: str) -> Pair:
     declared = (pair for pair in declared_pairs() if (pair.a, pair.b) == (a, b))
-    return next(declared, Pair(a, b, change="all that differs"))
+    return next(declared, Pair(a, b, UNSAID))
 
 
 def compare_pairs(
@@ -194,6 +195,8 @@ def compare_runs(pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0) -> t
 def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
     runs_a, runs_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
     figure = protocol(0, folds).judged
+    if runs_a.empty and not (EXPERIMENTS / f"{pair.a}.py").exists():
+        raise LabError(f"there is no experiments/{pair.a}.py, and no run of it")
     if runs_a.empty:
         used = [(name, runs[name].iloc[0]) for name in ("folds", "holdout") if name in runs]
         flag = next((f" with --{name} {count}" for name, count in used if count), "")

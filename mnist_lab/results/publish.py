@@ -223,7 +223,7 @@ def picture(rows: pd.DataFrame) -> str:
     """Return the picture of the experiments of `headline` as SVG; its description lists the points that are drawn."""
     drawn = headline(summary_of(rows))
     points = "; ".join(
-        f"{row['step']}: {row['num_params']:,} parameters, {row['last']:.2f} %, seeds: {row['seeds']}"
+        f"{row['step']}: {row['num_params']:,} parameters, {percent(row['last'])} %, seeds: {row['seeds']}"
         for row in drawn.to_dict("records")
     )
     svg = io.StringIO()

@@ -34,6 +34,7 @@ from mnist_lab.results.runs import TARGETS, LoadedRuns, by_step, full_names, pre
 from mnist_lab.story import Story, read_stories
 from mnist_lab.tracking.store import replace_files
 from mnist_lab.verdicts.comparison import step_order
+from mnist_lab.verdicts.measures import percent
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +184,8 @@ def _draw_training(runs: pd.DataFrame, epochs: pd.DataFrame) -> Picture:
     test, train = mean["test_accuracy"].iloc, mean["train_accuracy"].iloc
     seeds, length = counted(len(runs), "seed"), counted(len(mean), "epoch")
     alt = (
-        f"Two charts, loss and accuracy over {length}, {seeds}. Test accuracy is {test[0]:.2f} % after the first epoch "
-        f"and {test[-1]:.2f} % after the last; training accuracy ends at {train[-1]:.2f} %."
+        f"Two charts, loss and accuracy over {length}, {seeds}. Test accuracy is {percent(test[0])} % after the first "
+        f"epoch and {percent(test[-1])} % after the last; training accuracy ends at {percent(train[-1])} %."
     )
     return _picture(figure, f"{newest['step']}-training", alt, f"Loss and accuracy, {seeds}.")
 
@@ -211,7 +212,7 @@ def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: Lo
 def draw_overview(summary: pd.DataFrame) -> Picture:
     ordered = summary.sort_values("last", ascending=False, kind="stable")
     ends = [
-        f"{step}, {last:.2f} % with {params:,} parameters"
+        f"{step}, {percent(last)} % with {params:,} parameters"
         for step, last, params in ordered[["step", "last", "num_params"]].itertuples(index=False, name=None)
     ]
     alt = f"Test accuracy of the last epoch against parameters, {len(ends)} experiments. Highest: {ends[0]}."

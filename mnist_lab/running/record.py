@@ -55,9 +55,13 @@ class Record:
     epochs: list[EpochMetrics] = field(default_factory=list)
     tracked: TrackedRun = field(init=False)
 
+    def __post_init__(self) -> None:
+        self.trained = {name for name, p in self.training.net.named_parameters() if p.requires_grad}
+
     @property
     def num_params(self) -> int:
-        return num_params(self.training.net, self.rehearsal.untrained)
+        """Count what was trained: a network may freeze layers on its way, or free them."""
+        return num_params(self.training.net, self.rehearsal.untrained, self.trained)
 
     @contextmanager
     def begin(

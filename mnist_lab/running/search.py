@@ -32,6 +32,7 @@ from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import adopt, alone, find_run, finished_runs, open_store, quiet, store_failures
 from mnist_lab.training.loop import EpochMetrics
+from mnist_lab.verdicts.measures import percent
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
 
 Space = Mapping[str, BaseDistribution]
@@ -278,8 +279,8 @@ def _finished(study: optuna.Study) -> list[Trial]:
 
 
 def _outcome_text(trial: FrozenTrial) -> str:
-    if trial.state is TrialState.COMPLETE:
-        return f"{trial.value:.2f} %"
+    if trial.value is not None and trial.state is TrialState.COMPLETE:
+        return f"{percent(trial.value)} %"
     if TOO_LARGE in trial.user_attrs:
         return f"too large: {trial.user_attrs[TOO_LARGE]:,} parameters"
     if trial.state is TrialState.PRUNED:

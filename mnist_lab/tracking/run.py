@@ -175,7 +175,11 @@ class TrackedRun:
             try:
                 # torch.export prints the graph that it can't express, and takes long enough for a Ctrl-C to come in it.
                 with uninterrupted(), quiet(), redirect_stderr(io.StringIO()):
-                    on_cpu = copy.deepcopy(net).cpu()  # one that names its device fails there
+                    if isinstance(net, torch.jit.ScriptModule):
+                        raise TypeError("TorchScript can't be exported")
+                    on_cpu = copy.deepcopy(
+                        getattr(net, "_orig_mod", net)
+                    ).cpu()  # one that names its device fails there
                     on_cpu.eval()
                     with torch.no_grad():  # what inference_mode leaves in a network can't be exported
                         output = on_cpu(example)

@@ -21,7 +21,7 @@ class SparseDropout(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.dropout and not _is_called_again():
+        if func is F.dropout and not (_is_transformed() or _is_called_again()):
             return _dropout(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -31,6 +31,11 @@ def _is_called_again() -> bool:
     # Both calls must draw the same zeros. It makes the first without gradients, or saves tensors in its own way.
     saves = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return saves is not None or not torch.is_grad_enabled()
+
+
+def _is_transformed() -> bool:
+    """Say whether torch.compile or torch.func rewrites what is called, which they do with torch's own functions."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

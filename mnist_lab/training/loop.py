@@ -89,9 +89,13 @@ def initial_network(
     return net.to(device).to(memory_format=memory_format)
 
 
-def num_params(net: nn.Module, untrained: Collection[str] = ()) -> int:
-    """Count the trainable parameters, each once, without those that no gradient reaches, which `untrained` names."""
-    return sum(p.numel() for name, p in net.named_parameters() if p.requires_grad and name not in untrained)
+def num_params(net: nn.Module, untrained: Collection[str] = (), trained: Collection[str] = ()) -> int:
+    """Count the trainable parameters, each once, without those that no gradient reaches, which `untrained` names.
+
+    trained: names of those that count though they are frozen by now.
+    """
+    counted = {name: p for name, p in net.named_parameters() if p.requires_grad or name in trained}
+    return sum(parameter.numel() for name, parameter in counted.items() if name not in untrained)
 
 
 def normalize(images: Tensor, by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
@@ -283,7 +287,7 @@ def loss_and_logits(
         if experiment.objective is not None:
             return experiment.objective(net, images, labels)
         logits = without_half(net(images))
-    return (experiment.loss or F.cross_entropy)(logits, labels), logits
+    return (F.cross_entropy if experiment.loss is None else experiment.loss)(logits, labels), logits
 
 
 def without_half(logits: Tensor) -> Tensor:

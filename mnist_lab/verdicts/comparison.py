@@ -15,7 +15,7 @@ from tabulate import tabulate
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.statistics import ALPHA_DIFFERENCE, FEWEST_FOR_INTERVAL, Difference
 
-TOO_FEW = "too few seeds"
+TOO_FEW = "too few runs"
 WIDE = 80  # characters of a terminal; a narrower one shows names and changes on more lines
 
 

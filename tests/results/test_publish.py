@@ -96,11 +96,11 @@ def test_the_page_gets_its_tables_and_keeps_its_prose(published: Published) -> N
     tables = re.compile(r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", re.DOTALL)
     assert tables.sub(r"\1\3", page) == tables.sub(r"\1\3", PAGE)
     assert "old" not in page
-    one = "| `step1_baseline` | 3 | **99.31** ± 0.010 | too few seeds | – | 99.26 | 99.4 | 99.31 | 99.21 | 7,852 | 2 |"
+    one = "| `step1_baseline` | 3 | **99.31** ± 0.010 | too few runs | – | 99.26 | 99.4 | 99.31 | 99.21 | 7,852 | 2 |"
     assert f"{one} accuracy missed, params met, epochs met | 99.46 |" in page
-    new = "| `idea` | 1 | **99.36** | too few seeds | – | – | 99.4 | 99.36 | 99.26 | 7,852 | 2 |"
+    new = "| `idea` | 1 | **99.36** | too few runs | – | – | 99.4 | 99.36 | 99.26 | 7,852 | 2 |"
     assert f"{new} accuracy missed, params met" in page
-    assert "| `step1_baseline` → `step2_dropout` | +0.03 | too few seeds |" in page
+    assert "| `step1_baseline` → `step2_dropout` | +0.03 | too few runs |" in page
     assert "| no difference shown (needs about 6 seeds for 0.03 points) |" in page
     made = (published.folder / "README.md").read_text()
     assert "| `python experiments/step1_baseline.py --seed N` | 0-2 | abc |" in made

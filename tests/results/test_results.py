@@ -305,16 +305,20 @@ def test_scripts_declare_with_which_experiments_they_are_compared(tmp_path: Path
         file.stem for file in (ROOT / "experiments").glob("*.py")
     }
     (tmp_path / "my_idea.py").write_text(
-        '"""An idea.\n\nChange: two.\nCompared with step4: a, b.\nCompared with my-x.2: c\n"""'
+        '"""An idea.\n\nChange: two.\nCompared with step4: a,\nb.\ncompared with x.2, y.py : c\nCompared with y: d."""'
     )
     (tmp_path / "step4_augment_steplr.py").write_text('"""Published.\n\nCompared with step3_gap: copied."""')
-    (tmp_path / "a_copy.py").write_text('"""Mine.\n\nCompared with step3_gap: copied."""')
+    (tmp_path / "a_copy.py").write_text(
+        '"""Mine.\n\nCompared with step3_gap: copied.\nCompared with a_copy: itself."""'
+    )
     (tmp_path / "broken.py").write_text("(")
     found = declared_pairs(tmp_path)
     assert found == [
         Pair("step3_gap", "step4_augment_steplr", "copied"),
+        Pair("step3_gap", "a_copy", "all that differs"),
         Pair("step4_augment_steplr", "my_idea", "a, b"),
-        Pair("my-x.2", "my_idea", "c"),
+        Pair("x.2", "my_idea", "c"),
+        Pair("y", "my_idea", "c"),
     ]
 
 
@@ -346,7 +350,7 @@ def test_compare_prints_the_tables_of_one_protocol(held_out: str, lab: Callable[
     text = lab("compare", "--tracking-uri", held_out)
     assert re.findall(r"^(\w+): its script has changed", text, re.MULTILINE) == ["gap_alone"]
     assert re.search(r"^step2_dropout +99\.05 \+- 0\.071 +not shown +2 .* 4 ", text, re.MULTILINE)
-    assert re.search(r"^GAP alone +\+0\.15 +not shown +too few seeds ", text, re.MULTILINE)
+    assert re.search(r"^GAP alone +\+0\.15 +not shown +too few runs ", text, re.MULTILINE)
     assert "not compared: step3_gap with gap_alone: one or both have a single seed" in text
     assert "step3_gap" not in lab("compare", "step2_dropout", "gap_alone", "--tracking-uri", held_out)
     write_seeds(store, "my_idea", 99.5, 99.3)

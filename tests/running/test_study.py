@@ -195,7 +195,7 @@ def test_a_study_keeps_its_figures_its_verdict_and_the_mean_curves(story: Simple
     text = study.tags["mlflow.note.content"]
     assert (study.artifacts / "verdict.md").read_text() == text + "\n"
     assert f"mean at least 50 % | {mean:.2f} %" in " ".join(text.split())
-    assert "too few seeds" in text
+    assert "too few runs" in text
     assert all(run.run_id in text for run in story.finished)
     assert f"last epoch, test       {mean:.2f}" in story.stdout
     assert {file.name for file in (study.artifacts / "figures").iterdir()} == {"training.png"}

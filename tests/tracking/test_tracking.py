@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import mlflow
@@ -437,13 +438,15 @@ def test_the_model_is_kept_without_pickle_and_names_its_inputs_outputs_and_packa
     assert f"torch=={torch.__version__.partition('+')[0]}" in (folder / "requirements.txt").read_text()
 
 
-@pytest.mark.parametrize(("locked", "cause"), [(False, "data-dependent"), (True, "cannot pickle")])
+@pytest.mark.parametrize("cause", ["data-dependent", "cannot pickle", "TorchScript"])
 def test_a_network_that_cannot_be_exported_is_kept_as_weights(
-    locked: bool, cause: str, uri: str, database: Path, capfd: pytest.CaptureFixture[str]
+    cause: str, uri: str, database: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    net = Linear(change=lambda logits: logits if logits.sum() > 0 else -logits)  # which torch.export can't express
-    if locked:
+    net: Any = Linear(change=lambda logits: logits if logits.sum() > 0 else -logits)  # torch.export can't express it
+    if cause == "cannot pickle":
         net.lock = threading.Lock()  # so that it can't be copied
+    elif cause == "TorchScript":
+        net = torch.jit.trace(Linear(), torch.rand(2, 1, 28, 28))  # type: ignore[no-untyped-call]
     with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as tracked:
         capfd.readouterr()
         reason = tracked.log_model("a.step", net, torch.rand(2, 1, 28, 28), (0, 1))

@@ -307,6 +307,7 @@ def test_parameters_are_counted_once_bare_ones_too_frozen_ones_not() -> None:
     net.first.bias.requires_grad_(False)
     assert num_params(net) == 7 + 16
     assert num_params(net, untrained=["bare"]) == 16
+    assert num_params(net, untrained=["bare"], trained=["first.bias", "bare"]) == 16 + 4
 
 
 def test_a_rehearsal_leaves_random_numbers_data_and_declaration_alone(small_mnist: Mnist) -> None:

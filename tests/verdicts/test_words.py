@@ -136,10 +136,10 @@ def test_the_verdict_says_what_was_shown(given: dict[str, object], verdict: str)
 def test_a_difference_of_under_four_seeds_has_no_interval() -> None:
     for test, n in (("paired t-test", (3,)), ("Welch's t-test", (10, 3))):
         few = comparison(test=test, n=n)
-        assert few.interval == "too few seeds"
-        assert "too few seeds" in effects_text([few])
+        assert few.interval == "too few runs"
+        assert "too few runs" in effects_text([few])
     assert comparison(n=(4,)).interval == "-0.01 to +0.07"
-    assert [mean_interval_text(n, 99.0, 100.0) for n in (3, 4)] == ["too few seeds", "99.00 to 100.00"]
+    assert [mean_interval_text(n, 99.0, 100.0) for n in (3, 4)] == ["too few runs", "99.00 to 100.00"]
 
 
 def test_a_table_of_comparisons_is_adjusted_together() -> None:
