@@ -217,7 +217,8 @@ def _check_settable(name: str, declared: Collection[str]) -> None:
     if name not in declared:
         settable = [key for key in declared if key not in NAMES_OF_PARTS]
         shown = name if name.isprintable() and len(name) < 100 else quoted(name)
-        raise LabError(f"{shown}: not declared{did_you_mean(name, settable)}; declared are {', '.join(settable)}")
+        hint = f" (--{name} is a flag)" if name in RUN_PARAMS else did_you_mean(name, settable)
+        raise LabError(f"{shown}: not declared{hint}; declared are {', '.join(settable)}")
 
 
 def _like(name: str, given: object, declared: object) -> object:
