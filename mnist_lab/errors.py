@@ -141,7 +141,10 @@ def _call_at(step: traceback.FrameSummary) -> ast.Call:
 
 def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
     name, parameters = ast.unparse(call.func), inspect.signature(function).parameters
-    known, given = list(parameters), {str(keyword.arg): ast.unparse(keyword.value) for keyword in call.keywords}
+    known, given = (
+        list(parameters),
+        {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg},
+    )
     if function.__module__ == "mnist_lab.experiment":
         if unknown := next((argument for argument in given if argument not in known), None):
             return f"{unknown}: {unknown_argument(name, known, unknown, given[unknown])}"
@@ -154,5 +157,5 @@ def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
             return f"{field}: {ast.unparse(call)} is for each run to call; write partial({name}{arguments})"
     unknown = next((argument for argument in given if argument not in known), None)
     if function.__module__ == "torch.nn.modules.loss" and unknown:
-        return f"loss: {unknown_argument(name, known[1:], unknown, given[unknown])}"
+        return f"loss: {unknown_argument(name, known, unknown, given[unknown])}"
     return None

@@ -11,9 +11,12 @@ from pathlib import Path
 from mnist_lab.errors import LabError
 
 HEADINGS = ("Target", "Change", "Result", "Analysis")
+NAME = r"[\w.-]+"
+AND = r"(?:,\s*and\s+|,\s*|\s+and\s+)"
 COMPARED = re.compile(  # with which steps, and by what: to the end of the paragraph, or to another such line
-    r"^Compared (?:with|to) ([^:\n]+?) ?: (.+?)\.?\s*(?=^\s*$|^Compared|^Target:|^Change:|^Result:|^Analysis:|\Z)",
-    flags=re.MULTILINE | re.DOTALL | re.IGNORECASE,
+    rf"^[Cc]ompared (?:with|to) ({NAME}(?:{AND}{NAME})*)\s*: (.+?)\.?\s*"
+    rf"(?=^\s*$|^[Cc]ompared (?:with|to) [^:\n]*: |^(?:{'|'.join(HEADINGS)}):|\Z)",
+    flags=re.MULTILINE | re.DOTALL,
 )
 
 
@@ -52,7 +55,7 @@ def read_story(script: Path) -> Story:
     compared = [
         (step.removesuffix(".py"), " ".join(change.split()))
         for steps, change in COMPARED.findall(docstring)
-        for step in re.split(r"\s*(?:,|\band\b)\s*", steps)
+        for step in re.split(AND, steps)
     ]
     return Story(" ".join(title.split()).removesuffix("."), opening, sections, compared)
 

@@ -79,6 +79,7 @@ class Trial:
     memory_format: torch.memory_format
     net: nn.Module = field(init=False)
     before: dict[str, Tensor] = field(init=False)  # what the network began with
+    trainable: set[str] = field(init=False)  # the parameters that it is built to train
     training: training.Training = field(init=False)
     images: Tensor = field(init=False)  # of the first batch, augmented, in [0, 1]
     labels: Tensor = field(init=False)
@@ -144,6 +145,7 @@ def _check_building(trial: Trial) -> Iterator[str]:
     trial.net = trial.network(SEED)
     if training.num_params(trial.net) == 0:
         raise ValueError("has no parameters to train; build its layers in __init__")
+    trial.trainable = {name for name, parameter in trial.net.named_parameters() if parameter.requires_grad}
     trial.before = {name: tensor.clone() for name, tensor in network.tensors_of(trial.net).items()}
     yield from network.notice_same_start(trial.net, other)
     yield from schedule.notice_batch_norm(trial.experiment, trial.net, len(trial.mnist.train_images))
@@ -174,11 +176,12 @@ def _check_gradients(trial: Trial) -> Iterator[str]:
             _check_logits(net(images), len(images))
     returned: object = training.loss_and_logits(net, images, trial.labels, trial.experiment)
     loss, logits = _checked_loss(returned, len(images))
-    if len(images) == 10 and trial.experiment.loss is not None:  # labels (10,) may spread over logits (10, 10)
-        trial.experiment.loss(logits[1:], trial.labels[1:])
+    if len(images) == 10 and trial.labels.ndim == 1 and trial.experiment.loss is not None:
+        trial.experiment.loss(logits.detach().repeat(2, 1), trial.labels.repeat(2))  # (10,) may spread over (10, 10)
     loss.backward()  # type: ignore[no-untyped-call]
     parameters = dict(net.named_parameters())
-    trial.untrained = {name for name, p in parameters.items() if p.requires_grad and p.grad is None}
+    trainable = trial.trainable | {name for name, parameter in parameters.items() if parameter.requires_grad}
+    trial.untrained = {name for name, parameter in parameters.items() if parameter.grad is None and name in trainable}
     if all(parameter.grad is None for parameter in parameters.values()):
         raise ValueError("has no gradient in the network's parameters, so it can't train them")
     if shapes := network.unregistered(net, logits, images):
@@ -315,19 +318,29 @@ def _differing(used: training.Training, anew: training.Training) -> set[tuple[st
 
 def _kept(part: str, state: object) -> object:
     """Return a part's state as a checkpoint gives it back, which is read without running any code."""
-    content = io.BytesIO()
     try:
-        torch.save(state, content)
-        content.seek(0)
-        return torch.load(content, weights_only=True)
+        return _read_back(state)
     except Exception as error:
         part = {"declared": "a loss, objective or augmentation"}.get(part, part)
         items = state.items() if isinstance(state, dict) else ()
-        objects = {name: value for name, value in items if hasattr(value, "__dict__") and not isinstance(value, Tensor)}
-        odd = [f"{name}, {kind(value)}" for name, value in objects.items()]
+        odd = [f"{name}, {kind(value)}" for name, value in items if not _is_kept(value)]
         message = f"{part}: its state_dict() must hold numbers, texts and tensors, which a checkpoint keeps"
         message += f", not {listed(odd)}; write state_dict and load_state_dict" if odd else ""
         raise LabError(message) from error
+
+
+def _read_back(state: object) -> object:
+    content = io.BytesIO()
+    torch.save(state, content)
+    content.seek(0)
+    return torch.load(content, weights_only=True)
+
+
+def _is_kept(value: object) -> bool:
+    with suppress(Exception):
+        _read_back(value)
+        return True
+    return False
 
 
 def _check_scheduler(trial: Trial) -> Iterator[str]:

@@ -41,8 +41,9 @@ class Walk:
         if self.scheduler is None:
             return
         _check_kind(experiment, self.scheduler)
-        groups = getattr(self.scheduler, "optimizer", self.optimizer).param_groups
-        if not any(group is own for group in groups for own in self.optimizer.param_groups):
+        groups = getattr(getattr(self.scheduler, "optimizer", None), "param_groups", [])
+        steered = {id(parameter) for group in groups for parameter in group["params"]}
+        if steered and steered.isdisjoint(map(id, net.parameters())):
             raise ValueError("steps another optimizer; build it with the one that it is called with")
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.go_on(min(self.run, MAX_SCHEDULE_STEPS))

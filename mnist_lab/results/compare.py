@@ -153,11 +153,13 @@ def declared_pairs(scripts: Path = EXPERIMENTS) -> list[Pair]:
     published = {file.stem for file in PUBLISHED.glob("*.csv")} & stories.keys()
     of_published = {line for step in published for line in stories[step].compared_with}
     pairs: dict[tuple[str, str], Pair] = {}  # each once, with what is said first
+    said_nothing = Pair("", "", UNSAID)
     for step in sorted(stories, key=step_order):
         for other, change in stories[step].compared_with:
             is_copied = step not in published and (other, change) in of_published
             pair = Pair(script_named(other), step, UNSAID if is_copied else change)
-            pairs.setdefault((pair.a, pair.b), pair)
+            if pairs.get((pair.a, pair.b), said_nothing).change == UNSAID:
+                pairs[pair.a, pair.b] = pair
     return [pair for pair in pairs.values() if pair.a != pair.b]
 
 
@@ -196,7 +198,7 @@ def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
     runs_a, runs_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
     figure = protocol(0, folds).judged
     if runs_a.empty and not (EXPERIMENTS / f"{pair.a}.py").exists():
-        raise LabError(f"there is no experiments/{pair.a}.py, and no run of it")
+        raise LabError(f"there is no experiments/{pair.a}.py, and no such run")
     if runs_a.empty:
         used = [(name, runs[name].iloc[0]) for name in ("folds", "holdout") if name in runs]
         flag = next((f" with --{name} {count}" for name, count in used if count), "")

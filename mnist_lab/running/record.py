@@ -60,7 +60,7 @@ class Record:
 
     @property
     def num_params(self) -> int:
-        """Count what was trained: a network may freeze layers on its way, or free them."""
+        """Count what was trained: a network may freeze layers on its way."""
         return num_params(self.training.net, self.rehearsal.untrained, self.trained)
 
     @contextmanager

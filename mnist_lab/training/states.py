@@ -22,9 +22,9 @@ PARTS = ("loss", "objective", "augmentation")  # of an experiment, besides the n
 
 
 def plain(state: Any) -> Any:
-    """Return a state with Python's numbers and lists for numpy's, which a checkpoint is not read back with."""
-    if isinstance(state, np.generic | np.ndarray):
-        return state.tolist()
+    """Return a state with Python's numbers for numpy's, which a checkpoint is not read back with."""
+    if isinstance(state, np.generic):
+        return state.item()
     if type(state) is dict:
         return {name: plain(value) for name, value in state.items()}
     return type(state)(map(plain, state)) if type(state) in (list, tuple) else state
