@@ -141,12 +141,11 @@ def _call_at(step: traceback.FrameSummary) -> ast.Call:
 
 def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
     name, parameters = ast.unparse(call.func), inspect.signature(function).parameters
-    known, given = (
-        list(parameters),
-        {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg},
-    )
+    known = list(parameters)
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg}
+    unknown = next((argument for argument in given if argument not in known), None)
     if function.__module__ == "mnist_lab.experiment":
-        if unknown := next((argument for argument in given if argument not in known), None):
+        if unknown:
             return f"{unknown}: {unknown_argument(name, known, unknown, given[unknown])}"
         missing = [argument for argument in known if parameters[argument].default is inspect.Parameter.empty]
         return f"{name}: takes its fields by name, and needs {', '.join(missing)}"
@@ -155,7 +154,6 @@ def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
             named = dict(zip(known[1:], map(ast.unparse, call.args), strict=False)) | given
             arguments = "".join(f", {argument}={value}" for argument, value in named.items())
             return f"{field}: {ast.unparse(call)} is for each run to call; write partial({name}{arguments})"
-    unknown = next((argument for argument in given if argument not in known), None)
     if function.__module__ == "torch.nn.modules.loss" and unknown:
         return f"loss: {unknown_argument(name, known, unknown, given[unknown])}"
     return None

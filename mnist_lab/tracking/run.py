@@ -177,9 +177,8 @@ class TrackedRun:
                 with uninterrupted(), quiet(), redirect_stderr(io.StringIO()):
                     if isinstance(net, torch.jit.ScriptModule):
                         raise TypeError("TorchScript can't be exported")
-                    on_cpu = copy.deepcopy(
-                        getattr(net, "_orig_mod", net)
-                    ).cpu()  # one that names its device fails there
+                    plain = getattr(net, "_orig_mod", net)  # without what torch.compile puts around it
+                    on_cpu = copy.deepcopy(plain).cpu()  # one that names its device fails there
                     on_cpu.eval()
                     with torch.no_grad():  # what inference_mode leaves in a network can't be exported
                         output = on_cpu(example)

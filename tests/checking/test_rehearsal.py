@@ -110,7 +110,7 @@ def test_softmax_before_a_loss_of_logits_is_said(minimised: dict[str, Any], smal
 
 def test_a_late_layer_counts_a_copy_not(train_run: Callable[..., TrackedRun], caplog: pytest.LogCaptureFixture) -> None:
     class Late(Convolutions):
-        """Has a layer that is trained in some batches only, none of them in the rehearsal, and a copy that never is."""
+        """Trains a layer in some batches only, none of them in the rehearsal, a copy never; one freezes late."""
 
         late_is_used = False
 
@@ -119,6 +119,8 @@ def test_a_late_layer_counts_a_copy_not(train_run: Callable[..., TrackedRun], ca
             self.late, self.copy = nn.Linear(10, 10), deepcopy(self.linear)
 
         def forward(self, images: Tensor) -> Tensor:
+            self.copy.requires_grad_(False)
+            self.first.requires_grad_(not Late.late_is_used)
             logits = super().forward(images)
             return self.late(logits) if Late.late_is_used else logits
 
