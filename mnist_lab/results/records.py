@@ -92,7 +92,7 @@ NEEDED = (
     *("seed", "last", "best", "best_epoch", "num_params", "epochs", "date", "epoch", "folds", "fold", "accuracy"),
     *list(MISTAKE_COLUMNS)[2:],
 )
-ORDER = ("step", "folds", "fold", "seed", "epoch", "image", "kind", "name")  # by which rows are sorted
+KEY = ("step", "folds", "fold", "seed", "seeds", "epoch", "image", "kind", "name")  # what a row is of; so they are sorted
 SETTINGS = ("step", "seed", "kind", "name", "value")  # in memory: of one seed each
 
 
@@ -126,7 +126,11 @@ def among(rows: pd.DataFrame, others: pd.DataFrame, *columns: str) -> pd.Series[
 
 def joined(columns: Iterable[str], *tables: pd.DataFrame) -> pd.DataFrame:
     rows = pd.concat([pd.DataFrame(columns=[*columns], dtype="str"), *tables]).fillna("")
-    return rows.sort_values([name for name in ORDER if name in rows], key=_sortable, ignore_index=True)
+    return rows.sort_values(_key_of(rows), key=_sortable, ignore_index=True)
+
+
+def _key_of(rows: pd.DataFrame) -> list[str]:
+    return [name for name in KEY if name in rows]
 
 
 def _sortable(cells: pd.Series[Any]) -> pd.Series[Any]:
@@ -161,11 +165,10 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
         runs = runs[runs["restored"].isna()]
     history = epoch_history(loaded=loaded, metrics=EPOCH_FIGURES)
     history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
-    settings = pd.DataFrame(_settings(loaded, runs), columns=SETTINGS, dtype="str")
     return Records(
         joined(RUN_COLUMNS, cells(runs, RUN_COLUMNS)),
         joined(EPOCH_COLUMNS, cells(history, EPOCH_COLUMNS)),
-        joined(SETTINGS, settings),
+        joined(SETTINGS, pd.DataFrame(_settings(loaded, runs), columns=SETTINGS, dtype="str")),
         joined(MISTAKE_COLUMNS, *_mistakes(loaded, runs)),
         folds,
     )
@@ -228,30 +231,28 @@ def read_records(folder: Path) -> Records:
     runs = read_runs(folder)
     return Records(
         runs,
-        joined(EPOCH_COLUMNS, _read(folder / "epochs.csv", EPOCH_COLUMNS, "step", "seed", "epoch")),
+        joined(EPOCH_COLUMNS, _read(folder / "epochs.csv", EPOCH_COLUMNS)),
         joined(SETTINGS, _read_settings(folder / "settings.csv", runs)),
-        joined(MISTAKE_COLUMNS, _read(folder / "mistakes.csv", MISTAKE_COLUMNS, "step", "seed", "image")),
-        joined(FOLD_COLUMNS, _read(folder / "folds.csv", FOLD_COLUMNS, "step", "folds", "fold")),
+        joined(MISTAKE_COLUMNS, _read(folder / "mistakes.csv", MISTAKE_COLUMNS)),
+        joined(FOLD_COLUMNS, _read(folder / "folds.csv", FOLD_COLUMNS)),
     )
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
     """Read the CSVs of all experiments in a folder, as `read_records` does."""
     files = [file for file in folder.glob("*.csv") if file.stem not in OTHER_FILES]
-    return joined(RUN_COLUMNS, *(_read(file, COLUMNS, "seed").assign(step=file.stem) for file in files))
+    return joined(RUN_COLUMNS, *(_read(file, COLUMNS).assign(step=file.stem) for file in files))
 
 
-def _read(file: Path, columns: Columns, *key: str) -> pd.DataFrame:
-    """Return the rows of a file, and none where there is no file; `key` says what a row is of, once."""
+def _read(file: Path, columns: Columns) -> pd.DataFrame:
+    """Return the rows of a file, and none where there is no file."""
     if not file.exists():
         return pd.DataFrame(columns=[*columns], dtype="str")
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             header, *rows = csv.reader(lines)
-    except OSError as error:
-        raise LabError(f"{file}: it can't be read: {error.strerror}") from error
-    except (ValueError, csv.Error) as error:
-        raise LabError(f"{file}: it is no CSV in UTF-8: {one_line(error)}") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise LabError(f"{file}: it can't be read, or is no CSV in UTF-8: {one_line(error)}") from error
     optional = {*TESTED.at_times} & {*columns}
     twice = {name for name in header if header.count(name) > 1}
     for name in sorted(({*columns} ^ {*header}) - optional | twice):
@@ -262,23 +263,23 @@ def _read(file: Path, columns: Columns, *key: str) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=header, dtype="str")
     for name in header:
         kind = KINDS.get(columns[name][0], TEXT)
-        if kind != TEXT:
-            right = kind.has(table[name]) & (table[name].str.isdecimal() | (kind.dtype != "Int64"))
-            for place in table.index[~right & (table[name].ne("") | (name in NEEDED))]:
-                raise LabError(f"{file}, row {place + 2}, {name}: {quoted(table[name][place])} is not {kind}")
-    _check_once(file, table, *key)
-    return table
+        right = ~kind.excludes(table[name]) & (table[name].str.isdecimal() | (kind.dtype != "Int64"))
+        for place in table.index[~right & (table[name].ne("") | (name in NEEDED))]:
+            raise LabError(f"{file}, row {place + 2}, {name}: {quoted(table[name][place])} is not {kind}")
+    return _checked_once(file, table)
 
 
-def _check_once(file: Path, table: pd.DataFrame, *key: str) -> None:
-    for place, *cells_of_key in table.loc[table.duplicated([*key]), [*key]].itertuples(name=None):
+def _checked_once(file: Path, table: pd.DataFrame) -> pd.DataFrame:
+    key = _key_of(table)
+    for place, *cells_of_key in table.loc[table.duplicated(key), key].itertuples(name=None):
         raise LabError(f"{file}, row {place + 2}, {key[-1]}: {' '.join(cells_of_key)} is there twice")
+    return table
 
 
 def _read_settings(file: Path, runs: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each setting and seed that there is; those of other steps are left out."""
     known = {step: {int(seed) for seed in seeds} for step, seeds in runs.groupby("step")["seed"]}
-    table = _read(file, SETTING_COLUMNS, "step", "seeds", "kind", "name")
+    table = _read(file, SETTING_COLUMNS)
     table = table[table["step"].isin([*known])]
     seeds = []
     for place, step, text in table[["step", "seeds"]].itertuples(name=None):
@@ -287,8 +288,7 @@ def _read_settings(file: Path, runs: pd.DataFrame) -> pd.DataFrame:
             raise LabError(f"{file}, row {place + 2}, seeds: {step} has no seed {unknown.pop()}")
         seeds.append([str(seed) for seed in known[step] if any(part[0] <= seed <= part[-1] for part in parts)])
     settings = table.assign(seed=pd.Series(seeds, table.index, dtype="object")).explode("seed")
-    _check_once(file, settings, "step", "seed", "kind", "name")
-    return settings[[*SETTINGS]]
+    return _checked_once(file, settings[[*SETTINGS]])
 
 
 def typed(rows: pd.DataFrame, columns: Columns) -> pd.DataFrame:
