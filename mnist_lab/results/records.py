@@ -92,7 +92,7 @@ NEEDED = (
     *("seed", "last", "best", "best_epoch", "num_params", "epochs", "date", "epoch", "folds", "fold", "accuracy"),
     *list(MISTAKE_COLUMNS)[2:],
 )
-KEY = ("step", "folds", "fold", "seed", "seeds", "epoch", "image", "kind", "name")  # what a row is of; so they are sorted
+KEY = ("step", "folds", "fold", "seed", "seeds", "epoch", "image", "kind", "name")  # of a row; so rows are sorted
 SETTINGS = ("step", "seed", "kind", "name", "value")  # in memory: of one seed each
 
 

@@ -11,11 +11,11 @@ import io
 import logging
 import platform
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -27,7 +27,7 @@ from PIL import Image
 from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError, counted
-from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
+from mnist_lab.paths import PROJECT_ROOT, PUBLISHED
 from mnist_lab.results.compare import stated_targets, summarise
 from mnist_lab.results.publish import TEMPLATES
 from mnist_lab.results.runs import TARGETS, LoadedRuns, by_step, full_names, predictions_of
@@ -38,14 +38,11 @@ from mnist_lab.verdicts.measures import percent
 
 logger = logging.getLogger(__name__)
 
-PICTURES = "steps_files"  # the folder beside steps.md
 MAX_NAME = 150  # characters of a picture's file name; file systems take 255 bytes
 PACKAGES = ("mlflow", "pandas", "numpy", "scipy", "matplotlib", "jinja2")
-PIXELS_PER_INCH, COLOURS = 96, 64  # of pictures, which are shown in their own size
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A figure, drawn: the path of its PNG from steps.md, and its size on the page in pixels."""
 
     path: str
@@ -114,8 +111,7 @@ def write_report(
     copied = find_copies(stories, published)
     names = {*stories, *troubles, *runs["step"]}
     if steps:
-        named = [next((name for name in (step, script_named(step)) if name in names), None) for step in steps]
-        names = {name or full_names(step, loaded)[0] for name, step in zip(named, steps, strict=True)}
+        names = {*full_names(steps, loaded, names)}
         runs = runs[runs["step"].isin(names)]
     if runs.empty:
         raise LabError("no finished run to report on; train first, e.g. `make step1`")
@@ -133,18 +129,18 @@ def write_report(
         draw(chapter, runs[runs["step"] == chapter.step], history, images, loaded)
     logger.info("Drawing the overview, and writing the page")
     compared = [chapter for chapter in drawn if steps or chapter.name == chapter.step]
-    steps_drawn = {chapter.step for chapter in compared}
-    overview = draw_overview(summary[summary["step"].isin(steps_drawn)]) if compared else None
+    pictures = [picture for chapter in drawn for picture in chapter.pictures]
+    if compared:
+        pictures.append(draw_overview(summary[summary["step"].isin([chapter.step for chapter in compared])]))
     page = {
-        **{"chapters": chapters, "results": compared, "overview": overview},
+        **{"chapters": chapters, "results": compared, "overview": pictures[-1] if compared else None},
         "runs": by_step(runs).to_dict("records"),
         "software": [f"Python {platform.python_version()}", *(f"{one} {version(one)}" for one in PACKAGES)],
         "system": platform.platform(),
     }
     files = {folder / name: TEMPLATES.get_template(name).render(page).encode() for name in ("steps.html", "steps.md")}
-    pictures = [overview, *(picture for chapter in drawn for picture in chapter.pictures)]
     try:
-        replace_files({folder / picture.path: picture.png for picture in pictures if picture} | files)
+        replace_files({folder / picture.path: picture.png for picture in pictures} | files)
     except OSError as error:
         raise LabError(f"the report can't be written to {folder}: {error.strerror}: {error.filename}") from error
     return folder / "steps.html", folder / "steps.md"
@@ -181,52 +177,50 @@ def _draw_training(runs: pd.DataFrame, epochs: pd.DataFrame) -> Picture:
     newest = runs.iloc[0]
     figure = figures.plot_training(epochs, stated_targets(newest).accuracy)
     mean = epochs.groupby("epoch")[["test_accuracy", "train_accuracy"]].mean()
-    test, train = mean["test_accuracy"].iloc, mean["train_accuracy"].iloc
-    seeds, length = counted(len(runs), "seed"), counted(len(mean), "epoch")
+    first, last, seeds = mean.iloc[0], mean.iloc[-1], counted(len(runs), "seed")
     alt = (
-        f"Two charts, loss and accuracy over {length}, {seeds}. Test accuracy is {percent(test[0])} % after the first "
-        f"epoch and {percent(test[-1])} % after the last; training accuracy ends at {percent(train[-1])} %."
+        f"Two charts, loss and accuracy over {counted(len(mean), 'epoch')}, {seeds}. Test accuracy is "
+        f"{percent(first['test_accuracy'])} % after the first epoch and {percent(last['test_accuracy'])} % after the "
+        f"last; training accuracy ends at {percent(last['train_accuracy'])} %."
     )
     return _picture(figure, f"{newest['step']}-training", alt, f"Loss and accuracy, {seeds}.")
 
 
-def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: LoadedRuns) -> list[Picture]:
+def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: LoadedRuns) -> Iterator[Picture]:
     read = predictions_of(loaded.found[run["run_id"]], loaded.uri)
     if len(read) != len(images):
         raise LabError(f"run {run['run_id']} has predictions of {len(read):,} images, not of {len(images):,}")
     which = f"seed {run['seed']}, the newest run"
-    wrong = read[read["truth"] != read["prediction"]].sort_values("confidence", ascending=False)
+    wrong = read[read["truth"] != read["prediction"]]
     alt = f"Confusion matrix: {len(read) - len(wrong):,} of {len(read):,} test images are read rightly."
     for (truth, read_as), count in Counter(zip(wrong["truth"], wrong["prediction"], strict=True)).most_common(1):
         alt += f" The most frequent mistake is {truth} read as {read_as}, {count} times."
     matrix = figures.plot_confusion(read["truth"], read["prediction"])
-    confusion = _picture(matrix, f"{run['step']}-confusion", alt, f"Mistakes by digit, {which}.")
+    yield _picture(matrix, f"{run['step']}-confusion", alt, f"Mistakes by digit, {which}.")
     alt = f"The most confident of {len(wrong)} mistakes, as images with truth, prediction and confidence."
-    for truth, read_as, confidence in wrong[["truth", "prediction", "confidence"]].head(1).to_numpy():
+    for truth, read_as, confidence in wrong.nlargest(1, "confidence").iloc[:, :3].to_numpy():
         alt += f" The first is a {truth:.0f} read as {read_as:.0f} with {100 * confidence:.1f} %."
     gallery = figures.plot_mistakes(images, read["truth"], read["prediction"], read["confidence"])
-    caption = f"The most confident mistakes, {which}."
-    return [confusion, _picture(gallery, f"{run['step']}-mistakes", alt, caption)]
+    yield _picture(gallery, f"{run['step']}-mistakes", alt, f"The most confident mistakes, {which}.")
 
 
 def draw_overview(summary: pd.DataFrame) -> Picture:
-    ordered = summary.sort_values("last", ascending=False, kind="stable")
     ends = [
-        f"{step}, {percent(last)} % with {params:,} parameters"
-        for step, last, params in ordered[["step", "last", "num_params"]].itertuples(index=False, name=None)
+        f"{row['step']}, {percent(row['last'])} % with {row['num_params']:,} parameters"
+        for row in summary.sort_values("last", ascending=False, kind="stable").to_dict("records")
     ]
-    alt = f"Test accuracy of the last epoch against parameters, {len(ends)} experiments. Highest: {ends[0]}."
-    alt += f" Lowest: {ends[-1]}." if len(ends) > 1 else ""
-    return _picture(figures.plot_steps(summary), "all", alt, "Test accuracy of the last epoch against parameters.")
+    caption = "Test accuracy of the last epoch against parameters"
+    alt = f"{caption}, {len(ends)} experiments. Highest: {ends[0]}. Lowest: {ends[-1]}."
+    return _picture(figures.plot_steps(summary), "all", alt, f"{caption}.")
 
 
 def _picture(figure: Figure, name: str, alt: str, caption: str) -> Picture:
     drawn, png = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=PIXELS_PER_INCH)
+    figure.savefig(drawn, format="png", dpi=96)  # which it is shown with
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(COLOURS).save(png, format="png", optimize=True)
+        image.convert("RGB").quantize(64).save(png, format="png", optimize=True)
         width, height = image.size
     file = quote(name, safe=" =,")  # a step's name is free text to the store
     if len(file) > MAX_NAME:
         file = f"{file[:MAX_NAME]}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
-    return Picture(f"{PICTURES}/{file}.png", png.getvalue(), width, height, alt, caption)
+    return Picture(f"steps_files/{file}.png", png.getvalue(), width, height, alt, caption)

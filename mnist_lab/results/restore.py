@@ -6,8 +6,7 @@ By the digest a second call knows that nothing is to do.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from itertools import chain, compress, groupby, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from mlflow.utils import mlflow_tags
 
-from mnist_lab.errors import LabError
-from mnist_lab.experiment import Targets
+from mnist_lab.errors import LabError, counted
 from mnist_lab.paths import PROJECT_ROOT
 from mnist_lab.results import records as files
 from mnist_lab.results.compare import stated_targets
@@ -51,16 +49,12 @@ class Restored(NamedTuple):
     there: int
 
 
-@dataclass(frozen=True)
-class Committed:
+class Committed(NamedTuple):
     """One run as the files have it; times in milliseconds since 1970."""
 
-    step: str
-    seed: int
-    epochs: int
+    row: Mapping[Any, Any]  # of a run table
     start: int
     end: int
-    targets: Targets
     history: Sequence[Mapping[Any, Any]]  # a record of each epoch
     figures: Mapping[str, float]  # logged once
     params: Mapping[str, str]
@@ -88,11 +82,9 @@ def restore(
     with store_failures(store, "can't be written"), alone(store.uri, "restore", busy), short_timeouts():
         own = load_runs(store.uri).tested
         own = own[(own["status"] == "FINISHED") & (own["overrides"] == "") & own["restored"].isna()]
-        missing = compress(
-            committed, ~files.among(records.runs, files.cells(own, files.RUN_COLUMNS), *files.RUN_COLUMNS)
-        )
-        steps = {step: [*runs] for step, runs in groupby(missing, key=lambda run: run.step)}
-        studies, added = sum(len(runs) > 1 for runs in steps.values()), sum(map(len, steps.values()))
+        there = files.among(records.runs, files.cells(own, files.RUN_COLUMNS), *files.RUN_COLUMNS)
+        steps = {step: [*runs] for step, runs in groupby(compress(committed, ~there), lambda run: run.row["step"])}
+        studies, added = sum(len(runs) > 1 for runs in steps.values()), sum(~there)
         restored = search(store, f"tags.{DIGEST} LIKE '%'")
         whole = [run for run in restored if run.info.status == "FINISHED" and run.data.tags[DIGEST] == marks[DIGEST]]
         if len(whole) == len(restored) == added + studies:
@@ -101,7 +93,7 @@ def restore(
             with uninterrupted():
                 store.client.delete_run(run.info.run_id)
         for number, (step, runs) in enumerate(steps.items(), start=1):
-            progress(f"{step}: {len(runs)} run{'' if len(runs) == 1 else 's'} ({number} of {len(steps)})")
+            progress(f"{step}: {counted(len(runs), 'run')} ({number} of {len(steps)})")
             _restore(store, runs)
     return Restored(added, studies, there=len(committed) - added)
 
@@ -128,35 +120,26 @@ def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -
         figures = {name: row[name] for name in TESTED.once if name in row}
         if targets.accuracy is not None and history:
             figures["epochs_at_target"] = sum(epoch["test_accuracy"] >= targets.accuracy for epoch in history)
-        accuracies = [row["final_test_accuracy"]]
-        verdicts = judge(targets, accuracies=accuracies, num_params=row["num_params"], epochs=row["epochs"])
+        counts = {name: row[name] for name in ("num_params", "epochs")}
+        verdicts = judge(targets, accuracies=[row["final_test_accuracy"]], **counts)
+        of_row = {name: text[name] for name in ("step", "code_sha256", "hardware", "torch", "git_commit")}
+        of_row["git_dirty"] = text["git_dirty"].lower()
         tags = {
-            **{name: text[name] for name in ("step", "code_sha256", "hardware", "torch", "git_commit")},
-            "git_dirty": text["git_dirty"].lower(),
-            **tags,  # with the whole code_sha256
+            **{name: value for name, value in {**of_row, **tags}.items() if value},  # with the whole code_sha256
             **target_tags(targets),
             **verdict_tags(verdicts),
             **{"model": NO_MODEL, DESCRIPTION: describe(script_of(row["step"]), verdicts=verdicts)},
-        }
-        named = {  # neither the script nor the commit is of this moment
+            # Neither the script nor the commit is of this moment.
             mlflow_tags.MLFLOW_SOURCE_NAME: f"experiments/{row['step']}.py",
             mlflow_tags.MLFLOW_SOURCE_TYPE: "LOCAL",
             mlflow_tags.MLFLOW_GIT_COMMIT: text["git_commit"],
             mlflow_tags.MLFLOW_GIT_BRANCH: "",
             **{"overrides": "", **marks},
         }
-        start = int(datetime.strptime(text["date"], files.DATE).replace(tzinfo=UTC).timestamp() * 1000)
-        yield Committed(
-            **{name: row[name] for name in ("step", "seed", "epochs")},
-            start=start,
-            end=start + round(60_000 * float(text["minutes"] or 0)),
-            targets=targets,
-            history=history,
-            figures=figures | short_figures(figures),
-            params={**params, "seed": text["seed"]},
-            tags={name: value for name, value in tags.items() if value} | named,
-            mistakes=mistakes,
-        )
+        start = pd.Timestamp(text["date"], tz="UTC").value // 10**6
+        end = start + round(60_000 * float(text["minutes"] or 0))
+        figures |= short_figures(figures)
+        yield Committed(row, start, end, history, figures, {**params, "seed": text["seed"]}, tags, mistakes)
 
 
 def _of_run(rows: pd.DataFrame, run: Mapping[Any, Any]) -> pd.DataFrame:
@@ -190,20 +173,21 @@ def _restore(store: Store, runs: Sequence[Committed]) -> None:
     if len(runs) == 1:
         _run(store, runs[0], None)
         return
-    step, past = runs[0].step, _past(store, min(run.start for run in runs), max(run.end for run in runs))
+    first, past = runs[0].row, _past(store, min(run.start for run in runs), max(run.end for run in runs))
+    step, targets, seeds = first["step"], stated_targets(first), [run.row["seed"] for run in runs]
     tags = {mlflow_tags.MLFLOW_GIT_COMMIT: "", **_shared([run.tags for run in runs]), "study": step, "seeds_reused": ""}
-    tags["seeds"] = " ".join(str(run.seed) for run in runs)
+    tags["seeds"] = " ".join(map(str, seeds))
     params = _shared([run.params for run in runs])
     with track(past, f"{step} {len(runs)} seeds", params=params, tags=tags) as tracked:
         ids = [_run(store, run, tracked.run_id) for run in runs]
-        finished = [FinishedRun(one, run.seed, run.figures) for one, run in zip(ids, runs, strict=True)]
-        log_verdict(tracked, judge_runs(runs[0].targets, runs[0].epochs, tracked.run_id, finished), script_of(step))
+        finished = list(map(FinishedRun, ids, seeds, [run.figures for run in runs]))
+        log_verdict(tracked, judge_runs(targets, first["epochs"], tracked.run_id, finished), script_of(step))
         history = [{"run_id": run_id, **epoch} for run_id, run in zip(ids, runs, strict=True) for epoch in run.history]
-        log_curves(tracked, history, runs[0].targets)
+        log_curves(tracked, history, targets)
 
 
 def _run(store: Store, run: Committed, parent_run_id: str | None) -> str:
-    past, name = _past(store, run.start, run.end), f"{run.step} seed {run.seed}"
+    past, name = _past(store, run.start, run.end), f"{run.row['step']} seed {run.row['seed']}"
     with track(past, name, params=run.params, tags=run.tags, parent_run_id=parent_run_id) as tracked:
         points = {
             row["epoch"]: {name: row[name] for name in files.EPOCH_FIGURES if pd.notna(row[name])}

@@ -330,12 +330,12 @@ def _kinds(runs: pd.DataFrame) -> str:
     return "; ".join(sorted(kinds))
 
 
-def full_names(steps: Iterable[str] | str, loaded: LoadedRuns) -> list[str]:
+def full_names(steps: Iterable[str] | str, loaded: LoadedRuns, others: Iterable[str] = ()) -> list[str]:
     """Return the steps by the names that their runs have: "step4" is short for "step4_augment_steplr".
 
-    Raises LabError if a step has no run, or a short name fits several.
+    others: names that will do without a run. Raises LabError if a step has no run, or a short name fits several.
     """
-    known, names = sorted(loaded.runs["step"].unique()), []
+    known, names = sorted({*loaded.runs["step"], *others}), []
     for step in [steps] if isinstance(steps, str) else steps:
         short = re.fullmatch(r"step\d+", step)
         alike = [name for name in known if name in (step, script_named(step))]
