@@ -147,7 +147,7 @@ def declared_pairs(scripts: Path = EXPERIMENTS) -> list[Pair]:
 
     A line that was copied from a script with published figures says nothing of the change.
     """
-    stories, _ = read_stories(scripts)
+    stories = read_stories(scripts)
     published = {file.stem for file in PUBLISHED.glob("*.csv")} & stories.keys()
     of_published = {line for step in published for line in stories[step].compared_with}
     changes: dict[tuple[str, str], str] = {}  # what is said first of each pair
@@ -188,12 +188,10 @@ def compare_runs(pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0) -> t
 def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
     runs_a, runs_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
     figure = protocol(0, folds).judged
-    if runs_a.empty and not (EXPERIMENTS / f"{pair.a}.py").exists():
-        raise LabError(f"there is no experiments/{pair.a}.py, and no such run")
     if runs_a.empty:
         raise LabError(
-            "the second of each has no finished run as declared with the same --holdout and --folds; train one, or "
-            "`make restore` the committed ones, which have neither"
+            "the second of each has no script, or no finished run as declared with the same --holdout and --folds; "
+            "train one, or `make restore` the committed ones, which have neither"
         )
     for step, count in ((pair.a, len(runs_a)), (pair.b, len(runs_b))):
         if count < folds:

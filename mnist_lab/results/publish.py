@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, one_line
 from mnist_lab.figures import plot_steps
 from mnist_lab.paths import PUBLISHED
 from mnist_lab.results import records as files
@@ -34,14 +34,10 @@ from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate, interv
 
 logger = logging.getLogger(__name__)
 
-EFFECT_COLUMNS = {
-    **{"change": ("change", ""), "from": ("a", ""), "to": ("b", "")},
-    **{"points": ("effect", ".3f"), "low": ("low", ".3f"), "high": ("high", ".3f")},
-    **{"p": ("p", ".4g"), "p_holm": ("p_holm", ".4g")},
-    **{"test": ("test", ""), "seeds": ("seeds", ""), "seeds_needed": ("seeds_needed", ".0f")},
-}
+EFFECT_COLUMNS = {"change": "change", "from": "a", "to": "b", "points": "effect"}
+EFFECT_COLUMNS |= {name: name for name in ("low", "high", "p", "p_holm", "test", "seeds", "seeds_needed")}
+EFFECT_FORMATS = {"effect": ".3f", "low": ".3f", "high": ".3f", "p": ".4g", "p_holm": ".4g", "seeds_needed": ".0f"}
 TABLES = ("summary", "results", "effects", "folds", "runs")
-PICTURE = "accuracy.svg"  # beside the CSVs: accuracy against parameters
 
 
 def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
@@ -95,7 +91,7 @@ def publish(
         pages = {page: page.read_text("utf-8") for page in (readme, folder / "README.md")}
         written = files_of(records, folder, {*own.runs["step"]}, pages)
         if len(records.runs):
-            written[folder / PICTURE] = picture(records.runs)
+            written[folder / "accuracy.svg"] = picture(records.runs)
         replace_files(written)
     return sorted(written)
 
@@ -136,10 +132,8 @@ def _changes(before: files.Records, after: files.Records) -> tuple[list[str], li
             added.append(f"{name}: added, {accuracy} on {row['hardware'] or 'unknown hardware'}")
         elif name not in now:
             replaced.append(f"{name}: removed, {accuracy}; the store's runs of the step are of other code")
-        elif was[name] != row:
-            cells = [
-                f"{column} {was[name][column]} -> {row[column]}" for column in row if was[name][column] != row[column]
-            ]
+        elif (old := was[name]) != row:
+            cells = [f"{column} {old[column]} -> {cell}" for column, cell in row.items() if old[column] != cell]
             replaced.append(f"{name}: replaced, {', '.join(cells)}")
     return added, replaced
 
@@ -148,13 +142,8 @@ def _changes(before: files.Records, after: files.Records) -> tuple[list[str], li
 def _file_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise LabError(f"the figures can't be written to {folder}: {error.strerror}: {error.filename}") from error
-    except UnicodeDecodeError as error:
-        raise LabError(f"the figures can't be written to {folder}: a page is not UTF-8") from error
-    except UnicodeEncodeError as error:
-        reason = f"{error.object!r} is no name in this locale's {error.encoding}"
-        raise LabError(f"the figures can't be written to {folder}: {reason}") from error
+    except (OSError, UnicodeError) as error:  # a page that is not UTF-8; a name that the locale has no letters for
+        raise LabError(f"the figures can't be written to {folder}: {one_line(error)}") from error
 
 
 def compare_rows(rows: pd.DataFrame) -> list[Comparison]:
@@ -172,7 +161,8 @@ def compare_folds(rows: pd.DataFrame) -> list[Comparison]:
 def effect_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     unknown = {"low": math.nan, "high": math.nan}
     rows = [{**vars(one), "seeds": one.seeds, **(unknown if one.interval == TOO_FEW else {})} for one in comparisons]
-    return files.cells(pd.DataFrame(rows, columns=[name for name, _ in EFFECT_COLUMNS.values()]), EFFECT_COLUMNS)
+    table = pd.DataFrame(rows, columns=[*EFFECT_COLUMNS.values()])
+    return files.cells(table, EFFECT_COLUMNS, EFFECT_FORMATS)
 
 
 # ---- the tables, in Markdown
@@ -241,7 +231,7 @@ def with_tables(page: str, made: Mapping[str, str]) -> str:
     return page
 
 
-def _verdict(row: Mapping[Any, Any], *, short: bool = False) -> str:
+def verdict(row: Mapping[Any, Any], *, short: bool = False) -> str:
     """Return the verdict on each stated target; in short what is not met, or that all is.
 
     Of an accuracy of several seeds it also says how many would show it.
@@ -289,5 +279,5 @@ TEMPLATES.filters |= {
     "median": median,
     "p_text": p_text,
     "ranges": files.ranges,
-    "verdict": _verdict,
+    "verdict": verdict,
 }

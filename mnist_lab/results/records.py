@@ -17,23 +17,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from mnist_lab import results
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import quoted
-from mnist_lab.results.compare import newest_runs
 from mnist_lab.results.runs import COLUMNS as COLUMN_KINDS
-from mnist_lab.results.runs import (
-    COUNT,
-    PERCENTAGE,
-    TARGETS,
-    TEXT,
-    Kind,
-    LoadedRuns,
-    epoch_history,
-    load_runs,
-    places,
-    predictions_of,
-    run_table,
-)
+from mnist_lab.results.runs import COUNT, PERCENTAGE, TARGETS, TEXT, Kind, LoadedRuns, places, predictions_of
 from mnist_lab.verdicts.measures import MEASURES, TESTED
 
 logger = logging.getLogger(__name__)
@@ -44,41 +32,30 @@ OTHER_FILES = ("effects", "epochs", "settings", "mistakes", "folds")  # CSVs in 
 # Tags that decide or explain a run's figures, beside those that have a column of their own in <step>.csv.
 TAGS = re.compile("code_sha256|data_sha256|threads|memory_format|no_effect|teacher_run_id|teacher_sha256|reported_.*")
 
-Columns = Mapping[str, tuple[str, str]]  # by name: the name in the table that it comes from, and the format of a cell
+# The columns of the files, each with the name in the table that it comes from.
+MADE_BY = {name: name for name in ("num_params", "epochs", "minutes", "hardware", "torch", "git_commit", "git_dirty")}
+MADE_BY |= {"code_sha256": "code_sha256", "date": "start_time"}
 COLUMNS = {  # of <step>.csv
-    "seed": ("seed", ""),
-    "last": ("final_test_accuracy", ".2f"),
-    "best": ("best_test_accuracy", ".2f"),
-    "best_epoch": ("best_epoch", ""),
-    "train": ("final_train_accuracy", ".3f"),
-    "test_loss": ("final_test_loss", ".5f"),
-    "num_params": ("num_params", ""),
-    "epochs": ("epochs", ""),
-    "minutes": ("minutes", ".1f"),
-    **{name: (name, "") for name in ("hardware", "torch", "git_commit", "git_dirty")},
-    "code_sha256": ("code_sha256", ".12"),
-    "date": ("start_time", DATE),
-    **{f"target_{name}": (f"target_{name}", "g") for name in TARGETS},
-    "reported_best": ("reported_best_test_accuracy", "g"),
+    **{"seed": "seed", "last": "final_test_accuracy", "best": "best_test_accuracy", "best_epoch": "best_epoch"},
+    **{"train": "final_train_accuracy", "test_loss": "final_test_loss", **MADE_BY},
+    **{f"target_{name}": f"target_{name}" for name in TARGETS},
+    "reported_best": "reported_best_test_accuracy",
 }
-RUN_COLUMNS = {"step": ("step", ""), **COLUMNS}
+RUN_COLUMNS = {"step": "step", **COLUMNS}
 EPOCH_FIGURES = ("test_accuracy", "test_loss", "train_accuracy", "train_loss", "lr", "epoch_seconds", *TESTED.at_times)
-EPOCH_COLUMNS = {
-    **{name: (name, "") for name in ("step", "seed", "epoch")},
-    **{name: (name, MEASURES[name].cell) for name in EPOCH_FIGURES},
-}
-SETTING_COLUMNS = {name: (name, "") for name in ("step", "seeds", "kind", "name", "value")}
-MISTAKE_COLUMNS = {
-    **{name: (name, "") for name in ("step", "seed", "image", "prediction")},
-    "confidence": ("confidence", ".4f"),
-}
+EPOCH_COLUMNS = {name: name for name in ("step", "seed", "epoch", *EPOCH_FIGURES)}
+SETTING_COLUMNS = {name: name for name in ("step", "seeds", "kind", "name", "value")}
+MISTAKE_COLUMNS = {name: name for name in ("step", "seed", "image", "prediction", "confidence")}
 FOLD_COLUMNS = {
-    **{"step": ("step", ""), "folds": ("folds", ""), "fold": ("seed", "")},
-    **{"accuracy": ("final_validation_accuracy", ".3f"), "loss": ("final_validation_loss", ".5f")},
-    **{name: COLUMNS[name] for name in ("num_params", "epochs", "minutes", "hardware", "torch", "git_commit")},
-    **{name: COLUMNS[name] for name in ("git_dirty", "code_sha256", "date")},
+    **{"step": "step", "folds": "folds", "fold": "seed"},
+    **{"accuracy": "final_validation_accuracy", "loss": "final_validation_loss", **MADE_BY},
 }
-# What the cells of these columns can be, by the name of where they come from; those of a run table are known there.
+# The formats of cells, and what they can be, by the name of where they come from; those of a run table are known there.
+FORMATS = {
+    **{name: measure.cell for name, measure in MEASURES.items()},
+    **dict.fromkeys((*(f"target_{name}" for name in TARGETS), "reported_best_test_accuracy"), "g"),
+    **{"final_validation_accuracy": ".3f", "code_sha256": ".12", "start_time": DATE, "confidence": ".4f"},
+}
 KINDS = {
     **{name: PERCENTAGE if one.unit == "%" else Kind("float64", 0) for name, one in MEASURES.items()},
     **COLUMN_KINDS,
@@ -151,19 +128,20 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
     Raises:
         LabError: if the store has no such runs.
     """
-    loaded = load_runs(tracking_uri, artifacts=True)
+    loaded = results.load_runs(tracking_uri, artifacts=True)
     folds = joined(FOLD_COLUMNS, *_folds(loaded))
     if len(folds) and loaded.tested.empty:
         return Records(joined(RUN_COLUMNS), joined(EPOCH_COLUMNS), joined(SETTINGS), joined(MISTAKE_COLUMNS), folds)
-    runs = _that_can_name_a_file(newest_runs(run_table(columns="all", loaded=loaded)))
-    every = run_table(include_overrides=True, loaded=loaded)
-    if overridden := sorted({*every["step"]} - {*run_table(loaded=loaded)["step"]}):
+    declared = results.newest_runs(results.run_table(columns="all", loaded=loaded))
+    every = results.run_table(include_overrides=True, loaded=loaded)
+    if overridden := sorted({*every["step"]} - {*declared["step"]}):
         logger.warning("left out, as they have only overridden runs: %s", ", ".join(overridden))
-    if runs.empty and folds.empty:
+    if declared.empty and folds.empty:
         raise LabError(f"no finished run as declared in {loaded.name}; train one, e.g. `make step1`")
+    runs = _that_can_name_a_file(declared)
     if not restored:
         runs = runs[runs["restored"].isna()]
-    history = epoch_history(loaded=loaded, metrics=EPOCH_FIGURES)
+    history = results.epoch_history(loaded=loaded, metrics=EPOCH_FIGURES)
     history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
     return Records(
         joined(RUN_COLUMNS, cells(runs, RUN_COLUMNS)),
@@ -177,7 +155,7 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
 def _folds(loaded: LoadedRuns) -> Iterator[pd.DataFrame]:
     """Yield the rows of the cross-validations, as declared, that have all their folds."""
     for folds in {*loaded.runs["folds"]} - {0}:
-        runs = newest_runs(run_table(columns="all", folds=folds, loaded=loaded))
+        runs = results.newest_runs(results.run_table(columns="all", folds=folds, loaded=loaded))
         yield cells(runs[runs.groupby("step")["seed"].transform("size") == folds], FOLD_COLUMNS)
 
 
@@ -212,15 +190,13 @@ def _mistakes(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
         logger.warning("not known: which test images %d runs got wrong, the first is %s", len(unknown), unknown[0])
 
 
-def cells(table: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+def cells(table: pd.DataFrame, columns: Mapping[str, str], formats: Mapping[str, str] = FORMATS) -> pd.DataFrame:
     """Return these columns of a table as the text that a CSV holds."""
-    return pd.DataFrame(
-        {
-            name: [format(value, form) if pd.notna(value) else "" for value in table[column]]
-            for name, (column, form) in columns.items()
-        },
-        dtype="str",
-    )
+    texts = {
+        name: [format(value, formats.get(column, "")) if pd.notna(value) else "" for value in table[column]]
+        for name, column in columns.items()
+    }
+    return pd.DataFrame(texts, dtype="str")
 
 
 # ---- from files
@@ -244,7 +220,7 @@ def read_runs(folder: Path) -> pd.DataFrame:
     return joined(RUN_COLUMNS, *(_read(file, COLUMNS).assign(step=file.stem) for file in files))
 
 
-def _read(file: Path, columns: Columns) -> pd.DataFrame:
+def _read(file: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     """Return the rows of a file, and none where there is no file."""
     if not file.exists():
         return pd.DataFrame(columns=[*columns], dtype="str")
@@ -262,7 +238,7 @@ def _read(file: Path, columns: Columns) -> pd.DataFrame:
             raise LabError(f"{file}, row {number}: it has {len(row)} cells, not {len(header)}")
     table = pd.DataFrame(rows, columns=header, dtype="str")
     for name in header:
-        kind = KINDS.get(columns[name][0], TEXT)
+        kind = KINDS.get(columns[name], TEXT)
         right = ~kind.excludes(table[name]) & (table[name].str.isdecimal() | (kind.dtype != "Int64"))
         for place in table.index[~right & (table[name].ne("") | (name in NEEDED))]:
             raise LabError(f"{file}, row {place + 2}, {name}: {quoted(table[name][place])} is not {kind}")
@@ -291,12 +267,11 @@ def _read_settings(file: Path, runs: pd.DataFrame) -> pd.DataFrame:
     return _checked_once(file, settings[[*SETTINGS]])
 
 
-def typed(rows: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+def typed(rows: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     """Return rows with numbers as such, and columns named as in the table that they come from."""
-    kinds = {name: KINDS.get(column, TEXT).dtype for name, (column, _) in columns.items()}
-    numbers = {name: kind for name, kind in kinds.items() if kind in ("Int64", "float64")}
-    table = rows.replace("", None).astype(numbers)
-    return table.rename(columns={name: column for name, (column, _) in columns.items()})
+    kinds = {column: KINDS.get(column, TEXT).dtype for column in columns.values()}
+    numbers = {column: kind for column, kind in kinds.items() if kind in ("Int64", "float64")}
+    return rows.replace("", None).rename(columns=columns).astype(numbers)
 
 
 # ---- into files

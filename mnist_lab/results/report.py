@@ -12,10 +12,9 @@ import logging
 import platform
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -29,8 +28,8 @@ from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError, counted
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED
 from mnist_lab.results.compare import stated_targets, summarise
-from mnist_lab.results.publish import TEMPLATES
-from mnist_lab.results.runs import TARGETS, LoadedRuns, by_step, full_names, predictions_of
+from mnist_lab.results.publish import TEMPLATES, verdict
+from mnist_lab.results.runs import LoadedRuns, full_names, predictions_of
 from mnist_lab.story import Story, read_stories
 from mnist_lab.tracking.store import replace_files
 from mnist_lab.verdicts.comparison import step_order
@@ -40,54 +39,6 @@ logger = logging.getLogger(__name__)
 
 MAX_NAME = 150  # characters of a picture's file name; file systems take 255 bytes
 PACKAGES = ("mlflow", "pandas", "numpy", "scipy", "matplotlib", "jinja2")
-
-
-class Picture(NamedTuple):
-    """A figure, drawn: the path of its PNG from steps.md, and its size on the page in pixels."""
-
-    path: str
-    png: bytes
-    width: int
-    height: int
-    alt: str
-    caption: str
-
-    @property
-    def source(self) -> str:
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
-
-
-@dataclass
-class Chapter:
-    """What the report tells of one experiment.
-
-    copied_from: the script whose Result stands in this one's docstring word for word; "" if none does.
-    published: whether docs/results has figures of this script.
-    """
-
-    step: str
-    story: Story | None
-    trouble: str  # why its script has no story, where it can't be read
-    copied_from: str
-    published: bool
-    row: dict[Any, Any] | None  # of the comparison; none without runs
-    pictures: list[Picture] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # on what could not be drawn
-
-    @property
-    def name(self) -> str:
-        return f"{self.step} [{self.row['overrides']}]" if self.row and self.row["overrides"] else self.step
-
-    @property
-    def all_met(self) -> bool:
-        words = {self.row[f"verdict_{target}"] for target in TARGETS} if self.row else set()
-        return "met" in words and words <= {"met", "-"}
-
-    @property
-    def sections(self) -> list[tuple[str, str]]:
-        """The headings that are told, with their texts: what others measured is not this script's."""
-        sections = self.story.sections if self.story else []
-        return [one for one in sections if not self.copied_from or one[0] not in ("Result", "Analysis")]
 
 
 def write_report(
@@ -102,14 +53,14 @@ def write_report(
     The runs that count are those of `newest_runs`. Overridden ones are told where an experiment has none as declared,
     and are compared with others only if they were asked for. steps: only these, of which a short name will do.
     """
-    stories, troubles = read_stories(scripts)
-    for trouble in troubles.values():
+    stories = read_stories(scripts)
+    for trouble in (story.trouble for story in stories.values() if story.trouble):
         logger.warning("%s", trouble)
     loaded = results.load_runs(tracking_uri, artifacts=True)
     runs = results.newest_runs(results.run_table(columns="all", include_overrides="if_none", loaded=loaded))
     published = {file.stem for file in PUBLISHED.glob("*.csv")}
     copied = find_copies(stories, published)
-    names = {*stories, *troubles, *runs["step"]}
+    names = {*stories, *runs["step"]}
     if steps:
         names = {*full_names(steps, loaded, names)}
         runs = runs[runs["step"].isin(names)]
@@ -120,30 +71,47 @@ def write_report(
     rows = {row["step"]: row for row in summary.to_dict("records")}
     images = load_mnist().test_images[:, 0].numpy()  # (10000, 28, 28)
     chapters = [
-        Chapter(one, stories.get(one), troubles.get(one, ""), copied.get(one, ""), one in published, rows.get(one))
-        for one in sorted(names, key=step_order)
+        _chapter(step, rows.get(step), stories.get(step), copied.get(step), step in published)
+        for step in sorted(names, key=step_order)
     ]
-    drawn = [chapter for chapter in chapters if chapter.row]
+    drawn = [chapter for chapter in chapters if chapter["row"]]
     for number, chapter in enumerate(drawn, start=1):
-        logger.info("Drawing %s (%d of %d)", chapter.step, number, len(drawn))
-        draw(chapter, runs[runs["step"] == chapter.step], history, images, loaded)
+        logger.info("Drawing %s (%d of %d)", chapter["step"], number, len(drawn))
+        draw(chapter, runs[runs["step"] == chapter["step"]], history, images, loaded)
     logger.info("Drawing the overview, and writing the page")
-    compared = [chapter for chapter in drawn if steps or chapter.name == chapter.step]
-    pictures = [picture for chapter in drawn for picture in chapter.pictures]
+    compared = [chapter for chapter in drawn if steps or chapter["name"] == chapter["step"]]
+    pictures = [picture for chapter in drawn for picture in chapter["pictures"]]
     if compared:
-        pictures.append(draw_overview(summary[summary["step"].isin([chapter.step for chapter in compared])]))
+        pictures.append(draw_overview(summary[summary["step"].isin([chapter["step"] for chapter in compared])]))
     page = {
         **{"chapters": chapters, "results": compared, "overview": pictures[-1] if compared else None},
-        "runs": by_step(runs).to_dict("records"),
+        "runs": runs.sort_index().to_dict("records"),
         "software": [f"Python {platform.python_version()}", *(f"{one} {version(one)}" for one in PACKAGES)],
         "system": platform.platform(),
     }
     files = {folder / name: TEMPLATES.get_template(name).render(page).encode() for name in ("steps.html", "steps.md")}
     try:
-        replace_files({folder / picture.path: picture.png for picture in pictures} | files)
+        replace_files({folder / picture["path"]: picture["png"] for picture in pictures} | files)
     except OSError as error:
         raise LabError(f"the report can't be written to {folder}: {error.strerror}: {error.filename}") from error
     return folder / "steps.html", folder / "steps.md"
+
+
+def _chapter(step: str, row: Any, story: Story | None, copied_from: str | None, published: bool) -> dict[str, Any]:
+    """Return what the page tells of an experiment, but for its pictures and the notes on what could not be drawn.
+
+    row: of the comparison; None without runs. published: whether docs/results has figures of its script.
+    copied_from: the script whose Result stands in this one's docstring word for word, if one does.
+    """
+    sections = story.sections if story else []
+    return {
+        **{"step": step, "row": row, "story": story, "copied_from": copied_from, "published": published},
+        **{"pictures": [], "notes": []},
+        "name": f"{step} [{row['overrides']}]" if row and row["overrides"] else step,
+        "all_met": row is not None and verdict(row, short=True) == "all met",
+        # What others measured is not this script's.
+        "sections": [one for one in sections if not copied_from or one[0] not in ("Result", "Analysis")],
+    }
 
 
 def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict[str, str]:
@@ -161,19 +129,19 @@ def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict
 
 
 def draw(
-    chapter: Chapter, runs: pd.DataFrame, history: pd.DataFrame, images: NDArray[np.uint8], loaded: LoadedRuns
+    chapter: dict[str, Any], runs: pd.DataFrame, history: pd.DataFrame, images: NDArray[np.uint8], loaded: LoadedRuns
 ) -> None:
     try:
-        chapter.pictures.append(_draw_training(runs, history[history["run_id"].isin(runs["run_id"])]))
+        chapter["pictures"].append(_draw_training(runs, history[history["run_id"].isin(runs["run_id"])]))
     except LabError as error:
-        chapter.notes.append(f"No training curves: {error}.")
+        chapter["notes"].append(f"No training curves: {error}.")
     try:
-        chapter.pictures.extend(_draw_predictions(runs.iloc[0], images, loaded))
+        chapter["pictures"].extend(_draw_predictions(runs.iloc[0], images, loaded))
     except LabError as error:
-        chapter.notes.append(f"No confusion matrix and no mistakes: {error}.")
+        chapter["notes"].append(f"No confusion matrix and no mistakes: {error}.")
 
 
-def _draw_training(runs: pd.DataFrame, epochs: pd.DataFrame) -> Picture:
+def _draw_training(runs: pd.DataFrame, epochs: pd.DataFrame) -> dict[str, Any]:
     newest = runs.iloc[0]
     figure = figures.plot_training(epochs, stated_targets(newest).accuracy)
     mean = epochs.groupby("epoch")[["test_accuracy", "train_accuracy"]].mean()
@@ -186,7 +154,7 @@ def _draw_training(runs: pd.DataFrame, epochs: pd.DataFrame) -> Picture:
     return _picture(figure, f"{newest['step']}-training", alt, f"Loss and accuracy, {seeds}.")
 
 
-def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: LoadedRuns) -> Iterator[Picture]:
+def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: LoadedRuns) -> Iterator[dict[str, Any]]:
     read = predictions_of(loaded.found[run["run_id"]], loaded.uri)
     if len(read) != len(images):
         raise LabError(f"run {run['run_id']} has predictions of {len(read):,} images, not of {len(images):,}")
@@ -204,7 +172,7 @@ def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: Lo
     yield _picture(gallery, f"{run['step']}-mistakes", alt, f"The most confident mistakes, {which}.")
 
 
-def draw_overview(summary: pd.DataFrame) -> Picture:
+def draw_overview(summary: pd.DataFrame) -> dict[str, Any]:
     ends = [
         f"{row['step']}, {percent(row['last'])} % with {row['num_params']:,} parameters"
         for row in summary.sort_values("last", ascending=False, kind="stable").to_dict("records")
@@ -214,13 +182,15 @@ def draw_overview(summary: pd.DataFrame) -> Picture:
     return _picture(figures.plot_steps(summary), "all", alt, f"{caption}.")
 
 
-def _picture(figure: Figure, name: str, alt: str, caption: str) -> Picture:
+def _picture(figure: Figure, name: str, alt: str, caption: str) -> dict[str, Any]:
+    """Return a figure as the page shows it: its PNG, whose path is seen from steps.md, and its size in pixels."""
     drawn, png = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=96)  # which it is shown with
     with Image.open(drawn) as image:
         image.convert("RGB").quantize(64).save(png, format="png", optimize=True)
-        width, height = image.size
+        shown = {"alt": alt, "caption": caption, "width": image.width, "height": image.height}
     file = quote(name, safe=" =,")  # a step's name is free text to the store
     if len(file) > MAX_NAME:
         file = f"{file[:MAX_NAME]}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
-    return Picture(f"steps_files/{file}.png", png.getvalue(), width, height, alt, caption)
+    source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    return {"path": f"steps_files/{file}.png", "png": png.getvalue(), "source": source, **shown}

@@ -23,16 +23,7 @@ from mnist_lab.running.record import DESCRIPTION, describe, target_tags, verdict
 from mnist_lab.running.study import judge_runs, log_curves, log_verdict
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import track
-from mnist_lab.tracking.store import (
-    RESTORED,
-    FinishedRun,
-    Store,
-    alone,
-    open_store,
-    search,
-    store_failures,
-    uninterrupted,
-)
+from mnist_lab.tracking.store import FinishedRun, Store, alone, open_store, search, store_failures, uninterrupted
 from mnist_lab.verdicts.measures import TESTED, short_figures
 from mnist_lab.verdicts.targets import judge
 
@@ -75,7 +66,7 @@ def restore(
     if records.runs.empty:
         raise LabError(f"folder: {folder} has no CSVs of runs")
     content = b"".join(file.read_bytes() for file in sorted(folder.glob("*.csv")))
-    marks = {RESTORED: commit, DIGEST: hashlib.sha256(content).hexdigest()}
+    marks = {"restored": commit, DIGEST: hashlib.sha256(content).hexdigest()}
     committed = [*_committed(records, folder, marks)]
     store = open_store(tracking_uri)
     busy = f"another process is restoring runs into {store.name!r}; wait until it is through"
@@ -207,8 +198,5 @@ def _past(store: Store, start: int, end: int) -> Store:
 
 def _shared(of_runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Return the params or tags that all runs of a study have; but for those that it has of its own."""
-    return {
-        name: value
-        for name, value in of_runs[0].items()
-        if name not in NOT_SHARED and not name.startswith("verdict_") and all(run.get(name) == value for run in of_runs)
-    }
+    shared = sorted(set.intersection(*({*run.items()} for run in of_runs)))
+    return {name: value for name, value in shared if name not in NOT_SHARED and not name.startswith("verdict_")}

@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -90,9 +90,6 @@ NUMBERS = {
     **{name: kind for name, kind in COLUMNS.items() if kind.dtype in ("Int64", "float64")},
     **{"epochs": Kind("Int64", 1, MAX_COUNT), "start_time": TIME, "end_time": TIME},
 }
-# Of each protocol: with a hold-out, each epoch is validated on other images, and the test images are read at the end.
-TESTED_COLUMNS = {*TESTED.once} - {*HELD_OUT.once}
-VALIDATION_COLUMNS = {name for name in COLUMNS if "validation" in name}
 # What a reader needs most: of the last two accuracies a table has one. The others stand only where a run has any.
 USEFUL_COLUMNS = (
     *("step", "seed", "num_params", "epochs", "final_test_accuracy", "best_test_accuracy", "best_validation_accuracy"),
@@ -164,11 +161,14 @@ def run_table(
     if columns not in (None, "all"):
         raise LabError(f'columns: {columns!r} is not "all", nor None for the most useful ones')
     found = _find_runs(steps, seeds, **which).runs
-    other_protocol = TESTED_COLUMNS if which.get("holdout") or which.get("folds") else VALIDATION_COLUMNS
+    other_protocol = [name for name in COLUMNS if "validation" in name]
+    if which.get("holdout") or which.get("folds"):  # each epoch is validated, and the test images are read at the end
+        other_protocol = ["best_test_accuracy", "epochs_at_target"]
     names = [name for name in COLUMNS if name not in other_protocol]
     shown = found if found.empty else found.dropna(axis="columns", how="all")
     hyperparameters = {str(name): _typed(found[name]) for name in shown if name not in COLUMNS}
-    table = by_step(found.assign(**hyperparameters)[[*names[:4], *hyperparameters, *names[4:]]])
+    table = found.assign(**hyperparameters)[[*names[:4], *hyperparameters, *names[4:]]]
+    table = table.sort_values("seed", kind="stable").sort_values("step", key=places, kind="stable", ignore_index=True)
     if columns == "all":
         return table
     table["restored"] = table["restored"].str[:7]  # as git shortens a commit
@@ -347,10 +347,6 @@ def full_names(steps: Iterable[str] | str, loaded: LoadedRuns, others: Iterable[
     return names
 
 
-def by_step(runs: pd.DataFrame) -> pd.DataFrame:
-    return runs.sort_values("seed", kind="stable").sort_values("step", key=places, kind="stable", ignore_index=True)
-
-
 def places(steps: pd.Series[Any]) -> pd.Series[Any]:
     """Return the place of each step in the order of steps."""
     return steps.map({step: place for place, step in enumerate(sorted(steps.unique(), key=step_order))})
@@ -416,11 +412,10 @@ def predictions_of(run: Run, uri: str) -> pd.DataFrame:
 
 def keeps_predictions(run_id: str, *, tracking_uri: str | None = None) -> bool:
     """Say whether `predictions` has something to tell of a run; of some published ones it was not kept."""
-    try:
+    with suppress(LabError):
         predictions(run_id, tracking_uri=tracking_uri)
-    except LabError:
-        return False
-    return True
+        return True
+    return False
 
 
 @cache
