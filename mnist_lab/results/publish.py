@@ -29,7 +29,7 @@ from mnist_lab.results.compare import compare_runs, declared_pairs, summarise
 from mnist_lab.results.runs import TARGETS
 from mnist_lab.tracking.store import replace_files
 from mnist_lab.verdicts.comparison import TOO_FEW, Comparison, adjust, mean_interval_text, p_text, seeds_text
-from mnist_lab.verdicts.measures import MEASURES, percent
+from mnist_lab.verdicts.measures import MEASURES, TESTED, percent
 from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate, interval_for_new_images
 
 logger = logging.getLogger(__name__)
@@ -97,12 +97,16 @@ def publish(
 
 
 def files_of(records: files.Records, folder: Path, steps: set[str], pages: Mapping[Path, str]) -> dict[Path, str]:
-    made = tables(records)
-    return {
-        **records.csvs(folder, steps),
-        folder / "effects.csv": files.to_csv(effect_rows(compare_rows(records.runs))),
-        **{page: with_tables(text, made) for page, text in pages.items()},
+    """Return the pages with their tables, the CSVs of these steps, and those that hold the rows of all steps."""
+    runs, epochs, made = records.runs, records.epochs, tables(records)
+    used = [name for name in files.EPOCH_COLUMNS if name not in TESTED.at_times or epochs[name].any()]
+    csvs = {
+        **{step: files.rows_of(step, runs)[[*files.COLUMNS]] for step in steps},
+        **{"epochs": epochs[used], "settings": files.by_setting(records.settings), "mistakes": records.mistakes},
+        **{"folds": records.folds, "effects": effect_rows(compare_rows(runs))},
     }
+    written = {folder / f"{name}.csv": files.to_csv(table) for name, table in csvs.items()}
+    return written | {page: with_tables(text, made) for page, text in pages.items()}
 
 
 def _laid_over(own: files.Records, old: files.Records) -> files.Records:

@@ -82,14 +82,6 @@ class Records(NamedTuple):
     mistakes: pd.DataFrame  # MISTAKE_COLUMNS: the test images that the run got wrong, by their numbers from 0
     folds: pd.DataFrame  # FOLD_COLUMNS, of the runs of cross-validations alone
 
-    def csvs(self, folder: Path, steps: Iterable[str]) -> dict[Path, str]:
-        """Return the files of these steps, and those that hold the rows of all steps."""
-        used = [name for name in EPOCH_COLUMNS if name not in TESTED.at_times or self.epochs[name].any()]
-        tables = {step: rows_of(step, self.runs)[[*COLUMNS]] for step in steps}
-        tables |= {"epochs": self.epochs[used], "settings": _by_setting(self.settings)}
-        tables |= {"mistakes": self.mistakes, "folds": self.folds}
-        return {folder / f"{name}.csv": to_csv(table) for name, table in tables.items()}
-
 
 def rows_of(step: str, rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["step"] == step]
@@ -281,7 +273,7 @@ def to_csv(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, lineterminator="\n")
 
 
-def _by_setting(settings: pd.DataFrame) -> pd.DataFrame:
+def by_setting(settings: pd.DataFrame) -> pd.DataFrame:
     seeds = settings.astype({"seed": "int64"}).groupby(["step", "kind", "name", "value"], sort=False)["seed"]
     lines = seeds.agg(seeds=ranges, first="min").reset_index()
     return lines.sort_values(["step", "kind", "name", "first"], key=_sortable)[[*SETTING_COLUMNS]]

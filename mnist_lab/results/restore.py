@@ -15,9 +15,8 @@ import pandas as pd
 from mlflow.utils import mlflow_tags
 
 from mnist_lab.errors import LabError, counted
-from mnist_lab.paths import PROJECT_ROOT
 from mnist_lab.results import records as files
-from mnist_lab.results.compare import stated_targets
+from mnist_lab.results.compare import EXPERIMENTS, stated_targets
 from mnist_lab.results.runs import MISTAKES, load_runs
 from mnist_lab.running.record import DESCRIPTION, describe, target_tags, verdict_tags
 from mnist_lab.running.study import judge_runs, log_curves, log_verdict
@@ -89,23 +88,21 @@ def restore(
     return Restored(added, studies, there=len(committed) - added)
 
 
-def script_of(step: str) -> Path:
-    return PROJECT_ROOT / "experiments" / f"{step}.py"
-
-
 # ---- from files
 
 
 def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -> Iterator[Committed]:
-    every_epoch = files.typed(records.epochs, files.EPOCH_COLUMNS)
     texts: list[dict[Any, str]] = records.runs.to_dict("records")
     for text, row in zip(texts, files.typed(records.runs, files.RUN_COLUMNS).to_dict("records"), strict=True):
-        settings, mistakes = _of_run(records.settings, text), _of_run(records.mistakes, text)
+        settings, mistakes, epochs = (
+            part[(part["step"] == text["step"]) & (part["seed"] == text["seed"])]
+            for part in (records.settings, records.mistakes, records.epochs)
+        )
         params, tags = (
             dict(settings.loc[settings["kind"] == kind, ["name", "value"]].itertuples(index=False, name=None))
             for kind in ("param", "tag")
         )
-        history = _of_run(every_epoch, row).to_dict("records")
+        history = files.typed(epochs, files.EPOCH_COLUMNS).to_dict("records")
         _check(folder, row, params, history, len(mistakes))
         targets = stated_targets(row)
         figures = {name: row[name] for name in TESTED.once if name in row}
@@ -119,7 +116,7 @@ def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -
             **{name: value for name, value in {**of_row, **tags}.items() if value},  # with the whole code_sha256
             **target_tags(targets),
             **verdict_tags(verdicts),
-            **{"model": NO_MODEL, DESCRIPTION: describe(script_of(row["step"]), verdicts=verdicts)},
+            **{"model": NO_MODEL, DESCRIPTION: describe(EXPERIMENTS / f"{row['step']}.py", verdicts=verdicts)},
             # Neither the script nor the commit is of this moment.
             mlflow_tags.MLFLOW_SOURCE_NAME: f"experiments/{row['step']}.py",
             mlflow_tags.MLFLOW_SOURCE_TYPE: "LOCAL",
@@ -131,11 +128,6 @@ def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -
         end = start + round(60_000 * float(text["minutes"] or 0))
         figures |= short_figures(figures)
         yield Committed(row, start, end, history, figures, {**params, "seed": text["seed"]}, tags, mistakes)
-
-
-def _of_run(rows: pd.DataFrame, run: Mapping[Any, Any]) -> pd.DataFrame:
-    of_run: pd.DataFrame = rows[(rows["step"] == run["step"]) & (rows["seed"] == run["seed"])]
-    return of_run
 
 
 def _check(
@@ -172,7 +164,8 @@ def _restore(store: Store, runs: Sequence[Committed]) -> None:
     with track(past, f"{step} {len(runs)} seeds", params=params, tags=tags) as tracked:
         ids = [_run(store, run, tracked.run_id) for run in runs]
         finished = list(map(FinishedRun, ids, seeds, [run.figures for run in runs]))
-        log_verdict(tracked, judge_runs(targets, first["epochs"], tracked.run_id, finished), script_of(step))
+        judged = judge_runs(targets, first["epochs"], tracked.run_id, finished)
+        log_verdict(tracked, judged, EXPERIMENTS / f"{step}.py")
         history = [{"run_id": run_id, **epoch} for run_id, run in zip(ids, runs, strict=True) for epoch in run.history]
         log_curves(tracked, history, targets)
 
