@@ -27,7 +27,7 @@ from mnist_lab.verdicts.comparison import step_order
 from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED
 from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL
 
-BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#777777"
 LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D"), ("black", "-", "v"))
 TARGET: dict[str, Any] = {"color": "black", "ls": (0, (1, 1.5)), "lw": 1.3, "zorder": 1}
 SMALL, MEDIUM = 9, 11  # font sizes in points; elsewhere matplotlib's, which are 10 and 12
@@ -144,7 +144,7 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
 def plot_steps(table: pd.DataFrame, target_accuracy: float | None = 99.4, target_params: int | None = 10_000) -> Figure:
     """Draw accuracy against parameters, with the steps joined in their order by arrows: the project in one picture.
 
-    table: of `results.compare_table`; or one row per experiment with `step, num_params, seeds, last, low, high`. The
+    table: one row per experiment, as of `results.compare_table`, with `step, num_params, seeds, last, low, high`. The
     bars are 95 % intervals of the mean, of four or more seeds.
     """
     _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
@@ -234,10 +234,8 @@ def _first_runs(history: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _with_overrides(frame: pd.DataFrame) -> "pd.Series[str]":
-    if "overrides" not in frame:
-        return frame["step"]
-    overridden = " [" + frame["overrides"] + "]"
-    return frame["step"] + overridden.where(frame["overrides"] != "", "").fillna("")
+    overrides = frame.get("overrides", pd.Series("", frame.index)).fillna("")
+    return frame["step"] + (" [" + overrides + "]").where(overrides != "", "")
 
 
 def _require(frame: pd.DataFrame, name: str, columns: list[str]) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
-from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, full_names, loaded_runs, run_table
+from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, full_names, load_runs, run_table
 from mnist_lab.story import read_stories
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import Comparison, Pair, adjust, rounds_alike, seeds_text, step_order, table_text
@@ -23,6 +23,7 @@ from mnist_lab.verdicts.targets import judge
 
 EXPERIMENTS = PROJECT_ROOT / "experiments"
 UNSAID = "all that differs"
+Compared = tuple[list[Comparison], list[str]]  # and a sentence on the pairs that have runs but can't be compared
 
 
 def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -123,7 +124,7 @@ def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
     Raises:
         LabError: if a step has no such run, or a single seed.
     """
-    loaded = which["loaded"] = loaded_runs(**which)
+    loaded = which["loaded"] = which.get("loaded") or load_runs(which.get("tracking_uri"))
     a, b = full_names([a, b], loaded)
     runs = newest_runs(run_table([a, b], columns="all", **which))
     declared = (pair for pair in declared_pairs() if (pair.a, pair.b) == (a, b))
@@ -159,20 +160,16 @@ def declared_pairs(scripts: Path = EXPERIMENTS) -> list[Pair]:
     return [Pair(a, b, change) for (a, b), change in changes.items() if a != b]
 
 
-def compare_pairs(
-    pairs: Iterable[Pair] | None = None, **which: Unpack[RunFilter]
-) -> tuple[list[Comparison], list[str]]:
+def compare_pairs(pairs: Iterable[Pair] | None = None, **which: Unpack[RunFilter]) -> Compared:
     """Compare the pairs of experiments that both have runs, as `compare` does, with `p_holm` adjusted for their number.
 
-    pairs: `declared_pairs()` unless others are given.
-
-    Returns the comparisons, and a sentence for each pair that has runs but can't be compared.
+    pairs: `declared_pairs()` unless others are given. Of those that can't be compared a sentence says why.
     """
     runs = newest_runs(run_table(columns="all", **which))
     return compare_runs(declared_pairs() if pairs is None else pairs, runs, which.get("folds", 0))
 
 
-def compare_runs(pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0) -> tuple[list[Comparison], list[str]]:
+def compare_runs(pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0) -> Compared:
     found, steps, reasons = [], {*runs["step"]}, dict[str, list[str]]()
     for pair in pairs:
         if pair.b not in steps:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
-from urllib.parse import quote
 
 import matplotlib
 import numpy as np
@@ -278,7 +277,6 @@ TEMPLATES.filters |= {
     "laid_out": lambda text: re.search(r"^( |[-*|] )", text, re.MULTILINE) is not None,
     "recorded": lambda value: value if isinstance(value, str) else "not recorded",
     "minutes": MEASURES["minutes"].text,
-    "quote": quote,
     "commit": _commit,
     "median": median,
     "p_text": p_text,

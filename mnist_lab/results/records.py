@@ -95,11 +95,7 @@ def among(rows: pd.DataFrame, others: pd.DataFrame, *columns: str) -> pd.Series[
 
 def joined(columns: Iterable[str], *tables: pd.DataFrame) -> pd.DataFrame:
     rows = pd.concat([pd.DataFrame(columns=[*columns], dtype="str"), *tables]).fillna("")
-    return rows.sort_values(_key_of(rows), key=_sortable, ignore_index=True)
-
-
-def _key_of(rows: pd.DataFrame) -> list[str]:
-    return [name for name in KEY if name in rows]
+    return rows.sort_values([name for name in KEY if name in rows], key=_sortable, ignore_index=True)
 
 
 def _sortable(cells: pd.Series[Any]) -> pd.Series[Any]:
@@ -238,7 +234,7 @@ def _read(file: Path, columns: Mapping[str, str]) -> pd.DataFrame:
 
 
 def _checked_once(file: Path, table: pd.DataFrame) -> pd.DataFrame:
-    key = _key_of(table)
+    key = [name for name in KEY if name in table]
     for place, *cells_of_key in table.loc[table.duplicated(key), key].itertuples(name=None):
         raise LabError(f"{file}, row {place + 2}, {key[-1]}: {' '.join(cells_of_key)} is there twice")
     return table

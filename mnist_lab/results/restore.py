@@ -74,7 +74,7 @@ def restore(
         own = own[(own["status"] == "FINISHED") & (own["overrides"] == "") & own["restored"].isna()]
         there = files.among(records.runs, files.cells(own, files.RUN_COLUMNS), *files.RUN_COLUMNS)
         steps = {step: [*runs] for step, runs in groupby(compress(committed, ~there), lambda run: run.row["step"])}
-        studies, added = sum(len(runs) > 1 for runs in steps.values()), sum(~there)
+        studies, added = sum(len(runs) > 1 for runs in steps.values()), int((~there).sum())
         restored = search(store, f"tags.{DIGEST} LIKE '%'")
         whole = [run for run in restored if run.info.status == "FINISHED" and run.data.tags[DIGEST] == marks[DIGEST]]
         if len(whole) == len(restored) == added + studies:

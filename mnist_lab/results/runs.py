@@ -74,9 +74,8 @@ TIME = Kind("Int64", 0, 32_503_680_000_000)  # milliseconds from 1970 to the yea
 # The columns of the run table. The hyperparameters, which differ from run to run, follow `folds`.
 COLUMNS = {
     **{"step": TEXT, "seed": SEED, "holdout": SEED, "folds": SEED, "num_params": COUNT},
-    "final_train_accuracy": PERCENTAGE,
-    **{"final_validation_accuracy": PERCENTAGE, "best_validation_accuracy": PERCENTAGE, "final_validation_loss": LOSS},
-    **{"final_test_accuracy": PERCENTAGE, "best_test_accuracy": PERCENTAGE},
+    **dict.fromkeys(("final_train_accuracy", "final_validation_accuracy", "best_validation_accuracy"), PERCENTAGE),
+    **{"final_validation_loss": LOSS, "final_test_accuracy": PERCENTAGE, "best_test_accuracy": PERCENTAGE},
     **{"best_epoch": COUNT, "epochs_at_target": SEED, "final_test_loss": LOSS, "targets": TEXT},
     **{f"verdict_{name}": TEXT for name in TARGETS},
     **{"target_accuracy": PERCENTAGE, "target_params": STATED, "target_epochs": STATED},
@@ -280,14 +279,10 @@ def _say_left_out(run_id: str, reason: str) -> None:
     logger.warning("left out: run %s: %s", run_id, reason)
 
 
-def loaded_runs(**which: Unpack[RunFilter]) -> LoadedRuns:
-    return which.get("loaded") or load_runs(which.get("tracking_uri"))
-
-
 def _find_runs(
     steps: Iterable[str] | str | None, seeds: Iterable[int] | int | None, **which: Unpack[RunFilter]
 ) -> LoadedRuns:
-    loaded = loaded_runs(**which)
+    loaded = which.get("loaded") or load_runs(which.get("tracking_uri"))
     status, overridden = which.get("status", "FINISHED"), which.get("include_overrides", False)
     if status not in ("FINISHED", "RUNNING", "FAILED", "KILLED", None):
         raise LabError(f"status: {status!r} is none of FINISHED, RUNNING, FAILED and KILLED, nor None for all")
