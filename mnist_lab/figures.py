@@ -76,9 +76,8 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     finite = history[[*measured.curves]].replace([math.inf, -math.inf], math.nan)
     history = history.assign(**finite)
     curves = {_name(step): (rows, str(measured.part)) for step, rows in history.groupby("step", sort=False)}
-    one_step = len(curves) == 1
-    if one_step:
-        (title,) = curves
+    title = next(iter(curves)) if len(curves) == 1 else ""
+    if title:
         curves = {measured.part: (history, measured.part), "training": (history, "train")}
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
@@ -90,7 +89,7 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     _target_line(accuracy, target_accuracy)
     _log_scale(loss.yaxis)
     _stretch(accuracy)
-    if one_step:
+    if title:
         missing = {MEASURES[name].label: finite[name].isna().sum() for name in measured.curves}
         absent = ", ".join(f"{label} ({count:,} of {len(history):,})" for label, count in missing.items() if count)
         figure.suptitle(f"{title}\nnot recorded, or not finite: {absent}" if absent else title)
@@ -156,13 +155,11 @@ def plot_steps(table: pd.DataFrame, target_accuracy: float | None = 99.4, target
 
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     axes = figure.subplots()
-    for part, marker, label in (
-        (table[is_step], "o", "steps, mean over seeds, 95 % interval"),
-        (table[~is_step], "s", "other experiments"),
-    ):
-        if len(part):
-            bars = part[["low", "high"]].sub(part["last"], axis=0).abs().T
-            axes.errorbar(part["num_params"], part["last"], yerr=bars, fmt=marker, label=label, **MEAN)
+    looks = {True: ("o", "steps, mean over seeds, 95 % interval"), False: ("s", "other experiments")}
+    for of_steps, part in table.groupby(is_step, sort=False):
+        bars = part[["low", "high"]].sub(part["last"], axis=0).abs().T
+        marker, label = looks[bool(of_steps)]
+        axes.errorbar(part["num_params"], part["last"], yerr=bars, fmt=marker, label=label, **MEAN)
     axes.margins(0.1)  # for the names beside the points
     _target_line(axes, target_accuracy)
     if target_params is not None:
@@ -262,7 +259,6 @@ def _finish(figure: Figure, columns: int = 1, **legend: Any) -> Figure:
     """Add a legend below, and have all text drawn as it is: matplotlib reads mathematics between two dollar signs."""
     figure.legend(loc="outside lower center", ncols=columns, fontsize=SMALL, **legend)
     for text in figure.findobj(Text):
-        assert isinstance(text, Text)
         text.set_parse_math(False)
     return figure
 

@@ -14,7 +14,7 @@ import pandas as pd
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
-from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, full_names, load_runs, run_table
+from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, Steps, full_names, load_runs, run_table
 from mnist_lab.story import read_stories
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import Comparison, Pair, adjust, rounds_alike, seeds_text, step_order, table_text
@@ -45,7 +45,7 @@ def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(left_out=left_out)[same].drop_duplicates(["step", "overrides", "seed"])
 
 
-def compare_table(steps: Iterable[str] | str | None = None, **which: Unpack[RunFilter]) -> pd.DataFrame:
+def compare_table(steps: Steps = None, **which: Unpack[RunFilter]) -> pd.DataFrame:
     """Return one row per experiment: the mean over its seeds, of the finished runs that `newest_runs` leaves.
 
     steps, include_overrides, holdout, folds, tracking_uri, loaded: as for `run_table`. With folds, these stand for

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 EFFECT_COLUMNS = {"change": "change", "from": "a", "to": "b", "points": "effect"}
 EFFECT_COLUMNS |= {name: name for name in ("low", "high", "p", "p_holm", "test", "seeds", "seeds_needed")}
 EFFECT_FORMATS = {"effect": ".3f", "low": ".3f", "high": ".3f", "p": ".4g", "p_holm": ".4g", "seeds_needed": ".0f"}
+Tell = Callable[[str], None]
 TABLES = ("summary", "results", "effects", "folds", "runs")
 
 
@@ -60,12 +61,7 @@ def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
 
 
 def publish(
-    folder: Path,
-    readme: Path,
-    *,
-    replace: bool = False,
-    tracking_uri: str | None = None,
-    progress: Callable[[str], None] = print,
+    folder: Path, readme: Path, *, replace: bool = False, tracking_uri: str | None = None, progress: Tell = print
 ) -> list[Path]:
     """Lay the tracked runs over the published CSVs in the folder, and make the tables of `readme` and its README.md.
 
@@ -162,9 +158,9 @@ def compare_folds(rows: pd.DataFrame) -> list[Comparison]:
 
 
 def effect_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
-    unknown = {"low": math.nan, "high": math.nan}
-    rows = [{**vars(one), "seeds": one.seeds, **(unknown if one.interval == TOO_FEW else {})} for one in comparisons]
+    rows = [{**vars(one), "seeds": one.seeds} for one in comparisons]
     table = pd.DataFrame(rows, columns=[*EFFECT_COLUMNS.values()])
+    table.loc[[one.interval == TOO_FEW for one in comparisons], ["low", "high"]] = math.nan
     return files.cells(table, EFFECT_COLUMNS, EFFECT_FORMATS)
 
 

@@ -262,9 +262,6 @@ def typed(rows: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     return rows.replace("", None).rename(columns=columns).astype(numbers)
 
 
-# ---- into files
-
-
 def to_csv(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, lineterminator="\n")
 

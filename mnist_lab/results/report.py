@@ -26,8 +26,8 @@ from PIL import Image
 from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError, counted
-from mnist_lab.paths import PROJECT_ROOT, PUBLISHED
-from mnist_lab.results.compare import stated_targets, summarise
+from mnist_lab.paths import PUBLISHED
+from mnist_lab.results.compare import EXPERIMENTS, stated_targets, summarise
 from mnist_lab.results.publish import TEMPLATES, verdict
 from mnist_lab.results.runs import LoadedRuns, full_names, predictions_of
 from mnist_lab.story import Story, read_stories
@@ -42,11 +42,7 @@ PACKAGES = ("mlflow", "pandas", "numpy", "scipy", "matplotlib", "jinja2")
 
 
 def write_report(
-    folder: Path,
-    steps: Sequence[str] = (),
-    *,
-    tracking_uri: str | None = None,
-    scripts: Path = PROJECT_ROOT / "experiments",
+    folder: Path, steps: Sequence[str] = (), *, tracking_uri: str | None = None, scripts: Path = EXPERIMENTS
 ) -> tuple[Path, Path]:
     """Write steps.html and steps.md into the folder and return their paths. Nothing is written before all is drawn.
 

@@ -88,9 +88,6 @@ def restore(
     return Restored(added, studies, there=len(committed) - added)
 
 
-# ---- from files
-
-
 def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -> Iterator[Committed]:
     texts: list[dict[Any, str]] = records.runs.to_dict("records")
     for text, row in zip(texts, files.typed(records.runs, files.RUN_COLUMNS).to_dict("records"), strict=True):
@@ -147,9 +144,6 @@ def _check(
     ):
         if not fits:
             raise LabError(f"{folder / file}.csv: {step} seed {row['seed']}: {reason}")
-
-
-# ---- the store
 
 
 def _restore(store: Store, runs: Sequence[Committed]) -> None:

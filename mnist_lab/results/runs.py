@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 OF_THE_LAB = "tags.step LIKE '%' AND params.seed LIKE '%'"  # a study's own run, the parent of its seeds', has no seed
 TARGETS = ("accuracy", "params", "epochs")
 MISTAKES = "mistakes.csv"  # an artifact of a restored run: image, prediction, confidence
+Steps = Iterable[str] | str | None
+Seeds = Iterable[int] | int | None
 
 
 class Kind(NamedTuple):
@@ -137,11 +139,7 @@ class RunFilter(TypedDict, total=False):
 
 
 def run_table(
-    steps: Iterable[str] | str | None = None,
-    seeds: Iterable[int] | int | None = None,
-    *,
-    columns: Literal["all"] | None = None,
-    **which: Unpack[RunFilter],
+    steps: Steps = None, seeds: Seeds = None, *, columns: Literal["all"] | None = None, **which: Unpack[RunFilter]
 ) -> pd.DataFrame:
     """Return one row per run, by step and seed, with typed columns; of several runs of one seed the newest first.
 
@@ -176,11 +174,7 @@ def run_table(
 
 
 def epoch_history(
-    steps: Iterable[str] | str | None = None,
-    seeds: Iterable[int] | int | None = None,
-    *,
-    metrics: Sequence[str] | None = None,
-    **which: Unpack[RunFilter],
+    steps: Steps = None, seeds: Seeds = None, *, metrics: Sequence[str] | None = None, **which: Unpack[RunFilter]
 ) -> pd.DataFrame:
     """Return one row per run and epoch, for the runs that `run_table` gives for the same arguments.
 
@@ -279,9 +273,7 @@ def _say_left_out(run_id: str, reason: str) -> None:
     logger.warning("left out: run %s: %s", run_id, reason)
 
 
-def _find_runs(
-    steps: Iterable[str] | str | None, seeds: Iterable[int] | int | None, **which: Unpack[RunFilter]
-) -> LoadedRuns:
+def _find_runs(steps: Steps, seeds: Seeds, **which: Unpack[RunFilter]) -> LoadedRuns:
     loaded = which.get("loaded") or load_runs(which.get("tracking_uri"))
     status, overridden = which.get("status", "FINISHED"), which.get("include_overrides", False)
     if status not in ("FINISHED", "RUNNING", "FAILED", "KILLED", None):
