@@ -119,10 +119,7 @@ def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
     """Compare two experiments by the test accuracy of their last epochs, b - a, in points; docs/statistics.md says how.
 
     a, b: steps, e.g. "gap_alone" and "step3_gap", of which the runs of `newest_runs` count.
-    holdout, folds, tracking_uri, loaded: as for `run_table`.
-
-    Raises:
-        LabError: if a step has no such run, or a single seed.
+    holdout, folds, tracking_uri, loaded: as for `run_table`. LabError if a step has no such run, or a single seed.
     """
     loaded = which["loaded"] = which.get("loaded") or load_runs(which.get("tracking_uri"))
     a, b = full_names([a, b], loaded)

@@ -110,11 +110,8 @@ def _sortable(cells: pd.Series[Any]) -> pd.Series[Any]:
 def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Records:
     """Return what is kept of the tracked runs: the newest finished run of each step and seed, as declared.
 
-    restored: also those that were restored from files.
+    restored: also those that were restored from files. Raises LabError if the store has no such runs.
     A step that can't name a file is left out, and so are mistakes that the store does not say; a warning tells so.
-
-    Raises:
-        LabError: if the store has no such runs.
     """
     loaded = results.load_runs(tracking_uri, artifacts=True)
     folds = joined(FOLD_COLUMNS, *_folds(loaded))

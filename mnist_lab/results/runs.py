@@ -152,8 +152,7 @@ def run_table(
     `final_` is the last epoch; `best_` was picked on the test images, or on the validation images where there are any.
     `restored` is the commit whose docs/results a run was restored from; of runs that were trained here it is missing.
 
-    Raises:
-        LabError: if the store is missing or foreign, a step has no such run, or an argument is out of range.
+    Raises LabError if the store is missing or foreign, a step has no such run, or an argument is out of range.
     """
     if columns not in (None, "all"):
         raise LabError(f'columns: {columns!r} is not "all", nor None for the most useful ones')
@@ -202,9 +201,7 @@ def load_runs(tracking_uri: str | None = None, *, artifacts: bool = False) -> Lo
     """Read every run of the lab in the store; one whose values can't be right is left out, and a warning names it.
 
     artifacts: whether these will be read too; then they are found where a moved store has them.
-
-    Raises:
-        LabError: if the store is missing, foreign or can't be read, or its experiment is deleted.
+    Raises LabError if the store is missing, foreign or can't be read, or its experiment is deleted.
     """
     uri = resolve_uri(tracking_uri)
     check_readable(uri)
@@ -368,8 +365,7 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
     Columns: truth, prediction, confidence (softmax of the predicted digit), logit_0 to logit_9. Of a restored run, only
     mistakes are known: other images have no confidence, and there are no logits.
 
-    Raises:
-        LabError: if there is no such run, or it has not finished, or stored no predictions that can be read.
+    Raises LabError if there is no such run, or it has not finished, or stored no predictions that can be read.
     """
     uri = resolve_uri(tracking_uri)
     check_readable(uri)
