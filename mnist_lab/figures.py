@@ -155,10 +155,9 @@ def plot_steps(table: pd.DataFrame, target_accuracy: float | None = 99.4, target
 
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     axes = figure.subplots()
-    looks = {True: ("o", "steps, mean over seeds, 95 % interval"), False: ("s", "other experiments")}
     for of_steps, part in table.groupby(is_step, sort=False):
         bars = part[["low", "high"]].sub(part["last"], axis=0).abs().T
-        marker, label = looks[bool(of_steps)]
+        marker, label = ("o", "steps, mean over seeds, 95 % interval") if of_steps else ("s", "other experiments")
         axes.errorbar(part["num_params"], part["last"], yerr=bars, fmt=marker, label=label, **MEAN)
     axes.margins(0.1)  # for the names beside the points
     _target_line(axes, target_accuracy)

@@ -9,7 +9,7 @@ import io
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 EFFECT_COLUMNS = {"change": "change", "from": "a", "to": "b", "points": "effect"}
 EFFECT_COLUMNS |= {name: name for name in ("low", "high", "p", "p_holm", "test", "seeds", "seeds_needed")}
 EFFECT_FORMATS = {"effect": ".3f", "low": ".3f", "high": ".3f", "p": ".4g", "p_holm": ".4g", "seeds_needed": ".0f"}
-Tell = Callable[[str], None]
 TABLES = ("summary", "results", "effects", "folds", "runs")
 
 
@@ -61,7 +60,7 @@ def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
 
 
 def publish(
-    folder: Path, readme: Path, *, replace: bool = False, tracking_uri: str | None = None, progress: Tell = print
+    folder: Path, readme: Path, *, replace: bool = False, tracking_uri: str | None = None, progress: files.Tell = print
 ) -> list[Path]:
     """Lay the tracked runs over the published CSVs in the folder, and make the tables of `readme` and its README.md.
 
@@ -244,10 +243,6 @@ def verdict(row: Mapping[Any, Any], *, short: bool = False) -> str:
     return ", ".join(words.values()) or "no target stated"
 
 
-def _commit(row: Mapping[str, str]) -> str:
-    return markdown_cell(row["git_commit"][:10]) + (" + changes" if row["git_dirty"] == "True" else "")
-
-
 def markdown_cell(text: str) -> str:
     """Return text as Markdown that shows it in one cell of a table, without HTML."""
     return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
@@ -273,7 +268,7 @@ TEMPLATES.filters |= {
     "laid_out": lambda text: re.search(r"^( |[-*|] )", text, re.MULTILINE) is not None,
     "recorded": lambda value: value if isinstance(value, str) else "not recorded",
     "minutes": MEASURES["minutes"].text,
-    "commit": _commit,
+    "commit": lambda row: markdown_cell(row["git_commit"][:10]) + (" + changes" if row["git_dirty"] == "True" else ""),
     "median": median,
     "p_text": p_text,
     "ranges": files.ranges,

@@ -10,7 +10,7 @@ import csv
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from mnist_lab.verdicts.measures import MEASURES, TESTED
 
 logger = logging.getLogger(__name__)
 
+Tell = Callable[[str], None]
 DATE = "%Y-%m-%d %H:%M"
 IMAGES = 10_000  # test images
 OTHER_FILES = ("effects", "epochs", "settings", "mistakes", "folds")  # CSVs in the folder that belong to no step

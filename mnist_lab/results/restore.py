@@ -5,7 +5,7 @@ By the digest a second call knows that nothing is to do.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, compress, groupby, repeat
 from pathlib import Path
@@ -52,9 +52,7 @@ class Committed(NamedTuple):
     mistakes: pd.DataFrame
 
 
-def restore(
-    folder: Path, *, commit: str, tracking_uri: str | None = None, progress: Callable[[str], None] = print
-) -> Restored:
+def restore(folder: Path, *, commit: str, tracking_uri: str | None = None, progress: files.Tell = print) -> Restored:
     """Put the runs that a folder of CSVs keeps into the store, under a study for each step with several seeds.
 
     A run that was trained into this store itself is not added again. Where the files say something else than they did
