@@ -115,13 +115,10 @@ def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict
 
     Of scripts with one Result, the first that has published figures wrote it, or the first in order.
     """
-    authors: dict[str, str] = {}
-    copies = {}
-    for step in sorted(stories, key=lambda step: (step not in published, step_order(step))):
-        result = " ".join(dict(stories[step].sections).get("Result", "").split())
-        if any(letter.isdigit() for letter in result) and authors.setdefault(result, step) != step:
-            copies[step] = authors[result]
-    return copies
+    order = sorted(stories, key=lambda step: (step not in published, step_order(step)))
+    told = {step: " ".join(dict(stories[step].sections).get("Result", "").split()) for step in order}
+    authors = {told[step]: step for step in reversed(order) if any(map(str.isdigit, told[step]))}
+    return {step: authors[told[step]] for step in order if authors.get(told[step], step) != step}
 
 
 def draw(

@@ -125,9 +125,7 @@ def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -
         yield Committed(row, start, end, history, figures, {**params, "seed": text["seed"]}, tags, mistakes)
 
 
-def _check(
-    folder: Path, row: Mapping[Any, Any], params: object, history: Sequence[Mapping[Any, Any]], mistakes: int
-) -> None:
+def _check(folder: Path, row: Mapping[Any, Any], params: object, history: Sequence[Any], mistakes: int) -> None:
     step, last, best = row["step"], row["final_test_accuracy"], row["best_test_accuracy"]
     count, best_epoch, wrong = row["epochs"], row["best_epoch"], round(files.IMAGES * (1 - last / 100))
     curve, epochs = [epoch["test_accuracy"] for epoch in history], [epoch["epoch"] for epoch in history]
