@@ -27,7 +27,7 @@ from mnist_lab.verdicts.comparison import step_order
 from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED
 from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL
 
-BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#777777"
 LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D"), ("black", "-", "v"))
 TARGET: dict[str, Any] = {"color": "black", "ls": (0, (1, 1.5)), "lw": 1.3, "zorder": 1}
 SMALL, MEDIUM = 9, 11  # font sizes in points; elsewhere matplotlib's, which are 10 and 12
@@ -73,43 +73,28 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
     """
     measured = HELD_OUT if "validation_accuracy" in history and "test_accuracy" not in history else TESTED
     history = _first_runs(history, measured.curves)
-    curves: dict[str, tuple[pd.DataFrame, str]] = {
-        _name(step): (rows, measured.part) for step, rows in history.groupby("step", sort=False)
-    }
-    one_step = len(curves) == 1
-    if one_step:
-        (title,) = curves
+    finite = history[[*measured.curves]].replace([math.inf, -math.inf], math.nan)
+    history = history.assign(**finite)
+    curves = {_name(step): (rows, str(measured.part)) for step, rows in history.groupby("step", sort=False)}
+    title = next(iter(curves)) if len(curves) == 1 else ""
+    if title:
         curves = {measured.part: (history, measured.part), "training": (history, "train")}
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
         for (name, (rows, part)), look in zip(curves.items(), cycle(LOOKS), strict=False):
-            values = rows.set_index(["epoch", "seed"])[f"{part}_{metric}"].replace([math.inf, -math.inf], math.nan)
-            _plot_over_seeds(axes, values.unstack("seed"), name, look)
+            _plot_over_seeds(axes, rows.pivot(index="epoch", columns="seed", values=f"{part}_{metric}"), name, look)
         axes.set_ylabel(f"{metric} ({MEASURES[f'{measured.part}_{metric}'].unit})")
         _finish_epochs(axes, history)
     _target_line(accuracy, target_accuracy)
     _log_scale(loss.yaxis)
     _stretch(accuracy)
-    handles, labels = accuracy.get_legend_handles_labels()
-    columns = 3 if len(labels) < 4 else math.ceil(len(labels) / 2) if len(curves) < 3 else 2
-    if one_step:
-        absent = _not_recorded(history, measured.curves)
-        title += f"\nnot recorded, or not finite: {absent}" if absent else ""
-        figure.suptitle(title)
-    return _finish(figure, columns, handles=handles)
-
-
-plot_curves = plot_training  # the name that fits several steps
-
-
-def _not_recorded(history: pd.DataFrame, metrics: Sequence[str]) -> str:
-    finite = history[list(metrics)].replace([math.inf, -math.inf], math.nan)
-    missing = {str(name): int(count) for name, count in finite.isna().sum().items() if count}
-    return ", ".join(
-        MEASURES[name].label + ("" if count == len(history) else f" ({count:,} of {len(history):,})")
-        for name, count in missing.items()
-    )
+    if title:
+        missing = {MEASURES[name].label: finite[name].isna().sum() for name in measured.curves}
+        absent = ", ".join(f"{label} ({count:,} of {len(history):,})" for label, count in missing.items() if count)
+        figure.suptitle(f"{title}\nnot recorded, or not finite: {absent}" if absent else title)
+    handles, _ = accuracy.get_legend_handles_labels()
+    return _finish(figure, 3 if len(curves) < 3 else 2, handles=handles)
 
 
 def _plot_over_seeds(axes: Axes, values: pd.DataFrame, name: str, look: tuple[str, str, str]) -> None:
@@ -118,14 +103,10 @@ def _plot_over_seeds(axes: Axes, values: pd.DataFrame, name: str, look: tuple[st
     seeds = values.shape[1]
     label = name if seeds == 1 else f"{name}, mean of {seeds} seeds"
     axes.plot(values.index, values.mean(axis=1), color=color, ls=line, marker=marker, ms=4, label=label)
-    if seeds == 1:
-        return
-    low, high = values.min(axis=1), values.max(axis=1)
-    band: dict[str, Any] = {"color": color, "alpha": 0.25, "label": f"{name}, smallest to largest"}
-    if len(values) == 1:  # a band over one epoch has no width
-        axes.vlines(values.index, low, high, lw=9, **band)
-    else:
-        axes.fill_between(values.index, low, high, lw=0, **band)
+    if seeds > 1:
+        band: dict[str, Any] = {"color": color, "alpha": 0.25, "label": f"{name}, smallest to largest"}
+        draw, lw = (axes.vlines, 9) if len(values) == 1 else (axes.fill_between, 0)  # one epoch has no width to fill
+        draw(values.index, values.min(axis=1), values.max(axis=1), lw=lw, **band)
 
 
 def plot_learning_rate(history: pd.DataFrame) -> Figure:
@@ -155,33 +136,29 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     if history["lr"].min() > 0 and history["lr"].max() > 5 * history["lr"].min():
         _log_scale(axes.yaxis)
     else:
-        top = 1.1 * history["lr"].max()
-        axes.set_ylim(0, top if 0 < top < math.inf else 1)
+        axes.set_ylim(bottom=0)
     return _finish(figure)
 
 
 def plot_steps(table: pd.DataFrame, target_accuracy: float | None = 99.4, target_params: int | None = 10_000) -> Figure:
     """Draw accuracy against parameters, with the steps joined in their order by arrows: the project in one picture.
 
-    table: of `results.compare_table`; or one row per experiment with `step, num_params, seeds, last, low, high`. The
+    table: one row per experiment, as of `results.compare_table`, with `step, num_params, seeds, last, low, high`. The
     bars are 95 % intervals of the mean, of four or more seeds.
     """
     _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
     number = table["step"].str.extract(r"^step(\d+)_", expand=False)
-    few = table["seeds"] < FEWEST_FOR_INTERVAL
-    interval = table[["low", "high"]].mask(few, table["last"], axis=0)
+    interval = table[["low", "high"]].mask(table["seeds"] < FEWEST_FOR_INTERVAL, table["last"], axis=0)
     table = _in_order(table.assign(name=number.fillna(_with_overrides(table).map(_name)), **interval))
     is_step = table["step"].str.match(r"step\d+_")
+    arrows = [*pairwise(table[is_step][["num_params", "last"]].itertuples(index=False, name=None))]
 
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     axes = figure.subplots()
-    for part, marker, label in (
-        (table[is_step], "o", "steps, mean over seeds, 95 % interval"),
-        (table[~is_step], "s", "other experiments"),
-    ):
-        if len(part):
-            bars = part[["low", "high"]].sub(part["last"], axis=0).abs().T
-            axes.errorbar(part["num_params"], part["last"], yerr=bars, fmt=marker, label=label, **MEAN)
+    for of_steps, part in table.groupby(is_step, sort=False):
+        bars = part[["low", "high"]].sub(part["last"], axis=0).abs().T
+        marker, label = ("o", "steps, mean over seeds, 95 % interval") if of_steps else ("s", "other experiments")
+        axes.errorbar(part["num_params"], part["last"], yerr=bars, fmt=marker, label=label, **MEAN)
     axes.margins(0.1)  # for the names beside the points
     _target_line(axes, target_accuracy)
     if target_params is not None:
@@ -190,11 +167,11 @@ def plot_steps(table: pd.DataFrame, target_accuracy: float | None = 99.4, target
     _log_scale(axes.xaxis)
     _stretch(axes)
     axes.grid(alpha=0.3)
-    for start, end in pairwise(table[is_step][["num_params", "last"]].itertuples(index=False, name=None)):
-        arrow = {"arrowstyle": "-|>", "color": BLUE, "lw": 1.2, "alpha": 0.55, "shrinkA": 5, "shrinkB": 5}
+    arrow = {"arrowstyle": "-|>", "color": BLUE, "lw": 1.2, "alpha": 0.55, "shrinkA": 5, "shrinkB": 5}
+    for start, end in arrows:
         axes.annotate("", end, start, arrowprops=arrow, zorder=2)
     _finish(figure, 2)
-    _label_points(axes, table)
+    _label_points(figure, table, arrows)
     return figure
 
 
@@ -202,11 +179,9 @@ def plot_confusion(truth: ArrayLike, prediction: ArrayLike) -> Figure:
     """Draw how often each true digit was read as which: truth (N,), prediction (N,). Only the errors are coloured."""
     true_digits = _array("truth", truth, None)
     predicted_digits = _array("prediction", prediction, len(true_digits))
-    for name, given in (("truth", true_digits), ("prediction", predicted_digits)):
-        if not np.isin(given, range(10)).all():
-            raise LabError(f"{name} must hold whole numbers from 0 to 9")
-    counts = np.zeros((10, 10), dtype=int)
-    np.add.at(counts, (true_digits.astype(int), predicted_digits.astype(int)), 1)
+    if not np.isin([true_digits, predicted_digits], range(10)).all():
+        raise LabError("truth and prediction must hold whole numbers from 0 to 9")
+    counts = np.bincount(10 * true_digits.astype(int) + predicted_digits.astype(int), minlength=100).reshape(10, 10)
     errors = np.ma.masked_array(counts, mask=np.eye(10, dtype=bool))
     most, right = max(int(errors.max()), 1), int(np.trace(counts))
 
@@ -255,10 +230,8 @@ def _first_runs(history: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _with_overrides(frame: pd.DataFrame) -> "pd.Series[str]":
-    if "overrides" not in frame:
-        return frame["step"]
-    overridden = " [" + frame["overrides"] + "]"
-    return frame["step"] + overridden.where(frame["overrides"] != "", "").fillna("")
+    overrides = frame.get("overrides", pd.Series("", frame.index)).fillna("")
+    return frame["step"] + (" [" + overrides + "]").where(overrides != "", "")
 
 
 def _require(frame: pd.DataFrame, name: str, columns: list[str]) -> None:
@@ -285,7 +258,6 @@ def _finish(figure: Figure, columns: int = 1, **legend: Any) -> Figure:
     """Add a legend below, and have all text drawn as it is: matplotlib reads mathematics between two dollar signs."""
     figure.legend(loc="outside lower center", ncols=columns, fontsize=SMALL, **legend)
     for text in figure.findobj(Text):
-        assert isinstance(text, Text)
         text.set_parse_math(False)
     return figure
 
@@ -295,26 +267,23 @@ def _target_line(axes: Axes, accuracy: float | None) -> None:
         axes.axhline(accuracy, label=f"target {accuracy:g} %", **TARGET)
 
 
-def _label_points(axes: Axes, table: pd.DataFrame) -> None:
+def _label_points(figure: Figure, table: pd.DataFrame, arrows: Sequence[Any]) -> None:
     """Write the name of each row's point at the nearest free place, with a leader line."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
     figure.draw_without_rendering()  # what is free is known only once the layout is
+    (axes,) = figure.axes
     unit, frame, to_pixels = figure.dpi / 72, axes.get_window_extent(), axes.transData.transform
     taken = [
         Bbox(to_pixels([(x, low), (x, high)])).padded(4 * unit)
         for x, low, high in table[["num_params", "low", "high"]].to_numpy(float)
     ]
     taken += [line.get_window_extent().padded(2 * unit) for line in axes.lines if line.get_linestyle() != "None"]
-    steps = to_pixels(table.loc[table["step"].str.match(r"step\d+_"), ["num_params", "last"]].to_numpy(float))
-    on_arrows = [place for start, end in pairwise(steps) for place in np.linspace(start, end, 40)]
+    on_arrows = [place for start, end in map(to_pixels, arrows) for place in np.linspace(start, end, 40)]
     taken += [Bbox([place, place]).padded(2 * unit) for place in on_arrows]
-    turns = np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60])
-    places = list(product(range(12, 200, 4), [side + turn for turn in turns for side in (0, math.pi)]))
+    angles = [side + turn for turn in np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60]) for side in (0, math.pi)]
     from_the_top = table.sort_values("last", ascending=False, kind="stable")  # so that neighbours keep their order
     for name, x, y in from_the_top[["name", "num_params", "last"]].itertuples(index=False, name=None):
         width = 1 + 7 * len(name)
-        for radius, angle in places:
+        for radius, angle in product(range(12, 200, 4), angles):
             right, up = radius * math.cos(angle), radius * math.sin(angle)
             if len(name) > 3:  # a word begins or ends where its leader does
                 right += math.copysign(width / 2 - 4, right)
@@ -324,9 +293,8 @@ def _label_points(axes: Axes, table: pd.DataFrame) -> None:
                 break
         taken.append(box)
         leader = {"arrowstyle": "-", "lw": 0.7, "color": BLUE, "shrinkA": 2, "shrinkB": 0}
-        look: dict[str, Any] = {"color": BLUE, "fontsize": MEDIUM, "ha": "center", "va": "center"}
-        look |= {"textcoords": "offset points", "arrowprops": leader, "in_layout": False, "parse_math": False}
-        axes.annotate(name, (x, y), (right, up), **look)
+        look: dict[str, Any] = {"color": BLUE, "fontsize": MEDIUM, "ha": "center", "va": "center", "in_layout": False}
+        axes.annotate(name, (x, y), (right, up), "data", "offset points", leader, parse_math=False, **look)
 
 
 def _gallery(images: NDArray[Any], titles: Sequence[str], columns: int, title_size: float) -> Figure:
@@ -377,10 +345,7 @@ def _stretch(axes: Axes) -> None:
     def scale(accuracy: ArrayLike) -> NDArray[np.float64]:
         return -np.arcsinh((100 - np.asarray(accuracy)) / 0.2)
 
-    def inverse(place: ArrayLike) -> NDArray[np.float64]:
-        return 100 + 0.2 * np.sinh(place)
-
-    axes.set_yscale("function", functions=(scale, inverse))
+    axes.set_yscale("function", functions=(scale, lambda place: 100 + 0.2 * np.sinh(place)))
     axes.autoscale_view()
     low, high = axes.get_ylim()
     apart = 0.05 * (scale(high) - scale(low))

@@ -5,6 +5,7 @@ it is compared, by lines such as "Compared with step3_gap: dropout of 0.1."
 import ast
 import html
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,14 @@ COMPARED = re.compile(  # with which steps, and by what: to the end of the parag
 class Story:
     """A script's docstring: its title, the text before the headings, and the headings with their texts.
 
-    compared_with: other experiments, and by what change this one differs from each.
+    compared_with: other experiments, and by what change this one differs from each. trouble: why it can't be read.
     """
 
-    title: str
-    opening: str
-    sections: list[tuple[str, str]]
-    compared_with: list[tuple[str, str]]
+    title: str = ""
+    opening: str = ""
+    sections: Sequence[tuple[str, str]] = ()
+    compared_with: Sequence[tuple[str, str]] = ()
+    trouble: str = ""
 
     @property
     def missing(self) -> list[str]:
@@ -60,12 +62,12 @@ def read_story(script: Path) -> Story:
     return Story(" ".join(title.split()).removesuffix("."), opening, sections, compared)
 
 
-def read_stories(scripts: Path) -> tuple[dict[str, Story], dict[str, str]]:
-    """Return the stories of a folder's scripts, by their names, and why the others have none."""
-    stories, troubles = {}, {}
+def read_stories(scripts: Path) -> dict[str, Story]:
+    """Return the stories of a folder's scripts, by their names; of one that can't be read, only the trouble with it."""
+    stories = {}
     for script in scripts.glob("[!_]*.py"):
         try:
             stories[script.stem] = read_story(script)
         except LabError as error:
-            troubles[script.stem] = str(error)
-    return stories, troubles
+            stories[script.stem] = Story(trouble=str(error))
+    return stories

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from itertools import starmap
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Unpack
@@ -13,7 +14,7 @@ import pandas as pd
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
-from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, full_names, loaded_runs, run_table
+from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, Steps, full_names, load_runs, run_table
 from mnist_lab.story import read_stories
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import Comparison, Pair, adjust, rounds_alike, seeds_text, step_order, table_text
@@ -22,6 +23,7 @@ from mnist_lab.verdicts.targets import judge
 
 EXPERIMENTS = PROJECT_ROOT / "experiments"
 UNSAID = "all that differs"
+Compared = tuple[list[Comparison], list[str]]  # and a sentence on the pairs that have runs but can't be compared
 
 
 def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -43,7 +45,7 @@ def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(left_out=left_out)[same].drop_duplicates(["step", "overrides", "seed"])
 
 
-def compare_table(steps: Iterable[str] | str | None = None, **which: Unpack[RunFilter]) -> pd.DataFrame:
+def compare_table(steps: Steps = None, **which: Unpack[RunFilter]) -> pd.DataFrame:
     """Return one row per experiment: the mean over its seeds, of the finished runs that `newest_runs` leaves.
 
     steps, include_overrides, holdout, folds, tracking_uri, loaded: as for `run_table`. With folds, these stand for
@@ -63,25 +65,21 @@ def compare_table(steps: Iterable[str] | str | None = None, **which: Unpack[RunF
 def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
     facts = [str(name) for name in runs if str(name).startswith(("target_", "reported_"))]
     best = (HELD_OUT if HELD_OUT.best in runs else TESTED).best
-    counts = ["seeds", "left_out", "num_params", "epochs"]
-    columns = ["step", "overrides", *counts, "last", "last_sd", "low", "high", "above", "best", "train", *facts]
-    columns += [*(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
+    columns = ["step", "overrides", "seeds", "left_out", "num_params", "epochs", "last", "last_sd", "low", "high"]
+    columns += ["above", "best", "train", *facts, *(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
     rows = []
     for _, group in runs.groupby(["step", "overrides"]):
         newest, accuracies = group.iloc[0], group[protocol(0, folds).judged].tolist()
-        last = statistics.aggregate(accuracies)
-        verdicts = judge(
-            stated_targets(newest), accuracies=accuracies, num_params=newest["num_params"], epochs=newest["epochs"]
-        )
+        last, counts = statistics.aggregate(accuracies), newest[["num_params", "epochs"]]
         row = {
-            **newest[["step", "overrides", "left_out", "num_params", "epochs", *facts]],
+            **newest[["step", "overrides", "left_out", *counts.index, *facts]],
             **{"seeds": last.n, "last": last.mean, "last_sd": last.sd, "low": last.low, "high": last.high},
             "above": statistics.lower_bound(accuracies),
             "best": fmean(group[best]),
             "train": group["final_train_accuracy"].mean(),
             **{f"verdict_{name}": "-" for name in TARGETS},
         }
-        for verdict in verdicts:
+        for verdict in judge(stated_targets(newest), accuracies=accuracies, **counts):
             row[f"verdict_{verdict.name}"] = verdict.word
             if verdict.name == "accuracy":
                 row |= {"p": verdict.p, "seeds_needed": verdict.seeds_needed}
@@ -121,15 +119,13 @@ def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
     """Compare two experiments by the test accuracy of their last epochs, b - a, in points; docs/statistics.md says how.
 
     a, b: steps, e.g. "gap_alone" and "step3_gap", of which the runs of `newest_runs` count.
-    holdout, folds, tracking_uri, loaded: as for `run_table`.
-
-    Raises:
-        LabError: if a step has no such run, or a single seed.
+    holdout, folds, tracking_uri, loaded: as for `run_table`. LabError if a step has no such run, or a single seed.
     """
-    loaded = which["loaded"] = loaded_runs(**which)
+    loaded = which["loaded"] = which.get("loaded") or load_runs(which.get("tracking_uri"))
     a, b = full_names([a, b], loaded)
     runs = newest_runs(run_table([a, b], columns="all", **which))
-    return _compare(pair_of(a, b), runs, which.get("folds", 0))
+    declared = (pair for pair in declared_pairs() if (pair.a, pair.b) == (a, b))
+    return _compare(next(declared, Pair(a, b, UNSAID)), runs, which.get("folds", 0))
 
 
 def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
@@ -149,39 +145,28 @@ def declared_pairs(scripts: Path = EXPERIMENTS) -> list[Pair]:
 
     A line that was copied from a script with published figures says nothing of the change.
     """
-    stories, _ = read_stories(scripts)
+    stories = read_stories(scripts)
     published = {file.stem for file in PUBLISHED.glob("*.csv")} & stories.keys()
     of_published = {line for step in published for line in stories[step].compared_with}
-    pairs: dict[tuple[str, str], Pair] = {}  # each once, with what is said first
-    said_nothing = Pair("", "", UNSAID)
+    changes: dict[tuple[str, str], str] = {}  # what is said first of each pair
     for step in sorted(stories, key=step_order):
         for other, change in stories[step].compared_with:
-            is_copied = step not in published and (other, change) in of_published
-            pair = Pair(script_named(other), step, UNSAID if is_copied else change)
-            if pairs.get((pair.a, pair.b), said_nothing).change == UNSAID:
-                pairs[pair.a, pair.b] = pair
-    return [pair for pair in pairs.values() if pair.a != pair.b]
+            pair, is_copied = (script_named(other), step), step not in published and (other, change) in of_published
+            if changes.get(pair, UNSAID) == UNSAID:
+                changes[pair] = UNSAID if is_copied else change
+    return [Pair(a, b, change) for (a, b), change in changes.items() if a != b]
 
 
-def pair_of(a: str, b: str) -> Pair:
-    declared = (pair for pair in declared_pairs() if (pair.a, pair.b) == (a, b))
-    return next(declared, Pair(a, b, UNSAID))
-
-
-def compare_pairs(
-    pairs: Iterable[Pair] | None = None, **which: Unpack[RunFilter]
-) -> tuple[list[Comparison], list[str]]:
+def compare_pairs(pairs: Iterable[Pair] | None = None, **which: Unpack[RunFilter]) -> Compared:
     """Compare the pairs of experiments that both have runs, as `compare` does, with `p_holm` adjusted for their number.
 
-    pairs: `declared_pairs()` unless others are given.
-
-    Returns the comparisons, and a sentence for each pair that has runs but can't be compared.
+    pairs: `declared_pairs()` unless others are given. Of those that can't be compared a sentence says why.
     """
     runs = newest_runs(run_table(columns="all", **which))
     return compare_runs(declared_pairs() if pairs is None else pairs, runs, which.get("folds", 0))
 
 
-def compare_runs(pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0) -> tuple[list[Comparison], list[str]]:
+def compare_runs(pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0) -> Compared:
     found, steps, reasons = [], {*runs["step"]}, dict[str, list[str]]()
     for pair in pairs:
         if pair.b not in steps:
@@ -197,23 +182,19 @@ def compare_runs(pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0) -> t
 def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
     runs_a, runs_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
     figure = protocol(0, folds).judged
-    if runs_a.empty and not (EXPERIMENTS / f"{pair.a}.py").exists():
-        raise LabError(f"there is no experiments/{pair.a}.py, and no such run")
     if runs_a.empty:
-        used = [(name, runs[name].iloc[0]) for name in ("folds", "holdout") if name in runs]
-        flag = next((f" with --{name} {count}" for name, count in used if count), "")
-        advice = "train one" if flag else "train one, or `make restore` the committed ones"
-        raise LabError(f"the second of each has no finished run as declared{flag}; {advice}")
-    counts = {pair.a: len(runs_a), pair.b: len(runs_b)}
-    for step, count in counts.items():
+        raise LabError(
+            "the second of each has no script, or no finished run as declared with the same --holdout and --folds; "
+            "train one, or `make restore` the committed ones, which have neither"
+        )
+    for step, count in ((pair.a, len(runs_a)), (pair.b, len(runs_b))):
         if count < folds:
             raise LabError(f"{step} has {count} of {folds} folds; the command that trained them trains the others")
-    if min(counts.values()) == 1:
-        raise LabError("one or both have a single seed, which shows nothing of a change; train several")
-    both = runs_a.merge(runs_b, on="seed")
-    made_on = both[["hardware_x", "hardware_y"]].fillna("").itertuples(index=False, name=None)
+        if count == 1:
+            raise LabError("one or both have a single seed, which shows nothing of a change; train several")
+    both = runs_a.merge(runs_b, on="seed")[["hardware_x", "hardware_y"]].fillna("")
     # One fold has the same images on all hardware.
-    paired = folds > 0 or all(rounds_alike(on_a, on_b) for on_a, on_b in made_on)
+    paired = folds > 0 or all(starmap(rounds_alike, both.itertuples(index=False, name=None)))
     a, b = (dict(zip(trained["seed"], trained[figure], strict=True)) for trained in (runs_a, runs_b))
     found = statistics.compare_means(a, b, paired=paired)
     return Comparison.of(pair, dataclasses.replace(found, seeds_needed=None) if folds else found)  # there are no more

@@ -9,19 +9,18 @@ import io
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
-from urllib.parse import quote
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from mnist_lab.errors import LabError
+from mnist_lab.errors import LabError, one_line
 from mnist_lab.figures import plot_steps
 from mnist_lab.paths import PUBLISHED
 from mnist_lab.results import records as files
@@ -29,19 +28,15 @@ from mnist_lab.results.compare import compare_runs, declared_pairs, summarise
 from mnist_lab.results.runs import TARGETS
 from mnist_lab.tracking.store import replace_files
 from mnist_lab.verdicts.comparison import TOO_FEW, Comparison, adjust, mean_interval_text, p_text, seeds_text
-from mnist_lab.verdicts.measures import MEASURES, percent
+from mnist_lab.verdicts.measures import MEASURES, TESTED, percent
 from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate, interval_for_new_images
 
 logger = logging.getLogger(__name__)
 
-EFFECT_COLUMNS = {
-    **{"change": ("change", ""), "from": ("a", ""), "to": ("b", "")},
-    **{"points": ("effect", ".3f"), "low": ("low", ".3f"), "high": ("high", ".3f")},
-    **{"p": ("p", ".4g"), "p_holm": ("p_holm", ".4g")},
-    **{"test": ("test", ""), "seeds": ("seeds", ""), "seeds_needed": ("seeds_needed", ".0f")},
-}
+EFFECT_COLUMNS = {"change": "change", "from": "a", "to": "b", "points": "effect"}
+EFFECT_COLUMNS |= {name: name for name in ("low", "high", "p", "p_holm", "test", "seeds", "seeds_needed")}
+EFFECT_FORMATS = {"effect": ".3f", "low": ".3f", "high": ".3f", "p": ".4g", "p_holm": ".4g", "seeds_needed": ".0f"}
 TABLES = ("summary", "results", "effects", "folds", "runs")
-PICTURE = "accuracy.svg"  # beside the CSVs: accuracy against parameters
 
 
 def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
@@ -65,12 +60,7 @@ def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
 
 
 def publish(
-    folder: Path,
-    readme: Path,
-    *,
-    replace: bool = False,
-    tracking_uri: str | None = None,
-    progress: Callable[[str], None] = print,
+    folder: Path, readme: Path, *, replace: bool = False, tracking_uri: str | None = None, progress: files.Tell = print
 ) -> list[Path]:
     """Lay the tracked runs over the published CSVs in the folder, and make the tables of `readme` and its README.md.
 
@@ -95,18 +85,22 @@ def publish(
         pages = {page: page.read_text("utf-8") for page in (readme, folder / "README.md")}
         written = files_of(records, folder, {*own.runs["step"]}, pages)
         if len(records.runs):
-            written[folder / PICTURE] = picture(records.runs)
+            written[folder / "accuracy.svg"] = picture(records.runs)
         replace_files(written)
     return sorted(written)
 
 
 def files_of(records: files.Records, folder: Path, steps: set[str], pages: Mapping[Path, str]) -> dict[Path, str]:
-    made = tables(records)
-    return {
-        **records.csvs(folder, steps),
-        folder / "effects.csv": files.to_csv(effect_rows(compare_rows(records.runs))),
-        **{page: with_tables(text, made) for page, text in pages.items()},
+    """Return the pages with their tables, the CSVs of these steps, and those that hold the rows of all steps."""
+    runs, epochs, made = records.runs, records.epochs, tables(records)
+    used = [name for name in files.EPOCH_COLUMNS if name not in TESTED.at_times or epochs[name].any()]
+    csvs = {
+        **{step: files.rows_of(step, runs)[[*files.COLUMNS]] for step in steps},
+        **{"epochs": epochs[used], "settings": files.by_setting(records.settings), "mistakes": records.mistakes},
+        **{"folds": records.folds, "effects": effect_rows(compare_rows(runs))},
     }
+    written = {folder / f"{name}.csv": files.to_csv(table) for name, table in csvs.items()}
+    return written | {page: with_tables(text, made) for page, text in pages.items()}
 
 
 def _laid_over(own: files.Records, old: files.Records) -> files.Records:
@@ -136,10 +130,8 @@ def _changes(before: files.Records, after: files.Records) -> tuple[list[str], li
             added.append(f"{name}: added, {accuracy} on {row['hardware'] or 'unknown hardware'}")
         elif name not in now:
             replaced.append(f"{name}: removed, {accuracy}; the store's runs of the step are of other code")
-        elif was[name] != row:
-            cells = [
-                f"{column} {was[name][column]} -> {row[column]}" for column in row if was[name][column] != row[column]
-            ]
+        elif (old := was[name]) != row:
+            cells = [f"{column} {old[column]} -> {cell}" for column, cell in row.items() if old[column] != cell]
             replaced.append(f"{name}: replaced, {', '.join(cells)}")
     return added, replaced
 
@@ -148,13 +140,8 @@ def _changes(before: files.Records, after: files.Records) -> tuple[list[str], li
 def _file_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise LabError(f"the figures can't be written to {folder}: {error.strerror}: {error.filename}") from error
-    except UnicodeDecodeError as error:
-        raise LabError(f"the figures can't be written to {folder}: a page is not UTF-8") from error
-    except UnicodeEncodeError as error:
-        reason = f"{error.object!r} is no name in this locale's {error.encoding}"
-        raise LabError(f"the figures can't be written to {folder}: {reason}") from error
+    except (OSError, UnicodeError) as error:  # a page that is not UTF-8; a name that the locale has no letters for
+        raise LabError(f"the figures can't be written to {folder}: {one_line(error)}") from error
 
 
 def compare_rows(rows: pd.DataFrame) -> list[Comparison]:
@@ -170,9 +157,10 @@ def compare_folds(rows: pd.DataFrame) -> list[Comparison]:
 
 
 def effect_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
-    unknown = {"low": math.nan, "high": math.nan}
-    rows = [{**vars(one), "seeds": one.seeds, **(unknown if one.interval == TOO_FEW else {})} for one in comparisons]
-    return files.cells(pd.DataFrame(rows, columns=[name for name, _ in EFFECT_COLUMNS.values()]), EFFECT_COLUMNS)
+    rows = [{**vars(one), "seeds": one.seeds} for one in comparisons]
+    table = pd.DataFrame(rows, columns=[*EFFECT_COLUMNS.values()])
+    table.loc[[one.interval == TOO_FEW for one in comparisons], ["low", "high"]] = math.nan
+    return files.cells(table, EFFECT_COLUMNS, EFFECT_FORMATS)
 
 
 # ---- the tables, in Markdown
@@ -241,7 +229,7 @@ def with_tables(page: str, made: Mapping[str, str]) -> str:
     return page
 
 
-def _verdict(row: Mapping[Any, Any], *, short: bool = False) -> str:
+def verdict(row: Mapping[Any, Any], *, short: bool = False) -> str:
     """Return the verdict on each stated target; in short what is not met, or that all is.
 
     Of an accuracy of several seeds it also says how many would show it.
@@ -253,10 +241,6 @@ def _verdict(row: Mapping[Any, Any], *, short: bool = False) -> str:
     if pd.notna(row["seeds_needed"]):
         words["accuracy"] += f" (needs about {seeds_text(row['seeds_needed'])} seeds)"
     return ", ".join(words.values()) or "no target stated"
-
-
-def _commit(row: Mapping[str, str]) -> str:
-    return markdown_cell(row["git_commit"][:10]) + (" + changes" if row["git_dirty"] == "True" else "")
 
 
 def markdown_cell(text: str) -> str:
@@ -284,10 +268,9 @@ TEMPLATES.filters |= {
     "laid_out": lambda text: re.search(r"^( |[-*|] )", text, re.MULTILINE) is not None,
     "recorded": lambda value: value if isinstance(value, str) else "not recorded",
     "minutes": MEASURES["minutes"].text,
-    "quote": quote,
-    "commit": _commit,
+    "commit": lambda row: markdown_cell(row["git_commit"][:10]) + (" + changes" if row["git_dirty"] == "True" else ""),
     "median": median,
     "p_text": p_text,
     "ranges": files.ranges,
-    "verdict": _verdict,
+    "verdict": verdict,
 }

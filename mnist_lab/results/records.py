@@ -10,75 +10,53 @@ import csv
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
+from mnist_lab import results
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import quoted
-from mnist_lab.results.compare import newest_runs
 from mnist_lab.results.runs import COLUMNS as COLUMN_KINDS
-from mnist_lab.results.runs import (
-    COUNT,
-    PERCENTAGE,
-    TARGETS,
-    TEXT,
-    Kind,
-    LoadedRuns,
-    epoch_history,
-    load_runs,
-    places,
-    predictions_of,
-    run_table,
-)
+from mnist_lab.results.runs import COUNT, PERCENTAGE, TARGETS, TEXT, Kind, LoadedRuns, places, predictions_of
 from mnist_lab.verdicts.measures import MEASURES, TESTED
 
 logger = logging.getLogger(__name__)
 
+Tell = Callable[[str], None]
 DATE = "%Y-%m-%d %H:%M"
 IMAGES = 10_000  # test images
 OTHER_FILES = ("effects", "epochs", "settings", "mistakes", "folds")  # CSVs in the folder that belong to no step
 # Tags that decide or explain a run's figures, beside those that have a column of their own in <step>.csv.
 TAGS = re.compile("code_sha256|data_sha256|threads|memory_format|no_effect|teacher_run_id|teacher_sha256|reported_.*")
 
-Columns = Mapping[str, tuple[str, str]]  # by name: the name in the table that it comes from, and the format of a cell
+# The columns of the files, each with the name in the table that it comes from.
+MADE_BY = {name: name for name in ("num_params", "epochs", "minutes", "hardware", "torch", "git_commit", "git_dirty")}
+MADE_BY |= {"code_sha256": "code_sha256", "date": "start_time"}
 COLUMNS = {  # of <step>.csv
-    "seed": ("seed", ""),
-    "last": ("final_test_accuracy", ".2f"),
-    "best": ("best_test_accuracy", ".2f"),
-    "best_epoch": ("best_epoch", ""),
-    "train": ("final_train_accuracy", ".3f"),
-    "test_loss": ("final_test_loss", ".5f"),
-    "num_params": ("num_params", ""),
-    "epochs": ("epochs", ""),
-    "minutes": ("minutes", ".1f"),
-    **{name: (name, "") for name in ("hardware", "torch", "git_commit", "git_dirty")},
-    "code_sha256": ("code_sha256", ".12"),
-    "date": ("start_time", DATE),
-    **{f"target_{name}": (f"target_{name}", "g") for name in TARGETS},
-    "reported_best": ("reported_best_test_accuracy", "g"),
+    **{"seed": "seed", "last": "final_test_accuracy", "best": "best_test_accuracy", "best_epoch": "best_epoch"},
+    **{"train": "final_train_accuracy", "test_loss": "final_test_loss", **MADE_BY},
+    **{f"target_{name}": f"target_{name}" for name in TARGETS},
+    "reported_best": "reported_best_test_accuracy",
 }
-RUN_COLUMNS = {"step": ("step", ""), **COLUMNS}
+RUN_COLUMNS = {"step": "step", **COLUMNS}
 EPOCH_FIGURES = ("test_accuracy", "test_loss", "train_accuracy", "train_loss", "lr", "epoch_seconds", *TESTED.at_times)
-EPOCH_COLUMNS = {
-    **{name: (name, "") for name in ("step", "seed", "epoch")},
-    **{name: (name, MEASURES[name].cell) for name in EPOCH_FIGURES},
-}
-SETTING_COLUMNS = {name: (name, "") for name in ("step", "seeds", "kind", "name", "value")}
-MISTAKE_COLUMNS = {
-    **{name: (name, "") for name in ("step", "seed", "image", "prediction")},
-    "confidence": ("confidence", ".4f"),
-}
+EPOCH_COLUMNS = {name: name for name in ("step", "seed", "epoch", *EPOCH_FIGURES)}
+SETTING_COLUMNS = {name: name for name in ("step", "seeds", "kind", "name", "value")}
+MISTAKE_COLUMNS = {name: name for name in ("step", "seed", "image", "prediction", "confidence")}
 FOLD_COLUMNS = {
-    **{"step": ("step", ""), "folds": ("folds", ""), "fold": ("seed", "")},
-    **{"accuracy": ("final_validation_accuracy", ".3f"), "loss": ("final_validation_loss", ".5f")},
-    **{name: COLUMNS[name] for name in ("num_params", "epochs", "minutes", "hardware", "torch", "git_commit")},
-    **{name: COLUMNS[name] for name in ("git_dirty", "code_sha256", "date")},
+    **{"step": "step", "folds": "folds", "fold": "seed"},
+    **{"accuracy": "final_validation_accuracy", "loss": "final_validation_loss", **MADE_BY},
 }
-# What the cells of these columns can be, by the name of where they come from; those of a run table are known there.
+# The formats of cells, and what they can be, by the name of where they come from; those of a run table are known there.
+FORMATS = {
+    **{name: measure.cell for name, measure in MEASURES.items()},
+    **dict.fromkeys((*(f"target_{name}" for name in TARGETS), "reported_best_test_accuracy"), "g"),
+    **{"final_validation_accuracy": ".3f", "code_sha256": ".12", "start_time": DATE, "confidence": ".4f"},
+}
 KINDS = {
     **{name: PERCENTAGE if one.unit == "%" else Kind("float64", 0) for name, one in MEASURES.items()},
     **COLUMN_KINDS,
@@ -92,7 +70,7 @@ NEEDED = (
     *("seed", "last", "best", "best_epoch", "num_params", "epochs", "date", "epoch", "folds", "fold", "accuracy"),
     *list(MISTAKE_COLUMNS)[2:],
 )
-ORDER = ("step", "folds", "fold", "seed", "epoch", "image", "kind", "name")  # by which rows are sorted
+KEY = ("step", "folds", "fold", "seed", "seeds", "epoch", "image", "kind", "name")  # of a row; so rows are sorted
 SETTINGS = ("step", "seed", "kind", "name", "value")  # in memory: of one seed each
 
 
@@ -104,14 +82,6 @@ class Records(NamedTuple):
     settings: pd.DataFrame  # SETTINGS, of which kind is "param" or "tag"
     mistakes: pd.DataFrame  # MISTAKE_COLUMNS: the test images that the run got wrong, by their numbers from 0
     folds: pd.DataFrame  # FOLD_COLUMNS, of the runs of cross-validations alone
-
-    def csvs(self, folder: Path, steps: Iterable[str]) -> dict[Path, str]:
-        """Return the files of these steps, and those that hold the rows of all steps."""
-        used = [name for name in EPOCH_COLUMNS if name not in TESTED.at_times or self.epochs[name].any()]
-        tables = {step: rows_of(step, self.runs)[[*COLUMNS]] for step in steps}
-        tables |= {"epochs": self.epochs[used], "settings": _by_setting(self.settings)}
-        tables |= {"mistakes": self.mistakes, "folds": self.folds}
-        return {folder / f"{name}.csv": to_csv(table) for name, table in tables.items()}
 
 
 def rows_of(step: str, rows: pd.DataFrame) -> pd.DataFrame:
@@ -126,7 +96,7 @@ def among(rows: pd.DataFrame, others: pd.DataFrame, *columns: str) -> pd.Series[
 
 def joined(columns: Iterable[str], *tables: pd.DataFrame) -> pd.DataFrame:
     rows = pd.concat([pd.DataFrame(columns=[*columns], dtype="str"), *tables]).fillna("")
-    return rows.sort_values([name for name in ORDER if name in rows], key=_sortable, ignore_index=True)
+    return rows.sort_values([name for name in KEY if name in rows], key=_sortable, ignore_index=True)
 
 
 def _sortable(cells: pd.Series[Any]) -> pd.Series[Any]:
@@ -141,31 +111,28 @@ def _sortable(cells: pd.Series[Any]) -> pd.Series[Any]:
 def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Records:
     """Return what is kept of the tracked runs: the newest finished run of each step and seed, as declared.
 
-    restored: also those that were restored from files.
+    restored: also those that were restored from files. Raises LabError if the store has no such runs.
     A step that can't name a file is left out, and so are mistakes that the store does not say; a warning tells so.
-
-    Raises:
-        LabError: if the store has no such runs.
     """
-    loaded = load_runs(tracking_uri, artifacts=True)
+    loaded = results.load_runs(tracking_uri, artifacts=True)
     folds = joined(FOLD_COLUMNS, *_folds(loaded))
     if len(folds) and loaded.tested.empty:
         return Records(joined(RUN_COLUMNS), joined(EPOCH_COLUMNS), joined(SETTINGS), joined(MISTAKE_COLUMNS), folds)
-    runs = _that_can_name_a_file(newest_runs(run_table(columns="all", loaded=loaded)))
-    every = run_table(include_overrides=True, loaded=loaded)
-    if overridden := sorted({*every["step"]} - {*run_table(loaded=loaded)["step"]}):
+    declared = results.newest_runs(results.run_table(columns="all", loaded=loaded))
+    every = results.run_table(include_overrides=True, loaded=loaded)
+    if overridden := sorted({*every["step"]} - {*declared["step"]}):
         logger.warning("left out, as they have only overridden runs: %s", ", ".join(overridden))
-    if runs.empty and folds.empty:
+    if declared.empty and folds.empty:
         raise LabError(f"no finished run as declared in {loaded.name}; train one, e.g. `make step1`")
+    runs = _that_can_name_a_file(declared)
     if not restored:
         runs = runs[runs["restored"].isna()]
-    history = epoch_history(loaded=loaded, metrics=EPOCH_FIGURES)
+    history = results.epoch_history(loaded=loaded, metrics=EPOCH_FIGURES)
     history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
-    settings = pd.DataFrame(_settings(loaded, runs), columns=SETTINGS, dtype="str")
     return Records(
         joined(RUN_COLUMNS, cells(runs, RUN_COLUMNS)),
         joined(EPOCH_COLUMNS, cells(history, EPOCH_COLUMNS)),
-        joined(SETTINGS, settings),
+        joined(SETTINGS, pd.DataFrame(_settings(loaded, runs), columns=SETTINGS, dtype="str")),
         joined(MISTAKE_COLUMNS, *_mistakes(loaded, runs)),
         folds,
     )
@@ -174,7 +141,7 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
 def _folds(loaded: LoadedRuns) -> Iterator[pd.DataFrame]:
     """Yield the rows of the cross-validations, as declared, that have all their folds."""
     for folds in {*loaded.runs["folds"]} - {0}:
-        runs = newest_runs(run_table(columns="all", folds=folds, loaded=loaded))
+        runs = results.newest_runs(results.run_table(columns="all", folds=folds, loaded=loaded))
         yield cells(runs[runs.groupby("step")["seed"].transform("size") == folds], FOLD_COLUMNS)
 
 
@@ -209,15 +176,13 @@ def _mistakes(loaded: LoadedRuns, runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
         logger.warning("not known: which test images %d runs got wrong, the first is %s", len(unknown), unknown[0])
 
 
-def cells(table: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+def cells(table: pd.DataFrame, columns: Mapping[str, str], formats: Mapping[str, str] = FORMATS) -> pd.DataFrame:
     """Return these columns of a table as the text that a CSV holds."""
-    return pd.DataFrame(
-        {
-            name: [format(value, form) if pd.notna(value) else "" for value in table[column]]
-            for name, (column, form) in columns.items()
-        },
-        dtype="str",
-    )
+    texts = {
+        name: [format(value, formats.get(column, "")) if pd.notna(value) else "" for value in table[column]]
+        for name, column in columns.items()
+    }
+    return pd.DataFrame(texts, dtype="str")
 
 
 # ---- from files
@@ -228,30 +193,28 @@ def read_records(folder: Path) -> Records:
     runs = read_runs(folder)
     return Records(
         runs,
-        joined(EPOCH_COLUMNS, _read(folder / "epochs.csv", EPOCH_COLUMNS, "step", "seed", "epoch")),
+        joined(EPOCH_COLUMNS, _read(folder / "epochs.csv", EPOCH_COLUMNS)),
         joined(SETTINGS, _read_settings(folder / "settings.csv", runs)),
-        joined(MISTAKE_COLUMNS, _read(folder / "mistakes.csv", MISTAKE_COLUMNS, "step", "seed", "image")),
-        joined(FOLD_COLUMNS, _read(folder / "folds.csv", FOLD_COLUMNS, "step", "folds", "fold")),
+        joined(MISTAKE_COLUMNS, _read(folder / "mistakes.csv", MISTAKE_COLUMNS)),
+        joined(FOLD_COLUMNS, _read(folder / "folds.csv", FOLD_COLUMNS)),
     )
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
     """Read the CSVs of all experiments in a folder, as `read_records` does."""
     files = [file for file in folder.glob("*.csv") if file.stem not in OTHER_FILES]
-    return joined(RUN_COLUMNS, *(_read(file, COLUMNS, "seed").assign(step=file.stem) for file in files))
+    return joined(RUN_COLUMNS, *(_read(file, COLUMNS).assign(step=file.stem) for file in files))
 
 
-def _read(file: Path, columns: Columns, *key: str) -> pd.DataFrame:
-    """Return the rows of a file, and none where there is no file; `key` says what a row is of, once."""
+def _read(file: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Return the rows of a file, and none where there is no file."""
     if not file.exists():
         return pd.DataFrame(columns=[*columns], dtype="str")
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             header, *rows = csv.reader(lines)
-    except OSError as error:
-        raise LabError(f"{file}: it can't be read: {error.strerror}") from error
-    except (ValueError, csv.Error) as error:
-        raise LabError(f"{file}: it is no CSV in UTF-8: {one_line(error)}") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise LabError(f"{file}: it can't be read, or is no CSV in UTF-8: {one_line(error)}") from error
     optional = {*TESTED.at_times} & {*columns}
     twice = {name for name in header if header.count(name) > 1}
     for name in sorted(({*columns} ^ {*header}) - optional | twice):
@@ -261,24 +224,24 @@ def _read(file: Path, columns: Columns, *key: str) -> pd.DataFrame:
             raise LabError(f"{file}, row {number}: it has {len(row)} cells, not {len(header)}")
     table = pd.DataFrame(rows, columns=header, dtype="str")
     for name in header:
-        kind = KINDS.get(columns[name][0], TEXT)
-        if kind != TEXT:
-            right = kind.has(table[name]) & (table[name].str.isdecimal() | (kind.dtype != "Int64"))
-            for place in table.index[~right & (table[name].ne("") | (name in NEEDED))]:
-                raise LabError(f"{file}, row {place + 2}, {name}: {quoted(table[name][place])} is not {kind}")
-    _check_once(file, table, *key)
-    return table
+        kind = KINDS.get(columns[name], TEXT)
+        right = ~kind.excludes(table[name]) & (table[name].str.isdecimal() | (kind.dtype != "Int64"))
+        for place in table.index[~right & (table[name].ne("") | (name in NEEDED))]:
+            raise LabError(f"{file}, row {place + 2}, {name}: {quoted(table[name][place])} is not {kind}")
+    return _checked_once(file, table)
 
 
-def _check_once(file: Path, table: pd.DataFrame, *key: str) -> None:
-    for place, *cells_of_key in table.loc[table.duplicated([*key]), [*key]].itertuples(name=None):
+def _checked_once(file: Path, table: pd.DataFrame) -> pd.DataFrame:
+    key = [name for name in KEY if name in table]
+    for place, *cells_of_key in table.loc[table.duplicated(key), key].itertuples(name=None):
         raise LabError(f"{file}, row {place + 2}, {key[-1]}: {' '.join(cells_of_key)} is there twice")
+    return table
 
 
 def _read_settings(file: Path, runs: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each setting and seed that there is; those of other steps are left out."""
     known = {step: {int(seed) for seed in seeds} for step, seeds in runs.groupby("step")["seed"]}
-    table = _read(file, SETTING_COLUMNS, "step", "seeds", "kind", "name")
+    table = _read(file, SETTING_COLUMNS)
     table = table[table["step"].isin([*known])]
     seeds = []
     for place, step, text in table[["step", "seeds"]].itertuples(name=None):
@@ -287,26 +250,21 @@ def _read_settings(file: Path, runs: pd.DataFrame) -> pd.DataFrame:
             raise LabError(f"{file}, row {place + 2}, seeds: {step} has no seed {unknown.pop()}")
         seeds.append([str(seed) for seed in known[step] if any(part[0] <= seed <= part[-1] for part in parts)])
     settings = table.assign(seed=pd.Series(seeds, table.index, dtype="object")).explode("seed")
-    _check_once(file, settings, "step", "seed", "kind", "name")
-    return settings[[*SETTINGS]]
+    return _checked_once(file, settings[[*SETTINGS]])
 
 
-def typed(rows: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+def typed(rows: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     """Return rows with numbers as such, and columns named as in the table that they come from."""
-    kinds = {name: KINDS.get(column, TEXT).dtype for name, (column, _) in columns.items()}
-    numbers = {name: kind for name, kind in kinds.items() if kind in ("Int64", "float64")}
-    table = rows.replace("", None).astype(numbers)
-    return table.rename(columns={name: column for name, (column, _) in columns.items()})
-
-
-# ---- into files
+    kinds = {column: KINDS.get(column, TEXT).dtype for column in columns.values()}
+    numbers = {column: kind for column, kind in kinds.items() if kind in ("Int64", "float64")}
+    return rows.replace("", None).rename(columns=columns).astype(numbers)
 
 
 def to_csv(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, lineterminator="\n")
 
 
-def _by_setting(settings: pd.DataFrame) -> pd.DataFrame:
+def by_setting(settings: pd.DataFrame) -> pd.DataFrame:
     seeds = settings.astype({"seed": "int64"}).groupby(["step", "kind", "name", "value"], sort=False)["seed"]
     lines = seeds.agg(seeds=ranges, first="min").reset_index()
     return lines.sort_values(["step", "kind", "name", "first"], key=_sortable)[[*SETTING_COLUMNS]]

@@ -13,8 +13,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
@@ -39,11 +39,11 @@ from mnist_lab.verdicts.measures import FOLDED, HELD_OUT, MEASURES, TESTED, prot
 
 logger = logging.getLogger(__name__)
 
-STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
 OF_THE_LAB = "tags.step LIKE '%' AND params.seed LIKE '%'"  # a study's own run, the parent of its seeds', has no seed
-SHORT_COMMIT = 7  # digits
 TARGETS = ("accuracy", "params", "epochs")
 MISTAKES = "mistakes.csv"  # an artifact of a restored run: image, prediction, confidence
+Steps = Iterable[str] | str | None
+Seeds = Iterable[int] | int | None
 
 
 class Kind(NamedTuple):
@@ -52,32 +52,32 @@ class Kind(NamedTuple):
     dtype: str
     low: float = -math.inf
     high: float = math.inf
-    form: str = ""
+    form: str = r"[\s\S]*"
 
     def __str__(self) -> str:
         kinds = {"Int64": "a whole number", "float64": "a number", "str": f"text like {self.form}"}
         bounds = "" if math.isinf(self.low) else f" from {self.low:,} to {self.high:,}"
         return kinds.get(self.dtype, f"a time like {self.dtype}") + bounds
 
-    def has(self, values: pd.Series[Any]) -> pd.Series[bool]:
+    def excludes(self, values: pd.Series[Any]) -> pd.Series[bool]:
+        """Say of each value whether it can't be right; one that is missing can be."""
         if self.dtype == "str":
-            return values.str.fullmatch(self.form)
+            return ~values.str.fullmatch(self.form)
         if self.dtype.startswith("%"):
-            return pd.to_datetime(values, format=self.dtype, errors="coerce").notna()
+            return pd.to_datetime(values, format=self.dtype, errors="coerce").isna()
         number = pd.to_numeric(values, errors="coerce").astype("float64")
-        return number.between(self.low, self.high) & (number.mod(1).eq(0) | (self.dtype != "Int64"))
+        right = number.between(self.low, self.high) & (number.mod(1).eq(0) | (self.dtype != "Int64"))
+        return values.notna() & ~right
 
 
 TEXT, PERCENTAGE, LOSS = Kind("str"), Kind("float64", 0, 100), Kind("float64")
 SEED, COUNT, STATED = Kind("Int64", 0, 2**53), Kind("Int64", 1, 2**62), Kind("float64", 1, MAX_COUNT)
-EPOCHS = Kind("Int64", 1, MAX_COUNT)
 TIME = Kind("Int64", 0, 32_503_680_000_000)  # milliseconds from 1970 to the year 3000
 # The columns of the run table. The hyperparameters, which differ from run to run, follow `folds`.
 COLUMNS = {
     **{"step": TEXT, "seed": SEED, "holdout": SEED, "folds": SEED, "num_params": COUNT},
-    "final_train_accuracy": PERCENTAGE,
-    **{"final_validation_accuracy": PERCENTAGE, "best_validation_accuracy": PERCENTAGE, "final_validation_loss": LOSS},
-    **{"final_test_accuracy": PERCENTAGE, "best_test_accuracy": PERCENTAGE},
+    **dict.fromkeys(("final_train_accuracy", "final_validation_accuracy", "best_validation_accuracy"), PERCENTAGE),
+    **{"final_validation_loss": LOSS, "final_test_accuracy": PERCENTAGE, "best_test_accuracy": PERCENTAGE},
     **{"best_epoch": COUNT, "epochs_at_target": SEED, "final_test_loss": LOSS, "targets": TEXT},
     **{f"verdict_{name}": TEXT for name in TARGETS},
     **{"target_accuracy": PERCENTAGE, "target_params": STATED, "target_epochs": STATED},
@@ -87,29 +87,27 @@ COLUMNS = {
     **dict.fromkeys(("code_sha256", "teacher_sha256", "overrides", "restored", "status"), TEXT),
     **{"start_time": Kind("datetime64[ms, UTC]"), "minutes": LOSS, "run_id": TEXT},
 }
-NUMBERS = {name: kind for name, kind in COLUMNS.items() if kind.dtype in ("Int64", "float64")}
-# Of each protocol: with a hold-out, each epoch is validated on other images, and the test images are read at the end.
-TESTED_COLUMNS = {*TESTED.once} - {*HELD_OUT.once}
-VALIDATION_COLUMNS = {name for name in COLUMNS if "validation" in name}
+NUMBERS = {
+    **{name: kind for name, kind in COLUMNS.items() if kind.dtype in ("Int64", "float64")},
+    **{"epochs": Kind("Int64", 1, MAX_COUNT), "start_time": TIME, "end_time": TIME},
+}
 # What a reader needs most: of the last two accuracies a table has one. The others stand only where a run has any.
 USEFUL_COLUMNS = (
     *("step", "seed", "num_params", "epochs", "final_test_accuracy", "best_test_accuracy", "best_validation_accuracy"),
     *("targets", "run_id", "overrides", "restored"),
 )
-USUAL_HYPERPARAMETERS = ("batch_size", "epochs", "optimizer", "lr")  # of a table without runs
 
 
 @dataclass(frozen=True)
 class LoadedRuns:
-    """The lab's runs in one store, newest first, as they were when the store was read; and how many were left out.
+    """The lab's runs in one store, newest first, as they were when the store was read.
 
     runs: COLUMNS, typed, and all hyperparameters as text. found: the runs as MLflow gives them, by run id.
     """
 
     uri: str
     runs: pd.DataFrame
-    left_out: int = 0
-    found: Mapping[str, Run] = field(default_factory=dict)
+    found: Mapping[str, Run]
 
     @property
     def name(self) -> str:
@@ -141,11 +139,7 @@ class RunFilter(TypedDict, total=False):
 
 
 def run_table(
-    steps: Iterable[str] | str | None = None,
-    seeds: Iterable[int] | int | None = None,
-    *,
-    columns: Literal["all"] | None = None,
-    **which: Unpack[RunFilter],
+    steps: Steps = None, seeds: Seeds = None, *, columns: Literal["all"] | None = None, **which: Unpack[RunFilter]
 ) -> pd.DataFrame:
     """Return one row per run, by step and seed, with typed columns; of several runs of one seed the newest first.
 
@@ -158,30 +152,28 @@ def run_table(
     `final_` is the last epoch; `best_` was picked on the test images, or on the validation images where there are any.
     `restored` is the commit whose docs/results a run was restored from; of runs that were trained here it is missing.
 
-    Raises:
-        LabError: if the store is missing or foreign, a step has no such run, or an argument is out of range.
+    Raises LabError if the store is missing or foreign, a step has no such run, or an argument is out of range.
     """
     if columns not in (None, "all"):
         raise LabError(f'columns: {columns!r} is not "all", nor None for the most useful ones')
     found = _find_runs(steps, seeds, **which).runs
-    other_protocol = TESTED_COLUMNS if which.get("holdout") or which.get("folds") else VALIDATION_COLUMNS
+    other_protocol = [name for name in COLUMNS if "validation" in name]
+    if which.get("holdout") or which.get("folds"):  # each epoch is validated, and the test images are read at the end
+        other_protocol = ["best_test_accuracy", "epochs_at_target"]
     names = [name for name in COLUMNS if name not in other_protocol]
     shown = found if found.empty else found.dropna(axis="columns", how="all")
     hyperparameters = {str(name): _typed(found[name]) for name in shown if name not in COLUMNS}
-    table = by_step(found.assign(**hyperparameters)[[*names[:4], *hyperparameters, *names[4:]]])
+    table = found.assign(**hyperparameters)[[*names[:4], *hyperparameters, *names[4:]]]
+    table = table.sort_values("seed", kind="stable").sort_values("step", key=places, kind="stable", ignore_index=True)
     if columns == "all":
         return table
-    table["restored"] = table["restored"].str[:SHORT_COMMIT]
+    table["restored"] = table["restored"].str[:7]  # as git shortens a commit
     unused = [name for name in ("overrides", "restored") if table[name].fillna("").eq("").all()]
     return table[[name for name in USEFUL_COLUMNS if name in table and name not in unused]]
 
 
 def epoch_history(
-    steps: Iterable[str] | str | None = None,
-    seeds: Iterable[int] | int | None = None,
-    *,
-    metrics: Sequence[str] | None = None,
-    **which: Unpack[RunFilter],
+    steps: Steps = None, seeds: Seeds = None, *, metrics: Sequence[str] | None = None, **which: Unpack[RunFilter]
 ) -> pd.DataFrame:
     """Return one row per run and epoch, for the runs that `run_table` gives for the same arguments.
 
@@ -209,9 +201,7 @@ def load_runs(tracking_uri: str | None = None, *, artifacts: bool = False) -> Lo
     """Read every run of the lab in the store; one whose values can't be right is left out, and a warning names it.
 
     artifacts: whether these will be read too; then they are found where a moved store has them.
-
-    Raises:
-        LabError: if the store is missing, foreign or can't be read, or its experiment is deleted.
+    Raises LabError if the store is missing, foreign or can't be read, or its experiment is deleted.
     """
     uri = resolve_uri(tracking_uri)
     check_readable(uri)
@@ -226,12 +216,12 @@ def load_runs(tracking_uri: str | None = None, *, artifacts: bool = False) -> Lo
             ids, order = [experiment.experiment_id], ["attributes.start_time DESC"]
             found += client.search_runs(ids, OF_THE_LAB, max_results=MAX_RUNS, order_by=order)
     rows = [_row(run) for run in found]
-    raw = pd.DataFrame(rows, columns=None if rows else [*COLUMNS, *USUAL_HYPERPARAMETERS, "end_time"], dtype=object)
+    raw = pd.DataFrame(rows, columns=None if rows else [*COLUMNS, "epochs", "end_time"], dtype=object)
     reasons = _why_left_out(raw)
     for place, reason in reasons.items():
         _say_left_out(raw["run_id"][place], reason)
     right = raw.drop(index=list(reasons))
-    numbers = right[[*NUMBERS, "epochs", "start_time", "end_time"]].apply(pd.to_numeric, errors="coerce")
+    numbers = right[[*NUMBERS]].apply(pd.to_numeric, errors="coerce")
     runs = right.assign(**numbers).assign(
         start_time=pd.to_datetime(numbers["start_time"], unit="ms", utc=True),
         minutes=(numbers["end_time"] - numbers["start_time"]) / 60_000,
@@ -239,48 +229,40 @@ def load_runs(tracking_uri: str | None = None, *, artifacts: bool = False) -> Lo
     )
     kinds = {name: kind.dtype for name, kind in COLUMNS.items()}
     runs = runs.drop(columns="end_time").astype({**kinds, "epochs": "Int64"})
-    return LoadedRuns(uri, runs, left_out=len(reasons), found={run.info.run_id: run for run in found})
+    return LoadedRuns(uri, runs, {run.info.run_id: run for run in found})
 
 
 def _row(run: Run) -> dict[str, object]:
-    tags, params, metrics, info = run.data.tags, run.data.params, run.data.metrics, run.info
-    last = {  # MLflow gives the latest value
-        "final_train_accuracy": metrics.get("train_accuracy"),
-        "final_test_loss": metrics.get("test_loss"),
-        "final_validation_loss": metrics.get("validation_loss"),
-    }
+    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
+    # The last points of these are figures of the run too.
+    last = {f"final_{name}": metrics.get(name) for name in ("train_accuracy", "test_loss", "validation_loss")}
+    figures = last | metrics
     return {
-        **{name: params[name] for name in params if name not in COLUMNS},  # the hyperparameters
-        **dict.fromkeys(COLUMNS),
-        **{name: tags.get(name) for name in COLUMNS if name not in MEASURES},
-        **last,
-        **{name: metrics.get(name, last.get(name)) for name in {*TESTED.once, *HELD_OUT.once}},
+        **params,
+        **{name: (figures if name in MEASURES else tags).get(name) for name in COLUMNS},
         **{name: params.get(name) for name in ("seed", "epochs", "device")},
         **{name: params.get(name, "0") for name in ("holdout", "folds")},
         # Without the hold-out: that is a protocol, with a column of its own.
         "overrides": re.sub(r"(^| )holdout=\d+(?= |$)", "", tags.get("overrides", "")).strip(),
-        **{name: getattr(info, name) for name in ("status", "run_id", "start_time", "end_time")},
+        **{name: getattr(run.info, name) for name in ("status", "run_id", "start_time", "end_time")},
     }
 
 
 def _why_left_out(raw: pd.DataFrame) -> dict[Any, str]:
-    """Return the first thing that can't be right about each run, by its place in the table."""
+    """Return the first thing that can't be right about a run, by its place in the table."""
     best = raw[TESTED.best].where((raw["holdout"] == "0") & (raw["folds"] == "0"), raw[HELD_OUT.best])
     judged = raw[TESTED.judged].where(raw["folds"] == "0", raw[FOLDED.judged])
     no_result = raw[["num_params"]].assign(best=best, judged=judged).isna().any(axis=1)
-    wrong: list[tuple[pd.Series[bool], str | pd.Series[str]]] = [
-        (raw["step"].astype("str").str.strip() == "", "its step has no name"),
-        (raw["epochs"].isna(), "it has no epochs"),
-        (raw["device"].isna(), "it has no device"),
-    ]
-    for name, kind in {**NUMBERS, "epochs": EPOCHS, "start_time": TIME, "end_time": TIME}.items():
-        sentences = f"its {name} is " + raw[name].map(quoted) + f", not {kind}"
-        wrong.append((raw[name].notna() & ~kind.has(raw[name]), sentences))
-    wrong.append((no_result & (raw["status"] == "FINISHED"), "it is FINISHED but has no parameters or accuracy"))
-    reasons = pd.Series("", index=raw.index)
-    for found, sentence in wrong:
-        reasons = reasons.mask(found & (reasons == ""), sentence)
-    return {place: str(reason) for place, reason in reasons.items() if reason}
+    reasons: dict[Any, str] = {}
+    for found, name, reason in (
+        (raw["step"].astype("str").str.strip() == "", "step", "its step has no name"),
+        *((raw[name].isna(), name, f"it has no {name}") for name in ("epochs", "device")),
+        *((kind.excludes(raw[name]), name, f"its {name} is {{}}, not {kind}") for name, kind in NUMBERS.items()),
+        (no_result & (raw["status"] == "FINISHED"), "status", "it is FINISHED but has no parameters or accuracy"),
+    ):
+        for place, value in raw.loc[found, name].items():
+            reasons.setdefault(place, reason.format(quoted(value)))
+    return reasons
 
 
 @cache  # once in each program, however often a store is read
@@ -288,44 +270,36 @@ def _say_left_out(run_id: str, reason: str) -> None:
     logger.warning("left out: run %s: %s", run_id, reason)
 
 
-def loaded_runs(**which: Unpack[RunFilter]) -> LoadedRuns:
-    return which.get("loaded") or load_runs(which.get("tracking_uri"))
-
-
-def _find_runs(
-    steps: Iterable[str] | str | None, seeds: Iterable[int] | int | None, **which: Unpack[RunFilter]
-) -> LoadedRuns:
-    loaded = loaded_runs(**which)
+def _find_runs(steps: Steps, seeds: Seeds, **which: Unpack[RunFilter]) -> LoadedRuns:
+    loaded = which.get("loaded") or load_runs(which.get("tracking_uri"))
     status, overridden = which.get("status", "FINISHED"), which.get("include_overrides", False)
-    if status is not None and status not in STATUSES:
-        raise LabError(f"status: {status!r} is none of {', '.join(STATUSES)}, nor None for all")
+    if status not in ("FINISHED", "RUNNING", "FAILED", "KILLED", None):
+        raise LabError(f"status: {status!r} is none of FINISHED, RUNNING, FAILED and KILLED, nor None for all")
     runs = _of_protocol(loaded, which.get("holdout", 0), which.get("folds", 0))
     named = None if steps is None else full_names(steps, loaded)
     if named is not None:
         runs = runs[runs["step"].isin(named)]
     if status is not None:
         runs = runs[runs["status"] == status]
-    if overridden is not True:
-        counted: str | pd.Series[str] = ""
-        if overridden == "if_none":
-            by_step = runs.groupby("step")["overrides"]
-            counted = by_step.transform(lambda texts: "" if "" in set(texts) else texts.iloc[0])
-        runs = runs[runs["overrides"] == counted]
-    for step in set(named or ()) - set(runs["step"]):
-        if status == "FINISHED":
-            kinds = _kinds(loaded.runs[loaded.runs["step"] == step])
-            raise LabError(f"steps: no finished run of {step!r} as declared and asked for; there are: {kinds}")
+    if overridden == "if_none":
+        by_step = runs.groupby("step")["overrides"]
+        runs = runs[runs["overrides"] == by_step.transform(lambda texts: "" if "" in set(texts) else texts.iloc[0])]
+    elif not overridden:
+        runs = runs[runs["overrides"] == ""]
+    if status == "FINISHED" and (missing := {*(named or ())} - {*runs["step"]}):
+        step = min(missing)
+        kinds = _kinds(loaded.runs[loaded.runs["step"] == step])
+        raise LabError(f"steps: no finished run of {step!r} as declared and asked for; there are: {kinds}")
     if seeds is not None:
         runs = runs[runs["seed"].isin(list(seeds) if isinstance(seeds, Iterable) else [seeds])]
     return replace(loaded, runs=runs)
 
 
 def _of_protocol(loaded: LoadedRuns, holdout: int, folds: int) -> pd.DataFrame:
-    """Return the runs that hold out so many images, or a fold of so many; raises LabError if there are only others."""
-    if loaded.runs.empty and not loaded.left_out:
+    if loaded.runs.empty:
         raise LabError(f"no runs yet in {loaded.name}; train first, e.g. `make step1`")
     runs = loaded.runs[(loaded.runs["holdout"] == holdout) & (loaded.runs["folds"] == folds)]
-    if runs.empty and not loaded.runs.empty:
+    if runs.empty:
         wanted = f"folds {folds}" if folds else f"holdout {holdout:,}"
         kinds = _kinds(loaded.runs)
         raise LabError(f"{wanted.split()[0]}: {loaded.name} has no run with {wanted}; its runs are: {kinds}")
@@ -340,12 +314,12 @@ def _kinds(runs: pd.DataFrame) -> str:
     return "; ".join(sorted(kinds))
 
 
-def full_names(steps: Iterable[str] | str, loaded: LoadedRuns) -> list[str]:
+def full_names(steps: Iterable[str] | str, loaded: LoadedRuns, others: Iterable[str] = ()) -> list[str]:
     """Return the steps by the names that their runs have: "step4" is short for "step4_augment_steplr".
 
-    Raises LabError if a step has no run, or a short name fits several.
+    others: names that will do without a run. Raises LabError if a step has no run, or a short name fits several.
     """
-    known, names = sorted(loaded.runs["step"].unique()), []
+    known, names = sorted({*loaded.runs["step"], *others}), []
     for step in [steps] if isinstance(steps, str) else steps:
         short = re.fullmatch(r"step\d+", step)
         alike = [name for name in known if name in (step, script_named(step))]
@@ -355,10 +329,6 @@ def full_names(steps: Iterable[str] | str, loaded: LoadedRuns) -> list[str]:
             raise LabError(f"steps: {problem}; there are runs of {', '.join(alike or known)}")
         names += alike
     return names
-
-
-def by_step(runs: pd.DataFrame) -> pd.DataFrame:
-    return runs.sort_values("seed", kind="stable").sort_values("step", key=places, kind="stable", ignore_index=True)
 
 
 def places(steps: pd.Series[Any]) -> pd.Series[Any]:
@@ -395,8 +365,7 @@ def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame
     Columns: truth, prediction, confidence (softmax of the predicted digit), logit_0 to logit_9. Of a restored run, only
     mistakes are known: other images have no confidence, and there are no logits.
 
-    Raises:
-        LabError: if there is no such run, or it has not finished, or stored no predictions that can be read.
+    Raises LabError if there is no such run, or it has not finished, or stored no predictions that can be read.
     """
     uri = resolve_uri(tracking_uri)
     check_readable(uri)
@@ -416,8 +385,6 @@ def predictions_of(run: Run, uri: str) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder, reading(uri):
         artifacts = get_artifact_repository(run.info.artifact_uri, tracking_uri=uri)
         if name not in {artifact.path for artifact in artifacts.list_artifacts()}:
-            if name == MISTAKES:
-                raise LabError(f"run {run_id} was restored, and which images it got wrong was not kept")
             raise LabError(f"run {run_id} has no predictions: there is no {name} among its artifacts")
         file = Path(artifacts.download_artifacts(name, folder))  # type: ignore[no-untyped-call]
         try:
@@ -428,11 +395,10 @@ def predictions_of(run: Run, uri: str) -> pd.DataFrame:
 
 def keeps_predictions(run_id: str, *, tracking_uri: str | None = None) -> bool:
     """Say whether `predictions` has something to tell of a run; of some published ones it was not kept."""
-    try:
+    with suppress(LabError):
         predictions(run_id, tracking_uri=tracking_uri)
-    except LabError:
-        return False
-    return True
+        return True
+    return False
 
 
 @cache
@@ -452,10 +418,9 @@ def _from_logits(file: Path) -> pd.DataFrame:
     with np.load(file, allow_pickle=False) as arrays:
         truth, prediction, logits = arrays["truth"], arrays["prediction"], arrays["logits"]
         images = pd.Index(arrays["image"], name="image") if "image" in arrays else pd.RangeIndex(len(truth))
-    if not truth.size or not truth.shape == prediction.shape or logits.shape != (truth.size, 10):
-        raise ValueError("truth (N,), prediction (N,) and logits (N, 10) have other shapes")
-    if not np.isin([truth, prediction], range(10)).all() or not np.isfinite(logits).all():
-        raise ValueError("truth or prediction is no digit from 0 to 9, or logits are not finite")
+    shapes = truth.size and truth.shape == prediction.shape and logits.shape == (truth.size, 10)
+    if not shapes or not np.isin([truth, prediction], range(10)).all() or not np.isfinite(logits).all():
+        raise ValueError("truth (N,) and prediction (N,) must be a digit from 0 to 9, logits (N, 10) finite")
     table = pd.DataFrame({"truth": truth, "prediction": prediction}, images).astype("int64")
     table["confidence"] = special.softmax(logits, axis=1).max(axis=1)
     return table.join(pd.DataFrame(logits, images, columns=[f"logit_{digit}" for digit in range(10)]))
