@@ -11,7 +11,7 @@ import io
 import logging
 import platform
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def write_report(
     loaded = results.load_runs(tracking_uri, artifacts=True)
     runs = results.newest_runs(results.run_table(columns="all", include_overrides="if_none", loaded=loaded))
     published = {file.stem for file in PUBLISHED.glob("*.csv")}
+    copied = find_copies(stories, published)
     names = {*stories, *runs["step"]}
     if steps:
         names = {*full_names(steps, loaded, names)}
@@ -66,7 +67,8 @@ def write_report(
     rows = {row["step"]: row for row in summary.to_dict("records")}
     images = load_mnist().test_images[:, 0].numpy()  # (10000, 28, 28)
     chapters = [
-        _chapter(step, rows.get(step), stories.get(step), step in published) for step in sorted(names, key=step_order)
+        _chapter(step, rows.get(step), stories.get(step), copied.get(step), step in published)
+        for step in sorted(names, key=step_order)
     ]
     drawn = [chapter for chapter in chapters if chapter["row"]]
     for number, chapter in enumerate(drawn, start=1):
@@ -91,16 +93,32 @@ def write_report(
     return folder / "steps.html", folder / "steps.md"
 
 
-def _chapter(step: str, row: Any, story: Story | None, published: bool) -> dict[str, Any]:
+def _chapter(step: str, row: Any, story: Story | None, copied_from: str | None, published: bool) -> dict[str, Any]:
     """Return what the page tells of an experiment, but for its pictures and the notes on what could not be drawn.
 
     row: of the comparison; None without runs. published: whether docs/results has figures of its script.
+    copied_from: the script whose Result stands in this one's docstring word for word, if one does.
     """
+    sections = story.sections if story else []
     return {
-        **{"step": step, "row": row, "story": story, "published": published, "pictures": [], "notes": []},
+        **{"step": step, "row": row, "story": story, "copied_from": copied_from, "published": published},
+        **{"pictures": [], "notes": []},
         "name": f"{step} [{row['overrides']}]" if row and row["overrides"] else step,
         "all_met": row is not None and verdict(row, short=True) == "all met",
+        # What others measured is not this script's.
+        "sections": [one for one in sections if not copied_from or one[0] not in ("Result", "Analysis")],
     }
+
+
+def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict[str, str]:
+    """Return which scripts have another's Result in their docstring, word for word, and whose.
+
+    Of scripts with one Result, the first that has published figures wrote it, or the first in order.
+    """
+    order = sorted(stories, key=lambda step: (step not in published, step_order(step)))
+    told = {step: " ".join(dict(stories[step].sections).get("Result", "").split()) for step in order}
+    authors = {told[step]: step for step in reversed(order) if any(map(str.isdigit, told[step]))}
+    return {step: authors[told[step]] for step in order if authors.get(told[step], step) != step}
 
 
 def draw(

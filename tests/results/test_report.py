@@ -146,17 +146,25 @@ def test_the_experiments_stand_in_order(report: Report) -> None:
     ]
 
 
-def test_a_committed_result_and_a_broken_script_are_said_to_be_so(
-    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_result_is_told_under_its_own_script(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
     write_run(open_store(uri), "mine", 0, [98.0], start_time=T0)
-    for name in ("mine", "step3_gap"):
-        (tmp_path / f"{name}.py").write_text((ROOT / "experiments" / "step3_gap.py").read_text())
+    original = (ROOT / "experiments" / "step3_gap.py").read_text()
+    for name in ("mine", "a_copy", "step3_gap"):
+        (tmp_path / f"{name}.py").write_text(original)
+    (result,) = re.findall(r"^Result: (.+? \+- .+? %)", original, re.MULTILINE)
+    (tmp_path / "changed.py").write_text(original.replace(result, "98.00 +- 0.01 %"))
+    for name in ("new", "newer"):
+        (tmp_path / f"{name}.py").write_text('"""New.\n\nResult: not trained yet\n"""')  # without a figure: nobody's
     (tmp_path / "broken.py").write_text('"""Title."""\ndef')
     report = write(tmp_path / "reports", uri, tmp_path)
     for page in report.texts:
+        page = " ".join(page.split())
+        assert page.count(f"{result} in the last epoch") == 1
+        assert page.count("98.00 +- 0.01 % in the last epoch") == 1
+        assert page.count("This docstring was copied from ") == 2
+        assert page.count("This docstring was copied from step3_gap, so its Result and Analysis are not told") == 2
         committed = "The figures under Result are the committed ones, of docs/results; no run in this store"
-        assert " ".join(page.split()).count(committed) == 1  # of step 3, which has no run here
+        assert page.count(committed) == 1  # of step 3, which has no run here
     for text in (*report.texts, caplog.text):
         assert re.search(r"script .*broken\.py can't be read: .*line 2", text)
 
