@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_lab.commandline import DATA_DIR, TRACKING_URI, Flag, flag, interrupt_on_signals, number_from, sentences
-from mnist_lab.console import say_what_is_done
+from mnist_lab import commandline
+from mnist_lab.commandline import DATA_DIR, TRACKING_URI, Flag, flag, number_from
 from mnist_lab.errors import LabError, counted, without_password
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named, sqlite_file, tracking_uri
 from mnist_lab.verdicts.measures import percent
@@ -89,10 +89,10 @@ def main() -> None:
     if unknown:
         jobs.choices[arguments.job].error(f"unknown arguments: {' '.join(unknown)}")
     run, begins, _ = JOBS[arguments.job]
-    interrupt_on_signals()
-    with sentences():
+    commandline.interrupt_on_signals()
+    with commandline.sentences():
         if begins:
-            say_what_is_done()
+            commandline.say_what_is_done()
             logger.info(begins)
         run(arguments)
 

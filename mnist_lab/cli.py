@@ -11,16 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from mnist_lab import commandline
 from mnist_lab.arguments import stable_text
-from mnist_lab.commandline import (
-    DATA_DIR,
-    TRACKING_URI,
-    interrupt_on_signals,
-    lasting_output,
-    number_from,
-    sentences,
-)
-from mnist_lab.console import Console, SearchConsole, StudyConsole, make, print_run_id, print_search, say_what_is_done
+from mnist_lab.commandline import DATA_DIR, TRACKING_URI, number_from, sentences
+from mnist_lab.console import Console, SearchConsole, StudyConsole, make, print_run_id, print_search
 from mnist_lab.errors import LabError, explain_mistakes, is_script
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.paths import tracking_uri
@@ -60,12 +54,12 @@ def main(
     if only_read(experiment):
         return
     script = _started_script(sys._getframe(1))  # a notebook shows a LabError's sentence by itself
-    with lasting_output(), sentences():
+    with commandline.lasting_output(), sentences():
         if not isinstance(experiment, Experiment):
             raise LabError(f"main: {quoted(experiment)} is no Experiment(net=..., ...)")
         experiment.check()
         arguments = _parse(script, experiment, argv)
-        say_what_is_done()
+        commandline.say_what_is_done()
 
         from mnist_lab.training.states import drawn_unseeded
 
@@ -76,7 +70,7 @@ def main(
             )
         logger.info("Preparing %s: starting MLflow", script.stem)
         job, resume = make_job(experiment, script, arguments)
-        interrupt_on_signals()
+        commandline.interrupt_on_signals()
         if arguments.search is not None:
             _search(job, search, arguments)
         elif arguments.seeds is not None or arguments.folds is not None:
@@ -196,7 +190,7 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
     from mnist_lab.running import search
 
     consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
-    with sentences(consequence), _trainers(job, arguments) as trainers, closing(SearchConsole()) as console:
+    with sentences(consequence), _trainers(job, arguments) as trainers, closing(SearchConsole(job)) as console:
         result = search.search(job, space, arguments.search, console, trainers, again=arguments.again)
     print_search(result, job)
     if not result.best:

@@ -1,6 +1,7 @@
 """What the command lines of scripts and of jobs share. It imports no torch, which takes seconds: few jobs need it."""
 
 import argparse
+import logging
 import math
 import os
 import re
@@ -34,6 +35,18 @@ Flag = tuple[str, dict[str, Any]]  # of a command line: its name, and how argpar
 
 def flag(name: str, text: str, **options: Any) -> Flag:
     return name, {"help": text, **options}
+
+
+def say_what_is_done() -> None:
+    """Let the lab's loggers give their notices, and on a terminal say what is being done, where it takes a while."""
+    logger = logging.getLogger("mnist_lab")
+    logger.setLevel(logging.WARNING)  # else the root's counts, which importing mlflow.pytorch raises to ERROR
+    if not sys.stderr.isatty():
+        return
+    if not logger.handlers:  # without one, Python shows warnings by itself
+        logger.addHandler(logging.StreamHandler())
+        logger.propagate = False
+    logger.setLevel(logging.INFO)
 
 
 @contextmanager

@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from tabulate import tabulate
+from torch import Tensor
 
 from mnist_lab.errors import counted, without_password
 from mnist_lab.paths import own_store
-from mnist_lab.running.progress import Progress
+from mnist_lab.running.progress import Counts, Progress, RunResult, StudyResult
+from mnist_lab.verdicts.comparison import table_text
 from mnist_lab.verdicts.measures import MEASURES, percent
+from mnist_lab.verdicts.targets import how_sure, verdict_table
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
-    import torch
-    from torch import Tensor
     from tqdm import tqdm
 
     from mnist_lab.running.job import Job
-    from mnist_lab.running.progress import Counts, RunResult, StudyResult
     from mnist_lab.running.search import SearchResult
     from mnist_lab.training.loop import EpochMetrics
-    from mnist_lab.verdicts.targets import Verdict
 
 REFRESH_SECONDS = 0.5  # reading the running figures waits for the device, so the bar does it this often only
 LAGS = 0.1  # the share of first weights from which the accuracy of an average says little
 
 
-def say_what_is_done() -> None:
-    """Let the lab's loggers give their notices, and on a terminal say what is being done, where it takes a while."""
-    logger = logging.getLogger("mnist_lab")
-    logger.setLevel(logging.WARNING)  # else the root's counts, which importing mlflow.pytorch raises to ERROR
-    if not sys.stderr.isatty():
-        return
-    if not logger.handlers:  # without one, Python shows warnings by itself
-        logger.addHandler(logging.StreamHandler())
-        logger.propagate = False
-    logger.setLevel(logging.INFO)
-
-
 class _Display(Progress):
     bar: tqdm[NoReturn] | None = None
+
+    def __init__(self, job: Job) -> None:
+        from mnist_lab.checking.schedule import FirstWeights
+
+        self.job, self.epochs = job, job.experiment.epochs
+        self.first_weights = FirstWeights(job.experiment)
 
     def start_bar(self, total: int, bar_format: str, **settings: Any) -> None:
         from tqdm import tqdm
@@ -70,14 +63,6 @@ class _Display(Progress):
         if self.bar is not None:
             self.bar.refresh()
 
-
-class _TrainingDisplay(_Display):
-    def __init__(self, job: Job) -> None:
-        from mnist_lab.checking.schedule import FirstWeights
-
-        self.job, self.epochs = job, job.experiment.epochs
-        self.first_weights = FirstWeights(job.experiment)
-
     def epoch_line(self, metrics: EpochMetrics) -> str:
         raw = ""
         if metrics.raw_accuracy is not None:
@@ -92,8 +77,12 @@ class _TrainingDisplay(_Display):
             f"lr {metrics.lr:.3g}  {metrics.epoch_seconds:.1f} s"
         )
 
+    def print_overrides(self) -> None:
+        if overrides := self.job.tags["overrides"]:
+            print(f"Overridden ({overrides}): tagged so, and not counted among the runs as declared.")
 
-class Console(_TrainingDisplay):
+
+class Console(_Display):
     """Shows a run as it goes, a bar on a terminal and a line per epoch everywhere, and its verdict."""
 
     epoch = 1
@@ -123,10 +112,25 @@ class Console(_TrainingDisplay):
         print(self.epoch_line(metrics), flush=True)
 
     def on_verdict(self, result: RunResult) -> None:
-        print_result(result, self.job)
+        print()
+        if result.verdicts:
+            print(verdict_table(result.verdicts) + "\n")
+        protocol, reported = self.job.protocol, self.job.experiment.reported
+        names = [name for name in (*protocol.summary, *protocol.at_times) if name in result.measured]
+        columns = {
+            "": [MEASURES[name].label for name in names],
+            "measured": [MEASURES[name].text(result.measured[name]) for name in names],
+            "reported": [MEASURES[name].text(reported.get(name)) for name in names],
+        }
+        print(table_text(columns))
+        if self.job.holdout:
+            print("\nThe accuracy that counts is the final test accuracy: the test images were read once, at the end.")
+        else:
+            print("\nThe accuracy that counts is the last epoch's. The best epoch was picked on the test images.")
+        self.print_overrides()
 
 
-class StudyConsole(_TrainingDisplay):
+class StudyConsole(_Display):
     """Shows a study as it goes: one bar for all seeds on a terminal, else a line per epoch; and a line per seed."""
 
     done = wanted = width = 0
@@ -152,18 +156,28 @@ class StudyConsole(_TrainingDisplay):
 
     def on_seed(self, seed: int, metrics: Mapping[str, float]) -> None:
         self.done += 1
-        measures = self.job.protocol
-        last, best = (MEASURES[name].text(metrics[name]) for name in (measures.judged, measures.best))
-        judged = MEASURES[measures.judged].label.removeprefix("final ")
-        best = f"best {measures.part} accuracy {best} in epoch {metrics['best_epoch']:.0f}"
-        self._show(seed, f"done: {judged} {last} in the last epoch; {best}")
+        of = [self.job.protocol.judged, self.job.protocol.best]
+        last, best = (f"{MEASURES[name].label} {MEASURES[name].text(metrics[name])}" for name in of)
+        last = f"{last.removeprefix('final ')} in the last epoch"
+        self._show(seed, f"done: {last}; {best} in epoch {metrics['best_epoch']:.0f}")
 
     def on_failure(self, seed: int, reason: str) -> None:
         self._show(seed, f"failed: {reason}")
 
     def on_study_verdict(self, result: StudyResult) -> None:
+        from mnist_lab.running.study import tables
+
         self.close()
-        print_study(result, self.job)
+        for rows, headers in tables(result):
+            print("\n" + tabulate(rows, headers=headers, disable_numparse=True))
+        if result.verdicts:
+            print("\n" + verdict_table(result.verdicts))
+        for verdict in result.verdicts:
+            if verdict.name == "accuracy":
+                print(f"\n{how_sure(verdict)}")
+        if self.job.folds:
+            print("\nEach fold was judged by a network that has not seen its images. The test images were not read.")
+        self.print_overrides()
 
     def _show(self, seed: int, line: str) -> None:
         self.show(f"{self._name(seed)}  {line}", f"{self.done}/{self.wanted} {self.job.protocol.unit}s")
@@ -224,22 +238,6 @@ def print_search(result: SearchResult, job: Job) -> None:
     print(f"MLflow run {result.run_id}; `{make('ui', job)}` shows it, with the runs of the trials below it.")
 
 
-def print_result(result: RunResult, job: Job) -> None:
-    print()
-    if result.verdicts:
-        print(verdict_table(result.verdicts) + "\n")
-    names, reported = (*job.protocol.summary, *job.protocol.at_times), job.experiment.reported
-    figures = {"measured": result.measured, **({"reported": reported} if reported.keys() & {*names} else {})}
-    measures = {name: MEASURES[name] for name in names if name in result.measured}
-    rows = [(one.label, *(one.text(values.get(name)) for values in figures.values())) for name, one in measures.items()]
-    print(tabulate(rows, headers=("", *figures), disable_numparse=True))
-    if job.holdout:
-        print("\nThe accuracy that counts is the final test accuracy: the test images were read once, at the end.")
-    else:
-        print("\nThe accuracy that counts is the last epoch's. The best epoch was picked on the test images.")
-    _print_overrides(job)
-
-
 def print_run_id(run_id: str, job: Job) -> None:
     flags = ["--include-overrides"] if job.tags["overrides"] else []
     flags += ["--holdout", str(job.holdout)] if job.holdout else []
@@ -252,45 +250,3 @@ def make(target: str, job: Job, *flags: str) -> str:
     elsewhere = ["--tracking-uri", without_password(job.tracking_uri)] if job.tracking_uri != own_store() else []
     given = " ".join([*flags, *elsewhere])
     return f'make {target} ARGS="{given}"' if given else f"make {target}"
-
-
-def print_study(result: StudyResult, job: Job) -> None:
-    from mnist_lab.running.study import tables
-
-    for rows, headers in tables(result):
-        print("\n" + tabulate(rows, headers=headers, disable_numparse=True))
-    if result.verdicts:
-        print("\n" + verdict_table(result.verdicts))
-    for verdict in result.verdicts:
-        if verdict.name == "accuracy":
-            print(f"\n{how_sure(verdict)}")
-    if job.folds:
-        print("\nEach fold was judged by a network that has not seen its images. The test images were not read.")
-    _print_overrides(job)
-
-
-def how_sure(verdict: Verdict) -> str:
-    """Say how sure the verdict on the accuracy of several seeds is, and how many it takes where it is not shown."""
-    from mnist_lab.verdicts.comparison import seeds_text
-
-    if verdict.n == 1:
-        return "One seed shows nothing about the mean: train more of them."
-    side = "at least" if verdict.measured >= verdict.target else "below"
-    text = f"That the mean is {side} {verdict.target:g} %: p = {verdict.p:.2g}"
-    if verdict.word != "not shown":
-        return f"{text}, from {verdict.n} seeds."
-    if verdict.seeds_needed is None:
-        return f"{text}, which does not show it; how many seeds would can't be said."
-    needed = seeds_text(verdict.seeds_needed)
-    return f"{text}, which does not show it; about {needed} seeds would, if the mean stays where it is."
-
-
-def _print_overrides(job: Job) -> None:
-    if overrides := job.tags["overrides"]:
-        print(f"Overridden ({overrides}): tagged so, and not counted among the runs as declared.")
-
-
-def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    from mnist_lab.verdicts import targets
-
-    return tabulate(targets.rows(verdicts), headers=targets.HEADERS, disable_numparse=True)

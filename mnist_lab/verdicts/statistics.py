@@ -7,7 +7,7 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 ALPHA_TARGET = 0.01  # one-sided: the field's standard for records is a mean over runs with p < 0.01
 ALPHA_DIFFERENCE = 0.05  # two-sided
 POWER = 0.8  # the chance of seeing a difference that exists
-MOST_SEEDS = 1_000_000  # beyond this, "it can't be said"
+Word = Literal["met", "missed", "not shown"]  # of a target: shown to be reached, shown to be missed, neither
 FEWEST_FOR_INTERVAL = 4  # seeds; with fewer, the interval of a mean is 2.5 or 9 times the sd to each side
 
 
@@ -34,19 +34,6 @@ class Aggregate:
     median: float
     maximum: float
     share_at_target: float  # of the seeds at or above the target, 0 to 1; nan where there is no target
-
-
-class StudyVerdict(NamedTuple):
-    """Whether the mean over seeds is shown to reach a target.
-
-    word: "met" (shown to be above), "missed" (shown to be below) or "not shown".
-    p: of the one-sided test on the side where the mean lies; nan for one seed.
-    seeds_needed: about how many seeds would show a difference of the observed size; None where it can't be said.
-    """
-
-    word: Literal["met", "missed", "not shown"]
-    p: float
-    seeds_needed: int | None
 
 
 @dataclass(frozen=True)
@@ -127,18 +114,21 @@ def interval_for_new_images(wrong: NDArray[np.bool_]) -> tuple[float, float]:
     return 100 * float(low), 100 * float(high)
 
 
-def judge_mean(values: Sequence[float], target: float) -> StudyVerdict:
+def judge_mean(values: Sequence[float], target: float) -> tuple[Word, float, int | None]:
     """Judge the mean over seeds by a one-sided one-sample t-test: "met" needs mean > target at p < ALPHA_TARGET.
 
-    Values without any spread are judged by the sign test, by which 7 seeds on one side of the target show it.
+    Values without any spread are judged by the sign test, by which 7 seeds on one side of the target show it. A single
+    value is met or missed by itself.
+
+    Returns the word, p on the side where the mean lies, and about how many seeds would show a difference of the
+    observed size: nan for a single value, and None where it can't be said.
     """
     x = _numbers(values)
+    word: Word = "met" if x.mean() >= target else "missed"
     if len(x) == 1:
-        return StudyVerdict("not shown", math.nan, None)
-    over = x - target
-    p, needed = _one_sample(over, float(np.abs(x).max()), ALPHA_TARGET)
-    shown = p < ALPHA_TARGET
-    return StudyVerdict("not shown" if not shown else "met" if over.mean() > 0 else "missed", p, needed)
+        return word, math.nan, None
+    p, needed = _one_sample(x - target, float(np.abs(x).max()), ALPHA_TARGET)
+    return word if p < ALPHA_TARGET else "not shown", p, needed
 
 
 def compare_means(a: Mapping[int, float], b: Mapping[int, float], *, paired: bool = True) -> Difference:
@@ -185,24 +175,20 @@ def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int
     def enough(n: int) -> bool:
         return float(test.power(abs(effect_size), n, tail, alternative="larger")) >= POWER
 
-    high = 2
-    while not enough(high):
-        high *= 2
-        if high > MOST_SEEDS:
-            return None
-    return bisect.bisect_left(range(high), True, lo=max(2, high // 2), key=enough)
+    doubled = (2**times for times in range(1, 20))  # to half a million; the power far beyond what is needed is nan
+    high = next(filter(enough, doubled), None)
+    return high and bisect.bisect_left(range(high), True, lo=max(2, high // 2), key=enough)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values by Holm (1979) for being a family; nan stays nan and is not of the family."""
     from statsmodels.stats.multitest import multipletests
 
-    p = np.asarray(p_values, dtype=np.float64)
-    adjusted = np.full(p.shape, np.nan)
+    p = np.array(p_values, dtype=np.float64)
     tested = np.isfinite(p)
     if tested.any():
-        adjusted[tested] = multipletests(p[tested], method="holm")[1]
-    return [float(value) for value in adjusted]
+        p[tested] = multipletests(p[tested], method="holm")[1]
+    return [float(value) for value in p]
 
 
 def _one_sample(d: NDArray[np.float64], scale: float, tail: float) -> tuple[float, int | None]:

@@ -183,14 +183,14 @@ def test_a_study_keeps_its_figures_its_verdict_and_the_mean_curves(story: Simple
     wanted = {f"final_test_accuracy_{name}": value for name, value in vars(aggregate(last, 50.0)).items()}
     del wanted["final_test_accuracy_n"]
     mean, sd = np.mean(last), np.std(last, ddof=1)
-    wanted |= {"p": judge_mean(last, 50.0).p, "last": round(mean, 2), "sd": round(sd, 3), "seeds": 3}
+    wanted |= {"p": judge_mean(last, 50.0)[1], "last": round(mean, 2), "sd": round(sd, 3), "seeds": 3}
     assert {name: study.metrics[name] for name in wanted} == {
         name: [(0, pytest.approx(value))] for name, value in wanted.items()
     }
     for name in ("test_accuracy", "test_loss", "train_accuracy", "train_loss"):
         of_seeds = [run.metrics[name][0][1] for run in story.finished]
         assert study.metrics[name] == [(1, pytest.approx(np.mean(of_seeds)))]
-    verdicts = {"accuracy": judge_mean(last, 50.0).word, "params": "met"}
+    verdicts = {"accuracy": judge_mean(last, 50.0)[0], "params": "met"}
     assert {name: study.tags[f"verdict_{name}"] for name in verdicts} == verdicts
     text = study.tags["mlflow.note.content"]
     assert (study.artifacts / "verdict.md").read_text() == text + "\n"

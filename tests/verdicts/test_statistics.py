@@ -59,8 +59,8 @@ def test_aggregate_of_one_seed_has_no_spread_and_a_value_at_the_target_reaches_i
 
 def test_the_lower_bound_is_the_target_that_is_just_met() -> None:
     bound = lower_bound(GAINS)
-    assert judge_mean(GAINS, bound - 1e-6).word == "met"
-    assert judge_mean(GAINS, bound + 1e-6).word == "not shown"
+    assert judge_mean(GAINS, bound - 1e-6)[0] == "met"
+    assert judge_mean(GAINS, bound + 1e-6)[0] == "not shown"
     assert math.isnan(lower_bound([99.4]))
     assert math.isnan(lower_bound([99.41, 99.41]))  # the sign test shows nothing of two
     assert lower_bound([99.41] * 7) == pytest.approx(99.41)
@@ -89,21 +89,20 @@ def test_the_interval_for_new_images_has_bounds_where_seeds_err_apart() -> None:
 
 def test_judge_mean_gives_the_probability_that_student_published() -> None:
     """Student (1908), section IX: the odds are 666 to 1, P = .9985, that the second drug is the better one."""
-    verdict, miss = judge_mean(GAINS, 0.0), judge_mean([-gain for gain in GAINS], 0.0)
-    assert (verdict.word, miss.word) == ("met", "missed")
-    assert 1 - verdict.p == pytest.approx(0.9985, abs=1e-4)
-    assert verdict.p == pytest.approx(0.002832890 / 2, abs=1e-8)  # half of R's two-sided p
-    assert miss.p == pytest.approx(verdict.p)
-    assert verdict.seeds_needed is None
+    word, p, needed = judge_mean(GAINS, 0.0)
+    assert (word, needed) == ("met", None)
+    assert 1 - p == pytest.approx(0.9985, abs=1e-4)
+    assert p == pytest.approx(0.002832890 / 2, abs=1e-8)  # half of R's two-sided p
+    assert judge_mean([-gain for gain in GAINS], 0.0) == ("missed", pytest.approx(p), None)
 
 
 def test_a_mean_above_the_target_that_the_test_does_not_show_is_not_met() -> None:
     """Student (1908): for the first drug P = .8873 only, read from his table; 0.8912 by today's."""
-    verdict = judge_mean(DRUG_1, 0.0)
-    assert verdict.word == "not shown"
-    assert 1 - verdict.p == pytest.approx(0.8873, abs=5e-3)
-    assert verdict.seeds_needed == seeds_needed(0.75 / np.std(DRUG_1, ddof=1), arms=1, tail=0.01)
-    assert verdict.seeds_needed == 60
+    word, p, needed = judge_mean(DRUG_1, 0.0)
+    assert word == "not shown"
+    assert 1 - p == pytest.approx(0.8873, abs=5e-3)
+    assert needed == seeds_needed(0.75 / np.std(DRUG_1, ddof=1), arms=1, tail=0.01)
+    assert needed == 60
 
 
 @pytest.mark.parametrize(
@@ -111,12 +110,10 @@ def test_a_mean_above_the_target_that_the_test_does_not_show_is_not_met() -> Non
     [(2, 99.5, "not shown"), (6, 99.5, "not shown"), (7, 99.5, "met"), (7, 99.3, "missed"), (30, 99.4, "not shown")],
 )
 def test_values_without_any_spread_are_judged_by_the_sign_test(n: int, value: float, word: str) -> None:
-    verdict = judge_mean([value] * n, 99.4)
-    assert verdict.word == word
-    assert verdict.p == (0.5 if value == 99.4 else 0.5**n)
-    assert verdict.seeds_needed == (7 if word == "not shown" and value != 99.4 else None)
+    p, needed = 0.5 if value == 99.4 else 0.5**n, 7 if word == "not shown" and value != 99.4 else None
+    assert judge_mean([value] * n, 99.4) == (word, p, needed)
     one = judge_mean([value], 99.4)
-    assert (one.word, math.isnan(one.p), one.seeds_needed) == ("not shown", True, None)
+    assert one == ("met" if value >= 99.4 else "missed", pytest.approx(math.nan, nan_ok=True), None)
 
 
 # ---- two means
