@@ -32,14 +32,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**32 - 1  # more numpy would not take
 MAX_SEEDS = 10_000  # of one study
-MAX_FOLDS = 100
-MAX_TRIALS = 100_000  # of one search
 HELD_OUT = 10_000  # images that a search is judged by, unless told otherwise
-MAX_THREADS = 1_024  # starting very many ends the process
-CLUSTER = (
-    "train a study or a search on this Ray cluster, of which this machine is a node: HOST:PORT of its head; auto: the "
-    "one of RAY_ADDRESS, else this machine's, else one that is started for the time of the command (docs/cluster.md)"
-)
 
 
 def main(
@@ -106,14 +99,15 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     from mnist_lab.running.job import Job, choose_device
 
     given = [("epochs", arguments.epochs), ("batch_size", arguments.batch_size), *map(assignment, arguments.set)]
-    settings = [(name, value) for name, value in given if value is not None]
-    changes: dict[str, object] = dict(settings)
+    changes: dict[str, object] = {}
+    for name, value in given:
+        if name in changes:
+            raise LabError(f"--set: {name} is given twice")
+        if value is not None:
+            changes[name] = value
     changed, overrides = experiment.override(changes)
-    if len(changes) < len(settings):
-        twice = next(name for name, _ in settings if [other for other, _ in settings].count(name) > 1)
-        raise LabError(f"--set: {twice} is given twice")
     resume, uri = None, tracking_uri(arguments.tracking_uri)
-    if arguments.resume is not None and not _several(arguments):  # these go on by themselves
+    if arguments.resume is not None:
         wanted = {name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")}
         wanted_changes = {name: overrides.get(name) for name in changes}  # None: as declared
         resume = checkpoint.find(uri, script.stem, arguments.resume, changes=wanted_changes, **wanted)
@@ -139,9 +133,11 @@ def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> 
     """Read the flags; refuse those that don't go together, or hold what neither a file name nor a database can."""
     flags = parser(script, experiment)
     arguments = flags.parse_args(argv)
-    several = _several(arguments)
+    several = next((name for name in ("seeds", "folds", "search") if getattr(arguments, name) is not None), None)
     if several and arguments.resume:
         flags.error(f"argument --resume: --{several} goes on by itself, not with the run {arguments.resume}")
+    if several:
+        arguments.resume = None
     if arguments.folds and arguments.holdout:
         flags.error("argument --folds: not allowed with --holdout: each fold is held out in turn")
     for name, value in vars(arguments).items():
@@ -153,16 +149,11 @@ def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> 
     return arguments
 
 
-def _several(arguments: argparse.Namespace) -> str:  # the flag that asks for several runs
-    return next((name for name in ("seeds", "folds", "search") if getattr(arguments, name) is not None), "")
-
-
 def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
     from mnist_lab.running.run import run
 
-    console = Console(job)
     consequence = "The run is marked KILLED; the same command with --resume goes on after its last epoch, if any."
-    with sentences(consequence), closing(console):
+    with sentences(consequence), closing(Console(job)) as console:
         result = run(job, seed, console, resume=resume)
     print_run_id(result.run_id, job)
 
@@ -216,34 +207,29 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
         description=f"Train {script.stem} on MNIST and track the run in MLflow.",
         epilog=f"declared: {' '.join(declared)}".replace("%", "%%"),
     )
-    add = parser.add_argument
+    add, one_of = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--epochs", type=number_from(), help="epochs to train (an override)")
     add("--batch-size", type=number_from(), help="images per batch (an override)")
-    seeds = parser.add_mutually_exclusive_group()
-    draws = "of weights, order, dropout, augmentation (default 0)"
-    seeds.add_argument("--seed", type=number_from(0, LARGEST_SEED), help=draws)
+    one_of("--seed", type=number_from(0, LARGEST_SEED), help="of weights, order, dropout and so on (default 0)")
     several = "a study: so many seeds, from 0 on, or these (3,7,9 or 0-9); finished ones are not trained again"
-    seeds.add_argument("--seeds", type=_seeds, metavar="N", help=several)
-    parts = "cross-validate: train K networks, each judged on its K-th of the training images, which it has not seen"
-    seeds.add_argument("--folds", type=number_from(2, MAX_FOLDS), metavar="K", help=parts)
+    one_of("--seeds", type=_seeds, metavar="N", help=several)
+    one_of("--folds", type=number_from(2, 100), metavar="K", help="cross-validate on K parts of the training images")
     trials = "a search: train N trials of the script's SEARCH, judged on held-out images; the same command goes on"
-    seeds.add_argument("--search", type=number_from(1, MAX_TRIALS), metavar="N", help=trials)
-    processes = "processes of a study or a search on a CPU (default: one per core, fewer with --threads)"
-    add("--workers", type=number_from(1), metavar="N", help=processes)
-    add("--cluster", metavar="ADDRESS", help=CLUSTER)
+    one_of("--search", type=number_from(1, 100_000), metavar="N", help=trials)
+    add("--workers", type=number_from(1), metavar="N", help="processes on a CPU (default: one per core)")
+    cluster = "train a study or a search on this Ray cluster: HOST:PORT of its head, or auto (docs/cluster.md)"
+    add("--cluster", metavar="ADDRESS", help=cluster)
     which = "continue the newest interrupted run of this script that has the other flags, or this one"
     add("--resume", nargs="?", const="", metavar="RUN_ID", help=which)
     add("--again", action="store_true", help="train all of a study anew, finished or not; begin a new search")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     threads = "of torch on a CPU (default: one per core, or 1 in a study or search; give 1 beside other work)"
-    add("--threads", type=number_from(1, MAX_THREADS), metavar="N", help=threads)
+    add("--threads", type=number_from(1, 1_024), metavar="N", help=threads)  # very many would end the process
     for flag, options in (DATA_DIR, TRACKING_URI):
         add(flag, **options)
     add("--limit", type=number_from(1), metavar="N", help="train on the first N images, for a quick look")
-    held_out = "hold out N training images for validation; the test images are read once, at the end"
-    add("--holdout", type=number_from(1), metavar="N", help=held_out)
-    override = "override a declared hyperparameter, e.g. --set lr=0.05; may be repeated"
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help=override)
+    add("--holdout", type=number_from(1), metavar="N", help="validate on N training images, and test once, at the end")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="override a hyperparameter, e.g. lr=0.05")
     return parser
 
 
