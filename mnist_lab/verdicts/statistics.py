@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 ALPHA_TARGET = 0.01  # one-sided: the field's standard for records is a mean over runs with p < 0.01
 ALPHA_DIFFERENCE = 0.05  # two-sided
 POWER = 0.8  # the chance of seeing a difference that exists
-Word = Literal["met", "missed", "not shown"]  # of a target: shown to be reached, shown to be missed, neither
 FEWEST_FOR_INTERVAL = 4  # seeds; with fewer, the interval of a mean is 2.5 or 9 times the sd to each side
+Word = Literal["met", "missed", "not shown"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def sd_of_accuracy(accuracy: float, images: int) -> float:
 
 def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate:
     """Describe one figure, in percent, over seeds: one at least, and finite."""
-    x = _numbers(values)
+    x = np.array(values, dtype=np.float64)
     low, high = np.clip(_interval(x), 0.0, 100.0)
     return Aggregate(
         n=len(x),
@@ -88,7 +88,7 @@ def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate
 
 def lower_bound(values: Sequence[float]) -> float:
     """Return the target that `judge_mean` just shows a mean to be above, its one-sided 99 % bound; nan if none."""
-    x = _numbers(values)
+    x = np.array(values, dtype=np.float64)
     too_few = _same(x) and 0.5 ** len(x) >= ALPHA_TARGET  # for the sign test
     return math.nan if too_few else _interval(x, ALPHA_TARGET)[0]
 
@@ -123,7 +123,7 @@ def judge_mean(values: Sequence[float], target: float) -> tuple[Word, float, int
     Returns the word, p on the side where the mean lies, and about how many seeds would show a difference of the
     observed size: nan for a single value, and None where it can't be said.
     """
-    x = _numbers(values)
+    x = np.array(values, dtype=np.float64)
     word: Word = "met" if x.mean() >= target else "missed"
     if len(x) == 1:
         return word, math.nan, None
@@ -139,7 +139,7 @@ def compare_means(a: Mapping[int, float], b: Mapping[int, float], *, paired: boo
     """
     from scipy import stats
 
-    x, y = _numbers(list(a.values())), _numbers(list(b.values()))
+    x, y = (np.array(list(figures.values()), dtype=np.float64) for figures in (a, b))
     assert min(len(x), len(y)) > 1, "one seed has no spread"
     tail = ALPHA_DIFFERENCE / 2
     if paired and a.keys() == b.keys():
@@ -205,13 +205,6 @@ def _one_sample(d: NDArray[np.float64], scale: float, tail: float) -> tuple[floa
         return p, needed if p >= tail else None
     p = float(stats.ttest_1samp(d, 0.0, alternative="greater" if d.mean() > 0 else "less").pvalue)
     return p, seeds_needed(d.mean() / d.std(ddof=1), arms=1, tail=tail) if p >= tail else None
-
-
-def _numbers(values: Sequence[float]) -> NDArray[np.float64]:
-    x = np.asarray(values, dtype=np.float64)
-    assert x.size, "there are no values"
-    assert np.isfinite(x).all(), f"not all values are numbers: {values}"
-    return x
 
 
 def _interval(x: NDArray[np.float64], tail: float = 0.025) -> tuple[float, float]:
