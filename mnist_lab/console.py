@@ -203,15 +203,14 @@ class SearchConsole(_Display):
             self.start_bar(wanted, form, smoothing=0, initial=done)
 
     def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None:
-        from mnist_lab.running.search import trial_text
-
         stand = [f"{counts.done}/{self.wanted}"]
         stand += [f"{count} {word}" for count, word in ((counts.pruned, "pruned"), (counts.failed, "failed")) if count]
         if counts.best is not None:
             stand.append(f"best {percent(counts.best.accuracy)} % in trial {counts.best.number}")
         if self.bar is not None:
             self.bar.update()
-        self.show(f"trial {number:>{len(str(self.wanted))}}  {outcome}  {trial_text(values)}", ", ".join(stand))
+        drawn = " ".join(f"{name}={value}" for name, value in values.items())
+        self.show(f"trial {number:>{len(str(self.wanted))}}  {outcome}  {drawn}", ", ".join(stand))
 
 
 def print_search(result: SearchResult, job: Job) -> None:

@@ -143,10 +143,6 @@ def paste_lines(job: Job, values: Mapping[str, object]) -> list[str]:
     return [f"{one.argument}={values[name]!r},  # {one.part or 'EXPERIMENT'}" for name, one in declared.items()]
 
 
-def trial_text(values: Mapping[str, object]) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items())
-
-
 def best_table(result: SearchResult, style: str = "simple") -> str:
     """Return the best trials as a table with a column for each value, in one of the styles of tabulate."""
     rows = [(trial.number, f"{trial.accuracy:.2f}", *trial.values.values()) for trial in result.best]
