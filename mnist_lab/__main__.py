@@ -51,10 +51,7 @@ JOBS: dict[str, tuple[Run, str, Sequence[Flag]]] = {}
 
 
 def job(begins: str, *flags: Flag) -> Callable[[Run], Run]:
-    """List a function as a job, which is given its flags by name: its docstring is its help.
-
-    begins: what it is at before it says anything.
-    """
+    """List a function as a job: its docstring is its help; `begins` is what it is at before it says anything."""
 
     def listed(run: Run) -> Run:
         JOBS[run.__name__] = run, begins, flags

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mnist_lab import commandline
 from mnist_lab.arguments import stable_text
 from mnist_lab.commandline import DATA_DIR, TRACKING_URI, number_from, sentences
-from mnist_lab.console import Console, SearchConsole, StudyConsole, make, print_run_id, print_search
+from mnist_lab.console import Console, SearchConsole, StudyConsole, print_run_id, print_search
 from mnist_lab.errors import LabError, explain_mistakes, is_script
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.paths import tracking_uri
@@ -162,17 +162,13 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
     from mnist_lab.running.study import study
 
     unit, seeds = job.protocol.unit, arguments.seeds or range(job.folds)
-    command = "the same command without --again" if arguments.again else "the same command"
-    consequence = f"Runs that had begun are marked KILLED; {command} trains only the {unit}s that are missing."
+    again = "the same command, without --again, trains only"
+    consequence = f"Runs that had begun are marked KILLED; {again} the {unit}s that are missing."
     with sentences(consequence), _trainers(job, arguments) as trainers, closing(StudyConsole(job)) as console:
         result = study(job, seeds, console, trainers, again=arguments.again)
-    print(
-        f"MLflow run {result.run_id}; `{make('ui', job)}` shows it, with the runs of the {unit}s below it.", flush=True
-    )
+    print_run_id(result.run_id, job, f"with the runs of the {unit}s below it")
     if result.failed:
-        failed = ", ".join(map(str, result.failed))
-        print(f"Failed: {unit} {failed}; the same command tries again.", file=sys.stderr)
-        sys.exit(1)
+        raise LabError(f"{unit}s: {', '.join(map(str, result.failed))} failed; the same command tries again")
 
 
 def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: argparse.Namespace) -> None:
@@ -185,8 +181,7 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
         result = search.search(job, space, arguments.search, console, trainers, again=arguments.again)
     print_search(result, job)
     if not result.best:
-        print("Failed: no trial has come to its end.", file=sys.stderr)
-        sys.exit(1)
+        raise LabError("search: no trial has come to its end")
 
 
 def _trainers(job: Job, arguments: argparse.Namespace) -> AbstractContextManager[Trainers]:

@@ -234,18 +234,19 @@ def print_search(result: SearchResult, job: Job) -> None:
             f"What it reaches with other seeds: {command}"
         )
     print("The test images were not read.")
-    print(f"MLflow run {result.run_id}; `{make('ui', job)}` shows it, with the runs of the trials below it.")
+    print_run_id(result.run_id, job, "with the runs of the trials below it")
 
 
-def print_run_id(run_id: str, job: Job) -> None:
-    flags = ["--include-overrides"] if job.tags["overrides"] else []
-    flags += ["--holdout", str(job.holdout)] if job.holdout else []
-    compare = make("compare", job, *flags)
-    print(f"MLflow run {run_id}; `{make('ui', job)}` shows it, `{compare}` sets it beside the others.", flush=True)
+def print_run_id(run_id: str, job: Job, more: str = "") -> None:
+    if not more:
+        overrides = "--include-overrides" if job.tags["overrides"] else ""
+        compare = _make("compare", job, overrides, f"--holdout {job.holdout}" if job.holdout else "")
+        more = f"`{compare}` sets it beside the others"
+    print(f"MLflow run {run_id}; `{_make('ui', job)}` shows it, {more}.", flush=True)
 
 
-def make(target: str, job: Job, *flags: str) -> str:
+def _make(target: str, job: Job, *flags: str) -> str:
     """Return the command that reads the store of this job; without a password that may be in its URI."""
-    elsewhere = ["--tracking-uri", without_password(job.tracking_uri)] if job.tracking_uri != own_store() else []
-    given = " ".join([*flags, *elsewhere])
+    store = "" if job.tracking_uri == own_store() else f"--tracking-uri {without_password(job.tracking_uri)}"
+    given = " ".join(filter(None, (*flags, store)))
     return f'make {target} ARGS="{given}"' if given else f"make {target}"

@@ -54,19 +54,16 @@ class Difference:
     seeds_needed: int | None
 
 
-def expected_maximum(n: int) -> float:
-    """Return by how many standard deviations the largest of n >= 1 normal draws exceeds their mean, on average.
+def chance_of_best(accuracy: float, images: int, n: int) -> float:
+    """Return by how many points chance lifts the best of n >= 1 accuracies of this size, each of so many images.
 
-    It is the integral of n x phi(x) Phi(x)^(n - 1) over x (David and Nagaraja, Order Statistics, 2003, section 3.1).
+    On average the largest of n normal draws exceeds their mean by so many standard deviations: the integral of
+    n x phi(x) Phi(x)^(n - 1) over x (David and Nagaraja, Order Statistics, 2003, section 3.1).
     """
     from scipy.stats import norm
 
-    return float(norm.expect(lambda x: n * x * norm.cdf(x) ** (n - 1)))
-
-
-def sd_of_accuracy(accuracy: float, images: int) -> float:
-    """Return the standard deviation, in points, of an accuracy in percent that was counted on so many images."""
-    return math.sqrt(accuracy * (100 - accuracy) / images)
+    deviations = norm.expect(lambda x: n * x * norm.cdf(x) ** (n - 1))
+    return float(deviations) * math.sqrt(accuracy * (100 - accuracy) / images)
 
 
 def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate:

@@ -163,7 +163,7 @@ def test_the_same_command_trains_only_what_is_missing(story: SimpleNamespace) ->
     ):
         assert re.search(f"^{line}$", story.stdout, re.MULTILINE), line
     assert "\r" not in story.stdout
-    assert (story.code, story.stderr) == (1, "Failed: seed 3; the same command tries again.\n")
+    assert (story.code, story.stderr) == (1, "error: seeds: 3 failed; the same command tries again\n")
 
 
 def test_all_seeds_are_children_of_the_newest_study_and_one_that_fails_is_reported(story: SimpleNamespace) -> None:
