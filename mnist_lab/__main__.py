@@ -30,7 +30,6 @@ logger = logging.getLogger("mnist_lab.jobs")
 
 READING = "Reading the tracked runs"
 NETWORKS = "runs:/<id>, models:/<name>@<alias>, a script's name, docs/results (default: models:/mnist@champion if any)"
-DATABASE = "postgresql://user:password@host:5432/database (default: MLFLOW_BACKEND_STORE_URI)"
 
 # What the columns of `compare` mean.
 TESTED = [
@@ -313,7 +312,7 @@ def ui(port: int, tracking_uri: str | None) -> None:
 
 @job(
     "Starting MLflow's server",
-    flag("--backend-store-uri", DATABASE, metavar="URI"),
+    flag("--backend-store-uri", "of PostgreSQL (default: MLFLOW_BACKEND_STORE_URI)", metavar="URI"),
     folder_flag("mlruns/server", "of its artifacts"),
     flag("--host", "address to listen on (default: this machine only)", default="127.0.0.1"),
     port_flag(5000, "port to listen on"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from mnist_lab.running.search import SearchResult
     from mnist_lab.training.loop import EpochMetrics
 
-REFRESH_SECONDS = 0.5  # reading the running figures waits for the device, so the bar does it this often only
 LAGS = 0.1  # the share of first weights from which the accuracy of an average says little
 
 
@@ -39,12 +37,13 @@ class _Display(Progress):
         self.job, self.epochs = job, job.experiment.epochs
         self.first_weights = FirstWeights(job.experiment)
 
-    def start_bar(self, total: int, bar_format: str, **settings: Any) -> None:
+    def start_bar(self, total: int, **settings: Any) -> None:
         from tqdm import tqdm
 
         if sys.stdout.isatty():
-            settings |= {"bar_format": bar_format, "file": sys.stdout}
-            self.bar = tqdm(total=total, leave=False, dynamic_ncols=True, **settings)
+            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}, {remaining} left{postfix}]"
+            settings = {"bar_format": form, "smoothing": 0, **settings}  # runs end in bursts: the mean speed counts
+            self.bar = tqdm(total=total, file=sys.stdout, leave=False, dynamic_ncols=True, **settings)
 
     def show(self, line: str, stand: str) -> None:
         """Print a line, with where it all stands: in the bar, or behind it."""
@@ -87,7 +86,6 @@ class Console(_Display):
 
     epoch = 1
     num_images = 0
-    shown_at = 0.0
 
     def on_run(self, name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None:
         self.num_images = num_images
@@ -98,13 +96,12 @@ class Console(_Display):
     def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
         if self.bar is None:
             form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
-            self.start_bar(self.num_images, form, desc=f"epoch {self.epoch}/{self.epochs}", unit=" images")
-        now = time.monotonic()
-        if self.bar is not None and now - self.shown_at >= REFRESH_SECONDS:
-            self.shown_at = now
+            settings = {"desc": f"epoch {self.epoch}/{self.epochs}", "unit": " images", "mininterval": 0.5}
+            self.start_bar(self.num_images, bar_format=form, **settings)
+        # Reading the running figures waits for the device, so that is done when the bar was drawn anew, not oftener.
+        if self.bar is not None and self.bar.update(seen - self.bar.n):
             loss, accuracy = loss_sum.item() / seen, 100 * correct.item() / seen
-            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {percent(accuracy)} %", refresh=False)
-            self.bar.update(seen - self.bar.n)
+            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {percent(accuracy)} %")
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
         self.close()
@@ -144,9 +141,7 @@ class StudyConsole(_Display):
         if not missing:
             return
         print(f"{name}: training {self._names(missing)} ({workers} at a time, on {device.type})", flush=True)
-        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left{postfix}]"
-        # The seeds' epochs end in bursts: only the mean speed, smoothing=0, says when all is done.
-        self.start_bar(len(missing) * self.epochs, form, smoothing=0)
+        self.start_bar(len(missing) * self.epochs, unit=" epochs")
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
         if self.bar is not None:
@@ -199,8 +194,7 @@ class SearchConsole(_Display):
         before = f", {done} of them done before" if done else ""
         print(f"{name}: {wanted} trials{before}, {workers} at a time, on {device.type}", flush=True)
         if done < wanted:
-            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
-            self.start_bar(wanted, form, smoothing=0, initial=done)
+            self.start_bar(wanted, unit="", initial=done)
 
     def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None:
         stand = [f"{counts.done}/{self.wanted}"]

@@ -69,18 +69,11 @@ def chance_of_best(accuracy: float, images: int, n: int) -> float:
 def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate:
     """Describe one figure, in percent, over seeds: one at least, and finite."""
     x = np.array(values, dtype=np.float64)
-    low, high = np.clip(_interval(x), 0.0, 100.0)
-    return Aggregate(
-        n=len(x),
-        mean=float(x.mean()),
-        sd=float(x.std(ddof=1)) if len(x) > 1 else math.nan,
-        low=float(low),
-        high=float(high),
-        minimum=float(x.min()),
-        median=float(np.median(x)),
-        maximum=float(x.max()),
-        share_at_target=math.nan if target is None else float((x >= target).mean()),
-    )
+    mean, minimum, median, maximum = (float(of(x)) for of in (np.mean, np.min, np.median, np.max))
+    sd = float(x.std(ddof=1)) if len(x) > 1 else math.nan
+    low, high = np.clip(_interval(x), 0.0, 100.0).tolist()
+    share_at_target = math.nan if target is None else float((x >= target).mean())
+    return Aggregate(len(x), mean, sd, low, high, minimum, median, maximum, share_at_target)
 
 
 def lower_bound(values: Sequence[float]) -> float:
