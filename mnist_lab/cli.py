@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mnist_lab import commandline
 from mnist_lab.arguments import stable_text
-from mnist_lab.commandline import DATA_DIR, TRACKING_URI, number_from, sentences
+from mnist_lab.commandline import DATA_DIR, TRACKING_URI, number_from
 from mnist_lab.console import Console, SearchConsole, StudyConsole, print_run_id, print_search
 from mnist_lab.errors import LabError, explain_mistakes, is_script
 from mnist_lab.experiment import Experiment, quoted
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**32 - 1  # more numpy would not take
 MAX_SEEDS = 10_000  # of one study
+INTERRUPTED = "Runs are marked KILLED; the same command goes on: for a single run with --resume, else without --again."
 HELD_OUT = 10_000  # images that a search is judged by, unless told otherwise
 
 
@@ -47,7 +48,7 @@ def main(
     if only_read(experiment):
         return
     script = _started_script(sys._getframe(1))  # a notebook shows a LabError's sentence by itself
-    with commandline.lasting_output(), sentences():
+    with commandline.lasting_output(), commandline.sentences(INTERRUPTED):
         if not isinstance(experiment, Experiment):
             raise LabError(f"main: {quoted(experiment)} is no Experiment(net=..., ...)")
         experiment.check()
@@ -69,7 +70,11 @@ def main(
         elif arguments.seeds is not None or arguments.folds is not None:
             _study(job, arguments)
         else:
-            _run(job, arguments.seed or 0, resume)
+            from mnist_lab.running.run import run
+
+            with closing(Console(job)) as console:
+                result = run(job, arguments.seed or 0, console, resume=resume)
+            print_run_id(result.run_id, job)
 
 
 def _started_script(caller: FrameType) -> Path:
@@ -149,22 +154,11 @@ def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> 
     return arguments
 
 
-def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
-    from mnist_lab.running.run import run
-
-    consequence = "The run is marked KILLED; the same command with --resume goes on after its last epoch, if any."
-    with sentences(consequence), closing(Console(job)) as console:
-        result = run(job, seed, console, resume=resume)
-    print_run_id(result.run_id, job)
-
-
 def _study(job: Job, arguments: argparse.Namespace) -> None:
     from mnist_lab.running.study import study
 
     unit, seeds = job.protocol.unit, arguments.seeds or range(job.folds)
-    again = "the same command, without --again, trains only"
-    consequence = f"Runs that had begun are marked KILLED; {again} the {unit}s that are missing."
-    with sentences(consequence), _trainers(job, arguments) as trainers, closing(StudyConsole(job)) as console:
+    with _trainers(job, arguments) as trainers, closing(StudyConsole(job)) as console:
         result = study(job, seeds, console, trainers, again=arguments.again)
     print_run_id(result.run_id, job, f"with the runs of the {unit}s below it")
     if result.failed:
@@ -176,8 +170,7 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
         raise LabError(f"search: {job.script.name} declares no space; hand one over by main(EXPERIMENT, search=SEARCH)")
     from mnist_lab.running import search
 
-    consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
-    with sentences(consequence), _trainers(job, arguments) as trainers, closing(SearchConsole(job)) as console:
+    with _trainers(job, arguments) as trainers, closing(SearchConsole(job)) as console:
         result = search.search(job, space, arguments.search, console, trainers, again=arguments.again)
     print_search(result, job)
     if not result.best:

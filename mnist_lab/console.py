@@ -138,10 +138,9 @@ class StudyConsole(_Display):
         self.wanted, self.done, self.width = len(seeds), len(seeds) - len(missing), len(str(max(seeds)))
         if reused := [seed for seed in seeds if seed not in missing]:
             print(f"{name}: finished already, and not trained again: {self._names(reused)}")
-        if not missing:
-            return
-        print(f"{name}: training {self._names(missing)} ({workers} at a time, on {device.type})", flush=True)
-        self.start_bar(len(missing) * self.epochs, unit=" epochs")
+        if missing:
+            print(f"{name}: training {self._names(missing)} ({workers} at a time, on {device.type})", flush=True)
+            self.start_bar(len(missing) * self.epochs, unit=" epochs")
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
         if self.bar is not None:
@@ -219,9 +218,9 @@ def print_search(result: SearchResult, job: Job) -> None:
         print("\nThe best values, to write into the script:\n")
         print("\n".join(f"    {line}" for line in paste_lines(job, result.best[0].values)) + "\n")
         changed = {**job.overrides, **result.best[0].values}
-        settings = [f"--set {name}={value}" for name, value in changed.items()]
-        settings += [f"--limit {job.limit}"] if job.limit else []
-        command = f"make {job.step} ARGS='--holdout {job.holdout} --seeds 1-10 {' '.join(settings)}'"
+        settings = "".join(f" --set {name}={value}" for name, value in changed.items())
+        settings += f" --limit {job.limit}" if job.limit else ""
+        command = f"make {job.step} ARGS='--holdout {job.holdout} --seeds 1-10{settings}'"
         print(
             f"The best of {counts.finished + counts.pruned} is too good by up to about {result.too_good:.2f} points: "
             f"so much would chance alone lift it on {job.holdout:,} images if all were equally good. "
