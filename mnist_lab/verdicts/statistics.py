@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 ALPHA_TARGET = 0.01  # one-sided: the field's standard for records is a mean over runs with p < 0.01
 ALPHA_DIFFERENCE = 0.05  # two-sided
+ROUNDING = 1e-12  # of figures: those that differ by a smaller share are the same
 POWER = 0.8  # the chance of seeing a difference that exists
 FEWEST_FOR_INTERVAL = 4  # seeds; with fewer, the interval of a mean is 2.5 or 9 times the sd to each side
 Word = Literal["met", "missed", "not shown"]
@@ -78,9 +79,7 @@ def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate
 
 def lower_bound(values: Sequence[float]) -> float:
     """Return the target that `judge_mean` just shows a mean to be above, its one-sided 99 % bound; nan if none."""
-    x = np.array(values, dtype=np.float64)
-    too_few = _same(x) and 0.5 ** len(x) >= ALPHA_TARGET  # for the sign test
-    return math.nan if too_few else _interval(x, ALPHA_TARGET)[0]
+    return math.nan if _same(values) else _interval(np.array(values, dtype=np.float64), ALPHA_TARGET)[0]
 
 
 def interval_for_new_images(wrong: NDArray[np.bool_]) -> tuple[float, float]:
@@ -107,47 +106,49 @@ def interval_for_new_images(wrong: NDArray[np.bool_]) -> tuple[float, float]:
 def judge_mean(values: Sequence[float], target: float) -> tuple[Word, float, int | None]:
     """Judge the mean over seeds by a one-sided one-sample t-test: "met" needs mean > target at p < ALPHA_TARGET.
 
-    Values without any spread are judged by the sign test, by which 7 seeds on one side of the target show it. A single
-    value is met or missed by itself.
+    A single value is met or missed by itself; several without any spread show nothing.
 
-    Returns the word, p on the side where the mean lies, and about how many seeds would show a difference of the
-    observed size: nan for a single value, and None where it can't be said.
+    Returns the word, p on the side where the mean lies, nan where there is no test, and about how many seeds would show
+    a difference of the observed size, None where it can't be said.
     """
-    x = np.array(values, dtype=np.float64)
-    word: Word = "met" if x.mean() >= target else "missed"
-    if len(x) == 1:
-        return word, math.nan, None
-    p, needed = _one_sample(x - target, float(np.abs(x).max()), ALPHA_TARGET)
-    return word if p < ALPHA_TARGET else "not shown", p, needed
+    over = np.array(values, dtype=np.float64) - target
+    word: Word = "met" if over.mean() >= 0 else "missed"
+    if _same(values):
+        return word if len(over) == 1 else "not shown", math.nan, None
+
+    from scipy import stats
+
+    p = float(stats.ttest_1samp(over, 0.0, alternative="greater" if word == "met" else "less").pvalue)
+    if p < ALPHA_TARGET:
+        return word, p, None
+    return "not shown", p, seeds_needed(over.mean() / over.std(ddof=1), arms=1, tail=ALPHA_TARGET)
 
 
 def compare_means(a: Mapping[int, float], b: Mapping[int, float], *, paired: bool = True) -> Difference:
     """Compare two means of figures by seed: by the paired t-test over the seeds, else by Welch's t-test.
 
-    They are paired where both have the same seeds. Without any spread the paired test is the sign test.
+    They are paired where both have the same seeds. Without any spread there is no test, and p is nan.
     a, b: two seeds at least, as one has no spread. paired: whether one seed means the same in both.
     """
     from scipy import stats
 
-    x, y = (np.array(list(figures.values()), dtype=np.float64) for figures in (a, b))
+    paired = paired and a.keys() == b.keys()
+    x = np.array(list(a.values()), dtype=np.float64)
+    y = np.array([b[seed] for seed in (a if paired else b)], dtype=np.float64)
     assert min(len(x), len(y)) > 1, "one seed has no spread"
-    tail = ALPHA_DIFFERENCE / 2
-    if paired and a.keys() == b.keys():
-        d = np.array([b[seed] - a[seed] for seed in a])
-        scale = float(np.abs(x).max())
-        p, needed = _one_sample(d, scale, tail)
-        by_sign = _same(d, scale) and p < 0.5
-        test, interval = ("sign test", (math.nan, math.nan)) if by_sign else ("paired t-test", _interval(d))
-        return Difference(float(d.mean()), *interval, 2 * p, test, (len(d),), needed)
-    effect, sizes = float(y.mean() - x.mean()), (len(x), len(y))
-    if _same(x) and _same(y):  # neither side has a spread: there is nothing to test by
-        same = _same(np.concatenate([x, y]))
-        return Difference(effect, math.nan, math.nan, 1.0 if same else math.nan, "Welch's t-test", sizes, None)
-    welch = stats.ttest_ind(y, x, equal_var=False)
-    bounds, p = welch.confidence_interval(0.95), float(welch.pvalue)
-    sd = math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
-    needed = seeds_needed(effect / sd, arms=2, tail=tail) if p >= ALPHA_DIFFERENCE else None
-    return Difference(effect, float(bounds.low), float(bounds.high), p, "Welch's t-test", sizes, needed)
+    effect, sd = y.mean() - x.mean(), math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
+    n: tuple[int, ...] = (len(x), len(y))
+    if paired:
+        effect, sd, n = (y - x).mean(), (y - x).std(ddof=1), (len(x),)
+    test = "paired t-test" if paired else "Welch's t-test"
+    if sd <= ROUNDING * np.abs(x).max():
+        return Difference(float(effect), math.nan, math.nan, math.nan, test, n, None)
+    found = stats.ttest_rel(y, x) if paired else stats.ttest_ind(y, x, equal_var=False)
+    (low, high), p = found.confidence_interval(0.95), float(found.pvalue)
+    needed = None
+    if p >= ALPHA_DIFFERENCE:
+        needed = seeds_needed(effect / sd, arms=1 if paired else 2, tail=ALPHA_DIFFERENCE / 2)
+    return Difference(float(effect), float(low), float(high), p, test, n, needed)
 
 
 def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int | None:
@@ -181,22 +182,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in p]
 
 
-def _one_sample(d: NDArray[np.float64], scale: float, tail: float) -> tuple[float, int | None]:
-    """Return the one-sided p of the mean of d, on the side where it lies, and how many seeds would bring p below tail.
-
-    By Student's test, or by the sign test where d has no spread at the scale of the figures that it comes from.
-    """
-    from scipy import stats
-
-    if _same(np.append(d, 0.0), scale):
-        return 0.5, None
-    if _same(d, scale):
-        p, needed = 0.5 ** len(d), math.ceil(math.log(tail) / math.log(0.5))
-        return p, needed if p >= tail else None
-    p = float(stats.ttest_1samp(d, 0.0, alternative="greater" if d.mean() > 0 else "less").pvalue)
-    return p, seeds_needed(d.mean() / d.std(ddof=1), arms=1, tail=tail) if p >= tail else None
-
-
 def _interval(x: NDArray[np.float64], tail: float = 0.025) -> tuple[float, float]:
     from scipy import stats
 
@@ -206,6 +191,5 @@ def _interval(x: NDArray[np.float64], tail: float = 0.025) -> tuple[float, float
     return float(x.mean()) - half, float(x.mean()) + half
 
 
-def _same(x: NDArray[np.float64], scale: float = 0.0) -> bool:
-    """Say whether the values are one value, but for the rounding of floats of their size, or of that scale."""
-    return bool(np.ptp(x) <= 1e-12 * max(scale, float(np.abs(x).max())))
+def _same(values: Sequence[float]) -> bool:
+    return bool(np.ptp(values) <= ROUNDING * np.abs(values).max())

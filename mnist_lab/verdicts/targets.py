@@ -69,8 +69,8 @@ def verdict_table(verdicts: Sequence[Verdict], style: str = "simple") -> str:
 
 def how_sure(verdict: Verdict) -> str:
     """Say how sure the verdict on the accuracy of several seeds is, and how many it takes where it is not shown."""
-    if verdict.n == 1:
-        return "One seed shows nothing about the mean: train more of them."
+    if math.isnan(verdict.p):
+        return "One seed, or several that are all the same, show nothing about the mean: train more of them."
     side = "at least" if verdict.measured >= verdict.target else "below"
     text = f"That the mean is {side} {verdict.target:g} %: p = {verdict.p:.2g}"
     if verdict.word != "not shown":

@@ -62,8 +62,7 @@ def test_the_lower_bound_is_the_target_that_is_just_met() -> None:
     assert judge_mean(GAINS, bound - 1e-6)[0] == "met"
     assert judge_mean(GAINS, bound + 1e-6)[0] == "not shown"
     assert math.isnan(lower_bound([99.4]))
-    assert math.isnan(lower_bound([99.41, 99.41]))  # the sign test shows nothing of two
-    assert lower_bound([99.41] * 7) == pytest.approx(99.41)
+    assert math.isnan(lower_bound([99.41] * 7))
 
 
 def test_the_interval_for_new_images_is_that_of_a_bootstrap_over_seeds_and_images() -> None:
@@ -105,15 +104,10 @@ def test_a_mean_above_the_target_that_the_test_does_not_show_is_not_met() -> Non
     assert needed == 60
 
 
-@pytest.mark.parametrize(
-    ("n", "value", "word"),
-    [(2, 99.5, "not shown"), (6, 99.5, "not shown"), (7, 99.5, "met"), (7, 99.3, "missed"), (30, 99.4, "not shown")],
-)
-def test_values_without_any_spread_are_judged_by_the_sign_test(n: int, value: float, word: str) -> None:
-    p, needed = 0.5 if value == 99.4 else 0.5**n, 7 if word == "not shown" and value != 99.4 else None
-    assert judge_mean([value] * n, 99.4) == (word, p, needed)
-    one = judge_mean([value], 99.4)
-    assert one == ("met" if value >= 99.4 else "missed", pytest.approx(math.nan, nan_ok=True), None)
+def test_values_without_any_spread_show_nothing_but_a_single_one_is_met_or_missed() -> None:
+    none = (pytest.approx(math.nan, nan_ok=True), None)
+    assert judge_mean([99.5] * 30, 99.4) == ("not shown", *none)
+    assert [judge_mean([value], 99.4) for value in (99.4, 99.3)] == [("met", *none), ("missed", *none)]
 
 
 # ---- two means
@@ -145,15 +139,16 @@ def test_the_same_seeds_are_paired_in_any_order_and_of_others_all_count() -> Non
     assert compare(DRUG_1, DRUG_2[:3], paired_by=(PATIENTS, PATIENTS[:3])).n == (10, 3)
 
 
-def test_a_difference_without_any_spread_is_judged_by_the_sign_test_or_not_at_all() -> None:
-    two = compare([99.1, 99.2], [99.2, 99.3], paired_by=([0, 1], [0, 1]))
-    assert (two.test, two.p, two.seeds_needed) == ("sign test", 0.5, 6)
-    assert math.isnan(two.low)
-    six = compare([99.1] * 6, [99.2] * 6, paired_by=(range(6), range(6)))
-    assert (six.p, six.seeds_needed) == (2 * 0.5**6, None)
-    same = compare(DRUG_1, DRUG_1, paired_by=(PATIENTS, PATIENTS))
-    assert (same.effect, same.p, same.seeds_needed) == (0.0, 1.0, None)
-    assert math.isnan(compare([99.1, 99.1], [99.2, 99.2]).p)  # of other seeds: nothing to test by
+def test_a_difference_without_any_spread_is_not_tested() -> None:
+    for a, b, seeds in [
+        ([99.1, 99.2], [99.2, 99.3], ([0, 1], [0, 1])),
+        (DRUG_1, DRUG_1, (PATIENTS, PATIENTS)),
+        ([99.1, 99.1], [99.2, 99.2], ([0, 1], [2, 3])),
+    ]:
+        untested = compare(a, b, paired_by=seeds)
+        assert untested.effect == pytest.approx(b[0] - a[0])
+        assert all(math.isnan(figure) for figure in (untested.low, untested.high, untested.p))
+        assert untested.seeds_needed is None
 
 
 # ---- how many seeds
