@@ -135,10 +135,9 @@ def compare(steps: list[str], include_overrides: bool, holdout: int, folds: int,
         pairs = [Pair(named[0], named[1], UNSAID)]
     comparisons, refused = results.compare_pairs(pairs, **protocol)
     if comparisons:
-        title = "What each change is worth: accuracy of the last epoch, in points, with 95 % interval"
-        rule = "A difference is shown where p (Holm), which is adjusted for the rows of this table, is below 0.05."
-        print("\n" + folded(title), effects_text(comparisons, width, "folds" if folds else "seeds"), sep="\n\n")
-        print("\n" + folded(rule))
+        print("\n" + folded("What each change is worth: accuracy of the last epoch, in points, with 95 % interval"))
+        print("\n" + effects_text(comparisons, width, "folds" if folds else "seeds"))
+        print("\n" + folded("A difference is shown where p (Holm), adjusted for this table's rows, is below 0.05."))
     elif len(table) > 1 and not refused and table["overrides"].any():
         refused = ["not compared: changes are compared by runs as declared, and some of these were overridden"]
     for sentence in refused:
@@ -146,10 +145,7 @@ def compare(steps: list[str], include_overrides: bool, holdout: int, folds: int,
 
 
 def _notes(table: pd.DataFrame, runs: pd.DataFrame, holdout: int, folds: int, overridden: int) -> Iterator[str]:
-    """Yield what the columns mean, what is left out, and whose runs are of another script or store.
-
-    table: of `compare_table`, made of these runs. overridden: how many rows are left out of it for that.
-    """
+    """Yield what the columns mean, and what is to be known of these runs; `overridden`: how many rows are left out."""
     from mnist_lab.running.identity import code_sha256, find_sources
 
     for line in CROSS_VALIDATED if folds else TESTED:
@@ -246,18 +242,18 @@ def predict(images: list[Path], model: str | None, show: bool, tracking_uri: str
             refused.append(str(error))
     if digits:
         reader = find_reader(model, tracking_uri=tracking_uri)
-        rows, unsure = [], []
-        for name, shares in zip(digits, reader.probabilities(np.stack(list(digits.values()))), strict=True):
+        read = reader.probabilities(np.stack(list(digits.values())))
+        rows = []
+        for name, shares in zip(digits, read, strict=True):
             first, second = np.argsort(-shares, kind="stable")[:2]
             rows.append((name, first, f"{100 * shares[first]:.2f} %", f"{second} ({100 * shares[second]:.2f} %)"))
-            if shares[first] < UNSURE:
-                unsure.append(name)
         print(tabulate(rows, headers=("picture", "digit", "probability", "runner-up"), disable_numparse=True))
         print(f"\nRead by {reader.run_name}, run {reader.run_id}.")
-        for name in unsure:
-            logger.warning("%s: the network is not sure of it; it may be no digit, or more than one", name)
-        for name, image in digits.items() if show else ():
-            print(f"\n{name}, as the network sees it:\n{picture_of(image)}")
+        for (name, image), shares in zip(digits.items(), read, strict=True):
+            if shares.max() < UNSURE:
+                logger.warning("%s: the network is not sure of it; it may be no digit, or more than one", name)
+            if show:
+                print(f"\n{name}, as the network sees it:\n{picture_of(image)}")
     if refused:
         raise LabError("; ".join(refused))
 

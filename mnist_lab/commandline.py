@@ -40,13 +40,11 @@ def flag(name: str, text: str, **options: Any) -> Flag:
 def say_what_is_done() -> None:
     """Let the lab's loggers give their notices, and on a terminal say what is being done, where it takes a while."""
     logger = logging.getLogger("mnist_lab")
-    logger.setLevel(logging.WARNING)  # else the root's counts, which importing mlflow.pytorch raises to ERROR
-    if not sys.stderr.isatty():
-        return
-    if not logger.handlers:  # without one, Python shows warnings by itself
+    # Without a level of its own the root's counts, which importing mlflow.pytorch raises to ERROR.
+    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    if sys.stderr.isatty() and not logger.handlers:  # without one, Python shows warnings by itself
         logger.addHandler(logging.StreamHandler())
         logger.propagate = False
-    logger.setLevel(logging.INFO)
 
 
 @contextmanager
@@ -79,12 +77,9 @@ def number_from(least: float = -math.inf, most: float = math.inf) -> Callable[[s
 
 
 def interrupt_on_signals() -> None:
-    """Let SIGTERM and a closed terminal end the program as Ctrl-C does, so that what is open is closed in order.
-
-    A signal that is ignored stays so: `nohup` starts programs that way, to let them outlive the terminal.
-    """
+    """Let SIGTERM and a closed terminal end the program as Ctrl-C does, so that what is open is closed in order."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it, to let it outlive the terminal
             signal.signal(number, signal.default_int_handler)
 
 
