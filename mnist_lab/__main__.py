@@ -261,13 +261,10 @@ def predict(images: list[Path], model: str | None, show: bool, tracking_uri: str
 @job("Loading the network", TRACKING_URI, flag("--model", NETWORKS), port_flag(5050, "port to try first"))
 def draw(model: str | None, port: int, tracking_uri: str | None) -> None:
     """Serve a page on loopback to draw digits on."""
+    from mnist_lab.reading import page
     from mnist_lab.tracking.server import free_port
 
-    port = free_port(port)
-
-    from mnist_lab.reading import page
-
-    page.serve(page.Networks(model, store=tracking_uri), port)
+    page.serve(page.Networks(model, store=tracking_uri), free_port(port))
 
 
 @job(
@@ -331,7 +328,7 @@ def resume(run_id: str | None, tracking_uri: str | None) -> None:
     uri = paths.tracking_uri(tracking_uri)
     able, refused = [], []
     for one in [checkpoint.find(uri, run_id=run_id)] if run_id else checkpoint.interrupted(uri):
-        if reason := _why_not(one, uri, named=bool(run_id)):
+        if reason := _why_not(one, uri):
             refused.append(f"{one.name} can't go on: {reason}")
         else:
             able.append(one)
@@ -350,8 +347,8 @@ def resume(run_id: str | None, tracking_uri: str | None) -> None:
     os.execv(sys.executable, [sys.executable, script, "--resume", newest.run_id])  # noqa: S606 - a script of this project
 
 
-def _why_not(found: Checkpoint, uri: str, *, named: bool) -> str:
-    """Say why an interrupted run can't go on, or nothing; one that was named looks at its code itself."""
+def _why_not(found: Checkpoint, uri: str) -> str:
+    """Say why an interrupted run can't go on, or nothing."""
     from mnist_lab.running.identity import code_sha256, find_sources
     from mnist_lab.tracking.store import is_deleted
 
@@ -360,8 +357,6 @@ def _why_not(found: Checkpoint, uri: str, *, named: bool) -> str:
     if script.parent != (PROJECT_ROOT / "experiments").resolve() or script.suffix != ".py" or not script.is_file():
         start = f"python {script} --resume {found.run_id}"
         return f"{script} is no script of this project; start it where it is, if you trust it: {start}"
-    if named:
-        return ""
     if is_deleted(uri, found.run_id):
         return "it was deleted in MLflow"
     changed = code_sha256(find_sources(script)) != found.identity.get("code_sha256")

@@ -65,8 +65,10 @@ def test_resume_starts_nothing_but_the_experiments(
 
 def test_resume_hides_the_password(tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mnist_lab.paths.PROJECT_ROOT", tmp_path)
-    uri, step = "http://bob:pass-word@127.0.0.1:9", str(ROOT / "experiments" / "step1_baseline.py")
-    checkpoint.save(example(script=step), uri)
+    monkeypatch.setattr("mnist_lab.tracking.store.is_deleted", lambda *_: False)
+    uri, script = "http://bob:pass-word@127.0.0.1:9", ROOT / "experiments" / "step1_baseline.py"
+    step, code = str(script), {"code_sha256": code_sha256(find_sources(script))}
+    checkpoint.save(example(script=step, identity=code), uri)
 
     jobs.resume(tracking_uri=uri, run_id="abc")
 

@@ -37,10 +37,6 @@ class Comparison(Difference, Pair):
 
     p_holm: float
 
-    @classmethod
-    def of(cls, pair: Pair, found: Difference) -> Comparison:
-        return cls(**vars(pair), **vars(found), p_holm=found.p)
-
     @property
     def seeds(self) -> str:
         """The seeds that were compared, e.g. "10", or "10, 8" where they are not paired."""

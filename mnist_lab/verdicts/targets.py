@@ -52,10 +52,9 @@ def out_of_reach(targets: Targets, num_params: int, epochs: int) -> list[str]:
     """Return sentences about the targets that are missed before any training."""
     counts = judge(replace(targets, accuracy=None), accuracies=[], num_params=num_params, epochs=epochs)
     return [
-        f"targets.{count.name}: {count.wanted} {count.name} are wanted, and there are {count.measured:,}: "
-        "missed, whatever the accuracy"
-        for count in counts
-        if count.word == "missed"
+        f"targets.{v.name}: {v.wanted} {v.name} are wanted, and there are {v.measured:,}: missed, whatever the accuracy"
+        for v in counts
+        if v.word == "missed"
     ]
 
 
