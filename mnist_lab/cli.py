@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 LARGEST_SEED = 2**32 - 1  # more numpy would not take
 MAX_SEEDS = 10_000  # of one study
 INTERRUPTED = "Runs are marked KILLED; the same command goes on: for a single run with --resume, else without --again."
-HELD_OUT = 10_000  # images that a search is judged by, unless told otherwise
 
 
 def main(
@@ -127,7 +126,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
         data_dir=arguments.data_dir,
         tracking_uri=uri,
         limit=arguments.limit,
-        holdout=arguments.holdout or (HELD_OUT if arguments.search else 0),
+        holdout=arguments.holdout or (10_000 if arguments.search else 0),
         folds=arguments.folds or 0,
     )
     job.check_unchanged()
@@ -199,16 +198,12 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     add("--epochs", type=number_from(), help="epochs to train (an override)")
     add("--batch-size", type=number_from(), help="images per batch (an override)")
     one_of("--seed", type=number_from(0, LARGEST_SEED), help="of weights, order, dropout and so on (default 0)")
-    several = "a study: so many seeds, from 0 on, or these (3,7,9 or 0-9); finished ones are not trained again"
-    one_of("--seeds", type=_seeds, metavar="N", help=several)
+    one_of("--seeds", type=_seeds, metavar="N", help="a study of N seeds, or of these (3,7,9 or 0-9), judged together")
     one_of("--folds", type=number_from(2, 100), metavar="K", help="cross-validate on K parts of the training images")
-    trials = "a search: train N trials of the script's SEARCH, judged on held-out images; the same command goes on"
-    one_of("--search", type=number_from(1, 100_000), metavar="N", help=trials)
+    one_of("--search", type=number_from(1, 100_000), metavar="N", help="search in N trials, judged on held-out images")
     add("--workers", type=number_from(1), metavar="N", help="processes on a CPU (default: one per core)")
-    cluster = "train a study or a search on this Ray cluster: HOST:PORT of its head, or auto (docs/cluster.md)"
-    add("--cluster", metavar="ADDRESS", help=cluster)
-    which = "continue the newest interrupted run of this script that has the other flags, or this one"
-    add("--resume", nargs="?", const="", metavar="RUN_ID", help=which)
+    add("--cluster", metavar="ADDRESS", help="train on a Ray cluster: its head's HOST:PORT, or auto (docs/cluster.md)")
+    add("--resume", nargs="?", const="", metavar="RUN_ID", help="go on with the newest interrupted run, or this one")
     add("--again", action="store_true", help="train all of a study anew, finished or not; begin a new search")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     threads = "of torch on a CPU (default: one per core, or 1 in a study or search; give 1 beside other work)"

@@ -25,8 +25,6 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from mnist_lab.running.search import SearchResult
     from mnist_lab.training.loop import EpochMetrics
 
-LAGS = 0.1  # the share of first weights from which the accuracy of an average says little
-
 
 class _Display(Progress):
     bar: tqdm[NoReturn] | None = None
@@ -67,7 +65,7 @@ class _Display(Progress):
         if metrics.raw_accuracy is not None:
             batches = metrics.epoch * math.ceil(metrics.train_images / self.job.experiment.batch_size)
             share = self.first_weights.share(batches)
-            little = f"; the average says little yet: it is {share:.0%} the first weights" if share >= LAGS else ""
+            little = f"; the average says little yet: it is {share:.0%} the first weights" if share >= 0.1 else ""
             raw = f" (raw weights {percent(metrics.raw_accuracy)} %{little})"
         return (
             f"epoch {metrics.epoch:>{len(str(self.epochs))}}/{self.epochs}  "
@@ -214,8 +212,7 @@ def print_search(result: SearchResult, job: Job) -> None:
     ended = f"{counts.finished} trained to the end, {counts.pruned} pruned, {counts.failed} failed"
     print(f"\n{counted(counts.done, 'trial')}: {ended}{too_large}.")
     if result.best:
-        print("\n" + best_table(result))
-        print("\nThe best values, to write into the script:\n")
+        print(f"\n{best_table(result)}\n\nThe best values, to write into the script:\n")
         print("\n".join(f"    {line}" for line in paste_lines(job, result.best[0].values)) + "\n")
         changed = {**job.overrides, **result.best[0].values}
         settings = "".join(f" --set {name}={value}" for name, value in changed.items())
