@@ -45,15 +45,20 @@ CROSS_VALIDATED = [
     "train: training accuracy of the last epoch. The test images were not read, and no target for them is judged.",
 ]
 
+PARSER = argparse.ArgumentParser(prog="python -m mnist_lab", description="Jobs that belong to no experiment.")
+JOBS = PARSER.add_subparsers(required=True, metavar="JOB")
 Run = Callable[..., None]
-JOBS: dict[str, tuple[Run, str, Sequence[Flag]]] = {}
 
 
 def job(begins: str, *flags: Flag) -> Callable[[Run], Run]:
     """List a function as a job: its docstring is its help; `begins` is what it is at before it says anything."""
 
     def listed(run: Run) -> Run:
-        JOBS[run.__name__] = run, begins, flags
+        text = str(run.__doc__).rstrip(".")
+        parser = JOBS.add_parser(run.__name__, help=text, description=text)
+        parser.set_defaults(run=run, begins=begins)
+        for option, settings in flags:
+            parser.add_argument(option, **settings)
         return run
 
     return listed
@@ -76,15 +81,8 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `compare | head` ends quietly
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a step's name may have letters that a locale has not
-    parser = argparse.ArgumentParser(prog="python -m mnist_lab", description="Jobs that belong to no experiment.")
-    jobs = parser.add_subparsers(required=True, metavar="JOB", dest="job")
-    for name, (run, _, flags) in JOBS.items():
-        text = str(run.__doc__).rstrip(".")
-        subparser = jobs.add_parser(name, help=text, description=text)
-        for option, settings in flags:
-            subparser.add_argument(option, **settings)
-    given = vars(parser.parse_args())
-    run, begins, _ = JOBS[given.pop("job")]
+    given = vars(PARSER.parse_args())
+    run, begins = given.pop("run"), given.pop("begins")
     commandline.interrupt_on_signals()
     with commandline.sentences():
         commandline.say_what_is_done()
@@ -118,8 +116,8 @@ def compare(steps: list[str], include_overrides: bool, holdout: int, folds: int,
 
     loaded = results.load_runs(tracking_uri)
     protocol: dict[str, Any] = {"holdout": holdout, "folds": folds, "loaded": loaded}
-    shown: dict[str, Any] = {**protocol, "include_overrides": include_overrides or "if_none"}
-    runs = newest_runs(results.run_table(steps or None, columns="all", **shown))
+    overrides: Any = include_overrides or "if_none"
+    runs = newest_runs(results.run_table(steps or None, columns="all", include_overrides=overrides, **protocol))
     if runs.empty:
         raise LabError(f"no finished runs in {loaded.name}; train first, e.g. `make step1`")
     table = summarise(runs, folds)
@@ -179,8 +177,6 @@ def export(folder: Path, tracking_uri: str | None) -> None:
 @job("Reading the committed runs", TRACKING_URI, folder_flag("docs/results", "where the CSVs are"))
 def restore(folder: Path, tracking_uri: str | None) -> None:
     """Put the committed runs of docs/results into the store."""
-    print(f"Reading the runs in {folder} ...", flush=True)
-
     from mnist_lab.results.restore import restore as restore_runs
     from mnist_lab.running.identity import commit_tags
 
