@@ -83,7 +83,6 @@ class Console(_Display):
     """Shows a run as it goes, a bar on a terminal and a line per epoch everywhere, and its verdict."""
 
     epoch = 1
-    num_images = 0
 
     def on_run(self, name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None:
         self.num_images = num_images
@@ -127,8 +126,6 @@ class Console(_Display):
 
 class StudyConsole(_Display):
     """Shows a study as it goes: one bar for all seeds on a terminal, else a line per epoch; and a line per seed."""
-
-    done = wanted = width = 0
 
     def on_study(
         self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
@@ -183,8 +180,6 @@ class StudyConsole(_Display):
 
 class SearchConsole(_Display):
     """Shows a search as it goes: a line per trial, with where the search stands, which a terminal has in a bar."""
-
-    wanted = 0
 
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
         self.wanted = wanted
