@@ -11,16 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from mnist_lab import commandline
 from mnist_lab.arguments import stable_text
-from mnist_lab.commandline import (
-    DATA_DIR,
-    TRACKING_URI,
-    interrupt_on_signals,
-    lasting_output,
-    number_from,
-    sentences,
-)
-from mnist_lab.console import Console, SearchConsole, StudyConsole, make, print_run_id, print_search, say_what_is_done
+from mnist_lab.commandline import DATA_DIR, TRACKING_URI, number_from
+from mnist_lab.console import Console, SearchConsole, StudyConsole, print_run_id, print_search
 from mnist_lab.errors import LabError, explain_mistakes, is_script
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.paths import tracking_uri
@@ -38,14 +32,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**32 - 1  # more numpy would not take
 MAX_SEEDS = 10_000  # of one study
-MAX_FOLDS = 100
-MAX_TRIALS = 100_000  # of one search
-HELD_OUT = 10_000  # images that a search is judged by, unless told otherwise
-MAX_THREADS = 1_024  # starting very many ends the process
-CLUSTER = (
-    "train a study or a search on this Ray cluster, of which this machine is a node: HOST:PORT of its head; auto: the "
-    "one of RAY_ADDRESS, else this machine's, else one that is started for the time of the command (docs/cluster.md)"
-)
+INTERRUPTED = "Runs are marked KILLED; the same command goes on: for a single run with --resume, else without --again."
 
 
 def main(
@@ -60,12 +47,12 @@ def main(
     if only_read(experiment):
         return
     script = _started_script(sys._getframe(1))  # a notebook shows a LabError's sentence by itself
-    with lasting_output(), sentences():
+    with commandline.lasting_output(), commandline.sentences(INTERRUPTED):
         if not isinstance(experiment, Experiment):
             raise LabError(f"main: {quoted(experiment)} is no Experiment(net=..., ...)")
         experiment.check()
         arguments = _parse(script, experiment, argv)
-        say_what_is_done()
+        commandline.say_what_is_done()
 
         from mnist_lab.training.states import drawn_unseeded
 
@@ -76,13 +63,17 @@ def main(
             )
         logger.info("Preparing %s: starting MLflow", script.stem)
         job, resume = make_job(experiment, script, arguments)
-        interrupt_on_signals()
+        commandline.interrupt_on_signals()
         if arguments.search is not None:
             _search(job, search, arguments)
         elif arguments.seeds is not None or arguments.folds is not None:
             _study(job, arguments)
         else:
-            _run(job, arguments.seed or 0, resume)
+            from mnist_lab.running.run import run
+
+            with closing(Console(job)) as console:
+                result = run(job, arguments.seed or 0, console, resume=resume)
+            print_run_id(result.run_id, job)
 
 
 def _started_script(caller: FrameType) -> Path:
@@ -112,14 +103,15 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     from mnist_lab.running.job import Job, choose_device
 
     given = [("epochs", arguments.epochs), ("batch_size", arguments.batch_size), *map(assignment, arguments.set)]
-    settings = [(name, value) for name, value in given if value is not None]
-    changes: dict[str, object] = dict(settings)
+    changes: dict[str, object] = {}
+    for name, value in given:
+        if name in changes:
+            raise LabError(f"--set: {name} is given twice")
+        if value is not None:
+            changes[name] = value
     changed, overrides = experiment.override(changes)
-    if len(changes) < len(settings):
-        twice = next(name for name, _ in settings if [other for other, _ in settings].count(name) > 1)
-        raise LabError(f"--set: {twice} is given twice")
     resume, uri = None, tracking_uri(arguments.tracking_uri)
-    if arguments.resume is not None and not _several(arguments):  # these go on by themselves
+    if arguments.resume is not None:
         wanted = {name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")}
         wanted_changes = {name: overrides.get(name) for name in changes}  # None: as declared
         resume = checkpoint.find(uri, script.stem, arguments.resume, changes=wanted_changes, **wanted)
@@ -134,7 +126,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
         data_dir=arguments.data_dir,
         tracking_uri=uri,
         limit=arguments.limit,
-        holdout=arguments.holdout or (HELD_OUT if arguments.search else 0),
+        holdout=arguments.holdout or (10_000 if arguments.search else 0),
         folds=arguments.folds or 0,
     )
     job.check_unchanged()
@@ -145,9 +137,11 @@ def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> 
     """Read the flags; refuse those that don't go together, or hold what neither a file name nor a database can."""
     flags = parser(script, experiment)
     arguments = flags.parse_args(argv)
-    several = _several(arguments)
+    several = next((name for name in ("seeds", "folds", "search") if getattr(arguments, name) is not None), None)
     if several and arguments.resume:
         flags.error(f"argument --resume: --{several} goes on by itself, not with the run {arguments.resume}")
+    if several:
+        arguments.resume = None
     if arguments.folds and arguments.holdout:
         flags.error("argument --folds: not allowed with --holdout: each fold is held out in turn")
     for name, value in vars(arguments).items():
@@ -159,35 +153,15 @@ def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> 
     return arguments
 
 
-def _several(arguments: argparse.Namespace) -> str:  # the flag that asks for several runs
-    return next((name for name in ("seeds", "folds", "search") if getattr(arguments, name) is not None), "")
-
-
-def _run(job: Job, seed: int, resume: Checkpoint | None) -> None:
-    from mnist_lab.running.run import run
-
-    console = Console(job)
-    consequence = "The run is marked KILLED; the same command with --resume goes on after its last epoch, if any."
-    with sentences(consequence), closing(console):
-        result = run(job, seed, console, resume=resume)
-    print_run_id(result.run_id, job)
-
-
 def _study(job: Job, arguments: argparse.Namespace) -> None:
     from mnist_lab.running.study import study
 
     unit, seeds = job.protocol.unit, arguments.seeds or range(job.folds)
-    command = "the same command without --again" if arguments.again else "the same command"
-    consequence = f"Runs that had begun are marked KILLED; {command} trains only the {unit}s that are missing."
-    with sentences(consequence), _trainers(job, arguments) as trainers, closing(StudyConsole(job)) as console:
+    with _trainers(job, arguments) as trainers, closing(StudyConsole(job)) as console:
         result = study(job, seeds, console, trainers, again=arguments.again)
-    print(
-        f"MLflow run {result.run_id}; `{make('ui', job)}` shows it, with the runs of the {unit}s below it.", flush=True
-    )
+    print_run_id(result.run_id, job, f"with the runs of the {unit}s below it")
     if result.failed:
-        failed = ", ".join(map(str, result.failed))
-        print(f"Failed: {unit} {failed}; the same command tries again.", file=sys.stderr)
-        sys.exit(1)
+        raise LabError(f"{unit}s: {', '.join(map(str, result.failed))} failed; the same command tries again")
 
 
 def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: argparse.Namespace) -> None:
@@ -195,13 +169,11 @@ def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: a
         raise LabError(f"search: {job.script.name} declares no space; hand one over by main(EXPERIMENT, search=SEARCH)")
     from mnist_lab.running import search
 
-    consequence = "Runs that had begun are marked KILLED; the same command goes on where it stopped."
-    with sentences(consequence), _trainers(job, arguments) as trainers, closing(SearchConsole()) as console:
+    with _trainers(job, arguments) as trainers, closing(SearchConsole(job)) as console:
         result = search.search(job, space, arguments.search, console, trainers, again=arguments.again)
     print_search(result, job)
     if not result.best:
-        print("Failed: no trial has come to its end.", file=sys.stderr)
-        sys.exit(1)
+        raise LabError("search: no trial has come to its end")
 
 
 def _trainers(job: Job, arguments: argparse.Namespace) -> AbstractContextManager[Trainers]:
@@ -222,34 +194,25 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
         description=f"Train {script.stem} on MNIST and track the run in MLflow.",
         epilog=f"declared: {' '.join(declared)}".replace("%", "%%"),
     )
-    add = parser.add_argument
+    add, one_of = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--epochs", type=number_from(), help="epochs to train (an override)")
     add("--batch-size", type=number_from(), help="images per batch (an override)")
-    seeds = parser.add_mutually_exclusive_group()
-    draws = "of weights, order, dropout, augmentation (default 0)"
-    seeds.add_argument("--seed", type=number_from(0, LARGEST_SEED), help=draws)
-    several = "a study: so many seeds, from 0 on, or these (3,7,9 or 0-9); finished ones are not trained again"
-    seeds.add_argument("--seeds", type=_seeds, metavar="N", help=several)
-    parts = "cross-validate: train K networks, each judged on its K-th of the training images, which it has not seen"
-    seeds.add_argument("--folds", type=number_from(2, MAX_FOLDS), metavar="K", help=parts)
-    trials = "a search: train N trials of the script's SEARCH, judged on held-out images; the same command goes on"
-    seeds.add_argument("--search", type=number_from(1, MAX_TRIALS), metavar="N", help=trials)
-    processes = "processes of a study or a search on a CPU (default: one per core, fewer with --threads)"
-    add("--workers", type=number_from(1), metavar="N", help=processes)
-    add("--cluster", metavar="ADDRESS", help=CLUSTER)
-    which = "continue the newest interrupted run of this script that has the other flags, or this one"
-    add("--resume", nargs="?", const="", metavar="RUN_ID", help=which)
+    one_of("--seed", type=number_from(0, LARGEST_SEED), help="of weights, order, dropout and so on (default 0)")
+    one_of("--seeds", type=_seeds, metavar="N", help="a study of N seeds, or of these (3,7,9 or 0-9), judged together")
+    one_of("--folds", type=number_from(2, 100), metavar="K", help="cross-validate on K parts of the training images")
+    one_of("--search", type=number_from(1, 100_000), metavar="N", help="search in N trials, judged on held-out images")
+    add("--workers", type=number_from(1), metavar="N", help="processes on a CPU (default: one per core)")
+    add("--cluster", metavar="ADDRESS", help="train on a Ray cluster: its head's HOST:PORT, or auto (docs/cluster.md)")
+    add("--resume", nargs="?", const="", metavar="RUN_ID", help="go on with the newest interrupted run, or this one")
     add("--again", action="store_true", help="train all of a study anew, finished or not; begin a new search")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     threads = "of torch on a CPU (default: one per core, or 1 in a study or search; give 1 beside other work)"
-    add("--threads", type=number_from(1, MAX_THREADS), metavar="N", help=threads)
+    add("--threads", type=number_from(1, 1_024), metavar="N", help=threads)  # very many would end the process
     for flag, options in (DATA_DIR, TRACKING_URI):
         add(flag, **options)
     add("--limit", type=number_from(1), metavar="N", help="train on the first N images, for a quick look")
-    held_out = "hold out N training images for validation; the test images are read once, at the end"
-    add("--holdout", type=number_from(1), metavar="N", help=held_out)
-    override = "override a declared hyperparameter, e.g. --set lr=0.05; may be repeated"
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help=override)
+    add("--holdout", type=number_from(1), metavar="N", help="validate on N training images, and test once, at the end")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="override a hyperparameter, e.g. lr=0.05")
     return parser
 
 

@@ -1,14 +1,15 @@
 """What the command lines of scripts and of jobs share. It imports no torch, which takes seconds: few jobs need it."""
 
 import argparse
+import logging
 import math
 import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,6 +37,16 @@ def flag(name: str, text: str, **options: Any) -> Flag:
     return name, {"help": text, **options}
 
 
+def say_what_is_done() -> None:
+    """Let the lab's loggers give their notices, and on a terminal say what is being done, where it takes a while."""
+    logger = logging.getLogger("mnist_lab")
+    # Without a level of its own the root's counts, which importing mlflow.pytorch raises to ERROR.
+    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    if sys.stderr.isatty() and not logger.handlers:  # without one, Python shows warnings by itself
+        logger.addHandler(logging.StreamHandler())
+        logger.propagate = False
+
+
 @contextmanager
 def sentences(consequence: str = "") -> Iterator[None]:
     """Show a LabError as its sentence, and Ctrl-C as a word with what follows from it; a bug keeps its traceback."""
@@ -49,31 +60,26 @@ def sentences(consequence: str = "") -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
 
 
-def number_from(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+def number_from(least: float = -math.inf, most: float = math.inf) -> Callable[[str], int]:
     """Return what reads a whole number for argparse and refuses another one, before anything slow is imported."""
 
     def number(text: str) -> int:
         try:
             value = whole_number(text)
-            if least is not None and value < least:
-                raise ValueError(f"{value} is less than {least}")
-            if most is not None and value > most:
-                raise ValueError(f"{value} is more than {most:,}")
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
+        if not least <= value <= most:
+            limit = f"less than {least}" if value < least else f"more than {most:,}"
+            raise argparse.ArgumentTypeError(f"{value} is {limit}")
         return value
 
     return number
 
 
 def interrupt_on_signals() -> None:
-    """Let SIGTERM and a closed terminal end the program as Ctrl-C does, so that what is open is closed in order.
-
-    A signal that is ignored stays so: `nohup` starts programs that way, to let them outlive the terminal.
-    """
+    """Let SIGTERM and a closed terminal end the program as Ctrl-C does, so that what is open is closed in order."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        is_main = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
-        if is_main and signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it, to let it outlive the terminal
             signal.signal(number, signal.default_int_handler)
 
 
@@ -83,27 +89,20 @@ class LastingStream:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def write(self, text: str) -> int:
-        self._try(self._stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._stream, name)
+        return partial(self._try, attribute) if name in ("write", "flush") else attribute
 
     def _try(self, call: Callable[..., object], *given: str) -> None:
         try:
             call(*given)
         except OSError as error:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
             with suppress(OSError):
                 self._stream.flush()  # what it still holds
             if not isinstance(error, BrokenPipeError) and self._stream is not sys.__stderr__:
                 print(f"The output can't be written: {error.strerror}. The run goes on without it.", file=sys.stderr)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 @contextmanager

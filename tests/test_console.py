@@ -13,14 +13,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import tiny
 from helpers import TINY, Screen
 from mnist_lab.checking.schedule import FirstWeights
-from mnist_lab.console import Console, StudyConsole, how_sure, print_result, print_run_id
+from mnist_lab.console import Console, StudyConsole, print_run_id
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import own_store
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import RunResult
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.measures import HELD_OUT, TESTED
-from mnist_lab.verdicts.targets import judge
+from mnist_lab.verdicts.targets import how_sure, judge
 
 CPU = torch.device("cpu")
 SECOND_EPOCH = EpochMetrics(2, 0.5, 900, 1000, 0.25, 470, 500, lr=0.1, epoch_seconds=1.5)
@@ -64,11 +64,11 @@ def test_the_share_of_the_first_weights_is_that_of_the_declared_rule() -> None:
 
 
 def test_a_result_has_what_there_is_to_say(capsys: pytest.CaptureFixture[str]) -> None:
-    print_result(RunResult("abc", [], dict.fromkeys(TESTED.summary, 99.0), []), job_of())
+    Console(job_of()).on_verdict(RunResult("abc", [], dict.fromkeys(TESTED.summary, 99.0), []))
     shown = capsys.readouterr().out
     assert not [word for word in ("verdict", "Overridden", "reported") if word in shown]
 
-    print_result(RunResult("abc", [], dict.fromkeys(HELD_OUT.summary, 99.0), []), job_of(holdout=500))
+    Console(job_of(holdout=500)).on_verdict(RunResult("abc", [], dict.fromkeys(HELD_OUT.summary, 99.0), []))
     shown = capsys.readouterr().out
     assert "best validation accuracy" in shown
     assert "best test accuracy" not in shown

@@ -16,11 +16,10 @@ from nbclient.exceptions import CellExecutionError
 from conftest import FullRun
 from forkserver import PATIENCE, run_program
 from helpers import ROOT, TrackedRun, read_runs
-from mnist_lab.console import verdict_table
 from mnist_lab.data import Mnist
 from mnist_lab.experiment import Targets
 from mnist_lab.running.job import read_declaration
-from mnist_lab.verdicts.targets import judge
+from mnist_lab.verdicts.targets import judge, verdict_table
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)

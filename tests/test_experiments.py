@@ -87,7 +87,7 @@ def check_mean_and_sd(step: str, text: str) -> None:
 def check_shown(step: str, text: str) -> None:
     """Check each "... above 99.45 (p = 0.001)": that p is below 0.01, and as many digits of it as are said."""
     for target, sign, said in re.findall(r"above (\d+\.\d+) \(p ([=<]) ([\d.]+)\)", text):
-        p = judge_mean(figures(step), float(target)).p
+        _, p, _ = judge_mean(figures(step), float(target))
         assert statistics.mean(figures(step)) > float(target)
         assert p < 0.01
         if sign == "<":

@@ -1,6 +1,5 @@
 """What comes from elsewhere, files and names, runs no code and stays in its folder."""
 
-import argparse
 import os
 import re
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_resume_starts_nothing_but_the_experiments(
     checkpoint.save(example(script=str(script)), uri)
 
     with pytest.raises(LabError) as refusal:
-        jobs.resume(argparse.Namespace(tracking_uri=uri, run_id=None))
+        jobs.resume(tracking_uri=uri, run_id=None)
 
     assert refusal.value.field == "resume"
     assert started == []
@@ -66,10 +65,12 @@ def test_resume_starts_nothing_but_the_experiments(
 
 def test_resume_hides_the_password(tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mnist_lab.paths.PROJECT_ROOT", tmp_path)
-    uri, step = "http://bob:pass-word@127.0.0.1:9", str(ROOT / "experiments" / "step1_baseline.py")
-    checkpoint.save(example(script=step), uri)
+    monkeypatch.setattr("mnist_lab.tracking.store.is_deleted", lambda *_: False)
+    uri, script = "http://bob:pass-word@127.0.0.1:9", ROOT / "experiments" / "step1_baseline.py"
+    step, code = str(script), {"code_sha256": code_sha256(find_sources(script))}
+    checkpoint.save(example(script=step, identity=code), uri)
 
-    jobs.resume(argparse.Namespace(tracking_uri=uri, run_id="abc"))
+    jobs.resume(tracking_uri=uri, run_id="abc")
 
     assert [arguments[1:4] for arguments in started] == [[step, "--resume", "abc"]]
     assert "pass-word" not in " ".join(started[0])
@@ -88,7 +89,7 @@ def test_resume_passes_over_a_run_whose_script_has_changed_and_names_the_others(
         checkpoint.save(one, uri)
         os.utime(checkpoint.file_of(uri, run_id), (age, age))
 
-    jobs.resume(argparse.Namespace(tracking_uri=uri, run_id=None))
+    jobs.resume(tracking_uri=uri, run_id=None)
 
     assert [arguments[2:4] for arguments in started] == [["--resume", "b"]]
     printed = capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from itertools import starmap
 from pathlib import Path
@@ -196,5 +195,7 @@ def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
     # One fold has the same images on all hardware.
     paired = folds > 0 or all(starmap(rounds_alike, both.itertuples(index=False, name=None)))
     a, b = (dict(zip(trained["seed"], trained[figure], strict=True)) for trained in (runs_a, runs_b))
-    found = statistics.compare_means(a, b, paired=paired)
-    return Comparison.of(pair, dataclasses.replace(found, seeds_needed=None) if folds else found)  # there are no more
+    found = vars(statistics.compare_means(a, b, paired=paired))
+    if folds:
+        found = found | {"seeds_needed": None}  # there are no more
+    return Comparison(**vars(pair), **found, p_holm=found["p"])

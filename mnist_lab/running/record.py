@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tabulate import tabulate
 from torch import Tensor
 
 from mnist_lab.checking.rehearsal import Rehearsal, blame
@@ -192,9 +191,7 @@ def describe(script: Path, overrides: str = "", verdicts: Sequence[Verdict] = ()
 
     Of an overridden run only what was planned is told: the Result in the docstring is not its own.
     """
-    rows = targets.rows(verdicts)
-    parts = [tabulate(rows, targets.HEADERS, tablefmt="github", disable_numparse=True)] if rows else []
-    parts += [more, f"**Overridden:** `{overrides}`" if overrides else ""]
+    parts = [targets.verdict_table(verdicts, "github"), more, f"**Overridden:** `{overrides}`" if overrides else ""]
     with suppress(LabError):  # a script that was moved while it ran
         story = read_story(script)
         sections = story.markdown("Target", "Change") if overrides else story.markdown()

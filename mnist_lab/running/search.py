@@ -33,7 +33,7 @@ from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import adopt, alone, find_run, finished_runs, open_store, quiet, store_failures
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.measures import percent
-from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
+from mnist_lab.verdicts.statistics import chance_of_best
 
 Space = Mapping[str, BaseDistribution]
 FIGURE = "final_validation_accuracy"
@@ -113,8 +113,8 @@ def search(
             progress.on_search(study.study_name, count, _counts(study).done, trainers.room(), job.device)
             trainers.train(store, tracked.run_id, tasks(), progress, on_end)
             counts, best = _counts(study), _finished(study)[:BEST]
-            sd = sd_of_accuracy(best[0].accuracy, job.holdout) if best else 0.0
-            too_good = expected_maximum(max(1, counts.finished + counts.pruned)) * sd
+            trained = counts.finished + counts.pruned
+            too_good = chance_of_best(best[0].accuracy, job.holdout, trained) if best else 0.0
             result = SearchResult(tracked.run_id, study.study_name, counts, best, too_good)
             _log(tracked, study, job, result)
     return result
@@ -141,10 +141,6 @@ def paste_lines(job: Job, values: Mapping[str, object]) -> list[str]:
     """Return the values as arguments to write into the script, each with the part that it belongs to."""
     declared = {name: job.experiment.flat()[name] for name in values}
     return [f"{one.argument}={values[name]!r},  # {one.part or 'EXPERIMENT'}" for name, one in declared.items()]
-
-
-def trial_text(values: Mapping[str, object]) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items())
 
 
 def best_table(result: SearchResult, style: str = "simple") -> str:

@@ -37,14 +37,6 @@ class Comparison(Difference, Pair):
 
     p_holm: float
 
-    @classmethod
-    def of(cls, pair: Pair, found: Difference) -> Comparison:
-        return cls(**vars(pair), **vars(found), p_holm=found.p)
-
-    @property
-    def shown(self) -> bool:
-        return self.p_holm < ALPHA_DIFFERENCE
-
     @property
     def seeds(self) -> str:
         """The seeds that were compared, e.g. "10", or "10, 8" where they are not paired."""
@@ -52,19 +44,17 @@ class Comparison(Difference, Pair):
 
     @property
     def interval(self) -> str:
-        if min(self.n) < FEWEST_FOR_INTERVAL:
-            return TOO_FEW
-        return interval_text(self.low, self.high, signed=True)
+        return mean_interval_text(min(self.n), self.low, self.high, sign="+")
 
     @property
     def word(self) -> str:
-        return "not shown" if not self.shown else "better" if self.effect > 0 else "worse"
+        return ("better" if self.effect > 0 else "worse") if self.p_holm < ALPHA_DIFFERENCE else "not shown"
 
     @property
     def verdict(self) -> str:
         """What was shown: "better by 0.12 points", or "no difference shown (needs about 50 seeds for 0.03 points)"."""
         size = f"{abs(self.effect):.2f} points"
-        if self.shown:
+        if self.word != "not shown":
             return f"{self.word} by {size}"
         if self.p < ALPHA_DIFFERENCE:
             return "no difference shown (among so many comparisons)"
@@ -117,13 +107,10 @@ def table_text(columns: Mapping[str, Sequence[str]], width: int | None = None) -
     return text
 
 
-def interval_text(low: float, high: float, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
+def mean_interval_text(seeds: int, low: float, high: float, sign: str = "") -> str:
+    if seeds < FEWEST_FOR_INTERVAL:
+        return TOO_FEW
     return "-" if math.isnan(low) else f"{low:{sign}.2f} to {high:{sign}.2f}"
-
-
-def mean_interval_text(seeds: int, low: float, high: float) -> str:
-    return interval_text(low, high) if seeds >= FEWEST_FOR_INTERVAL else TOO_FEW
 
 
 def seeds_text(needed: int) -> str:

@@ -30,42 +30,24 @@ class Measure:
         return forms.get(self.unit, f"{value:.1f} {self.unit}" if self.unit else f"{value:,.0f}")
 
 
-def _accuracy(label: str, cell: str = ".2f") -> Measure:
-    return Measure(f"{label} accuracy", "%", cell)
-
-
-def _loss(label: str) -> Measure:
-    return Measure(f"{label} loss", "cross-entropy", ".5f")
+def _in_words(unit: Unit, cell: str, *names: str) -> dict[str, Measure]:
+    return {name: Measure(name.replace("_", " "), unit, cell) for name in names}
 
 
 MEASURES = {
-    # of each epoch
-    "train_loss": _loss("train"),
-    "train_accuracy": _accuracy("train", ".3f"),
-    "test_loss": _loss("test"),
-    "test_accuracy": _accuracy("test"),
-    "validation_loss": _loss("validation"),
-    "validation_accuracy": _accuracy("validation"),
+    **_in_words("%", ".3f", "train_accuracy", "final_train_accuracy", "best_train_accuracy"),
+    **_in_words("%", ".2f", "test_accuracy", "final_test_accuracy", "best_test_accuracy"),
+    **_in_words("%", ".2f", "validation_accuracy", "final_validation_accuracy", "best_validation_accuracy"),
+    **_in_words("cross-entropy", ".5f", "train_loss", "test_loss", "final_test_loss"),
+    **_in_words("cross-entropy", ".5f", "validation_loss", "final_validation_loss"),
+    **_in_words("number", ".5f", "objective"),
+    **_in_words("", "", "epochs", "best_epoch", "epochs_at_target"),
     "raw_test_accuracy": Measure("test accuracy without averaging", "%", ".2f"),
     "raw_validation_accuracy": Measure("validation accuracy without averaging", "%", ".2f"),
-    "objective": Measure("objective", "number", ".5f"),
     "lr": Measure("learning rate", "number", ".6g"),
-    "lr_1": Measure("learning rate of group 1", "number", ".6g"),
-    "lr_2": Measure("learning rate of group 2", "number", ".6g"),
+    **{f"lr_{group}": Measure(f"learning rate of group {group}", "number", ".6g") for group in (1, 2)},
     "epoch_seconds": Measure("time of an epoch", "s", ".1f"),
-    # of a run
-    "final_train_accuracy": _accuracy("final train", ".3f"),
-    "best_train_accuracy": _accuracy("best train", ".3f"),
-    "final_test_accuracy": _accuracy("final test"),
-    "best_test_accuracy": _accuracy("best test"),
-    "final_test_loss": _loss("final test"),
-    "final_validation_accuracy": _accuracy("final validation"),
-    "best_validation_accuracy": _accuracy("best validation"),
-    "final_validation_loss": _loss("final validation"),
-    "best_epoch": Measure("best epoch", ""),
-    "epochs_at_target": Measure("epochs at target", ""),
     "num_params": Measure("parameters", ""),
-    "epochs": Measure("epochs", ""),
     "minutes": Measure("training time", "min", ".1f"),
 }
 
@@ -76,14 +58,12 @@ class Protocol:
 
     part: the images that each epoch is evaluated on.
     once: logged at the end. MLflow shows the last value of each epoch's metrics by itself, so few are logged again.
-    summary: printed at the end.
     over_seeds: aggregated over the seeds of a study; experiments are judged and compared by the first.
     unit: what a study has one run for each of.
     """
 
     part: Literal["test", "validation"]
     once: tuple[str, ...]
-    summary: tuple[str, ...]
     over_seeds: tuple[str, ...]
     unit: Literal["seed", "fold"] = "seed"
 
@@ -95,6 +75,12 @@ class Protocol:
     @property
     def judged(self) -> str:
         return self.over_seeds[0]
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """What is printed at the end of a run."""
+        names = ("final_train_accuracy", "best_train_accuracy", f"final_{self.part}_accuracy", self.best, "best_epoch")
+        return tuple(dict.fromkeys((*names, "final_test_accuracy", "final_test_loss")))
 
     @property
     def curves(self) -> tuple[str, ...]:
@@ -111,33 +97,19 @@ class Protocol:
 
 
 TESTED = Protocol(  # on the test images after each epoch: the protocol of the write-ups
-    part="test",
+    "test",
     once=("num_params", "final_test_accuracy", "best_test_accuracy", "best_epoch", "epochs_at_target"),
-    summary=(
-        *("final_train_accuracy", "best_train_accuracy", "final_test_accuracy", "best_test_accuracy", "best_epoch"),
-        "final_test_loss",
-    ),
     over_seeds=("final_test_accuracy", "best_test_accuracy"),
 )
 HELD_OUT = Protocol(  # validated on training images held out, and tested once
-    part="validation",
+    "validation",
     once=(
         *("num_params", "final_validation_accuracy", "best_validation_accuracy", "best_epoch"),
         *("final_test_accuracy", "final_test_loss"),
     ),
-    summary=(
-        *("final_train_accuracy", "best_train_accuracy", "final_validation_accuracy", "best_validation_accuracy"),
-        *("best_epoch", "final_test_accuracy", "final_test_loss"),
-    ),
     over_seeds=("final_test_accuracy", "final_validation_accuracy", "best_validation_accuracy"),
 )
-FOLDED = replace(  # validated on the fold that is held out, and never tested
-    HELD_OUT,
-    once=("num_params", "final_validation_accuracy", "best_validation_accuracy", "best_epoch"),
-    summary=("final_train_accuracy", "final_validation_accuracy"),
-    over_seeds=("final_validation_accuracy",),
-    unit="fold",
-)
+FOLDED = replace(HELD_OUT, over_seeds=("final_validation_accuracy",), unit="fold")  # validated on a fold, never tested
 
 
 def protocol(holdout: int, folds: int = 0) -> Protocol:

@@ -7,7 +7,7 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 ALPHA_TARGET = 0.01  # one-sided: the field's standard for records is a mean over runs with p < 0.01
 ALPHA_DIFFERENCE = 0.05  # two-sided
+ROUNDING = 1e-12  # of figures: those that differ by a smaller share are the same
 POWER = 0.8  # the chance of seeing a difference that exists
-MOST_SEEDS = 1_000_000  # beyond this, "it can't be said"
 FEWEST_FOR_INTERVAL = 4  # seeds; with fewer, the interval of a mean is 2.5 or 9 times the sd to each side
+Word = Literal["met", "missed", "not shown"]
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,6 @@ class Aggregate:
     median: float
     maximum: float
     share_at_target: float  # of the seeds at or above the target, 0 to 1; nan where there is no target
-
-
-class StudyVerdict(NamedTuple):
-    """Whether the mean over seeds is shown to reach a target.
-
-    word: "met" (shown to be above), "missed" (shown to be below) or "not shown".
-    p: of the one-sided test on the side where the mean lies; nan for one seed.
-    seeds_needed: about how many seeds would show a difference of the observed size; None where it can't be said.
-    """
-
-    word: Literal["met", "missed", "not shown"]
-    p: float
-    seeds_needed: int | None
 
 
 @dataclass(frozen=True)
@@ -67,43 +55,31 @@ class Difference:
     seeds_needed: int | None
 
 
-def expected_maximum(n: int) -> float:
-    """Return by how many standard deviations the largest of n >= 1 normal draws exceeds their mean, on average.
+def chance_of_best(accuracy: float, images: int, n: int) -> float:
+    """Return by how many points chance lifts the best of n >= 1 accuracies of this size, each of so many images.
 
-    It is the integral of n x phi(x) Phi(x)^(n - 1) over x (David and Nagaraja, Order Statistics, 2003, section 3.1).
+    On average the largest of n normal draws exceeds their mean by so many standard deviations: the integral of
+    n x phi(x) Phi(x)^(n - 1) over x (David and Nagaraja, Order Statistics, 2003, section 3.1).
     """
     from scipy.stats import norm
 
-    return float(norm.expect(lambda x: n * x * norm.cdf(x) ** (n - 1)))
-
-
-def sd_of_accuracy(accuracy: float, images: int) -> float:
-    """Return the standard deviation, in points, of an accuracy in percent that was counted on so many images."""
-    return math.sqrt(accuracy * (100 - accuracy) / images)
+    deviations = norm.expect(lambda x: n * x * norm.cdf(x) ** (n - 1))
+    return float(deviations) * math.sqrt(accuracy * (100 - accuracy) / images)
 
 
 def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate:
     """Describe one figure, in percent, over seeds: one at least, and finite."""
-    x = _numbers(values)
-    low, high = np.clip(_interval(x), 0.0, 100.0)
-    return Aggregate(
-        n=len(x),
-        mean=float(x.mean()),
-        sd=float(x.std(ddof=1)) if len(x) > 1 else math.nan,
-        low=float(low),
-        high=float(high),
-        minimum=float(x.min()),
-        median=float(np.median(x)),
-        maximum=float(x.max()),
-        share_at_target=math.nan if target is None else float((x >= target).mean()),
-    )
+    x = np.array(values, dtype=np.float64)
+    mean, minimum, median, maximum = (float(of(x)) for of in (np.mean, np.min, np.median, np.max))
+    sd = float(x.std(ddof=1)) if len(x) > 1 else math.nan
+    low, high = np.clip(_interval(x), 0.0, 100.0).tolist()
+    share_at_target = math.nan if target is None else float((x >= target).mean())
+    return Aggregate(len(x), mean, sd, low, high, minimum, median, maximum, share_at_target)
 
 
 def lower_bound(values: Sequence[float]) -> float:
     """Return the target that `judge_mean` just shows a mean to be above, its one-sided 99 % bound; nan if none."""
-    x = _numbers(values)
-    too_few = _same(x) and 0.5 ** len(x) >= ALPHA_TARGET  # for the sign test
-    return math.nan if too_few else _interval(x, ALPHA_TARGET)[0]
+    return math.nan if _same(values) else _interval(np.array(values, dtype=np.float64), ALPHA_TARGET)[0]
 
 
 def interval_for_new_images(wrong: NDArray[np.bool_]) -> tuple[float, float]:
@@ -127,47 +103,52 @@ def interval_for_new_images(wrong: NDArray[np.bool_]) -> tuple[float, float]:
     return 100 * float(low), 100 * float(high)
 
 
-def judge_mean(values: Sequence[float], target: float) -> StudyVerdict:
+def judge_mean(values: Sequence[float], target: float) -> tuple[Word, float, int | None]:
     """Judge the mean over seeds by a one-sided one-sample t-test: "met" needs mean > target at p < ALPHA_TARGET.
 
-    Values without any spread are judged by the sign test, by which 7 seeds on one side of the target show it.
+    A single value is met or missed by itself; several without any spread show nothing.
+
+    Returns the word, p on the side where the mean lies, nan where there is no test, and about how many seeds would show
+    a difference of the observed size, None where it can't be said.
     """
-    x = _numbers(values)
-    if len(x) == 1:
-        return StudyVerdict("not shown", math.nan, None)
-    over = x - target
-    p, needed = _one_sample(over, float(np.abs(x).max()), ALPHA_TARGET)
-    shown = p < ALPHA_TARGET
-    return StudyVerdict("not shown" if not shown else "met" if over.mean() > 0 else "missed", p, needed)
+    over = np.array(values, dtype=np.float64) - target
+    word: Word = "met" if over.mean() >= 0 else "missed"
+    if _same(values):
+        return word if len(over) == 1 else "not shown", math.nan, None
+
+    from scipy import stats
+
+    p = float(stats.ttest_1samp(over, 0.0, alternative="greater" if word == "met" else "less").pvalue)
+    if p < ALPHA_TARGET:
+        return word, p, None
+    return "not shown", p, seeds_needed(over.mean() / over.std(ddof=1), arms=1, tail=ALPHA_TARGET)
 
 
 def compare_means(a: Mapping[int, float], b: Mapping[int, float], *, paired: bool = True) -> Difference:
     """Compare two means of figures by seed: by the paired t-test over the seeds, else by Welch's t-test.
 
-    They are paired where both have the same seeds. Without any spread the paired test is the sign test.
+    They are paired where both have the same seeds. Without any spread there is no test, and p is nan.
     a, b: two seeds at least, as one has no spread. paired: whether one seed means the same in both.
     """
     from scipy import stats
 
-    x, y = _numbers(list(a.values())), _numbers(list(b.values()))
+    paired = paired and a.keys() == b.keys()
+    x = np.array(list(a.values()), dtype=np.float64)
+    y = np.array([b[seed] for seed in (a if paired else b)], dtype=np.float64)
     assert min(len(x), len(y)) > 1, "one seed has no spread"
-    tail = ALPHA_DIFFERENCE / 2
-    if paired and a.keys() == b.keys():
-        d = np.array([b[seed] - a[seed] for seed in a])
-        scale = float(np.abs(x).max())
-        p, needed = _one_sample(d, scale, tail)
-        by_sign = _same(d, scale) and p < 0.5
-        test, interval = ("sign test", (math.nan, math.nan)) if by_sign else ("paired t-test", _interval(d))
-        return Difference(float(d.mean()), *interval, 2 * p, test, (len(d),), needed)
-    effect, sizes = float(y.mean() - x.mean()), (len(x), len(y))
-    if _same(x) and _same(y):  # neither side has a spread: there is nothing to test by
-        same = _same(np.concatenate([x, y]))
-        return Difference(effect, math.nan, math.nan, 1.0 if same else math.nan, "Welch's t-test", sizes, None)
-    welch = stats.ttest_ind(y, x, equal_var=False)
-    bounds, p = welch.confidence_interval(0.95), float(welch.pvalue)
-    sd = math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
-    needed = seeds_needed(effect / sd, arms=2, tail=tail) if p >= ALPHA_DIFFERENCE else None
-    return Difference(effect, float(bounds.low), float(bounds.high), p, "Welch's t-test", sizes, needed)
+    effect, sd = y.mean() - x.mean(), math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
+    n: tuple[int, ...] = (len(x), len(y))
+    if paired:
+        effect, sd, n = (y - x).mean(), (y - x).std(ddof=1), (len(x),)
+    test = "paired t-test" if paired else "Welch's t-test"
+    if sd <= ROUNDING * np.abs(x).max():
+        return Difference(float(effect), math.nan, math.nan, math.nan, test, n, None)
+    found = stats.ttest_rel(y, x) if paired else stats.ttest_ind(y, x, equal_var=False)
+    (low, high), p = found.confidence_interval(0.95), float(found.pvalue)
+    needed = None
+    if p >= ALPHA_DIFFERENCE:
+        needed = seeds_needed(effect / sd, arms=1 if paired else 2, tail=ALPHA_DIFFERENCE / 2)
+    return Difference(float(effect), float(low), float(high), p, test, n, needed)
 
 
 def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int | None:
@@ -185,47 +166,20 @@ def seeds_needed(effect_size: float, *, arms: Literal[1, 2], tail: float) -> int
     def enough(n: int) -> bool:
         return float(test.power(abs(effect_size), n, tail, alternative="larger")) >= POWER
 
-    high = 2
-    while not enough(high):
-        high *= 2
-        if high > MOST_SEEDS:
-            return None
-    return bisect.bisect_left(range(high), True, lo=max(2, high // 2), key=enough)
+    doubled = (2**times for times in range(1, 20))  # to half a million; the power far beyond what is needed is nan
+    high = next(filter(enough, doubled), None)
+    return high and bisect.bisect_left(range(high), True, lo=max(2, high // 2), key=enough)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values by Holm (1979) for being a family; nan stays nan and is not of the family."""
     from statsmodels.stats.multitest import multipletests
 
-    p = np.asarray(p_values, dtype=np.float64)
-    adjusted = np.full(p.shape, np.nan)
+    p = np.array(p_values, dtype=np.float64)
     tested = np.isfinite(p)
     if tested.any():
-        adjusted[tested] = multipletests(p[tested], method="holm")[1]
-    return [float(value) for value in adjusted]
-
-
-def _one_sample(d: NDArray[np.float64], scale: float, tail: float) -> tuple[float, int | None]:
-    """Return the one-sided p of the mean of d, on the side where it lies, and how many seeds would bring p below tail.
-
-    By Student's test, or by the sign test where d has no spread at the scale of the figures that it comes from.
-    """
-    from scipy import stats
-
-    if _same(np.append(d, 0.0), scale):
-        return 0.5, None
-    if _same(d, scale):
-        p, needed = 0.5 ** len(d), math.ceil(math.log(tail) / math.log(0.5))
-        return p, needed if p >= tail else None
-    p = float(stats.ttest_1samp(d, 0.0, alternative="greater" if d.mean() > 0 else "less").pvalue)
-    return p, seeds_needed(d.mean() / d.std(ddof=1), arms=1, tail=tail) if p >= tail else None
-
-
-def _numbers(values: Sequence[float]) -> NDArray[np.float64]:
-    x = np.asarray(values, dtype=np.float64)
-    assert x.size, "there are no values"
-    assert np.isfinite(x).all(), f"not all values are numbers: {values}"
-    return x
+        p[tested] = multipletests(p[tested], method="holm")[1]
+    return [float(value) for value in p]
 
 
 def _interval(x: NDArray[np.float64], tail: float = 0.025) -> tuple[float, float]:
@@ -237,6 +191,5 @@ def _interval(x: NDArray[np.float64], tail: float = 0.025) -> tuple[float, float
     return float(x.mean()) - half, float(x.mean()) + half
 
 
-def _same(x: NDArray[np.float64], scale: float = 0.0) -> bool:
-    """Say whether the values are one value, but for the rounding of floats of their size, or of that scale."""
-    return bool(np.ptp(x) <= 1e-12 * max(scale, float(np.abs(x).max())))
+def _same(values: Sequence[float]) -> bool:
+    return bool(np.ptp(values) <= ROUNDING * np.abs(values).max())

@@ -4,14 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Literal
+
+from tabulate import tabulate
 
 from mnist_lab.experiment import Targets
+from mnist_lab.verdicts.comparison import seeds_text
 from mnist_lab.verdicts.measures import MEASURES
-from mnist_lab.verdicts.statistics import judge_mean
-
-HEADERS = ("target", "wanted", "measured", "verdict")
-Word = Literal["met", "missed", "not shown"]
+from mnist_lab.verdicts.statistics import Word, judge_mean
 
 
 @dataclass(frozen=True)
@@ -19,37 +18,33 @@ class Verdict:
     """One target beside what was measured, e.g. accuracy, "at least 99.4 %", 99.47, met.
 
     measured: the mean, where there are several seeds. n: the number of seeds. target: the number in `wanted`.
-    p, seeds_needed: as in `statistics.StudyVerdict`; nan and None where no test was made.
+    p, seeds_needed: as `statistics.judge_mean` returns them; nan and None where no test was made.
     """
 
     name: str
     wanted: str
+    target: float
     measured: float
     word: Word
     p: float = math.nan
     seeds_needed: int | None = None
     n: int = 1
-    target: float = math.nan
 
 
 def judge(targets: Targets, *, accuracies: Sequence[float], num_params: int, epochs: int) -> list[Verdict]:
     """Return a verdict for each stated target.
 
-    accuracies: the last epoch's test accuracy in percent, one figure per seed. A single one is met or missed; the
-        mean of several is judged by `statistics.judge_mean`.
+    accuracies: the last epoch's test accuracy in percent, one figure per seed, judged by `statistics.judge_mean`.
     """
     verdicts = []
     if (target := targets.accuracy) is not None:
-        wanted, mean = f"at least {target:g} %", fmean(accuracies)
-        if len(accuracies) == 1:
-            verdicts.append(Verdict("accuracy", wanted, mean, "met" if mean >= target else "missed", target=target))
-        else:
-            word, p, needed = judge_mean(accuracies, target)
-            verdicts.append(Verdict("accuracy", f"mean {wanted}", mean, word, p, needed, len(accuracies), target))
+        n, mean = len(accuracies), fmean(accuracies)
+        wanted = f"{'mean ' if n > 1 else ''}at least {target:g} %"
+        verdicts.append(Verdict("accuracy", wanted, target, mean, *judge_mean(accuracies, target), n))
     for name, measured, limit in (("params", num_params, targets.params), ("epochs", epochs, targets.epochs)):
         if limit is not None:
-            met: Word = "met" if measured < limit else "missed"
-            verdicts.append(Verdict(name, f"fewer than {limit:,}", measured, met, target=limit))
+            wanted = f"fewer than {limit:,}"
+            verdicts.append(Verdict(name, wanted, limit, measured, "met" if measured < limit else "missed"))
     return verdicts
 
 
@@ -57,22 +52,35 @@ def out_of_reach(targets: Targets, num_params: int, epochs: int) -> list[str]:
     """Return sentences about the targets that are missed before any training."""
     counts = judge(replace(targets, accuracy=None), accuracies=[], num_params=num_params, epochs=epochs)
     return [
-        f"targets.{count.name}: {count.wanted} {count.name} are wanted, and there are {count.measured:,}: "
-        "missed, whatever the accuracy"
-        for count in counts
-        if count.word == "missed"
+        f"targets.{v.name}: {v.wanted} {v.name} are wanted, and there are {v.measured:,}: missed, whatever the accuracy"
+        for v in counts
+        if v.word == "missed"
     ]
 
 
-def rows(verdicts: Sequence[Verdict]) -> list[tuple[str, str, str, str]]:
-    """Return a row of text for each verdict, under HEADERS."""
+def verdict_table(verdicts: Sequence[Verdict], style: str = "simple") -> str:
+    """Return a table of text with a row for each verdict, in one of the styles of tabulate; nothing where none is."""
     measures = {"accuracy": "final_test_accuracy", "params": "num_params", "epochs": "epochs"}
-    return [(v.name, v.wanted, MEASURES[measures[v.name]].text(v.measured), v.word) for v in verdicts]
+    rows = [(v.name, v.wanted, MEASURES[measures[v.name]].text(v.measured), v.word) for v in verdicts]
+    headers = ("target", "wanted", "measured", "verdict")
+    return tabulate(rows, headers, tablefmt=style, disable_numparse=True) if rows else ""
+
+
+def how_sure(verdict: Verdict) -> str:
+    """Say how sure the verdict on the accuracy of several seeds is, and how many it takes where it is not shown."""
+    if math.isnan(verdict.p):
+        return "One seed, or several that are all the same, show nothing about the mean: train more of them."
+    side = "at least" if verdict.measured >= verdict.target else "below"
+    text = f"That the mean is {side} {verdict.target:g} %: p = {verdict.p:.2g}"
+    if verdict.word != "not shown":
+        return f"{text}, from {verdict.n} seeds."
+    needed = "how many seeds would can't be said"
+    if verdict.seeds_needed is not None:
+        needed = f"about {seeds_text(verdict.seeds_needed)} seeds would, if the mean stays where it is"
+    return f"{text}, which does not show it; {needed}."
 
 
 def overall(verdicts: Sequence[Verdict]) -> str:
     """Return "met" if all are, "missed" if any is, else "not shown"; "none" where no target was stated."""
     words = {verdict.word for verdict in verdicts}
-    if not words:
-        return "none"
-    return "missed" if "missed" in words else "not shown" if "not shown" in words else "met"
+    return next((word for word in ("missed", "not shown", "met") if word in words), "none")

@@ -261,10 +261,10 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(store: St
         (expected.effect, expected.low, expected.high, expected.p, 2 * expected.p)
     )
     assert (first.change, first.test, first.seeds) == ("first", "paired t-test", "3")
-    assert (second.change, second.p_holm, second.shown) == ("second", pytest.approx(second.p), False)
+    assert (second.change, second.p_holm, second.word) == ("second", pytest.approx(second.p), "not shown")
     assert [sentence.split(": ")[1] for sentence in refused] == ["a with gone", "single with a"]
     one, back = (results.compare(*names, tracking_uri=store.uri) for names in (("a", "b"), ("b", "a")))
-    assert one.shown
+    assert one.word == "better"
     assert (back.effect, back.word) == (pytest.approx(-0.19), "worse")
 
 
