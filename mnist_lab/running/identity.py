@@ -44,20 +44,17 @@ def find_sources(script: Path) -> dict[str, Path]:
     found, path, waiting = {SCRIPT: script}, [str(script.parent), *sys.path], [("", script)]
     while waiting:
         package, file = waiting.pop()
-        for name in _imported_names(file, package):
-            spec = None if name in found else _find_spec(name, path)
-            if spec is not None and spec.origin is not None and is_script(Path(spec.origin)):
-                found[name] = Path(spec.origin)
-                waiting.append((name if spec.submodule_search_locations else name.rpartition(".")[0], found[name]))
+        for spec in _imported(file, package, path):
+            if spec.name not in found and spec.origin is not None and is_script(Path(spec.origin)):
+                found[spec.name] = Path(spec.origin)
+                waiting.append((spec.parent or "", found[spec.name]))
     return {**_loaded_modules(script, found), **found}
 
 
 def place(name: str, file: Path) -> Path:
     """Return where the file of this module is imported from, relative to the folder of the script."""
-    if name == SCRIPT:
-        return Path(file.name)
-    folders = name.split(".")
-    return Path(*folders, file.name) if file.name == "__init__.py" else Path(*folders[:-1], file.name)
+    *folders, last = name.split(".")
+    return Path(*folders, last if file.name == "__init__.py" else "", file.name)
 
 
 def code_sha256(sources: Mapping[str, Path]) -> str:
@@ -99,38 +96,33 @@ def _without_search(tree: ast.Module) -> ast.Module:
     return tree
 
 
-def _imported_names(file: Path, package: str) -> Iterator[str]:
-    """Yield the dotted name of every module, with its parents, that the file's import statements may mean."""
+def _imported(file: Path, package: str, path: list[str]) -> Iterator[ModuleSpec]:
+    """Yield every module that the file's import statements may mean, and the packages that it lies in."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):  # Python will say so itself when the module is used
         return
     for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            with suppress(ImportError):  # beyond the outermost package
-                module = resolve_name("." * node.level + (node.module or ""), package)
-                names = [module, *(f"{module}.{alias.name}" for alias in node.names)]  # each may be a module
-        for name in names:
-            yield from _with_parents(name)
+        match node:
+            case ast.Import():
+                for alias in node.names:
+                    yield from _found(alias.name, path)
+            case ast.ImportFrom():
+                with suppress(ImportError):  # beyond the outermost package
+                    module = resolve_name("." * node.level + (node.module or ""), package)
+                    for alias in node.names:  # each may be a module
+                        yield from _found(f"{module}.{alias.name}", path)
 
 
-def _find_spec(name: str, path: list[str]) -> ModuleSpec | None:
-    spec = None
+def _found(name: str, path: list[str]) -> Iterator[ModuleSpec]:
+    """Yield "a", "a.b" and "a.b.c" for "a.b.c", as far as they are found."""
     with suppress(ImportError, ValueError):
-        for full in _with_parents(name):
+        for full in accumulate(name.split("."), "{}.{}".format):
             spec = PathFinder.find_spec(full, path)
             if spec is None:
-                break
+                return
+            yield spec
             path = list(spec.submodule_search_locations or [])
-    return spec
-
-
-def _with_parents(name: str) -> Iterator[str]:
-    """Yield "a", "a.b" and "a.b.c" for "a.b.c"."""
-    return accumulate(name.split("."), "{}.{}".format)
 
 
 def _loaded_modules(script: Path, found: Mapping[str, Path]) -> dict[str, Path]:
