@@ -137,7 +137,6 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
         holdout=arguments.holdout or (HELD_OUT if arguments.search else 0),
         folds=arguments.folds or 0,
     )
-    job.check_unchanged()
     return job, resume
 
 

@@ -6,8 +6,7 @@ import multiprocessing
 import runpy
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:  # MLflow takes seconds to import
     from mnist_lab.tracking.models import Teacher
 
 WORKER = "mnist_lab worker"  # the name of a study's worker processes
-READ = ("sources", "code_sha256", "commit_tags")  # once, by the first process that has the job
 _reading = False
 
 
@@ -47,6 +45,7 @@ class Job:
         evaluated on it; no run is given the test images. 0 for none.
     search: the name of the search that this is a trial of; no run of it is ever given the test images.
     teacher: the network in MLflow that the objective learns from, once `run.with_teacher` has found it.
+    sources, code_sha256, commit_tags: the code, read once, for all that is made of this job by `replace`.
     params: what is logged as params, but for the seed; read once, as objects among the arguments may change in use.
     """
 
@@ -62,13 +61,21 @@ class Job:
     folds: int = 0
     search: str | None = None
     teacher: Teacher | None = None
+    sources: Mapping[str, Path] = field(default_factory=dict)
+    code_sha256: str = ""
+    commit_tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.script.is_file():
             raise LabError(f"script: {str(self.script)!r} is not a file; a run is named after its script")
         self.experiment.check()
-        object.__setattr__(self, "params", self._read_params())
+        vars(self)["params"] = self._read_params()
+        if not self.sources:
+            sources = find_sources(self.script)
+            written = [*own_files(self.tracking_uri), find_data_dir(self.data_dir), PROJECT_ROOT / "reports"]
+            commit = identity.commit_tags(self.script, written)
+            vars(self).update(sources=sources, code_sha256=code_sha256(sources), commit_tags=commit)
 
     @property
     def step(self) -> str:
@@ -82,19 +89,6 @@ class Job:
     def targets(self) -> Targets:
         """What is judged. The declared targets are those of a network that is trained on all images, and tested."""
         return Targets() if self.folds else self.experiment.targets
-
-    @cached_property
-    def sources(self) -> dict[str, Path]:
-        return find_sources(self.script)
-
-    @cached_property
-    def code_sha256(self) -> str:
-        return code_sha256(self.sources)
-
-    @cached_property
-    def commit_tags(self) -> dict[str, str]:
-        written = [*own_files(self.tracking_uri), find_data_dir(self.data_dir), PROJECT_ROOT / "reports"]
-        return identity.commit_tags(self.script, written)
 
     def _read_params(self) -> dict[str, str]:
         held_out = {name: str(getattr(self, name)) for name in ("holdout", "folds") if getattr(self, name)}
@@ -116,15 +110,9 @@ class Job:
     def identity(self) -> dict[str, str]:
         return {**self.params, **self.tags}
 
-    def replaced(self, **changes: Any) -> Job:
-        """Return the job with other fields, and the code that was read for it."""
-        changed = replace(self, **changes)
-        vars(changed).update({name: value for name, value in vars(self).items() if name in READ})
-        return changed
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave the experiment behind: its network's class may live in the script, which the other process reads."""
-        return {**vars(self), "experiment": None, **{name: getattr(self, name) for name in READ}}
+        return {**vars(self), "experiment": None}
 
     def lies_in(self, folder: Path) -> None:
         """Read code and MNIST in this folder, where another machine sent them; `script` stays, and names the runs."""
@@ -132,11 +120,11 @@ class Job:
         vars(self).update(sources=sources, data_dir=folder / "data")
 
     def check_unchanged(self) -> None:
-        """Refuse to go on if the script, or what it imports, was saved since this was first called; raises LabError."""
-        known, now = self.code_sha256, ""
+        """Refuse to go on if the script, or what it imports, was saved since it was read; raises LabError."""
+        now = ""
         with suppress(OSError):
             now = code_sha256(self.sources)
-        if now != known:
+        if now != self.code_sha256:
             raise LabError(f"script: {self.script.name} or what it imports was changed since it was read; start again")
 
     def read_experiment(self) -> None:

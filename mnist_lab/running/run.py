@@ -122,7 +122,7 @@ def with_teacher(job: Job, store: Store, interrupted: Mapping[str, str] | None =
         raise LabError(f"folds: {seen}; --holdout judges what learns from one on held-out images")
     if interrupted and "teacher_run_id" in interrupted and ":/" not in declared:
         declared = f"runs:/{interrupted['teacher_run_id']}/model"
-    return job.replaced(teacher=find_teacher(store, declared, job.holdout))
+    return replace(job, teacher=find_teacher(store, declared, job.holdout))
 
 
 def _check_same(job: Job, resume: Checkpoint) -> None:

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import optuna
 import torch
@@ -73,7 +73,7 @@ def search(
         job = with_teacher(job, store)
         storage = _open_storage(job)
         study = _open_study(job, space, storage, again=again)
-        job = job.replaced(search=study.study_name)
+        job = replace(job, search=study.study_name)
         trainers.prepare(job, store)
         _, _, rehearsal = tried(job, store)
         for name in [name for name in rehearsal.no_effect if name in space]:
@@ -179,7 +179,7 @@ class TrialTask(SeedTask):
             experiment, overrides = self.job.experiment.override(values)
             teacher = None if "teacher" in values else self.job.teacher
             overrides = {**self.job.overrides, **overrides}
-            job = with_teacher(self.job.replaced(experiment=experiment, overrides=overrides, teacher=teacher), store)
+            job = with_teacher(replace(self.job, experiment=experiment, overrides=overrides, teacher=teacher), store)
             # The same values may have been drawn before, and a process may be lost when it has pruned its run.
             run = finished_runs(store, job.params, job.tags, "validation_accuracy").get(0)
             if run is None:

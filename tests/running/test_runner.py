@@ -212,14 +212,14 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_limit_keeps_the_first_training_images_and_all_others(mnist: Mnist, uri: str) -> None:
     job = Job(script=TINY, experiment=tiny.EXPERIMENT, tracking_uri=uri)
-    fewer = load_parts(job.replaced(limit=128), 0)
+    fewer = load_parts(dataclasses.replace(job, limit=128), 0)
 
     assert torch.equal(fewer.train_images, mnist.train_images[:128])
     assert torch.equal(fewer.train_labels, mnist.train_labels[:128])
     assert torch.equal(fewer.test_images, mnist.test_images)
     for limit in (0, 60_001):
         with pytest.raises(LabError, match=f"^limit: {limit} .*60,000"):
-            load_parts(job.replaced(limit=limit), 0)
+            load_parts(dataclasses.replace(job, limit=limit), 0)
 
 
 # ---- what is measured once

@@ -258,7 +258,7 @@ def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: 
         return RunResult(f"run {seed}", [], {}, [])
 
     monkeypatch.setattr(workers, "run", train)
-    job = job_of(ROOT / "experiments" / "step2_dropout.py", uri).replaced(device=torch.device("meta"))
+    job = replace(job_of(ROOT / "experiments" / "step2_dropout.py", uri), device=torch.device("meta"))
     tasks = iter([SeedTask(job, seed, "parent", again=True) for seed in (3, 4, 5)])
 
     with pytest.raises(LabError, match="^workers: 2 .* meta"):
