@@ -22,8 +22,7 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from tqdm import tqdm
 
     from mnist_lab.running.job import Job
-    from mnist_lab.running.progress import Counts, RunResult, StudyResult
-    from mnist_lab.running.search import SearchResult
+    from mnist_lab.running.progress import RunResult, SearchResult, StudyResult
     from mnist_lab.training.loop import EpochMetrics
     from mnist_lab.verdicts.targets import Verdict
 
@@ -188,25 +187,22 @@ class SearchConsole(_Display):
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
             self.start_bar(wanted, form, smoothing=0, initial=done)
 
-    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None:
-        from mnist_lab.running.search import trial_text
-
-        stand = [f"{counts.done}/{self.wanted}"]
-        stand += [f"{count} {word}" for count, word in ((counts.pruned, "pruned"), (counts.failed, "failed")) if count]
-        if counts.best is not None:
-            stand.append(f"best {percent(counts.best.accuracy)} % in trial {counts.best.number}")
+    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, stand: SearchResult) -> None:
+        parts = [f"{stand.done}/{self.wanted}"]
+        parts += [f"{count} {word}" for count, word in ((stand.pruned, "pruned"), (stand.failed, "failed")) if count]
+        parts += [f"best {percent(best.accuracy)} % in trial {best.number}" for best in stand.best[:1]]
         if self.bar is not None:
             self.bar.update()
-        self.show(f"trial {number:>{len(str(self.wanted))}}  {outcome}  {trial_text(values)}", ", ".join(stand))
+        text = " ".join(f"{name}={value}" for name, value in values.items())
+        self.show(f"trial {number:>{len(str(self.wanted))}}  {outcome}  {text}", ", ".join(parts))
 
 
 def print_search(result: SearchResult, job: Job) -> None:
-    from mnist_lab.running.search import best_table, paste_lines
+    from mnist_lab.running.search import best_table, paste_lines, too_good
 
-    counts = result.counts
-    too_large = f", {counts.too_large} too large for the target, and not trained" if counts.too_large else ""
-    ended = f"{counts.finished} trained to the end, {counts.pruned} pruned, {counts.failed} failed"
-    print(f"\n{counted(counts.done, 'trial')}: {ended}{too_large}.")
+    too_large = f", {result.too_large} too large for the target, and not trained" if result.too_large else ""
+    ended = f"{result.finished} trained to the end, {result.pruned} pruned, {result.failed} failed"
+    print(f"\n{counted(result.done, 'trial')}: {ended}{too_large}.")
     if result.best:
         print("\n" + best_table(result))
         print("\nThe best values, to write into the script:\n")
@@ -216,7 +212,8 @@ def print_search(result: SearchResult, job: Job) -> None:
         settings += [f"--limit {job.limit}"] if job.limit else []
         command = f"make {job.step} ARGS='--holdout {job.holdout} --seeds 1-10 {' '.join(settings)}'"
         print(
-            f"The best of {counts.finished + counts.pruned} is too good by up to about {result.too_good:.2f} points: "
+            f"The best of {result.finished + result.pruned} is too good by up to about "
+            f"{too_good(result, job.holdout):.2f} points: "
             f"so much would chance alone lift it on {job.holdout:,} images if all were equally good. "
             f"What it reaches with other seeds: {command}"
         )
@@ -257,8 +254,8 @@ def make(target: str, job: Job, *flags: str) -> str:
 def print_study(result: StudyResult, job: Job) -> None:
     from mnist_lab.running.study import tables
 
-    for rows, headers in tables(result):
-        print("\n" + tabulate(rows, headers=headers, disable_numparse=True))
+    if result.runs:
+        print("\n" + tables(result))
     if result.verdicts:
         print("\n" + verdict_table(result.verdicts))
     for verdict in result.verdicts:

@@ -199,7 +199,7 @@ def _restore(store: Store, runs: Sequence[Committed]) -> None:
         finished = [FinishedRun(one, run.seed, run.figures) for one, run in zip(ids, runs, strict=True)]
         log_verdict(tracked, judge_runs(runs[0].targets, runs[0].epochs, tracked.run_id, finished), script_of(step))
         history = [{"run_id": run_id, **epoch} for run_id, run in zip(ids, runs, strict=True) for epoch in run.history]
-        log_curves(tracked, history, runs[0].targets)
+        log_curves(tracked, pd.DataFrame(history), runs[0].targets)
 
 
 def _run(store: Store, run: Committed, parent_run_id: str | None) -> str:

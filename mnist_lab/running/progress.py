@@ -37,7 +37,6 @@ class StudyResult:
 
     run_id: str
     runs: list[FinishedRun]
-    reused: list[int]
     failed: dict[int, str]
     aggregates: dict[str, Aggregate]
     verdicts: list[Verdict]
@@ -54,14 +53,20 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Where a search stands. too_large: trials that were not trained, as the network was too large for the target."""
+class SearchResult:
+    """Where a search stands: how many of its trials have ended in which way.
 
-    finished: int = 0
-    pruned: int = 0
-    failed: int = 0
-    too_large: int = 0
-    best: Trial | None = None
+    too_large: trials that were not trained, as the network was too large for the target.
+    best: those trained to their end, the best first, each set of values once.
+    """
+
+    run_id: str
+    name: str
+    finished: int
+    pruned: int
+    failed: int
+    too_large: int
+    best: list[Trial]
 
     @property
     def done(self) -> int:
@@ -89,5 +94,5 @@ class Progress:
     def on_failure(self, seed: int, reason: str) -> None: ...
     def on_study_verdict(self, result: StudyResult) -> None: ...
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None: ...
-    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None: ...
+    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, stand: SearchResult) -> None: ...
     def on_time(self) -> None: ...

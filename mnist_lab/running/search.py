@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import optuna
 import torch
@@ -24,38 +25,22 @@ from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.paths import SEARCHES, own_folder
 from mnist_lab.running import identity
 from mnist_lab.running.job import Job
-from mnist_lab.running.progress import Counts, Progress, Pruned, Trial
+from mnist_lab.running.progress import Progress, Pruned, SearchResult, Trial
 from mnist_lab.running.record import DESCRIPTION, run_name_of
 from mnist_lab.running.run import tried, with_teacher
 from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers, reason_of
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import TrackedRun, track
-from mnist_lab.tracking.store import adopt, alone, find_run, finished_runs, open_store, quiet, store_failures
+from mnist_lab.tracking.store import alone, find_run, finished_runs, open_store, quiet, store_failures
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.measures import percent
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
 
 Space = Mapping[str, BaseDistribution]
-FIGURE = "final_validation_accuracy"
-REDUCTION = 2  # after the epochs 1, 2, 4, 8 and so on, the better half of the trials goes on
 BUSY_SECONDS = 60  # that Optuna's database is waited for while another process writes
-BEST = 5  # trials that are shown at the end
+SHOWN = 5  # trials, the best, at the end
 # What a trial has in Optuna's storage: that its training began, why it failed, and what was too large to be trained.
 BEGUN, REASON, TOO_LARGE = "begun", "reason", "num_params"
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """A search that came to its end, with its best trials, the best first; none where no trial has finished.
-
-    too_good: by about how many points the best accuracy is too good, were all trials equally good in truth.
-    """
-
-    run_id: str
-    name: str
-    counts: Counts
-    best: list[Trial]
-    too_good: float
 
 
 def search(
@@ -108,14 +93,12 @@ def search(
                         raise LabError(f"search: {outcome.reason.removeprefix('search: ')}")
                     study.tell(task.number, state=TrialState.FAIL, skip_if_finished=True)
                 trial = study.get_trials(deepcopy=False)[task.number]
-                progress.on_trial(trial.number, _values(trial), _outcome_text(trial), _counts(study))
+                progress.on_trial(trial.number, _values(trial), _outcome_text(trial), stand())
 
-            progress.on_search(study.study_name, count, _counts(study).done, trainers.room(), job.device)
+            stand = partial(_stand, study, tracked.run_id)
+            progress.on_search(study.study_name, count, stand().done, trainers.room(), job.device)
             trainers.train(store, tracked.run_id, tasks(), progress, on_end)
-            counts, best = _counts(study), _finished(study)[:BEST]
-            sd = sd_of_accuracy(best[0].accuracy, job.holdout) if best else 0.0
-            too_good = expected_maximum(max(1, counts.finished + counts.pruned)) * sd
-            result = SearchResult(tracked.run_id, study.study_name, counts, best, too_good)
+            result = stand()
             _log(tracked, study, job, result)
     return result
 
@@ -143,15 +126,15 @@ def paste_lines(job: Job, values: Mapping[str, object]) -> list[str]:
     return [f"{one.argument}={values[name]!r},  # {one.part or 'EXPERIMENT'}" for name, one in declared.items()]
 
 
-def trial_text(values: Mapping[str, object]) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items())
-
-
 def best_table(result: SearchResult, style: str = "simple") -> str:
     """Return the best trials as a table with a column for each value, in one of the styles of tabulate."""
-    rows = [(trial.number, f"{trial.accuracy:.2f}", *trial.values.values()) for trial in result.best]
-    names = result.best[0].values if result.best else ()
-    return tabulate(rows, ("trial", "validation", *names), tablefmt=style, disable_numparse=True)
+    rows = [(trial.number, f"{trial.accuracy:.2f}", *trial.values.values()) for trial in result.best[:SHOWN]]
+    return tabulate(rows, ("trial", "validation", *result.best[0].values), tablefmt=style, disable_numparse=True)
+
+
+def too_good(result: SearchResult, holdout: int) -> float:
+    """Return by about how many points the best accuracy is too good, were all trials equally good in truth."""
+    return expected_maximum(result.finished + result.pruned) * sd_of_accuracy(result.best[0].accuracy, holdout)
 
 
 # ---- where a trial is trained
@@ -164,7 +147,8 @@ class TrialTask(SeedTask):
     def train(self, progress: Progress) -> None:
         """Train the trial with the seed 0, or go on with it, and tell Optuna what came of it."""
         with _storage_failures():
-            pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION)
+            # After the epochs 1, 2, 4, 8 and so on, the better half of the trials goes on.
+            pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
             study = optuna.load_study(study_name=self.job.search, storage=self.storage, pruner=pruner)
             drawn = study.get_trials(deepcopy=False)[self.number]
             if not drawn.state.is_finished():  # by a process that was lost before it could say so
@@ -185,10 +169,8 @@ class TrialTask(SeedTask):
             if run is None:
                 run = SeedTask(job, 0, self.parent_run_id, is_lost=is_lost).train(_Judge(trial, job.experiment))
                 assert run is not None
-            else:
-                adopt(store, self.parent_run_id, run.run_id)
             trial.set_user_attr("run", run.run_id)
-            accuracy = run.metrics.get(FIGURE)
+            accuracy = run.metrics.get("final_validation_accuracy")
             return accuracy, TrialState.PRUNED if accuracy is None else TrialState.COMPLETE
         except Pruned:
             return None, TrialState.PRUNED
@@ -253,29 +235,24 @@ def _open_study(job: Job, space: Space, storage: RDBStorage, *, again: bool) -> 
     study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))  # one that goes on draws other values
     declared = {name: distribution_to_json(one) for name, one in space.items()}
-    if "space" not in study.user_attrs:
-        study.set_user_attr("space", declared)
-    drawn = study.user_attrs["space"]
+    drawn = study.user_attrs.get("space", declared)
     if other := [name for name in {**drawn, **declared} if drawn.get(name) != declared.get(name)]:
         changed = f"{', '.join(other)} had another range when {study.study_name} began"
         raise LabError(f"search: {changed}; go on with that one, or begin a new search with --again")
+    study.set_user_attr("space", declared)
     return study
 
 
-def _counts(study: optuna.Study) -> Counts:
+def _stand(study: optuna.Study, run_id: str) -> SearchResult:
     trials = study.get_trials(deepcopy=False)
-    too_large = sum(TOO_LARGE in trial.user_attrs for trial in trials)
     states = Counter(trial.state for trial in trials)
     finished, pruned, failed = states[TrialState.COMPLETE], states[TrialState.PRUNED], states[TrialState.FAIL]
-    return Counts(finished, pruned - too_large, failed, too_large, next(iter(_finished(study)), None))
-
-
-def _finished(study: optuna.Study) -> list[Trial]:
-    """Return the trials that were trained to their end, the best first, and each set of values once."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    unique = {repr(sorted(trial.params.items())): trial for trial in reversed(trials)}
-    found = [Trial(one.number, _values(one), one.value) for one in unique.values() if one.value is not None]
-    return sorted(found, key=lambda trial: (-trial.accuracy, trial.number))
+    too_large = sum(TOO_LARGE in trial.user_attrs for trial in trials)
+    whole = [trial for trial in reversed(trials) if trial.state is TrialState.COMPLETE]
+    unique = {repr(sorted(trial.params.items())): trial for trial in whole}.values()
+    found = [Trial(one.number, _values(one), one.value) for one in unique if one.value is not None]
+    best = sorted(found, key=lambda trial: (-trial.accuracy, trial.number))
+    return SearchResult(run_id, study.study_name, finished, pruned - too_large, failed, too_large, best)
 
 
 def _outcome_text(trial: FrozenTrial) -> str:
@@ -289,13 +266,12 @@ def _outcome_text(trial: FrozenTrial) -> str:
 
 
 def _log(tracked: TrackedRun, study: optuna.Study, job: Job, result: SearchResult) -> None:
-    counts = result.counts
-    metrics: dict[str, float] = {"trials": counts.done}
-    metrics |= {f"trials_{name}": getattr(counts, name) for name in ("pruned", "failed", "too_large")}
+    metrics: dict[str, float] = {"trials": result.done}
+    metrics |= {f"trials_{name}": getattr(result, name) for name in ("pruned", "failed", "too_large")}
     if result.best:
-        metrics |= {"best_validation_accuracy": result.best[0].accuracy, "too_good": result.too_good}
+        metrics |= {"best_validation_accuracy": result.best[0].accuracy, "too_good": too_good(result, job.holdout)}
         tracked.set_tags({DESCRIPTION: best_table(result, "github")})
         tracked.log_text("\n".join(paste_lines(job, result.best[0].values)) + "\n", "best.txt")
-    tracked.log_missing({counts.done: metrics})
+    tracked.log_missing({result.done: metrics})
     with quiet():
         tracked.log_text(study.trials_dataframe().to_csv(index=False), "trials.csv")
