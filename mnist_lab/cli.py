@@ -122,7 +122,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     if arguments.resume is not None and not _several(arguments):  # these go on by themselves
         wanted = {name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")}
         wanted_changes = {name: overrides.get(name) for name in changes}  # None: as declared
-        resume = checkpoint.find(uri, script.stem, arguments.resume, changes=wanted_changes, **wanted)
+        resume = checkpoint.find(uri, wanted_changes, step=script.stem, run_id=arguments.resume or None, **wanted)
         changed, overrides = experiment.override(resume.changes)
         arguments.seed, arguments.limit, arguments.holdout = resume.seed, resume.limit, resume.holdout
     job = Job(
