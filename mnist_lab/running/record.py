@@ -49,6 +49,8 @@ DESCRIPTION = "mlflow.note.content"  # the tag whose text MLflow's UI shows as t
 class Record:
     job: Job
     seed: int
+    store: Store
+    progress: Progress
     mnist: Mnist
     rehearsal: Rehearsal
     training: Training
@@ -64,15 +66,13 @@ class Record:
         return num_params(self.training.net, self.rehearsal.untrained, self.trained)
 
     @contextmanager
-    def begin(
-        self, store: Store, progress: Progress, parent_run_id: str | None, resume: Checkpoint | None
-    ) -> Iterator[str]:
+    def begin(self, parent_run_id: str | None, resume: Checkpoint | None) -> Iterator[str]:
         """Open the run in MLflow and log what it is, or take up the one of `resume`; give its id."""
         job, device, no_effect = self.job, self.mnist.train_images.device, " ".join(self.rehearsal.no_effect)
         job.check_unchanged()
         name, environment = run_name_of(job, f"{job.protocol.unit} {self.seed}"), identity.environment(device)
         summary = summarize(self.training.net, self.rehearsal.untrained)
-        progress.on_run(name, device, self.num_params, summary, len(self.mnist.train_images))
+        self.progress.on_run(name, device, self.num_params, summary, len(self.mnist.train_images))
         tags = {
             **job.tags,
             **job.commit_tags,
@@ -85,7 +85,7 @@ class Record:
             **{f"reported_{name}": str(figure) for name, figure in job.experiment.reported.items()},
         }
         params, resumed = {**job.params, "seed": self.seed}, None if resume is None else resume.run_id
-        run = track(store, name, params=params, tags=tags, parent_run_id=parent_run_id, resume_run_id=resumed)
+        run = track(self.store, name, params=params, tags=tags, parent_run_id=parent_run_id, resume_run_id=resumed)
         with run as self.tracked:
             logger.info("Logging where the run comes from")
             if resume is None:
@@ -99,10 +99,10 @@ class Record:
                 self.tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in self.epochs})
             yield self.tracked.run_id
 
-    def log_epoch(self, metrics: EpochMetrics, store: Store) -> None:
+    def log_epoch(self, metrics: EpochMetrics) -> None:
         """Keep what the run needs to go on, then log the epoch: what MLflow lacks is logged when the run goes on."""
         self.epochs.append(metrics)
-        store.check_in_place()
+        self.store.check_in_place()
         saved = Checkpoint(
             run_id=self.tracked.run_id,
             script=str(self.job.script),
@@ -115,14 +115,15 @@ class Record:
             epochs=self.epochs,
             training=self.training.state_dict(),
         )
-        checkpoint.save(saved, store.uri)
+        checkpoint.save(saved, self.store.uri)
         self.tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
+        self.progress.on_epoch(self.seed, metrics)
 
     def prune(self) -> RunResult:
         self.tracked.set_tags({"pruned": f"after epoch {len(self.epochs)} of {self.job.experiment.epochs}"})
         return RunResult(self.tracked.run_id, self.epochs, {}, [])
 
-    def finish(self, progress: Progress) -> RunResult:
+    def finish(self) -> RunResult:
         """Judge the trained network, if there are test images, then write what takes longer than to say so."""
         job, tracked, tested = self.job, self.tracked, len(self.mnist.test_images) > 0
         logger.info("Evaluating the trained network")
@@ -137,19 +138,14 @@ class Record:
             if job.folds:
                 tracked.log_predictions(labels, logits, self.mnist.validation_numbers)
             return RunResult(tracked.run_id, self.epochs, measured, [])
-        verdicts = targets.judge(
-            job.experiment.targets,
-            accuracies=[measured["final_test_accuracy"]],
-            num_params=int(measured["num_params"]),
-            epochs=len(self.epochs),
-        )
+        accuracies, count = [measured["final_test_accuracy"]], int(measured["num_params"])
+        verdicts = targets.judge(job.targets, accuracies=accuracies, num_params=count, epochs=len(self.epochs))
         tracked.set_tags({**verdict_tags(verdicts), DESCRIPTION: describe(job.script, job.tags["overrides"], verdicts)})
         result = RunResult(tracked.run_id, self.epochs, measured, verdicts)
-        progress.on_verdict(result)
+        self.progress.on_verdict(result)
         logger.info("Logging predictions, figures and the model")
         tracked.log_predictions(labels, logits)
-        name = {"step": job.step, "seed": self.seed, "run_id": tracked.run_id}
-        tracked.log_figures(draw(job.experiment, self.mnist, self.epochs, logits, **name))
+        tracked.log_figures(self._draw(logits))
         example = normalize(self.mnist.test_images[:2].float() / 255, job.experiment.normalize)
         refusal = tracked.log_model(job.step, self.training.result, example, job.experiment.normalize)
         if refusal is not None:
@@ -158,9 +154,9 @@ class Record:
 
     def _judged(self) -> tuple[Tensor, Tensor]:
         """Return the labels, and the trained network's logits, of the test images, else of those held out; LabError."""
-        part, images, labels = evaluation_part(self.mnist)
+        _, images, labels = evaluation_part(self.mnist)
         logits = self.training.logits
-        if part == "validation" and len(self.mnist.test_images):
+        if self.job.holdout and len(self.mnist.test_images):
             images, labels, logits = self.mnist.test_images, self.mnist.test_labels, None
         with blame("net"):
             if logits is None:  # of a run that was taken up after its last epoch too
@@ -168,6 +164,26 @@ class Record:
             if not logits.isfinite().all():
                 raise ValueError("gives logits that are not finite, after the last epoch")
         return labels, logits
+
+    def _draw(self, logits: Tensor) -> dict[str, Figure]:
+        import pandas as pd  # it and matplotlib take a second, which a refused run need not wait
+
+        from mnist_lab import figures
+
+        experiment, mnist = self.job.experiment, self.mnist
+        name = {"step": self.job.step, "seed": self.seed, "run_id": self.tracked.run_id}
+        history = pd.DataFrame([{**name, "epoch": metrics.epoch, **epoch_metrics(metrics)} for metrics in self.epochs])
+        images, truth = mnist.test_images.squeeze(1).cpu().numpy(), mnist.test_labels.cpu().numpy()
+        confidence, prediction = (values.numpy() for values in logits.cpu().double().softmax(1).max(1))
+        drawn = {
+            "training": figures.plot_training(history, experiment.targets.accuracy),
+            "learning_rate": figures.plot_learning_rate(history),
+            "confusion": figures.plot_confusion(truth, prediction),
+            "mistakes": figures.plot_mistakes(images, truth, prediction, confidence),
+        }
+        if experiment.augmentation is not None:
+            drawn["augmentation"] = figures.plot_augmentation(*augmented(experiment, mnist))
+        return drawn
 
 
 # ---- names, tags and words
@@ -202,7 +218,7 @@ def describe(script: Path, overrides: str = "", verdicts: Sequence[Verdict] = ()
     return "\n\n".join(part for part in parts if part)
 
 
-# ---- figures, as numbers and as pictures
+# ---- figures
 
 
 def epoch_metrics(metrics: EpochMetrics) -> dict[str, float]:
@@ -225,7 +241,7 @@ def measure(num_params: int, epochs: list[EpochMetrics], experiment: Experiment)
     """Return what the epochs say once per run. The best epoch is the first with the highest accuracy."""
     last, best = epochs[-1], max(epochs, key=lambda epoch: epoch.eval_correct)
     part = last.evaluated_on
-    measured = {
+    measured: dict[str, float | None] = {
         "num_params": num_params,
         "epochs": last.epoch,
         "final_train_accuracy": last.train_accuracy,
@@ -234,33 +250,11 @@ def measure(num_params: int, epochs: list[EpochMetrics], experiment: Experiment)
         f"best_{part}_accuracy": best.eval_accuracy,
         "best_epoch": best.epoch,
         f"final_{part}_loss": last.eval_loss,
+        f"raw_{part}_accuracy": last.raw_accuracy,
     }
-    if last.raw_accuracy is not None:
-        measured[f"raw_{part}_accuracy"] = last.raw_accuracy
     if (accuracy := experiment.targets.accuracy) is not None:
         measured["epochs_at_target"] = sum(epoch.eval_accuracy >= accuracy for epoch in epochs)
-    return measured
-
-
-def draw(
-    experiment: Experiment, mnist: Mnist, epochs: list[EpochMetrics], logits: Tensor, **identity: object
-) -> dict[str, Figure]:
-    import pandas as pd  # it and matplotlib take a second, which a refused run need not wait
-
-    from mnist_lab import figures
-
-    history = pd.DataFrame([{**identity, "epoch": metrics.epoch, **epoch_metrics(metrics)} for metrics in epochs])
-    images, truth = mnist.test_images.squeeze(1).cpu().numpy(), mnist.test_labels.cpu().numpy()
-    confidence, prediction = (values.numpy() for values in logits.cpu().double().softmax(1).max(1))
-    drawn = {
-        "training": figures.plot_training(history, experiment.targets.accuracy),
-        "learning_rate": figures.plot_learning_rate(history),
-        "confusion": figures.plot_confusion(truth, prediction),
-        "mistakes": figures.plot_mistakes(images, truth, prediction, confidence),
-    }
-    if experiment.augmentation is not None:
-        drawn["augmentation"] = figures.plot_augmentation(*augmented(experiment, mnist))
-    return drawn
+    return {name: value for name, value in measured.items() if value is not None}
 
 
 def augmented(experiment: Experiment, mnist: Mnist) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

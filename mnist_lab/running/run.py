@@ -54,15 +54,14 @@ def run(
     net = initial_network(experiment, seed, job.device, rehearsal.memory_format)
     rehearsal.watch(net)
     training = Training(net, own_parts(experiment), mnist, seed=seed, on_batch=progress.on_batch)
-    record = Record(job, seed, mnist, rehearsal, training)
+    record = Record(job, seed, store, progress, mnist, rehearsal, training)
     if resume is not None:
         restore(training, resume)
-    with record.begin(store, progress, parent_run_id, resume) as run_id, adopted(store.uri, run_id):
+    with record.begin(parent_run_id, resume) as run_id, adopted(store.uri, run_id):
         logger.info("Training, epoch by epoch")
         try:
             for metrics in blame_script(training.epochs()):
-                record.log_epoch(metrics, store)
-                progress.on_epoch(seed, metrics)
+                record.log_epoch(metrics)
         except Pruned:
             result = record.prune()
         except LabError as error:
@@ -70,7 +69,7 @@ def run(
                 checkpoint.remove_alike(store.uri, job.identity, seed)
             raise
         else:
-            result = record.finish(progress)
+            result = record.finish()
     checkpoint.remove_alike(store.uri, job.identity, seed)
     return result
 
