@@ -37,7 +37,6 @@ from mnist_lab.verdicts.measures import percent
 from mnist_lab.verdicts.statistics import expected_maximum, sd_of_accuracy
 
 Space = Mapping[str, BaseDistribution]
-BUSY_SECONDS = 60  # that Optuna's database is waited for while another process writes
 SHOWN = 5  # trials, the best, at the end
 # What a trial has in Optuna's storage: that its training began, why it failed, and what was too large to be trained.
 BEGUN, REASON, TOO_LARGE = "begun", "reason", "num_params"
@@ -56,8 +55,7 @@ def search(
     busy = f"search: another process is searching {job.step} with these settings"
     with alone(job.tracking_uri, f"search-{_digest(job)}", busy), _storage_failures():
         job = with_teacher(job, store)
-        storage = _open_storage(job)
-        study = _open_study(job, space, storage, again=again)
+        study, storage = _open_study(job, space, again=again)
         job = replace(job, search=study.study_name)
         trainers.prepare(job, store)
         _, _, rehearsal = tried(job, store)
@@ -104,12 +102,10 @@ def search(
 
 
 def check_space(job: Job, space: Space) -> None:
-    if not isinstance(space, Mapping) or not space:
-        raise LabError(f"search: {quoted(space)} is no space; give a dict of Optuna's distributions by name")
+    if not (isinstance(space, Mapping) and space and all(isinstance(one, BaseDistribution) for one in space.values())):
+        example = 'give a dict of Optuna\'s distributions by name, e.g. {"lr": FloatDistribution(0.05, 0.5, log=True)}'
+        raise LabError(f"search: {quoted(space)} is no space; {example}")
     for name, distribution in space.items():
-        if not isinstance(distribution, BaseDistribution):
-            example = "not one of Optuna's distributions, e.g. FloatDistribution(0.05, 0.5, log=True)"
-            raise LabError(f"search: {name} is {quoted(distribution)}, {example}")
         if name in job.overrides:
             raise LabError(f"search: {name} is searched, so it can't be set to {quoted(job.overrides[name])} too")
         given = vars(distribution)
@@ -207,13 +203,6 @@ def _values(trial: optuna.Trial | FrozenTrial) -> dict[str, object]:
 # ---- Optuna's storage
 
 
-def _open_storage(job: Job) -> RDBStorage:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url = f"sqlite:///{own_folder(job.tracking_uri) / SEARCHES}"
-    with quiet():
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}})
-
-
 @contextmanager
 def _storage_failures() -> Iterator[None]:
     try:
@@ -226,8 +215,12 @@ def _digest(job: Job) -> str:  # which names the searches of a job
     return hashlib.sha256(json.dumps(job.identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _open_study(job: Job, space: Space, storage: RDBStorage, *, again: bool) -> optuna.Study:
+def _open_study(job: Job, space: Space, *, again: bool) -> tuple[optuna.Study, RDBStorage]:
     """Open the newest search of this job, or make a new one; raises LabError if that drew from another space."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    url = f"sqlite:///{own_folder(job.tracking_uri) / SEARCHES}"
+    with quiet():
+        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})  # seconds, while another one writes
     family = f"{job.step} {_digest(job)}"
     names = [name.rpartition(" ") for name in optuna.get_all_study_names(storage)]
     newest = max((int(number) for of_family, _, number in names if of_family == family), default=0)
@@ -240,7 +233,7 @@ def _open_study(job: Job, space: Space, storage: RDBStorage, *, again: bool) -> 
         changed = f"{', '.join(other)} had another range when {study.study_name} began"
         raise LabError(f"search: {changed}; go on with that one, or begin a new search with --again")
     study.set_user_attr("space", declared)
-    return study
+    return study, storage
 
 
 def _stand(study: optuna.Study, run_id: str) -> SearchResult:
