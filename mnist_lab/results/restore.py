@@ -21,7 +21,7 @@ from mnist_lab.paths import PROJECT_ROOT
 from mnist_lab.results import records as files
 from mnist_lab.results.compare import stated_targets
 from mnist_lab.results.runs import MISTAKES, load_runs
-from mnist_lab.running.record import DESCRIPTION, describe, target_tags, verdict_tags
+from mnist_lab.running.run import DESCRIPTION, describe, target_tags, verdict_tags
 from mnist_lab.running.study import judge_runs, log_curves, log_verdict
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import track

@@ -26,8 +26,7 @@ from mnist_lab.paths import SEARCHES, own_folder
 from mnist_lab.running import identity
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, Pruned, SearchResult, Trial
-from mnist_lab.running.record import DESCRIPTION, run_name_of
-from mnist_lab.running.run import tried, with_teacher
+from mnist_lab.running.run import DESCRIPTION, run_name_of, tried, with_teacher
 from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers, reason_of
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import TrackedRun, track

@@ -17,8 +17,7 @@ from mnist_lab.experiment import Targets
 from mnist_lab.running import identity
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, StudyResult
-from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
-from mnist_lab.running.run import tried, with_teacher
+from mnist_lab.running.run import DESCRIPTION, describe, run_name_of, target_tags, tried, verdict_tags, with_teacher
 from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import read_points

@@ -29,8 +29,7 @@ from mnist_lab.running import checkpoint
 from mnist_lab.running.job import WORKER, Job
 from mnist_lab.running.machine import available_cores
 from mnist_lab.running.progress import Progress
-from mnist_lab.running.record import run_name_of
-from mnist_lab.running.run import run
+from mnist_lab.running.run import run, run_name_of
 from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, close_lost, open_store
 from mnist_lab.training.loop import EpochMetrics
@@ -107,7 +106,7 @@ class Trainers:
     def prepare(self, job: Job, store: Store) -> None:
         """Get ready for tasks of this job; raises LabError."""
 
-    def storage(self, storage: RDBStorage) -> Any:  # what reaches Optuna's from where the tasks are trained
+    def storage(self, storage: RDBStorage) -> Any:  # what reaches it from where the tasks are trained
         return storage
 
     def room(self) -> int:  # for so many tasks at a time
@@ -178,8 +177,7 @@ class Processes(Trainers):
         return ours
 
     def ended(self, progress: Progress) -> Iterator[tuple[Connection, Outcome]]:
-        ready = wait([*self.running], timeout=LOOK_SECONDS)
-        for connection in [one for one in self.running if one in ready]:
+        for connection in self.running.keys() & wait([*self.running], timeout=LOOK_SECONDS):
             try:
                 message: EpochMetrics | Outcome = connection.recv()
             except (EOFError, OSError):

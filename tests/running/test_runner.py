@@ -29,8 +29,7 @@ from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job, choose_device
 from mnist_lab.running.progress import Progress, RunResult
-from mnist_lab.running.record import augmented, describe, measure
-from mnist_lab.running.run import load_parts
+from mnist_lab.running.run import augmented, describe, load_parts, measure
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.training.states import drawn_unseeded
 from networks import Linear, declare
