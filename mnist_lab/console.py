@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from tqdm import tqdm
 
     from mnist_lab.running.job import Job
-    from mnist_lab.running.progress import RunResult, SearchResult, StudyResult
+    from mnist_lab.running.progress import SearchResult, StudyResult
     from mnist_lab.training.loop import EpochMetrics
     from mnist_lab.verdicts.targets import Verdict
 
@@ -121,8 +121,8 @@ class Console(_TrainingDisplay):
         self.epoch = metrics.epoch + 1
         print(self.epoch_line(metrics), flush=True)
 
-    def on_verdict(self, result: RunResult) -> None:
-        print_result(result, self.job)
+    def on_verdict(self, measured: Mapping[str, float], verdicts: Sequence[Verdict]) -> None:
+        print_result(measured, verdicts, self.job)
 
 
 class StudyConsole(_TrainingDisplay):
@@ -221,13 +221,13 @@ def print_search(result: SearchResult, job: Job) -> None:
     print(f"MLflow run {result.run_id}; `{make('ui', job)}` shows it, with the runs of the trials below it.")
 
 
-def print_result(result: RunResult, job: Job) -> None:
+def print_result(measured: Mapping[str, float], verdicts: Sequence[Verdict], job: Job) -> None:
     print()
-    if result.verdicts:
-        print(verdict_table(result.verdicts) + "\n")
+    if verdicts:
+        print(verdict_table(verdicts) + "\n")
     names, reported = (*job.protocol.summary, *job.protocol.at_times), job.experiment.reported
-    figures = {"measured": result.measured, **({"reported": reported} if reported.keys() & {*names} else {})}
-    measures = {name: MEASURES[name] for name in names if name in result.measured}
+    figures = {"measured": measured, **({"reported": reported} if reported.keys() & {*names} else {})}
+    measures = {name: MEASURES[name] for name in names if name in measured}
     rows = [(one.label, *(one.text(values.get(name)) for values in figures.values())) for name, one in measures.items()]
     print(tabulate(rows, headers=("", *figures), disable_numparse=True))
     if job.holdout:

@@ -17,7 +17,6 @@ from mnist_lab.console import Console, StudyConsole, how_sure, print_result, pri
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import own_store
 from mnist_lab.running.job import Job
-from mnist_lab.running.progress import RunResult
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.measures import HELD_OUT, TESTED
 from mnist_lab.verdicts.targets import judge
@@ -64,11 +63,11 @@ def test_the_share_of_the_first_weights_is_that_of_the_declared_rule() -> None:
 
 
 def test_a_result_has_what_there_is_to_say(capsys: pytest.CaptureFixture[str]) -> None:
-    print_result(RunResult("abc", [], dict.fromkeys(TESTED.summary, 99.0), []), job_of())
+    print_result(dict.fromkeys(TESTED.summary, 99.0), [], job_of())
     shown = capsys.readouterr().out
     assert not [word for word in ("verdict", "Overridden", "reported") if word in shown]
 
-    print_result(RunResult("abc", [], dict.fromkeys(HELD_OUT.summary, 99.0), []), job_of(holdout=500))
+    print_result(dict.fromkeys(HELD_OUT.summary, 99.0), [], job_of(holdout=500))
     shown = capsys.readouterr().out
     assert "best validation accuracy" in shown
     assert "best test accuracy" not in shown

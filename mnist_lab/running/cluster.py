@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +92,9 @@ class Cluster(Trainers):
         resources = ray.cluster_resources()
         return int(min(resources.get(name, 0) / needed for name, needed in self._needs.items()))
 
-    def train(self, *given: Any) -> None:
+    def train(self, *given: Any) -> Generator[tuple[SeedTask, Outcome], None, None]:
         try:
-            super().train(*given)
+            yield from super().train(*given)
         except NO_CLUSTER as error:
             raise LabError(f"cluster: {self._name} is lost: {one_line(error)[:200]}") from error
 

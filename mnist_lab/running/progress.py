@@ -17,16 +17,6 @@ if TYPE_CHECKING:  # the console is imported before torch
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """A finished run. A trial of a search has no verdicts; one that was pruned, no figures measured once either."""
-
-    run_id: str
-    epochs: list[EpochMetrics]
-    measured: dict[str, float]
-    verdicts: list[Verdict]
-
-
-@dataclass(frozen=True)
 class StudyResult:
     """A study that came to its end.
 
@@ -86,7 +76,7 @@ class Progress:
     def on_run(self, name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None: ...
     def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None: ...
-    def on_verdict(self, result: RunResult) -> None: ...
+    def on_verdict(self, measured: Mapping[str, float], verdicts: Sequence[Verdict]) -> None: ...
     def on_study(
         self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
     ) -> None: ...

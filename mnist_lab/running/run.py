@@ -30,12 +30,12 @@ from mnist_lab.running import checkpoint, identity
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job
 from mnist_lab.running.machine import keep_freed_memory, set_threads, without_collections
-from mnist_lab.running.progress import Progress, Pruned, RunResult
+from mnist_lab.running.progress import Progress, Pruned
 from mnist_lab.running.summary import summarize
 from mnist_lab.story import read_story
 from mnist_lab.tracking.models import find_teacher, load_teacher
 from mnist_lab.tracking.run import TrackedRun, adopted, track
-from mnist_lab.tracking.store import Store, open_store
+from mnist_lab.tracking.store import FinishedRun, Store, open_store
 from mnist_lab.training import loop
 from mnist_lab.training.loop import EpochMetrics, Training
 from mnist_lab.training.states import own_parts
@@ -54,8 +54,8 @@ DESCRIPTION = "mlflow.note.content"  # the tag whose text MLflow's UI shows as t
 
 def run(
     job: Job, seed: int, progress: Progress, *, parent_run_id: str | None = None, resume: Checkpoint | None = None
-) -> RunResult:
-    """Train and track one run.
+) -> FinishedRun:
+    """Train and track one run; a trial that is pruned has no metrics that are measured once.
 
     parent_run_id: the study's run that this one belongs to. resume: continue this run of the same job and seed.
 
@@ -243,51 +243,48 @@ class Record:
         self.tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
         self.progress.on_epoch(self.seed, metrics)
 
-    def prune(self) -> RunResult:
+    def prune(self) -> FinishedRun:
         self.tracked.set_tags({"pruned": f"after epoch {len(self.epochs)} of {self.job.experiment.epochs}"})
-        return RunResult(self.tracked.run_id, self.epochs, {}, [])
+        return FinishedRun(self.tracked.run_id, self.seed, {})
 
-    def finish(self) -> RunResult:
+    def finish(self) -> FinishedRun:
         """Judge the trained network, if there are test images, then write what takes longer than to say so."""
-        job, tracked, tested = self.job, self.tracked, len(self.mnist.test_images) > 0
+        job, mnist, tracked, tested = self.job, self.mnist, self.tracked, len(self.mnist.test_images) > 0
         logger.info("Evaluating the trained network")
         measured = measure(self.num_params, self.epochs, job.experiment)
-        labels, logits = self._judged()
+        _, images, labels = loop.evaluation_part(mnist)
+        logits = self.training.logits  # none of a run that was taken up after its last epoch
+        if job.holdout and tested:
+            images, labels, logits = mnist.test_images, mnist.test_labels, None
+        with blame("net"):
+            if logits is None:
+                logits = loop.predict(self.training.result, images, job.experiment.normalize)
+            if not logits.isfinite().all():
+                raise ValueError("gives logits that are not finite, after the last epoch")
         if job.holdout and tested:
             loss, correct = loop.evaluate(logits, labels)
             measured |= {"final_test_loss": loss, "final_test_accuracy": 100 * correct / len(logits)}
         once = {name: measured[name] for name in job.protocol.once if name in measured}
         tracked.log_once(once | short_figures(measured))
-        if not tested:
-            if job.folds:
-                tracked.log_predictions(labels, logits, self.mnist.validation_numbers)
-            return RunResult(tracked.run_id, self.epochs, measured, [])
+        if tested:
+            self._judge(measured, logits)
+        elif job.folds:
+            tracked.log_predictions(labels, logits, mnist.validation_numbers)
+        return FinishedRun(tracked.run_id, self.seed, measured)
+
+    def _judge(self, measured: Mapping[str, float], logits: Tensor) -> None:
+        job, mnist, tracked = self.job, self.mnist, self.tracked
         accuracies, count = [measured["final_test_accuracy"]], int(measured["num_params"])
         verdicts = targets.judge(job.targets, accuracies=accuracies, num_params=count, epochs=len(self.epochs))
         tracked.set_tags({**verdict_tags(verdicts), DESCRIPTION: describe(job.script, job.tags["overrides"], verdicts)})
-        result = RunResult(tracked.run_id, self.epochs, measured, verdicts)
-        self.progress.on_verdict(result)
+        self.progress.on_verdict(measured, verdicts)
         logger.info("Logging predictions, figures and the model")
-        tracked.log_predictions(labels, logits)
+        tracked.log_predictions(mnist.test_labels, logits)
         tracked.log_figures(self.draw(logits))
-        example = loop.normalize(self.mnist.test_images[:2].float() / 255, job.experiment.normalize)
+        example = loop.normalize(mnist.test_images[:2].float() / 255, job.experiment.normalize)
         refusal = tracked.log_model(job.step, self.training.result, example, job.experiment.normalize)
         if refusal is not None:
             tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
-        return result
-
-    def _judged(self) -> tuple[Tensor, Tensor]:
-        """Return the labels, and the trained network's logits, of the test images, else of those held out; LabError."""
-        _, images, labels = loop.evaluation_part(self.mnist)
-        logits = self.training.logits
-        if self.job.holdout and len(self.mnist.test_images):
-            images, labels, logits = self.mnist.test_images, self.mnist.test_labels, None
-        with blame("net"):
-            if logits is None:  # of a run that was taken up after its last epoch too
-                logits = loop.predict(self.training.result, images, self.job.experiment.normalize)
-            if not logits.isfinite().all():
-                raise ValueError("gives logits that are not finite, after the last epoch")
-        return labels, logits
 
     def draw(self, logits: Tensor) -> dict[str, Figure]:
         import pandas as pd  # it and matplotlib take a second, which a refused run need not wait

@@ -8,9 +8,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import optuna
 import torch
@@ -27,7 +28,7 @@ from mnist_lab.running import identity
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, Pruned, SearchResult, Trial
 from mnist_lab.running.run import DESCRIPTION, run_name_of, tried, with_teacher
-from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers, reason_of
+from mnist_lab.running.workers import Failed, SeedTask, Trainers, reason_of
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import alone, find_run, finished_runs, open_store, quiet, store_failures
@@ -64,38 +65,28 @@ def search(
         run_id = study.user_attrs.get("run_id")
         with store_failures(store, "can't be read"), short_timeouts():
             begun = run_id and find_run(store.uri, run_id)  # None too where the database was removed, or is another
-        with track(
-            store,
-            run_name_of(job, f"search of {counted(count, 'trial')}"),
-            params={**job.params, **{name: str(distribution) for name, distribution in space.items()}},
-            tags={**job.tags, **job.commit_tags, "hardware": identity.hardware(job.device)},
-            resume_run_id=begun.info.run_id if begun else None,
-            reopen=True,
-        ) as tracked:
+        tasks = partial(_tasks, study, space, count, job=job, storage=trainers.storage(storage))
+        with (
+            track(
+                store,
+                run_name_of(job, f"search of {counted(count, 'trial')}"),
+                params={**job.params, **{name: str(distribution) for name, distribution in space.items()}},
+                tags={**job.tags, **job.commit_tags, "hardware": identity.hardware(job.device)},
+                resume_run_id=begun.info.run_id if begun else None,
+                reopen=True,
+            ) as tracked,
+            closing(trainers.train(store, tracked.run_id, tasks(parent_run_id=tracked.run_id), progress)) as ended,
+        ):
             study.set_user_attr("run_id", tracked.run_id)
-            reached = trainers.storage(storage)
-
-            def tasks() -> Iterator[TrialTask]:  # a trial is drawn when there is room for it
-                for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                    if trial.params.keys() == space.keys():
-                        yield TrialTask(job, trial.number, tracked.run_id, storage=reached)
-                    else:  # this process was killed while it was drawn
-                        study.tell(trial.number, state=TrialState.FAIL)
-                for _ in range(count - len(study.trials)):
-                    yield TrialTask(job, study.ask(dict(space)).number, tracked.run_id, storage=reached)
-
-            def on_end(task: SeedTask, outcome: Outcome) -> None:
+            result = _stand(study, tracked.run_id)
+            progress.on_search(study.study_name, count, result.done, trainers.room(), job.device)
+            for task, outcome in ended:
+                if isinstance(outcome, Failed) and not outcome.lost:  # so Optuna was not told
+                    raise LabError(f"search: {outcome.reason.removeprefix('search: ')}")
                 if isinstance(outcome, Failed):
-                    if not outcome.lost:  # so Optuna was not told
-                        raise LabError(f"search: {outcome.reason.removeprefix('search: ')}")
                     study.tell(task.number, state=TrialState.FAIL, skip_if_finished=True)
-                trial = study.get_trials(deepcopy=False)[task.number]
-                progress.on_trial(trial.number, _values(trial), _outcome_text(trial), stand())
-
-            stand = partial(_stand, study, tracked.run_id)
-            progress.on_search(study.study_name, count, stand().done, trainers.room(), job.device)
-            trainers.train(store, tracked.run_id, tasks(), progress, on_end)
-            result = stand()
+                trial, result = study.get_trials(deepcopy=False)[task.number], _stand(study, tracked.run_id)
+                progress.on_trial(trial.number, _values(trial), _outcome_text(trial), result)
             _log(tracked, study, job, result)
     return result
 
@@ -172,6 +163,14 @@ class TrialTask(SeedTask):
         except Exception as error:
             trial.set_user_attr(REASON, reason_of(error))
             return None, TrialState.FAIL
+
+
+def _tasks(study: optuna.Study, space: Space, count: int, **given: Any) -> Iterator[TrialTask]:
+    """Yield the trials that were interrupted, then new ones, each of which is drawn when there is room for it."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        yield TrialTask(number=trial.number, **given)
+    for _ in range(count - len(study.trials)):
+        yield TrialTask(number=study.ask(dict(space)).number, **given)
 
 
 class _Judge(Progress):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +19,7 @@ from mnist_lab.running import identity
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.run import DESCRIPTION, describe, run_name_of, target_tags, tried, verdict_tags, with_teacher
-from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers
+from mnist_lab.running.workers import Failed, SeedTask, Trainers
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import read_points
 from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store, store_failures
@@ -49,12 +50,12 @@ def study(
     if not again:
         runs = finished_runs(store, job.params, job.tags, protocol.judged, seeds=seeds, hardware=hardware)
     reused, missing = [seed for seed in seeds if seed in runs], [seed for seed in seeds if seed not in runs]
-    count = 0
-    if missing:  # else there is nothing to refuse
+    if missing:
         trainers.prepare(job, store)
-        count = min(trainers.room(), len(missing))
         _, _, rehearsal = tried(job, store)
         rehearsal.notice(job.overrides)
+    else:
+        trainers = Trainers()  # there is nothing to refuse, and no cluster to look for
     name = run_name_of(job, counted(len(seeds), job.protocol.unit))
     tags = {
         **{tag: text for tag, text in job.tags.items() if tag != "step"},
@@ -63,22 +64,19 @@ def study(
         **{"hardware": hardware, **target_tags(job.targets)},
     }
     failed: dict[int, str] = {}
-
-    def on_end(task: SeedTask, outcome: Outcome) -> None:
-        if isinstance(outcome, Failed):
-            failed[task.number] = outcome.reason
-            progress.on_failure(task.number, outcome.reason)
-        elif outcome is not None:
-            runs[task.number] = outcome
-            progress.on_seed(task.number, outcome.metrics)
-
     with track(store, name, params=job.params, tags=tags) as tracked:
         for seed in reused:
             adopt(store, tracked.run_id, runs[seed].run_id)
-        progress.on_study(name, seeds, missing, count, job.device)
-        if missing:
-            tasks = (SeedTask(job, seed, tracked.run_id, again) for seed in missing)
-            trainers.train(store, tracked.run_id, tasks, progress, on_end)
+        progress.on_study(name, seeds, missing, min(trainers.room(), len(missing)), job.device)
+        tasks = (SeedTask(job, seed, tracked.run_id, again) for seed in missing)
+        with closing(trainers.train(store, tracked.run_id, tasks, progress)) as ended:
+            for task, outcome in ended:
+                if isinstance(outcome, Failed):
+                    failed[task.number] = outcome.reason
+                    progress.on_failure(task.number, outcome.reason)
+                elif outcome is not None:
+                    runs[task.number] = outcome
+                    progress.on_seed(task.number, outcome.metrics)
         logger.info("Judging the seeds together")
         finished = [runs[seed] for seed in seeds if seed in runs]
         result = judge_runs(job.targets, job.experiment.epochs, tracked.run_id, finished, protocol)

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -77,11 +77,7 @@ class SeedTask:
         alike = checkpoint.alike(store.uri, self.job.identity, self.number)
         found = (one for one in alike if not self.again or one.run_id in own)
         resume = next((one for one in found if can_resume(store, one.run_id)), None)
-        result = run(self.job, self.number, progress, parent_run_id=self.parent_run_id, resume=resume)
-        return FinishedRun(result.run_id, self.number, result.measured)
-
-
-OnEnd = Callable[[SeedTask, Outcome], None]
+        return run(self.job, self.number, progress, parent_run_id=self.parent_run_id, resume=resume)
 
 
 def outcome_of(task: SeedTask, progress: Progress) -> Outcome:
@@ -124,9 +120,9 @@ class Trainers:
         """Let what is being trained close its run and end."""
 
     def train(
-        self, store: Store, parent_run_id: str, tasks: Iterator[SeedTask], progress: Progress, on_end: OnEnd
-    ) -> None:
-        """Train the tasks of a study's or search's run; however this ends, the trainings end before it."""
+        self, store: Store, parent_run_id: str, tasks: Iterator[SeedTask], progress: Progress
+    ) -> Generator[tuple[SeedTask, Outcome], None, None]:
+        """Train the tasks of a study's or search's run, and yield each with what came of it; closing it ends them."""
         self.running = {}
         try:
             while True:
@@ -135,7 +131,7 @@ class Trainers:
                 if not self.running:
                     return
                 for handle, outcome in self.ended(progress):
-                    on_end(self.running.pop(handle), outcome)
+                    yield self.running.pop(handle), outcome
                 progress.on_time()
         finally:
             self.stop()

@@ -28,7 +28,7 @@ from mnist_lab.results.records import read_records
 from mnist_lab.running import run as runner
 from mnist_lab.running import workers
 from mnist_lab.running.job import Job, read_declaration
-from mnist_lab.running.progress import Progress, RunResult, StudyResult
+from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.study import judge_runs
 from mnist_lab.running.study import study as run_study
 from mnist_lab.running.workers import Failed, SeedTask, Trainers, local
@@ -250,13 +250,13 @@ def test_finished_seeds_are_taken_over(story: SimpleNamespace, folder: Path, mon
 
 
 def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained, ended = [], []
+    trained = []
 
-    def train(job: Job, seed: int, listener: object, **_: object) -> RunResult:
+    def train(job: Job, seed: int, listener: object, **_: object) -> FinishedRun:
         trained.append(seed)
         if seed == 4:
             raise LabError("lr: too high")
-        return RunResult(f"run {seed}", [], {}, [])
+        return FinishedRun(f"run {seed}", seed, {})
 
     monkeypatch.setattr(workers, "run", train)
     job = replace(job_of(ROOT / "experiments" / "step2_dropout.py", uri), device=torch.device("meta"))
@@ -264,7 +264,7 @@ def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: 
 
     with pytest.raises(LabError, match="^workers: 2 .* meta"):
         local(job, 2)
-    local(job).train(open_store(uri), "parent", tasks, Progress(), lambda task, outcome: ended.append(outcome))
+    ended = [outcome for _, outcome in local(job).train(open_store(uri), "parent", tasks, Progress())]
 
     assert trained == [3, 4, 5]
     assert ended == [FinishedRun("run 3", 3, {}), Failed("lr: too high"), FinishedRun("run 5", 5, {})]
