@@ -77,20 +77,19 @@ class Cluster(Trainers):
         if OWN_FOLDER in os.environ:
             environment[OWN_FOLDER] = str(own_folder(store.uri))
         self._order = identity.versions(), environment
-        if self._resources() < 1:
+        if self._look_for_room() < 1:
             raise LabError(f"cluster: {self._name} has no {' and '.join(self._needs)} to train on")
-        logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.room())
+        logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.room)
 
     def storage(self, storage: RDBStorage) -> RemoteStorage:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return RemoteStorage(ray.remote(num_cpus=0, scheduling_strategy=here)(RDBStorage).remote(storage.url))
 
-    def room(self) -> int:  # nodes that join are used too, unless workers were asked for
-        return self.workers or max(1, self._resources())
-
-    def _resources(self) -> int:
+    def _look_for_room(self) -> float:  # nodes that join are used too, unless workers were asked for
         resources = ray.cluster_resources()
-        return int(min(resources.get(name, 0) / needed for name, needed in self._needs.items()))
+        there = min(resources.get(name, 0) / needed for name, needed in self._needs.items())
+        self.room = self.workers or max(1, int(there))
+        return there
 
     def train(self, *given: Any) -> Generator[tuple[SeedTask, Outcome], None, None]:
         try:
@@ -103,6 +102,7 @@ class Cluster(Trainers):
 
     def ended(self, progress: Progress) -> Iterator[tuple[ray.ObjectRef, Outcome]]:
         ready, _ = ray.wait([*self.running], timeout=LOOK_SECONDS)
+        self._look_for_room()
         for ref in ready:
             try:
                 yield ref, ray.get(ref)

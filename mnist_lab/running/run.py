@@ -86,7 +86,8 @@ def run(
             for metrics in blame_script(training.epochs()):
                 record.log_epoch(metrics)
         except Pruned:
-            result = record.prune()
+            record.tracked.set_tags({"pruned": f"after epoch {training.epoch} of {experiment.epochs}"})
+            result = FinishedRun(run_id, seed, {})
         except LabError as error:
             if error.field in ("loss", "net"):  # it diverged, and would again
                 checkpoint.remove_alike(store.uri, job.identity, seed)
@@ -242,10 +243,6 @@ class Record:
         checkpoint.save(saved, self.store.uri)
         self.tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
         self.progress.on_epoch(self.seed, metrics)
-
-    def prune(self) -> FinishedRun:
-        self.tracked.set_tags({"pruned": f"after epoch {len(self.epochs)} of {self.job.experiment.epochs}"})
-        return FinishedRun(self.tracked.run_id, self.seed, {})
 
     def finish(self) -> FinishedRun:
         """Judge the trained network, if there are test images, then write what takes longer than to say so."""

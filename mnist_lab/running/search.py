@@ -79,7 +79,7 @@ def search(
         ):
             study.set_user_attr("run_id", tracked.run_id)
             result = _stand(study, tracked.run_id)
-            progress.on_search(study.study_name, count, result.done, trainers.room(), job.device)
+            progress.on_search(study.study_name, count, result.done, trainers.room, job.device)
             for task, outcome in ended:
                 if isinstance(outcome, Failed) and not outcome.lost:  # so Optuna was not told
                     raise LabError(f"search: {outcome.reason.removeprefix('search: ')}")

@@ -98,15 +98,13 @@ class Trainers:
     """Trains tasks: in this process, one after another, as on a GPU."""
 
     running: dict[Any, SeedTask]  # the tasks that are being trained, by what `start` has returned for them
+    room = 1  # for so many tasks at a time
 
     def prepare(self, job: Job, store: Store) -> None:
         """Get ready for tasks of this job; raises LabError."""
 
     def storage(self, storage: RDBStorage) -> Any:  # what reaches it from where the tasks are trained
         return storage
-
-    def room(self) -> int:  # for so many tasks at a time
-        return 1
 
     def start(self, task: SeedTask) -> Any:
         return task.number
@@ -126,7 +124,7 @@ class Trainers:
         self.running = {}
         try:
             while True:
-                while len(self.running) < self.room() and (task := next(tasks, None)) is not None:
+                while len(self.running) < self.room and (task := next(tasks, None)) is not None:
                     self.running[self.start(task)] = task
                 if not self.running:
                     return
@@ -143,11 +141,8 @@ class Processes(Trainers):
     """Trains in `count` processes of this machine, each of which trains one task after another."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        self.room = count
         self.started: dict[Connection, SpawnProcess] = {}
-
-    def room(self) -> int:
-        return self.count
 
     def start(self, task: SeedTask) -> Connection:
         idle = (one for one, process in self.started.items() if one not in self.running and process.is_alive())
