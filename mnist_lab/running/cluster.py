@@ -87,7 +87,7 @@ class Cluster(Trainers):
 
     def _look_for_room(self) -> float:  # nodes that join are used too, unless workers were asked for
         resources = ray.cluster_resources()
-        there = min(resources.get(name, 0) / needed for name, needed in self._needs.items())
+        there = min(float(resources.get(name, 0)) / needed for name, needed in self._needs.items())
         self.room = self.workers or max(1, int(there))
         return there
 

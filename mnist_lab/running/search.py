@@ -145,10 +145,8 @@ class TrialTask(SeedTask):
     def _outcome(self, trial: optuna.Trial, *, is_lost: bool) -> tuple[float | None, TrialState]:
         try:
             store = open_store(self.job.tracking_uri)
-            values = _values(trial)
-            experiment, overrides = self.job.experiment.override(values)
-            teacher = None if "teacher" in values else self.job.teacher
-            overrides = {**self.job.overrides, **overrides}
+            experiment, drawn = self.job.experiment.override(_values(trial))
+            overrides, teacher = {**self.job.overrides, **drawn}, None if "teacher" in drawn else self.job.teacher
             job = with_teacher(replace(self.job, experiment=experiment, overrides=overrides, teacher=teacher), store)
             # The same values may have been drawn before, and a process may be lost when it has pruned its run.
             run = finished_runs(store, job.params, job.tags, "validation_accuracy").get(0)
