@@ -23,23 +23,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after one of its epochs.
-
-    script: in the file, a path inside the project is relative to it, as the project may be moved.
-    changes: what the command line had changed, by name, `limit` not included. identity: `Job.identity`.
-    threads: of torch; another number would round sums in another order. training: `Training.state_dict()`.
-    """
+    """A run after one of its epochs."""
 
     run_id: str
-    script: Annotated[str, Field(pattern=r"^[^\x00]+$")]
+    script: Annotated[str, Field(pattern=r"^[^\x00]+$")]  # in the file relative to the project, which may be moved
     seed: Annotated[int, Field(ge=0)]
-    changes: Mapping[str, Any]
+    changes: Mapping[str, Any]  # that the command line made, by name, without `limit`
     limit: Annotated[int, Field(ge=1)] | None
     holdout: Annotated[int, Field(ge=0)] | None
-    identity: Mapping[str, str]
-    threads: Annotated[int, Field(ge=1)]
+    identity: Mapping[str, str]  # Job.identity
+    threads: Annotated[int, Field(ge=1)]  # of torch; another number would round sums in another order
     epochs: list[EpochMetrics]
-    training: Mapping[str, Any]
+    training: Mapping[str, Any]  # Training.state_dict()
 
     @property
     def step(self) -> str:

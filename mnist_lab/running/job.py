@@ -33,38 +33,26 @@ class Job:
     """One experiment as it is to be run, with any seed. It can be pickled, and so be sent to another process.
 
     Raises LabError for a script that is no file, and a declaration that can't be right on its face.
-
-    script: the file that declares the experiment; its name names the step.
-    experiment: with `overrides` applied, the hyperparameters that differ from the declaration, by flat name.
-    threads: of torch on a CPU; None for one per core that this process may run on.
-    data_dir: where MNIST is kept; None for the default folder.
-    limit: train on the first so many images only, which counts as an override too; None for all.
-    holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
-        test images are then read once, at the end. 0 for none.
-    folds: cross-validate: the run with the seed k holds out number k of so many parts of the training images, and is
-        evaluated on it; no run is given the test images. 0 for none.
-    search: the name of the search that this is a trial of; no run of it is ever given the test images.
-    teacher: the network in MLflow that the objective learns from, once `run.with_teacher` has found it.
-    sources, code_sha256, commit_tags: the code, read once, for all that is made of this job by `replace`.
-    params: what is logged as params, but for the seed; read once, as objects among the arguments may change in use.
     """
 
-    script: Path
-    experiment: Experiment
-    overrides: Mapping[str, object] = field(default_factory=dict)
+    script: Path  # declares the experiment; its name names the step
+    experiment: Experiment  # with `overrides` applied
+    overrides: Mapping[str, object] = field(default_factory=dict)  # what differs from the declaration, by flat name
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    threads: int | None = None
-    data_dir: Path | None = None
+    threads: int | None = None  # of torch on a CPU; None for one per core that this process may run on
+    data_dir: Path | None = None  # where MNIST is kept; None for the default folder
     tracking_uri: str
-    limit: int | None = None
-    holdout: int = 0
-    folds: int = 0
-    search: str | None = None
-    teacher: Teacher | None = None
-    sources: Mapping[str, Path] = field(default_factory=dict)
+    limit: int | None = None  # train on the first so many images only, an override too; None for all
+    holdout: int = 0  # so many training images, before `limit`, judge the epochs; the test images are read at the end
+    folds: int = (
+        0  # the run with the seed k is judged on number k of so many parts of the training images, never tested
+    )
+    search: str | None = None  # the name of the search that this is a trial of; no run of it is given the test images
+    teacher: Teacher | None = None  # that the objective learns from, once `run.with_teacher` has found it
+    sources: Mapping[str, Path] = field(default_factory=dict)  # the code, read once, for all that `replace` makes of it
     code_sha256: str = ""
     commit_tags: Mapping[str, str] = field(default_factory=dict)
-    params: Mapping[str, str] = field(init=False)
+    params: Mapping[str, str] = field(init=False)  # but for the seed; read once, as objects may change in use
 
     def __post_init__(self) -> None:
         if not self.script.is_file():
@@ -153,9 +141,6 @@ def choose_device(name: str | None) -> torch.device:
 class _MainCalled(BaseException):
     """Ends a script at its call of `main`. Not an Exception, so that no `except` of the script's own keeps it."""
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
-
 
 def read_declaration(script: Path) -> Experiment:
     """Return what `script` gives to `main`, by running it up to there; raises LabError."""
@@ -164,7 +149,8 @@ def read_declaration(script: Path) -> Experiment:
     try:
         runpy.run_path(str(script), run_name="__main__")
     except _MainCalled as declared:
-        return declared.experiment
+        experiment: Experiment = declared.args[0]
+        return experiment
     finally:
         _reading = False
     raise LabError(f"script: {script} came to its end without calling main(EXPERIMENT)")

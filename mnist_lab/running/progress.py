@@ -18,45 +18,36 @@ if TYPE_CHECKING:  # the console is imported before torch
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A study that came to its end.
-
-    runs: the finished run of each seed, in the order that was asked for. failed: why the other seeds have none.
-    aggregates: by the name of the figure, the last epoch's accuracy first; none where no seed has finished.
-    unit: what there is a run for each of, "seed" or "fold".
-    """
+    """A study that came to its end."""
 
     run_id: str
-    runs: list[FinishedRun]
-    failed: dict[int, str]
-    aggregates: dict[str, Aggregate]
+    runs: list[FinishedRun]  # of each seed, in the order that was asked for
+    failed: dict[int, str]  # why the other seeds have none
+    aggregates: dict[str, Aggregate]  # by figure, the last epoch's accuracy first; none where no seed has finished
     verdicts: list[Verdict]
-    unit: str = "seed"
+    unit: str = "seed"  # or "fold": what there is a run for each of
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial that was trained to its end: its number, its values by flat name, and its accuracy in percent."""
+    """A trial that was trained to its end."""
 
     number: int
-    values: Mapping[str, object]
-    accuracy: float
+    values: Mapping[str, object]  # by flat name
+    accuracy: float  # in percent
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Where a search stands: how many of its trials have ended in which way.
-
-    too_large: trials that were not trained, as the network was too large for the target.
-    best: those trained to their end, the best first, each set of values once.
-    """
+    """Where a search stands: how many of its trials have ended in which way."""
 
     run_id: str
     name: str
     finished: int
     pruned: int
     failed: int
-    too_large: int
-    best: list[Trial]
+    too_large: int  # for the target, and not trained
+    best: list[Trial]  # those that have finished, the best first, each set of values once
 
     @property
     def done(self) -> int:

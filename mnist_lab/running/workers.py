@@ -44,10 +44,10 @@ logger = logging.getLogger(__name__)
 
 
 class Failed(NamedTuple):
-    """Why a task has no run. lost: because its process is gone."""
+    """Why a task has no run."""
 
     reason: str
-    lost: bool = False
+    lost: bool = False  # because its process is gone
 
 
 Outcome = FinishedRun | Failed | None  # a trial of a search has none: Optuna's storage says what came of it
@@ -55,18 +55,13 @@ Outcome = FinishedRun | Failed | None  # a trial of a search has none: Optuna's 
 
 @dataclass(frozen=True)
 class SeedTask:
-    """The training of a seed, which can be sent to another process. An interrupted run of it goes on.
-
-    parent_run_id: the run of the study or the search.
-    again: go on only with a run that began for this parent.
-    is_lost: whether a run of this seed that the parent has as RUNNING can only be one whose process is gone.
-    """
+    """The training of a seed, which can be sent to another process. An interrupted run of it goes on."""
 
     job: Job
     number: int
-    parent_run_id: str
-    again: bool = False
-    is_lost: bool = True
+    parent_run_id: str  # of the study or the search
+    again: bool = False  # go on only with a run that began for this parent
+    is_lost: bool = True  # whether a run of this seed that stands as RUNNING can only be one whose process is gone
 
     def train(self, progress: Progress) -> FinishedRun | None:
         store = open_store(self.job.tracking_uri)
