@@ -145,9 +145,6 @@ class RemoteStorage:
         return call
 
 
-# ---- to the cluster
-
-
 def _pack(job: Job, folder: Path) -> None:
     """Put the lab, the script, what it imports, and MNIST into a folder, as a project has them."""
     shutil.copytree(LAB, folder / LAB.name, ignore=shutil.ignore_patterns("__pycache__"))

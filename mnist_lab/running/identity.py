@@ -24,14 +24,10 @@ from mnist_lab.training import RECIPE
 
 LAB = Path(__file__).resolve().parents[1]
 SCRIPT = "script"  # the name under which the script itself counts, whatever its file is called
-# Fields of syntax nodes that say nothing of what is computed.
-SILENT_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
+SILENT_FIELDS = ("ctx", "kind", "type_comment", "type_ignores")  # of syntax nodes: they do not say what is computed
 PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pandas", "matplotlib")
 
 logger = logging.getLogger(__name__)
-
-
-# ---- the code
 
 
 def find_sources(script: Path) -> dict[str, Path]:

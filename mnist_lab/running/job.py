@@ -135,9 +135,6 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or available[0])
 
 
-# ---- a script, read without training it
-
-
 class _MainCalled(BaseException):
     """Ends a script at its call of `main`. Not an Exception, so that no `except` of the script's own keeps it."""
 

@@ -336,9 +336,6 @@ def describe(script: Path, overrides: str = "", verdicts: Sequence[Verdict] = ()
     return "\n\n".join(part for part in parts if part)
 
 
-# ---- figures
-
-
 def epoch_metrics(metrics: EpochMetrics) -> dict[str, float]:
     """Return what is logged of an epoch; accuracies in percent."""
     part = metrics.evaluated_on

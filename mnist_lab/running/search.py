@@ -196,9 +196,6 @@ def _values(trial: optuna.Trial | FrozenTrial) -> dict[str, object]:
     return values
 
 
-# ---- Optuna's storage
-
-
 @contextmanager
 def _storage_failures() -> Iterator[None]:
     try:
