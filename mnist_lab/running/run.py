@@ -1,7 +1,4 @@
-"""One run: data -> network -> training -> tracking -> verdict, for one experiment and one seed.
-
-What it leaves in MLflow, from its first tag to its model, is listed in docs/metrics.md.
-"""
+"""One run, and what it leaves in MLflow, from its first tag to its model (docs/metrics.md lists it)."""
 
 from __future__ import annotations
 
@@ -165,9 +162,6 @@ def restore(training: Training, resume: Checkpoint) -> None:
     except Exception as error:  # torch has many ways to refuse a state
         reason = f"{type(error).__name__}: {one_line(error)[:150]}; train it anew"
         raise LabError(f"resume: the checkpoint of run {resume.run_id} does not fit: {reason}") from error
-
-
-# ---- what it leaves
 
 
 @dataclass
