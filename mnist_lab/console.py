@@ -130,15 +130,13 @@ class StudyConsole(_TrainingDisplay):
 
     done = wanted = width = 0
 
-    def on_study(
-        self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
-    ) -> None:
+    def on_study(self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int) -> None:
         self.wanted, self.done, self.width = len(seeds), len(seeds) - len(missing), len(str(max(seeds)))
         if reused := [seed for seed in seeds if seed not in missing]:
             print(f"{name}: finished already, and not trained again: {self._names(reused)}")
         if not missing:
             return
-        print(f"{name}: training {self._names(missing)} ({workers} at a time, on {device.type})", flush=True)
+        print(f"{name}: training {self._names(missing)} ({workers} at a time, on {self.job.device.type})", flush=True)
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {remaining} left{postfix}]"
         # The seeds' epochs end in bursts: only the mean speed, smoothing=0, says when all is done.
         self.start_bar(len(missing) * self.epochs, form, smoothing=0)

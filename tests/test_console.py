@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tiny
@@ -21,7 +20,6 @@ from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.measures import HELD_OUT, TESTED
 from mnist_lab.verdicts.targets import judge
 
-CPU = torch.device("cpu")
 SECOND_EPOCH = EpochMetrics(2, 0.5, 900, 1000, 0.25, 470, 500, lr=0.1, epoch_seconds=1.5)
 
 
@@ -94,7 +92,7 @@ def test_a_terminal_shows_one_bar_for_all_seeds(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("COLUMNS", "100")
     console = StudyConsole(job_of())
 
-    console.on_study("idea 3 seeds", [0, 1, 2], [1, 2], 2, CPU)
+    console.on_study("idea 3 seeds", [0, 1, 2], [1, 2], 2)
     console.on_epoch(1, dataclasses.replace(SECOND_EPOCH, epoch=1))
     console.on_epoch(1, SECOND_EPOCH)
     console.on_seed(1, {"final_test_accuracy": 99.1, "best_test_accuracy": 99.2, "best_epoch": 1.0})

@@ -66,8 +66,6 @@ def run(
     experiment, mnist, rehearsal = tried(job, store, seed)
     if parent_run_id is None:  # else the study has said it
         rehearsal.notice(job.overrides)
-    if resume is not None:
-        _check_same(job, resume)
     if job.device.type == "cpu":
         keep_freed_memory()
         set_threads(job.threads if resume is None else resume.threads)  # a run goes on with as many as before
@@ -76,7 +74,7 @@ def run(
     training = Training(net, own_parts(experiment), mnist, seed=seed, on_batch=progress.on_batch)
     record = Record(job, seed, store, progress, mnist, rehearsal, training)
     if resume is not None:
-        restore(training, resume)
+        restore(training, resume, job)
     with record.begin(parent_run_id, resume) as run_id, adopted(store.uri, run_id):
         logger.info("Training, epoch by epoch")
         try:
@@ -145,7 +143,8 @@ def with_teacher(job: Job, store: Store, interrupted: Mapping[str, str] | None =
     return replace(job, teacher=find_teacher(store, declared, job.holdout))
 
 
-def _check_same(job: Job, resume: Checkpoint) -> None:
+def restore(training: Training, resume: Checkpoint, job: Job) -> None:
+    """Go on where a run was interrupted; raises LabError if it is of another job, or its state does not fit."""
     for name in sorted({*job.identity, *resume.identity}):
         now, then = job.identity.get(name, "none"), resume.identity.get(name, "none")
         if now != then:
@@ -154,9 +153,6 @@ def _check_same(job: Job, resume: Checkpoint) -> None:
             raise LabError(f"resume: {changed}, as the script, its settings or the lab have changed; {advice}")
     if job.device.type != "cpu":
         logger.warning("resume: %s rounds sums in any order, so the run need not end as it would have", job.device)
-
-
-def restore(training: Training, resume: Checkpoint) -> None:
     try:
         training.load_state_dict(resume.training)
     except Exception as error:  # torch has many ways to refuse a state

@@ -119,9 +119,6 @@ def too_good(result: SearchResult, holdout: int) -> float:
     return expected_maximum(result.finished + result.pruned) * sd_of_accuracy(result.best[0].accuracy, holdout)
 
 
-# ---- where a trial is trained
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrialTask(SeedTask):
     storage: BaseStorage

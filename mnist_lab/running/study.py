@@ -67,7 +67,7 @@ def study(
     with track(store, name, params=job.params, tags=tags) as tracked:
         for seed in reused:
             adopt(store, tracked.run_id, runs[seed].run_id)
-        progress.on_study(name, seeds, missing, min(trainers.room, len(missing)), job.device)
+        progress.on_study(name, seeds, missing, min(trainers.room, len(missing)))
         tasks = (SeedTask(job, seed, tracked.run_id, again) for seed in missing)
         with closing(trainers.train(store, tracked.run_id, tasks, progress)) as ended:
             for task, outcome in ended:

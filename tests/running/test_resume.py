@@ -220,7 +220,7 @@ def test_a_state_that_does_not_fit_is_refused_by_the_runs_id(uri: str, small_mni
     for state in ({}, {"epoch": 1, "net": 3}, {"epoch": 1, "net": {"weight": torch.ones(3)}}):
         training = Training(net, experiment, small_mnist, seed=0)
         with pytest.raises(LabError, match=r"^resume: the checkpoint of run abc does not fit: .*; train it anew$"):
-            restore(training, example(training=state))
+            restore(training, example(training=state), Mock(identity=example().identity))
 
 
 def test_an_interrupted_run_that_was_deleted_is_left_out(database: Path, caplog: pytest.LogCaptureFixture) -> None:
