@@ -227,9 +227,8 @@ def _stand(study: optuna.Study, run_id: str) -> SearchResult:
     states = Counter(trial.state for trial in trials)
     finished, pruned, failed = states[TrialState.COMPLETE], states[TrialState.PRUNED], states[TrialState.FAIL]
     too_large = sum(TOO_LARGE in trial.user_attrs for trial in trials)
-    whole = [trial for trial in reversed(trials) if trial.state is TrialState.COMPLETE]
-    unique = {repr(sorted(trial.params.items())): trial for trial in whole}.values()
-    found = [Trial(one.number, _values(one), one.value) for one in unique if one.value is not None]
+    unique = {repr(sorted(one.params.items())): one for one in reversed(trials) if one.state is TrialState.COMPLETE}
+    found = [Trial(one.number, _values(one), one.value) for one in unique.values() if one.value is not None]
     best = sorted(found, key=lambda trial: (-trial.accuracy, trial.number))
     return SearchResult(run_id, study.study_name, finished, pruned - too_large, failed, too_large, best)
 

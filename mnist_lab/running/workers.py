@@ -95,8 +95,8 @@ class Trainers:
     running: dict[Any, SeedTask]  # the tasks that are being trained, by what `start` has returned for them
     room = 1  # for so many tasks at a time
 
-    def prepare(self, job: Job, store: Store) -> None:
-        """Get ready for tasks of this job; raises LabError."""
+    def prepare(self, job: Job, store: Store) -> None: ...  # gets ready for tasks of this job; raises LabError
+    def stop(self) -> None: ...  # lets what is being trained close its run and end
 
     def storage(self, storage: RDBStorage) -> Any:  # what reaches it from where the tasks are trained
         return storage
@@ -108,9 +108,6 @@ class Trainers:
         """Wait for a moment, and yield what has ended; `progress` is told of epochs."""
         for number, task in [*self.running.items()]:
             yield number, outcome_of(task, progress)
-
-    def stop(self) -> None:
-        """Let what is being trained close its run and end."""
 
     def train(
         self, store: Store, parent_run_id: str, tasks: Iterator[SeedTask], progress: Progress
