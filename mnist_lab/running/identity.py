@@ -33,9 +33,8 @@ logger = logging.getLogger(__name__)
 def find_sources(script: Path) -> dict[str, Path]:
     """Return the files of the script and of the modules that it imports, directly or not, by module name.
 
-    Counted are Python files outside the standard library, site-packages and this lab. Import statements are followed
-    wherever they stand in a file. Where `script` is the running program, the modules of its folder that it has loaded
-    by other means, such as `importlib`, count too.
+    Counted are Python files outside the standard library, site-packages and this lab, wherever an import stands. Where
+    `script` is the running program, the modules of its folder that it has loaded by `importlib` and the like count too.
     """
     found, path, waiting = {SCRIPT: script}, [str(script.parent), *sys.path], [("", script)]
     while waiting:

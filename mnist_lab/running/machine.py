@@ -1,7 +1,4 @@
-"""How a run uses its machine: the threads of a CPU, and memory that is kept.
-
-The number of threads is chosen at a run's start, whatever else the machine does, since it decides the rounding.
-"""
+"""How a run uses its machine: the threads of a CPU, which decide the rounding, and memory that is kept."""
 
 import ctypes
 import gc
