@@ -121,8 +121,7 @@ class Cluster(Trainers):
             for ref in left:
                 ray.cancel(ref, force=True)
 
-    def close(self) -> None:
-        """Leave the cluster; one that was started for this command ends."""
+    def close(self) -> None:  # and with it a cluster that was started for this command
         ray.shutdown()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # the console is imported before torch
     import torch
@@ -28,8 +28,7 @@ class StudyResult:
     unit: str = "seed"  # or "fold": what there is a run for each of
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """A trial that was trained to its end."""
 
     number: int

@@ -109,16 +109,13 @@ def tried(job: Job, store: Store, seed: int = 0) -> tuple[Experiment, Mnist, Reh
 
 
 def load_parts(job: Job, seed: int) -> Mnist:
-    """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` others.
-
-    A trial of a search and a fold get no test images, so that nothing can read them.
-    """
+    """Load MNIST onto the job's device, hold out images for validation, and keep the first `limit` others."""
     mnist = load_mnist(job.data_dir, job.device)
     if job.folds:
         mnist = hold_out_fold(mnist, seed, job.folds)
     if job.holdout:
         mnist = hold_out(mnist, job.holdout)
-    if job.search is not None:
+    if job.search is not None:  # a trial gets no test images, as a fold, so that nothing can read them
         mnist = replace(mnist, test_images=mnist.train_images[:0], test_labels=mnist.train_labels[:0])
     limit, total = job.limit, len(mnist.train_images)
     if limit is not None and not 1 <= limit <= total:
@@ -292,9 +289,6 @@ class Record:
         if experiment.augmentation is not None:
             drawn["augmentation"] = figures.plot_augmentation(*augmented(experiment, mnist))
         return drawn
-
-
-# ---- names, tags and words
 
 
 def run_name_of(job: Job, seeds: str) -> str:

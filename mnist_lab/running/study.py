@@ -122,10 +122,7 @@ def log_verdict(tracked: TrackedRun, result: StudyResult, script: Path, override
 
 
 def log_curves(tracked: TrackedRun, history: pd.DataFrame, targets: Targets) -> None:
-    """Log the mean over the runs of each figure that all of them have, epoch by epoch, and draw the curves.
-
-    history: one row per run and epoch, as `figures.plot_training` takes it.
-    """
+    """Log the means over the runs of the epochs that all have, and draw the curves; history: a row of each epoch."""
     from mnist_lab.figures import plot_training
 
     if history.empty:

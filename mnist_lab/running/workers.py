@@ -84,8 +84,7 @@ def outcome_of(task: SeedTask, progress: Progress) -> Outcome:
         return Failed(reason_of(error))
 
 
-def reason_of(error: Exception) -> str:
-    """Return the sentence of a LabError; of a bug, the traceback."""
+def reason_of(error: Exception) -> str:  # of a bug, the traceback
     return str(error) if isinstance(error, LabError) else "".join(traceback.format_exception(error)).rstrip()
 
 
