@@ -1,7 +1,5 @@
 """One run, and what it leaves in MLflow, from its first tag to its model (docs/metrics.md lists it)."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
@@ -10,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +38,6 @@ from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts import targets
 from mnist_lab.verdicts.measures import short_figures
 from mnist_lab.verdicts.targets import Verdict
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +265,7 @@ class Record:
         if refusal is not None:
             tracked.set_tags({"model": f"state_dict.pt, as torch.export can't express the network: {refusal}"})
 
-    def draw(self, logits: Tensor) -> dict[str, Figure]:
+    def draw(self, logits: Tensor) -> dict[str, Any]:  # matplotlib figures
         import pandas as pd  # it and matplotlib take a second, which a refused run need not wait
 
         from mnist_lab import figures

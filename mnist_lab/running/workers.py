@@ -4,8 +4,6 @@ The processes are started with "spawn": torch's threads don't survive a fork. Th
 when one of its processes dies, while here only that task fails.
 """
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,9 +31,6 @@ from mnist_lab.running.run import run, run_name_of
 from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, close_lost, open_store
 from mnist_lab.training.loop import EpochMetrics
-
-if TYPE_CHECKING:  # a study does without Optuna
-    from optuna.storages import RDBStorage
 
 LOOK_SECONDS = 1.0  # how often the display is told that time passes
 END_SECONDS = 20.0  # that a training gets to close its run when it is stopped
@@ -97,7 +92,7 @@ class Trainers:
     def prepare(self, job: Job, store: Store) -> None: ...  # gets ready for tasks of this job; raises LabError
     def stop(self) -> None: ...  # lets what is being trained close its run and end
 
-    def storage(self, storage: RDBStorage) -> Any:  # what reaches it from where the tasks are trained
+    def storage(self, storage: Any) -> Any:  # what reaches Optuna's from where the tasks are trained
         return storage
 
     def start(self, task: SeedTask) -> Any:
