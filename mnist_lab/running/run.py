@@ -1,11 +1,10 @@
 """One run, and what it leaves in MLflow, from its first tag to its model (docs/metrics.md lists it)."""
 
-import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -293,7 +292,7 @@ def run_name_of(job: Job, seeds: str) -> str:
 
 
 def target_tags(stated: Targets) -> dict[str, str]:
-    return {f"target_{name}": str(value) for name, value in dataclasses.asdict(stated).items() if value}
+    return {f"target_{name}": str(value) for name, value in asdict(stated).items() if value}
 
 
 def verdict_tags(verdicts: Sequence[Verdict]) -> dict[str, str]:

@@ -65,12 +65,12 @@ def search(
         run_id = study.user_attrs.get("run_id")
         with store_failures(store, "can't be read"), short_timeouts():
             begun = run_id and find_run(store.uri, run_id)  # None too where the database was removed, or is another
-        name, resumed = run_name_of(job, f"search of {counted(count, 'trial')}"), begun.info.run_id if begun else None
+        called, resumed = run_name_of(job, f"search of {counted(count, 'trial')}"), begun.info.run_id if begun else None
         params = {**job.params, **{name: str(distribution) for name, distribution in space.items()}}
         tags = {**job.tags, **job.commit_tags, "hardware": identity.hardware(job.device)}
         tasks = partial(_tasks, study, space, count, job=job, storage=trainers.storage(storage))
         with (
-            track(store, name, params=params, tags=tags, resume_run_id=resumed, reopen=True) as tracked,
+            track(store, called, params=params, tags=tags, resume_run_id=resumed, reopen=True) as tracked,
             closing(trainers.train(store, tracked.run_id, tasks(parent_run_id=tracked.run_id), progress)) as ended,
         ):
             study.set_user_attr("run_id", tracked.run_id)
