@@ -39,11 +39,9 @@ class Job:
     threads: int | None = None  # of torch on a CPU; None for one per core that this process may run on
     data_dir: Path | None = None  # where MNIST is kept; None for the default folder
     tracking_uri: str
-    limit: int | None = None  # train on the first so many images only, an override too; None for all
-    holdout: int = 0  # so many training images, before `limit`, judge the epochs; the test images are read at the end
-    folds: int = (
-        0  # the run with the seed k is judged on number k of so many parts of the training images, never tested
-    )
+    limit: int | None = None  # train on the first so many images only, which counts as an override too; None for all
+    holdout: int = 0  # so many training images, taken before `limit`, judge the epochs; the test images the end only
+    folds: int = 0  # the run with the seed k is judged on number k of so many parts of the training images, not tested
     search: str | None = None  # the name of the search that this is a trial of; no run of it is given the test images
     teacher: Teacher | None = None  # that the objective learns from, once `run.with_teacher` has found it
     sources: Mapping[str, Path] = field(default_factory=dict)  # the code, read once, for all that `replace` makes of it
