@@ -58,11 +58,9 @@ def file_of(uri: str, run_id: str) -> Path:
 def save(checkpoint: Checkpoint, uri: str) -> None:
     """Replace the run's last checkpoint; a crash, or a LabError if it can't be written, leaves one of the two whole."""
     file = file_of(uri, checkpoint.run_id)
-    script = Path(checkpoint.script)
-    script = script.relative_to(PROJECT_ROOT) if script.is_relative_to(PROJECT_ROOT) else script
+    script, epochs = checkpoint.script.removeprefix(f"{PROJECT_ROOT}/"), [asdict(epoch) for epoch in checkpoint.epochs]
     content = io.BytesIO()
-    epochs = [asdict(epoch) for epoch in checkpoint.epochs]
-    torch.save({**vars(checkpoint), "script": str(script), "epochs": epochs}, content)
+    torch.save({**vars(checkpoint), "script": script, "epochs": epochs}, content)
     try:
         replace_files({file: sealed(content.getvalue())})
     except OSError as error:
