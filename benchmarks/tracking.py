@@ -71,13 +71,12 @@ def one_run(limit: int, epochs: int) -> dict[str, Any]:
         import mlflow  # noqa: F401
 
         from mnist_lab.tracking.run import TrackedRun
-    from mnist_lab.running import record
     from mnist_lab.running import run as runner
     from mnist_lab.running.progress import Progress
 
     clock.around(runner, "open_store")
-    clock.around(record, "draw")
-    begin_and_end = record.track
+    clock.around(runner.Record, "draw")
+    begin_and_end = runner.track
 
     @contextmanager
     def track(*arguments: Any, **named: Any) -> Iterator[Any]:
@@ -88,7 +87,7 @@ def one_run(limit: int, epochs: int) -> dict[str, Any]:
         with clock.running("track"):
             context.__exit__(None, None, None)
 
-    record.track = track
+    runner.track = track
     for name, value in list(vars(TrackedRun).items()):
         if inspect.isfunction(value) and not name.startswith("_"):
             clock.around(TrackedRun, name)

@@ -114,7 +114,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     if arguments.resume is not None:
         wanted = {name: getattr(arguments, name) for name in ("seed", "limit", "holdout", "threads")}
         wanted_changes = {name: overrides.get(name) for name in changes}  # None: as declared
-        resume = checkpoint.find(uri, script.stem, arguments.resume, changes=wanted_changes, **wanted)
+        resume = checkpoint.find(uri, wanted_changes, step=script.stem, run_id=arguments.resume or None, **wanted)
         changed, overrides = experiment.override(resume.changes)
         arguments.seed, arguments.limit, arguments.holdout = resume.seed, resume.limit, resume.holdout
     job = Job(
@@ -129,7 +129,6 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
         holdout=arguments.holdout or (10_000 if arguments.search else 0),
         folds=arguments.folds or 0,
     )
-    job.check_unchanged()
     return job, resume
 
 

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from mnist_lab.errors import counted, without_password
 from mnist_lab.paths import own_store
-from mnist_lab.running.progress import Counts, Progress, RunResult, StudyResult
+from mnist_lab.running.progress import Progress, SearchResult, StudyResult
 from mnist_lab.verdicts.comparison import table_text
 from mnist_lab.verdicts.measures import MEASURES, percent
 from mnist_lab.verdicts.targets import how_sure, verdict_table
@@ -22,8 +21,8 @@ if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and
     from tqdm import tqdm
 
     from mnist_lab.running.job import Job
-    from mnist_lab.running.search import SearchResult
     from mnist_lab.training.loop import EpochMetrics
+    from mnist_lab.verdicts.targets import Verdict
 
 
 class _Display(Progress):
@@ -105,15 +104,15 @@ class Console(_Display):
         self.epoch = metrics.epoch + 1
         print(self.epoch_line(metrics), flush=True)
 
-    def on_verdict(self, result: RunResult) -> None:
+    def on_verdict(self, measured: Mapping[str, float], verdicts: Sequence[Verdict]) -> None:
         print()
-        if result.verdicts:
-            print(verdict_table(result.verdicts) + "\n")
+        if verdicts:
+            print(verdict_table(verdicts) + "\n")
         protocol, reported = self.job.protocol, self.job.experiment.reported
-        names = [name for name in (*protocol.summary, *protocol.at_times) if name in result.measured]
+        names = [name for name in (*protocol.summary, *protocol.at_times) if name in measured]
         columns = {
             "": [MEASURES[name].label for name in names],
-            "measured": [MEASURES[name].text(result.measured[name]) for name in names],
+            "measured": [MEASURES[name].text(measured[name]) for name in names],
             "reported": [MEASURES[name].text(reported.get(name)) for name in names],
         }
         print(table_text(columns))
@@ -127,14 +126,14 @@ class Console(_Display):
 class StudyConsole(_Display):
     """Shows a study as it goes: one bar for all seeds on a terminal, else a line per epoch; and a line per seed."""
 
-    def on_study(
-        self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
-    ) -> None:
+    def on_study(self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int) -> None:
         self.wanted, self.done, self.width = len(seeds), len(seeds) - len(missing), len(str(max(seeds)))
         if reused := [seed for seed in seeds if seed not in missing]:
             print(f"{name}: finished already, and not trained again: {self._names(reused)}")
         if missing:
-            print(f"{name}: training {self._names(missing)} ({workers} at a time, on {device.type})", flush=True)
+            print(
+                f"{name}: training {self._names(missing)} ({workers} at a time, on {self.job.device.type})", flush=True
+            )
             self.start_bar(len(missing) * self.epochs, unit=" epochs")
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
@@ -157,8 +156,8 @@ class StudyConsole(_Display):
         from mnist_lab.running.study import tables
 
         self.close()
-        for rows, headers in tables(result):
-            print("\n" + tabulate(rows, headers=headers, disable_numparse=True))
+        if result.runs:
+            print("\n" + tables(result))
         if result.verdicts:
             print("\n" + verdict_table(result.verdicts))
         for verdict in result.verdicts:
@@ -188,24 +187,22 @@ class SearchConsole(_Display):
         if done < wanted:
             self.start_bar(wanted, unit="", initial=done)
 
-    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None:
-        stand = [f"{counts.done}/{self.wanted}"]
-        stand += [f"{count} {word}" for count, word in ((counts.pruned, "pruned"), (counts.failed, "failed")) if count]
-        if counts.best is not None:
-            stand.append(f"best {percent(counts.best.accuracy)} % in trial {counts.best.number}")
+    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, stand: SearchResult) -> None:
+        parts = [f"{stand.done}/{self.wanted}"]
+        parts += [f"{count} {word}" for count, word in ((stand.pruned, "pruned"), (stand.failed, "failed")) if count]
+        parts += [f"best {percent(best.accuracy)} % in trial {best.number}" for best in stand.best[:1]]
         if self.bar is not None:
             self.bar.update()
-        drawn = " ".join(f"{name}={value}" for name, value in values.items())
-        self.show(f"trial {number:>{len(str(self.wanted))}}  {outcome}  {drawn}", ", ".join(stand))
+        text = " ".join(f"{name}={value}" for name, value in values.items())
+        self.show(f"trial {number:>{len(str(self.wanted))}}  {outcome}  {text}", ", ".join(parts))
 
 
 def print_search(result: SearchResult, job: Job) -> None:
-    from mnist_lab.running.search import best_table, paste_lines
+    from mnist_lab.running.search import best_table, paste_lines, too_good
 
-    counts = result.counts
-    too_large = f", {counts.too_large} too large for the target, and not trained" if counts.too_large else ""
-    ended = f"{counts.finished} trained to the end, {counts.pruned} pruned, {counts.failed} failed"
-    print(f"\n{counted(counts.done, 'trial')}: {ended}{too_large}.")
+    too_large = f", {result.too_large} too large for the target, and not trained" if result.too_large else ""
+    ended = f"{result.finished} trained to the end, {result.pruned} pruned, {result.failed} failed"
+    print(f"\n{counted(result.done, 'trial')}: {ended}{too_large}.")
     if result.best:
         print(f"\n{best_table(result)}\n\nThe best values, to write into the script:\n")
         print("\n".join(f"    {line}" for line in paste_lines(job, result.best[0].values)) + "\n")
@@ -214,7 +211,8 @@ def print_search(result: SearchResult, job: Job) -> None:
         settings += f" --limit {job.limit}" if job.limit else ""
         command = f"make {job.step} ARGS='--holdout {job.holdout} --seeds 1-10{settings}'"
         print(
-            f"The best of {counts.finished + counts.pruned} is too good by up to about {result.too_good:.2f} points: "
+            f"The best of {result.finished + result.pruned} is too good by up to about "
+            f"{too_good(result, job.holdout):.2f} points: "
             f"so much would chance alone lift it on {job.holdout:,} images if all were equally good. "
             f"What it reaches with other seeds: {command}"
         )

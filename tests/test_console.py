@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tiny
@@ -17,12 +16,10 @@ from mnist_lab.console import Console, StudyConsole, print_run_id
 from mnist_lab.experiment import Targets
 from mnist_lab.paths import own_store
 from mnist_lab.running.job import Job
-from mnist_lab.running.progress import RunResult
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.measures import HELD_OUT, TESTED
 from mnist_lab.verdicts.targets import how_sure, judge
 
-CPU = torch.device("cpu")
 SECOND_EPOCH = EpochMetrics(2, 0.5, 900, 1000, 0.25, 470, 500, lr=0.1, epoch_seconds=1.5)
 
 
@@ -64,11 +61,11 @@ def test_the_share_of_the_first_weights_is_that_of_the_declared_rule() -> None:
 
 
 def test_a_result_has_what_there_is_to_say(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(job_of()).on_verdict(RunResult("abc", [], dict.fromkeys(TESTED.summary, 99.0), []))
+    Console(job_of()).on_verdict(dict.fromkeys(TESTED.summary, 99.0), [])
     shown = capsys.readouterr().out
     assert not [word for word in ("verdict", "Overridden", "reported") if word in shown]
 
-    Console(job_of(holdout=500)).on_verdict(RunResult("abc", [], dict.fromkeys(HELD_OUT.summary, 99.0), []))
+    Console(job_of(holdout=500)).on_verdict(dict.fromkeys(HELD_OUT.summary, 99.0), [])
     shown = capsys.readouterr().out
     assert "best validation accuracy" in shown
     assert "best test accuracy" not in shown
@@ -95,7 +92,7 @@ def test_a_terminal_shows_one_bar_for_all_seeds(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("COLUMNS", "100")
     console = StudyConsole(job_of())
 
-    console.on_study("idea 3 seeds", [0, 1, 2], [1, 2], 2, CPU)
+    console.on_study("idea 3 seeds", [0, 1, 2], [1, 2], 2)
     console.on_epoch(1, dataclasses.replace(SECOND_EPOCH, epoch=1))
     console.on_epoch(1, SECOND_EPOCH)
     console.on_seed(1, {"final_test_accuracy": 99.1, "best_test_accuracy": 99.2, "best_epoch": 1.0})

@@ -18,7 +18,7 @@ from mnist_lab.errors import LabError, counted
 from mnist_lab.results import records as files
 from mnist_lab.results.compare import EXPERIMENTS, stated_targets
 from mnist_lab.results.runs import MISTAKES, load_runs
-from mnist_lab.running.record import DESCRIPTION, describe, target_tags, verdict_tags
+from mnist_lab.running.run import DESCRIPTION, describe, target_tags, verdict_tags
 from mnist_lab.running.study import judge_runs, log_curves, log_verdict
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import track
@@ -157,7 +157,7 @@ def _restore(store: Store, runs: Sequence[Committed]) -> None:
         judged = judge_runs(targets, first["epochs"], tracked.run_id, finished)
         log_verdict(tracked, judged, EXPERIMENTS / f"{step}.py")
         history = [{"run_id": run_id, **epoch} for run_id, run in zip(ids, runs, strict=True) for epoch in run.history]
-        log_curves(tracked, history, targets)
+        log_curves(tracked, pd.DataFrame(history), targets)
 
 
 def _run(store: Store, run: Committed, parent_run_id: str | None) -> str:

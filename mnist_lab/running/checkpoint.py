@@ -23,23 +23,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after one of its epochs.
-
-    script: in the file, a path inside the project is relative to it, as the project may be moved.
-    changes: what the command line had changed, by name, `limit` not included. identity: `Job.identity`.
-    threads: of torch; another number would round sums in another order. training: `Training.state_dict()`.
-    """
+    """A run after one of its epochs."""
 
     run_id: str
-    script: Annotated[str, Field(pattern=r"^[^\x00]+$")]
+    script: Annotated[str, Field(pattern=r"^[^\x00]+$")]  # in the file relative to the project, which may be moved
     seed: Annotated[int, Field(ge=0)]
-    changes: Mapping[str, Any]
+    changes: Mapping[str, Any]  # that the command line made, by name, without `limit`
     limit: Annotated[int, Field(ge=1)] | None
     holdout: Annotated[int, Field(ge=0)] | None
-    identity: Mapping[str, str]
-    threads: Annotated[int, Field(ge=1)]
+    identity: Mapping[str, str]  # Job.identity
+    threads: Annotated[int, Field(ge=1)]  # of torch; another number would round sums in another order
     epochs: list[EpochMetrics]
-    training: Mapping[str, Any]
+    training: Mapping[str, Any]  # Training.state_dict()
 
     @property
     def step(self) -> str:
@@ -63,11 +58,9 @@ def file_of(uri: str, run_id: str) -> Path:
 def save(checkpoint: Checkpoint, uri: str) -> None:
     """Replace the run's last checkpoint; a crash, or a LabError if it can't be written, leaves one of the two whole."""
     file = file_of(uri, checkpoint.run_id)
-    script = Path(checkpoint.script)
-    script = script.relative_to(PROJECT_ROOT) if script.is_relative_to(PROJECT_ROOT) else script
+    script, epochs = checkpoint.script.removeprefix(f"{PROJECT_ROOT}/"), [asdict(epoch) for epoch in checkpoint.epochs]
     content = io.BytesIO()
-    epochs = [asdict(epoch) for epoch in checkpoint.epochs]
-    torch.save({**vars(checkpoint), "script": str(script), "epochs": epochs}, content)
+    torch.save({**vars(checkpoint), "script": script, "epochs": epochs}, content)
     try:
         replace_files({file: sealed(content.getvalue())})
     except OSError as error:
@@ -98,11 +91,11 @@ def load(file: Path) -> Checkpoint:
 
 def newest_first(uri: str) -> Iterator[Checkpoint]:
     """Yield the readable checkpoints of a store, the newest first; a notice says why others are left out."""
-    written: dict[Path, float] = {}
+    written = []
     for file in folder(uri).glob("*.pt"):
         with suppress(OSError):  # removed since by the process that finished the run
-            written[file] = file.stat().st_mtime
-    for file in sorted(written, key=written.__getitem__, reverse=True):
+            written.append((file.stat().st_mtime, file))
+    for _, file in sorted(written, reverse=True):
         try:
             yield load(file)
         except LabError as error:
@@ -115,37 +108,28 @@ def interrupted(uri: str) -> Iterator[Checkpoint]:
     return (one for one in newest_first(uri) if not {"search", "folds"} & one.identity.keys())
 
 
-def find(
-    uri: str,
-    step: str | None = None,
-    run_id: str | None = None,
-    *,
-    changes: Mapping[str, object] | None = None,
-    **wanted: int | None,
-) -> Checkpoint:
-    """Return the checkpoint of a run, or the newest one of a step, or the newest of all; raises LabError.
+def find(uri: str, changes: Mapping[str, object] | None = None, **wanted: str | int | None) -> Checkpoint:
+    """Return the newest checkpoint of an interrupted run that is as wanted; raises LabError.
 
     changes: its hyperparameters that were changed, by flat name; None for one that stands as declared.
-    wanted: its seed, limit, holdout and threads; None for any.
+    wanted: its step, run_id, seed, limit, holdout and threads; None for any.
     """
-    asked = {"step": step, "run_id": run_id or None, **wanted}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    asked = {name: value for name, value in wanted.items() if value is not None}
     changes, others = changes or {}, []
     for one in interrupted(uri):
-        if step not in (None, one.step):
-            continue
         has = {name: getattr(one, name) for name in asked} == asked
         if has and {name: one.changes.get(name) for name in changes} == changes:
-            if run_id or not is_deleted(uri, one.run_id):  # `track` says so of one that was asked for by its name
+            if "run_id" in asked or not is_deleted(uri, one.run_id):  # `track` says so of one that was named
                 return one
             logger.warning("not used: checkpoint of run %s, which was deleted in MLflow", one.run_id)
-        else:
+        elif asked.get("step") in (None, one.step):
             others.append(one.name)
-    wish = ", ".join(
-        f"{name} {'as declared' if value is None else quoted(value)}" for name, value in {**asked, **changes}.items()
-    )
+    wishes = [
+        f"{name} {'as declared' if value is None else quoted(value)}"
+        for name, value in [*asked.items(), *changes.items()]
+    ]
     raise LabError(
-        f"resume: there is no interrupted run with {wish or 'a finished epoch'} in {folder(uri)}; "
+        f"resume: there is no interrupted run with {', '.join(wishes) or 'a finished epoch'} in {folder(uri)}; "
         f"there are: {', '.join(others) or 'none'}"
     )
 

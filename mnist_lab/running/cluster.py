@@ -14,8 +14,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,8 @@ from mnist_lab.running.workers import END_SECONDS, LOOK_SECONDS, Failed, Outcome
 from mnist_lab.tracking.store import ON_CLUSTER, Store
 
 AUTO = "auto"
-TRIES = 3  # of a seed whose process or node is lost
 ANSWER_SECONDS = 30  # that a cluster has to answer, on a busy machine too
-GPU_SHARE = 0.25  # of a GPU, that a task takes
-LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)  # raised when a process was lost so many times
+LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)  # raised when a process was lost for the third time
 NO_CLUSTER = (RayActorError, ConnectionError)  # raised once it, or the way to it, is gone
 
 logger = logging.getLogger(__name__)
@@ -63,9 +62,9 @@ class Cluster(Trainers):
 
     def prepare(self, job: Job, store: Store) -> None:
         """Connect; raises LabError if the cluster does not answer, or has several nodes and the store is no server."""
-        self._needs = {"CPU": job.threads or 1, **({"GPU": GPU_SHARE} if job.device.type != "cpu" else {})}
-        needs = {f"num_{name.lower()}s": needed for name, needed in self._needs.items()}
-        self._begin = ray.remote(**needs, max_retries=TRIES - 1)(_train_there)
+        cpus, gpus = job.threads or 1, 0.0 if job.device.type == "cpu" else 0.25
+        self._needs = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+        self._begin = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_train_there)
         with tempfile.TemporaryDirectory(prefix="mnist_lab-") as folder:
             _pack(job, Path(folder))
             _join(self.address, Path(folder))
@@ -78,24 +77,23 @@ class Cluster(Trainers):
         if OWN_FOLDER in os.environ:
             environment[OWN_FOLDER] = str(own_folder(store.uri))
         self._order = identity.versions(), environment
-        if self._resources() < 1:
+        if self._look_for_room() < 1:
             raise LabError(f"cluster: {self._name} has no {' and '.join(self._needs)} to train on")
-        logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.room())
+        logger.warning("%s: nodes: %d, trained at a time: %d", self._name, len(nodes), self.room)
 
     def storage(self, storage: RDBStorage) -> RemoteStorage:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return RemoteStorage(ray.remote(num_cpus=0, scheduling_strategy=here)(RDBStorage).remote(storage.url))
 
-    def room(self) -> int:  # nodes that join are used too, unless workers were asked for
-        return self.workers or max(1, self._resources())
-
-    def _resources(self) -> int:
+    def _look_for_room(self) -> float:  # nodes that join are used too, unless workers were asked for
         resources = ray.cluster_resources()
-        return int(min(resources.get(name, 0) / needed for name, needed in self._needs.items()))
+        there = min(float(resources.get(name, 0)) / needed for name, needed in self._needs.items())
+        self.room = self.workers or max(1, int(there))
+        return there
 
-    def train(self, *given: Any) -> None:
+    def train(self, *given: Any) -> Generator[tuple[SeedTask, Outcome], None, None]:
         try:
-            super().train(*given)
+            yield from super().train(*given)
         except NO_CLUSTER as error:
             raise LabError(f"cluster: {self._name} is lost: {one_line(error)[:200]}") from error
 
@@ -104,6 +102,7 @@ class Cluster(Trainers):
 
     def ended(self, progress: Progress) -> Iterator[tuple[ray.ObjectRef, Outcome]]:
         ready, _ = ray.wait([*self.running], timeout=LOOK_SECONDS)
+        self._look_for_room()
         for ref in ready:
             try:
                 yield ref, ray.get(ref)
@@ -122,16 +121,15 @@ class Cluster(Trainers):
             for ref in left:
                 ray.cancel(ref, force=True)
 
-    def close(self) -> None:
-        """Leave the cluster; one that was started for this command ends."""
+    def close(self) -> None:  # and with it a cluster that was started for this command
         ray.shutdown()
 
 
+@dataclass(eq=False)
 class RemoteStorage:
     """Optuna's storage in an actor beside the command. Optuna's own proxy would open a port that no token guards."""
 
-    def __init__(self, server: Any) -> None:
-        self.server = server
+    server: Any
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__") or name == "server":  # asked for while it is unpickled
@@ -144,9 +142,6 @@ class RemoteStorage:
                 raise KeyboardInterrupt from None  # the process that gave the work is gone
 
         return call
-
-
-# ---- to the cluster
 
 
 def _pack(job: Job, folder: Path) -> None:
@@ -168,10 +163,14 @@ def _join(address: str, code: Path) -> None:
     settings |= {"configure_logging": False, "logging_level": logging.CRITICAL}
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     logger.info("Looking for a Ray cluster (%s)", named)
-    if not _answers(named):
+    command = [str(Path(sys.executable).with_name("ray")), "status", *([] if named == AUTO else ["--address", named])]
+    try:  # Ray itself would wait for minutes, or end this process
+        subprocess.run(command, capture_output=True, timeout=ANSWER_SECONDS, check=True)
+    except subprocess.SubprocessError as error:
         if named != AUTO:
             needed = "it must be HOST:PORT of its head, with this machine as a node and its token (docs/cluster.md)"
-            raise LabError(f"cluster: {named} does not answer as a Ray cluster in {ANSWER_SECONDS} seconds; {needed}")
+            silent = f"{named} does not answer as a Ray cluster in {ANSWER_SECONDS} seconds"
+            raise LabError(f"cluster: {silent}; {needed}") from error
         logger.info("Starting Ray on this machine, which can take a minute")
         settings |= {"num_cpus": available_cores(), "include_dashboard": False}
         named = "local"
@@ -185,16 +184,6 @@ def _join(address: str, code: Path) -> None:
     finally:
         for number, handler in handlers.items():  # Ray sets its own, by which a study that is ended would have failed
             signal.signal(number, handler)
-
-
-def _answers(address: str) -> bool:
-    """Say whether a cluster answers in time; Ray itself would wait for minutes, or end this process."""
-    flags = [] if address == AUTO else ["--address", address]
-    command = [str(Path(sys.executable).with_name("ray")), "status", *flags]
-    try:
-        return subprocess.run(command, capture_output=True, timeout=ANSWER_SECONDS, check=False).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
 
 
 # ---- on a node

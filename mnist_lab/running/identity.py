@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
@@ -24,40 +24,32 @@ from mnist_lab.training import RECIPE
 
 LAB = Path(__file__).resolve().parents[1]
 SCRIPT = "script"  # the name under which the script itself counts, whatever its file is called
-# Fields of syntax nodes that say nothing of what is computed.
-SILENT_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
+SILENT_FIELDS = ("ctx", "kind", "type_comment", "type_ignores")  # of syntax nodes: they do not say what is computed
 PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pandas", "matplotlib")
 
 logger = logging.getLogger(__name__)
 
 
-# ---- the code
-
-
 def find_sources(script: Path) -> dict[str, Path]:
     """Return the files of the script and of the modules that it imports, directly or not, by module name.
 
-    Counted are Python files outside the standard library, site-packages and this lab. Import statements are followed
-    wherever they stand in a file. Where `script` is the running program, the modules of its folder that it has loaded
-    by other means, such as `importlib`, count too.
+    Counted are Python files outside the standard library, site-packages and this lab, wherever an import stands. Where
+    `script` is the running program, the modules of its folder that it has loaded by `importlib` and the like count too.
     """
     found, path, waiting = {SCRIPT: script}, [str(script.parent), *sys.path], [("", script)]
     while waiting:
         package, file = waiting.pop()
-        for name in _imported_names(file, package):
-            spec = None if name in found else _find_spec(name, path)
-            if spec is not None and spec.origin is not None and is_script(Path(spec.origin)):
-                found[name] = Path(spec.origin)
-                waiting.append((name if spec.submodule_search_locations else name.rpartition(".")[0], found[name]))
+        for spec in _imported(file, package, path):
+            if spec.name not in found and spec.origin is not None and is_script(Path(spec.origin)):
+                found[spec.name] = Path(spec.origin)
+                waiting.append((spec.parent or "", found[spec.name]))
     return {**_loaded_modules(script, found), **found}
 
 
 def place(name: str, file: Path) -> Path:
     """Return where the file of this module is imported from, relative to the folder of the script."""
-    if name == SCRIPT:
-        return Path(file.name)
-    folders = name.split(".")
-    return Path(*folders, file.name) if file.name == "__init__.py" else Path(*folders[:-1], file.name)
+    *folders, last = name.split(".")
+    return Path(*folders, last if file.name == "__init__.py" else "", file.name)
 
 
 def code_sha256(sources: Mapping[str, Path]) -> str:
@@ -99,38 +91,33 @@ def _without_search(tree: ast.Module) -> ast.Module:
     return tree
 
 
-def _imported_names(file: Path, package: str) -> Iterator[str]:
-    """Yield the dotted name of every module, with its parents, that the file's import statements may mean."""
+def _imported(file: Path, package: str, path: list[str]) -> Iterator[ModuleSpec]:
+    """Yield every module that the file's import statements may mean, and the packages that it lies in."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):  # Python will say so itself when the module is used
         return
     for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            with suppress(ImportError):  # beyond the outermost package
-                module = resolve_name("." * node.level + (node.module or ""), package)
-                names = [module, *(f"{module}.{alias.name}" for alias in node.names)]  # each may be a module
-        for name in names:
-            yield from _with_parents(name)
+        match node:
+            case ast.Import():
+                for alias in node.names:
+                    yield from _found(alias.name, path)
+            case ast.ImportFrom():
+                with suppress(ImportError):  # beyond the outermost package
+                    module = resolve_name("." * node.level + (node.module or ""), package)
+                    for alias in node.names:  # each may be a module
+                        yield from _found(f"{module}.{alias.name}", path)
 
 
-def _find_spec(name: str, path: list[str]) -> ModuleSpec | None:
-    spec = None
+def _found(name: str, path: list[str]) -> Iterator[ModuleSpec]:
+    """Yield "a", "a.b" and "a.b.c" for "a.b.c", as far as they are found."""
     with suppress(ImportError, ValueError):
-        for full in _with_parents(name):
+        for full in accumulate(name.split("."), "{}.{}".format):
             spec = PathFinder.find_spec(full, path)
             if spec is None:
-                break
+                return
+            yield spec
             path = list(spec.submodule_search_locations or [])
-    return spec
-
-
-def _with_parents(name: str) -> Iterator[str]:
-    """Yield "a", "a.b" and "a.b.c" for "a.b.c"."""
-    return accumulate(name.split("."), "{}.{}".format)
 
 
 def _loaded_modules(script: Path, found: Mapping[str, Path]) -> dict[str, Path]:
@@ -172,20 +159,16 @@ def _joined(parts: list[ast.expr]) -> list[ast.expr]:
 # ---- where it comes from
 
 
-def commit_tags(script: Path, written: Iterable[Path] = ()) -> dict[str, str]:
+def commit_tags(script: Path) -> dict[str, str]:
     """Return the state of the repository that the script lies in, as tags of a run.
 
     git_commit: the commit, "none" outside a repository or before the first commit, "unknown" where git refuses to say.
-    git_dirty: whether any file differs from it, new ones included, but for `written`: what the lab writes or fetches.
+    git_dirty: whether any file differs from it, new ones included.
     """
     folder = script.resolve().parent
     try:
         with Repo(folder, search_parent_directories=True) as repository:
-            root = Path(str(repository.working_dir))
-            own = [path.resolve() for path in written]
-            own = [path for path in own if path.is_relative_to(root) and not folder.is_relative_to(path)]
-            others = [":/", *(f":(top,exclude,literal){path.relative_to(root)}" for path in own)]
-            changes = repository.git.status("--porcelain", "--untracked-files=all", "--", *others)
+            changes = repository.git.status("--porcelain", "--untracked-files=normal")
             sha = repository.git.rev_parse("--verify", "--quiet", "HEAD", with_exceptions=False) or "none"
             return {"git_commit": sha, "git_dirty": "true" if changes else "false"}
     except InvalidGitRepositoryError:

@@ -6,27 +6,22 @@ import multiprocessing
 import runpy
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mnist_lab.arguments import stable_text
-from mnist_lab.data import find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
-from mnist_lab.paths import PROJECT_ROOT, own_files
-from mnist_lab.running import identity
-from mnist_lab.running.identity import SCRIPT, code_sha256, find_sources, place
+from mnist_lab.running.identity import SCRIPT, code_sha256, commit_tags, find_sources, place
 from mnist_lab.verdicts.measures import Protocol, protocol
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from mnist_lab.tracking.models import Teacher
 
 WORKER = "mnist_lab worker"  # the name of a study's worker processes
-READ = ("sources", "code_sha256", "commit_tags")  # once, by the first process that has the job
 _reading = False
 
 
@@ -35,40 +30,33 @@ class Job:
     """One experiment as it is to be run, with any seed. It can be pickled, and so be sent to another process.
 
     Raises LabError for a script that is no file, and a declaration that can't be right on its face.
-
-    script: the file that declares the experiment; its name names the step.
-    experiment: with `overrides` applied, the hyperparameters that differ from the declaration, by flat name.
-    threads: of torch on a CPU; None for one per core that this process may run on.
-    data_dir: where MNIST is kept; None for the default folder.
-    limit: train on the first so many images only, which counts as an override too; None for all.
-    holdout: hold out so many of the training images, before `limit` is applied, and evaluate the epochs on them; the
-        test images are then read once, at the end. 0 for none.
-    folds: cross-validate: the run with the seed k holds out number k of so many parts of the training images, and is
-        evaluated on it; no run is given the test images. 0 for none.
-    search: the name of the search that this is a trial of; no run of it is ever given the test images.
-    teacher: the network in MLflow that the objective learns from, once `run.with_teacher` has found it.
-    params: what is logged as params, but for the seed; read once, as objects among the arguments may change in use.
     """
 
-    script: Path
-    experiment: Experiment
-    overrides: Mapping[str, object] = field(default_factory=dict)
+    script: Path  # declares the experiment; its name names the step
+    experiment: Experiment  # with `overrides` applied
+    overrides: Mapping[str, object] = field(default_factory=dict)  # what differs from the declaration, by flat name
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    threads: int | None = None
-    data_dir: Path | None = None
+    threads: int | None = None  # of torch on a CPU; None for one per core that this process may run on
+    data_dir: Path | None = None  # where MNIST is kept; None for the default folder
     tracking_uri: str
-    limit: int | None = None
-    holdout: int = 0
-    folds: int = 0
-    search: str | None = None
-    teacher: Teacher | None = None
-    params: Mapping[str, str] = field(init=False)
+    limit: int | None = None  # train on the first so many images only, which counts as an override too; None for all
+    holdout: int = 0  # so many training images, taken before `limit`, judge the epochs; the test images the end only
+    folds: int = 0  # the run with the seed k is judged on number k of so many parts of the training images, not tested
+    search: str | None = None  # the name of the search that this is a trial of; no run of it is given the test images
+    teacher: Teacher | None = None  # that the objective learns from, once `run.with_teacher` has found it
+    sources: Mapping[str, Path] = field(default_factory=dict)  # the code, read once, for all that `replace` makes of it
+    code_sha256: str = ""
+    commit_tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, str] = field(init=False)  # but for the seed; read once, as objects may change in use
 
     def __post_init__(self) -> None:
         if not self.script.is_file():
             raise LabError(f"script: {str(self.script)!r} is not a file; a run is named after its script")
         self.experiment.check()
-        object.__setattr__(self, "params", self._read_params())
+        vars(self)["params"] = self._read_params()
+        if not self.sources:
+            sources = find_sources(self.script)
+            vars(self).update(sources=sources, code_sha256=code_sha256(sources), commit_tags=commit_tags(self.script))
 
     @property
     def step(self) -> str:
@@ -82,19 +70,6 @@ class Job:
     def targets(self) -> Targets:
         """What is judged. The declared targets are those of a network that is trained on all images, and tested."""
         return Targets() if self.folds else self.experiment.targets
-
-    @cached_property
-    def sources(self) -> dict[str, Path]:
-        return find_sources(self.script)
-
-    @cached_property
-    def code_sha256(self) -> str:
-        return code_sha256(self.sources)
-
-    @cached_property
-    def commit_tags(self) -> dict[str, str]:
-        written = [*own_files(self.tracking_uri), find_data_dir(self.data_dir), PROJECT_ROOT / "reports"]
-        return identity.commit_tags(self.script, written)
 
     def _read_params(self) -> dict[str, str]:
         held_out = {name: str(getattr(self, name)) for name in ("holdout", "folds") if getattr(self, name)}
@@ -116,15 +91,9 @@ class Job:
     def identity(self) -> dict[str, str]:
         return {**self.params, **self.tags}
 
-    def replaced(self, **changes: Any) -> Job:
-        """Return the job with other fields, and the code that was read for it."""
-        changed = replace(self, **changes)
-        vars(changed).update({name: value for name, value in vars(self).items() if name in READ})
-        return changed
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave the experiment behind: its network's class may live in the script, which the other process reads."""
-        return {**vars(self), "experiment": None, **{name: getattr(self, name) for name in READ}}
+        return {**vars(self), "experiment": None}
 
     def lies_in(self, folder: Path) -> None:
         """Read code and MNIST in this folder, where another machine sent them; `script` stays, and names the runs."""
@@ -132,11 +101,11 @@ class Job:
         vars(self).update(sources=sources, data_dir=folder / "data")
 
     def check_unchanged(self) -> None:
-        """Refuse to go on if the script, or what it imports, was saved since this was first called; raises LabError."""
-        known, now = self.code_sha256, ""
+        """Refuse to go on if the script, or what it imports, was saved since it was read; raises LabError."""
+        now = ""
         with suppress(OSError):
             now = code_sha256(self.sources)
-        if now != known:
+        if now != self.code_sha256:
             raise LabError(f"script: {self.script.name} or what it imports was changed since it was read; start again")
 
     def read_experiment(self) -> None:
@@ -159,14 +128,8 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or available[0])
 
 
-# ---- a script, read without training it
-
-
 class _MainCalled(BaseException):
     """Ends a script at its call of `main`. Not an Exception, so that no `except` of the script's own keeps it."""
-
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
 
 
 def read_declaration(script: Path) -> Experiment:
@@ -176,7 +139,8 @@ def read_declaration(script: Path) -> Experiment:
     try:
         runpy.run_path(str(script), run_name="__main__")
     except _MainCalled as declared:
-        return declared.experiment
+        experiment: Experiment = declared.args[0]
+        return experiment
     finally:
         _reading = False
     raise LabError(f"script: {script} came to its end without calling main(EXPERIMENT)")

@@ -1,7 +1,4 @@
-"""How a run uses its machine: the threads of a CPU, and memory that is kept.
-
-The number of threads is chosen at a run's start, whatever else the machine does, since it decides the rounding.
-"""
+"""How a run uses its machine: the threads of a CPU, which decide the rounding, and memory that is kept."""
 
 import ctypes
 import gc
@@ -13,13 +10,8 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-# The parameters of mallopt(3). Its man page: setting either of them also ends glibc's own adjusting of both.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-THRESHOLD = 1 << 30  # bytes
 
-
-def available_cores() -> int:
-    """Return the number of cores that this process may run on."""
+def available_cores() -> int:  # that this process may run on
     return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
 
 
@@ -43,6 +35,6 @@ def without_collections() -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks of up to 1 GiB: the system gives them again page by page (docs/performance.md)."""
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, THRESHOLD)
-        libc.mallopt(M_MMAP_THRESHOLD, THRESHOLD)
+        # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: setting either also ends glibc's own adjusting of both (mallopt(3)).
+        for parameter in (-1, -3):
+            ctypes.CDLL(None).mallopt(parameter, 1 << 30)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # the console is imported before torch
     import torch
@@ -17,51 +17,36 @@ if TYPE_CHECKING:  # the console is imported before torch
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """A finished run. A trial of a search has no verdicts; one that was pruned, no figures measured once either."""
-
-    run_id: str
-    epochs: list[EpochMetrics]
-    measured: dict[str, float]
-    verdicts: list[Verdict]
-
-
-@dataclass(frozen=True)
 class StudyResult:
-    """A study that came to its end.
-
-    runs: the finished run of each seed, in the order that was asked for. failed: why the other seeds have none.
-    aggregates: by the name of the figure, the last epoch's accuracy first; none where no seed has finished.
-    unit: what there is a run for each of, "seed" or "fold".
-    """
+    """A study that came to its end."""
 
     run_id: str
-    runs: list[FinishedRun]
-    reused: list[int]
-    failed: dict[int, str]
-    aggregates: dict[str, Aggregate]
+    runs: list[FinishedRun]  # of each seed, in the order that was asked for
+    failed: dict[int, str]  # why the other seeds have none
+    aggregates: dict[str, Aggregate]  # by figure, the last epoch's accuracy first; none where no seed has finished
     verdicts: list[Verdict]
-    unit: str = "seed"
+    unit: str = "seed"  # or "fold": what there is a run for each of
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A trial that was trained to its end: its number, its values by flat name, and its accuracy in percent."""
+class Trial(NamedTuple):
+    """A trial that was trained to its end."""
 
     number: int
-    values: Mapping[str, object]
-    accuracy: float
+    values: Mapping[str, object]  # by flat name
+    accuracy: float  # in percent
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Where a search stands. too_large: trials that were not trained, as the network was too large for the target."""
+class SearchResult:
+    """Where a search stands: how many of its trials have ended in which way."""
 
-    finished: int = 0
-    pruned: int = 0
-    failed: int = 0
-    too_large: int = 0
-    best: Trial | None = None
+    run_id: str
+    name: str
+    finished: int
+    pruned: int
+    failed: int
+    too_large: int  # for the target, and not trained
+    best: list[Trial]  # those that have finished, the best first, each set of values once
 
     @property
     def done(self) -> int:
@@ -73,21 +58,16 @@ class Pruned(Exception):
 
 
 class Progress:
-    """Listens, and does nothing: a listener overrides what it wants to hear.
-
-    on_run, on_study, on_search: it begins. on_batch: see `training.loop.OnBatch`. on_time: called now and then.
-    """
+    """Listens, and does nothing: a listener overrides what it wants to hear."""
 
     def on_run(self, name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None: ...
-    def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...
+    def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...  # see `training.loop.OnBatch`
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None: ...
-    def on_verdict(self, result: RunResult) -> None: ...
-    def on_study(
-        self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int, device: torch.device
-    ) -> None: ...
+    def on_verdict(self, measured: Mapping[str, float], verdicts: Sequence[Verdict]) -> None: ...
+    def on_study(self, name: str, seeds: Sequence[int], missing: Sequence[int], workers: int) -> None: ...
     def on_seed(self, seed: int, metrics: Mapping[str, float]) -> None: ...
     def on_failure(self, seed: int, reason: str) -> None: ...
     def on_study_verdict(self, result: StudyResult) -> None: ...
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None: ...
-    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None: ...
-    def on_time(self) -> None: ...
+    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, stand: SearchResult) -> None: ...
+    def on_time(self) -> None: ...  # now and then

@@ -1,13 +1,15 @@
 """One experiment trained with several seeds: what is missing is trained, and all of it is judged together."""
 
+from __future__ import annotations
+
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -16,9 +18,8 @@ from mnist_lab.experiment import Targets
 from mnist_lab.running import identity
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, StudyResult
-from mnist_lab.running.record import DESCRIPTION, describe, run_name_of, target_tags, verdict_tags
-from mnist_lab.running.run import tried, with_teacher
-from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers
+from mnist_lab.running.run import DESCRIPTION, describe, run_name_of, target_tags, tried, verdict_tags, with_teacher
+from mnist_lab.running.workers import Failed, SeedTask, Trainers
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import read_points
 from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store, store_failures
@@ -27,9 +28,10 @@ from mnist_lab.verdicts.measures import MEASURES, TESTED, Protocol, percent, sho
 from mnist_lab.verdicts.statistics import aggregate
 from mnist_lab.verdicts.targets import judge
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import pandas as pd
 
-VERDICT = "verdict.md"  # the artifact with the study's description
+logger = logging.getLogger(__name__)
 
 
 def study(
@@ -44,15 +46,16 @@ def study(
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store)
     hardware, protocol = identity.hardware(job.device), job.protocol
-    of_these = partial(finished_runs, seeds=seeds, hardware=hardware)
-    runs = {} if again else of_these(store, job.params, job.tags, protocol.judged)
+    runs: dict[int, FinishedRun] = {}
+    if not again:
+        runs = finished_runs(store, job.params, job.tags, protocol.judged, seeds=seeds, hardware=hardware)
     reused, missing = [seed for seed in seeds if seed in runs], [seed for seed in seeds if seed not in runs]
-    count = 0
-    if missing:  # else there is nothing to refuse
+    if missing:
         trainers.prepare(job, store)
-        count = min(trainers.room(), len(missing))
         _, _, rehearsal = tried(job, store)
         rehearsal.notice(job.overrides)
+    else:
+        trainers = Trainers()  # there is nothing to refuse, and no cluster to look for
     name = run_name_of(job, counted(len(seeds), job.protocol.unit))
     tags = {
         **{tag: text for tag, text in job.tags.items() if tag != "step"},
@@ -61,32 +64,28 @@ def study(
         **{"hardware": hardware, **target_tags(job.targets)},
     }
     failed: dict[int, str] = {}
-
-    def on_end(task: SeedTask, outcome: Outcome) -> None:
-        if isinstance(outcome, Failed):
-            failed[task.number] = outcome.reason
-            progress.on_failure(task.number, outcome.reason)
-        elif outcome is not None:
-            runs[task.number] = outcome
-            progress.on_seed(task.number, outcome.metrics)
-
     with track(store, name, params=job.params, tags=tags) as tracked:
         for seed in reused:
             adopt(store, tracked.run_id, runs[seed].run_id)
-        progress.on_study(name, seeds, missing, count, job.device)
-        if missing:
-            tasks = (SeedTask(job, seed, tracked.run_id, again) for seed in missing)
-            trainers.train(store, tracked.run_id, tasks, progress, on_end)
+        progress.on_study(name, seeds, missing, min(trainers.room, len(missing)))
+        tasks = (SeedTask(job, seed, tracked.run_id, again) for seed in missing)
+        with closing(trainers.train(store, tracked.run_id, tasks, progress)) as ended:
+            for task, outcome in ended:
+                if isinstance(outcome, Failed):
+                    failed[task.number] = outcome.reason
+                    progress.on_failure(task.number, outcome.reason)
+                elif outcome is not None:
+                    runs[task.number] = outcome
+                    progress.on_seed(task.number, outcome.metrics)
         logger.info("Judging the seeds together")
         finished = [runs[seed] for seed in seeds if seed in runs]
         result = judge_runs(job.targets, job.experiment.epochs, tracked.run_id, finished, protocol)
-        result = replace(result, reused=reused, failed=failed)
+        result = replace(result, failed=failed)
         log_verdict(tracked, result, job.script, job.tags["overrides"])
         progress.on_study_verdict(result)
         logger.info("Drawing the curves of all seeds")
         log_curves(tracked, _read_history(store, job, finished), job.targets)
-        if failed:
-            tracked.end_status = "FAILED"
+        tracked.end_status = "FAILED" if failed else "FINISHED"
     return result
 
 
@@ -100,7 +99,7 @@ def judge_runs(
         aggregates = {name: aggregate(values, targets.accuracy) for name, values in figures.items()}
         num_params = int(runs[0].metrics["num_params"])
         verdicts = judge(targets, accuracies=figures[measured.judged], num_params=num_params, epochs=epochs)
-    return StudyResult(run_id, list(runs), [], {}, aggregates, verdicts, measured.unit)
+    return StudyResult(run_id, list(runs), {}, aggregates, verdicts, measured.unit)
 
 
 def log_verdict(tracked: TrackedRun, result: StudyResult, script: Path, overrides: str = "") -> None:
@@ -115,67 +114,53 @@ def log_verdict(tracked: TrackedRun, result: StudyResult, script: Path, override
         for verdict in [verdict for verdict in result.verdicts if verdict.name == "accuracy"]:
             metrics["p"] = verdict.p
         metrics |= short_figures({name: figures.mean for name, figures in result.aggregates.items()})
-    text = "\n\n".join(tabulate(*table, tablefmt="github", disable_numparse=True) for table in tables(result))
-    described = describe(script, overrides, result.verdicts, text)
-    failed = {"seeds_failed": " ".join(map(str, result.failed))} if result.failed else {}
     tracked.log_once({name: value for name, value in metrics.items() if math.isfinite(value)})
+    described = describe(script, overrides, result.verdicts, tables(result, "github"))
+    failed = {"seeds_failed": " ".join(map(str, result.failed))} if result.failed else {}
     tracked.set_tags({**verdict_tags(result.verdicts), **failed, DESCRIPTION: described})
-    tracked.log_text(described + "\n", VERDICT)
+    tracked.log_text(described + "\n", "verdict.md")
 
 
-def log_curves(tracked: TrackedRun, history: Sequence[Mapping[str, object]], targets: Targets) -> None:
-    """Log the mean over the runs of each figure that all of them have, epoch by epoch, and draw the curves.
+def log_curves(tracked: TrackedRun, history: pd.DataFrame, targets: Targets) -> None:
+    """Log the means over the runs of the epochs that all have, and draw the curves; history: a row of each epoch."""
+    from mnist_lab.figures import plot_training
 
-    history: a record of each run and epoch.
-    """
-    import pandas as pd
-
-    from mnist_lab.figures import plot_training  # pandas and matplotlib take a second
-
-    if not history:
+    if history.empty:
         return
-    frame = pd.DataFrame.from_records(list(history))
-    by_epoch = frame.groupby("epoch")
-    means = by_epoch[[name for name in frame if name in MEASURES]].agg(fmean)
-    of_all: dict[Any, dict[Any, float]] = means[by_epoch.size() == frame["run_id"].nunique()].to_dict("index")
-    tracked.log_missing(
-        {epoch: {name: mean for name, mean in row.items() if mean == mean} for epoch, row in of_all.items()}
-    )
-    tracked.log_figures({"training": plot_training(frame, targets.accuracy)})
+    by_epoch = history.groupby("epoch")
+    means = by_epoch[[name for name in history if name in MEASURES]].agg(fmean)
+    of_all: dict[Any, Any] = dict(means[by_epoch.size() == history["run_id"].nunique()].iterrows())
+    tracked.log_missing({epoch: row.dropna().to_dict() for epoch, row in of_all.items()})
+    tracked.log_figures({"training": plot_training(history, targets.accuracy)})
 
 
-def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
-    """Return a record of each epoch of these runs, with the losses and accuracies; raises LabError."""
+def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> pd.DataFrame:
+    """Return one row per run and epoch, with the losses and accuracies; raises LabError."""
+    import pandas as pd  # it and matplotlib take a second
+
     names, seeds = job.protocol.curves, {run.run_id: run.seed for run in runs}
-    records: dict[tuple[str, int], dict[str, object]] = {}
     with store_failures(store, "can't be read"):
-        for run_id, name, epoch, value in read_points(store.uri, dict.fromkeys(seeds, job.experiment.epochs), names):
-            new = {"run_id": run_id, "step": job.step, "seed": seeds[run_id], "epoch": epoch}
-            record = records.setdefault((run_id, epoch), {**new, **dict.fromkeys(names, math.nan)})
-            record[name] = math.nan if value is None else value
-    return list(records.values())
+        rows = read_points(store.uri, dict.fromkeys(seeds, job.experiment.epochs), names)
+    points = pd.DataFrame(rows, columns=["run_id", "metric", "epoch", "value"]).astype({"value": "float64"})
+    wide = points.pivot_table(index=["run_id", "epoch"], columns="metric", values="value", aggfunc="last")
+    history = wide.reindex(columns=names).reset_index()
+    return history.assign(step=job.step, seed=history["run_id"].map(seeds))
 
 
-def tables(result: StudyResult) -> list[tuple[list[tuple[str, ...]], tuple[str, ...]]]:
-    """Return rows and headers of two tables as text: one row per figure over the seeds, and one per seed."""
+def tables(result: StudyResult, style: str = "simple") -> str:
+    """Return two tables in a style of tabulate: one row per figure over the seeds, and one per seed."""
     if not result.aggregates:
-        return []
-    over_seeds: list[tuple[str, ...]] = []
-    for name, a in result.aggregates.items():
+        return ""
+    # "last epoch, test" for `final_test_accuracy`
+    labels = ["{} epoch, {}".format(*name.replace("final", "last").split("_")) for name in result.aggregates]
+    over_seeds, per_seed = [], []
+    for label, a in zip(labels, result.aggregates.values(), strict=True):
         sd = f"{a.sd:.3f}" if math.isfinite(a.sd) else "-"
         at_target = f"{round(a.share_at_target * a.n)} of {a.n}" if math.isfinite(a.share_at_target) else "-"
         interval = mean_interval_text(a.n, a.low, a.high)
-        over_seeds.append(
-            (_label(name), percent(a.mean), sd, interval, percent(a.minimum), percent(a.median), at_target)
-        )
+        over_seeds.append((label, percent(a.mean), sd, interval, percent(a.minimum), percent(a.median), at_target))
+    for run in result.runs:
+        per_seed.append((str(run.seed), *(percent(run.metrics[name]) for name in result.aggregates), run.run_id))
     headers = ("accuracy in percent", "mean", "sd", "95 % interval", "minimum", "median", "at target")
-    per_seed: list[tuple[str, ...]] = [
-        (str(run.seed), *(percent(run.metrics[name]) for name in result.aggregates), run.run_id) for run in result.runs
-    ]
-    return [(over_seeds, headers), (per_seed, (result.unit, *map(_label, result.aggregates), "run"))]
-
-
-def _label(name: str) -> str:
-    """Say "last epoch, test" for `final_test_accuracy`."""
-    epoch, part, _ = name.replace("final", "last").split("_")
-    return f"{epoch} epoch, {part}"
+    both = (over_seeds, headers), (per_seed, (result.unit, *labels, "run"))
+    return "\n\n".join(tabulate(rows, names, tablefmt=style, disable_numparse=True) for rows, names in both)

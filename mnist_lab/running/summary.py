@@ -15,7 +15,7 @@ from mnist_lab.training.states import kept_generators
 
 IMAGE_SIZE = 28
 HEADERS = ("Layer (type)", "Output shape", "Param #", "Receptive field")
-Call = tuple[nn.Module, str, int | None]  # a layer, the shape of its output, and its receptive field
+Calls = list[tuple[nn.Module, str, int | None]]  # each a layer, the shape of its output, and its receptive field
 
 
 def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
@@ -25,34 +25,28 @@ def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
     state are left as they were.
     untrained: names of parameters that no gradient reaches; they do not count as trainable.
     """
+    # Number i has NaN in its column i, for NaN spreads to all that depends on it. In double precision kernels are
+    # plain: no tile of neighbours shares a NaN.
+    marked = torch.zeros(IMAGE_SIZE, 1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
+    marked[torch.arange(IMAGE_SIZE), :, :, torch.arange(IMAGE_SIZE)] = torch.nan
+    said = ""
     with kept_generators(next(net.parameters()).device):  # some networks draw in evaluation mode too
         copied = copy.deepcopy(net).cpu()
         copied.eval()  # which a script's own may return nothing from
         for name, parameter in copied.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name not in untrained)
-        try:
-            calls = _calls(copied.double(), _marked_images())
-        except Exception:
+        plain = torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE)
+        for in_precision, images in ((copied.double, marked), (copied.float, plain)):
             try:
-                calls = _calls(copied.float(), torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE))
+                return _table(copied, _calls(in_precision(), images))
             except Exception as error:
-                return f"No model summary: {type(error).__name__}: {text_of(error)}."
-        return _table(copied, calls)
-
-
-def _marked_images() -> Tensor:
-    """Return 28 images, of which number i has NaN in its column i, for NaN spreads to all that depends on it.
-
-    In double precision kernels are plain: no tile of neighbours shares a NaN.
-    """
-    images = torch.zeros(IMAGE_SIZE, 1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
-    images[torch.arange(IMAGE_SIZE), :, :, torch.arange(IMAGE_SIZE)] = torch.nan
-    return images
+                said = f"No model summary: {type(error).__name__}: {text_of(error)}."
+    return said
 
 
 @torch.no_grad()
-def _calls(net: nn.Module, images: Tensor) -> list[Call]:
-    calls: list[Call] = []
+def _calls(net: nn.Module, images: Tensor) -> Calls:
+    calls: Calls = []
 
     def note(module: nn.Module, inputs: object, output: object) -> None:
         if module is not net and not isinstance(module, nn.Sequential | nn.ModuleList):
@@ -74,7 +68,7 @@ def _field(output: object) -> int | None:
     return int(seen.max() - seen.min()) + 1 if len(seen) else 0
 
 
-def _table(net: nn.Module, calls: list[Call]) -> str:
+def _table(net: nn.Module, calls: Calls) -> str:
     called = {module for module, _, _ in calls}
     counted: set[int] = set()
     rows = []

@@ -4,8 +4,6 @@ The processes are started with "spawn": torch's threads don't survive a fork. Th
 when one of its processes dies, while here only that task fails.
 """
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os
@@ -13,13 +11,13 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,14 +27,10 @@ from mnist_lab.running import checkpoint
 from mnist_lab.running.job import WORKER, Job
 from mnist_lab.running.machine import available_cores
 from mnist_lab.running.progress import Progress
-from mnist_lab.running.record import run_name_of
-from mnist_lab.running.run import run
+from mnist_lab.running.run import run, run_name_of
 from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.store import FinishedRun, Store, can_resume, close_lost, open_store
 from mnist_lab.training.loop import EpochMetrics
-
-if TYPE_CHECKING:  # a study does without Optuna
-    from optuna.storages import RDBStorage
 
 LOOK_SECONDS = 1.0  # how often the display is told that time passes
 END_SECONDS = 20.0  # that a training gets to close its run when it is stopped
@@ -45,10 +39,10 @@ logger = logging.getLogger(__name__)
 
 
 class Failed(NamedTuple):
-    """Why a task has no run. lost: because its process is gone."""
+    """Why a task has no run."""
 
     reason: str
-    lost: bool = False
+    lost: bool = False  # because its process is gone
 
 
 Outcome = FinishedRun | Failed | None  # a trial of a search has none: Optuna's storage says what came of it
@@ -56,18 +50,13 @@ Outcome = FinishedRun | Failed | None  # a trial of a search has none: Optuna's 
 
 @dataclass(frozen=True)
 class SeedTask:
-    """The training of a seed, which can be sent to another process. An interrupted run of it goes on.
-
-    parent_run_id: the run of the study or the search.
-    again: go on only with a run that began for this parent.
-    is_lost: whether a run of this seed that the parent has as RUNNING can only be one whose process is gone.
-    """
+    """The training of a seed, which can be sent to another process. An interrupted run of it goes on."""
 
     job: Job
     number: int
-    parent_run_id: str
-    again: bool = False
-    is_lost: bool = True
+    parent_run_id: str  # of the study or the search
+    again: bool = False  # go on only with a run that began for this parent
+    is_lost: bool = True  # whether a run of this seed that stands as RUNNING can only be one whose process is gone
 
     def train(self, progress: Progress) -> FinishedRun | None:
         store = open_store(self.job.tracking_uri)
@@ -78,11 +67,7 @@ class SeedTask:
         alike = checkpoint.alike(store.uri, self.job.identity, self.number)
         found = (one for one in alike if not self.again or one.run_id in own)
         resume = next((one for one in found if can_resume(store, one.run_id)), None)
-        result = run(self.job, self.number, progress, parent_run_id=self.parent_run_id, resume=resume)
-        return FinishedRun(result.run_id, self.number, result.measured)
-
-
-OnEnd = Callable[[SeedTask, Outcome], None]
+        return run(self.job, self.number, progress, parent_run_id=self.parent_run_id, resume=resume)
 
 
 def outcome_of(task: SeedTask, progress: Progress) -> Outcome:
@@ -94,8 +79,7 @@ def outcome_of(task: SeedTask, progress: Progress) -> Outcome:
         return Failed(reason_of(error))
 
 
-def reason_of(error: Exception) -> str:
-    """Return the sentence of a LabError; of a bug, the traceback."""
+def reason_of(error: Exception) -> str:  # of a bug, the traceback
     return str(error) if isinstance(error, LabError) else "".join(traceback.format_exception(error)).rstrip()
 
 
@@ -103,15 +87,13 @@ class Trainers:
     """Trains tasks: in this process, one after another, as on a GPU."""
 
     running: dict[Any, SeedTask]  # the tasks that are being trained, by what `start` has returned for them
+    room = 1  # for so many tasks at a time
 
-    def prepare(self, job: Job, store: Store) -> None:
-        """Get ready for tasks of this job; raises LabError."""
+    def prepare(self, job: Job, store: Store) -> None: ...  # gets ready for tasks of this job; raises LabError
+    def stop(self) -> None: ...  # lets what is being trained close its run and end
 
-    def storage(self, storage: RDBStorage) -> Any:  # what reaches Optuna's from where the tasks are trained
+    def storage(self, storage: Any) -> Any:  # what reaches Optuna's from where the tasks are trained
         return storage
-
-    def room(self) -> int:  # for so many tasks at a time
-        return 1
 
     def start(self, task: SeedTask) -> Any:
         return task.number
@@ -121,22 +103,19 @@ class Trainers:
         for number, task in [*self.running.items()]:
             yield number, outcome_of(task, progress)
 
-    def stop(self) -> None:
-        """Let what is being trained close its run and end."""
-
     def train(
-        self, store: Store, parent_run_id: str, tasks: Iterator[SeedTask], progress: Progress, on_end: OnEnd
-    ) -> None:
-        """Train the tasks of a study's or search's run; however this ends, the trainings end before it."""
+        self, store: Store, parent_run_id: str, tasks: Iterator[SeedTask], progress: Progress
+    ) -> Generator[tuple[SeedTask, Outcome], None, None]:
+        """Train the tasks of a study's or search's run, and yield each with what came of it; closing it ends them."""
         self.running = {}
         try:
             while True:
-                while len(self.running) < self.room() and (task := next(tasks, None)) is not None:
+                while len(self.running) < self.room and (task := next(tasks, None)) is not None:
                     self.running[self.start(task)] = task
                 if not self.running:
                     return
                 for handle, outcome in self.ended(progress):
-                    on_end(self.running.pop(handle), outcome)
+                    yield self.running.pop(handle), outcome
                 progress.on_time()
         finally:
             self.stop()
@@ -148,11 +127,8 @@ class Processes(Trainers):
     """Trains in `count` processes of this machine, each of which trains one task after another."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        self.room = count
         self.started: dict[Connection, SpawnProcess] = {}
-
-    def room(self) -> int:
-        return self.count
 
     def start(self, task: SeedTask) -> Connection:
         idle = (one for one, process in self.started.items() if one not in self.running and process.is_alive())
@@ -178,8 +154,7 @@ class Processes(Trainers):
         return ours
 
     def ended(self, progress: Progress) -> Iterator[tuple[Connection, Outcome]]:
-        ready = wait([*self.running], timeout=LOOK_SECONDS)
-        for connection in [one for one in self.running if one in ready]:
+        for connection in self.running.keys() & wait([*self.running], timeout=LOOK_SECONDS):
             try:
                 message: EpochMetrics | Outcome = connection.recv()
             except (EOFError, OSError):

@@ -164,9 +164,10 @@ def test_a_checkpoint_comes_back_as_it_was_and_is_found_by_step_and_run(uri: str
     found = checkpoint.find(uri)
     assert {**vars(found), "training": None} == {**vars(example("c", script="/x/two.py")), "training": None}
     assert torch.equal(found.training["net"]["weight"], torch.ones(3))
-    assert [checkpoint.find(uri, *asked).run_id for asked in (("one",), ("one", "a"), (None, "b"))] == ["b", "a", "b"]
+    asked = [{"step": "one"}, {"step": "one", "run_id": "a"}, {"run_id": "b"}]
+    assert [checkpoint.find(uri, **one).run_id for one in asked] == ["b", "a", "b"]
     with pytest.raises(LabError, match=r"^resume: there is no interrupted run with step 'three' in "):
-        checkpoint.find(uri, "three")
+        checkpoint.find(uri, step="three")
 
 
 def flipped(content: bytes, place: int, bit: int) -> bytes:
@@ -219,7 +220,7 @@ def test_a_state_that_does_not_fit_is_refused_by_the_runs_id(uri: str, small_mni
     for state in ({}, {"epoch": 1, "net": 3}, {"epoch": 1, "net": {"weight": torch.ones(3)}}):
         training = Training(net, experiment, small_mnist, seed=0)
         with pytest.raises(LabError, match=r"^resume: the checkpoint of run abc does not fit: .*; train it anew$"):
-            restore(training, example(training=state))
+            restore(training, example(training=state), Mock(identity=example().identity))
 
 
 def test_an_interrupted_run_that_was_deleted_is_left_out(database: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,8 +25,8 @@ from mnist_lab.running import checkpoint
 from mnist_lab.running import run as runner
 from mnist_lab.running import search as module
 from mnist_lab.running.job import Job
-from mnist_lab.running.progress import Counts, Progress
-from mnist_lab.running.search import SearchResult, check_space, paste_lines, search
+from mnist_lab.running.progress import Progress, SearchResult
+from mnist_lab.running.search import check_space, paste_lines, search
 from mnist_lab.running.workers import Trainers
 from mnist_lab.tracking.models import Teacher
 from mnist_lab.tracking.store import open_store
@@ -58,7 +58,7 @@ class Listener(Progress):
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
         self.done_before = done
 
-    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, counts: Counts) -> None:
+    def on_trial(self, number: int, values: Mapping[str, object], outcome: str, stand: SearchResult) -> None:
         self.outcomes.append(outcome)
 
 
@@ -97,8 +97,8 @@ def test_trials_are_trained_or_pruned_and_never_see_the_test_images(job: Job, da
     listener = Listener()
     result = search_for(job, 10, listener=listener)
 
-    assert result.counts.done == 10 == len(listener.outcomes)
-    assert result.counts.pruned == listener.outcomes.count("pruned") >= 1
+    assert result.done == 10 == len(listener.outcomes)
+    assert result.pruned == listener.outcomes.count("pruned") >= 1
     assert result.best[0].accuracy == max(trial.accuracy for trial in result.best) > 15
     parent, *children = read_runs(database)
     assert (parent.run_id, parent.status) == (result.run_id, "FINISHED")
@@ -111,7 +111,7 @@ def test_trials_are_trained_or_pruned_and_never_see_the_test_images(job: Job, da
         assert not (run.artifacts / "predictions.npz").exists()
         after = f"after epoch {len(run.metrics['validation_accuracy'])} of 4"
         assert run.tags.get("pruned") == (None if FIGURE in run.metrics else after)
-    assert len([run for run in children if "pruned" in run.tags]) == result.counts.pruned
+    assert len([run for run in children if "pruned" in run.tags]) == result.pruned
     assert not list((database.parent / "checkpoints").glob("*.pt"))
 
     # What is to be pasted is short, and was trained.
@@ -141,9 +141,9 @@ def test_trials_that_fail_are_too_large_or_repeat_another_count(job: Job, databa
     listener = Listener()
     result = search_for(job, 10, {"width": CategoricalDistribution([TOO_WIDE, 14, 16])}, listener=listener)
 
-    assert result.counts.done == 10
-    assert result.counts.failed == sum("this width brings bad luck" in outcome for outcome in listener.outcomes) >= 1
-    assert result.counts.too_large > 0  # and not trained
+    assert result.done == 10
+    assert result.failed == sum("this width brings bad luck" in outcome for outcome in listener.outcomes) >= 1
+    assert result.too_large > 0  # and not trained
     sizes = {run.metrics["num_params"][0][1] for run in read_runs(database) if "num_params" in run.metrics}
     assert sizes == {49 * 14 + 14 + 10 * 14 + 10}
     assert [trial.values for trial in result.best] == [{"width": 14}]  # the same values are shown once
@@ -169,13 +169,13 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
     assert sorted(run.status for run in read_runs(database)) == ["FINISHED", "KILLED", "KILLED"]
     monkeypatch.setattr(optuna.Trial, "report", report)
     with pytest.raises(LabError, match="there is no interrupted run"):  # the search goes on with it
-        checkpoint.find(job.tracking_uri, "tiny")
+        checkpoint.find(job.tracking_uri, step="tiny")
 
     listener = Listener()
     result = search_for(job, 3, listener=listener)
 
     assert listener.done_before == 1
-    assert result.counts.done == len(trials_of(job)) == 3
+    assert result.done == len(trials_of(job)) == 3
     parent, *children = read_runs(database)
     assert len(children) == 3  # one a trial: the interrupted run went on, each epoch once
     assert parent.run_id == result.run_id
@@ -185,7 +185,7 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
         assert epochs == [*range(1, len(epochs) + 1)]
 
     more = search_for(job, 4)
-    assert (more.name, more.run_id, more.counts.done) == (result.name, result.run_id, 4)
+    assert (more.name, more.run_id, more.done) == (result.name, result.run_id, 4)
     parent, *_ = read_runs(database)
     assert (parent.name, parent.status) == ("tiny search of 4 trials", "FINISHED")
     assert parent.metrics["trials"] == [(3, 3.0), (4, 4.0)]
@@ -205,7 +205,7 @@ def test_a_search_whose_run_is_gone_goes_on_with_a_new_one(job: Job, database: P
 
     more = search_for(job, 2)
 
-    assert (more.name, more.counts.done) == (first.name, 2)
+    assert (more.name, more.done) == (first.name, 2)
     assert more.run_id not in (first.run_id, "0" * 32)
 
 
@@ -213,7 +213,7 @@ def test_a_space_that_can_not_be_drawn_from(job: Job) -> None:
     job = dataclasses.replace(job, overrides={"momentum": 0.8})
     spaces: list[tuple[dict[str, Any], str]] = [
         ({}, "search: {} "),
-        ({"lr": (0.1, 0.5)}, "search: lr is (0.1, 0.5), not"),
+        ({"lr": (0.1, 0.5)}, "search: {'lr': (0.1, 0.5)} is no space"),
         ({"wdth": IntDistribution(4, 8)}, "search: wdth: "),
         ({"width": FloatDistribution(4.5, 8)}, "search: width: 4.5 is not a whole number"),
         ({"epochs": IntDistribution(0, 3)}, "search: epochs: 0 "),

@@ -28,7 +28,7 @@ from mnist_lab.results.records import read_records
 from mnist_lab.running import run as runner
 from mnist_lab.running import workers
 from mnist_lab.running.job import Job, read_declaration
-from mnist_lab.running.progress import Progress, RunResult, StudyResult
+from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.study import judge_runs
 from mnist_lab.running.study import study as run_study
 from mnist_lab.running.workers import Failed, SeedTask, Trainers, local
@@ -232,10 +232,11 @@ def test_finished_seeds_are_taken_over(story: SimpleNamespace, folder: Path, mon
 
     result = study_of(job_of(script, uri), 2, 0)
 
-    assert ([run.seed for run in result.runs], result.reused) == ([2, 0], [2, 0])
+    assert [run.seed for run in result.runs] == [2, 0]
     assert result.aggregates["final_test_accuracy"].n == 2
     study = next(run for run in read_runs(folder / "runs.db") if run.run_id == result.run_id)
-    assert (study.name, study.status) == ("my_idea 2 seeds [limit=256]", "FINISHED")
+    named = ("my_idea 2 seeds [limit=256]", "FINISHED", "2 0")
+    assert (study.name, study.status, study.tags["seeds_reused"]) == named
     for changes, limit in [({"epochs": 2}, 256), ({"lr": 0.2}, 256), ({"dropout": 0.2}, 256), ({}, 255)]:
         with pytest.raises(AssertionError, match=re.escape("[0, 1] are to be trained")):
             study_of(job_of(script, uri, changes, limit), 0, 1)
@@ -246,21 +247,21 @@ def test_finished_seeds_are_taken_over(story: SimpleNamespace, folder: Path, mon
 
 
 def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained, ended = [], []
+    trained = []
 
-    def train(job: Job, seed: int, listener: object, **_: object) -> RunResult:
+    def train(job: Job, seed: int, listener: object, **_: object) -> FinishedRun:
         trained.append(seed)
         if seed == 4:
             raise LabError("lr: too high")
-        return RunResult(f"run {seed}", [], {}, [])
+        return FinishedRun(f"run {seed}", seed, {})
 
     monkeypatch.setattr(workers, "run", train)
-    job = job_of(ROOT / "experiments" / "step2_dropout.py", uri).replaced(device=torch.device("meta"))
+    job = replace(job_of(ROOT / "experiments" / "step2_dropout.py", uri), device=torch.device("meta"))
     tasks = iter([SeedTask(job, seed, "parent", again=True) for seed in (3, 4, 5)])
 
     with pytest.raises(LabError, match="^workers: 2 .* meta"):
         local(job, 2)
-    local(job).train(open_store(uri), "parent", tasks, Progress(), lambda task, outcome: ended.append(outcome))
+    ended = [outcome for _, outcome in local(job).train(open_store(uri), "parent", tasks, Progress())]
 
     assert trained == [3, 4, 5]
     assert ended == [FinishedRun("run 3", 3, {}), Failed("lr: too high"), FinishedRun("run 5", 5, {})]
@@ -423,5 +424,4 @@ def test_a_fold_that_is_interrupted_after_its_last_epoch_is_finished_and_then_no
     killed = [run.run_id for run in folds.runs() if run.name == "third fold 0"]
     assert killed == [finished.runs[0].run_id]
     assert len(results.predictions(killed[0], tracking_uri=folds.uri)) == 400
-    assert again.reused == [0, 1, 2]
     assert [run.run_id for run in again.runs] == [run.run_id for run in finished.runs]

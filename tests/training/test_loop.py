@@ -24,7 +24,7 @@ from mnist_lab.augmentation import random_rotation
 from mnist_lab.checking.rehearsal import rehearse
 from mnist_lab.data import Mnist, load_mnist
 from mnist_lab.errors import LabError
-from mnist_lab.running.record import epoch_metrics
+from mnist_lab.running.run import epoch_metrics
 from mnist_lab.training.dropout import MAX_P, SparseDropout, draw_zeros
 from mnist_lab.training.loop import Training, evaluate, initial_network, num_params, predict
 from mnist_lab.training.states import seed_generators
