@@ -380,7 +380,7 @@ def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: in
     """Build the declared scheduler, with the run's `epochs` and `steps_per_epoch` where it leaves them open."""
     if experiment.scheduler is None:
         return None
-    run = {"epochs": experiment.epochs, "steps_per_epoch": scheduler_steps_per_epoch(experiment, num_images)}
+    run = {"epochs": experiment.epochs, "steps_per_epoch": steps_per_epoch(experiment, num_images)}
     defaults = {name: parameter.default for name, parameter in parameters_of(experiment.scheduler).items()}
     if defaults.get("total_steps") is not None:  # OneCycleLR takes either these or the two
         return experiment.scheduler(optimizer)
@@ -392,5 +392,5 @@ def batches_per_epoch(experiment: Experiment, num_images: int) -> int:
     return math.ceil(num_images / experiment.batch_size)
 
 
-def scheduler_steps_per_epoch(experiment: Experiment, num_images: int) -> int:
+def steps_per_epoch(experiment: Experiment, num_images: int) -> int:
     return batches_per_epoch(experiment, num_images) if experiment.scheduler_interval == "batch" else 1
