@@ -14,10 +14,8 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from mnist_lab.arguments import attributes, stable_text
 from mnist_lab.checking import network, schedule
@@ -52,19 +50,15 @@ class Rehearsal:
 
     def watch(self, net: nn.Module) -> None:
         """Take a parameter from `untrained` when a gradient reaches it after all: a layer may be skipped at random."""
-        parameters = dict(net.named_parameters())
-        for name in self.untrained:
-            if name in parameters:  # the seed may decide which there are
+        for name, parameter in net.named_parameters():
+            if name in self.untrained:
                 reached = partial(lambda name, _: self.untrained.discard(name), name)
-                parameters[name].register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
 
     def notice(self, overrides: Mapping[str, object]) -> None:
         """Warn of what the user may not expect; raises LabError if one of the overrides has no effect."""
         for notice in self.notices:
             logger.warning("%s", notice)
-        if self.untrained:
-            names = listed(sorted(self.untrained))
-            logger.warning("no gradient reaches %s: not trained, and not counted among the parameters", names)
         for name, sentence in self.no_effect.items():
             if name in overrides:
                 raise LabError(sentence)
@@ -88,7 +82,6 @@ class Trial:
     def rehearse(self) -> Rehearsal:
         checks = (
             ("net", self.check_building),
-            ("optimizer", self.check_optimizer),
             ("augmentation", self.check_augmentation),
             (self.minimised, self.check_gradients),
             ("net", self.check_evaluation),
@@ -106,6 +99,10 @@ class Trial:
         params = num_params(self.net, self.untrained)
         self.notices += out_of_reach(self.experiment.targets, params, self.experiment.epochs)
         self.notices += tracking.notices(called)
+        if self.untrained:
+            self.say(
+                f"no gradient reaches {listed(sorted(self.untrained))}: not trained, and not counted as parameters"
+            )
         return Rehearsal(self.memory_format, self.untrained, self.no_effect, self.notices)
 
     # ---- the checks, in the order in which they are made
@@ -119,14 +116,8 @@ class Trial:
         self.before = {name: tensor.clone() for name, tensor in network.tensors_of(self.net).items()}
         self.notices += network.notice_same_start(self.net, other)
         self.notices += schedule.notice_batch_norm(self.experiment, self.net, self.total)
-
-    def check_optimizer(self) -> None:
-        optimizer = loop.build_optimizer(self.experiment, self.net.parameters())
-        name = type(optimizer).__name__
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"gives a {name}, not a torch.optim.Optimizer")
-        if any("lr" not in group for group in optimizer.param_groups):
-            raise ValueError(f"{name} has a parameter group without lr, which each epoch reports")
+        with blame("optimizer", self):
+            loop.build_optimizer(self.experiment, self.net.parameters())
 
     def check_augmentation(self) -> None:
         self.images, self.labels, notices = check_augmentation(self.experiment, self.mnist, self.batch_size)
@@ -165,23 +156,17 @@ class Trial:
         few = self.evaluated(size)[-min(FEW, max(1, size // 3)) :]  # the last ones: an LSTM may have seen those before
         if not torch.allclose(self.logits(few), logits[-len(few) :], rtol=1e-2, atol=1e-2):
             self.say("net: gives an image other logits beside other images; see for dim=0 where dim=1 is meant")
-        loss = self.experiment.loss
-        function = loss.func if isinstance(loss, partial) else loss
-        self.notices += network.notice_outputs(logits, function is F.nll_loss or isinstance(function, nn.NLLLoss))
+        takes_log_probabilities = stable_text(self.experiment.loss).startswith(("nll_loss", "NLLLoss"))
+        self.notices += network.notice_outputs(logits, takes_log_probabilities)
 
     def check_average(self) -> None:
-        if self.experiment.average is None:
+        if (average := loop.build_average(self.experiment, self.net)) is None:
             return
-        average = loop.build_average(self.experiment, self.net)
-        if not isinstance(average, AveragedModel):
-            raise TypeError(f"gives a {type(average).__name__}, not a torch.optim.swa_utils.AveragedModel")
         average.update_parameters(self.net)
         average.update_parameters(self.net)  # the first call copies
         self.logits(self.evaluated(2), average.module)
         if not average.use_buffers and [*self.net.buffers()]:
-            self.say(
-                "average: takes the last batch norm statistics; AveragedModel(..., use_buffers=True) averages them"
-            )
+            self.say("average: takes batch norm's last statistics; AveragedModel(..., use_buffers=True) averages them")
         self.notices += schedule.notice_slow_average(self.experiment, self.total)
 
     def check_scheduler(self) -> None:
@@ -207,14 +192,14 @@ class Trial:
 
     def check_rate(self) -> None:
         """Try a step at a learning rate of 0 where the script has written it: it may step optimizers of its own."""
-        if not loop.is_own(type(self.training.optimizer)):
+        if not loop.is_own(self.training.optimizer):
             return
         at_rest = self.anew()
         before = [parameter.detach().clone() for parameter in at_rest.net.parameters()]
         for group in at_rest.optimizer.param_groups:
             group["lr"] = 0 * group["lr"]
         at_rest.train_batch(torch.arange(min(FEW, self.batch_size), device=self.device))
-        if not _same_weights(at_rest.net, before):
+        if not _alike(at_rest.net.parameters(), before):
             self.no_effect = {}
             rate = "what is logged and scheduled as lr is not the rate that it uses"
             self.say(f"optimizer: moves the weights at lr 0: {rate}")
@@ -233,27 +218,25 @@ class Trial:
         self.logits(self.evaluated(2))  # a network may change in an evaluation too, or keep its activations
         state: dict[str, Any] = {name: _kept(name, value) for name, value in used.state_dict().items()}
         resumed = self.anew()
-        lost: set[tuple[str, str]] = set()
-        otherwise = ""
         try:
             resumed.load_state_dict(state)
-            lost = _differing(used, resumed)
-            for one in (used, resumed):
+            for one in (used, resumed):  # what is made anew from what is kept is alike then
                 set_generator_states(state["generators"], self.device)
                 _train(one)
                 self.logits(self.evaluated(2), one.net)
-            lost &= _differing(used, resumed)  # else it is made anew from what is kept
-            # On a GPU sums are rounded otherwise each time, and an optimizer may make much of it.
-            repeatable = self.device.type == "cpu" and UNSEEDED not in self.notices
-            if repeatable and not _same_weights(used.net, resumed.net.parameters()):
-                otherwise = "would go on otherwise: it changes what no state_dict holds, such as a generator of its own"
         except Exception as error:  # a network that changes its layers in training
-            otherwise, self.evaluating = f"can't be gone on with: {one_line(error)}", 0
-        for part, names in groupby(sorted(lost), key=itemgetter(0)):
+            self.evaluating = 0
+            self.say(f"resume: a run that is taken up again can't be gone on with: {one_line(error)}")
+            return
+        lost = sorted({(part, name) for part, name, _ in _attributes(used) - _attributes(resumed)})
+        for part, names in groupby(lost, key=itemgetter(0)):
             changed = f"{listed([name for _, name in names])} from batch to batch, which `--resume` begins anew"
             self.say(f"{part}: changes {changed}; keep it in a buffer, or write state_dict and load_state_dict")
-        if otherwise and not lost:
-            self.say(f"resume: a run that is taken up again {otherwise}")
+        same = _alike(used.net.parameters(), resumed.net.parameters())
+        # On a GPU sums are rounded otherwise each time, and an optimizer may make much of it.
+        if not (lost or same or self.device.type != "cpu" or UNSEEDED in self.notices):
+            hidden = "it changes what no state_dict holds, such as a generator of its own"
+            self.say(f"resume: a run that is taken up again would go on otherwise: {hidden}")
 
     # ---- what the checks are made of
 
@@ -314,36 +297,25 @@ def _checked_loss(returned: object, size: int) -> tuple[Tensor, Tensor]:
 
 def _train(one: Training) -> None:
     """Train a batch, or with an optimizer of the script's own many small ones."""
-    own = loop.is_own(type(one.optimizer))
+    own = loop.is_own(one.optimizer)
     size = min(one.experiment.batch_size, len(one.mnist.train_images), *[FEW] * own)
     one.net.train()
     for _ in range(MANY_STEPS if own else 1):
         one.train_batch(torch.arange(size, device=one.device))
 
 
-def _same_weights(net: nn.Module, others: Iterable[Tensor]) -> bool:
+def _alike(weights: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
     """Compare weights, but for rounding: a step may move them and bring them back, and GPUs add in any order."""
-    pairs = zip(net.parameters(), others, strict=True)
-    dense = ((one.to_dense(), other.to_dense()) for one, other in pairs)
-    return all(torch.allclose(*both, rtol=1e-4, atol=1e-6, equal_nan=True) for both in dense)
+    pairs = zip(weights, others, strict=False)
+    return all(torch.allclose(*both, rtol=1e-4, atol=1e-6, equal_nan=True) for both in pairs)
 
 
-def _differing(used: Training, anew: Training) -> set[tuple[str, str]]:
-    """Return the attributes that two trainings have different values of: each with the part that it belongs to."""
-    pairs = {part: (getattr(used.experiment, part), getattr(anew.experiment, part)) for part in PARTS}
-    pairs |= {"net": (used.net, anew.net), "optimizer": (used.optimizer, anew.optimizer)}
-    differing = set()
-    for part, (one, other) in pairs.items():
-        values, others = _attributes(one), _attributes(other)
-        differing |= {(part, name) for name in values if values[name] != others.get(name)}
-    return differing
-
-
-def _attributes(part: object) -> dict[str, str]:
-    """Return the attributes of a part's objects, and of modules in them, as text; but for activations."""
-    found = {}
-    for one in objects_in(part):
-        modules: dict[str, object] = dict(one.named_modules()) if isinstance(one, nn.Module) else {"": one}
+def _attributes(one: Training) -> set[tuple[str, str, str]]:
+    """Return the attributes of what is trained, and of modules in it, as part, name and text; but for activations."""
+    found = set()
+    parts = {part: getattr(one.experiment, part) for part in PARTS} | {"net": one.net, "optimizer": one.optimizer}
+    for part, owner in [(part, owner) for part, declared in parts.items() for owner in objects_in(declared)]:
+        modules: dict[str, object] = dict(owner.named_modules()) if isinstance(owner, nn.Module) else {"": owner}
         for place, module in modules.items():
             if hasattr(module, "_orig_mod"):  # what torch.compile puts around a network
                 continue
@@ -351,7 +323,7 @@ def _attributes(part: object) -> dict[str, str]:
                 of_torch = isinstance(module, Optimizer) and (name in OF_OPTIMIZERS or name.startswith("_"))
                 if not (of_torch or isinstance(value, nn.Module)) and getattr(value, "is_leaf", True):
                     held = value.state_dict() if isinstance(value, Optimizer) else value
-                    found[f"{place}.{name}".removeprefix(".")] = stable_text(held)
+                    found.add((part, f"{place}.{name}".removeprefix("."), stable_text(held)))
     return found
 
 
@@ -366,10 +338,9 @@ def _kept(part: str, state: Any, odd: str = "") -> Any:
         for name, value in state.items() if isinstance(state, dict) else ():
             _kept(part, value, f"{name}, {kind(value)}")
         blamed = {"declared": "a loss, objective or augmentation"}.get(part, part)
-        wanted = "numbers, texts and tensors, which a checkpoint keeps"
+        wanted = f"numbers, texts and tensors, which a checkpoint keeps, not {odd or kind(state)}"
         advice = "write state_dict and load_state_dict"
-        message = f"its state_dict() must hold {wanted}, not {odd or kind(state)}; {advice}"
-        raise LabError(f"{blamed}: {message}") from error
+        raise LabError(f"{blamed}: its state_dict() must hold {wanted}; {advice}") from error
 
 
 # ---- who is to blame
@@ -401,19 +372,27 @@ def blame(blamed: str, trial: Trial | None = None) -> Iterator[None]:
         elif blamed == "training" and not line:
             raise
         if trial is not None:
-            blamed = _innermost(trial, error) or blamed
+            field, layer = _innermost(trial, error)
+            blamed = field or blamed
             where = f"evaluated on {counted(trial.evaluating, 'image')}: " if trial.evaluating else ""
-            where += network.failing_layer(error, trial.net) if blamed == "net" else ""
+            where += layer if blamed == "net" else ""
         raise LabError(f"{blamed}: {where}{message}{line}") from error
 
 
-def _innermost(trial: Trial, error: BaseException) -> str:
-    found = ""
+def _innermost(trial: Trial, error: BaseException) -> tuple[str, str]:
+    """Return the field of the innermost part that an error went through, and the layer with what reached it."""
+    names = {id(module): name for name, module in trial.net.named_modules()}
+    field = layer = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner: Any = frame.f_locals.get("self")
         if frame.f_code is Augmentation.__call__.__code__:
-            found = "augmentation"
+            field = "augmentation"
         elif frame.f_code is loss_and_logits.__code__:
-            found = trial.minimised
-        elif frame.f_code is Tensor.backward.__code__ or frame.f_locals.get("self") is trial.net:
-            found = "net"
-    return found
+            field = trial.minimised
+        elif frame.f_code is Tensor.backward.__code__ or owner is trial.net:
+            field = "net"
+        elif frame.f_code is nn.Module._call_impl.__code__ and id(owner) in names:
+            given = [str(tuple(one.shape)) for one in frame.f_locals["args"] if isinstance(one, Tensor)]
+            shown = type(owner).__name__ if [*owner.children()] else repr(owner)
+            layer = f"{names[id(owner)]}, {shown}, is given {', '.join(given)}: " if given else layer
+    return field, layer

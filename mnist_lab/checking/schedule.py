@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from mnist_lab.arguments import stable_text
 from mnist_lab.errors import counted
 from mnist_lab.experiment import Experiment, quoted
-from mnist_lab.training.loop import batches_per_epoch, build_average, build_optimizer, build_scheduler, steps_per_epoch
+from mnist_lab.training.loop import batches_per_epoch, build_average, build_optimizer, build_scheduler
 
 MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
 ROUNDING = 1e-9  # of a rate that ends at 0
@@ -35,7 +35,7 @@ class Walk:
         self.by_batch = experiment.scheduler_interval == "batch"
         self.unit = ("batch", "batches") if self.by_batch else ("epoch",)
         self.batches = batches_per_epoch(experiment, num_images)
-        self.run = experiment.epochs * steps_per_epoch(experiment, num_images)  # steps
+        self.run = experiment.epochs * (self.batches if self.by_batch else 1)  # steps
         self.optimizer = build_optimizer(experiment, net.parameters())
         self.names = [name for name in self.optimizer.param_groups[0] if name != "params"]  # a scheduler adds others
         self.built = self._groups()
