@@ -5,7 +5,8 @@ import hashlib
 import inspect
 import re
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from reprlib import recursive_repr
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,8 @@ from torch import Tensor, nn
 
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
 LAMBDA = "<lambda>"
-DIGEST_LENGTH = 12
 MAX_TEXT = 6_000  # characters, the most that MLflow keeps of a param
-MAX_BEGINNING = 1_000  # of a longer text
 INTERNAL = frozenset(vars(nn.Module()))  # what every module has: its mode, parameters, hooks
-
-Text = Callable[[object], str]
 
 
 def stable_text(value: object) -> str:
@@ -28,119 +25,99 @@ def stable_text(value: object) -> str:
     A function or class is its name; an object that would show its address is its class's name and what it holds; a
     tensor or array is its shape, its type and a digest of its values. A digest replaces the end of a long text.
     """
-    text = value if type(value) is str else _text(value, ())
+    text = value if type(value) is str else _text(value)
     if len(text) <= MAX_TEXT:
         return text
-    return f"{text[:MAX_BEGINNING]}... sha256={_sha256(text.encode('utf-8', 'surrogatepass'))}"
+    return f"{text[:1_000]}... sha256={_sha256(text.encode('utf-8', 'surrogatepass'))}"
 
 
-def held(value: object, text: Text = stable_text) -> dict[str, object]:
+def held(value: Any) -> dict[str, object]:
     """Return what a callable holds by name: a local function's outer variables and defaults, an object's attributes.
 
     Left out are attributes that begin with an underscore, and those whose text is that of the class's defaults.
     """
-    if isinstance(value, functools.partial):
-        return held(value.func, text)
+    if isinstance(value, functools.partial | types.MethodType):
+        return held(value.func if isinstance(value, functools.partial) else value.__self__)
+    value = inspect.unwrap(value)
     if isinstance(value, types.FunctionType):
-        inner = inspect.unwrap(value)
-        if not isinstance(inner, types.FunctionType):  # a class or an object, by functools.wraps
-            return held(inner, text)
-        outer = dict(inspect.getclosurevars(inner).nonlocals)
-        return outer | defaults(inner) if "<locals>" in inner.__qualname__ else outer
-    if isinstance(value, types.MethodType) and not isinstance(value.__self__, type):
-        return held(value.__self__, text)
+        outer = dict(inspect.getclosurevars(value).nonlocals)
+        return outer | defaults(value) if "<locals>" in value.__qualname__ else outer
     if isinstance(getattr(value, "__qualname__", None), str):
         return {}
-    usual = {name: text(default) for name, default in defaults(type(value)).items()}
+    usual = {name: _text(default) for name, default in defaults(type(value)).items()}
     own = {name: item for name, item in attributes(value).items() if not name.startswith("_")}
-    return {name: item for name, item in own.items() if name not in usual or text(item) != usual[name]}
+    return {name: item for name, item in own.items() if _text(item) != usual.get(name)}
 
 
-def _text(value: Any, outer: tuple[int, ...]) -> str:
-    """Return the text of a value inside others, whose ids are `outer`: one in itself ends there."""
-    if id(value) in outer:
-        return "..."
-    text = functools.partial(_text, outer=(*outer, id(value)))
+@recursive_repr("...")  # where a value is in itself
+def _text(value: Any) -> str:
     if isinstance(value, np.generic):
         return repr(value.item())
     if isinstance(value, Tensor | np.ndarray):
         return _digest(value)
     if isinstance(value, functools.partial):
-        return _call(text(value.func), [*map(text, value.args), *_pairs(value.keywords, text)])
+        return _call(_text(value.func), value.keywords, map(_text, value.args))
     if isinstance(value, types.ModuleType):
         return value.__name__
     if callable(value) and isinstance(getattr(value, "__qualname__", None), str):
-        return _callable(value, text)
-    return _container(value, text) or _object(value, text)
+        return _callable(value)
+    return _container(value) or _object(value)
 
 
-def _callable(value: Any, text: Text) -> str:
+def _callable(value: Any) -> str:
     """Return the name of a function, class or method, with what a local function has from outside."""
     owner = getattr(value, "__self__", None)
     if owner is not None and not isinstance(owner, types.ModuleType | type):
-        return f"{text(owner)}.{value.__name__}"
+        return f"{_text(owner)}.{value.__name__}"
     name = value.__name__ if isinstance(value, types.BuiltinFunctionType) else value.__qualname__
-    holds = _pairs(held(value, text), text)
+    holds = held(value)
     return _call(name, holds) if holds else str(name)
 
 
-def _container(value: Any, text: Text) -> str:
+def _container(value: Any) -> str:
     """Return a container with its elements in order, a set's sorted; nothing for what is no container."""
     name = type(value).__qualname__
     if type(value) is tuple:
-        return f"({', '.join(map(text, value))}{',' if len(value) == 1 else ''})"
+        return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
     if type(value) is list:
-        return f"[{', '.join(map(text, value))}]"
+        return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, set | frozenset):
-        return f"{{{', '.join(sorted(map(text, value)))}}}" if value else f"{name}()"
+        return f"{{{', '.join(sorted(map(_text, value)))}}}" if value else f"{name}()"
     if isinstance(value, Mapping):
-        shown = f"{{{', '.join(f'{text(key)}: {text(item)}' for key, item in value.items())}}}"
+        shown = f"{{{', '.join(f'{_text(key)}: {_text(item)}' for key, item in value.items())}}}"
         return shown if type(value) is dict else f"{name}({shown})"
     return ""
 
 
-def _object(value: Any, text: Text) -> str:
+def _object(value: Any) -> str:
     """Return an object's own text, or where that has an address, its class and what it holds."""
     if type(value) is str:
         return repr(value)
-    name, shown = type(value).__qualname__, _plain(value)
+    name, shown = type(value).__qualname__, " ".join(str(value).split())
     if isinstance(value, nn.Module) and type(value).__repr__ is nn.Module.__repr__:
-        settings = _plain(value.extra_repr())
+        settings = " ".join(value.extra_repr().split())
         if settings and not ADDRESS.search(settings):
-            return _call(name, [settings, *_pairs(dict(value.named_children()), text)])
-        return _call(name, _pairs(held(value, text), text))
+            return _call(name, dict(value.named_children()), [settings])
+        return _call(name, held(value))
     if not (hasattr(value, "__dataclass_fields__") or ADDRESS.search(shown)):
         return shown
-    holds = _pairs(attributes(value), text)
-    return _call(name, list(map(text, value)) if isinstance(value, Collection) and not holds else holds)
+    holds = attributes(value)
+    return _call(name, holds, map(_text, value) if isinstance(value, Collection) and not holds else ())
 
 
-def _plain(value: object) -> str:
-    try:
-        return " ".join(str(value).split())
-    except Exception:  # the script's own __repr__ fails
-        return type(value).__qualname__
+def _call(name: str, named: Mapping[str, object], first: Iterable[str] = ()) -> str:
+    return f"{name}({', '.join([*first, *(f'{argument}={_text(item)}' for argument, item in named.items())])})"
 
 
 def _digest(value: Tensor | np.ndarray[Any, Any]) -> str:
-    shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    kind, shape, dtype = type(value).__name__, tuple(value.shape), str(value.dtype).removeprefix("torch.")
     if isinstance(value, Tensor):
-        data = value.detach().cpu().to_dense().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    else:
-        data = value.tobytes()
-    return f"{type(value).__name__}(shape={shape}, dtype={dtype}, sha256={_sha256(data)})"
+        value = value.detach().cpu().to_dense().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{kind}(shape={shape}, dtype={dtype}, sha256={_sha256(value.tobytes())})"
 
 
 def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:DIGEST_LENGTH]
-
-
-def _call(name: str, arguments: list[str]) -> str:
-    return f"{name}({', '.join(arguments)})"
-
-
-def _pairs(arguments: Mapping[str, object], text: Text) -> list[str]:
-    return [f"{name}={text(argument)}" for name, argument in arguments.items()]
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def defaults(function: Callable[..., object]) -> dict[str, object]:

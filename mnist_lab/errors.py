@@ -72,9 +72,8 @@ def is_script(file: Path) -> bool:
     """Say whether a file is the user's own code: neither the lab's nor a library's."""
     file = file.resolve()
     libraries = Path(__file__).resolve().parent, Path(inspect.__file__).resolve().parent
-    if any(map(file.is_relative_to, libraries)) or {"site-packages", "dist-packages"} & {*file.parts}:
-        return False
-    return file.suffix == ".py" and file.is_file()
+    is_library = any(map(file.is_relative_to, libraries)) or {"site-packages", "dist-packages"} & {*file.parts}
+    return not is_library and file.suffix == ".py" and file.is_file()
 
 
 # ---- mistakes in a script's own calls, each as one sentence that names the field
@@ -105,8 +104,7 @@ def explain_mistakes() -> None:
     show_traceback = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        sentence = str(error) if isinstance(error, LabError) else sentence_about(error)
-        if sentence:
+        if sentence := str(error) if isinstance(error, LabError) else sentence_about(error):
             print(f"error: {sentence}", file=sys.stderr)
         else:
             show_traceback(kind, error, trace)
@@ -116,44 +114,35 @@ def explain_mistakes() -> None:
 
 def sentence_about(error: BaseException) -> str | None:
     """Return the sentence about a call in a script, outside its functions, that is no mistake elsewhere."""
-    trace = error.__traceback__
-    steps = zip(traceback.walk_tb(trace), traceback.extract_tb(trace), strict=True)
+    steps = zip(traceback.walk_tb(error.__traceback__), traceback.extract_tb(error.__traceback__), strict=True)
     own = [(frame, step) for (frame, _), step in steps if is_script(Path(step.filename))]
     if not (own and isinstance(error, TypeError) and own[-1][1].name == "<module>"):
         return None
     frame, step = own[-1]
-    with suppress(AttributeError, KeyError, TypeError, ValueError):
-        call = _call_at(step)
-        first, *more = ast.unparse(call.func).split(".")
-        sentence = _about(call, reduce(getattr, more, frame.f_globals[first]))
-        return sentence and sentence + script_line(error)
-    return None
-
-
-def _call_at(step: traceback.FrameSummary) -> ast.Call:
     place = (step.lineno, step.end_lineno, step.colno, step.end_colno)
-    calls = [node for node in ast.walk(ast.parse(Path(step.filename).read_bytes())) if isinstance(node, ast.Call)]
-    by_place: dict[object, ast.Call] = {
-        (call.lineno, call.end_lineno, call.col_offset, call.end_col_offset): call for call in calls
-    }
-    return by_place[place]
+    for node in ast.walk(ast.parse(Path(step.filename).read_bytes())):
+        if isinstance(node, ast.Call) and place == (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset):
+            with suppress(AttributeError, KeyError, TypeError, ValueError):
+                first, *more = ast.unparse(node.func).split(".")
+                sentence = _about(node, reduce(getattr, more, frame.f_globals[first]))
+                return sentence and sentence + script_line(error)
+    return None
 
 
 def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
     name, parameters = ast.unparse(call.func), inspect.signature(function).parameters
-    known = list(parameters)
     given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg}
-    unknown = next((argument for argument in given if argument not in known), None)
-    if function.__module__ == "mnist_lab.experiment":
-        if unknown:
-            return f"{unknown}: {unknown_argument(name, known, unknown, given[unknown])}"
-        missing = [argument for argument in known if parameters[argument].default is inspect.Parameter.empty]
-        return f"{name}: takes its fields by name, and needs {', '.join(missing)}"
-    for module, field in DECLARED_AS.items():
-        if function.__module__.startswith(module):
-            named = dict(zip(known[1:], map(ast.unparse, call.args), strict=False)) | given
+    unknown = next((argument for argument in given if argument not in parameters), None)
+    module = function.__module__
+    if unknown and module in ("mnist_lab.experiment", "torch.nn.modules.loss"):
+        field = unknown if module == "mnist_lab.experiment" else "loss"
+        return f"{field}: {unknown_argument(name, parameters, unknown, given[unknown])}"
+    if module == "mnist_lab.experiment":
+        needed = ", ".join(one.name for one in parameters.values() if one.default is one.empty)
+        return f"{name}: takes its fields by name, and needs {needed}"
+    for declared, field in DECLARED_AS.items():
+        if module.startswith(declared):
+            named = dict(zip([*parameters][1:], map(ast.unparse, call.args), strict=False)) | given
             arguments = "".join(f", {argument}={value}" for argument, value in named.items())
             return f"{field}: {ast.unparse(call)} is for each run to call; write partial({name}{arguments})"
-    if function.__module__ == "torch.nn.modules.loss" and unknown:
-        return f"loss: {unknown_argument(name, known, unknown, given[unknown])}"
     return None

@@ -5,14 +5,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 import torch.nn.functional as F
 from pydantic import Field, InstanceOf, TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -44,7 +42,6 @@ LISTED_WHERE_DECLARED = ("loss", "objective", "average")  # so runs of before th
 RUN_PARAMS = ("seed", "device", "holdout", "folds")
 MNIST_PIXELS = (0.1307, 0.3081)  # mean and standard deviation of the training pixels, scaled to [0, 1]
 MAX_COUNT = 1_000_000_000  # of epochs or images in a batch: torch counts no further than 64 bits go
-MAX_SHOWN = 1_000  # characters of a value in a sentence
 NAME_IT = "name the function (def ...), so that runs can say what they used"
 
 
@@ -106,11 +103,6 @@ class Experiment:
     targets: Targets = Targets()
     reported: Mapping[str, float] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if isinstance(value := getattr(self, name), np.integer):  # which torch does not take everywhere
-                object.__setattr__(self, name, int(value))
-
     def check(self) -> None:
         """Refuse values that can't be right on their face, by a LabError. What only torch can judge is rehearsed."""
         for name, (allowed, words) in ALLOWED.items():
@@ -119,9 +111,6 @@ class Experiment:
                 TypeAdapter(allowed).validate_python(value, strict=True)
             except ValidationError:
                 raise LabError(f"{name}: {quoted(value)} is not {words}") from None
-        accuracy = self.targets.accuracy
-        if accuracy is not None and accuracy <= 1:
-            raise LabError(f"targets.accuracy: {quoted(accuracy)} is in percent; write {100 * accuracy:g}")
         for part in PARTS:
             value = getattr(self, part)
             if value is not None or part in ("net", "optimizer"):
@@ -150,7 +139,7 @@ class Experiment:
                 continue
             if part != "net":
                 flat[part] = Declared(None, part, "none" if value is None else _name(value))
-            for argument, given in _logged(part, value).items():
+            for argument, given in (held(value) | _arguments(part, value)).items():
                 taken = argument in flat or argument in NAMES_OF_PARTS or argument in RUN_PARAMS
                 flat[f"{part}.{argument}" if taken else argument] = Declared(part, argument, given)
             if part == "scheduler" and value is not None:
@@ -183,22 +172,13 @@ class Experiment:
         return dataclasses.replace(self, **fields), different
 
 
-def _function(part: Callable[..., object]) -> Callable[..., object]:
-    return part.func if isinstance(part, functools.partial) else part
-
-
 def _name(part: Callable[..., object]) -> str:
-    return getattr(_function(part), "__name__", type(part).__name__)
+    function = part.func if isinstance(part, functools.partial) else part
+    return getattr(function, "__name__", type(part).__name__)
 
 
-def _logged(part: str, value: Callable[..., object] | None) -> dict[str, object]:
-    return {**held(value), **_arguments(part, value)}
-
-
-def _arguments(part: str, value: Callable[..., object] | None) -> dict[str, object]:
-    if value is None:
-        return {}
-    given: dict[str, object] = dict(value.keywords) if isinstance(value, functools.partial) else {}
+def _arguments(part: str, value: Any) -> dict[str, object]:
+    given = value.keywords if isinstance(value, functools.partial) else {}
     return {**defaults(value), **given} if part in PARTS_WITH_DEFAULTS else given
 
 
@@ -208,7 +188,7 @@ def quoted(value: object) -> str:
         text = " ".join(repr(value).split())
     except Exception:  # an int of thousands of digits has none either
         text = f"a {type(value).__name__}"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return text if len(text) <= 1_000 else f"{text[:1_000]}..."
 
 
 def _check_settable(name: str, declared: Collection[str]) -> None:
@@ -228,8 +208,8 @@ def _like(name: str, given: object, declared: object) -> object:
             return float(value)
     elif declared is None or type(value) is type(declared):
         return value
-    kind = {"int": "a whole number", "float": "a finite number", "bool": "True or False", "tuple": "a tuple"}
-    wanted = kind.get(type(declared).__name__, f"a {type(declared).__name__}")
+    kind = type(declared).__name__
+    wanted = {"int": "a whole number", "float": "a finite number", "bool": "True or False"}.get(kind, f"a {kind}")
     raise LabError(f"{name}: {quoted(given)} is not {wanted} (the declared value is {quoted(declared)})")
 
 
@@ -250,24 +230,26 @@ def _check_part(part: str, value: Any) -> None:
     if not callable(value):
         made = type(value).__name__ if isinstance(value, Optimizer | LRScheduler) else quoted(value)
         raise LabError(f"{part}: {made} can't be called; give a class or function, or a partial of one")
-    if part in ("augmentation", "loss", "objective") and isinstance(_function(value), type):
+    function = value.func if isinstance(value, functools.partial) else value
+    if part in ("augmentation", "loss", "objective") and isinstance(function, type):
         raise LabError(f"{part}: {name} is a class; give an object of it, {name}(...)")
-    if isinstance(value, functools.partial) and value.args:
-        raise LabError(f"{part}: give the arguments of partial({name}, ...) by keyword")
     if part != "net" and name == LAMBDA:
         raise LabError(f"{part}: is a lambda; {NAME_IT}")
-    for argument, given in _logged(part, value).items():
+    for argument, given in (held(value) | _arguments(part, value)).items():
         if not isinstance(given, str) and LAMBDA in stable_text(given):
             raise LabError(f"{part}: {argument} has a lambda in it; {NAME_IT}")
-    if isinstance(value, functools.partial) and (parameters := parameters_of(_function(value))):
-        _check_arguments(part, value, parameters)
+    if isinstance(value, functools.partial):
+        _check_partial(part, value)
 
 
-def _check_arguments(part: str, value: functools.partial[Any], parameters: Mapping[str, inspect.Parameter]) -> None:
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+def _check_partial(part: str, value: functools.partial[Any]) -> None:
+    name, parameters = _name(value), parameters_of(value.func)
+    if value.args:
+        raise LabError(f"{part}: give the arguments of partial({name}, ...) by keyword")
+    takes_any = not parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for argument, given in value.keywords.items():
         if argument not in parameters and not takes_any:
-            raise LabError(f"{part}: {unknown_argument(_name(value), list(parameters)[1:], argument, quoted(given))}")
+            raise LabError(f"{part}: {unknown_argument(name, [*parameters][1:], argument, quoted(given))}")
         usual = parameters[argument].default if argument in parameters else None
         if isinstance(given, str) and not isinstance(usual, str) and isinstance(_read(given.strip(), float), float):
             raise LabError(f"{part}: {argument}={given!r} is text; write {argument}={given.strip()}")
@@ -275,7 +257,9 @@ def _check_arguments(part: str, value: functools.partial[Any], parameters: Mappi
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Percent = Annotated[float, Field(gt=1, le=100)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+FIGURES = f"a dict of numbers, by names among {', '.join(SUMMARY_METRICS)}"
 A_COUNT = f"an int of at least 1 and at most {MAX_COUNT:,}"
 
 # What is allowed in each field that is no part, and in words. In the order in which they are checked.
@@ -285,11 +269,8 @@ ALLOWED: dict[str, tuple[Any, str]] = {
     "normalize": (tuple[Number, Positive], "a pair (mean, standard deviation), the latter above 0"),
     "scheduler_interval": (Literal["epoch", "batch"], "'epoch' or 'batch'"),
     "targets": (InstanceOf[Targets], "a Targets(accuracy=..., params=..., epochs=...)"),
-    "targets.accuracy": (Annotated[Positive, Field(le=100)] | None, "a percentage above 0 and up to 100"),
+    "targets.accuracy": (Percent | None, "a percentage above 1 and up to 100, such as 99.4"),
     "targets.params": (Count | None, A_COUNT),
     "targets.epochs": (Count | None, A_COUNT),
-    "reported": (
-        Mapping[Literal[SUMMARY_METRICS], Number],  # type: ignore[valid-type]
-        f"a dict of numbers, by names among {', '.join(SUMMARY_METRICS)}",
-    ),
+    "reported": (Mapping[Literal[SUMMARY_METRICS], Number], FIGURES),  # type: ignore[valid-type]
 }

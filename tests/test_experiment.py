@@ -77,7 +77,7 @@ ALLOWED: list[dict[str, object]] = [
     {"targets": Targets(accuracy=100, params=1, epochs=1), "reported": {"best_epoch": 11, "final_test_loss": 0.0204}},
     {"scheduler": partial(LambdaLR, lr_lambda=[named_factor]), "net": partial(NetOf, act=F.gelu)},
     {"scheduler": partial(LambdaLR, lr_lambda=factor_of(named_factor)), "augmentation": Transform("<lambda>")},
-    {"net": partial(Net, name="7"), "epochs": np.int64(2), "batch_size": np.int32(64)},
+    {"net": partial(Net, name="7")},
 ]
 
 

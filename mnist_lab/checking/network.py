@@ -1,6 +1,5 @@
 """What may be wrong with a network though it trains: weights that are shared, not registered, or not optimized."""
 
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -8,8 +7,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist_lab.errors import LabError
-
-MAX_NAMES = 5  # of tensors in a sentence
 
 
 def tensors_of(net: nn.Module) -> dict[str, Tensor]:
@@ -40,8 +37,7 @@ def unregistered(net: nn.Module, output: Tensor, images: Tensor) -> list[str]:
     """
     known, todo, seen, shapes = {id(parameter) for parameter in net.parameters()}, [output.grad_fn], set(), []
     while todo:
-        node = todo.pop()
-        if node is None or node in seen:
+        if (node := todo.pop()) is None or node in seen:
             continue
         seen.add(node)
         todo += [before for before, _ in node.next_functions]
@@ -54,8 +50,7 @@ def unregistered(net: nn.Module, output: Tensor, images: Tensor) -> list[str]:
 def notice_optimized(net: nn.Module, optimizer: Optimizer, before: Mapping[str, Tensor]) -> Iterator[str]:
     """Yield a notice of the parameters that an optimizer is not given, and that are as they were in `before`."""
     if late := [name for name, _ in net.named_parameters() if name not in before]:
-        advice = "too late for the optimizer; build all layers there"
-        raise LabError(f"net: builds {listed(late)} after its __init__, {advice}")
+        raise LabError(f"net: builds {listed(late)} after its __init__, too late for the optimizer; build all there")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trainable = {name: id(parameter) for name, parameter in net.named_parameters() if parameter.requires_grad}
     missing = [name for name, parameter in trainable.items() if parameter not in held]
@@ -81,23 +76,8 @@ def sums_to_one(numbers: Tensor) -> bool:
     return torch.allclose(numbers.sum(dim=1), torch.ones_like(numbers[:, 0]), atol=1e-3)
 
 
-def failing_layer(error: BaseException, net: nn.Module) -> str:
-    """Return the innermost layer of the network that an error went through, and the shape that reached it."""
-    names = {id(module): name for name, module in net.named_modules()}
-    found = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        layer, given = frame.f_locals.get("self"), frame.f_locals.get("args")
-        if frame.f_code is not nn.Module._call_impl.__code__ or not names.get(id(layer)):
-            continue
-        if isinstance(layer, nn.Module) and given and isinstance(given[0], Tensor):
-            kind = type(layer).__name__ if [*layer.children()] else repr(layer)
-            found = f"{names[id(layer)]}, {kind}, is given {tuple(given[0].shape)}: "
-    return found
-
-
 def listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def kind(value: object) -> str:

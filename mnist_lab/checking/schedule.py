@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,18 +13,17 @@ from torch.optim.swa_utils import AveragedModel
 from mnist_lab.arguments import stable_text
 from mnist_lab.errors import counted
 from mnist_lab.experiment import Experiment, quoted
-from mnist_lab.training.loop import batches_per_epoch, build_optimizer, build_scheduler, scheduler_steps_per_epoch
+from mnist_lab.training.loop import batches_per_epoch, build_average, build_optimizer, build_scheduler
 
 MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
 ROUNDING = 1e-9  # of a rate that ends at 0
 MAX_LR = torch.finfo(torch.float32).max  # torch refuses to multiply a float32 parameter by more
 NOTHING = 1e-3  # of a schedule's largest learning rate: trained with less, a network stands still
 MUCH = 1 / 3  # of an average: with more of the first weights in it, it says little of those that were trained
-LITTLE = 0.05  # of batch norm's statistics: with more of their first values, a network that learns well reads badly
 MAX_BATCHES = 5_000  # of an average that are tried
 LONG = 100  # steps: few schedules are meant to take more epochs for half of their way
 
-Groups = list[dict[str, object]]  # what an optimizer holds for each group of parameters: lr, momentum and the like
+Groups = list[dict[str, Any]]  # what an optimizer holds for each group of parameters: lr, momentum and the like
 
 
 class Walk:
@@ -31,52 +31,53 @@ class Walk:
 
     def __init__(self, experiment: Experiment, net: nn.Module, num_images: int) -> None:
         self.experiment, self.net, self.num_images = experiment, net, num_images
+        self.by_batch = experiment.scheduler_interval == "batch"
+        self.unit = ("batch", "batches") if self.by_batch else ("epoch",)
+        self.batches = batches_per_epoch(experiment, num_images)
+        self.run = experiment.epochs * (self.batches if self.by_batch else 1)  # steps
         self.optimizer = build_optimizer(experiment, net.parameters())
         self.names = [name for name in self.optimizer.param_groups[0] if name != "params"]  # a scheduler adds others
         self.built = self._groups()
         self.scheduler = build_scheduler(experiment, self.optimizer, num_images)
-        self.batches = batches_per_epoch(experiment, num_images)
-        self.run = experiment.epochs * scheduler_steps_per_epoch(experiment, num_images)  # steps
         self.groups: list[Groups] = []  # before each step, and after the last
         if self.scheduler is None:
             return
-        _check_kind(experiment, self.scheduler)
-        groups = getattr(getattr(self.scheduler, "optimizer", None), "param_groups", [])
-        steered = {id(parameter) for group in groups for parameter in group["params"]}
-        if steered and steered.isdisjoint(map(id, net.parameters())):
-            raise ValueError("steps another optimizer; build it with the one that it is called with")
+        self._check_kind()
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.go_on(min(self.run, MAX_SCHEDULE_STEPS))
-            lowest = min(float(group["lr"]) for groups in self.groups[: self.run] for group in groups)  # type: ignore[arg-type]
-            if lowest < -ROUNDING:
-                raise ValueError(f"the learning rate becomes {lowest:.3g}: below 0 a step makes the loss larger")
+            for rate in (float(group["lr"]) for groups in self.groups[: self.run] for group in groups):
+                if not -ROUNDING <= rate <= MAX_LR:
+                    limits = f"below 0 a step makes the loss larger, and float32 ends at {MAX_LR:.2g}"
+                    raise ValueError(f"the learning rate becomes {rate:.3g}: {limits}")
 
     def go_on(self, steps: int) -> None:
+        assert self.scheduler is not None
         with warnings.catch_warnings():  # of an optimizer that has not stepped yet
             warnings.simplefilter("ignore")
             while len(self.groups) <= steps:
                 if self.groups:
-                    self.scheduler.step()  # type: ignore[union-attr]
+                    self.scheduler.step()
                 self.groups.append(self._groups())
 
     @property
     def rates(self) -> list[float]:
-        return [float(groups[0]["lr"]) for groups in self.groups]  # type: ignore[arg-type]
+        return [float(groups[0]["lr"]) for groups in self.groups]
 
     def _groups(self) -> Groups:
-        for rate in (float(group["lr"]) for group in self.optimizer.param_groups):
-            if not abs(rate) <= MAX_LR:
-                raise ValueError(f"the learning rate becomes {rate}, which is no float32 number")
         return [{name: group[name] for name in self.names if name in group} for group in self.optimizer.param_groups]
 
-
-def _check_kind(experiment: Experiment, scheduler: object) -> None:
-    if not isinstance(scheduler, LRScheduler):
-        raise TypeError(f"gives a {type(scheduler).__name__}, not a torch.optim.lr_scheduler.LRScheduler")
-    if getattr(scheduler, "mode", None) == "max":
-        raise ValueError("mode='max' waits for a figure that rises, but it is given the training loss; use mode='min'")
-    if isinstance(scheduler, ReduceLROnPlateau) and experiment.scheduler_interval == "batch":
-        raise ValueError("ReduceLROnPlateau needs scheduler_interval='epoch': it follows the epoch's training loss")
+    def _check_kind(self) -> None:
+        scheduler = self.scheduler
+        if not isinstance(scheduler, LRScheduler):
+            raise TypeError(f"gives a {type(scheduler).__name__}, not a torch.optim.lr_scheduler.LRScheduler")
+        if getattr(scheduler, "mode", None) == "max":
+            raise ValueError("mode='max' waits for a figure that rises; use mode='min': it is given the training loss")
+        if isinstance(scheduler, ReduceLROnPlateau) and self.by_batch:
+            raise ValueError("ReduceLROnPlateau needs scheduler_interval='epoch': it follows the epoch's training loss")
+        groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", [])
+        steered = {id(parameter) for group in groups for parameter in group["params"]}
+        if steered and steered.isdisjoint(map(id, self.net.parameters())):
+            raise ValueError("steps another optimizer; build it with the one that it is called with")
 
 
 # ---- schedules in the wrong unit
@@ -86,38 +87,32 @@ def notice_unit(walk: Walk) -> Iterator[str]:
     """Yield a notice if the schedule looks as if it was meant for the other interval."""
     if not walk.groups:
         return
-    name, run, rates, epochs = type(walk.scheduler).__name__, walk.run, walk.rates, walk.experiment.epochs
-    by_batch, batches = walk.experiment.scheduler_interval == "batch", walk.batches
+    scheduler, run, rates = f"scheduler: {type(walk.scheduler).__name__}", walk.run, walk.rates
     group = walk.optimizer.param_groups[0]
     largest = max(*rates, *(float(group.get(limit, 0)) for limit in ("initial_lr", "max_lr")))
     idle = sum(rate < NOTHING * largest for rate in rates[:run])
     planned = getattr(walk.scheduler, "total_steps", None)
-    if not by_batch and 3 * idle >= run:
-        idly = (
-            f"in {idle} of {counted(run, 'epoch')} the rate is some {min(rates):.2g}, and its largest is {largest:.2g}"
-        )
-        yield f"scheduler: {name} steps once per epoch; {idly}; is scheduler_interval='batch' meant?"
+    if not walk.by_batch and 3 * idle >= run:
+        idly = f"in {idle} of {counted(run, 'epoch')} the rate is some {min(rates):.2g}, of at most {largest:.2g}"
+        yield f"{scheduler} steps once per epoch; {idly}; is scheduler_interval='batch' meant?"
     elif isinstance(planned, int) and planned > run:
-        yield f"scheduler: {name} has {planned:,} steps, a run on all images {run:,}; left out, the number is filled in"
+        yield f"{scheduler} has {planned:,} steps, a run on all images {run:,}; left out, the number is filled in"
     elif planned != run:  # else it comes to its end with the run
-        steps = _half_way(walk, 0.1 * largest, epochs * batches)
-        as_batches = f"{steps / batches:.2g} epochs"
-        if by_batch and 0 < steps <= min(epochs, batches // 4):
-            after = f"{counted(steps, 'batch', 'batches')} ({as_batches})"
-            other, interval = counted(steps, "epoch"), "epoch"
-        elif not by_batch and steps > max(run, LONG):
-            after, other, interval = f"{steps:,} epochs, and the run has {run:,}", as_batches, "batch"
-        else:
-            return
-        meant = f"is scheduler_interval={interval!r} meant, with which it would be {other}?"
-        yield f"scheduler: {name} has come half of its way after {after}; {meant}"
+        steps = _half_way(walk, 0.1 * largest)
+        half_way, in_batches = f"has come half of its way after {counted(steps, *walk.unit)}", steps / walk.batches
+        if walk.by_batch and 0 < steps <= min(walk.experiment.epochs, walk.batches // 4):
+            meant = f"is scheduler_interval='epoch' meant, with which it would be {counted(steps, 'epoch')}?"
+            yield f"{scheduler} {half_way} ({in_batches:.2g} epochs); {meant}"
+        elif not walk.by_batch and steps > max(run, LONG):
+            meant = f"is scheduler_interval='batch' meant, with which it would be {in_batches:.2g} epochs?"
+            yield f"{scheduler} {half_way}; {meant}"
 
 
-def _half_way(walk: Walk, little: float, steps: int) -> int:
-    """Return after how many steps a rate has gone half of its way, in the run or, where that is little, in `steps`."""
+def _half_way(walk: Walk, little: float) -> int:
+    """Return after how many steps a rate has gone half of its way, in the run or, where it goes little, in batches."""
     if max(walk.rates) - min(walk.rates) <= little:
         with suppress(Exception):  # a schedule may end with the run
-            walk.go_on(min(steps, MAX_SCHEDULE_STEPS))
+            walk.go_on(min(walk.experiment.epochs * walk.batches, MAX_SCHEDULE_STEPS))
     rates = walk.rates
     moved = [abs(rate - rates[0]) for rate in rates]
     return next((step for step, way in enumerate(moved) if 2 * way >= max(moved) > 0), 0)
@@ -134,10 +129,9 @@ def without_effect(walk: Walk) -> dict[str, str]:
     if not walk.groups or walk.run > MAX_SCHEDULE_STEPS:
         return {}
     experiment, run = walk.experiment, slice(walk.run)
-    unit = ("batch", "batches") if experiment.scheduler_interval == "batch" else ("epoch",)
     reasons = {
         "optimizer": f"{stable_text(experiment.scheduler)} sets it",
-        "scheduler": f"in a run of {counted(walk.run, *unit)}, another value gives the same learning rates",
+        "scheduler": f"in a run of {counted(walk.run, *walk.unit)}, another value gives the same learning rates",
     }
     found: dict[str, str] = {}
     for name, (part, _, value) in experiment.flat().items():
@@ -152,19 +146,7 @@ def without_effect(walk: Walk) -> dict[str, str]:
     return found
 
 
-# ---- averages: of weights, and of what batch norm has seen
-
-
-def notice_batch_norm(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[str]:
-    """Yield a notice if what batch norm evaluates with is still in part what it began with."""
-    batches = experiment.epochs * batches_per_epoch(experiment, num_images)
-    norms = [module for module in net.modules() if getattr(module, "running_mean", None) is not None]
-    momentum = min([1.0, *(module.momentum for module in norms if isinstance(module.momentum, float))])
-    if (share := (1 - momentum) ** batches) > LITTLE:
-        mixed = (
-            f"batch norm evaluates with statistics (momentum {momentum:g}) that are {100 * share:.0f} % initial values"
-        )
-        yield f"net: after this run's {counted(batches, 'batch', 'batches')}, {mixed}, so its accuracy says little"
+# ---- averages
 
 
 class FirstWeights:
@@ -175,11 +157,9 @@ class FirstWeights:
         self.number = nn.Linear(1, 1, bias=False)
         nn.init.ones_(self.number.weight)
         self.average: AveragedModel | None = None
-        if experiment.average is not None:
-            with suppress(Exception):  # a script's own rule may ask for more of a network
-                self.average = experiment.average(self.number)
+        with suppress(Exception):  # a script's own rule may ask for more of a network
+            self.average = build_average(experiment, self.number)
 
-    @torch.no_grad()
     def share(self, batches: int) -> float:
         """Return the share after so many batches; 0 where it is not known."""
         if self.average is None:
@@ -193,13 +173,8 @@ class FirstWeights:
 
 def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str]:
     first, batches = FirstWeights(experiment), batches_per_epoch(experiment, num_images)
-    if first.share(min(batches, MAX_BATCHES)) > MUCH:
+    if (early := first.share(min(batches, MAX_BATCHES))) > MUCH:
         last = min(MAX_BATCHES, experiment.epochs * batches)
-        early, late = (f"{100 * first.share(number):.0f} %" for number in (batches, last))
-        shares = (
-            f"after {counted(batches, 'batch', 'batches')} it is still {early} the first weights, and after {last:,}"
-        )
-        little = "so its accuracy says little; train for longer, or let it forget sooner"
-        if first.share(last) <= MUCH:
-            little = "so the accuracy of the first epochs says little"
-        yield f"average: {shares} {late}, {little}"
+        still = f"after {counted(batches, 'batch', 'batches')} it is still {100 * early:.0f} % the first weights"
+        later = f"after {last:,} {100 * first.share(last):.0f} %"
+        yield f"average: {still}, and {later}; while that is much, its accuracy says little: let it forget sooner"

@@ -21,21 +21,18 @@ class SparseDropout(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.dropout and not (_is_transformed() or _is_called_again()):
-            return _dropout(*args, **(kwargs or {}))
+        if func is F.dropout and _runs_once_as_written():
+            func = _dropout
         return func(*args, **(kwargs or {}))
 
 
-def _is_called_again() -> bool:
-    """Say whether torch.utils.checkpoint may call this part again, backwards, where no context holds."""
-    # Both calls must draw the same zeros. It makes the first without gradients, or saves tensors in its own way.
+def _runs_once_as_written() -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False  # torch.compile and torch.func rewrite what is called, with torch's own functions
+    # torch.utils.checkpoint calls a part again, backwards, where no context holds, and both calls must draw the same
+    # zeros. It makes the first without gradients, or saves tensors in its own way.
     saves = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return saves is not None or not torch.is_grad_enabled()
-
-
-def _is_transformed() -> bool:
-    """Say whether torch.compile or torch.func rewrites what is called, which they do with torch's own functions."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return saves is None and torch.is_grad_enabled()
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,16 +20,8 @@ from mnist_lab.arguments import parameters_of, stable_text
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS, Experiment
+from mnist_lab.training import states
 from mnist_lab.training.dropout import SparseDropout
-from mnist_lab.training.states import (
-    generator_states,
-    kept_generators,
-    load_parts_state,
-    parts_state,
-    plain,
-    seed_generators,
-    set_generator_states,
-)
 from mnist_lab.training.transforms import Augmentation
 
 EVALUATION_BATCH_SIZE = 500
@@ -82,7 +75,7 @@ def initial_network(
 
     memory_format: of its four-dimensional parameters, which that of the images between its layers follows.
     """
-    seed_generators(seed)
+    states.seed_generators(seed)
     net = experiment.net()
     if not isinstance(net, nn.Module):
         raise TypeError(f"gives a {type(net).__name__}, not a torch.nn.Module")
@@ -141,19 +134,14 @@ class Training:
             lr, *other_lrs = (float(group["lr"]) for group in self.optimizer.param_groups)
             self._train_epoch()
             train_loss = self.loss_sum.item() / len(self.mnist.train_images)
-            objective = None
-            if not self.minimises_cross_entropy:
-                objective = torch.stack(self.losses).mean().item()
-            minimised = train_loss if objective is None else objective
+            minimised = train_loss if self.minimises_cross_entropy else torch.stack(self.losses).mean().item()
             if not math.isfinite(minimised):
                 epoch = f"epoch {self.epoch + 1} of {self.experiment.epochs}"
                 raise LabError(f"loss: is {minimised} in {epoch}; is the learning rate too high?")
             if self.experiment.scheduler_interval == "epoch":
                 self._step_schedule(minimised)
             evaluated_on, images, labels = evaluation_part(self.mnist)
-            raw_correct = None
-            if self.average is not None:
-                _, raw_correct = evaluate(predict(self.net, images, self.experiment.normalize), labels)
+            raw = None if self.average is None else predict(self.net, images, self.experiment.normalize)
             self.logits = predict(self.result, images, self.experiment.normalize)
             loss, correct = evaluate(self.logits, labels)
             self.epoch += 1
@@ -171,8 +159,8 @@ class Training:
                 epoch_seconds=time.perf_counter() - start,
                 evaluated_on=evaluated_on,
                 other_lrs=tuple(other_lrs),
-                objective=objective,
-                raw_correct=raw_correct,
+                objective=None if self.minimises_cross_entropy else minimised,
+                raw_correct=None if raw is None else evaluate(raw, labels)[1],
             )
 
     def _train_epoch(self) -> None:
@@ -197,18 +185,29 @@ class Training:
         """Update the network once, by the images that the indices `batch` (N,) name."""
         images, labels = training_batch(self.mnist, batch, self.augment)
         images = normalize(images, self.experiment.normalize)
-        loss, logits = train_step(self.net, images, labels, self.experiment, self.optimizer, self.takes)
+        evaluated: list[tuple[Tensor, Tensor]] = []
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss, logits = loss_and_logits(self.net, images, labels, self.experiment)
+            loss.backward()  # type: ignore[no-untyped-call]
+            evaluated.append((loss.detach(), logits.detach()))
+            return loss
+
+        _step(self.optimizer, closure, self.takes)
+        if not evaluated:
+            raise TypeError(f"the step of {type(self.optimizer).__name__} wants a closure and never calls it")
+        loss, logits = evaluated[0]  # LBFGS evaluates several times
         self.losses.append(loss.float())
         if not self.minimises_cross_entropy:
-            loss = F.cross_entropy(without_half(logits), labels, reduction="none").mean()
+            loss = F.cross_entropy(logits, labels, reduction="none").mean()
         if labels.ndim > 1:  # probabilities: the digit that an image shows most of
             labels = labels.argmax(dim=1)
         self.loss_sum += loss * len(labels)
         self.correct += (logits.argmax(dim=1) == labels).sum()
 
-    def _step_schedule(self, minimised: float | None = None) -> None:
+    def _step_schedule(self, minimised: float = math.nan) -> None:
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            assert minimised is not None
             self.scheduler.step(minimised)  # the test images are no business of the schedule's
         elif self.scheduler is not None:
             self.scheduler.step()
@@ -219,11 +218,11 @@ class Training:
             "epoch": self.epoch,
             "net": self.net.state_dict(),
             "average": None if self.average is None else {"net": self.average.state_dict()},
-            "declared": parts_state(self.experiment),
-            "optimizer": {"state": plain(self.optimizer.state_dict())},
-            "scheduler": None if self.scheduler is None else plain(self.scheduler.state_dict()),
+            "declared": states.parts_state(self.experiment),
+            "optimizer": {"state": states.plain(self.optimizer.state_dict())},
+            "scheduler": None if self.scheduler is None else states.plain(self.scheduler.state_dict()),
             "shuffling": [self.shuffling.get_state()],
-            "generators": generator_states(self.device),
+            "generators": states.generator_states(self.device),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -232,12 +231,12 @@ class Training:
         self.net.load_state_dict(state["net"])
         if self.average is not None:
             self.average.load_state_dict(state["average"]["net"])
-        load_parts_state(self.experiment, state["declared"])
+        states.load_parts_state(self.experiment, state["declared"])
         self.optimizer.load_state_dict(state["optimizer"]["state"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.shuffling.set_state(state["shuffling"][0])
-        set_generator_states(state["generators"], self.device)
+        states.set_generator_states(state["generators"], self.device)
 
 
 def evaluation_part(mnist: Mnist) -> tuple[Literal["test", "validation"], Tensor, Tensor]:
@@ -252,26 +251,6 @@ def training_batch(mnist: Mnist, batch: Tensor, augment: Augmentation) -> tuple[
     return augment(mnist.train_images[batch].float() / 255, mnist.train_labels[batch])
 
 
-def train_step(
-    net: nn.Module, images: Tensor, labels: Tensor, experiment: Experiment, optimizer: Optimizer, takes: Takes
-) -> tuple[Tensor, Tensor]:
-    """Update the network once; return the loss () and logits (N, 10) before that, detached and still on the device."""
-    evaluated: list[tuple[Tensor, Tensor]] = []
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss, logits = loss_and_logits(net, images, labels, experiment)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if not evaluated:  # LBFGS evaluates several times
-            evaluated.append((loss.detach(), logits.detach()))
-        return loss
-
-    _step(optimizer, closure, takes)
-    if not evaluated:
-        raise TypeError(f"the step of {type(optimizer).__name__} wants a closure and never calls it")
-    return evaluated[0]
-
-
 def _step(optimizer: Optimizer, closure: Callable[[], Tensor], takes: Takes) -> None:
     """Call an optimizer's step with what it takes: gradients that the closure sets, the closure, or both."""
     if takes != "closure":
@@ -279,53 +258,40 @@ def _step(optimizer: Optimizer, closure: Callable[[], Tensor], takes: Takes) -> 
     optimizer.step(*[closure] * (takes != "gradients"))  # type: ignore[arg-type]
 
 
-def loss_and_logits(
-    net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, experiment: Experiment
-) -> tuple[Tensor, Tensor]:
+def loss_and_logits(net: nn.Module, images: Tensor, labels: Tensor, experiment: Experiment) -> tuple[Tensor, Tensor]:
     """Return what is minimised, a scalar, and the logits (N, 10) of a batch, by the declared objective or loss."""
     with SparseDropout():
         if experiment.objective is not None:
             return experiment.objective(net, images, labels)
-        logits = without_half(net(images))
+        logits = net(images)
     return (F.cross_entropy if experiment.loss is None else experiment.loss)(logits, labels), logits
-
-
-def without_half(logits: Tensor) -> Tensor:
-    """Return logits of float16 as float32: a loss of them would be rounded to 11 bits."""
-    return logits.float() if getattr(logits, "dtype", None) == torch.float16 else logits
 
 
 def step_takes(experiment: Experiment, net: nn.Module) -> Takes:
     """Say what the step of the declared optimizer takes; the signature of a script's own can't tell, so it is tried."""
-    optimizer = type(build_optimizer(experiment, net.parameters()))
-    _, *arguments = inspect.signature(optimizer.step).parameters.values()
+    optimizer = build_optimizer(experiment, net.parameters())
+    arguments = inspect.signature(optimizer.step).parameters.values()
     requires = any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in arguments)
     likely: Takes = "closure" if requires else "gradients"
-    if not is_own(optimizer):
-        return likely
-    ways: tuple[Takes, ...] = (likely, "both")
-    with kept_generators(next(net.parameters()).device):
-        return next((takes for takes in ways if _can_step(experiment, net, takes)), likely)
-
-
-def is_own(optimizer: type[Optimizer]) -> bool:
-    """Say whether the step of an optimizer is the script's, not torch's."""
-    return not optimizer.step.__module__.startswith("torch.")
-
-
-def _can_step(experiment: Experiment, net: nn.Module, takes: Takes) -> bool:
-    copies = [parameter.detach().clone().requires_grad_(parameter.requires_grad) for parameter in net.parameters()]
+    ways: tuple[Takes, ...] = (likely, "both") if is_own(optimizer) else ()
+    copies = [one.detach().clone().requires_grad_(one.requires_grad) for one in net.parameters() if ways]
 
     def closure() -> Tensor:
         for parameter in copies:
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         return torch.zeros(())
 
-    try:
-        _step(build_optimizer(experiment, copies), closure, takes)
-    except Exception:  # each has its own way to refuse
-        return False
-    return True
+    with states.kept_generators(next(net.parameters()).device):
+        for takes in ways:
+            with suppress(Exception):  # each has its own way to refuse
+                _step(build_optimizer(experiment, copies), closure, takes)
+                return takes
+    return likely
+
+
+def is_own(optimizer: Optimizer) -> bool:
+    """Say whether the step of an optimizer is the script's, not torch's."""
+    return not type(optimizer).step.__module__.startswith("torch.")
 
 
 def minimises_cross_entropy(experiment: Experiment) -> bool:
@@ -337,16 +303,11 @@ def minimises_cross_entropy(experiment: Experiment) -> bool:
 
 @torch.no_grad()  # what inference_mode leaves in a network can't be trained with
 def predict(net: nn.Module, images: Tensor, normalize_by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
-    """Return the network's output (N, 10) in evaluation mode for uint8 images (N, 1, 28, 28)."""
-    modes = [(module, module.training) for module in net.modules()]
+    """Return a network's output (N, 10) for uint8 images (N, 1, 28, 28) in evaluation mode, in which it stays."""
     net.eval()
-    try:
-        batches = torch.split(images, EVALUATION_BATCH_SIZE)
-        logits = [net(normalize(batch.float() / 255, normalize_by)) for batch in batches]
-        return without_half(torch.cat(logits) if len(logits) > 1 else logits[0])
-    finally:
-        for module, training in modes:
-            module.training = training
+    batches = torch.split(images, EVALUATION_BATCH_SIZE)
+    logits = [net(normalize(batch.float() / 255, normalize_by)) for batch in batches]
+    return torch.cat(logits) if len(logits) > 1 else logits[0]
 
 
 def evaluate(logits: Tensor, labels: Tensor) -> tuple[float, int]:
@@ -356,10 +317,13 @@ def evaluate(logits: Tensor, labels: Tensor) -> tuple[float, int]:
 
 def build_optimizer(experiment: Experiment, parameters: Iterable[Tensor]) -> Optimizer:
     """Build the declared optimizer with copies of the tensors among its arguments: a schedule changes `lr` in place."""
-    declared = experiment.optimizer
-    keywords = declared.keywords if isinstance(declared, functools.partial) else {}
+    keywords = experiment.optimizer.keywords if isinstance(experiment.optimizer, functools.partial) else {}
     tensors = {name: value.clone() for name, value in keywords.items() if isinstance(value, Tensor)}
-    return experiment.optimizer(parameters, **tensors)
+    optimizer: object = experiment.optimizer(parameters, **tensors)
+    if not isinstance(optimizer, Optimizer) or any("lr" not in group for group in optimizer.param_groups):
+        name = type(optimizer).__name__
+        raise TypeError(f"gives a {name}, which is no torch.optim.Optimizer, or has a parameter group without lr")
+    return optimizer
 
 
 def build_average(experiment: Experiment, net: nn.Module) -> AveragedModel | None:
@@ -370,9 +334,10 @@ def build_average(experiment: Experiment, net: nn.Module) -> AveragedModel | Non
         for name, value in vars(module).items():  # activations, and the weights of the old weight_norm, have no copies
             if isinstance(value, Tensor) and not value.is_leaf:
                 vars(module)[name] = value.detach()
-    average = experiment.average(net)
-    if isinstance(average, AveragedModel):
-        average.n_averaged = average.n_averaged.cpu()  # it is read for each batch
+    average: object = experiment.average(net)
+    if not isinstance(average, AveragedModel):
+        raise TypeError(f"gives a {type(average).__name__}, not a torch.optim.swa_utils.AveragedModel")
+    average.n_averaged = average.n_averaged.cpu()  # it is read for each batch
     return average
 
 
@@ -380,17 +345,14 @@ def build_scheduler(experiment: Experiment, optimizer: Optimizer, num_images: in
     """Build the declared scheduler, with the run's `epochs` and `steps_per_epoch` where it leaves them open."""
     if experiment.scheduler is None:
         return None
-    run = {"epochs": experiment.epochs, "steps_per_epoch": scheduler_steps_per_epoch(experiment, num_images)}
+    steps = batches_per_epoch(experiment, num_images) if experiment.scheduler_interval == "batch" else 1
+    run = {"epochs": experiment.epochs, "steps_per_epoch": steps}
     defaults = {name: parameter.default for name, parameter in parameters_of(experiment.scheduler).items()}
     if defaults.get("total_steps") is not None:  # OneCycleLR takes either these or the two
-        return experiment.scheduler(optimizer)
+        run = {}
     left_open = {name: run[name] for name in run if defaults.get(name, 0) in (None, inspect.Parameter.empty)}
     return experiment.scheduler(optimizer, **left_open)
 
 
 def batches_per_epoch(experiment: Experiment, num_images: int) -> int:
     return math.ceil(num_images / experiment.batch_size)
-
-
-def scheduler_steps_per_epoch(experiment: Experiment, num_images: int) -> int:
-    return batches_per_epoch(experiment, num_images) if experiment.scheduler_interval == "batch" else 1

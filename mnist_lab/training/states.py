@@ -63,11 +63,9 @@ def load_parts_state(experiment: Experiment, states: list[dict[str, Any]]) -> No
         one.load_state_dict(state)
 
 
-def _stateful(experiment: Experiment) -> Iterator[Any]:
-    for name in PARTS:
-        for one in objects_in(getattr(experiment, name)):
-            if hasattr(one, "state_dict") and hasattr(one, "load_state_dict"):
-                yield one
+def _stateful(experiment: Experiment) -> list[Any]:
+    objects = [one for name in PARTS for one in objects_in(getattr(experiment, name))]
+    return [one for one in objects if hasattr(one, "state_dict") and hasattr(one, "load_state_dict")]
 
 
 # ---- random numbers: Python's, numpy's and torch's generators, which a run draws from unless its script makes its own
