@@ -114,6 +114,7 @@ class Trial:
         self.trainable = {name for name, parameter in self.net.named_parameters() if parameter.requires_grad}
         self.before = {name: tensor.clone() for name, tensor in network.tensors_of(self.net).items()}
         self.notices += network.notice_same_start(self.net, other)
+        self.notices += schedule.notice_batch_norm(self.experiment, self.net, self.total)
         with blame("optimizer", self):
             loop.build_optimizer(self.experiment, self.net.parameters())
 

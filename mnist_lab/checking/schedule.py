@@ -20,6 +20,7 @@ ROUNDING = 1e-9  # of a rate that ends at 0
 MAX_LR = torch.finfo(torch.float32).max  # torch refuses to multiply a float32 parameter by more
 NOTHING = 1e-3  # of a schedule's largest learning rate: trained with less, a network stands still
 MUCH = 1 / 3  # of an average: with more of the first weights in it, it says little of those that were trained
+LITTLE = 0.05  # of batch norm's statistics: with more of their first values, a network that learns well reads badly
 MAX_BATCHES = 5_000  # of an average that are tried
 LONG = 100  # steps: few schedules are meant to take more epochs for half of their way
 
@@ -146,7 +147,18 @@ def without_effect(walk: Walk) -> dict[str, str]:
     return found
 
 
-# ---- averages
+# ---- averages: of weights, and of what batch norm has seen
+
+
+def notice_batch_norm(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[str]:
+    """Yield a notice if what batch norm evaluates with is still in part what it began with."""
+    batches = experiment.epochs * batches_per_epoch(experiment, num_images)
+    norms = [module for module in net.modules() if getattr(module, "running_mean", None) is not None]
+    momentum = min([1.0, *(module.momentum for module in norms if isinstance(module.momentum, float))])
+    if (share := (1 - momentum) ** batches) > LITTLE:
+        statistics = f"statistics (momentum {momentum:g}) that are {100 * share:.0f} % initial values"
+        after = f"after this run's {counted(batches, 'batch', 'batches')}"
+        yield f"net: {after}, batch norm evaluates with {statistics}, so its accuracy says little"
 
 
 class FirstWeights:

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from mnist_lab.checking.schedule import Walk, notice_unit, without_effect
+from mnist_lab.checking.schedule import Walk, notice_batch_norm, notice_unit, without_effect
 from networks import Linear, declare
 
 
@@ -90,3 +91,11 @@ RIGHT = {
 @pytest.mark.parametrize(("interval", "epochs", "scheduler"), RIGHT.values(), ids=RIGHT)
 def test_nothing_is_said_of_a_schedule_in_its_unit(interval: str, epochs: int, scheduler: Any) -> None:
     assert list(notice_unit(walk(scheduler, epochs, interval, images=60_000))) == []
+
+
+def test_batch_norm_that_keeps_much_of_its_first_values_is_said() -> None:
+    experiment = declare(epochs=1, batch_size=10)
+    (notice,) = notice_batch_norm(experiment, nn.BatchNorm2d(1, momentum=0.1), 100)
+    assert "10 batches" in notice
+    assert "35 %" in notice  # 0.9 ** 10
+    assert not [*notice_batch_norm(experiment, nn.BatchNorm2d(1, momentum=0.1), 300)]  # 4 %
