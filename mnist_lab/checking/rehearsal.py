@@ -88,6 +88,7 @@ class Trial:
             ("average", self.check_average),  # after an evaluation, when an activation that is kept can be copied
             ("scheduler", self.check_scheduler),
             ("optimizer", self.check_steps),
+            ("optimizer", self.check_rate),
             ("net", self.check_trained),
             ("net", self.check_resume),
         )
@@ -189,6 +190,20 @@ class Trial:
                 raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
         self.notices += network.notice_optimized(self.net, self.training.optimizer, self.before)
 
+    def check_rate(self) -> None:
+        """Try a step at a learning rate of 0 where the script has written it: it may step optimizers of its own."""
+        if not loop.is_own(self.training.optimizer):
+            return
+        at_rest = self.anew()
+        before = [parameter.detach().clone() for parameter in at_rest.net.parameters()]
+        for group in at_rest.optimizer.param_groups:
+            group["lr"] = 0 * group["lr"]
+        at_rest.train_batch(torch.arange(min(FEW, self.batch_size), device=self.device))
+        if not _alike(at_rest.net.parameters(), before):
+            self.no_effect = {}
+            rate = "what is logged and scheduled as lr is not the rate that it uses"
+            self.say(f"optimizer: moves the weights at lr 0: {rate}")
+
     def check_trained(self) -> None:
         images = self.evaluated(FEW)
         logits, again = self.logits(images), self.logits(images)
@@ -202,7 +217,7 @@ class Trial:
         _train(used)
         self.logits(self.evaluated(2))  # a network may change in an evaluation too, or keep its activations
         state: dict[str, Any] = {name: _kept(name, value) for name, value in used.state_dict().items()}
-        resumed = Training(self.network(SEED), own_parts(self.declared), self.mnist, seed=SEED)
+        resumed = self.anew()
         try:
             resumed.load_state_dict(state)
             for one in (used, resumed):  # what is made anew from what is kept is alike then
@@ -217,8 +232,7 @@ class Trial:
         for part, names in groupby(lost, key=itemgetter(0)):
             changed = f"{listed([name for _, name in names])} from batch to batch, which `--resume` begins anew"
             self.say(f"{part}: changes {changed}; keep it in a buffer, or write state_dict and load_state_dict")
-        weights = zip(used.net.parameters(), resumed.net.parameters(), strict=False)
-        same = all(torch.allclose(*both, rtol=1e-4, atol=1e-6, equal_nan=True) for both in weights)
+        same = _alike(used.net.parameters(), resumed.net.parameters())
         # On a GPU sums are rounded otherwise each time, and an optimizer may make much of it.
         if not (lost or same or self.device.type != "cpu" or UNSEEDED in self.notices):
             hidden = "it changes what no state_dict holds, such as a generator of its own"
@@ -228,6 +242,9 @@ class Trial:
 
     def network(self, seed: int) -> nn.Module:
         return loop.initial_network(self.experiment, seed, self.device, self.memory_format)
+
+    def anew(self) -> Training:
+        return Training(self.network(SEED), own_parts(self.declared), self.mnist, seed=SEED)
 
     def evaluated(self, size: int) -> Tensor:
         """Return so many of the images that the epochs are evaluated on, some twice where there are too few."""
@@ -285,6 +302,12 @@ def _train(one: Training) -> None:
     one.net.train()
     for _ in range(MANY_STEPS if own else 1):
         one.train_batch(torch.arange(size, device=one.device))
+
+
+def _alike(weights: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    """Compare weights, but for rounding: a step may move them and bring them back, and GPUs add in any order."""
+    pairs = zip(weights, others, strict=False)
+    return all(torch.allclose(*both, rtol=1e-4, atol=1e-6, equal_nan=True) for both in pairs)
 
 
 def _attributes(one: Training) -> set[tuple[str, str, str]]:

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import partial, wraps
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adam
+from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -178,6 +178,15 @@ class CountingSGD(SGD):
         return super().step(closure)
 
 
+class StepsItsOwn(Optimizer):
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        super().__init__(parameters := list(parameters), {"lr": lr})
+        self.own = [SGD(parameters, lr=lr)]
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        self.own[0].step()
+
+
 def in_a_run_of_its_own(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with mlflow.start_run():
         mlflow.log_param("images", len(images))
@@ -222,6 +231,10 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
             "average: after 100 batches it is still 37 % the first weights, and after 200 14 %",
         ),
         ({"net": Normed, "average": AveragedModel}, r"average: .*use_buffers=True"),
+        (
+            {"optimizer": partial(StepsItsOwn, lr=0.01), "scheduler": partial(StepLR, step_size=1)},
+            "optimizer: .* at lr 0",
+        ),
         ({"objective": in_a_run_of_its_own}, "mlflow: the script calls mlflow.start_run"),
         ({"targets": Targets(params=1_000)}, "targets.params: "),
         ({"net": partial(Linear, change=torch.sigmoid), "loss": of_sigmoid}, "net: seems to end with sigmoid"),
