@@ -275,7 +275,7 @@ def rehearse(experiment: Experiment, mnist: Mnist) -> Rehearsal:
 
 
 def _check_logits(logits: object, size: int) -> None:
-    kinds = (torch.float32, torch.float64)
+    kinds = (torch.float32, torch.float64, torch.float16)
     if not isinstance(logits, Tensor) or logits.dtype not in kinds or logits.shape != (size, 10):
         several = "; an objective may take more of them in training" if isinstance(logits, tuple | list | dict) else ""
         raise ValueError(f"gives {kind(logits)}, not torch.float32 logits of shape ({size}, 10){several}")

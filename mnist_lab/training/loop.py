@@ -200,7 +200,7 @@ class Training:
         loss, logits = evaluated[0]  # LBFGS evaluates several times
         self.losses.append(loss.float())
         if not self.minimises_cross_entropy:
-            loss = F.cross_entropy(logits, labels, reduction="none").mean()
+            loss = F.cross_entropy(without_half(logits), labels, reduction="none").mean()
         if labels.ndim > 1:  # probabilities: the digit that an image shows most of
             labels = labels.argmax(dim=1)
         self.loss_sum += loss * len(labels)
@@ -263,8 +263,13 @@ def loss_and_logits(net: nn.Module, images: Tensor, labels: Tensor, experiment: 
     with SparseDropout():
         if experiment.objective is not None:
             return experiment.objective(net, images, labels)
-        logits = net(images)
+        logits = without_half(net(images))
     return (F.cross_entropy if experiment.loss is None else experiment.loss)(logits, labels), logits
+
+
+def without_half(logits: Tensor) -> Tensor:
+    """Return logits of float16 as float32: a loss of them would be rounded to 11 bits."""
+    return logits.float() if getattr(logits, "dtype", None) == torch.float16 else logits
 
 
 def step_takes(experiment: Experiment, net: nn.Module) -> Takes:
@@ -307,7 +312,7 @@ def predict(net: nn.Module, images: Tensor, normalize_by: tuple[float, float] = 
     net.eval()
     batches = torch.split(images, EVALUATION_BATCH_SIZE)
     logits = [net(normalize(batch.float() / 255, normalize_by)) for batch in batches]
-    return torch.cat(logits) if len(logits) > 1 else logits[0]
+    return without_half(torch.cat(logits) if len(logits) > 1 else logits[0])
 
 
 def evaluate(logits: Tensor, labels: Tensor) -> tuple[float, int]:

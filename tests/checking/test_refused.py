@@ -94,7 +94,7 @@ NETS: dict[str, tuple[Any, str]] = {
     "not flattened": (lambda: nn.Sequential(nn.Linear(784, 10)), r"^net: 0, Linear.*784.* is given \(128, 1, 28, 28\)"),
     "five outputs": (changed(lambda y: y[:, :5]), r"\(128, 5\)"),
     "nothing": (changed(lambda y: None), "NoneType"),
-    "half precision": (changed(lambda y: y.half()), "float16"),
+    "bfloat16": (changed(lambda y: y.bfloat16()), "bfloat16"),
     "NaN": (changed(lambda y: y * torch.nan), "finite"),
     "wrong in evaluation": (partial(OnlyEvaluated, change=lambda y: y[:, :9]), r"\(\d+, 9\)"),
     "fewer rows than test images": (partial(OnlyEvaluated, change=lambda y: y[:200]), r"300 images.*\(200, 10\)"),

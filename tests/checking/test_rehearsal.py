@@ -408,3 +408,11 @@ def test_what_is_computed_again_has_the_same_dropout(small_mnist: Mnist, monkeyp
     monkeypatch.setattr(dropout, "MAX_P", -1.0)  # torch's own dropout in either pass
     _, plain = train(declare(), small_mnist)
     assert [one.train_loss for one in recomputed] == pytest.approx([one.train_loss for one in plain], abs=1e-6)
+
+
+def test_losses_of_half_precision_logits_are_not_rounded(small_mnist: Mnist) -> None:
+    half = declare(net=partial(Linear, change=Tensor.half), batch_size=500)  # so the loss is that of one batch
+    _, epochs = train(half, small_mnist)
+    for epoch in epochs:
+        assert epoch.eval_loss * 512 % 1 != 0
+        assert epoch.train_loss * 512 % 1 != 0
