@@ -143,10 +143,7 @@ def write_report(
     }
     files = {folder / name: TEMPLATES.get_template(name).render(page).encode() for name in ("steps.html", "steps.md")}
     pictures = [overview, *(picture for chapter in drawn for picture in chapter.pictures)]
-    try:
-        replace_files({folder / picture.path: picture.png for picture in pictures if picture} | files)
-    except OSError as error:
-        raise LabError(f"the report can't be written to {folder}: {error.strerror}: {error.filename}") from error
+    replace_files({folder / picture.path: picture.png for picture in pictures if picture} | files)
     return folder / "steps.html", folder / "steps.md"
 
 

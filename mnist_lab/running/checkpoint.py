@@ -68,10 +68,7 @@ def save(checkpoint: Checkpoint, uri: str) -> None:
     content = io.BytesIO()
     epochs = [asdict(epoch) for epoch in checkpoint.epochs]
     torch.save({**vars(checkpoint), "script": str(script), "epochs": epochs}, content)
-    try:
-        replace_files({file: sealed(content.getvalue())})
-    except OSError as error:
-        raise LabError(f"checkpoint {file} can't be written: {error.strerror}") from error
+    replace_files({file: sealed(content.getvalue())})
 
 
 def sealed(content: bytes) -> bytes:

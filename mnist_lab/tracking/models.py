@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import MNIST_PIXELS
-from mnist_lab.paths import PROJECT_ROOT
+from mnist_lab.paths import PUBLISHED
 from mnist_lab.tracking.connection import environment_variables, short_timeouts
 from mnist_lab.tracking.store import Store, quiet, replace_files, search, store_failures
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 NAME, ALIAS = "mnist", "champion"
 CHAMPION = f"models:/{NAME}@{ALIAS}"
-COMMITTED = PROJECT_ROOT / "docs" / "results"
 NETWORK, ORIGIN = "champion.pt2", "champion.json"
 RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
 STEP = re.compile(r"\w[\w.-]*")
@@ -97,44 +96,33 @@ def load_teacher(
 
     normalize: of the images that it will be given; where it was trained with others, it gets its own.
     """
-    named = f"{called} {teacher.model_id} of run {teacher.run_id}"
     try:
         with quiet(), short_timeouts():
             file = _file(store, teacher.model_id)
-            own = _normalize_of(file, normalize)
+            return _load_exported(file, teacher.sha256, device, normalize, own=_normalize_of(file, normalize))
     except Exception as error:  # what a store gives can be broken in many ways
+        named = f"{called} {teacher.model_id} of run {teacher.run_id}"
         raise LabError(f"{named} can't be loaded: {one_line(error)}") from error
-    return _load_exported(file, teacher.sha256, device, normalize=normalize, own=own, named=named)
 
 
 def _load_exported(
-    file: Path,
-    sha256: str,
-    device: torch.device,
-    *,
-    normalize: tuple[float, float],
-    own: tuple[float, float],
-    named: str,
+    file: Path, sha256: str, device: torch.device, given: tuple[float, float], *, own: tuple[float, float]
 ) -> nn.Module:
-    """Return the network in a file of torch.export's, as `load_teacher` does.
+    """Return the network in a file of torch.export's, frozen; torch has many ways to refuse one.
 
-    sha256: of the file. own: the mean and standard deviation that it was trained with. named: what sentences call it.
+    given, own: mean and standard deviation of the images that it will be given, and of those it was trained with.
     """
     from torch.export.passes import move_to_device_pass  # slow to import
 
-    try:
-        with quiet():
-            if _sha256(file) != sha256:
-                raise ValueError("its file is another one than its digest says")
-            net = move_to_device_pass(_read_exported(file), device).module()
-            net.requires_grad_(False)
-            with torch.inference_mode():
-                shape = tuple(net(torch.zeros(2, 1, 28, 28, device=device)).shape)
-    except Exception as error:  # torch has many ways to refuse a file
-        raise LabError(f"{named} can't be loaded: {one_line(error)}") from error
+    if _sha256(file) != sha256:
+        raise ValueError("its file is another one than its digest says")
+    net: nn.Module = move_to_device_pass(_read_exported(file), device).module()
+    net.requires_grad_(False)
+    with torch.inference_mode():
+        shape = tuple(net(torch.zeros(2, 1, 28, 28, device=device)).shape)
     if shape != (2, 10):
-        raise LabError(f"{named} gives an output of shape {shape} for 2 images, not (2, 10): one logit per digit")
-    return net if own == normalize else _Renormalized(net, normalize, own)
+        raise ValueError(f"it gives an output of shape {shape} for 2 images, not (2, 10): one logit per digit")
+    return net if own == given else _Renormalized(net, given, own)
 
 
 def _read_exported(file: Path) -> ExportedProgram:
@@ -264,21 +252,18 @@ def is_registered(store: Store) -> bool:
         return any(ALIAS in model.aliases for model in store.client.search_registered_models(f"name = '{NAME}'"))
 
 
-def commit(store: Store, origin: Origin, folder: Path = COMMITTED) -> list[Path]:
+def commit(store: Store, origin: Origin, folder: Path = PUBLISHED) -> list[Path]:
     """Write the network of the run that `origin` names into the folder, with the origin beside it; return the files."""
     found = find_teacher(store, f"runs:/{origin.run_id}/model", holdout=0, called="model")
     file = _file(store, found.model_id)
     network, normalize = _without_paths(file), _normalize_of(file, origin.normalize)
     content = asdict(origin) | {"normalize": normalize, "sha256": hashlib.sha256(network).hexdigest()}
     files: dict[Path, str | bytes] = {folder / NETWORK: network, folder / ORIGIN: json.dumps(content, indent=2) + "\n"}
-    try:
-        replace_files(files)
-    except OSError as error:
-        raise LabError(f"the champion can't be written: {error.strerror}: {error.filename}") from error
+    replace_files(files)
     return list(files)
 
 
-def load_committed(folder: Path = COMMITTED) -> tuple[nn.Module, Origin]:
+def load_committed(folder: Path = PUBLISHED) -> tuple[nn.Module, Origin]:
     """Return the committed network, for images normalised as MNIST's are, and where it comes from; raises LabError."""
     try:
         origin = TypeAdapter(Origin).validate_json((folder / ORIGIN).read_bytes())
@@ -287,8 +272,12 @@ def load_committed(folder: Path = COMMITTED) -> tuple[nn.Module, Origin]:
         raise LabError(f"champion: there is none in the store, and none is committed in {folder}; {advice}") from error
     except (OSError, ValidationError) as error:
         raise LabError(f"champion: {folder / ORIGIN} is not as the lab writes it: {one_line(error)}") from error
-    file, cpu, own = folder / NETWORK, torch.device("cpu"), origin.normalize
-    return _load_exported(file, origin.sha256, cpu, normalize=MNIST_PIXELS, own=own, named=f"champion {file}"), origin
+    file, cpu = folder / NETWORK, torch.device("cpu")
+    try:
+        with quiet():
+            return _load_exported(file, origin.sha256, cpu, MNIST_PIXELS, own=origin.normalize), origin
+    except Exception as error:
+        raise LabError(f"champion {file} can't be loaded: {one_line(error)}") from error
 
 
 def _without_paths(file: Path) -> bytes:

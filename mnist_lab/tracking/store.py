@@ -426,7 +426,7 @@ def quiet() -> Iterator[None]:
 def replace_files(contents: Mapping[Path, str | bytes]) -> None:
     """Write these files; folders that are missing are made. Text is written as UTF-8 whatever the locale is.
 
-    None is replaced before all are on the disk. A link to a file stays one. Raises OSError if they can't be written;
+    None is replaced before all are on the disk. A link to a file stays one. Raises LabError if one can't be written;
     then the old files are as they were.
     """
     new: dict[Path, Path] = {}
@@ -434,27 +434,16 @@ def replace_files(contents: Mapping[Path, str | bytes]) -> None:
         for file, content in contents.items():
             target = file.resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            new[target] = target.with_name(f"{target.name}.{os.getpid()}.new")
-            try:
-                new[target].write_bytes(content.encode() if isinstance(content, str) else content)
-                _sync_to_disk(new[target])
-            except OSError as error:
-                error.filename = str(file)  # a full disk is said without it
-                raise
+            new[file] = target.with_name(f"{target.name}.{os.getpid()}.new")
+            new[file].write_bytes(content.encode() if isinstance(content, str) else content)
+            with new[file].open("rb") as stream:
+                os.fsync(stream)
             if target.exists():
-                shutil.copymode(target, new[target])
-        for target, written in new.items():
-            written.replace(target)
-        for folder in {target.parent for target in new}:
-            _sync_to_disk(folder)
+                shutil.copymode(target, new[file])
+        for file, written in new.items():
+            written.replace(file.resolve())
+    except OSError as error:
+        raise LabError(f"{file} can't be written: {error.strerror}") from error
     finally:
         for written in new.values():
             written.unlink(missing_ok=True)
-
-
-def _sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
