@@ -32,9 +32,9 @@ def is_server(uri: str) -> bool:
 
 
 def ask(uri: str) -> None:
-    """Ask a server for the experiment, once; ValueError with a sentence if it fails, refuses, or is no MLflow server.
+    """Ask a server for the experiment, once; OSError with a sentence if it fails, refuses, or is no MLflow server.
 
-    MlflowException or OSError if there is no answer.
+    MlflowException, or another OSError, if there is no answer.
     """
     if not is_server(uri):
         return
@@ -48,17 +48,16 @@ def ask(uri: str) -> None:
         raise_on_status=False,
     )
     if answer.status_code in REFUSALS:
-        raise ValueError(f"the server refuses you (HTTP {answer.status_code}): {REFUSALS[answer.status_code]}")
-    try:
+        raise OSError(f"the server refuses you (HTTP {answer.status_code}): {REFUSALS[answer.status_code]}")
+    content = {}
+    with suppress(TypeError, ValueError):
         content = dict(answer.json())
-    except (TypeError, ValueError):
-        content = {}
     if answer.status_code >= 500:
         token = "it may not take MLFLOW_TRACKING_TOKEN; " if os.environ.get("MLFLOW_TRACKING_TOKEN") else ""
         why = content.get("message") or f"{token}its own log says why"
-        raise ValueError(f"the server fails (HTTP {answer.status_code}): {why}")
+        raise OSError(f"the server fails (HTTP {answer.status_code}): {why}")
     if not content.keys() & {"experiment", "error_code"}:
-        raise ValueError(f"what answers there is no MLflow server (HTTP {answer.status_code})")
+        raise OSError(f"what answers there is no MLflow server (HTTP {answer.status_code})")
 
 
 def why_refused(error: Exception, uri: str = "") -> str:
@@ -78,11 +77,10 @@ def why_refused(error: Exception, uri: str = "") -> str:
             case Timeout() | TimeoutError():
                 return "the server does not answer in time"
             case ResponseError():
-                with suppress(MlflowException, OSError):
-                    try:
-                        ask(uri)
-                    except ValueError as answer:
-                        return one_line(answer)
+                try:
+                    ask(uri)
+                except (MlflowException, OSError) as answer:
+                    return one_line(answer)
     return one_line(error)
 
 

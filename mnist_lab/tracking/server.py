@@ -15,9 +15,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING
 
 import psutil
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 HOST = "127.0.0.1"
-LOOPBACK, EVERYWHERE = (HOST, "localhost", "::1"), ("0.0.0.0", "::")  # noqa: S104 - what a user may ask for
 PORTS_TRIED = 20
 # Waits for the end of its input, then ends the process group $0; by force where it is there a second later.
 GUARD = 'cat; kill -s TERM -- "-$0"; sleep 1; kill -s KILL -- "-$0"'
@@ -73,10 +74,10 @@ def serve(host: str, port: int, folder: Path, workers: int, *, auth: bool, datab
         raise LabError(f"auth: set {ADMIN_VARIABLE} to the admin's password, of {LEAST_PASSWORD} characters or more")
     uri, experiment_id = _prepare(database)
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # others can read a command line
-    if host not in LOOPBACK:
+    if host not in (HOST, "localhost", "::1"):
         print(f"Other machines reach {host}:{port}: docs/server.md says what is protected.", file=sys.stderr)
         os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", _allowed_hosts(host, port))
-    url = _url(socket.gethostname() if host in EVERYWHERE else host, port)
+    url = _url(socket.gethostname() if host in ("0.0.0.0", "::") else host, port)  # noqa: S104
     page = f"/#/experiments/{experiment_id}/runs?{VIEW}" if auth else PATH
     lines = [f"The runs: {url}{page}", f"export MLFLOW_TRACKING_URI={url}"]
     if auth:
@@ -99,49 +100,37 @@ def make_app() -> FastAPI:
     logging.getLogger("psycopg").setLevel(logging.ERROR)
     page = Path(__file__).with_name("lab.html").read_text().replace("EXPERIMENT", EXPERIMENT_NAME).replace("VIEW", VIEW)
     routes.add_url_rule(PATH, "lab", lambda: page)
-    app: FastAPI = served
-    return app
+    return served  # type: ignore[no-any-return]
 
 
 def _run_mlflow(host: str, port: int, flags: Sequence[str], lines: Sequence[str]) -> None:
-    """Run `mlflow server` until interrupted, and print these lines when it is there; LabError if it does not last."""
+    """Run `mlflow server` until interrupted, and print these lines when it is there; LabError if it does not last.
+
+    A shell beside it ends what it has started: the pipe that it reads from ends with this program, however that ends.
+    """
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # whoever reads the output may be gone, and the server must still end
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *flags]
-    with _child([*command, "--uvicorn-opts", "--log-level warning"]) as server, suppress(KeyboardInterrupt):
-        while not _is_ready(f"{_url(host, port)}/health"):
-            if server.poll() is not None:
-                raise LabError(f"the MLflow server did not start (exit code {server.returncode}): see above")
-            time.sleep(0.2)
-        # In one piece: whoever reads the first line may be gone before there is another.
-        print("\n".join([*lines, "Ready. Ctrl-C stops the server."]), flush=True)
-        raise LabError(f"the MLflow server ended by itself with exit code {server.wait()}")
-
-
-def _is_ready(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=1):  # noqa: S310 - http
-            return True
-    except OSError:
-        return False
-
-
-@contextmanager
-def _child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program, and end it and what it has started.
-
-    A shell beside it does that: the pipe that it reads from ends with this program, also where that is killed.
-    """
     environment = {
         **os.environ,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONWARNINGS": "ignore",  # of its own libraries, which no user of the lab can heed
     }
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, start_new_session=True, env=environment, stdout=quiet) as process:
-        watch = ["sh", "-c", GUARD, str(process.pid)]
-        with subprocess.Popen(watch, start_new_session=True, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet):
-            yield process
+    child = partial(subprocess.Popen, start_new_session=True, stdout=DEVNULL)
+    with (
+        child([*command, "--uvicorn-opts", "--log-level warning"], env=environment) as server,
+        child(["sh", "-c", GUARD, str(server.pid)], stdin=PIPE, stderr=DEVNULL),
+        suppress(KeyboardInterrupt),
+    ):
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{_url(host, port)}/health", timeout=1):  # noqa: S310
+                break
+            if server.poll() is not None:
+                raise LabError(f"the MLflow server did not start (exit code {server.returncode}): see above")
+            time.sleep(0.2)
+        # In one piece: whoever reads the first line may be gone before there is another.
+        print("\n".join([*lines, "Ready. Ctrl-C stops the server."]), flush=True)
+        raise LabError(f"the MLflow server ended by itself with exit code {server.wait()}")
 
 
 # ---- addresses
@@ -162,10 +151,8 @@ def is_free(host: str, port: int) -> bool:
     if not 1024 <= port <= 65535:
         raise LabError(f"port: {port} is not between 1024 and 65535")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free, as for the server
-            probe.bind(address)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             return False

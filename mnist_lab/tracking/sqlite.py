@@ -38,13 +38,6 @@ def check_readable(uri: str) -> None:
     file = sqlite_file(uri)
     if file is None:
         return
-    try:
-        if not file.exists():
-            raise LabError(f"no runs yet: {file} does not exist; train first, e.g. `make step1`")
-        if not file.is_file():
-            raise LabError(f"tracking store {file} is not a file")
-    except OSError as error:  # a folder on the way that this user may not enter
-        raise LabError(f"tracking store {file} can't be read: {error.strerror}") from error
     with _connection(file, "ro", "read") as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not {"alembic_version", "experiments", "runs"} <= tables:
@@ -70,9 +63,8 @@ def check_writable(uri: str) -> None:
         is_there = file.exists()
         for folder in (file.parent, *(file.parent / name for name in (ARTIFACTS, CHECKPOINTS, LOCKS))):
             tried = next(path for path in (folder, *folder.parents) if path.exists())
-            with tempfile.TemporaryFile(dir=tried, buffering=0) as probe:  # without a name, where Linux can
-                if probe.write(os.urandom(ROOM)) < ROOM:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with tempfile.TemporaryFile(dir=tried) as probe:  # without a name, where Linux can
+                probe.write(os.urandom(ROOM))
         tried = file  # before SQLite is asked, which would leave a log as read-only as the file
         # Not by opening it: to close it would free the locks that SQLite has on it for this process.
         if is_there and not os.access(file, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
@@ -127,12 +119,15 @@ def known_schemas() -> set[str]:
 @contextmanager
 def _connection(file: Path, mode: str, purpose: str) -> Iterator[sqlite3.Connection]:
     """Open an existing database in the mode "ro" or "rw", and turn what goes wrong with it into a sentence."""
+    uri = f"{file.as_uri()}?mode={mode}"
     try:
-        with closing(
-            sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
-        ) as connection:
+        if not file.exists():
+            raise LabError(f"no runs yet: {file} does not exist; train first, e.g. `make step1`")
+        if not file.is_file():
+            raise LabError(f"tracking store {file} is not a file")
+        with closing(sqlite3.connect(uri, BUSY_TIMEOUT, isolation_level=None, uri=True)) as connection:
             yield connection
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:  # the first of a folder on the way that this user may not enter
         raise LabError(f"tracking store {file} can't be {purpose}: {error}{_advice(error)}") from error
 
 
@@ -158,14 +153,14 @@ def read_points(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> 
     if uri.startswith(("http://", "https://")):
         return list(_over_http(uri, epochs, metrics))
 
-    import sqlalchemy  # slow to import
+    from mlflow.store.tracking.dbmodels.models import SqlMetric as Logged  # slow to import
+    from sqlalchemy import NullPool, case, create_engine, select
 
-    query = sqlalchemy.text(
-        "SELECT run_uuid, key, step, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics "
-        "WHERE run_uuid IN :run_ids AND key IN :keys ORDER BY timestamp"
-    ).bindparams(sqlalchemy.bindparam("run_ids", expanding=True), sqlalchemy.bindparam("keys", metrics, expanding=True))
-    with sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect() as connection:
-        return [tuple(row) for row in connection.execute(query, {"run_ids": list(epochs)})]
+    value = case((Logged.is_nan, None), else_=Logged.value)
+    points = select(Logged.run_uuid, Logged.key, Logged.step, value).order_by(Logged.timestamp)
+    with create_engine(uri, poolclass=NullPool).connect() as connection:
+        asked = points.where(Logged.run_uuid.in_(epochs), Logged.key.in_(metrics))
+        return [tuple(row) for row in connection.execute(asked)]
 
 
 def _over_http(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> Iterator[Point]:
