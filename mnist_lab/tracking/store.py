@@ -223,9 +223,8 @@ def finished_runs(
     hardware: as the tag of that name. A restored run counts only for a seed that has no other, and only if hardware
         that rounds sums alike made it; a notice names those of `seeds` that don't count.
     """
-    own: dict[int, FinishedRun] = {}
-    restored: dict[int, FinishedRun] = {}
-    elsewhere: dict[int, FinishedRun] = {}
+    kinds: tuple[dict[int, FinishedRun], ...] = ({}, {}, {})
+    own, restored, elsewhere = kinds
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
         seed = run.data.params.get("seed", "")
         alike = run.data.params == {**params, "seed": seed} and tags.items() <= run.data.tags.items()
@@ -256,8 +255,11 @@ def close_abandoned(store: Store) -> None:
     for run_id, run in [*running.items()]:  # parents first
         parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
         is_orphan = parent not in (None, *running) and run.data.tags.get("process", "").endswith(f" {OF_CLUSTER}")
-        # Another machine may reach the folder of locks by a network that shows it none.
-        seen = Path(lock_of(store, run_id).lock_file).exists() and _is_of_this_system(run)
+        # Another machine may reach the folder of locks by a network that shows it none. What counts is that the process
+        # ran under this system, in whatever container, or on this machine before its restart.
+        named = {*run.data.tags.get("process", "").split()}
+        is_of_here = _boot() in named or {socket.gethostname(), _machine()} <= named
+        seen = is_of_here and Path(lock_of(store, run_id).lock_file).exists()
         if (seen or is_orphan) and _kill_unless_locked(store, run_id):
             del running[run_id]
 
@@ -265,23 +267,19 @@ def close_abandoned(store: Store) -> None:
 def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) -> list[str]:
     """Mark the child runs of this name, or all, KILLED that stand as RUNNING; return all of this name."""
     children = search(store, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}'")
-    named = [run for run in children if run_name in (None, run.info.run_name)]
-    for run in named:
-        if run.info.status == "RUNNING":
-            _kill_unless_locked(store, run.info.run_id)
-    return [run.info.run_id for run in named]
+    named = [run.info for run in children if run_name in (None, run.info.run_name)]
+    for info in named:
+        if info.status == "RUNNING":
+            _kill_unless_locked(store, info.run_id)
+    return [info.run_id for info in named]
 
 
 def _kill_unless_locked(store: Store, run_id: str) -> bool:
     """Mark a run KILLED that stands as RUNNING; False where a process on this machine still writes it."""
-    lock = lock_of(store, run_id)
-    with store_failures(store, "can't be written"), suppress(Timeout), short_timeouts():
-        lock.acquire()
-        try:
-            if store.client.get_run(run_id).info.status == "RUNNING":  # it may have ended by itself since
-                store.client.set_terminated(run_id, "KILLED")
-        finally:
-            release(lock)
+    with store_failures(store, "can't be written"), suppress(Timeout), short_timeouts(), lock_of(store, run_id) as lock:
+        if store.client.get_run(run_id).info.status == "RUNNING":  # it may have ended by itself since
+            store.client.set_terminated(run_id, "KILLED")
+        release(lock)
         return True
     return False
 
@@ -301,12 +299,6 @@ def process_tag() -> str:
     process = psutil.Process()
     words = [socket.gethostname(), process.pid, process.create_time(), _boot(), _machine()]
     return " ".join(map(str, [*words, OF_CLUSTER] if os.environ.get(ON_CLUSTER) else words))
-
-
-def _is_of_this_system(run: Run) -> bool:
-    """Say whether a run's process ran under this system, in whatever container, or before this machine's restart."""
-    host, _, _, boot, machine, *_ = [*run.data.tags.get("process", "").split(), *5 * [""]]
-    return boot == _boot() or (host, machine) == (socket.gethostname(), _machine())
 
 
 def _boot() -> str:
@@ -395,10 +387,9 @@ def find_run(uri: str, run_id: str) -> Run | None:
 
 def is_deleted(uri: str, run_id: str) -> bool:
     """Say whether a run was deleted in MLflow, and can be restored there; False where that can't be found out."""
-    if is_there(uri):
-        with suppress(MlflowException, SQLAlchemyError, ImportError, OSError, ValueError), quiet(), short_timeouts():
-            info = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id).info
-            return bool(info.lifecycle_stage == LifecycleStage.DELETED)
+    with suppress(MlflowException, SQLAlchemyError, ImportError, OSError, ValueError), quiet(), short_timeouts():
+        run = find_run(uri, run_id) if is_there(uri) else None
+        return run is not None and run.info.lifecycle_stage == LifecycleStage.DELETED
     return False
 
 
