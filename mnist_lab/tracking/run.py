@@ -45,10 +45,7 @@ from mnist_lab.tracking.store import (
 from mnist_lab.verdicts.measures import MEASURES, SHORT
 
 METRICS_PER_CALL = 900  # MLflow takes 1,000 things at once
-MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 MODEL_STEP = 0  # a model belongs to the metrics that a run has one value of
-PAUSES = (0.05, 0.2, 0.5)  # seconds until what another run was writing at the same moment is written
-THERE_ALREADY = ("unique constraint", "duplicate entry", "duplicate key")  # in the words of the databases
 CALLS = [name for name in dir(mlflow) if name.startswith(("log_", "set_tag")) or name in ("start_run", "end_run")]
 # The names that the lab logs under, by the functions with which a script could.
 METRICS = re.compile("|".join([*MEASURES, *SHORT, r"lr_\d+"]))
@@ -134,21 +131,22 @@ class TrackedRun:
                 continue
             with quiet():
                 pixels, targets = images.cpu().numpy(), labels.cpu().numpy()
-                digest, name = mnist.sha256[:MAX_DIGEST], f"MNIST {context}"
+                digest, name = mnist.sha256[:36], f"MNIST {context}"  # of which MLflow keeps no more
                 dataset = from_numpy(pixels, source=str(source), targets=targets, name=name, digest=digest)
             inputs.append(DatasetInput(Dataset(**dataset.to_dict()), [InputTag(MLFLOW_DATASET_CONTEXT, context)]))
         with self._writing():
             self._log_inputs(inputs)
 
-    def _log_inputs(self, inputs: list[DatasetInput], attempt: int = 0) -> None:
+    def _log_inputs(self, inputs: list[DatasetInput]) -> None:
         """Log data sets. Of two runs that are the first to do so at the same moment, the database refuses one."""
-        try:
-            self._client.log_inputs(self.run_id, inputs)
-        except MlflowException as error:
-            if not _is_there_already(error) or attempt == len(PAUSES):
-                raise
-            time.sleep(PAUSES[attempt])
-            self._log_inputs(inputs, attempt + 1)
+        for pause in (0.05, 0.2, 0.5, 0):  # seconds until what another run was writing is written
+            try:
+                self._client.log_inputs(self.run_id, inputs)
+                break
+            except MlflowException as error:
+                if not pause or not _is_there_already(error):
+                    raise
+            time.sleep(pause)
 
     def log_predictions(self, truth: Tensor, logits: Tensor, images: Tensor | None = None) -> None:
         """Log truth (N,), prediction (N,) and logits (N, 10) as `predictions.npz`, pickle-free.
@@ -191,8 +189,6 @@ class TrackedRun:
                         metadata={"normalize": list(normalize)},
                         serialization_format="pt2",
                     )
-            except MlflowException:
-                raise
             except Exception as error:  # torch.export has many ways to say no
                 with self._artifact("state_dict.pt") as file:
                     torch.save(net.state_dict(), file)
@@ -228,7 +224,6 @@ class TrackedRun:
 
         MLflow makes a second one where the answer to its first request was lost; the oldest stays.
         """
-
         experiment_id, run_id = run.info.experiment_id, run.info.run_id
 
         def there() -> list[LoggedModel]:
@@ -367,7 +362,8 @@ def _safe(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_there_already(error: MlflowException) -> bool:
-    return any(words in str(error).lower() for words in THERE_ALREADY)
+    words = "unique constraint|duplicate entry|duplicate key"  # of the databases
+    return re.search(words, str(error), re.IGNORECASE) is not None
 
 
 def _forget_exports() -> None:
