@@ -184,17 +184,16 @@ def _open(file: Path | BytesIO) -> Image.Image:
         with warnings.catch_warnings(action="ignore"):  # of odd tags
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
-                frames = getattr(image, "n_frames", 1)
-                if frames > 1 and image.format != "MPO":  # a telephone's JPEG
-                    raise LabError(f"{shown(file)}: it holds {frames} pictures; give one that is still")
+                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a telephone's JPEG
                 image.load()
-                return _flat(ImageOps.exif_transpose(image))
-    except LabError:  # a ValueError too
-        raise
+                flat = _flat(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise LabError(f"{shown(file)}: it is not a picture that can be read ({', '.join(FORMATS)})") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise LabError(f"{shown(file)}: it can't be read: {text_of(error)}") from error
+    if frames > 1:
+        raise LabError(f"{shown(file)}: it holds {frames} pictures; give one that is still")
+    return flat
 
 
 def _flat(image: Image.Image) -> Image.Image:
@@ -226,7 +225,7 @@ def _ink(image: Image.Image, name: str) -> Ink:
         sides = [max(side, round(side * PHOTO / max(image.size))) for side in image.size]
         found = _digit_on(np.asarray(image.resize(sides, Image.Resampling.BICUBIC), dtype=np.float64) / 255, name)
     if ink.max() < LEAST_CONTRAST:
-        raise NoDigit(f"{name}: {ONE_COLOUR}")
+        raise NoDigit(f"{name}: there is no digit to see: it has nearly one colour all over")
     shares: Ink = ink / ink.max()
     return shares if is_small and is_even else found
 
@@ -278,8 +277,6 @@ LEAST_CONTRAST = 0.08  # between ink and paper, of all that there can be
 INK = 0.9  # of a part's border is an edge in the picture; of ground that was cut off, less
 EVEN = 0.008  # a ground that differs less over half of the picture is not a photo's
 THICKEST = 4  # of the longer side: a stroke that is wider than a fourth of it is ground
-ONE_COLOUR = "there is no digit to see: it has nearly one colour all over"
-UNEVEN = "there is no digit to see: the ground is uneven; crop to the digit"
 
 
 def _digit_on(pixels: Ink, name: str) -> Ink:
@@ -304,7 +301,8 @@ def _digit_on(pixels: Ink, name: str) -> Ink:
     found = [(ink, parts) for ink, edges in inks if (parts := _Parts(ink, edges)).scores.size]
     if not found:
         uneven = np.ptp(smooth, axis=(0, 1)).max() >= 2 * LEAST_CONTRAST
-        raise NoDigit(f"{name}: {UNEVEN if uneven else ONE_COLOUR}")
+        why = "the ground is uneven; crop to the digit" if uneven else "it has nearly one colour all over"
+        raise NoDigit(f"{name}: there is no digit to see: {why}")
     ink, parts = max(found, key=lambda one: float(one[1].scores.max()))
     ink = np.where(ndimage.binary_dilation(parts.digit(name), iterations=2), ink, 0)
     return np.minimum(ink / float(np.percentile(ink[ink > 0], 95)), 1)
@@ -317,10 +315,6 @@ class _Parts:
         strong = ink > max(LEAST_CONTRAST, _otsu(ink[ink > LEAST_CONTRAST / 2]))
         self.labels, count = ndimage.label(strong, np.ones((3, 3)))
         numbers = np.arange(1, count + 1)
-        self.boxes = ndimage.find_objects(self.labels)
-        self.scores = np.array([])
-        if not count:
-            return
         areas = ndimage.sum_labels(strong, self.labels, numbers)
         distance = ndimage.distance_transform_edt(np.pad(strong, 1))[1:-1, 1:-1]  # to the border of the stroke
         half_widths = ndimage.maximum(distance, self.labels, numbers)
@@ -335,24 +329,17 @@ class _Parts:
 
     def digit(self, name: str) -> NDArray[np.bool_]:
         """Return where the likeliest stroke and the rest of its digit are; raises LabError if there are two."""
-        first = int(self.scores.argmax())
-        rows, columns = self.boxes[first]
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        reach = 0.25 * max(height, width)
-        chosen = [first]
-        for n in np.flatnonzero(self.scores >= 0.2 * self.scores[first]):
-            down, across = (_gap(one, other) for one, other in zip(self.boxes[n], (rows, columns), strict=True))
-            beside = n != first and across >= 0 and -down > 0.6 * height
-            if beside and self.scores[n] > 0.4 * self.scores[first] and min(self.real[first], self.real[n]) > INK:
-                raise LabError(f"{name}: there is more than one digit in it; crop to one")
-            if max(down, across) < reach:
-                chosen.append(int(n))
-        return np.isin(self.labels, np.array(chosen) + 1)
-
-
-def _gap(one: slice, other: slice) -> int:
-    """Return how far two boxes are apart in one direction; below nothing where they overlap, by how much."""
-    return int(max(one.start, other.start) - min(one.stop, other.stop))
+        boxes = np.array([[(side.start, side.stop) for side in box] for box in ndimage.find_objects(self.labels)])
+        first, best = int(self.scores.argmax()), self.scores.max()
+        starts, stops = boxes[..., 0], boxes[..., 1]  # (N, 2): down and across
+        height, longer = stops[first, 0] - starts[first, 0], (stops[first] - starts[first]).max()
+        # How far each box is from the likeliest one's; below nothing where they overlap, by how much.
+        gaps = np.maximum(starts, starts[first]) - np.minimum(stops, stops[first])
+        beside = (gaps[:, 1] >= 0) & (-gaps[:, 0] > 0.6 * height)
+        if (beside & (self.scores > 0.4 * best) & (np.minimum(self.real, self.real[first]) > INK)).any():
+            raise LabError(f"{name}: there is more than one digit in it; crop to one")
+        chosen = (self.scores >= 0.2 * best) & (gaps.max(axis=1) < 0.25 * longer)
+        return np.isin(self.labels, np.flatnonzero(chosen) + 1)
 
 
 def _otsu(values: NDArray[np.float64]) -> float:
