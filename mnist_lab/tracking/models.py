@@ -36,7 +36,6 @@ NETWORK, ORIGIN = "champion.pt2", "champion.json"
 RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
 STEP = re.compile(r"\w[\w.-]*")
 CALLED = "objective: teacher"
-EXPORTED = "data/model.pt2"  # by torch.export, in an MLflow model's folder
 # What is in such a file: numbers, JSON, and an example of the inputs.
 PLAIN_PARTS = re.compile(
     r"models/model\.json|data/sample_inputs/model\.pt|data/weights/(weight_\d+|model_weights_config\.json)"
@@ -78,7 +77,8 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
                     f"run {run.info.run_id} held out {seen} images, and so has seen some of the {holdout} that are "
                     f"held out here; train it with --holdout {holdout}"
                 )
-            return Teacher(model_id, run.info.run_id, _sha256(_file(store, model_id)))
+            content = _file(store, model_id).read_bytes()
+            return Teacher(model_id, run.info.run_id, hashlib.sha256(content).hexdigest())
     except (MlflowException, OSError, ValueError) as error:
         raise LabError(f"{called} {declared!r}: {one_line(error)}") from error
 
@@ -114,7 +114,7 @@ def _load_exported(
     """
     from torch.export.passes import move_to_device_pass  # slow to import
 
-    if _sha256(file) != sha256:
+    if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
         raise ValueError("its file is another one than its digest says")
     net: nn.Module = move_to_device_pass(_read_exported(file), device).module()
     net.requires_grad_(False)
@@ -155,20 +155,17 @@ class _Renormalized(nn.Module):
 
 
 def _model_id(store: Store, declared: str, holdout: int) -> str:
+    if declared.startswith("models:/"):
+        with environment_variables({"MLFLOW_TRACKING_URI": store.uri}):
+            return str(mlflow.models.get_model_info(declared).model_id)
     if match := RUN_URI.fullmatch(declared):
-        return _model_of(store, store.client.get_run(match["run_id"]), match["name"])
-    if STEP.fullmatch(declared):
-        return _model_of(store, _newest_run(store, declared, holdout), "model")
-    if not declared.startswith("models:/"):
+        run, name = store.client.get_run(match["run_id"]), match["name"]
+    elif STEP.fullmatch(declared):
+        run, name = _newest_run(store, declared, holdout), "model"
+    else:
         raise ValueError("it is neither runs:/<id>/model nor models:/<name>/<version> nor the name of a script")
-    with environment_variables({"MLFLOW_TRACKING_URI": store.uri}):
-        return str(mlflow.models.get_model_info(declared).model_id)
-
-
-def _model_of(store: Store, run: Run, name: str) -> str:
-    """Return the id of the model of that name that a run has logged; "model" means the only one, whatever its name."""
     outputs = [] if run.outputs is None else run.outputs.model_outputs
-    for output in outputs:
+    for output in outputs:  # "model" means the only one, whatever its name
         if (name == "model" and len(outputs) == 1) or store.client.get_logged_model(output.model_id).name == name:
             return str(output.model_id)
     raise ValueError(f"run {run.info.run_id} ({run.info.status}) has no model {name!r}")
@@ -189,22 +186,16 @@ def _newest_run(store: Store, step: str, holdout: int) -> Run:
 def _file(store: Store, model_id: str) -> Path:
     """Return the model's file on this machine; raises ValueError if it is in another format than torch.export's."""
     location = store.client.get_logged_model(model_id).artifact_location
-    file = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, tracking_uri=store.uri)) / EXPORTED
-    if not file.is_file():
-        raise ValueError(
-            "it is not kept by torch.export, so loading it might run code; log it with serialization_format='pt2'"
-        )
-    return file
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, tracking_uri=store.uri))
+    if not (folder / "data" / "model.pt2").is_file():
+        how = "log it with serialization_format='pt2'"
+        raise ValueError(f"it is not kept by torch.export, so loading it might run code; {how}")
+    return folder / "data" / "model.pt2"
 
 
 def _normalize_of(file: Path, default: tuple[float, float]) -> tuple[float, float]:
     mean, deviation = (Model.load(str(file.parents[1])).metadata or {}).get("normalize", default)
     return mean, deviation
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---- the champion
@@ -255,10 +246,16 @@ def is_registered(store: Store) -> bool:
 def commit(store: Store, origin: Origin, folder: Path = PUBLISHED) -> list[Path]:
     """Write the network of the run that `origin` names into the folder, with the origin beside it; return the files."""
     found = find_teacher(store, f"runs:/{origin.run_id}/model", holdout=0, called="model")
-    file = _file(store, found.model_id)
-    network, normalize = _without_paths(file), _normalize_of(file, origin.normalize)
-    content = asdict(origin) | {"normalize": normalize, "sha256": hashlib.sha256(network).hexdigest()}
-    files: dict[Path, str | bytes] = {folder / NETWORK: network, folder / ORIGIN: json.dumps(content, indent=2) + "\n"}
+    file, network = _file(store, found.model_id), io.BytesIO()
+    with quiet():
+        exported = _read_exported(file)
+        for module in exported.graph_module.modules():  # torch notes in which files the layers are written
+            for node in module.graph.nodes if hasattr(module, "graph") else ():
+                node.meta.pop("stack_trace", None)
+        torch.export.save(exported, network)
+    digest = hashlib.sha256(network.getvalue()).hexdigest()
+    content = asdict(origin) | {"normalize": _normalize_of(file, origin.normalize), "sha256": digest}
+    files = {folder / NETWORK: network.getvalue(), folder / ORIGIN: f"{json.dumps(content, indent=2)}\n".encode()}
     replace_files(files)
     return list(files)
 
@@ -278,15 +275,3 @@ def load_committed(folder: Path = PUBLISHED) -> tuple[nn.Module, Origin]:
             return _load_exported(file, origin.sha256, cpu, MNIST_PIXELS, own=origin.normalize), origin
     except Exception as error:
         raise LabError(f"champion {file} can't be loaded: {one_line(error)}") from error
-
-
-def _without_paths(file: Path) -> bytes:
-    """Return an exported network's file without what torch notes of the files in which its layers are written."""
-    content = io.BytesIO()
-    with quiet():
-        exported = _read_exported(file)
-        for module in exported.graph_module.modules():
-            for node in module.graph.nodes if hasattr(module, "graph") else ():
-                node.meta.pop("stack_trace", None)
-        torch.export.save(exported, content)
-    return content.getvalue()
