@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import mlflow
 import psutil
@@ -36,10 +37,8 @@ from mnist_lab.verdicts.comparison import rounds_alike
 # MLflow shows each error of the database with its traceback, and raises it too; one sentence is made of that.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
-FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a busy machine
 MAX_RUNS = 50_000  # the most that MLflow gives at once
 RESTORED = "restored"  # the tag of a run that was not trained into this store: the commit that it comes from
-LOCK_TIMEOUT = 2  # seconds; who looks whether a run is abandoned has its lock for some milliseconds
 ON_CLUSTER = "MNIST_LAB_ON_CLUSTER"  # set in a cluster's worker, which ends when the process that gives it work does
 OF_CLUSTER = "cluster"  # the last word of such a process's tag
 
@@ -70,18 +69,15 @@ class Store:
     def check_in_place(self) -> None:
         """Refuse a SQLite database that is not where it was opened: MLflow would go on with a removed one; LabError."""
         if _file_id(sqlite_file(self.uri)) != self.database:
-            raise LabError(
-                f"tracking store {self.name!r}: its database was removed, moved or replaced in the middle of the run; "
-                "name it with --tracking-uri where it is now, and what was in training goes on from its checkpoint"
-            )
+            what = f"tracking store {self.name!r}: its database was removed, moved or replaced in the middle of the run"
+            how = "name it with --tracking-uri where it is now, and what was in training goes on from its checkpoint"
+            raise LabError(f"{what}; {how}")
 
 
 def _file_id(file: Path | None) -> tuple[int, int] | None:
-    """Return what names a file whatever its path is; None where there is none."""
-    try:
+    with suppress(OSError):
         return None if file is None else (file.stat().st_dev, file.stat().st_ino)
-    except OSError:
-        return None
+    return None
 
 
 @contextmanager
@@ -111,8 +107,8 @@ def open_store(uri: str | None = None) -> Store:
                 store = Store(uri, experiment_of(uri).experiment_id)
         else:
             database.parent.mkdir(parents=True, exist_ok=True)
-            # Two processes that make the same new database at once would break it.
-            with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
+            # Two processes that make the same new database at once would break it. It takes 1 to 6 seconds.
+            with FileLock(f"{database}.lock", timeout=120):
                 if not database.exists():
                     _create(database)
                 follow_move(uri)
@@ -199,8 +195,7 @@ def uninterrupted(*, interrupted: bool = False) -> Iterator[None]:
             signal.raise_signal(arrived[0])
 
 
-@dataclass(frozen=True)
-class FinishedRun:
+class FinishedRun(NamedTuple):
     """A finished run as it stands in the store: its seed, and the last value of each metric."""
 
     run_id: str
@@ -233,10 +228,11 @@ def finished_runs(
             if RESTORED in run.data.tags:
                 kind = restored if rounds_alike(run.data.tags.get("hardware", ""), hardware) else elsewhere
             kind.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
-    if missing := sorted({*seeds} & elsewhere.keys() - own.keys() - restored.keys()):
+    found = restored | own
+    if missing := ", ".join(str(seed) for seed in sorted({*seeds} & elsewhere.keys() - found.keys())):
         message = "restored runs of seed %s are not taken over: they were made on other hardware than this, %r"
-        logger.warning(message, ", ".join(map(str, missing)), hardware)
-    return {**restored, **own}
+        logger.warning(message, missing, hardware)
+    return found
 
 
 def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
@@ -326,7 +322,7 @@ def take_lock(store: Store, run_id: str) -> FileLock:
     """Take the lock of a run that this process is going to write; LabError if another process has it, or OSError."""
     lock = lock_of(store, run_id)
     try:
-        lock.acquire(timeout=LOCK_TIMEOUT)
+        lock.acquire(timeout=2)  # seconds; who looks whether a run is abandoned has its lock for some milliseconds
     except Timeout:
         raise LabError(f"resume: run {run_id} is still in training, in another process") from None
     return lock
@@ -360,12 +356,8 @@ def can_resume(store: Store, run_id: str) -> bool:
 
 def resumable_run(store: Store, run_id: str, *, finished_too: bool = False) -> Run:
     """Return the run; raises LabError if it is not there, was deleted, has finished, or is in training."""
-    try:
-        with short_timeouts():
-            run = store.client.get_run(run_id)
-    except MlflowException as error:
-        reason = why_refused(error, store.uri)
-        raise LabError(f"resume: run {run_id} can't be read from {store.name!r}: {reason}") from error
+    with store_failures(store, f"can't give run {run_id}"), short_timeouts():
+        run = store.client.get_run(run_id)
     if run.info.lifecycle_stage == LifecycleStage.DELETED:
         raise LabError(f"resume: run {run_id} was deleted in MLflow: restore it there, or train anew")
     if run.info.status == "FINISHED" and not finished_too:
