@@ -17,7 +17,6 @@ from mnist_lab.errors import one_line
 from mnist_lab.paths import EXPERIMENT_NAME
 
 SHORT_TIMEOUT = 4  # seconds: who starts a training wants to hear within ten that there is no server
-LONG_TIMEOUT = 30  # seconds for each attempt of a run under way
 REFUSALS = {
     401: "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment, or MLFLOW_TRACKING_TOKEN",
     403: f"its admin can permit it, by a permission on the experiment {EXPERIMENT_NAME!r}; or, where the server was "
@@ -65,7 +64,10 @@ def why_refused(error: Exception, uri: str = "") -> str:
 
     uri: of a server, which is asked once more where MLflow has kept nothing of its answers but their number.
     """
-    for cause in _causes(error):
+    causes: list[BaseException] = [error]
+    for cause in causes:  # with what it came of in turn, as libraries of the network nest it
+        inner = [cause.__cause__, cause.__context__, getattr(cause, "reason", None), *cause.args]
+        causes += [one for one in inner if isinstance(one, BaseException) and one not in causes]
         status = getattr(getattr(cause, "response", None), "status_code", 0)  # of artifacts
         if isinstance(cause, MlflowException) and is_server(uri):
             status = cause.get_http_status_code()  # type: ignore[no-untyped-call]
@@ -84,27 +86,16 @@ def why_refused(error: Exception, uri: str = "") -> str:
     return one_line(error)
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    """Return an error and what it came of, as libraries of the network nest it."""
-    found = [error]
-    for one in found:
-        inner = [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
-        found += [cause for cause in inner if isinstance(cause, BaseException) and cause not in found]
-    return found
-
-
 def short_timeouts() -> AbstractContextManager[None]:
     """Let MLflow ask a server once and for some seconds, or for as long as MLFLOW_HTTP_REQUEST_TIMEOUT says."""
     return patience(SHORT_TIMEOUT, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
 
 
-def patience(timeout: int = LONG_TIMEOUT, **more: str) -> AbstractContextManager[None]:
+def patience(timeout: int = 30, **more: str) -> AbstractContextManager[None]:
     """Let MLflow wait for a server as it does by itself: seven more attempts, the last after four minutes."""
-    defaults = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout),
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines for each run that ends on a server
-    }
-    return environment_variables({name: value for name, value in defaults.items() if name not in os.environ} | more)
+    # The second suppresses two lines for each run that ends on a server.
+    defaults = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout), "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+    return environment_variables(more | {name: os.environ.get(name, value) for name, value in defaults.items()})
 
 
 def _say_that_it_waits(record: logging.LogRecord) -> bool:

@@ -10,6 +10,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from itertools import product
 from pathlib import Path
 
 from mnist_lab.errors import LabError
@@ -150,29 +151,26 @@ def read_points(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> 
 
     epochs: the runs' numbers of epochs by run id; they bound what a server is asked for at a time.
     """
-    if uri.startswith(("http://", "https://")):
-        return list(_over_http(uri, epochs, metrics))
+    if not uri.startswith(("http://", "https://")):
+        from mlflow.store.tracking.dbmodels.models import SqlMetric as Logged  # slow to import
+        from sqlalchemy import NullPool, case, create_engine, select
 
-    from mlflow.store.tracking.dbmodels.models import SqlMetric as Logged  # slow to import
-    from sqlalchemy import NullPool, case, create_engine, select
+        value = case((Logged.is_nan, None), else_=Logged.value)
+        columns = select(Logged.run_uuid, Logged.key, Logged.step, value).order_by(Logged.timestamp)
+        query = columns.where(Logged.run_uuid.in_(epochs), Logged.key.in_(metrics))
+        with create_engine(uri, poolclass=NullPool).connect() as connection:
+            return [tuple(row) for row in connection.execute(query)]
 
-    value = case((Logged.is_nan, None), else_=Logged.value)
-    points = select(Logged.run_uuid, Logged.key, Logged.step, value).order_by(Logged.timestamp)
-    with create_engine(uri, poolclass=NullPool).connect() as connection:
-        asked = points.where(Logged.run_uuid.in_(epochs), Logged.key.in_(metrics))
-        return [tuple(row) for row in connection.execute(asked)]
-
-
-def _over_http(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> Iterator[Point]:
-    from mlflow.utils.credentials import get_default_host_creds  # slow to import
+    from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
+    found: list[Point] = []
     run_ids, most = list(epochs), max(epochs.values(), default=1)
     at_a_time = max(1, min(RUNS_PER_REQUEST, POINTS_PER_REQUEST // (2 * most)))
-    for first in range(0, len(run_ids), at_a_time):
-        for metric in metrics:
-            asked = {"run_id": run_ids[first : first + at_a_time], "metric_key": metric}
-            response = http_request(get_default_host_creds(uri), HISTORIES, "GET", params=asked)  # type: ignore[no-untyped-call]
-            response.raise_for_status()
-            for point in response.json()["metrics"]:
-                yield point["run_id"], point["key"], int(point["step"]), float(point["value"])
+    for first, metric in product(range(0, len(run_ids), at_a_time), metrics):
+        params = {"run_id": run_ids[first : first + at_a_time], "metric_key": metric}
+        response = http_request(get_default_host_creds(uri), HISTORIES, "GET", params=params)  # type: ignore[no-untyped-call]
+        response.raise_for_status()
+        points = response.json()["metrics"]
+        found += [(one["run_id"], one["key"], int(one["step"]), float(one["value"])) for one in points]
+    return found
