@@ -26,7 +26,6 @@ from mnist_lab.verdicts.measures import percent
 
 PAGE = Path(__file__).with_suffix(".html")
 MOST_BYTES = 2**20  # of a drawing; the page sends some 10 kB
-END_TIMEOUT = 2  # seconds that an answer under way has when the server ends
 CONTENT = "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -44,20 +43,17 @@ class Networks:
     def names(self) -> list[dict[str, str]]:
         """What can be asked for, and how it is shown: the first network, then one of each script that has a model."""
         first = {"name": "", "shown": self.first.run_name}
-        if not is_there(self.uri):
-            return [first]
-        loaded = results.load_runs(self.uri)
-        if loaded.tested.empty:
+        if not is_there(self.uri) or (loaded := results.load_runs(self.uri)).tested.empty:
             return [first]
         have_one = runs_with_a_model(open_store(loaded.uri))
         runs = results.newest_runs(results.run_table(columns="all", loaded=loaded))
         runs = runs[runs["run_id"].isin(have_one - {self.first.run_id})].drop_duplicates("step")
-        best_first = runs.sort_values("final_test_accuracy", ascending=False)
-        return [first] + [
-            {"name": f"runs:/{run['run_id']}", "shown": f"{run['step']} seed {run['seed']}, {percent(accuracy)} %"}
-            for run in best_first.to_dict("records")
-            if (accuracy := run["final_test_accuracy"]) == accuracy
-        ]
+        runs = runs.dropna(subset="final_test_accuracy").sort_values("final_test_accuracy", ascending=False)
+        shown = (
+            runs["step"] + " seed " + runs["seed"].astype(str) + ", " + runs["final_test_accuracy"].map(percent) + " %"
+        )
+        names = "runs:/" + runs["run_id"]
+        return [first, *({"name": name, "shown": text} for name, text in zip(names, shown, strict=True))]
 
     def reader(self, name: str) -> Reader:
         """Return a network by its name in `names`; raises LabError if it is none of them or can't be loaded."""
@@ -74,10 +70,8 @@ class Networks:
             digit = read_digit(io.BytesIO(picture))
         except NoDigit:
             return {"probabilities": None, "image": None}
-        return {
-            "probabilities": self.reader(name).probabilities(digit[None])[0].tolist(),
-            "image": base64.b64encode(digit.tobytes()).decode(),
-        }
+        probabilities = self.reader(name).probabilities(digit[None])[0].tolist()
+        return {"probabilities": probabilities, "image": base64.b64encode(digit.tobytes()).decode()}
 
 
 def make_app(networks: Networks) -> FastAPI:
@@ -108,8 +102,8 @@ def make_app(networks: Networks) -> FastAPI:
 
 def serve(networks: Networks, port: int) -> None:
     """Serve the page on loopback until interrupted."""
-    app = make_app(networks)
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=END_TIMEOUT)
+    # An answer under way has two seconds when the server ends.
+    config = uvicorn.Config(make_app(networks), log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
     with socket.create_server((HOST, port)) as listening:
         print(f"Draw a digit: http://{HOST}:{port}/\nCtrl-C stops the server.", flush=True)
         try:
