@@ -31,10 +31,7 @@ WORKING_SIZE = 640  # the longer side; a digit ends at 20 pixels
 FAINTEST_INK = 0.05  # of the darkest: what is fainter doesn't count for the box around a digit
 BOX, FIELD = 20, 28  # pixels: a digit of MNIST, and the image that it is centred in
 THINNEST, USUAL = 1.5, 2.5  # pixels: the width of a stroke in MNIST
-IMAGES_AT_ONCE = 1_000  # that the network is given
 UNSURE = 0.8  # probability of the likeliest digit below which a picture may show something else
-SHADES = " .:-=+*#%@"
-COMMITTED = "docs/results"  # the name of the champion that comes with the project
 
 Ink = NDArray[np.float64]
 
@@ -131,7 +128,7 @@ class Reader:
         scale = 1 if digits.dtype.kind == "f" else 255
         images = torch.from_numpy(np.ascontiguousarray(digits, dtype=np.float32))[:, None] / scale
         with torch.inference_mode():
-            shares = [self.net(normalize(part)).softmax(dim=1) for part in torch.split(images, IMAGES_AT_ONCE)]
+            shares = [self.net(normalize(part)).softmax(dim=1) for part in torch.split(images, 1_000)]
         return torch.cat(shares).numpy()
 
 
@@ -150,7 +147,7 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
     from mnist_lab.tracking.store import open_store
 
     uri = resolve_uri(tracking_uri)
-    if model in (None, COMMITTED):
+    if model in (None, "docs/results"):
         if model or not is_there(uri) or not models.is_registered(open_store(uri)):
             net, origin = models.load_committed()
             return Reader(origin.run_id, f"{origin.step} seed {origin.seed}, the champion of docs/results", net)
@@ -168,7 +165,7 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
 
 def picture_of(digit: NDArray[np.uint8]) -> str:
     """Return a (28, 28) image as 28 lines of text, two letters a pixel."""
-    return "\n".join("".join(2 * SHADES[value * len(SHADES) // 256] for value in row.tolist()) for row in digit)
+    return "\n".join("".join(2 * " .:-=+*#%@"[value * 10 // 256] for value in row.tolist()) for row in digit)
 
 
 def shown(file: Path | BytesIO) -> str:
@@ -251,8 +248,7 @@ def _thickened(box: Ink) -> Ink:
 
 
 def _as_mnist(ink: Ink) -> NDArray[np.uint8]:
-    rows, columns = (np.flatnonzero((ink > FAINTEST_INK).any(axis=axis)) for axis in (1, 0))
-    box = _thickened(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    box = _thickened(ink[ndimage.find_objects((ink > FAINTEST_INK).astype(int))[0]])
     height, width = (max(1, round(side * BOX / max(box.shape))) for side in box.shape)
     if box.shape != (height, width):
         resized = Image.fromarray(box.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)

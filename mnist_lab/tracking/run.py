@@ -18,7 +18,6 @@ from unittest.mock import DEFAULT, Mock, patch
 import mlflow
 import numpy as np
 import torch
-from filelock import FileLock
 from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -33,10 +32,10 @@ from mnist_lab.errors import LabError, one_line, without_password
 from mnist_lab.paths import CHECKPOINTS, own_folder
 from mnist_lab.tracking.connection import environment_variables, is_server, patience, short_timeouts, why_refused
 from mnist_lab.tracking.store import (
+    RunLock,
     Store,
     process_tag,
     quiet,
-    release,
     resumable_run,
     store_failures,
     take_lock,
@@ -44,7 +43,6 @@ from mnist_lab.tracking.store import (
 )
 from mnist_lab.verdicts.measures import MEASURES, SHORT
 
-METRICS_PER_CALL = 900  # MLflow takes 1,000 things at once
 MODEL_STEP = 0  # a model belongs to the metrics that a run has one value of
 CALLS = [name for name in dir(mlflow) if name.startswith(("log_", "set_tag")) or name in ("start_run", "end_run")]
 # The names that the lab logs under, by the functions with which a script could.
@@ -66,7 +64,7 @@ class TrackedRun:
     end_status: the status that the run gets when its block comes to its end. goes_on: what resumes it.
     """
 
-    def __init__(self, store: Store, run: Run, lock: FileLock) -> None:
+    def __init__(self, store: Store, run: Run, lock: RunLock) -> None:
         self.run_id: str = run.info.run_id
         self.end_status = "FINISHED"
         self.goes_on = f"`--resume {self.run_id}`"
@@ -98,8 +96,8 @@ class TrackedRun:
                 for name, value in metrics.items()
                 if (name, epoch) not in logged
             ]
-            for first in range(0, len(missing), METRICS_PER_CALL):
-                self._client.log_batch(self.run_id, metrics=missing[first : first + METRICS_PER_CALL])
+            for first in range(0, len(missing), 1_000):  # MLflow takes no more at once
+                self._client.log_batch(self.run_id, metrics=missing[first : first + 1_000])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         with self._writing():
@@ -271,7 +269,7 @@ class TrackedRun:
             with patience() if status == "FINISHED" else short_timeouts():
                 self._store.check_in_place()
                 self._client.set_terminated(self.run_id, status, self._now())
-            release(self._lock)
+            self._lock.remove()
         except (MlflowException, SQLAlchemyError, OSError, LabError) as error:
             reason = why_refused(error, self._store.uri)
             message = f"tracking store: the run {self.run_id} could not be marked {status}: {reason}"
@@ -352,7 +350,7 @@ def _reopen_run(store: Store, run_id: str, new_name: str | None) -> TrackedRun:
         run = resumable_run(store, run_id, finished_too=new_name is not None)
         store.client.update_run(run_id, status="RUNNING", name=new_name)
     except BaseException:
-        release(lock)
+        lock.remove()
         raise
     return TrackedRun(store, run, lock)
 
@@ -384,9 +382,8 @@ def _forget_exports() -> None:
 @contextmanager
 def silenced() -> Iterator[Mapping[str, Mock]]:
     """Let these functions do nothing, also where a script has imported them; the context gives them as mocks."""
-    inside = {"_get_or_start_run": DEFAULT, "MlflowClient": DEFAULT}
     with (
-        patch.multiple(mlflow.tracking.fluent, **inside),
+        patch.multiple(mlflow.tracking.fluent, _get_or_start_run=DEFAULT, MlflowClient=DEFAULT),
         patch.multiple(mlflow, **dict.fromkeys(CALLS, DEFAULT)) as mocks,
     ):
         yield mocks

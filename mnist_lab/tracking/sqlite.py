@@ -16,7 +16,6 @@ from pathlib import Path
 from mnist_lab.errors import LabError
 from mnist_lab.paths import ARTIFACTS, CHECKPOINTS, EXPERIMENT_NAME, LOCKS, artifacts_of, sqlite_file
 
-BUSY_TIMEOUT = 4  # seconds that a lock on the database is waited for
 ROOM = 4 * 2**20  # bytes that must be free before a run; one leaves about 1 MB, and the largest network's 5
 # Where MLflow records paths of artifacts.
 LOCATIONS = (
@@ -126,7 +125,7 @@ def _connection(file: Path, mode: str, purpose: str) -> Iterator[sqlite3.Connect
             raise LabError(f"no runs yet: {file} does not exist; train first, e.g. `make step1`")
         if not file.is_file():
             raise LabError(f"tracking store {file} is not a file")
-        with closing(sqlite3.connect(uri, BUSY_TIMEOUT, isolation_level=None, uri=True)) as connection:
+        with closing(sqlite3.connect(uri, timeout=4, isolation_level=None, uri=True)) as connection:
             yield connection
     except (OSError, sqlite3.Error) as error:  # the first of a folder on the way that this user may not enter
         raise LabError(f"tracking store {file} can't be {purpose}: {error}{_advice(error)}") from error

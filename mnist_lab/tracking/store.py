@@ -275,7 +275,7 @@ def _kill_unless_locked(store: Store, run_id: str) -> bool:
     with store_failures(store, "can't be written"), suppress(Timeout), short_timeouts(), lock_of(store, run_id) as lock:
         if store.client.get_run(run_id).info.status == "RUNNING":  # it may have ended by itself since
             store.client.set_terminated(run_id, "KILLED")
-        release(lock)
+        lock.remove()
         return True
     return False
 
@@ -312,13 +312,20 @@ def _content(file: str, default: str) -> str:
     return default
 
 
-def lock_of(store: Store, run_id: str) -> FileLock:
-    """Return the lock that a process holds while it writes the run; the system frees it when the process ends."""
+class RunLock(FileLock):
+    """What a process holds while it writes a run; the system frees it when the process ends."""
+
+    def remove(self) -> None:
+        Path(self.lock_file).unlink(missing_ok=True)  # first: whoever waits for it takes none that is removed
+        self.release()
+
+
+def lock_of(store: Store, run_id: str) -> RunLock:
     name = Path(run_id).name  # a database from elsewhere may hold a path
-    return FileLock(own_folder(store.uri) / LOCKS / f"{name}.lock", timeout=0, thread_local=False)
+    return RunLock(own_folder(store.uri) / LOCKS / f"{name}.lock", timeout=0, thread_local=False)
 
 
-def take_lock(store: Store, run_id: str) -> FileLock:
+def take_lock(store: Store, run_id: str) -> RunLock:
     """Take the lock of a run that this process is going to write; LabError if another process has it, or OSError."""
     lock = lock_of(store, run_id)
     try:
@@ -326,12 +333,6 @@ def take_lock(store: Store, run_id: str) -> FileLock:
     except Timeout:
         raise LabError(f"resume: run {run_id} is still in training, in another process") from None
     return lock
-
-
-def release(lock: FileLock) -> None:
-    """Remove a lock that this process has, and let go of it."""
-    Path(lock.lock_file).unlink(missing_ok=True)  # first: whoever waits for it takes none that is removed
-    lock.release()
 
 
 @contextmanager
