@@ -45,17 +45,14 @@ TRAINING_IMAGES = 60_000
 
 @dataclass(frozen=True)
 class Mnist:
-    """The 70,000 images and labels as tensors on one device.
-
-    With a hold-out (see `hold_out`) part of the 60,000 is for validation and no longer among the training images.
-    """
+    """The 70,000 images and labels as tensors on one device."""
 
     train_images: Tensor  # uint8 (60000, 1, 28, 28)
     train_labels: Tensor  # int64 (60000,)
     test_images: Tensor  # uint8 (10000, 1, 28, 28)
     test_labels: Tensor  # int64 (10000,)
     sha256: str  # hex, over the four uncompressed IDX files end to end, in the order of the fields above
-    validation_images: Tensor | None = None  # uint8 (N, 1, 28, 28)
+    validation_images: Tensor | None = None  # uint8 (N, 1, 28, 28): those held out, no longer among the training images
     validation_labels: Tensor | None = None  # int64 (N,)
     validation_numbers: Tensor | None = None  # int64 (N,): of these images among the 60,000
 

@@ -203,22 +203,19 @@ def _normalize_of(file: Path, default: tuple[float, float]) -> tuple[float, floa
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a committed network comes from, and how its input is normalised.
-
-    accuracy: of the run's last epoch on the 10,000 test images, in percent. sha256: of the file with the network.
-    """
+    """Where a committed network comes from, and how its input is normalised."""
 
     step: str
     seed: int
     run_id: str
-    accuracy: float
+    accuracy: float  # of the run's last epoch on the 10,000 test images, in percent
     num_params: int
     code_sha256: str
     git_commit: str
     hardware: str
     torch: str
     normalize: tuple[float, float] = MNIST_PIXELS
-    sha256: str = ""
+    sha256: str = ""  # of the file with the network
 
 
 def register(store: Store, run_id: str) -> str:

@@ -61,12 +61,11 @@ class TrackedRun:
     """One run being written, made by `track`; each of its methods raises LabError where the store fails.
 
     Signals wait until what is being logged is. A tracking server that goes away is waited for; a signal ends the wait.
-    end_status: the status that the run gets when its block comes to its end. goes_on: what resumes it.
     """
 
     def __init__(self, store: Store, run: Run, lock: RunLock) -> None:
         self.run_id: str = run.info.run_id
-        self.end_status = "FINISHED"
+        self.end_status = "FINISHED"  # if its block comes to its end
         self.goes_on = f"`--resume {self.run_id}`"
         self._store = store
         self._lock = lock

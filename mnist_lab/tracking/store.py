@@ -47,15 +47,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Store:
-    """A tracking store that is ready: its URI and the id of the MLflow experiment that holds the runs.
-
-    database: what names the file of a SQLite database, whatever its path is. clock: milliseconds since 1970.
-    """
+    """A tracking store that is ready."""
 
     uri: str
-    experiment_id: str
-    database: tuple[int, int] | None = None
-    clock: Callable[[], int] | None = None
+    experiment_id: str  # of the MLflow experiment that holds the runs
+    database: tuple[int, int] | None = None  # what names the file of a SQLite database, whatever its path is
+    clock: Callable[[], int] | None = None  # in place of the machine's: milliseconds since 1970
 
     @property
     def name(self) -> str:
@@ -162,8 +159,8 @@ def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.enti
 
 def check_not_deleted(uri: str, experiment: mlflow.entities.Experiment) -> None:
     if experiment.lifecycle_stage == "deleted":
-        name = without_password(uri)
-        raise LabError(f"tracking store {name!r}: the experiment {EXPERIMENT_NAME!r} is deleted; restore it in MLflow")
+        what = f"the experiment {EXPERIMENT_NAME!r} is deleted; restore it in MLflow"
+        raise LabError(f"tracking store {without_password(uri)!r}: {what}")
 
 
 @contextmanager
