@@ -294,58 +294,45 @@ def _digit_on(pixels: Ink, name: str) -> Ink:
         dark = (paper - 0.1 - smooth) / paper, steep / paper.min(axis=2)
         changes = [dark, (smooth - ndimage.grey_opening(smooth, window), steep)]
     inks = [(np.clip(change.max(axis=2) - np.median(change.max(axis=2)), 0, None), edges) for change, edges in changes]
-    found = [(ink, parts) for ink, edges in inks if (parts := _Parts(ink, edges)).scores.size]
-    if not found:
+    found = [(*_likeliest(ink, edges), ink) for ink, edges in inks]
+    score, where, several, ink = max(found, key=lambda one: one[0])
+    if score < 0:
         uneven = np.ptp(smooth, axis=(0, 1)).max() >= 2 * LEAST_CONTRAST
         why = "the ground is uneven; crop to the digit" if uneven else "it has nearly one colour all over"
         raise NoDigit(f"{name}: there is no digit to see: {why}")
-    ink, parts = max(found, key=lambda one: float(one[1].scores.max()))
-    ink = np.where(ndimage.binary_dilation(parts.digit(name), iterations=2), ink, 0)
+    if several:
+        raise LabError(f"{name}: there is more than one digit in it; crop to one")
+    ink = np.where(ndimage.binary_dilation(where, iterations=2), ink, 0)
     return np.minimum(ink / float(np.percentile(ink[ink > 0], 95)), 1)
 
 
-class _Parts:
-    """The connected parts of ink, and how much each is like the stroke of a digit."""
+def _likeliest(ink: Ink, steep: Ink) -> tuple[float, NDArray[np.bool_], bool]:
+    """Score the connected part of the ink that is most like a stroke; below nothing where there is no ink.
 
-    def __init__(self, ink: Ink, steep: Ink) -> None:
-        strong = ink > max(LEAST_CONTRAST, _otsu(ink[ink > LEAST_CONTRAST / 2]))
-        self.labels, count = ndimage.label(strong, np.ones((3, 3)))
-        numbers = np.arange(1, count + 1)
-        areas = ndimage.sum_labels(strong, self.labels, numbers)
-        distance = ndimage.distance_transform_edt(np.pad(strong, 1))[1:-1, 1:-1]  # to the border of the stroke
-        half_widths = ndimage.maximum(distance, self.labels, numbers)
-        length = np.minimum(areas / (4 * half_widths**2), 4)  # in widths
-        inside = np.where(np.isin(numbers, _edge(self.labels)), 0.1, 1)
-        contrast = ndimage.mean(ink, self.labels, numbers)
-        # Ground that the window cut off has borders where the picture has none.
-        border = np.where(strong & ~ndimage.binary_erosion(strong, np.ones((3, 3), bool)), self.labels, 0)
-        is_edge = np.minimum(steep / (0.1 * np.append(1, contrast)[self.labels]), 1)
-        self.real = ndimage.mean(is_edge, border, numbers)
-        self.scores = contrast * areas**0.25 * length * inside * self.real**4
-
-    def digit(self, name: str) -> NDArray[np.bool_]:
-        """Return where the likeliest stroke and the rest of its digit are; raises LabError if there are two."""
-        boxes = np.array([[(side.start, side.stop) for side in box] for box in ndimage.find_objects(self.labels)])
-        first, best = int(self.scores.argmax()), self.scores.max()
-        starts, stops = boxes[..., 0], boxes[..., 1]  # (N, 2): down and across
-        height, longer = stops[first, 0] - starts[first, 0], (stops[first] - starts[first]).max()
-        # How far each box is from the likeliest one's; below nothing where they overlap, by how much.
-        gaps = np.maximum(starts, starts[first]) - np.minimum(stops, stops[first])
-        beside = (gaps[:, 1] >= 0) & (-gaps[:, 0] > 0.6 * height)
-        if (beside & (self.scores > 0.4 * best) & (np.minimum(self.real, self.real[first]) > INK)).any():
-            raise LabError(f"{name}: there is more than one digit in it; crop to one")
-        chosen = (self.scores >= 0.2 * best) & (gaps.max(axis=1) < 0.25 * longer)
-        return np.isin(self.labels, np.flatnonzero(chosen) + 1)
-
-
-def _otsu(values: NDArray[np.float64]) -> float:
-    """Return the threshold that parts values into two classes that differ most. Otsu, 1979."""
-    if not values.size:
-        return 1.0
-    counts, edges = np.histogram(values, bins=128)
-    middles = (edges[:-1] + edges[1:]) / 2
-    below = counts.cumsum()[:-1]
-    above = values.size - below
-    sums = (counts * middles).cumsum()
-    gap = sums[:-1] / np.maximum(below, 1) - (sums[-1] - sums[:-1]) / np.maximum(above, 1)
-    return float(middles[:-1][(below * above * gap**2).argmax()])
+    Returns also where that part and the rest of its digit are, and whether there is another digit beside it.
+    """
+    visible = ink[ink > LEAST_CONTRAST / 2]
+    strong = ink > max(LEAST_CONTRAST, 0.45 * np.percentile(visible, 98) if visible.size else 1)
+    labels, count = ndimage.label(strong, np.ones((3, 3)))
+    if not count:
+        return -1, strong, False
+    numbers = np.arange(1, count + 1)
+    areas = ndimage.sum_labels(strong, labels, numbers)
+    distance = ndimage.distance_transform_edt(np.pad(strong, 1))[1:-1, 1:-1]  # to the border of the stroke
+    length = np.minimum(areas / (2 * ndimage.maximum(distance, labels, numbers)) ** 2, 4)  # in widths
+    inside = np.where(np.isin(numbers, _edge(labels)), 0.1, 1)
+    contrast = ndimage.mean(ink, labels, numbers)
+    # Ground that the window cut off has borders where the picture has none.
+    border = np.where(strong & ~ndimage.binary_erosion(strong, np.ones((3, 3), bool)), labels, 0)
+    is_edge = np.minimum(steep / (0.1 * np.append(1, contrast)[labels]), 1)
+    real = ndimage.mean(is_edge, border, numbers)
+    scores = contrast * areas**0.25 * length * inside * real**4
+    first, best = int(scores.argmax()), scores.max()
+    boxes = np.array([[(side.start, side.stop) for side in box] for box in ndimage.find_objects(labels)])
+    starts, stops = boxes[..., 0], boxes[..., 1]  # (N, 2): down and across
+    sides = stops[first] - starts[first]
+    # How far each box is from the likeliest one's; below nothing where they overlap, by how much.
+    down, across = (np.maximum(starts, starts[first]) - np.minimum(stops, stops[first])).T
+    beside = (across >= 0) & (-down > 0.6 * sides[0]) & (scores > 0.4 * best) & (np.minimum(real, real[first]) > INK)
+    chosen = (scores >= 0.2 * best) & (np.maximum(down, across) < 0.25 * sides.max())
+    return float(best), np.isin(labels, np.flatnonzero(chosen) + 1), bool(beside.any())

@@ -177,10 +177,8 @@ def _newest_run(store: Store, step: str, holdout: int) -> Run:
         if as_declared and "folds" not in run.data.params and "model" not in run.data.tags:
             return run
     declared = f"declared with --holdout {holdout}" if holdout else "declared"
-    raise ValueError(
-        f"{store.name!r} has no finished run of that script as {declared}; train it first (restored runs keep no "
-        "network), or give runs:/<id>/model or models:/<name>/<version>"
-    )
+    advice = "train it first (restored runs keep no network), or give runs:/<id>/model or models:/<name>/<version>"
+    raise ValueError(f"{store.name!r} has no finished run of that script as {declared}; {advice}")
 
 
 def _file(store: Store, model_id: str) -> Path:

@@ -44,10 +44,9 @@ def check_readable(uri: str) -> None:
             raise LabError(f"tracking store {file} is not an MLflow database")
         versions = [version for (version,) in connection.execute("SELECT version_num FROM alembic_version")]
     if not known_schemas().issuperset(versions):
-        raise LabError(
-            f"tracking store {file} was last used by a newer MLflow than {importlib.metadata.version('mlflow')}, which "
-            "can't read it: install that one, or go back to the copy made before (docs/metrics.md)"
-        )
+        newer = f"a newer MLflow than {importlib.metadata.version('mlflow')}, which can't read it"
+        advice = "install that one, or go back to the copy made before (docs/metrics.md)"
+        raise LabError(f"tracking store {file} was last used by {newer}: {advice}")
 
 
 def check_writable(uri: str) -> None:
@@ -103,7 +102,7 @@ def follow_move(uri: str) -> None:
         for table, column in LOCATIONS:
             connection.execute(
                 f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "  # noqa: S608
-                f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'",
+                f"WHERE substr({column} || '/', 1, length(:old) + 1) = :old || '/'",
                 {"new": new, "old": old},
             )
         connection.execute("COMMIT")

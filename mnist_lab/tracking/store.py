@@ -51,7 +51,7 @@ class Store:
 
     uri: str
     experiment_id: str  # of the MLflow experiment that holds the runs
-    database: tuple[int, int] | None = None  # what names the file of a SQLite database, whatever its path is
+    database: os.stat_result | None = None  # of SQLite: what names the file, whatever its path is
     clock: Callable[[], int] | None = None  # in place of the machine's: milliseconds since 1970
 
     @property
@@ -65,16 +65,13 @@ class Store:
 
     def check_in_place(self) -> None:
         """Refuse a SQLite database that is not where it was opened: MLflow would go on with a removed one; LabError."""
-        if _file_id(sqlite_file(self.uri)) != self.database:
-            what = f"tracking store {self.name!r}: its database was removed, moved or replaced in the middle of the run"
-            how = "name it with --tracking-uri where it is now, and what was in training goes on from its checkpoint"
-            raise LabError(f"{what}; {how}")
-
-
-def _file_id(file: Path | None) -> tuple[int, int] | None:
-    with suppress(OSError):
-        return None if file is None else (file.stat().st_dev, file.stat().st_ino)
-    return None
+        file = sqlite_file(self.uri)
+        with suppress(OSError):
+            if file is None or self.database is None or os.path.samestat(file.stat(), self.database):
+                return
+        what = f"tracking store {self.name!r}: its database was removed, moved or replaced in the middle of the run"
+        how = "name it with --tracking-uri where it is now, and what was in training goes on from its checkpoint"
+        raise LabError(f"{what}; {how}")
 
 
 @contextmanager
@@ -109,7 +106,7 @@ def open_store(uri: str | None = None) -> Store:
                 if not database.exists():
                     _create(database)
                 follow_move(uri)
-                store = Store(uri, experiment_of(uri, artifacts_of(database)).experiment_id, _file_id(database))
+                store = Store(uri, experiment_of(uri, artifacts_of(database)).experiment_id, database.stat())
     except LabError:
         raise
     except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error, ValueError) as error:
