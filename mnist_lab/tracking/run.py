@@ -43,7 +43,6 @@ from mnist_lab.tracking.store import (
 )
 from mnist_lab.verdicts.measures import MEASURES, SHORT
 
-MODEL_STEP = 0  # a model belongs to the metrics that a run has one value of
 CALLS = [name for name in dir(mlflow) if name.startswith(("log_", "set_tag")) or name in ("start_run", "end_run")]
 # The names that the lab logs under, by the functions with which a script could.
 METRICS = re.compile("|".join([*MEASURES, *SHORT, r"lr_\d+"]))
@@ -67,10 +66,8 @@ class TrackedRun:
         self.run_id: str = run.info.run_id
         self.end_status = "FINISHED"  # if its block comes to its end
         self.goes_on = f"`--resume {self.run_id}`"
-        self._store = store
-        self._lock = lock
+        self._store, self._client, self._lock = store, store.client, lock
         self._logged_before = frozenset(run.data.metrics)
-        self._client = store.client
         self._began: int = max(run.info.start_time, int(1000 * time.time()))
         self._clock = time.monotonic()
 
@@ -87,8 +84,7 @@ class TrackedRun:
         names = {name for metrics in epochs.values() for name in metrics} & self._logged_before
         now = self._now()
         with self._writing():  # MLflow drops a point that it has, with the same time and value
-            histories = [(name, self._client.get_metric_history(self.run_id, name)) for name in names]
-            logged = {(name, point.step) for name, points in histories for point in points}
+            logged = {(name, one.step) for name in names for one in self._client.get_metric_history(self.run_id, name)}
             missing = [
                 Metric(name, value, now, epoch)
                 for epoch, metrics in epochs.items()
@@ -202,12 +198,12 @@ class TrackedRun:
         run = client.get_run(run_id)
         logged = self._logged_model(run, name)
         try:
-            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, MODEL_STEP)])
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
         except MlflowException as error:  # by this run before it was resumed, or the answer was lost
             if not _is_there_already(error):
                 raise
         points = [point for key in run.data.metrics for point in client.get_metric_history(run_id, key)]
-        once = [(one.key, one.value, one.timestamp, MODEL_STEP) for one in points if one.step == MODEL_STEP]
+        once = [(one.key, one.value, one.timestamp, 0) for one in points if one.step == 0]  # which a model belongs to
         client.log_batch(run_id, metrics=[Metric(*one, logged.model_id, run_id=run_id) for one in once])
         model = Model.load(str(folder))
         model.run_id, model.model_id, model.model_uuid = run_id, logged.model_id, logged.model_id
