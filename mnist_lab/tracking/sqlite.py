@@ -74,9 +74,7 @@ def check_writable(uri: str) -> None:
     if is_there:
         check_readable(uri)
         with _connection(file, "rw", "written") as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("CREATE TABLE probe (x)")
-            connection.execute("ROLLBACK")
+            connection.executescript("BEGIN IMMEDIATE; CREATE TABLE probe (x); ROLLBACK")
 
 
 def follow_move(uri: str) -> None:
