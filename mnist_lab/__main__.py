@@ -289,8 +289,9 @@ def draw(arguments: argparse.Namespace) -> None:
     port = free_port(arguments.port)
 
     from mnist_lab.reading import page
+    from mnist_lab.reading.pictures import find_reader
 
-    page.serve(page.Networks(arguments.model, store=arguments.tracking_uri), port)
+    page.serve(find_reader(arguments.model, tracking_uri=arguments.tracking_uri), port)
 
 
 @job(
