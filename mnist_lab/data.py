@@ -58,10 +58,7 @@ class Mnist:
 
 
 def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = "cpu") -> Mnist:
-    """Load MNIST onto `device` from the data folder (see `find_data_dir`), fetching what is missing or damaged.
-
-    Raises LabError if files are missing and can't be fetched, or the data folder can't be written to.
-    """
+    """Load MNIST onto `device` from the data folder (see `find_data_dir`), or fetch it; LabError if that fails."""
     contents = read_files(data_dir)
     # Of a bytearray, as torch warns of memory that can't be written to.
     files = [torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device) for content in contents.values()]
@@ -75,7 +72,7 @@ def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = 
 
 
 def read_files(data_dir: Path | str | None = None) -> dict[str, bytes]:
-    """Return the verified bytes of the four IDX files by name, as `load_mnist` does."""
+    """Return the verified bytes of the four IDX files by name; what is missing or damaged is fetched, or LabError."""
     folder = find_data_dir(data_dir)
     found = {name: _find(folder, name) for name in FILES}
     missing = [name for name in FILES if not found[name]]

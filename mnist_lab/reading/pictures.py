@@ -27,8 +27,6 @@ if TYPE_CHECKING:  # a file that is no picture is refused before MLflow and torc
 # Pillow's other formats are rare, and one of them starts a program (EPS).
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
-WORKING_SIZE = 640  # the longer side; a digit ends at 20 pixels
-FAINTEST_INK = 0.05  # of the darkest: what is fainter doesn't count for the box around a digit
 BOX, FIELD = 20, 28  # pixels: a digit of MNIST, and the image that it is centred in
 THINNEST, USUAL = 1.5, 2.5  # pixels: the width of a stroke in MNIST
 UNSURE = 0.8  # probability of the likeliest digit below which a picture may show something else
@@ -113,8 +111,6 @@ def _in_mnists_form(images: object) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class Reader:
-    """A tracked network."""
-
     run_id: str
     run_name: str
     net: nn.Module
@@ -199,7 +195,7 @@ def _flat(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.float32)
         image = Image.fromarray(((values - values.min()) / max(float(np.ptp(values)), 1e-9) * 255).astype(np.uint8))
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    image.thumbnail((WORKING_SIZE, WORKING_SIZE))
+    image.thumbnail((640, 640))  # of which a digit gets 20
     if image.mode == "RGB":
         return image
     pixels = np.asarray(image, dtype=np.float64)
@@ -210,21 +206,18 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def _ink(image: Image.Image, name: str) -> Ink:
-    """Return how much ink each pixel has, 0 to 1; raises LabError where there is no digit, or more than one.
-
-    A small picture on an even ground stays as it is, like MNIST's own; another is looked at in a photo's size.
-    """
+    """Return how much ink each pixel has, 0 to 1; raises LabError where there is no digit, or more than one."""
     pixels = np.asarray(image, dtype=np.float64) / 255
     ink: Ink = np.abs(pixels - np.median(_edge(pixels), axis=0)).max(axis=2)
-    is_small = max(image.size) <= PHOTO
     is_even = (_edge(ink) >= LEAST_CONTRAST).mean() < 0.1 and (ink > ink.max() / 2).mean() < 0.5
-    if not (is_small and is_even and image.size == (FIELD, FIELD)):
+    stays = is_even and max(image.size) <= PHOTO  # like MNIST's own; another is looked at in a photo's size
+    if not stays or image.size != (FIELD, FIELD):
         sides = [max(side, round(side * PHOTO / max(image.size))) for side in image.size]
         found = _digit_on(np.asarray(image.resize(sides, Image.Resampling.BICUBIC), dtype=np.float64) / 255, name)
     if ink.max() < LEAST_CONTRAST:
         raise NoDigit(f"{name}: there is no digit to see: it has nearly one colour all over")
     shares: Ink = ink / ink.max()
-    return shares if is_small and is_even else found
+    return shares if stays else found
 
 
 def _edge(image: NDArray[Any]) -> NDArray[Any]:
@@ -248,7 +241,7 @@ def _thickened(box: Ink) -> Ink:
 
 
 def _as_mnist(ink: Ink) -> NDArray[np.uint8]:
-    box = _thickened(ink[ndimage.find_objects((ink > FAINTEST_INK).astype(int))[0]])
+    box = _thickened(ink[ndimage.find_objects((ink > 0.05).astype(int))[0]])  # but for the faintest ink
     height, width = (max(1, round(side * BOX / max(box.shape))) for side in box.shape)
     if box.shape != (height, width):
         resized = Image.fromarray(box.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)

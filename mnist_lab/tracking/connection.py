@@ -31,10 +31,7 @@ def is_server(uri: str) -> bool:
 
 
 def ask(uri: str) -> None:
-    """Ask a server for the experiment, once; OSError with a sentence if it fails, refuses, or is no MLflow server.
-
-    MlflowException, or another OSError, if there is no answer.
-    """
+    """Ask a server for the experiment, once; OSError with a sentence if it fails, refuses, or is no MLflow server."""
     if not is_server(uri):
         return
     answer = http_request(  # type: ignore[no-untyped-call]
@@ -60,10 +57,7 @@ def ask(uri: str) -> None:
 
 
 def why_refused(error: Exception, uri: str = "") -> str:
-    """Say why a store can't be used, the cause first.
-
-    uri: of a server, which is asked once more where MLflow has kept nothing of its answers but their number.
-    """
+    """Say why the store at this URI can't be used, the cause first."""
     causes: list[BaseException] = [error]
     for cause in causes:  # with what it came of in turn, as libraries of the network nest it
         inner = [cause.__cause__, cause.__context__, getattr(cause, "reason", None), *cause.args]
@@ -78,7 +72,7 @@ def why_refused(error: Exception, uri: str = "") -> str:
                 return f"no connection to the server ({cause.strerror or cause})"
             case Timeout() | TimeoutError():
                 return "the server does not answer in time"
-            case ResponseError():
+            case ResponseError():  # MLflow keeps nothing of a server's answers but their number, so it is asked again
                 try:
                     ask(uri)
                 except (MlflowException, OSError) as answer:

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 NAME, ALIAS = "mnist", "champion"
 CHAMPION = f"models:/{NAME}@{ALIAS}"
 NETWORK, ORIGIN = "champion.pt2", "champion.json"
-RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
-STEP = re.compile(r"\w[\w.-]*")
 CALLED = "objective: teacher"
 # What is in such a file: numbers, JSON, and an example of the inputs.
 PLAIN_PARTS = re.compile(
@@ -60,9 +58,8 @@ class Teacher:
 def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CALLED) -> Teacher:
     """Return the model that is declared as `runs:/<id>/model`, as `models:/<name>/<version>`, or by a script's name.
 
-    holdout: how many training images are held out. called: how sentences name it.
-
-    Raises LabError if it is not there, its run is not finished, or it has seen images that are held out.
+    holdout: how many training images are held out. called: how sentences name it. Raises LabError if it is not there,
+    its run is not finished, or it has seen images that are held out.
     """
     try:
         with quiet(), short_timeouts():
@@ -152,9 +149,9 @@ def _model_id(store: Store, declared: str, holdout: int) -> str:
     if declared.startswith("models:/"):
         with environment_variables({"MLFLOW_TRACKING_URI": store.uri}):
             return str(mlflow.models.get_model_info(declared).model_id)
-    if match := RUN_URI.fullmatch(declared):
-        run, name = store.client.get_run(match["run_id"]), match["name"]
-    elif STEP.fullmatch(declared):
+    if match := re.fullmatch(r"runs:/([^/]+)/(.+)", declared):
+        run, name = store.client.get_run(match[1]), match[2]
+    elif re.fullmatch(r"\w[\w.-]*", declared):
         run, name = _newest_run(store, declared, holdout), "model"
     else:
         raise ValueError("it is neither runs:/<id>/model nor models:/<name>/<version> nor the name of a script")

@@ -213,10 +213,7 @@ class TrackedRun:
         client.finalize_logged_model(logged.model_id, "READY")
 
     def _logged_model(self, run: Run, name: str) -> LoggedModel:
-        """Return the run's model of that name, made if there is none.
-
-        MLflow makes a second one where the answer to its first request was lost; the oldest stays.
-        """
+        """Return the run's model of that name, made if there is none."""
         experiment_id, run_id = run.info.experiment_id, run.info.run_id
 
         def there() -> list[LoggedModel]:
@@ -225,7 +222,7 @@ class TrackedRun:
 
         if not there():
             self._client.create_logged_model(experiment_id, name, run_id, tags=resolve_tags(), params=run.data.params)
-        oldest, *others = there()
+        oldest, *others = there()  # MLflow makes a second one where the answer to its first request was lost
         for surplus in others:
             self._client.delete_logged_model(surplus.model_id)
         return oldest

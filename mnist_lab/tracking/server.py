@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 PORTS_TRIED = 20
-# Waits for the end of its input, then ends the process group $0; by force where it is there a second later.
+# Beside the server, waits for the end of its input, which is that of this program, however it ends. Then ends the
+# process group $0; by force where it is there a second later.
 GUARD = 'cat; kill -s TERM -- "-$0"; sleep 1; kill -s KILL -- "-$0"'
 
 APP, PATH = "mnist-lab", "/lab"  # the entry point in pyproject.toml that names `make_app`, and its page
@@ -64,10 +65,7 @@ def serve_ui(uri: str, port: int) -> None:
 
 
 def serve(host: str, port: int, folder: Path, workers: int, *, auth: bool, database: str) -> None:
-    """Serve MLflow to a team until interrupted; print what to set when the server is there.
-
-    folder: of the artifacts. database: the URI of one of PostgreSQL. Raises LabError.
-    """
+    """Serve MLflow to a team until interrupted, with artifacts in a folder and all else in PostgreSQL; LabError."""
     if not is_free(host, port):
         raise LabError(f"port: {port} is taken; name another with --port")
     if auth and len(os.environ.get(ADMIN_VARIABLE, "")) < LEAST_PASSWORD:
@@ -104,10 +102,7 @@ def make_app() -> FastAPI:
 
 
 def _run_mlflow(host: str, port: int, flags: Sequence[str], lines: Sequence[str]) -> None:
-    """Run `mlflow server` until interrupted, and print these lines when it is there; LabError if it does not last.
-
-    A shell beside it ends what it has started: the pipe that it reads from ends with this program, however that ends.
-    """
+    """Run `mlflow server` until interrupted, and print these lines when it is there; LabError if it does not last."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # whoever reads the output may be gone, and the server must still end
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *flags]
     environment = {

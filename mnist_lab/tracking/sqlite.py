@@ -27,7 +27,6 @@ LOCATIONS = (
 )
 
 # The limits of a tracking server's route for the histories of several runs, which its own UI uses.
-HISTORIES = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
 
 Point = tuple[str, str, int, float | None]  # run id, metric, epoch, value; None stands for NaN
@@ -50,10 +49,7 @@ def check_readable(uri: str) -> None:
 
 
 def check_writable(uri: str) -> None:
-    """Refuse a SQLite store that is not MLflow's, or that a run could not be written to; nothing is changed or left.
-
-    The database and the folders of artifacts, checkpoints and locks are tried, with room for a run. Raises LabError.
-    """
+    """Refuse a SQLite store that is not MLflow's, or that a run could not be written to; nothing is changed or left."""
     file = sqlite_file(uri)
     if file is None:
         return
@@ -78,10 +74,7 @@ def check_writable(uri: str) -> None:
 
 
 def follow_move(uri: str) -> None:
-    """Correct the absolute paths that MLflow records in a SQLite store that was moved or copied; raises LabError.
-
-    Nothing changes in a folder that the lab would not have chosen, or where the artifacts were not moved with it.
-    """
+    """Correct the absolute paths that MLflow records in a SQLite store that was moved or copied; raises LabError."""
     file = sqlite_file(uri)
     if file is None:
         return
@@ -90,11 +83,11 @@ def follow_move(uri: str) -> None:
         query = "SELECT artifact_location FROM experiments WHERE name = ?"
         old = next((location for (location,) in connection.execute(query, (EXPERIMENT_NAME,))), "")
         if old == new or not old.startswith("file:") or not old.endswith(f"/{ARTIFACTS}"):
-            return
+            return  # the user has chosen another folder
         uris = [uri for (uri,) in connection.execute("SELECT artifact_uri FROM runs") if uri.startswith(old)]
     here = file.resolve().parent / ARTIFACTS
     if uris and not any((here / uri[len(old) + 1 :]).exists() for uri in uris):
-        return
+        return  # the artifacts were not moved
     with _connection(file, "rw", "corrected, though it was moved and so its artifacts are not found") as connection:
         connection.execute("BEGIN IMMEDIATE")
         for table, column in LOCATIONS:
@@ -160,12 +153,12 @@ def read_points(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> 
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    found: list[Point] = []
+    found, route = list[Point](), "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
     run_ids, most = list(epochs), max(epochs.values(), default=1)
     at_a_time = max(1, min(RUNS_PER_REQUEST, POINTS_PER_REQUEST // (2 * most)))
     for first, metric in product(range(0, len(run_ids), at_a_time), metrics):
         params = {"run_id": run_ids[first : first + at_a_time], "metric_key": metric}
-        response = http_request(get_default_host_creds(uri), HISTORIES, "GET", params=params)  # type: ignore[no-untyped-call]
+        response = http_request(get_default_host_creds(uri), route, "GET", params=params)  # type: ignore[no-untyped-call]
         response.raise_for_status()
         points = response.json()["metrics"]
         found += [(one["run_id"], one["key"], int(one["step"]), float(one["value"])) for one in points]

@@ -138,10 +138,7 @@ def _write_unsynced(connection: sqlite3.Connection, _: object) -> None:
 
 
 def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.entities.Experiment:
-    """Return the experiment that holds all runs, made if it is not there; LabError if it was deleted.
-
-    artifact_location: of a new one; without it, a server chooses. Other errors are MLflow's and SQLAlchemy's.
-    """
+    """Return the experiment that holds all runs, made if it is not there; LabError if it was deleted."""
     client = mlflow.MlflowClient(tracking_uri=uri)
     with quiet():
         experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
@@ -276,17 +273,13 @@ def _kill_unless_locked(store: Store, run_id: str) -> bool:
 
 def search(store: Store, condition: str) -> list[Run]:
     """Return the runs that meet the condition, newest first."""
-    order = ["attributes.start_time DESC"]
     with store_failures(store, "can't be read"), short_timeouts():
-        return list(store.client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS, order_by=order))
+        return list(store.client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS))
 
 
 def process_tag() -> str:
-    """Name this process: host, number, start; then the start of the system, and the machine; "cluster" if it is one's.
-
-    Its number alone would not do: containers number anew, and two machines can have one name.
-    """
-    process = psutil.Process()
+    """Name this process: host, number, start; then the system's start, and the machine; "cluster" if it is one's."""
+    process = psutil.Process()  # its number alone would not do: containers number anew, and machines share names
     words = [socket.gethostname(), process.pid, process.create_time(), _boot(), _machine()]
     return " ".join(map(str, [*words, OF_CLUSTER] if os.environ.get(ON_CLUSTER) else words))
 
@@ -382,12 +375,9 @@ def is_deleted(uri: str, run_id: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show.
-
-    The program's logging stays as it is: the first import of mlflow.pytorch shows errors only from then on.
-    """
+    """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show."""
     root, disabled = logging.root, logging.root.manager.disable
-    level, handlers = root.level, root.handlers[:]
+    level, handlers = root.level, root.handlers[:]  # which the first import of mlflow.pytorch changes
     logging.disable(max(disabled, logging.WARNING))
     try:
         with warnings.catch_warnings(action="ignore"):
