@@ -98,7 +98,7 @@ def hold_out(mnist: Mnist, count: int) -> Mnist:
     held[(taken * of_digit % total).argsort(descending=True, stable=True)[: taken - int(held.sum())]] += 1
     if not ((held > 0) & (held < of_digit)).all():
         raise LabError(f"holdout: {count:,} of {total:,} images would leave one of the two parts without some digit")
-    order = _order(total)
+    order = _fixed_order(total)
     chosen = torch.cat([order[labels[order] == digit][: held[digit]] for digit in range(10)])
     return _held_out(mnist, chosen)
 
@@ -108,7 +108,7 @@ def images_of_fold(labels: Tensor, fold: int, folds: int) -> Tensor:
 
     Each image is in one part, the same in every run. Parts differ by one image at most, and by one of each digit.
     """
-    order = _order(len(labels))
+    order = _fixed_order(len(labels))
     by_digit = order[labels.cpu()[order].argsort(stable=True)]
     return by_digit[fold::folds].sort().values
 
@@ -119,8 +119,7 @@ def hold_out_fold(mnist: Mnist, fold: int, folds: int) -> Mnist:
     return _held_out(mnist, images_of_fold(mnist.train_labels, fold, folds))
 
 
-def _order(total: int) -> Tensor:
-    """Return the indices in an order that is the same in every run, whatever its seed."""
+def _fixed_order(total: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")
 
 

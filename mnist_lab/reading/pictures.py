@@ -98,10 +98,8 @@ def _in_mnists_form(images: object) -> NDArray[Any]:
         raise LabError(f"images: they can't be read as an array: {error}") from error
     image = (FIELD, FIELD)
     if array.shape != image and array.shape[1:] not in (image, (1, *image)):
-        raise LabError(
-            f"images: {array.dtype} {array.shape} is not (28, 28), (N, 28, 28) or (N, 1, 28, 28); give pictures of "
-            "other sizes as Pillow's images"
-        )
+        advice = "give pictures of other sizes as Pillow's images"
+        raise LabError(f"images: {array.dtype} {array.shape} is not (28, 28), (N, 28, 28) or (N, 1, 28, 28); {advice}")
     array = array.reshape(-1, *image)
     kind, most = array.dtype.kind, 1 if array.dtype.kind == "f" else 255
     if kind not in "uif" or not ((array >= 0) & (array <= most)).all():
@@ -216,8 +214,7 @@ def _ink(image: Image.Image, name: str) -> Ink:
         found = _digit_on(np.asarray(image.resize(sides, Image.Resampling.BICUBIC), dtype=np.float64) / 255, name)
     if ink.max() < LEAST_CONTRAST:
         raise NoDigit(f"{name}: there is no digit to see: it has nearly one colour all over")
-    shares: Ink = ink / ink.max()
-    return shares if stays else found
+    return ink / ink.max() if stays else found
 
 
 def _edge(image: NDArray[Any]) -> NDArray[Any]:
@@ -236,8 +233,7 @@ def _thickened(box: Ink) -> Ink:
         return box
     radius = (USUAL * pixel - stroke) / 2
     distance = ndimage.distance_transform_edt(~np.pad(box > 0.5, int(np.ceil(radius))))
-    thick: Ink = np.clip(radius + 0.5 - distance, 0, 1)
-    return thick
+    return np.clip(radius + 0.5 - distance, 0, 1)  # type: ignore[no-any-return]
 
 
 def _as_mnist(ink: Ink) -> NDArray[np.uint8]:

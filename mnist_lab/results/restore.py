@@ -25,16 +25,7 @@ from mnist_lab.running.record import DESCRIPTION, describe, target_tags, verdict
 from mnist_lab.running.study import judge_runs, log_curves, log_verdict
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import track
-from mnist_lab.tracking.store import (
-    RESTORED,
-    FinishedRun,
-    Store,
-    alone,
-    open_store,
-    search,
-    store_failures,
-    uninterrupted,
-)
+from mnist_lab.tracking.store import RESTORED, FinishedRun, Store, alone, open_store, search, uninterrupted
 from mnist_lab.verdicts.measures import TESTED, short_figures
 from mnist_lab.verdicts.targets import judge
 
@@ -85,7 +76,7 @@ def restore(
     committed = [*_committed(records, folder, marks)]
     store = open_store(tracking_uri)
     busy = f"another process is restoring runs into {store.name!r}; wait until it is through"
-    with store_failures(store, "can't be written"), alone(store.uri, "restore", busy), short_timeouts():
+    with store.failures("can't be written"), alone(store.uri, "restore", busy), short_timeouts():
         own = load_runs(store.uri).tested
         own = own[(own["status"] == "FINISHED") & (own["overrides"] == "") & own["restored"].isna()]
         missing = compress(

@@ -21,7 +21,7 @@ from mnist_lab.running.run import tried, with_teacher
 from mnist_lab.running.workers import Failed, Outcome, SeedTask, Trainers
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import read_points
-from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store, store_failures
+from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store
 from mnist_lab.verdicts.comparison import mean_interval_text
 from mnist_lab.verdicts.measures import MEASURES, TESTED, Protocol, percent, short_figures
 from mnist_lab.verdicts.statistics import aggregate
@@ -148,7 +148,7 @@ def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> list[d
     """Return a record of each epoch of these runs, with the losses and accuracies; raises LabError."""
     names, seeds = job.protocol.curves, {run.run_id: run.seed for run in runs}
     records: dict[tuple[str, int], dict[str, object]] = {}
-    with store_failures(store, "can't be read"):
+    with store.failures("can't be read"):
         for run_id, name, epoch, value in read_points(store.uri, dict.fromkeys(seeds, job.experiment.epochs), names):
             new = {"run_id": run_id, "step": job.step, "seed": seeds[run_id], "epoch": epoch}
             record = records.setdefault((run_id, epoch), {**new, **dict.fromkeys(names, math.nan)})

@@ -25,7 +25,7 @@ from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import MNIST_PIXELS
 from mnist_lab.paths import PUBLISHED
 from mnist_lab.tracking.connection import environment_variables, short_timeouts
-from mnist_lab.tracking.store import Store, quiet, replace_files, search, store_failures
+from mnist_lab.tracking.store import Store, quiet, replace_files, search
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -70,10 +70,10 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
                 raise ValueError(f"run {run.info.run_id} is {status}, not FINISHED")
             seen = run.data.params.get("holdout", "0")
             if holdout and seen != str(holdout):
-                raise ValueError(
-                    f"run {run.info.run_id} held out {seen} images, and so has seen some of the {holdout} that are "
-                    f"held out here; train it with --holdout {holdout}"
+                what = (
+                    f"run {run.info.run_id} held out {seen} images, and so has seen some of the {holdout} held out here"
                 )
+                raise ValueError(f"{what}; train it with --holdout {holdout}")
             content = _file(store, model_id).read_bytes()
             return Teacher(model_id, run.info.run_id, hashlib.sha256(content).hexdigest())
     except (MlflowException, OSError, ValueError) as error:
@@ -212,7 +212,7 @@ def register(store: Store, run_id: str) -> str:
     found = find_teacher(store, f"runs:/{run_id}/model", holdout=0, called="model")
     client = store.client
     here = environment_variables({"MLFLOW_TRACKING_URI": store.uri})  # where MLflow looks for the model's files
-    with store_failures(store, "can't be written"), quiet(), short_timeouts(), here:
+    with store.failures("can't be written"), quiet(), short_timeouts(), here:
         if not client.search_registered_models(f"name = '{NAME}'"):
             client.create_registered_model(NAME)
         versions = list(client.search_model_versions(f"name = '{NAME}' and run_id = '{run_id}'"))
@@ -225,7 +225,7 @@ def register(store: Store, run_id: str) -> str:
 
 def is_registered(store: Store) -> bool:
     """Say whether the store has a `models:/mnist@champion`; raises LabError if it can't be read."""
-    with store_failures(store, "can't be read"), quiet(), short_timeouts():
+    with store.failures("can't be read"), quiet(), short_timeouts():
         return any(ALIAS in model.aliases for model in store.client.search_registered_models(f"name = '{NAME}'"))
 
 

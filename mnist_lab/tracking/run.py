@@ -31,16 +31,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, one_line, without_password
 from mnist_lab.paths import CHECKPOINTS, own_folder
 from mnist_lab.tracking.connection import environment_variables, is_server, patience, short_timeouts, why_refused
-from mnist_lab.tracking.store import (
-    RunLock,
-    Store,
-    process_tag,
-    quiet,
-    resumable_run,
-    store_failures,
-    take_lock,
-    uninterrupted,
-)
+from mnist_lab.tracking.store import RunLock, Store, process_tag, quiet, resumable_run, take_lock, uninterrupted
 from mnist_lab.verdicts.measures import MEASURES, SHORT
 
 CALLS = [name for name in dir(mlflow) if name.startswith(("log_", "set_tag")) or name in ("start_run", "end_run")]
@@ -161,7 +152,7 @@ class TrackedRun:
         """
         example = images.cpu()
         packages = [f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")]
-        with store_failures(self._store, "failed during the run"), tempfile.TemporaryDirectory() as temporary:
+        with self._store.failures("failed during the run"), tempfile.TemporaryDirectory() as temporary:
             model = Path(temporary) / "model"
             try:
                 # torch.export prints the graph that it can't express, and takes long enough for a Ctrl-C to come in it.
@@ -229,7 +220,7 @@ class TrackedRun:
 
     @contextmanager
     def _artifact(self, name: str) -> Iterator[Path]:
-        with store_failures(self._store, "failed during the run"), tempfile.TemporaryDirectory() as temporary:
+        with self._store.failures("failed during the run"), tempfile.TemporaryDirectory() as temporary:
             yield (file := Path(temporary) / name)
             self.log_file(file)
 
@@ -238,7 +229,7 @@ class TrackedRun:
         """Write into the store, and wait for its server; raises LabError if it fails or stays away."""
         waited_for = is_server(self._store.uri)  # a signal may end a wait; it must not leave a database locked
         with (
-            store_failures(self._store, "failed during the run", then=self._what_then()),
+            self._store.failures("failed during the run", then=self._what_then()),
             patience(),
             nullcontext() if waited_for else uninterrupted(),
         ):
@@ -287,14 +278,13 @@ def track(
 
     FINISHED at its end or by `sys.exit(0)`, KILLED by KeyboardInterrupt, else FAILED, with the traceback as
     `traceback.txt` unless it is a LabError.
-    parent_run_id: the study's run that this one is a child of.
-    resume_run_id: go on with this run, with its name, params and tags.
-    reopen: that run may have finished too, and has this name and these tags from now on.
+    parent_run_id: the study's run that this one is a child of. resume_run_id: go on with this run, with its name,
+    params and tags. reopen: it may have finished too, and has this name and these tags from now on.
     """
     parent = {} if parent_run_id is None else {MLFLOW_PARENT_RUN_ID: parent_run_id}
     tracked, status = None, "FAILED"
     try:
-        with store_failures(store, "can't be written"), uninterrupted(), short_timeouts():
+        with store.failures("can't be written"), uninterrupted(), short_timeouts():
             if resume_run_id is None:
                 tracked = _create_run(store, run_name, {**tags, **parent})
                 written = [Param(name, str(value)) for name, value in params.items()]

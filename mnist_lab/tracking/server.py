@@ -74,12 +74,23 @@ def serve(host: str, port: int, folder: Path, workers: int, *, auth: bool, datab
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # others can read a command line
     if host not in (HOST, "localhost", "::1"):
         print(f"Other machines reach {host}:{port}: docs/server.md says what is protected.", file=sys.stderr)
-        os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", _allowed_hosts(host, port))
+        own = [one.address for ones in psutil.net_if_addrs().values() for one in ones if one.family == socket.AF_INET]
+        names = [host, "localhost", socket.gethostname(), socket.getfqdn(), *own]
+        allowed = ",".join(_url(name, port).removeprefix("http://") for name in names)
+        os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", allowed)
     url = _url(socket.gethostname() if host in ("0.0.0.0", "::") else host, port)  # noqa: S104
     page = f"/#/experiments/{experiment_id}/runs?{VIEW}" if auth else PATH
     lines = [f"The runs: {url}{page}", f"export MLFLOW_TRACKING_URI={url}"]
     if auth:
-        _ask_for_passwords(folder.absolute() / "auth.ini", uri)
+        file = folder.absolute() / "auth.ini"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch(mode=0o600)
+            file.write_text(AUTH_INI.format(uri=uri.replace("%", "%%")))  # as MLflow reads it
+        except OSError as error:
+            raise LabError(f"folder {file.parent}: {file.name} can't be written: {error.strerror}") from error
+        os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(file)
+        os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex(32)
         lines += ["export MLFLOW_TRACKING_USERNAME=admin", f'export MLFLOW_TRACKING_PASSWORD="${ADMIN_VARIABLE}"']
     flags = ["--workers", str(workers), "--app-name", "basic-auth" if auth else APP]
     flags += ["--serve-artifacts", "--artifacts-destination", str(folder.absolute() / ARTIFACTS)]
@@ -159,12 +170,6 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _allowed_hosts(host: str, port: int) -> str:
-    own = [one.address for ones in psutil.net_if_addrs().values() for one in ones if one.family == socket.AF_INET]
-    names = [host, "localhost", socket.gethostname(), socket.getfqdn(), *own]
-    return ",".join(_url(name, port).removeprefix("http://") for name in names)
-
-
 # ---- PostgreSQL
 
 
@@ -201,15 +206,3 @@ def _prepare(uri: str) -> tuple[str, str]:
         return bare, str(experiment_of(bare, f"mlflow-artifacts:/{EXPERIMENT_NAME}").experiment_id)
     except (psycopg.Error, MlflowException, SQLAlchemyError, CommandError) as error:
         raise LabError(f"backend store: {without_password(uri)!r} can't be used: {one_line(error)}") from error
-
-
-def _ask_for_passwords(file: Path, uri: str) -> None:
-    """Let MLflow ask for passwords; the users are in the same database."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        file.write_text(AUTH_INI.format(uri=uri.replace("%", "%%")))  # as MLflow reads it
-    except OSError as error:
-        raise LabError(f"folder {file.parent}: {file.name} can't be written: {error.strerror}") from error
-    os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(file)
-    os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex(32)

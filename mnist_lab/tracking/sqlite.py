@@ -34,8 +34,7 @@ Point = tuple[str, str, int, float | None]  # run id, metric, epoch, value; None
 
 def check_readable(uri: str) -> None:
     """Refuse a SQLite store that is not there or not MLflow's, which MLflow itself would make into one."""
-    file = sqlite_file(uri)
-    if file is None:
+    if (file := sqlite_file(uri)) is None:
         return
     with _connection(file, "ro", "read") as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -50,8 +49,7 @@ def check_readable(uri: str) -> None:
 
 def check_writable(uri: str) -> None:
     """Refuse a SQLite store that is not MLflow's, or that a run could not be written to; nothing is changed or left."""
-    file = sqlite_file(uri)
-    if file is None:
+    if (file := sqlite_file(uri)) is None:
         return
     tried = file
     try:
@@ -75,8 +73,7 @@ def check_writable(uri: str) -> None:
 
 def follow_move(uri: str) -> None:
     """Correct the absolute paths that MLflow records in a SQLite store that was moved or copied; raises LabError."""
-    file = sqlite_file(uri)
-    if file is None:
+    if (file := sqlite_file(uri)) is None:
         return
     new = artifacts_of(file)
     with _connection(file, "ro", "read") as connection:
@@ -153,7 +150,8 @@ def read_points(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> 
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    found, route = list[Point](), "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
+    route = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
+    found: list[Point] = []
     run_ids, most = list(epochs), max(epochs.values(), default=1)
     at_a_time = max(1, min(RUNS_PER_REQUEST, POINTS_PER_REQUEST // (2 * most)))
     for first, metric in product(range(0, len(run_ids), at_a_time), metrics):

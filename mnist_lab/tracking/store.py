@@ -63,6 +63,14 @@ class Store:
     def client(self) -> mlflow.MlflowClient:
         return mlflow.MlflowClient(tracking_uri=self.uri)
 
+    @contextmanager
+    def failures(self, what: str, then: str = "") -> Iterator[None]:
+        """Turn an error of the store, its server or a full disk into a LabError: store, `what`, the cause, `then`."""
+        try:
+            yield
+        except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+            raise LabError(f"tracking store {self.name!r} {what}: {why_refused(error, self.uri)}{then}") from error
+
     def check_in_place(self) -> None:
         """Refuse a SQLite database that is not where it was opened: MLflow would go on with a removed one; LabError."""
         file = sqlite_file(self.uri)
@@ -72,15 +80,6 @@ class Store:
         what = f"tracking store {self.name!r}: its database was removed, moved or replaced in the middle of the run"
         how = "name it with --tracking-uri where it is now, and what was in training goes on from its checkpoint"
         raise LabError(f"{what}; {how}")
-
-
-@contextmanager
-def store_failures(store: Store, what: str, then: str = "") -> Iterator[None]:
-    """Turn an error of the store, its server or a full disk into a LabError: store, `what`, the cause, `then`."""
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        raise LabError(f"tracking store {store.name!r} {what}: {why_refused(error, store.uri)}{then}") from error
 
 
 def open_store(uri: str | None = None) -> Store:
@@ -121,20 +120,20 @@ def _create(database: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     folder.mkdir()
     new = folder / f"{secrets.token_hex(4)}.db"  # MLflow takes a path that it has seen for one that it has made
-    event.listen(Engine, "connect", _write_unsynced)
+
+    def write_unsynced(connection: sqlite3.Connection, _: object) -> None:
+        # So the disk is waited for once, at the end, and not at each of the 1,000 commits that make the tables.
+        connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", write_unsynced)
     try:
         experiment_of(f"sqlite:///{new}", artifacts_of(database))
         with closing(sqlite3.connect(new)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # it stays so; this waits until all is on the disk
         new.replace(database)
     finally:
-        event.remove(Engine, "connect", _write_unsynced)
+        event.remove(Engine, "connect", write_unsynced)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_unsynced(connection: sqlite3.Connection, _: object) -> None:
-    """Let the disk be waited for once, at the end, and not at each of the 1,000 commits that make the tables."""
-    connection.execute("PRAGMA synchronous=OFF")
 
 
 def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.entities.Experiment:
@@ -228,7 +227,7 @@ def finished_runs(
 
 def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
     """Make a run the child of a study's run, whatever study it belonged to before."""
-    with store_failures(store, "can't be written"), uninterrupted(), short_timeouts():
+    with store.failures("can't be written"), uninterrupted(), short_timeouts():
         store.client.set_tag(run_id, MLFLOW_PARENT_RUN_ID, parent_run_id)
 
 
@@ -263,7 +262,7 @@ def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) ->
 
 def _kill_unless_locked(store: Store, run_id: str) -> bool:
     """Mark a run KILLED that stands as RUNNING; False where a process on this machine still writes it."""
-    with store_failures(store, "can't be written"), suppress(Timeout), short_timeouts(), lock_of(store, run_id) as lock:
+    with store.failures("can't be written"), suppress(Timeout), short_timeouts(), lock_of(store, run_id) as lock:
         if store.client.get_run(run_id).info.status == "RUNNING":  # it may have ended by itself since
             store.client.set_terminated(run_id, "KILLED")
         lock.remove()
@@ -273,7 +272,7 @@ def _kill_unless_locked(store: Store, run_id: str) -> bool:
 
 def search(store: Store, condition: str) -> list[Run]:
     """Return the runs that meet the condition, newest first."""
-    with store_failures(store, "can't be read"), short_timeouts():
+    with store.failures("can't be read"), short_timeouts():
         return list(store.client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS))
 
 
@@ -344,7 +343,7 @@ def can_resume(store: Store, run_id: str) -> bool:
 
 def resumable_run(store: Store, run_id: str, *, finished_too: bool = False) -> Run:
     """Return the run; raises LabError if it is not there, was deleted, has finished, or is in training."""
-    with store_failures(store, f"can't give run {run_id}"), short_timeouts():
+    with store.failures(f"can't give run {run_id}"), short_timeouts():
         run = store.client.get_run(run_id)
     if run.info.lifecycle_stage == LifecycleStage.DELETED:
         raise LabError(f"resume: run {run_id} was deleted in MLflow: restore it there, or train anew")
