@@ -66,14 +66,12 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
             model_id = _model_id(store, declared, holdout)
             run = store.client.get_run(str(store.client.get_logged_model(model_id).source_run_id))
             status = "deleted" if run.info.lifecycle_stage == LifecycleStage.DELETED else run.info.status
+            named, seen = f"run {run.info.run_id}", run.data.params.get("holdout", "0")
             if status != "FINISHED":
-                raise ValueError(f"run {run.info.run_id} is {status}, not FINISHED")
-            seen = run.data.params.get("holdout", "0")
+                raise ValueError(f"{named} is {status}, not FINISHED")
             if holdout and seen != str(holdout):
-                what = (
-                    f"run {run.info.run_id} held out {seen} images, and so has seen some of the {holdout} held out here"
-                )
-                raise ValueError(f"{what}; train it with --holdout {holdout}")
+                why = f"{named} held out {seen} images, and so has seen some of the {holdout} that are held out here"
+                raise ValueError(f"{why}; train it with --holdout {holdout}")
             content = _file(store, model_id).read_bytes()
             return Teacher(model_id, run.info.run_id, hashlib.sha256(content).hexdigest())
     except (MlflowException, OSError, ValueError) as error:
@@ -90,14 +88,15 @@ def load_teacher(
     try:
         with quiet(), short_timeouts():
             file = _file(store, teacher.model_id)
-            return _load_exported(file, teacher.sha256, device, normalize, own=_normalize_of(file, normalize))
+            own = _normalize_of(file, normalize)
+            return _load_exported(file.read_bytes(), teacher.sha256, device, normalize, own=own)
     except Exception as error:  # what a store gives can be broken in many ways
         named = f"{called} {teacher.model_id} of run {teacher.run_id}"
         raise LabError(f"{named} can't be loaded: {one_line(error)}") from error
 
 
 def _load_exported(
-    file: Path, sha256: str, device: torch.device, given: tuple[float, float], *, own: tuple[float, float]
+    content: bytes, sha256: str, device: torch.device, given: tuple[float, float], *, own: tuple[float, float]
 ) -> nn.Module:
     """Return the network in a file of torch.export's, frozen; torch has many ways to refuse one.
 
@@ -105,9 +104,9 @@ def _load_exported(
     """
     from torch.export.passes import move_to_device_pass  # slow to import
 
-    if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError("its file is another one than its digest says")
-    net: nn.Module = move_to_device_pass(_read_exported(file), device).module()
+    net: nn.Module = move_to_device_pass(_read_exported(content), device).module()
     net.requires_grad_(False)
     with torch.inference_mode():
         shape = tuple(net(torch.zeros(2, 1, 28, 28, device=device)).shape)
@@ -116,11 +115,10 @@ def _load_exported(
     return net if own == given else _Renormalized(net, given, own)
 
 
-def _read_exported(file: Path) -> ExportedProgram:
+def _read_exported(content: bytes) -> ExportedProgram:
     """Read a file of torch.export's; ValueError if it holds more than a plain network, which torch would unpickle."""
     from torch.export.pt2_archive._package import PT2ArchiveReader, load_pt2  # torch.export.load falls back to pickles
 
-    content = file.read_bytes()
     archive = PT2ArchiveReader(io.BytesIO(content))
     for name in archive.get_file_names():
         if PLAIN_PARTS.fullmatch(name) is None:
@@ -234,7 +232,7 @@ def commit(store: Store, origin: Origin, folder: Path = PUBLISHED) -> list[Path]
     found = find_teacher(store, f"runs:/{origin.run_id}/model", holdout=0, called="model")
     file, network = _file(store, found.model_id), io.BytesIO()
     with quiet():
-        exported = _read_exported(file)
+        exported = _read_exported(file.read_bytes())
         for module in exported.graph_module.modules():  # torch notes in which files the layers are written
             for node in module.graph.nodes if hasattr(module, "graph") else ():
                 node.meta.pop("stack_trace", None)
@@ -258,6 +256,6 @@ def load_committed(folder: Path = PUBLISHED) -> tuple[nn.Module, Origin]:
     file, cpu = folder / NETWORK, torch.device("cpu")
     try:
         with quiet():
-            return _load_exported(file, origin.sha256, cpu, MNIST_PIXELS, own=origin.normalize), origin
+            return _load_exported(file.read_bytes(), origin.sha256, cpu, MNIST_PIXELS, own=origin.normalize), origin
     except Exception as error:
         raise LabError(f"champion {file} can't be loaded: {one_line(error)}") from error
