@@ -85,8 +85,7 @@ class Store:
 def open_store(uri: str | None = None) -> Store:
     """Make the store ready for runs, and close those in it whose process is gone; several processes may do so at once.
 
-    A SQLite database is made on first use. It gets its artifacts in `artifacts/` beside it, and write-ahead logging, so
-    that reading does not block writing. Raises LabError.
+    A SQLite database is made on first use, with `artifacts/` beside it. Raises LabError.
     """
     uri = tracking_uri(uri)
     if time.time() < 0:  # MLflow takes no time before 1970
@@ -129,7 +128,7 @@ def _create(database: Path) -> None:
     try:
         experiment_of(f"sqlite:///{new}", artifacts_of(database))
         with closing(sqlite3.connect(new)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")  # it stays so; this waits until all is on the disk
+            connection.execute("PRAGMA journal_mode=WAL")  # it stays so: reading blocks no writing. Waits for the disk
         new.replace(database)
     finally:
         event.remove(Engine, "connect", write_unsynced)
@@ -239,12 +238,11 @@ def close_abandoned(store: Store) -> None:
     """
     running = {run.info.run_id: run for run in reversed(search(store, "attributes.status = 'RUNNING'"))}
     for run_id, run in [*running.items()]:  # parents first
-        parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
-        is_orphan = parent not in (None, *running) and run.data.tags.get("process", "").endswith(f" {OF_CLUSTER}")
+        parent, process = run.data.tags.get(MLFLOW_PARENT_RUN_ID), {*run.data.tags.get("process", "").split()}
+        is_orphan = parent not in (None, *running) and OF_CLUSTER in process
         # Another machine may reach the folder of locks by a network that shows it none. What counts is that the process
         # ran under this system, in whatever container, or on this machine before its restart.
-        named = {*run.data.tags.get("process", "").split()}
-        is_of_here = _boot() in named or {socket.gethostname(), _machine()} <= named
+        is_of_here = _boot() in process or {socket.gethostname(), _machine()} <= process
         seen = is_of_here and Path(lock_of(store, run_id).lock_file).exists()
         if (seen or is_orphan) and _kill_unless_locked(store, run_id):
             del running[run_id]
