@@ -24,13 +24,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
-from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, one_line, without_password
 from mnist_lab.paths import CHECKPOINTS, own_folder
-from mnist_lab.tracking.connection import environment_variables, is_server, patience, short_timeouts, why_refused
+from mnist_lab.tracking.connection import environment_variables, is_server, patience, short_timeouts
 from mnist_lab.tracking.store import RunLock, Store, process_tag, quiet, resumable_run, take_lock, uninterrupted
 from mnist_lab.verdicts.measures import MEASURES, SHORT
 
@@ -248,17 +247,17 @@ class TrackedRun:
 
     def close(self, status: str) -> None:
         """Close the run. Where that fails, its lock's file stays, free: so the next run here sees that it has ended."""
+        finished = status == "FINISHED"
+        what, then = f"fails: the run {self.run_id} could not be marked {status}", self._what_then() if finished else ""
         try:
-            with patience() if status == "FINISHED" else short_timeouts():
+            with self._store.failures(what, then), patience() if finished else short_timeouts():
                 self._store.check_in_place()
                 self._client.set_terminated(self.run_id, status, self._now())
-            self._lock.remove()
-        except (MlflowException, SQLAlchemyError, OSError, LabError) as error:
-            reason = why_refused(error, self._store.uri)
-            message = f"tracking store: the run {self.run_id} could not be marked {status}: {reason}"
-            if status == "FINISHED":
-                raise LabError(message + self._what_then()) from error
-            logger.warning(message)  # what ended the block matters more
+                self._lock.remove()
+        except LabError as error:
+            if finished:
+                raise
+            logger.warning(str(error))  # what ended the block matters more
         finally:
             self._lock.release()
 
