@@ -34,6 +34,7 @@ NAME, ALIAS = "mnist", "champion"
 CHAMPION = f"models:/{NAME}@{ALIAS}"
 NETWORK, ORIGIN = "champion.pt2", "champion.json"
 CALLED = "objective: teacher"
+Scale = tuple[float, float]  # the mean and standard deviation by which images are normalised
 # What is in such a file: numbers, JSON, and an example of the inputs.
 PLAIN_PARTS = re.compile(
     r"models/model\.json|data/sample_inputs/model\.pt|data/weights/(weight_\d+|model_weights_config\.json)"
@@ -72,14 +73,14 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
             if holdout and seen != str(holdout):
                 why = f"{named} held out {seen} images, and so has seen some of the {holdout} that are held out here"
                 raise ValueError(f"{why}; train it with --holdout {holdout}")
-            content = _file(store, model_id).read_bytes()
+            content, _ = _network_of(store, model_id)
             return Teacher(model_id, run.info.run_id, hashlib.sha256(content).hexdigest())
     except (MlflowException, OSError, ValueError) as error:
         raise LabError(f"{called} {declared!r}: {one_line(error)}") from error
 
 
 def load_teacher(
-    store: Store, teacher: Teacher, device: torch.device, normalize: tuple[float, float], *, called: str = CALLED
+    store: Store, teacher: Teacher, device: torch.device, normalize: Scale, *, called: str = CALLED
 ) -> nn.Module:
     """Return the teacher, frozen, in evaluation mode, on the device; raises LabError.
 
@@ -87,21 +88,15 @@ def load_teacher(
     """
     try:
         with quiet(), short_timeouts():
-            file = _file(store, teacher.model_id)
-            own = _normalize_of(file, normalize)
-            return _load_exported(file.read_bytes(), teacher.sha256, device, normalize, own=own)
+            content, own = _network_of(store, teacher.model_id, normalize)
+            return _load_exported(content, teacher.sha256, device, normalize, own=own)
     except Exception as error:  # what a store gives can be broken in many ways
         named = f"{called} {teacher.model_id} of run {teacher.run_id}"
         raise LabError(f"{named} can't be loaded: {one_line(error)}") from error
 
 
-def _load_exported(
-    content: bytes, sha256: str, device: torch.device, given: tuple[float, float], *, own: tuple[float, float]
-) -> nn.Module:
-    """Return the network in a file of torch.export's, frozen; torch has many ways to refuse one.
-
-    given, own: mean and standard deviation of the images that it will be given, and of those it was trained with.
-    """
+def _load_exported(content: bytes, sha256: str, device: torch.device, given: Scale, *, own: Scale) -> nn.Module:
+    """Return the network in a file of torch.export's, frozen, for images `given`; `own`: those it was trained with."""
     from torch.export.passes import move_to_device_pass  # slow to import
 
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -134,7 +129,7 @@ def _read_exported(content: bytes) -> ExportedProgram:
 
 
 class _Renormalized(nn.Module):
-    def __init__(self, net: nn.Module, given: tuple[float, float], own: tuple[float, float]) -> None:
+    def __init__(self, net: nn.Module, given: Scale, own: Scale) -> None:
         super().__init__()
         self.net, self.given, self.own = net, given, own
 
@@ -170,19 +165,16 @@ def _newest_run(store: Store, step: str, holdout: int) -> Run:
     raise ValueError(f"{store.name!r} has no finished run of that script as {declared}; {advice}")
 
 
-def _file(store: Store, model_id: str) -> Path:
-    """Return the model's file on this machine; raises ValueError if it is in another format than torch.export's."""
+def _network_of(store: Store, model_id: str, normalize: Scale = MNIST_PIXELS) -> tuple[bytes, Scale]:
+    """Return a model's file of torch.export's, and how its input is normalised, by default as given; ValueError."""
     location = store.client.get_logged_model(model_id).artifact_location
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, tracking_uri=store.uri))
-    if not (folder / "data" / "model.pt2").is_file():
+    file = folder / "data" / "model.pt2"
+    if not file.is_file():
         how = "log it with serialization_format='pt2'"
         raise ValueError(f"it is not kept by torch.export, so loading it might run code; {how}")
-    return folder / "data" / "model.pt2"
-
-
-def _normalize_of(file: Path, default: tuple[float, float]) -> tuple[float, float]:
-    mean, deviation = (Model.load(str(file.parents[1])).metadata or {}).get("normalize", default)
-    return mean, deviation
+    mean, deviation = (Model.load(str(folder)).metadata or {}).get("normalize", normalize)
+    return file.read_bytes(), (mean, deviation)
 
 
 # ---- the champion
@@ -201,7 +193,7 @@ class Origin:
     git_commit: str
     hardware: str
     torch: str
-    normalize: tuple[float, float] = MNIST_PIXELS
+    normalize: Scale = MNIST_PIXELS
     sha256: str = ""  # of the file with the network
 
 
@@ -230,16 +222,16 @@ def is_registered(store: Store) -> bool:
 def commit(store: Store, origin: Origin, folder: Path = PUBLISHED) -> list[Path]:
     """Write the network of the run that `origin` names into the folder, with the origin beside it; return the files."""
     found = find_teacher(store, f"runs:/{origin.run_id}/model", holdout=0, called="model")
-    file, network = _file(store, found.model_id), io.BytesIO()
+    (content, normalize), network = _network_of(store, found.model_id), io.BytesIO()
     with quiet():
-        exported = _read_exported(file.read_bytes())
+        exported = _read_exported(content)
         for module in exported.graph_module.modules():  # torch notes in which files the layers are written
             for node in module.graph.nodes if hasattr(module, "graph") else ():
                 node.meta.pop("stack_trace", None)
         torch.export.save(exported, network)
     digest = hashlib.sha256(network.getvalue()).hexdigest()
-    content = asdict(origin) | {"normalize": _normalize_of(file, origin.normalize), "sha256": digest}
-    files = {folder / NETWORK: network.getvalue(), folder / ORIGIN: f"{json.dumps(content, indent=2)}\n".encode()}
+    kept = json.dumps(asdict(origin) | {"normalize": normalize, "sha256": digest}, indent=2)
+    files = {folder / NETWORK: network.getvalue(), folder / ORIGIN: f"{kept}\n".encode()}
     replace_files(files)
     return list(files)
 
