@@ -300,8 +300,7 @@ def _likeliest(ink: Ink, steep: Ink) -> tuple[float, NDArray[np.bool_], bool]:
 
     Returns also where that part and the rest of its digit are, and whether there is another digit beside it.
     """
-    visible = ink[ink > LEAST_CONTRAST / 2]
-    strong = ink > max(LEAST_CONTRAST, 0.45 * np.percentile(visible, 98) if visible.size else 1)
+    strong = ink > max(LEAST_CONTRAST, _otsu(ink[ink > LEAST_CONTRAST / 2]))
     labels, count = ndimage.label(strong, np.ones((3, 3)))
     if not count:
         return -1, strong, False
@@ -325,3 +324,14 @@ def _likeliest(ink: Ink, steep: Ink) -> tuple[float, NDArray[np.bool_], bool]:
     beside = (across >= 0) & (-down > 0.6 * sides[0]) & (scores > 0.4 * best) & (np.minimum(real, real[first]) > INK)
     chosen = (scores >= 0.2 * best) & (np.maximum(down, across) < 0.25 * sides.max())
     return float(best), np.isin(labels, np.flatnonzero(chosen) + 1), bool(beside.any())
+
+
+def _otsu(values: NDArray[np.float64]) -> float:
+    """Return the threshold that parts values into two classes that differ most. Otsu, 1979."""
+    below = np.arange(1, values.size)
+    if not below.size:
+        return 1
+    ordered, above = np.sort(values), values.size - below
+    sums = ordered.cumsum()
+    gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
+    return float(ordered[(below * above * gap**2).argmax()])
