@@ -11,7 +11,6 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlflow
 import torch
@@ -26,9 +25,6 @@ from mnist_lab.experiment import MNIST_PIXELS
 from mnist_lab.paths import PUBLISHED
 from mnist_lab.tracking.connection import environment_variables, short_timeouts
 from mnist_lab.tracking.store import Store, quiet, replace_files, search
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 NAME, ALIAS = "mnist", "champion"
 CHAMPION = f"models:/{NAME}@{ALIAS}"
@@ -110,7 +106,7 @@ def _load_exported(content: bytes, sha256: str, device: torch.device, given: Sca
     return net if own == given else _Renormalized(net, given, own)
 
 
-def _read_exported(content: bytes) -> ExportedProgram:
+def _read_exported(content: bytes) -> torch.export.ExportedProgram:
     """Read a file of torch.export's; ValueError if it holds more than a plain network, which torch would unpickle."""
     from torch.export.pt2_archive._package import PT2ArchiveReader, load_pt2  # torch.export.load falls back to pickles
 
@@ -124,8 +120,7 @@ def _read_exported(content: bytes) -> ExportedProgram:
                 raise ValueError(f"its {name!r} names a pickle, which may be code")
         elif name.endswith("model.pt"):
             torch.load(io.BytesIO(archive.read_bytes(name)), weights_only=True)
-    program: ExportedProgram = load_pt2(io.BytesIO(content)).exported_programs["model"]
-    return program
+    return load_pt2(io.BytesIO(content)).exported_programs["model"]
 
 
 class _Renormalized(nn.Module):

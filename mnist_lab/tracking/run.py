@@ -193,7 +193,7 @@ class TrackedRun:
             if not _is_there_already(error):
                 raise
         points = [point for key in run.data.metrics for point in client.get_metric_history(run_id, key)]
-        once = [(one.key, one.value, one.timestamp, 0) for one in points if one.step == 0]  # which a model belongs to
+        once = [(one.key, one.value, one.timestamp, 0) for one in points if one.step == 0]  # of the whole run
         client.log_batch(run_id, metrics=[Metric(*one, logged.model_id, run_id=run_id) for one in once])
         model = Model.load(str(folder))
         model.run_id, model.model_id, model.model_uuid = run_id, logged.model_id, logged.model_id
