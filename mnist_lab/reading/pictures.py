@@ -27,14 +27,9 @@ if TYPE_CHECKING:  # a file that is no picture is refused before MLflow and torc
 # Pillow's other formats are rare, and one of them starts a program (EPS).
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
-WORKING_SIZE = 640  # the longer side; a digit ends at 20 pixels
-FAINTEST_INK = 0.05  # of the darkest: what is fainter doesn't count for the box around a digit
 BOX, FIELD = 20, 28  # pixels: a digit of MNIST, and the image that it is centred in
 THINNEST, USUAL = 1.5, 2.5  # pixels: the width of a stroke in MNIST
-IMAGES_AT_ONCE = 1_000  # that the network is given
 UNSURE = 0.8  # probability of the likeliest digit below which a picture may show something else
-SHADES = " .:-=+*#%@"
-COMMITTED = "docs/results"  # the name of the champion that comes with the project
 
 Ink = NDArray[np.float64]
 
@@ -103,10 +98,8 @@ def _in_mnists_form(images: object) -> NDArray[Any]:
         raise LabError(f"images: they can't be read as an array: {error}") from error
     image = (FIELD, FIELD)
     if array.shape != image and array.shape[1:] not in (image, (1, *image)):
-        raise LabError(
-            f"images: {array.dtype} {array.shape} is not (28, 28), (N, 28, 28) or (N, 1, 28, 28); give pictures of "
-            "other sizes as Pillow's images"
-        )
+        advice = "give pictures of other sizes as Pillow's images"
+        raise LabError(f"images: {array.dtype} {array.shape} is not (28, 28), (N, 28, 28) or (N, 1, 28, 28); {advice}")
     array = array.reshape(-1, *image)
     kind, most = array.dtype.kind, 1 if array.dtype.kind == "f" else 255
     if kind not in "uif" or not ((array >= 0) & (array <= most)).all():
@@ -116,8 +109,6 @@ def _in_mnists_form(images: object) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class Reader:
-    """A tracked network."""
-
     run_id: str
     run_name: str
     net: nn.Module
@@ -131,7 +122,7 @@ class Reader:
         scale = 1 if digits.dtype.kind == "f" else 255
         images = torch.from_numpy(np.ascontiguousarray(digits, dtype=np.float32))[:, None] / scale
         with torch.inference_mode():
-            shares = [self.net(normalize(part)).softmax(dim=1) for part in torch.split(images, IMAGES_AT_ONCE)]
+            shares = [self.net(normalize(part)).softmax(dim=1) for part in torch.split(images, 1_000)]
         return torch.cat(shares).numpy()
 
 
@@ -150,7 +141,7 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
     from mnist_lab.tracking.store import open_store
 
     uri = resolve_uri(tracking_uri)
-    if model in (None, COMMITTED):
+    if model in (None, "docs/results"):
         if model or not is_there(uri) or not models.is_registered(open_store(uri)):
             net, origin = models.load_committed()
             return Reader(origin.run_id, f"{origin.step} seed {origin.seed}, the champion of docs/results", net)
@@ -168,7 +159,7 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
 
 def picture_of(digit: NDArray[np.uint8]) -> str:
     """Return a (28, 28) image as 28 lines of text, two letters a pixel."""
-    return "\n".join("".join(2 * SHADES[value * len(SHADES) // 256] for value in row.tolist()) for row in digit)
+    return "\n".join("".join(2 * " .:-=+*#%@"[value * 10 // 256] for value in row.tolist()) for row in digit)
 
 
 def shown(file: Path | BytesIO) -> str:
@@ -184,17 +175,16 @@ def _open(file: Path | BytesIO) -> Image.Image:
         with warnings.catch_warnings(action="ignore"):  # of odd tags
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
-                frames = getattr(image, "n_frames", 1)
-                if frames > 1 and image.format != "MPO":  # a telephone's JPEG
-                    raise LabError(f"{shown(file)}: it holds {frames} pictures; give one that is still")
+                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a telephone's JPEG
                 image.load()
-                return _flat(ImageOps.exif_transpose(image))
-    except LabError:  # a ValueError too
-        raise
+                flat = _flat(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise LabError(f"{shown(file)}: it is not a picture that can be read ({', '.join(FORMATS)})") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise LabError(f"{shown(file)}: it can't be read: {text_of(error)}") from error
+    if frames > 1:
+        raise LabError(f"{shown(file)}: it holds {frames} pictures; give one that is still")
+    return flat
 
 
 def _flat(image: Image.Image) -> Image.Image:
@@ -203,7 +193,7 @@ def _flat(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.float32)
         image = Image.fromarray(((values - values.min()) / max(float(np.ptp(values)), 1e-9) * 255).astype(np.uint8))
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    image.thumbnail((WORKING_SIZE, WORKING_SIZE))
+    image.thumbnail((640, 640))  # of which a digit gets 20
     if image.mode == "RGB":
         return image
     pixels = np.asarray(image, dtype=np.float64)
@@ -214,21 +204,17 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def _ink(image: Image.Image, name: str) -> Ink:
-    """Return how much ink each pixel has, 0 to 1; raises LabError where there is no digit, or more than one.
-
-    A small picture on an even ground stays as it is, like MNIST's own; another is looked at in a photo's size.
-    """
+    """Return how much ink each pixel has, 0 to 1; raises LabError where there is no digit, or more than one."""
     pixels = np.asarray(image, dtype=np.float64) / 255
     ink: Ink = np.abs(pixels - np.median(_edge(pixels), axis=0)).max(axis=2)
-    is_small = max(image.size) <= PHOTO
     is_even = (_edge(ink) >= LEAST_CONTRAST).mean() < 0.1 and (ink > ink.max() / 2).mean() < 0.5
-    if not (is_small and is_even and image.size == (FIELD, FIELD)):
+    stays = is_even and max(image.size) <= PHOTO  # like MNIST's own; another is looked at in a photo's size
+    if not stays or image.size != (FIELD, FIELD):
         sides = [max(side, round(side * PHOTO / max(image.size))) for side in image.size]
         found = _digit_on(np.asarray(image.resize(sides, Image.Resampling.BICUBIC), dtype=np.float64) / 255, name)
     if ink.max() < LEAST_CONTRAST:
-        raise NoDigit(f"{name}: {ONE_COLOUR}")
-    shares: Ink = ink / ink.max()
-    return shares if is_small and is_even else found
+        raise NoDigit(f"{name}: there is no digit to see: it has nearly one colour all over")
+    return ink / ink.max() if stays else found
 
 
 def _edge(image: NDArray[Any]) -> NDArray[Any]:
@@ -247,13 +233,11 @@ def _thickened(box: Ink) -> Ink:
         return box
     radius = (USUAL * pixel - stroke) / 2
     distance = ndimage.distance_transform_edt(~np.pad(box > 0.5, int(np.ceil(radius))))
-    thick: Ink = np.clip(radius + 0.5 - distance, 0, 1)
-    return thick
+    return np.clip(radius + 0.5 - distance, 0, 1)  # type: ignore[no-any-return]
 
 
 def _as_mnist(ink: Ink) -> NDArray[np.uint8]:
-    rows, columns = (np.flatnonzero((ink > FAINTEST_INK).any(axis=axis)) for axis in (1, 0))
-    box = _thickened(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    box = _thickened(ink[ndimage.find_objects((ink > 0.05).astype(int))[0]])  # but for the faintest ink
     height, width = (max(1, round(side * BOX / max(box.shape))) for side in box.shape)
     if box.shape != (height, width):
         resized = Image.fromarray(box.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
@@ -278,8 +262,6 @@ LEAST_CONTRAST = 0.08  # between ink and paper, of all that there can be
 INK = 0.9  # of a part's border is an edge in the picture; of ground that was cut off, less
 EVEN = 0.008  # a ground that differs less over half of the picture is not a photo's
 THICKEST = 4  # of the longer side: a stroke that is wider than a fourth of it is ground
-ONE_COLOUR = "there is no digit to see: it has nearly one colour all over"
-UNEVEN = "there is no digit to see: the ground is uneven; crop to the digit"
 
 
 def _digit_on(pixels: Ink, name: str) -> Ink:
@@ -301,68 +283,55 @@ def _digit_on(pixels: Ink, name: str) -> Ink:
         dark = (paper - 0.1 - smooth) / paper, steep / paper.min(axis=2)
         changes = [dark, (smooth - ndimage.grey_opening(smooth, window), steep)]
     inks = [(np.clip(change.max(axis=2) - np.median(change.max(axis=2)), 0, None), edges) for change, edges in changes]
-    found = [(ink, parts) for ink, edges in inks if (parts := _Parts(ink, edges)).scores.size]
-    if not found:
+    found = [(*_likeliest(ink, edges), ink) for ink, edges in inks]
+    score, where, several, ink = max(found, key=lambda one: one[0])
+    if score < 0:
         uneven = np.ptp(smooth, axis=(0, 1)).max() >= 2 * LEAST_CONTRAST
-        raise NoDigit(f"{name}: {UNEVEN if uneven else ONE_COLOUR}")
-    ink, parts = max(found, key=lambda one: float(one[1].scores.max()))
-    ink = np.where(ndimage.binary_dilation(parts.digit(name), iterations=2), ink, 0)
+        why = "the ground is uneven; crop to the digit" if uneven else "it has nearly one colour all over"
+        raise NoDigit(f"{name}: there is no digit to see: {why}")
+    if several:
+        raise LabError(f"{name}: there is more than one digit in it; crop to one")
+    ink = np.where(ndimage.binary_dilation(where, iterations=2), ink, 0)
     return np.minimum(ink / float(np.percentile(ink[ink > 0], 95)), 1)
 
 
-class _Parts:
-    """The connected parts of ink, and how much each is like the stroke of a digit."""
+def _likeliest(ink: Ink, steep: Ink) -> tuple[float, NDArray[np.bool_], bool]:
+    """Score the connected part of the ink that is most like a stroke; below nothing where there is no ink.
 
-    def __init__(self, ink: Ink, steep: Ink) -> None:
-        strong = ink > max(LEAST_CONTRAST, _otsu(ink[ink > LEAST_CONTRAST / 2]))
-        self.labels, count = ndimage.label(strong, np.ones((3, 3)))
-        numbers = np.arange(1, count + 1)
-        self.boxes = ndimage.find_objects(self.labels)
-        self.scores = np.array([])
-        if not count:
-            return
-        areas = ndimage.sum_labels(strong, self.labels, numbers)
-        distance = ndimage.distance_transform_edt(np.pad(strong, 1))[1:-1, 1:-1]  # to the border of the stroke
-        half_widths = ndimage.maximum(distance, self.labels, numbers)
-        length = np.minimum(areas / (4 * half_widths**2), 4)  # in widths
-        inside = np.where(np.isin(numbers, _edge(self.labels)), 0.1, 1)
-        contrast = ndimage.mean(ink, self.labels, numbers)
-        # Ground that the window cut off has borders where the picture has none.
-        border = np.where(strong & ~ndimage.binary_erosion(strong, np.ones((3, 3), bool)), self.labels, 0)
-        is_edge = np.minimum(steep / (0.1 * np.append(1, contrast)[self.labels]), 1)
-        self.real = ndimage.mean(is_edge, border, numbers)
-        self.scores = contrast * areas**0.25 * length * inside * self.real**4
-
-    def digit(self, name: str) -> NDArray[np.bool_]:
-        """Return where the likeliest stroke and the rest of its digit are; raises LabError if there are two."""
-        first = int(self.scores.argmax())
-        rows, columns = self.boxes[first]
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        reach = 0.25 * max(height, width)
-        chosen = [first]
-        for n in np.flatnonzero(self.scores >= 0.2 * self.scores[first]):
-            down, across = (_gap(one, other) for one, other in zip(self.boxes[n], (rows, columns), strict=True))
-            beside = n != first and across >= 0 and -down > 0.6 * height
-            if beside and self.scores[n] > 0.4 * self.scores[first] and min(self.real[first], self.real[n]) > INK:
-                raise LabError(f"{name}: there is more than one digit in it; crop to one")
-            if max(down, across) < reach:
-                chosen.append(int(n))
-        return np.isin(self.labels, np.array(chosen) + 1)
-
-
-def _gap(one: slice, other: slice) -> int:
-    """Return how far two boxes are apart in one direction; below nothing where they overlap, by how much."""
-    return int(max(one.start, other.start) - min(one.stop, other.stop))
+    Returns also where that part and the rest of its digit are, and whether there is another digit beside it.
+    """
+    strong = ink > max(LEAST_CONTRAST, _otsu(ink[ink > LEAST_CONTRAST / 2]))
+    labels, count = ndimage.label(strong, np.ones((3, 3)))
+    if not count:
+        return -1, strong, False
+    numbers = np.arange(1, count + 1)
+    areas = ndimage.sum_labels(strong, labels, numbers)
+    distance = ndimage.distance_transform_edt(np.pad(strong, 1))[1:-1, 1:-1]  # to the border of the stroke
+    length = np.minimum(areas / (2 * ndimage.maximum(distance, labels, numbers)) ** 2, 4)  # in widths
+    inside = np.where(np.isin(numbers, _edge(labels)), 0.1, 1)
+    contrast = ndimage.mean(ink, labels, numbers)
+    # Ground that the window cut off has borders where the picture has none.
+    border = np.where(strong & ~ndimage.binary_erosion(strong, np.ones((3, 3), bool)), labels, 0)
+    is_edge = np.minimum(steep / (0.1 * np.append(1, contrast)[labels]), 1)
+    real = ndimage.mean(is_edge, border, numbers)
+    scores = contrast * areas**0.25 * length * inside * real**4
+    first, best = int(scores.argmax()), scores.max()
+    boxes = np.array([[(side.start, side.stop) for side in box] for box in ndimage.find_objects(labels)])
+    starts, stops = boxes[..., 0], boxes[..., 1]  # (N, 2): down and across
+    sides = stops[first] - starts[first]
+    # How far each box is from the likeliest one's; below nothing where they overlap, by how much.
+    down, across = (np.maximum(starts, starts[first]) - np.minimum(stops, stops[first])).T
+    beside = (across >= 0) & (-down > 0.6 * sides[0]) & (scores > 0.4 * best) & (np.minimum(real, real[first]) > INK)
+    chosen = (scores >= 0.2 * best) & (np.maximum(down, across) < 0.25 * sides.max())
+    return float(best), np.isin(labels, np.flatnonzero(chosen) + 1), bool(beside.any())
 
 
 def _otsu(values: NDArray[np.float64]) -> float:
     """Return the threshold that parts values into two classes that differ most. Otsu, 1979."""
-    if not values.size:
-        return 1.0
-    counts, edges = np.histogram(values, bins=128)
-    middles = (edges[:-1] + edges[1:]) / 2
-    below = counts.cumsum()[:-1]
-    above = values.size - below
-    sums = (counts * middles).cumsum()
-    gap = sums[:-1] / np.maximum(below, 1) - (sums[-1] - sums[:-1]) / np.maximum(above, 1)
-    return float(middles[:-1][(below * above * gap**2).argmax()])
+    below = np.arange(1, values.size)
+    if not below.size:
+        return 1
+    ordered, above = np.sort(values), values.size - below
+    sums = ordered.cumsum()
+    gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
+    return float(ordered[(below * above * gap**2).argmax()])

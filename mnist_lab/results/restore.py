@@ -22,7 +22,7 @@ from mnist_lab.running.run import DESCRIPTION, describe, target_tags, verdict_ta
 from mnist_lab.running.study import judge_runs, log_curves, log_verdict
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import track
-from mnist_lab.tracking.store import FinishedRun, Store, alone, open_store, search, store_failures, uninterrupted
+from mnist_lab.tracking.store import FinishedRun, Store, alone, open_store, search, uninterrupted
 from mnist_lab.verdicts.measures import TESTED, short_figures
 from mnist_lab.verdicts.targets import judge
 
@@ -67,7 +67,7 @@ def restore(folder: Path, *, commit: str, tracking_uri: str | None = None, progr
     committed = [*_committed(records, folder, marks)]
     store = open_store(tracking_uri)
     busy = f"another process is restoring runs into {store.name!r}; wait until it is through"
-    with store_failures(store, "can't be written"), alone(store.uri, "restore", busy), short_timeouts():
+    with store.failures("can't be written"), alone(store.uri, "restore", busy), short_timeouts():
         own = load_runs(store.uri).tested
         own = own[(own["status"] == "FINISHED") & (own["overrides"] == "") & own["restored"].isna()]
         there = files.among(records.runs, files.cells(own, files.RUN_COLUMNS), *files.RUN_COLUMNS)

@@ -33,7 +33,7 @@ from mnist_lab.paths import EXPERIMENT_NAME, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
 from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.sqlite import check_readable, follow_move, read_points
-from mnist_lab.tracking.store import MAX_RUNS, Store, check_not_deleted, find_run, store_failures
+from mnist_lab.tracking.store import MAX_RUNS, Store, check_not_deleted, find_run
 from mnist_lab.verdicts.comparison import step_order
 from mnist_lab.verdicts.measures import FOLDED, HELD_OUT, MEASURES, TESTED, protocol
 
@@ -350,7 +350,7 @@ def reading(uri: str) -> Iterator[None]:
     """Turn what MLflow and the database raise on a store that can't be read into a sentence."""
     retries = os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default, 7, waits for minutes
     asked = environment_variables({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries})
-    with store_failures(Store(uri, experiment_id=""), "can't be read"), asked:
+    with Store(uri, experiment_id="").failures("can't be read"), asked:
         yield
 
 

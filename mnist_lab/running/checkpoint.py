@@ -61,10 +61,7 @@ def save(checkpoint: Checkpoint, uri: str) -> None:
     script, epochs = checkpoint.script.removeprefix(f"{PROJECT_ROOT}/"), [asdict(epoch) for epoch in checkpoint.epochs]
     content = io.BytesIO()
     torch.save({**vars(checkpoint), "script": script, "epochs": epochs}, content)
-    try:
-        replace_files({file: sealed(content.getvalue())})
-    except OSError as error:
-        raise LabError(f"checkpoint {file} can't be written: {error.strerror}") from error
+    replace_files({file: sealed(content.getvalue())})
 
 
 def sealed(content: bytes) -> bytes:

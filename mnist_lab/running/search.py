@@ -31,7 +31,7 @@ from mnist_lab.running.run import DESCRIPTION, run_name_of, tried, with_teacher
 from mnist_lab.running.workers import Failed, SeedTask, Trainers, reason_of
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import TrackedRun, track
-from mnist_lab.tracking.store import alone, find_run, finished_runs, open_store, quiet, store_failures
+from mnist_lab.tracking.store import alone, find_run, finished_runs, open_store, quiet
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.measures import percent
 from mnist_lab.verdicts.statistics import chance_of_best
@@ -63,7 +63,7 @@ def search(
             raise LabError(f"search: {rehearsal.no_effect[name]}; give more --epochs, or leave {name} out of the space")
         rehearsal.notice(job.overrides)
         run_id = study.user_attrs.get("run_id")
-        with store_failures(store, "can't be read"), short_timeouts():
+        with store.failures("can't be read"), short_timeouts():
             begun = run_id and find_run(store.uri, run_id)  # None too where the database was removed, or is another
         called, resumed = run_name_of(job, f"search of {counted(count, 'trial')}"), begun.info.run_id if begun else None
         params = {**job.params, **{name: str(distribution) for name, distribution in space.items()}}

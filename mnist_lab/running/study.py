@@ -22,7 +22,7 @@ from mnist_lab.running.run import DESCRIPTION, describe, run_name_of, target_tag
 from mnist_lab.running.workers import Failed, SeedTask, Trainers
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import read_points
-from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store, store_failures
+from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store
 from mnist_lab.verdicts.comparison import mean_interval_text
 from mnist_lab.verdicts.measures import MEASURES, TESTED, Protocol, percent, short_figures
 from mnist_lab.verdicts.statistics import aggregate
@@ -139,7 +139,7 @@ def _read_history(store: Store, job: Job, runs: Sequence[FinishedRun]) -> pd.Dat
     import pandas as pd  # it and matplotlib take a second
 
     names, seeds = job.protocol.curves, {run.run_id: run.seed for run in runs}
-    with store_failures(store, "can't be read"):
+    with store.failures("can't be read"):
         rows = read_points(store.uri, dict.fromkeys(seeds, job.experiment.epochs), names)
     points = pd.DataFrame(rows, columns=["run_id", "metric", "epoch", "value"]).astype({"value": "float64"})
     wide = points.pivot_table(index=["run_id", "epoch"], columns="metric", values="value", aggfunc="last")

@@ -17,7 +17,6 @@ from mnist_lab.errors import one_line
 from mnist_lab.paths import EXPERIMENT_NAME
 
 SHORT_TIMEOUT = 4  # seconds: who starts a training wants to hear within ten that there is no server
-LONG_TIMEOUT = 30  # seconds for each attempt of a run under way
 REFUSALS = {
     401: "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment, or MLFLOW_TRACKING_TOKEN",
     403: f"its admin can permit it, by a permission on the experiment {EXPERIMENT_NAME!r}; or, where the server was "
@@ -32,10 +31,7 @@ def is_server(uri: str) -> bool:
 
 
 def ask(uri: str) -> None:
-    """Ask a server for the experiment, once; ValueError with a sentence if it fails, refuses, or is no MLflow server.
-
-    MlflowException or OSError if there is no answer.
-    """
+    """Ask a server for the experiment, once; OSError with a sentence if it fails, refuses, or is no MLflow server."""
     if not is_server(uri):
         return
     answer = http_request(  # type: ignore[no-untyped-call]
@@ -48,25 +44,24 @@ def ask(uri: str) -> None:
         raise_on_status=False,
     )
     if answer.status_code in REFUSALS:
-        raise ValueError(f"the server refuses you (HTTP {answer.status_code}): {REFUSALS[answer.status_code]}")
-    try:
+        raise OSError(f"the server refuses you (HTTP {answer.status_code}): {REFUSALS[answer.status_code]}")
+    content = {}
+    with suppress(TypeError, ValueError):
         content = dict(answer.json())
-    except (TypeError, ValueError):
-        content = {}
     if answer.status_code >= 500:
         token = "it may not take MLFLOW_TRACKING_TOKEN; " if os.environ.get("MLFLOW_TRACKING_TOKEN") else ""
         why = content.get("message") or f"{token}its own log says why"
-        raise ValueError(f"the server fails (HTTP {answer.status_code}): {why}")
+        raise OSError(f"the server fails (HTTP {answer.status_code}): {why}")
     if not content.keys() & {"experiment", "error_code"}:
-        raise ValueError(f"what answers there is no MLflow server (HTTP {answer.status_code})")
+        raise OSError(f"what answers there is no MLflow server (HTTP {answer.status_code})")
 
 
 def why_refused(error: Exception, uri: str = "") -> str:
-    """Say why a store can't be used, the cause first.
-
-    uri: of a server, which is asked once more where MLflow has kept nothing of its answers but their number.
-    """
-    for cause in _causes(error):
+    """Say why the store at this URI can't be used, the cause first."""
+    causes: list[BaseException] = [error]
+    for cause in causes:  # with what it came of in turn, as libraries of the network nest it
+        inner = [cause.__cause__, cause.__context__, getattr(cause, "reason", None), *cause.args]
+        causes += [one for one in inner if isinstance(one, BaseException) and one not in causes]
         status = getattr(getattr(cause, "response", None), "status_code", 0)  # of artifacts
         if isinstance(cause, MlflowException) and is_server(uri):
             status = cause.get_http_status_code()  # type: ignore[no-untyped-call]
@@ -77,22 +72,12 @@ def why_refused(error: Exception, uri: str = "") -> str:
                 return f"no connection to the server ({cause.strerror or cause})"
             case Timeout() | TimeoutError():
                 return "the server does not answer in time"
-            case ResponseError():
-                with suppress(MlflowException, OSError):
-                    try:
-                        ask(uri)
-                    except ValueError as answer:
-                        return one_line(answer)
+            case ResponseError():  # MLflow keeps nothing of a server's answers but their number, so it is asked again
+                try:
+                    ask(uri)
+                except (MlflowException, OSError) as answer:
+                    return one_line(answer)
     return one_line(error)
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """Return an error and what it came of, as libraries of the network nest it."""
-    found = [error]
-    for one in found:
-        inner = [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
-        found += [cause for cause in inner if isinstance(cause, BaseException) and cause not in found]
-    return found
 
 
 def short_timeouts() -> AbstractContextManager[None]:
@@ -100,13 +85,11 @@ def short_timeouts() -> AbstractContextManager[None]:
     return patience(SHORT_TIMEOUT, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
 
 
-def patience(timeout: int = LONG_TIMEOUT, **more: str) -> AbstractContextManager[None]:
+def patience(timeout: int = 30, **more: str) -> AbstractContextManager[None]:
     """Let MLflow wait for a server as it does by itself: seven more attempts, the last after four minutes."""
-    defaults = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout),
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines for each run that ends on a server
-    }
-    return environment_variables({name: value for name, value in defaults.items() if name not in os.environ} | more)
+    # The second suppresses two lines for each run that ends on a server.
+    defaults = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout), "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+    return environment_variables(more | {name: os.environ.get(name, value) for name, value in defaults.items()})
 
 
 def _say_that_it_waits(record: logging.LogRecord) -> bool:

@@ -11,7 +11,6 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlflow
 import torch
@@ -23,21 +22,15 @@ from torch import Tensor, nn
 
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import MNIST_PIXELS
-from mnist_lab.paths import PROJECT_ROOT
+from mnist_lab.paths import PUBLISHED
 from mnist_lab.tracking.connection import environment_variables, short_timeouts
-from mnist_lab.tracking.store import Store, quiet, replace_files, search, store_failures
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
+from mnist_lab.tracking.store import Store, quiet, replace_files, search
 
 NAME, ALIAS = "mnist", "champion"
 CHAMPION = f"models:/{NAME}@{ALIAS}"
-COMMITTED = PROJECT_ROOT / "docs" / "results"
 NETWORK, ORIGIN = "champion.pt2", "champion.json"
-RUN_URI = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<name>.+)")
-STEP = re.compile(r"\w[\w.-]*")
 CALLED = "objective: teacher"
-EXPORTED = "data/model.pt2"  # by torch.export, in an MLflow model's folder
+Scale = tuple[float, float]  # the mean and standard deviation by which images are normalised
 # What is in such a file: numbers, JSON, and an example of the inputs.
 PLAIN_PARTS = re.compile(
     r"models/model\.json|data/sample_inputs/model\.pt|data/weights/(weight_\d+|model_weights_config\.json)"
@@ -62,86 +55,61 @@ class Teacher:
 def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CALLED) -> Teacher:
     """Return the model that is declared as `runs:/<id>/model`, as `models:/<name>/<version>`, or by a script's name.
 
-    holdout: how many training images are held out. called: how sentences name it.
-
-    Raises LabError if it is not there, its run is not finished, or it has seen images that are held out.
+    holdout: how many training images are held out. called: how sentences name it. Raises LabError if it is not there,
+    its run is not finished, or it has seen images that are held out.
     """
     try:
         with quiet(), short_timeouts():
             model_id = _model_id(store, declared, holdout)
             run = store.client.get_run(str(store.client.get_logged_model(model_id).source_run_id))
             status = "deleted" if run.info.lifecycle_stage == LifecycleStage.DELETED else run.info.status
+            named, seen = f"run {run.info.run_id}", run.data.params.get("holdout", "0")
             if status != "FINISHED":
-                raise ValueError(f"run {run.info.run_id} is {status}, not FINISHED")
-            seen = run.data.params.get("holdout", "0")
+                raise ValueError(f"{named} is {status}, not FINISHED")
             if holdout and seen != str(holdout):
-                raise ValueError(
-                    f"run {run.info.run_id} held out {seen} images, and so has seen some of the {holdout} that are "
-                    f"held out here; train it with --holdout {holdout}"
-                )
-            return Teacher(model_id, run.info.run_id, _sha256(_file(store, model_id)))
+                why = f"{named} held out {seen} images, and so has seen some of the {holdout} that are held out here"
+                raise ValueError(f"{why}; train it with --holdout {holdout}")
+            content, _ = _network_of(store, model_id)
+            return Teacher(model_id, run.info.run_id, hashlib.sha256(content).hexdigest())
     except (MlflowException, OSError, ValueError) as error:
         raise LabError(f"{called} {declared!r}: {one_line(error)}") from error
 
 
-def runs_with_a_model(store: Store) -> set[str]:
-    """Return the ids of the finished runs that have logged a model; raises LabError."""
-    runs = search(store, "attributes.status = 'FINISHED'")
-    return {run.info.run_id for run in runs if run.outputs is not None and run.outputs.model_outputs}
-
-
 def load_teacher(
-    store: Store, teacher: Teacher, device: torch.device, normalize: tuple[float, float], *, called: str = CALLED
+    store: Store, teacher: Teacher, device: torch.device, normalize: Scale, *, called: str = CALLED
 ) -> nn.Module:
     """Return the teacher, frozen, in evaluation mode, on the device; raises LabError.
 
     normalize: of the images that it will be given; where it was trained with others, it gets its own.
     """
-    named = f"{called} {teacher.model_id} of run {teacher.run_id}"
     try:
         with quiet(), short_timeouts():
-            file = _file(store, teacher.model_id)
-            own = _normalize_of(file, normalize)
+            content, own = _network_of(store, teacher.model_id, normalize)
+            return _load_exported(content, teacher.sha256, device, normalize, own=own)
     except Exception as error:  # what a store gives can be broken in many ways
+        named = f"{called} {teacher.model_id} of run {teacher.run_id}"
         raise LabError(f"{named} can't be loaded: {one_line(error)}") from error
-    return _load_exported(file, teacher.sha256, device, normalize=normalize, own=own, named=named)
 
 
-def _load_exported(
-    file: Path,
-    sha256: str,
-    device: torch.device,
-    *,
-    normalize: tuple[float, float],
-    own: tuple[float, float],
-    named: str,
-) -> nn.Module:
-    """Return the network in a file of torch.export's, as `load_teacher` does.
-
-    sha256: of the file. own: the mean and standard deviation that it was trained with. named: what sentences call it.
-    """
+def _load_exported(content: bytes, sha256: str, device: torch.device, given: Scale, *, own: Scale) -> nn.Module:
+    """Return the network in a file of torch.export's, frozen, for images `given`; `own`: those it was trained with."""
     from torch.export.passes import move_to_device_pass  # slow to import
 
-    try:
-        with quiet():
-            if _sha256(file) != sha256:
-                raise ValueError("its file is another one than its digest says")
-            net = move_to_device_pass(_read_exported(file), device).module()
-            net.requires_grad_(False)
-            with torch.inference_mode():
-                shape = tuple(net(torch.zeros(2, 1, 28, 28, device=device)).shape)
-    except Exception as error:  # torch has many ways to refuse a file
-        raise LabError(f"{named} can't be loaded: {one_line(error)}") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError("its file is another one than its digest says")
+    net: nn.Module = move_to_device_pass(_read_exported(content), device).module()
+    net.requires_grad_(False)
+    with torch.inference_mode():
+        shape = tuple(net(torch.zeros(2, 1, 28, 28, device=device)).shape)
     if shape != (2, 10):
-        raise LabError(f"{named} gives an output of shape {shape} for 2 images, not (2, 10): one logit per digit")
-    return net if own == normalize else _Renormalized(net, normalize, own)
+        raise ValueError(f"it gives an output of shape {shape} for 2 images, not (2, 10): one logit per digit")
+    return net if own == given else _Renormalized(net, given, own)
 
 
-def _read_exported(file: Path) -> ExportedProgram:
+def _read_exported(content: bytes) -> torch.export.ExportedProgram:
     """Read a file of torch.export's; ValueError if it holds more than a plain network, which torch would unpickle."""
     from torch.export.pt2_archive._package import PT2ArchiveReader, load_pt2  # torch.export.load falls back to pickles
 
-    content = file.read_bytes()
     archive = PT2ArchiveReader(io.BytesIO(content))
     for name in archive.get_file_names():
         if PLAIN_PARTS.fullmatch(name) is None:
@@ -152,12 +120,11 @@ def _read_exported(file: Path) -> ExportedProgram:
                 raise ValueError(f"its {name!r} names a pickle, which may be code")
         elif name.endswith("model.pt"):
             torch.load(io.BytesIO(archive.read_bytes(name)), weights_only=True)
-    program: ExportedProgram = load_pt2(io.BytesIO(content)).exported_programs["model"]
-    return program
+    return load_pt2(io.BytesIO(content)).exported_programs["model"]
 
 
 class _Renormalized(nn.Module):
-    def __init__(self, net: nn.Module, given: tuple[float, float], own: tuple[float, float]) -> None:
+    def __init__(self, net: nn.Module, given: Scale, own: Scale) -> None:
         super().__init__()
         self.net, self.given, self.own = net, given, own
 
@@ -167,20 +134,17 @@ class _Renormalized(nn.Module):
 
 
 def _model_id(store: Store, declared: str, holdout: int) -> str:
-    if match := RUN_URI.fullmatch(declared):
-        return _model_of(store, store.client.get_run(match["run_id"]), match["name"])
-    if STEP.fullmatch(declared):
-        return _model_of(store, _newest_run(store, declared, holdout), "model")
-    if not declared.startswith("models:/"):
+    if declared.startswith("models:/"):
+        with environment_variables({"MLFLOW_TRACKING_URI": store.uri}):
+            return str(mlflow.models.get_model_info(declared).model_id)
+    if match := re.fullmatch(r"runs:/([^/]+)/(.+)", declared):
+        run, name = store.client.get_run(match[1]), match[2]
+    elif re.fullmatch(r"\w[\w.-]*", declared):
+        run, name = _newest_run(store, declared, holdout), "model"
+    else:
         raise ValueError("it is neither runs:/<id>/model nor models:/<name>/<version> nor the name of a script")
-    with environment_variables({"MLFLOW_TRACKING_URI": store.uri}):
-        return str(mlflow.models.get_model_info(declared).model_id)
-
-
-def _model_of(store: Store, run: Run, name: str) -> str:
-    """Return the id of the model of that name that a run has logged; "model" means the only one, whatever its name."""
     outputs = [] if run.outputs is None else run.outputs.model_outputs
-    for output in outputs:
+    for output in outputs:  # "model" means the only one, whatever its name
         if (name == "model" and len(outputs) == 1) or store.client.get_logged_model(output.model_id).name == name:
             return str(output.model_id)
     raise ValueError(f"run {run.info.run_id} ({run.info.status}) has no model {name!r}")
@@ -192,31 +156,20 @@ def _newest_run(store: Store, step: str, holdout: int) -> Run:
         if as_declared and "folds" not in run.data.params and "model" not in run.data.tags:
             return run
     declared = f"declared with --holdout {holdout}" if holdout else "declared"
-    raise ValueError(
-        f"{store.name!r} has no finished run of that script as {declared}; train it first (restored runs keep no "
-        "network), or give runs:/<id>/model or models:/<name>/<version>"
-    )
+    advice = "train it first (restored runs keep no network), or give runs:/<id>/model or models:/<name>/<version>"
+    raise ValueError(f"{store.name!r} has no finished run of that script as {declared}; {advice}")
 
 
-def _file(store: Store, model_id: str) -> Path:
-    """Return the model's file on this machine; raises ValueError if it is in another format than torch.export's."""
+def _network_of(store: Store, model_id: str, normalize: Scale = MNIST_PIXELS) -> tuple[bytes, Scale]:
+    """Return a model's file of torch.export's, and how its input is normalised, by default as given; ValueError."""
     location = store.client.get_logged_model(model_id).artifact_location
-    file = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, tracking_uri=store.uri)) / EXPORTED
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, tracking_uri=store.uri))
+    file = folder / "data" / "model.pt2"
     if not file.is_file():
-        raise ValueError(
-            "it is not kept by torch.export, so loading it might run code; log it with serialization_format='pt2'"
-        )
-    return file
-
-
-def _normalize_of(file: Path, default: tuple[float, float]) -> tuple[float, float]:
-    mean, deviation = (Model.load(str(file.parents[1])).metadata or {}).get("normalize", default)
-    return mean, deviation
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        how = "log it with serialization_format='pt2'"
+        raise ValueError(f"it is not kept by torch.export, so loading it might run code; {how}")
+    mean, deviation = (Model.load(str(folder)).metadata or {}).get("normalize", normalize)
+    return file.read_bytes(), (mean, deviation)
 
 
 # ---- the champion
@@ -224,22 +177,19 @@ def _sha256(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a committed network comes from, and how its input is normalised.
-
-    accuracy: of the run's last epoch on the 10,000 test images, in percent. sha256: of the file with the network.
-    """
+    """Where a committed network comes from, and how its input is normalised."""
 
     step: str
     seed: int
     run_id: str
-    accuracy: float
+    accuracy: float  # of the run's last epoch on the 10,000 test images, in percent
     num_params: int
     code_sha256: str
     git_commit: str
     hardware: str
     torch: str
-    normalize: tuple[float, float] = MNIST_PIXELS
-    sha256: str = ""
+    normalize: Scale = MNIST_PIXELS
+    sha256: str = ""  # of the file with the network
 
 
 def register(store: Store, run_id: str) -> str:
@@ -247,7 +197,7 @@ def register(store: Store, run_id: str) -> str:
     found = find_teacher(store, f"runs:/{run_id}/model", holdout=0, called="model")
     client = store.client
     here = environment_variables({"MLFLOW_TRACKING_URI": store.uri})  # where MLflow looks for the model's files
-    with store_failures(store, "can't be written"), quiet(), short_timeouts(), here:
+    with store.failures("can't be written"), quiet(), short_timeouts(), here:
         if not client.search_registered_models(f"name = '{NAME}'"):
             client.create_registered_model(NAME)
         versions = list(client.search_model_versions(f"name = '{NAME}' and run_id = '{run_id}'"))
@@ -260,25 +210,28 @@ def register(store: Store, run_id: str) -> str:
 
 def is_registered(store: Store) -> bool:
     """Say whether the store has a `models:/mnist@champion`; raises LabError if it can't be read."""
-    with store_failures(store, "can't be read"), quiet(), short_timeouts():
+    with store.failures("can't be read"), quiet(), short_timeouts():
         return any(ALIAS in model.aliases for model in store.client.search_registered_models(f"name = '{NAME}'"))
 
 
-def commit(store: Store, origin: Origin, folder: Path = COMMITTED) -> list[Path]:
+def commit(store: Store, origin: Origin, folder: Path = PUBLISHED) -> list[Path]:
     """Write the network of the run that `origin` names into the folder, with the origin beside it; return the files."""
     found = find_teacher(store, f"runs:/{origin.run_id}/model", holdout=0, called="model")
-    file = _file(store, found.model_id)
-    network, normalize = _without_paths(file), _normalize_of(file, origin.normalize)
-    content = asdict(origin) | {"normalize": normalize, "sha256": hashlib.sha256(network).hexdigest()}
-    files: dict[Path, str | bytes] = {folder / NETWORK: network, folder / ORIGIN: json.dumps(content, indent=2) + "\n"}
-    try:
-        replace_files(files)
-    except OSError as error:
-        raise LabError(f"the champion can't be written: {error.strerror}: {error.filename}") from error
+    (content, normalize), network = _network_of(store, found.model_id), io.BytesIO()
+    with quiet():
+        exported = _read_exported(content)
+        for module in exported.graph_module.modules():  # torch notes in which files the layers are written
+            for node in module.graph.nodes if hasattr(module, "graph") else ():
+                node.meta.pop("stack_trace", None)
+        torch.export.save(exported, network)
+    digest = hashlib.sha256(network.getvalue()).hexdigest()
+    kept = json.dumps(asdict(origin) | {"normalize": normalize, "sha256": digest}, indent=2)
+    files = {folder / NETWORK: network.getvalue(), folder / ORIGIN: f"{kept}\n".encode()}
+    replace_files(files)
     return list(files)
 
 
-def load_committed(folder: Path = COMMITTED) -> tuple[nn.Module, Origin]:
+def load_committed(folder: Path = PUBLISHED) -> tuple[nn.Module, Origin]:
     """Return the committed network, for images normalised as MNIST's are, and where it comes from; raises LabError."""
     try:
         origin = TypeAdapter(Origin).validate_json((folder / ORIGIN).read_bytes())
@@ -287,17 +240,9 @@ def load_committed(folder: Path = COMMITTED) -> tuple[nn.Module, Origin]:
         raise LabError(f"champion: there is none in the store, and none is committed in {folder}; {advice}") from error
     except (OSError, ValidationError) as error:
         raise LabError(f"champion: {folder / ORIGIN} is not as the lab writes it: {one_line(error)}") from error
-    file, cpu, own = folder / NETWORK, torch.device("cpu"), origin.normalize
-    return _load_exported(file, origin.sha256, cpu, normalize=MNIST_PIXELS, own=own, named=f"champion {file}"), origin
-
-
-def _without_paths(file: Path) -> bytes:
-    """Return an exported network's file without what torch notes of the files in which its layers are written."""
-    content = io.BytesIO()
-    with quiet():
-        exported = _read_exported(file)
-        for module in exported.graph_module.modules():
-            for node in module.graph.nodes if hasattr(module, "graph") else ():
-                node.meta.pop("stack_trace", None)
-        torch.export.save(exported, content)
-    return content.getvalue()
+    file, cpu = folder / NETWORK, torch.device("cpu")
+    try:
+        with quiet():
+            return _load_exported(file.read_bytes(), origin.sha256, cpu, MNIST_PIXELS, own=origin.normalize), origin
+    except Exception as error:
+        raise LabError(f"champion {file} can't be loaded: {one_line(error)}") from error

@@ -18,37 +18,21 @@ from unittest.mock import DEFAULT, Mock, patch
 import mlflow
 import numpy as np
 import torch
-from filelock import FileLock
 from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
-from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, one_line, without_password
 from mnist_lab.paths import CHECKPOINTS, own_folder
-from mnist_lab.tracking.connection import environment_variables, is_server, patience, short_timeouts, why_refused
-from mnist_lab.tracking.store import (
-    Store,
-    process_tag,
-    quiet,
-    release,
-    resumable_run,
-    store_failures,
-    take_lock,
-    uninterrupted,
-)
+from mnist_lab.tracking.connection import environment_variables, is_server, patience, short_timeouts
+from mnist_lab.tracking.store import RunLock, Store, process_tag, quiet, resumable_run, take_lock, uninterrupted
 from mnist_lab.verdicts.measures import MEASURES, SHORT
 
-METRICS_PER_CALL = 900  # MLflow takes 1,000 things at once
-MAX_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
-MODEL_STEP = 0  # a model belongs to the metrics that a run has one value of
-PAUSES = (0.05, 0.2, 0.5)  # seconds until what another run was writing at the same moment is written
-THERE_ALREADY = ("unique constraint", "duplicate entry", "duplicate key")  # in the words of the databases
 CALLS = [name for name in dir(mlflow) if name.startswith(("log_", "set_tag")) or name in ("start_run", "end_run")]
 # The names that the lab logs under, by the functions with which a script could.
 METRICS = re.compile("|".join([*MEASURES, *SHORT, r"lr_\d+"]))
@@ -66,17 +50,14 @@ class TrackedRun:
     """One run being written, made by `track`; each of its methods raises LabError where the store fails.
 
     Signals wait until what is being logged is. A tracking server that goes away is waited for; a signal ends the wait.
-    end_status: the status that the run gets when its block comes to its end. goes_on: what resumes it.
     """
 
-    def __init__(self, store: Store, run: Run, lock: FileLock) -> None:
+    def __init__(self, store: Store, run: Run, lock: RunLock) -> None:
         self.run_id: str = run.info.run_id
-        self.end_status = "FINISHED"
+        self.end_status = "FINISHED"  # if its block comes to its end
         self.goes_on = f"`--resume {self.run_id}`"
-        self._store = store
-        self._lock = lock
+        self._store, self._client, self._lock = store, store.client, lock
         self._logged_before = frozenset(run.data.metrics)
-        self._client = store.client
         self._began: int = max(run.info.start_time, int(1000 * time.time()))
         self._clock = time.monotonic()
 
@@ -93,16 +74,15 @@ class TrackedRun:
         names = {name for metrics in epochs.values() for name in metrics} & self._logged_before
         now = self._now()
         with self._writing():  # MLflow drops a point that it has, with the same time and value
-            histories = [(name, self._client.get_metric_history(self.run_id, name)) for name in names]
-            logged = {(name, point.step) for name, points in histories for point in points}
+            logged = {(name, one.step) for name in names for one in self._client.get_metric_history(self.run_id, name)}
             missing = [
                 Metric(name, value, now, epoch)
                 for epoch, metrics in epochs.items()
                 for name, value in metrics.items()
                 if (name, epoch) not in logged
             ]
-            for first in range(0, len(missing), METRICS_PER_CALL):
-                self._client.log_batch(self.run_id, metrics=missing[first : first + METRICS_PER_CALL])
+            for first in range(0, len(missing), 1_000):  # MLflow takes no more at once
+                self._client.log_batch(self.run_id, metrics=missing[first : first + 1_000])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         with self._writing():
@@ -134,21 +114,22 @@ class TrackedRun:
                 continue
             with quiet():
                 pixels, targets = images.cpu().numpy(), labels.cpu().numpy()
-                digest, name = mnist.sha256[:MAX_DIGEST], f"MNIST {context}"
+                digest, name = mnist.sha256[:36], f"MNIST {context}"  # of which MLflow keeps no more
                 dataset = from_numpy(pixels, source=str(source), targets=targets, name=name, digest=digest)
             inputs.append(DatasetInput(Dataset(**dataset.to_dict()), [InputTag(MLFLOW_DATASET_CONTEXT, context)]))
         with self._writing():
             self._log_inputs(inputs)
 
-    def _log_inputs(self, inputs: list[DatasetInput], attempt: int = 0) -> None:
+    def _log_inputs(self, inputs: list[DatasetInput]) -> None:
         """Log data sets. Of two runs that are the first to do so at the same moment, the database refuses one."""
-        try:
-            self._client.log_inputs(self.run_id, inputs)
-        except MlflowException as error:
-            if not _is_there_already(error) or attempt == len(PAUSES):
-                raise
-            time.sleep(PAUSES[attempt])
-            self._log_inputs(inputs, attempt + 1)
+        for pause in (0.05, 0.2, 0.5, 0):  # seconds until what another run was writing is written
+            try:
+                self._client.log_inputs(self.run_id, inputs)
+                break
+            except MlflowException as error:
+                if not pause or not _is_there_already(error):
+                    raise
+            time.sleep(pause)
 
     def log_predictions(self, truth: Tensor, logits: Tensor, images: Tensor | None = None) -> None:
         """Log truth (N,), prediction (N,) and logits (N, 10) as `predictions.npz`, pickle-free.
@@ -170,7 +151,7 @@ class TrackedRun:
         """
         example = images.cpu()
         packages = [f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")]
-        with store_failures(self._store, "failed during the run"), tempfile.TemporaryDirectory() as temporary:
+        with self._store.failures("failed during the run"), tempfile.TemporaryDirectory() as temporary:
             model = Path(temporary) / "model"
             try:
                 # torch.export prints the graph that it can't express, and takes long enough for a Ctrl-C to come in it.
@@ -191,8 +172,6 @@ class TrackedRun:
                         metadata={"normalize": list(normalize)},
                         serialization_format="pt2",
                     )
-            except MlflowException:
-                raise
             except Exception as error:  # torch.export has many ways to say no
                 with self._artifact("state_dict.pt") as file:
                     torch.save(net.state_dict(), file)
@@ -209,12 +188,12 @@ class TrackedRun:
         run = client.get_run(run_id)
         logged = self._logged_model(run, name)
         try:
-            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, MODEL_STEP)])
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
         except MlflowException as error:  # by this run before it was resumed, or the answer was lost
             if not _is_there_already(error):
                 raise
         points = [point for key in run.data.metrics for point in client.get_metric_history(run_id, key)]
-        once = [(one.key, one.value, one.timestamp, MODEL_STEP) for one in points if one.step == MODEL_STEP]
+        once = [(one.key, one.value, one.timestamp, 0) for one in points if one.step == 0]  # of the whole run
         client.log_batch(run_id, metrics=[Metric(*one, logged.model_id, run_id=run_id) for one in once])
         model = Model.load(str(folder))
         model.run_id, model.model_id, model.model_uuid = run_id, logged.model_id, logged.model_id
@@ -224,11 +203,7 @@ class TrackedRun:
         client.finalize_logged_model(logged.model_id, "READY")
 
     def _logged_model(self, run: Run, name: str) -> LoggedModel:
-        """Return the run's model of that name, made if there is none.
-
-        MLflow makes a second one where the answer to its first request was lost; the oldest stays.
-        """
-
+        """Return the run's model of that name, made if there is none."""
         experiment_id, run_id = run.info.experiment_id, run.info.run_id
 
         def there() -> list[LoggedModel]:
@@ -237,14 +212,14 @@ class TrackedRun:
 
         if not there():
             self._client.create_logged_model(experiment_id, name, run_id, tags=resolve_tags(), params=run.data.params)
-        oldest, *others = there()
+        oldest, *others = there()  # MLflow makes a second one where the answer to its first request was lost
         for surplus in others:
             self._client.delete_logged_model(surplus.model_id)
         return oldest
 
     @contextmanager
     def _artifact(self, name: str) -> Iterator[Path]:
-        with store_failures(self._store, "failed during the run"), tempfile.TemporaryDirectory() as temporary:
+        with self._store.failures("failed during the run"), tempfile.TemporaryDirectory() as temporary:
             yield (file := Path(temporary) / name)
             self.log_file(file)
 
@@ -253,7 +228,7 @@ class TrackedRun:
         """Write into the store, and wait for its server; raises LabError if it fails or stays away."""
         waited_for = is_server(self._store.uri)  # a signal may end a wait; it must not leave a database locked
         with (
-            store_failures(self._store, "failed during the run", then=self._what_then()),
+            self._store.failures("failed during the run", then=self._what_then()),
             patience(),
             nullcontext() if waited_for else uninterrupted(),
         ):
@@ -272,17 +247,17 @@ class TrackedRun:
 
     def close(self, status: str) -> None:
         """Close the run. Where that fails, its lock's file stays, free: so the next run here sees that it has ended."""
+        finished = status == "FINISHED"
+        what, then = f"fails: the run {self.run_id} could not be marked {status}", self._what_then() if finished else ""
         try:
-            with patience() if status == "FINISHED" else short_timeouts():
+            with self._store.failures(what, then), patience() if finished else short_timeouts():
                 self._store.check_in_place()
                 self._client.set_terminated(self.run_id, status, self._now())
-            release(self._lock)
-        except (MlflowException, SQLAlchemyError, OSError, LabError) as error:
-            reason = why_refused(error, self._store.uri)
-            message = f"tracking store: the run {self.run_id} could not be marked {status}: {reason}"
-            if status == "FINISHED":
-                raise LabError(message + self._what_then()) from error
-            logger.warning(message)  # what ended the block matters more
+                self._lock.remove()
+        except LabError as error:
+            if finished:
+                raise
+            logger.warning(str(error))  # what ended the block matters more
         finally:
             self._lock.release()
 
@@ -302,14 +277,13 @@ def track(
 
     FINISHED at its end or by `sys.exit(0)`, KILLED by KeyboardInterrupt, else FAILED, with the traceback as
     `traceback.txt` unless it is a LabError.
-    parent_run_id: the study's run that this one is a child of.
-    resume_run_id: go on with this run, with its name, params and tags.
-    reopen: that run may have finished too, and has this name and these tags from now on.
+    parent_run_id: the study's run that this one is a child of. resume_run_id: go on with this run, with its name,
+    params and tags. reopen: it may have finished too, and has this name and these tags from now on.
     """
     parent = {} if parent_run_id is None else {MLFLOW_PARENT_RUN_ID: parent_run_id}
     tracked, status = None, "FAILED"
     try:
-        with store_failures(store, "can't be written"), uninterrupted(), short_timeouts():
+        with store.failures("can't be written"), uninterrupted(), short_timeouts():
             if resume_run_id is None:
                 tracked = _create_run(store, run_name, {**tags, **parent})
                 written = [Param(name, str(value)) for name, value in params.items()]
@@ -357,7 +331,7 @@ def _reopen_run(store: Store, run_id: str, new_name: str | None) -> TrackedRun:
         run = resumable_run(store, run_id, finished_too=new_name is not None)
         store.client.update_run(run_id, status="RUNNING", name=new_name)
     except BaseException:
-        release(lock)
+        lock.remove()
         raise
     return TrackedRun(store, run, lock)
 
@@ -367,7 +341,8 @@ def _safe(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_there_already(error: MlflowException) -> bool:
-    return any(words in str(error).lower() for words in THERE_ALREADY)
+    words = "unique constraint|duplicate entry|duplicate key"  # of the databases
+    return re.search(words, str(error), re.IGNORECASE) is not None
 
 
 def _forget_exports() -> None:
@@ -388,9 +363,8 @@ def _forget_exports() -> None:
 @contextmanager
 def silenced() -> Iterator[Mapping[str, Mock]]:
     """Let these functions do nothing, also where a script has imported them; the context gives them as mocks."""
-    inside = {"_get_or_start_run": DEFAULT, "MlflowClient": DEFAULT}
     with (
-        patch.multiple(mlflow.tracking.fluent, **inside),
+        patch.multiple(mlflow.tracking.fluent, _get_or_start_run=DEFAULT, MlflowClient=DEFAULT),
         patch.multiple(mlflow, **dict.fromkeys(CALLS, DEFAULT)) as mocks,
     ):
         yield mocks

@@ -3,8 +3,6 @@
 Without the processes for jobs, which the lab has none of, it is ready in 4 s with 0.4 GB, instead of 8 s and 1.8 GB.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import os
@@ -15,10 +13,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from subprocess import DEVNULL, PIPE
+from typing import Any
 
 import psutil
 
@@ -27,13 +27,10 @@ from mnist_lab.paths import ARTIFACTS, EXPERIMENT_NAME, is_there, tracking_uri
 from mnist_lab.tracking.sqlite import check_writable, follow_move, known_schemas
 from mnist_lab.tracking.view import VIEW
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
 HOST = "127.0.0.1"
-LOOPBACK, EVERYWHERE = (HOST, "localhost", "::1"), ("0.0.0.0", "::")  # noqa: S104 - what a user may ask for
 PORTS_TRIED = 20
-# Waits for the end of its input, then ends the process group $0; by force where it is there a second later.
+# Beside the server, waits for the end of its input, which is that of this program, however it ends. Then ends the
+# process group $0; by force where it is there a second later.
 GUARD = 'cat; kill -s TERM -- "-$0"; sleep 1; kill -s KILL -- "-$0"'
 
 APP, PATH = "mnist-lab", "/lab"  # the entry point in pyproject.toml that names `make_app`, and its page
@@ -63,24 +60,32 @@ def serve_ui(uri: str, port: int) -> None:
 
 
 def serve(host: str, port: int, folder: Path, workers: int, *, auth: bool, database: str) -> None:
-    """Serve MLflow to a team until interrupted; print what to set when the server is there.
-
-    folder: of the artifacts. database: the URI of one of PostgreSQL. Raises LabError.
-    """
+    """Serve MLflow to a team until interrupted, with artifacts in a folder and all else in PostgreSQL; LabError."""
     if not is_free(host, port):
         raise LabError(f"port: {port} is taken; name another with --port")
     if auth and len(os.environ.get(ADMIN_VARIABLE, "")) < LEAST_PASSWORD:
         raise LabError(f"auth: set {ADMIN_VARIABLE} to the admin's password, of {LEAST_PASSWORD} characters or more")
     uri, experiment_id = _prepare(database)
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # others can read a command line
-    if host not in LOOPBACK:
+    if host not in (HOST, "localhost", "::1"):
         print(f"Other machines reach {host}:{port}: docs/server.md says what is protected.", file=sys.stderr)
-        os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", _allowed_hosts(host, port))
-    url = _url(socket.gethostname() if host in EVERYWHERE else host, port)
+        own = [one.address for ones in psutil.net_if_addrs().values() for one in ones if one.family == socket.AF_INET]
+        names = [host, "localhost", socket.gethostname(), socket.getfqdn(), *own]
+        allowed = ",".join(_url(name, port).removeprefix("http://") for name in names)
+        os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", allowed)
+    url = _url(socket.gethostname() if host in ("0.0.0.0", "::") else host, port)  # noqa: S104
     page = f"/#/experiments/{experiment_id}/runs?{VIEW}" if auth else PATH
     lines = [f"The runs: {url}{page}", f"export MLFLOW_TRACKING_URI={url}"]
     if auth:
-        _ask_for_passwords(folder.absolute() / "auth.ini", uri)
+        file = folder.absolute() / "auth.ini"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch(mode=0o600)
+            file.write_text(AUTH_INI.format(uri=uri.replace("%", "%%")))  # as MLflow reads it
+        except OSError as error:
+            raise LabError(f"folder {file.parent}: {file.name} can't be written: {error.strerror}") from error
+        os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(file)
+        os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex(32)
         lines += ["export MLFLOW_TRACKING_USERNAME=admin", f'export MLFLOW_TRACKING_PASSWORD="${ADMIN_VARIABLE}"']
     flags = ["--workers", str(workers), "--app-name", "basic-auth" if auth else APP]
     flags += ["--serve-artifacts", "--artifacts-destination", str(folder.absolute() / ARTIFACTS)]
@@ -90,7 +95,7 @@ def serve(host: str, port: int, folder: Path, workers: int, *, auth: bool, datab
 # ---- MLflow's server
 
 
-def make_app() -> FastAPI:
+def make_app() -> Any:
     """Return MLflow's own application with one page more, for `mlflow server --app-name mnist-lab`."""
     from mlflow.server import app as routes  # slow to import, and the command that starts the server looks in here too
     from mlflow.server.fastapi_app import app as served
@@ -99,49 +104,34 @@ def make_app() -> FastAPI:
     logging.getLogger("psycopg").setLevel(logging.ERROR)
     page = Path(__file__).with_name("lab.html").read_text().replace("EXPERIMENT", EXPERIMENT_NAME).replace("VIEW", VIEW)
     routes.add_url_rule(PATH, "lab", lambda: page)
-    app: FastAPI = served
-    return app
+    return served
 
 
 def _run_mlflow(host: str, port: int, flags: Sequence[str], lines: Sequence[str]) -> None:
     """Run `mlflow server` until interrupted, and print these lines when it is there; LabError if it does not last."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # whoever reads the output may be gone, and the server must still end
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *flags]
-    with _child([*command, "--uvicorn-opts", "--log-level warning"]) as server, suppress(KeyboardInterrupt):
-        while not _is_ready(f"{_url(host, port)}/health"):
-            if server.poll() is not None:
-                raise LabError(f"the MLflow server did not start (exit code {server.returncode}): see above")
-            time.sleep(0.2)
-        # In one piece: whoever reads the first line may be gone before there is another.
-        print("\n".join([*lines, "Ready. Ctrl-C stops the server."]), flush=True)
-        raise LabError(f"the MLflow server ended by itself with exit code {server.wait()}")
-
-
-def _is_ready(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=1):  # noqa: S310 - http
-            return True
-    except OSError:
-        return False
-
-
-@contextmanager
-def _child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program, and end it and what it has started.
-
-    A shell beside it does that: the pipe that it reads from ends with this program, also where that is killed.
-    """
     environment = {
         **os.environ,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONWARNINGS": "ignore",  # of its own libraries, which no user of the lab can heed
     }
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, start_new_session=True, env=environment, stdout=quiet) as process:
-        watch = ["sh", "-c", GUARD, str(process.pid)]
-        with subprocess.Popen(watch, start_new_session=True, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet):
-            yield process
+    child = partial(subprocess.Popen, start_new_session=True, stdout=DEVNULL)
+    with (
+        child([*command, "--uvicorn-opts", "--log-level warning"], env=environment) as server,
+        child(["sh", "-c", GUARD, str(server.pid)], stdin=PIPE, stderr=DEVNULL),
+        suppress(KeyboardInterrupt),
+    ):
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{_url(host, port)}/health", timeout=1):  # noqa: S310
+                break
+            if server.poll() is not None:
+                raise LabError(f"the MLflow server did not start (exit code {server.returncode}): see above")
+            time.sleep(0.2)
+        # In one piece: whoever reads the first line may be gone before there is another.
+        print("\n".join([*lines, "Ready. Ctrl-C stops the server."]), flush=True)
+        raise LabError(f"the MLflow server ended by itself with exit code {server.wait()}")
 
 
 # ---- addresses
@@ -162,10 +152,8 @@ def is_free(host: str, port: int) -> bool:
     if not 1024 <= port <= 65535:
         raise LabError(f"port: {port} is not between 1024 and 65535")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free, as for the server
-            probe.bind(address)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             return False
@@ -175,12 +163,6 @@ def is_free(host: str, port: int) -> bool:
 
 def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _allowed_hosts(host: str, port: int) -> str:
-    own = [one.address for ones in psutil.net_if_addrs().values() for one in ones if one.family == socket.AF_INET]
-    names = [host, "localhost", socket.gethostname(), socket.getfqdn(), *own]
-    return ",".join(_url(name, port).removeprefix("http://") for name in names)
 
 
 # ---- PostgreSQL
@@ -219,15 +201,3 @@ def _prepare(uri: str) -> tuple[str, str]:
         return bare, str(experiment_of(bare, f"mlflow-artifacts:/{EXPERIMENT_NAME}").experiment_id)
     except (psycopg.Error, MlflowException, SQLAlchemyError, CommandError) as error:
         raise LabError(f"backend store: {without_password(uri)!r} can't be used: {one_line(error)}") from error
-
-
-def _ask_for_passwords(file: Path, uri: str) -> None:
-    """Let MLflow ask for passwords; the users are in the same database."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        file.write_text(AUTH_INI.format(uri=uri.replace("%", "%%")))  # as MLflow reads it
-    except OSError as error:
-        raise LabError(f"folder {file.parent}: {file.name} can't be written: {error.strerror}") from error
-    os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(file)
-    os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex(32)

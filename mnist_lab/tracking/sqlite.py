@@ -10,12 +10,12 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from itertools import product
 from pathlib import Path
 
 from mnist_lab.errors import LabError
 from mnist_lab.paths import ARTIFACTS, CHECKPOINTS, EXPERIMENT_NAME, LOCKS, artifacts_of, sqlite_file
 
-BUSY_TIMEOUT = 4  # seconds that a lock on the database is waited for
 ROOM = 4 * 2**20  # bytes that must be free before a run; one leaves about 1 MB, and the largest network's 5
 # Where MLflow records paths of artifacts.
 LOCATIONS = (
@@ -27,7 +27,6 @@ LOCATIONS = (
 )
 
 # The limits of a tracking server's route for the histories of several runs, which its own UI uses.
-HISTORIES = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
 
 Point = tuple[str, str, int, float | None]  # run id, metric, epoch, value; None stands for NaN
@@ -35,44 +34,30 @@ Point = tuple[str, str, int, float | None]  # run id, metric, epoch, value; None
 
 def check_readable(uri: str) -> None:
     """Refuse a SQLite store that is not there or not MLflow's, which MLflow itself would make into one."""
-    file = sqlite_file(uri)
-    if file is None:
+    if (file := sqlite_file(uri)) is None:
         return
-    try:
-        if not file.exists():
-            raise LabError(f"no runs yet: {file} does not exist; train first, e.g. `make step1`")
-        if not file.is_file():
-            raise LabError(f"tracking store {file} is not a file")
-    except OSError as error:  # a folder on the way that this user may not enter
-        raise LabError(f"tracking store {file} can't be read: {error.strerror}") from error
     with _connection(file, "ro", "read") as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not {"alembic_version", "experiments", "runs"} <= tables:
             raise LabError(f"tracking store {file} is not an MLflow database")
         versions = [version for (version,) in connection.execute("SELECT version_num FROM alembic_version")]
     if not known_schemas().issuperset(versions):
-        raise LabError(
-            f"tracking store {file} was last used by a newer MLflow than {importlib.metadata.version('mlflow')}, which "
-            "can't read it: install that one, or go back to the copy made before (docs/metrics.md)"
-        )
+        newer = f"a newer MLflow than {importlib.metadata.version('mlflow')}, which can't read it"
+        advice = "install that one, or go back to the copy made before (docs/metrics.md)"
+        raise LabError(f"tracking store {file} was last used by {newer}: {advice}")
 
 
 def check_writable(uri: str) -> None:
-    """Refuse a SQLite store that is not MLflow's, or that a run could not be written to; nothing is changed or left.
-
-    The database and the folders of artifacts, checkpoints and locks are tried, with room for a run. Raises LabError.
-    """
-    file = sqlite_file(uri)
-    if file is None:
+    """Refuse a SQLite store that is not MLflow's, or that a run could not be written to; nothing is changed or left."""
+    if (file := sqlite_file(uri)) is None:
         return
     tried = file
     try:
         is_there = file.exists()
         for folder in (file.parent, *(file.parent / name for name in (ARTIFACTS, CHECKPOINTS, LOCKS))):
             tried = next(path for path in (folder, *folder.parents) if path.exists())
-            with tempfile.TemporaryFile(dir=tried, buffering=0) as probe:  # without a name, where Linux can
-                if probe.write(os.urandom(ROOM)) < ROOM:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with tempfile.TemporaryFile(dir=tried) as probe:  # without a name, where Linux can
+                probe.write(os.urandom(ROOM))
         tried = file  # before SQLite is asked, which would leave a log as read-only as the file
         # Not by opening it: to close it would free the locks that SQLite has on it for this process.
         if is_there and not os.access(file, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
@@ -83,35 +68,29 @@ def check_writable(uri: str) -> None:
     if is_there:
         check_readable(uri)
         with _connection(file, "rw", "written") as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("CREATE TABLE probe (x)")
-            connection.execute("ROLLBACK")
+            connection.executescript("BEGIN IMMEDIATE; CREATE TABLE probe (x); ROLLBACK")
 
 
 def follow_move(uri: str) -> None:
-    """Correct the absolute paths that MLflow records in a SQLite store that was moved or copied; raises LabError.
-
-    Nothing changes in a folder that the lab would not have chosen, or where the artifacts were not moved with it.
-    """
-    file = sqlite_file(uri)
-    if file is None:
+    """Correct the absolute paths that MLflow records in a SQLite store that was moved or copied; raises LabError."""
+    if (file := sqlite_file(uri)) is None:
         return
     new = artifacts_of(file)
     with _connection(file, "ro", "read") as connection:
         query = "SELECT artifact_location FROM experiments WHERE name = ?"
         old = next((location for (location,) in connection.execute(query, (EXPERIMENT_NAME,))), "")
         if old == new or not old.startswith("file:") or not old.endswith(f"/{ARTIFACTS}"):
-            return
+            return  # the user has chosen another folder
         uris = [uri for (uri,) in connection.execute("SELECT artifact_uri FROM runs") if uri.startswith(old)]
     here = file.resolve().parent / ARTIFACTS
     if uris and not any((here / uri[len(old) + 1 :]).exists() for uri in uris):
-        return
+        return  # the artifacts were not moved
     with _connection(file, "rw", "corrected, though it was moved and so its artifacts are not found") as connection:
         connection.execute("BEGIN IMMEDIATE")
         for table, column in LOCATIONS:
             connection.execute(
                 f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "  # noqa: S608
-                f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'",
+                f"WHERE substr({column} || '/', 1, length(:old) + 1) = :old || '/'",
                 {"new": new, "old": old},
             )
         connection.execute("COMMIT")
@@ -127,12 +106,15 @@ def known_schemas() -> set[str]:
 @contextmanager
 def _connection(file: Path, mode: str, purpose: str) -> Iterator[sqlite3.Connection]:
     """Open an existing database in the mode "ro" or "rw", and turn what goes wrong with it into a sentence."""
+    uri = f"{file.as_uri()}?mode={mode}"
     try:
-        with closing(
-            sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
-        ) as connection:
+        if not file.exists():
+            raise LabError(f"no runs yet: {file} does not exist; train first, e.g. `make step1`")
+        if not file.is_file():
+            raise LabError(f"tracking store {file} is not a file")
+        with closing(sqlite3.connect(uri, timeout=4, isolation_level=None, uri=True)) as connection:
             yield connection
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:  # the first of a folder on the way that this user may not enter
         raise LabError(f"tracking store {file} can't be {purpose}: {error}{_advice(error)}") from error
 
 
@@ -155,29 +137,27 @@ def read_points(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> 
 
     epochs: the runs' numbers of epochs by run id; they bound what a server is asked for at a time.
     """
-    if uri.startswith(("http://", "https://")):
-        return list(_over_http(uri, epochs, metrics))
+    if not uri.startswith(("http://", "https://")):
+        from mlflow.store.tracking.dbmodels.models import SqlMetric as Logged  # slow to import
+        from sqlalchemy import NullPool, case, create_engine, select
 
-    import sqlalchemy  # slow to import
+        value = case((Logged.is_nan, None), else_=Logged.value)
+        columns = select(Logged.run_uuid, Logged.key, Logged.step, value).order_by(Logged.timestamp)
+        query = columns.where(Logged.run_uuid.in_(epochs), Logged.key.in_(metrics))
+        with create_engine(uri, poolclass=NullPool).connect() as connection:
+            return [tuple(row) for row in connection.execute(query)]
 
-    query = sqlalchemy.text(
-        "SELECT run_uuid, key, step, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics "
-        "WHERE run_uuid IN :run_ids AND key IN :keys ORDER BY timestamp"
-    ).bindparams(sqlalchemy.bindparam("run_ids", expanding=True), sqlalchemy.bindparam("keys", metrics, expanding=True))
-    with sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect() as connection:
-        return [tuple(row) for row in connection.execute(query, {"run_ids": list(epochs)})]
-
-
-def _over_http(uri: str, epochs: Mapping[str, int], metrics: Sequence[str]) -> Iterator[Point]:
-    from mlflow.utils.credentials import get_default_host_creds  # slow to import
+    from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
+    route = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
+    found: list[Point] = []
     run_ids, most = list(epochs), max(epochs.values(), default=1)
     at_a_time = max(1, min(RUNS_PER_REQUEST, POINTS_PER_REQUEST // (2 * most)))
-    for first in range(0, len(run_ids), at_a_time):
-        for metric in metrics:
-            asked = {"run_id": run_ids[first : first + at_a_time], "metric_key": metric}
-            response = http_request(get_default_host_creds(uri), HISTORIES, "GET", params=asked)  # type: ignore[no-untyped-call]
-            response.raise_for_status()
-            for point in response.json()["metrics"]:
-                yield point["run_id"], point["key"], int(point["step"]), float(point["value"])
+    for first, metric in product(range(0, len(run_ids), at_a_time), metrics):
+        params = {"run_id": run_ids[first : first + at_a_time], "metric_key": metric}
+        response = http_request(get_default_host_creds(uri), route, "GET", params=params)  # type: ignore[no-untyped-call]
+        response.raise_for_status()
+        points = response.json()["metrics"]
+        found += [(one["run_id"], one["key"], int(one["step"]), float(one["value"])) for one in points]
+    return found

@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import mlflow
 import psutil
@@ -36,10 +37,8 @@ from mnist_lab.verdicts.comparison import rounds_alike
 # MLflow shows each error of the database with its traceback, and raises it too; one sentence is made of that.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
-FIRST_USE_TIMEOUT = 120  # seconds; making a new database takes 1.4, and 6 on a busy machine
 MAX_RUNS = 50_000  # the most that MLflow gives at once
 RESTORED = "restored"  # the tag of a run that was not trained into this store: the commit that it comes from
-LOCK_TIMEOUT = 2  # seconds; who looks whether a run is abandoned has its lock for some milliseconds
 ON_CLUSTER = "MNIST_LAB_ON_CLUSTER"  # set in a cluster's worker, which ends when the process that gives it work does
 OF_CLUSTER = "cluster"  # the last word of such a process's tag
 
@@ -48,15 +47,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Store:
-    """A tracking store that is ready: its URI and the id of the MLflow experiment that holds the runs.
-
-    database: what names the file of a SQLite database, whatever its path is. clock: milliseconds since 1970.
-    """
+    """A tracking store that is ready."""
 
     uri: str
-    experiment_id: str
-    database: tuple[int, int] | None = None
-    clock: Callable[[], int] | None = None
+    experiment_id: str  # of the MLflow experiment that holds the runs
+    database: os.stat_result | None = None  # of SQLite: what names the file, whatever its path is
+    clock: Callable[[], int] | None = None  # in place of the machine's: milliseconds since 1970
 
     @property
     def name(self) -> str:
@@ -67,37 +63,29 @@ class Store:
     def client(self) -> mlflow.MlflowClient:
         return mlflow.MlflowClient(tracking_uri=self.uri)
 
+    @contextmanager
+    def failures(self, what: str, then: str = "") -> Iterator[None]:
+        """Turn an error of the store, its server or a full disk into a LabError: store, `what`, the cause, `then`."""
+        try:
+            yield
+        except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+            raise LabError(f"tracking store {self.name!r} {what}: {why_refused(error, self.uri)}{then}") from error
+
     def check_in_place(self) -> None:
         """Refuse a SQLite database that is not where it was opened: MLflow would go on with a removed one; LabError."""
-        if _file_id(sqlite_file(self.uri)) != self.database:
-            raise LabError(
-                f"tracking store {self.name!r}: its database was removed, moved or replaced in the middle of the run; "
-                "name it with --tracking-uri where it is now, and what was in training goes on from its checkpoint"
-            )
-
-
-def _file_id(file: Path | None) -> tuple[int, int] | None:
-    """Return what names a file whatever its path is; None where there is none."""
-    try:
-        return None if file is None else (file.stat().st_dev, file.stat().st_ino)
-    except OSError:
-        return None
-
-
-@contextmanager
-def store_failures(store: Store, what: str, then: str = "") -> Iterator[None]:
-    """Turn an error of the store, its server or a full disk into a LabError: store, `what`, the cause, `then`."""
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        raise LabError(f"tracking store {store.name!r} {what}: {why_refused(error, store.uri)}{then}") from error
+        file = sqlite_file(self.uri)
+        with suppress(OSError):
+            if file is None or self.database is None or os.path.samestat(file.stat(), self.database):
+                return
+        what = f"tracking store {self.name!r}: its database was removed, moved or replaced in the middle of the run"
+        how = "name it with --tracking-uri where it is now, and what was in training goes on from its checkpoint"
+        raise LabError(f"{what}; {how}")
 
 
 def open_store(uri: str | None = None) -> Store:
     """Make the store ready for runs, and close those in it whose process is gone; several processes may do so at once.
 
-    A SQLite database is made on first use. It gets its artifacts in `artifacts/` beside it, and write-ahead logging, so
-    that reading does not block writing. Raises LabError.
+    A SQLite database is made on first use, with `artifacts/` beside it. Raises LabError.
     """
     uri = tracking_uri(uri)
     if time.time() < 0:  # MLflow takes no time before 1970
@@ -111,12 +99,12 @@ def open_store(uri: str | None = None) -> Store:
                 store = Store(uri, experiment_of(uri).experiment_id)
         else:
             database.parent.mkdir(parents=True, exist_ok=True)
-            # Two processes that make the same new database at once would break it.
-            with FileLock(f"{database}.lock", timeout=FIRST_USE_TIMEOUT):
+            # Two processes that make the same new database at once would break it. It takes 1 to 6 seconds.
+            with FileLock(f"{database}.lock", timeout=120):
                 if not database.exists():
                     _create(database)
                 follow_move(uri)
-                store = Store(uri, experiment_of(uri, artifacts_of(database)).experiment_id, _file_id(database))
+                store = Store(uri, experiment_of(uri, artifacts_of(database)).experiment_id, database.stat())
     except LabError:
         raise
     except (MlflowException, SQLAlchemyError, ImportError, OSError, sqlite3.Error, ValueError) as error:
@@ -131,27 +119,24 @@ def _create(database: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     folder.mkdir()
     new = folder / f"{secrets.token_hex(4)}.db"  # MLflow takes a path that it has seen for one that it has made
-    event.listen(Engine, "connect", _write_unsynced)
+
+    def write_unsynced(connection: sqlite3.Connection, _: object) -> None:
+        # So the disk is waited for once, at the end, and not at each of the 1,000 commits that make the tables.
+        connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", write_unsynced)
     try:
         experiment_of(f"sqlite:///{new}", artifacts_of(database))
         with closing(sqlite3.connect(new)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")  # it stays so; this waits until all is on the disk
+            connection.execute("PRAGMA journal_mode=WAL")  # it stays so: reading blocks no writing. Waits for the disk
         new.replace(database)
     finally:
-        event.remove(Engine, "connect", _write_unsynced)
+        event.remove(Engine, "connect", write_unsynced)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_unsynced(connection: sqlite3.Connection, _: object) -> None:
-    """Let the disk be waited for once, at the end, and not at each of the 1,000 commits that make the tables."""
-    connection.execute("PRAGMA synchronous=OFF")
-
-
 def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.entities.Experiment:
-    """Return the experiment that holds all runs, made if it is not there; LabError if it was deleted.
-
-    artifact_location: of a new one; without it, a server chooses. Other errors are MLflow's and SQLAlchemy's.
-    """
+    """Return the experiment that holds all runs, made if it is not there; LabError if it was deleted."""
     client = mlflow.MlflowClient(tracking_uri=uri)
     with quiet():
         experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
@@ -166,8 +151,8 @@ def experiment_of(uri: str, artifact_location: str | None = None) -> mlflow.enti
 
 def check_not_deleted(uri: str, experiment: mlflow.entities.Experiment) -> None:
     if experiment.lifecycle_stage == "deleted":
-        name = without_password(uri)
-        raise LabError(f"tracking store {name!r}: the experiment {EXPERIMENT_NAME!r} is deleted; restore it in MLflow")
+        what = f"the experiment {EXPERIMENT_NAME!r} is deleted; restore it in MLflow"
+        raise LabError(f"tracking store {without_password(uri)!r}: {what}")
 
 
 @contextmanager
@@ -199,8 +184,7 @@ def uninterrupted(*, interrupted: bool = False) -> Iterator[None]:
             signal.raise_signal(arrived[0])
 
 
-@dataclass(frozen=True)
-class FinishedRun:
+class FinishedRun(NamedTuple):
     """A finished run as it stands in the store: its seed, and the last value of each metric."""
 
     run_id: str
@@ -223,9 +207,8 @@ def finished_runs(
     hardware: as the tag of that name. A restored run counts only for a seed that has no other, and only if hardware
         that rounds sums alike made it; a notice names those of `seeds` that don't count.
     """
-    own: dict[int, FinishedRun] = {}
-    restored: dict[int, FinishedRun] = {}
-    elsewhere: dict[int, FinishedRun] = {}
+    kinds: tuple[dict[int, FinishedRun], ...] = ({}, {}, {})
+    own, restored, elsewhere = kinds
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
         seed = run.data.params.get("seed", "")
         alike = run.data.params == {**params, "seed": seed} and tags.items() <= run.data.tags.items()
@@ -234,15 +217,16 @@ def finished_runs(
             if RESTORED in run.data.tags:
                 kind = restored if rounds_alike(run.data.tags.get("hardware", ""), hardware) else elsewhere
             kind.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
-    if missing := sorted({*seeds} & elsewhere.keys() - own.keys() - restored.keys()):
+    found = restored | own
+    if missing := ", ".join(str(seed) for seed in sorted({*seeds} & elsewhere.keys() - found.keys())):
         message = "restored runs of seed %s are not taken over: they were made on other hardware than this, %r"
-        logger.warning(message, ", ".join(map(str, missing)), hardware)
-    return {**restored, **own}
+        logger.warning(message, missing, hardware)
+    return found
 
 
 def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
     """Make a run the child of a study's run, whatever study it belonged to before."""
-    with store_failures(store, "can't be written"), uninterrupted(), short_timeouts():
+    with store.failures("can't be written"), uninterrupted(), short_timeouts():
         store.client.set_tag(run_id, MLFLOW_PARENT_RUN_ID, parent_run_id)
 
 
@@ -254,10 +238,12 @@ def close_abandoned(store: Store) -> None:
     """
     running = {run.info.run_id: run for run in reversed(search(store, "attributes.status = 'RUNNING'"))}
     for run_id, run in [*running.items()]:  # parents first
-        parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
-        is_orphan = parent not in (None, *running) and run.data.tags.get("process", "").endswith(f" {OF_CLUSTER}")
-        # Another machine may reach the folder of locks by a network that shows it none.
-        seen = Path(lock_of(store, run_id).lock_file).exists() and _is_of_this_system(run)
+        parent, process = run.data.tags.get(MLFLOW_PARENT_RUN_ID), {*run.data.tags.get("process", "").split()}
+        is_orphan = parent not in (None, *running) and OF_CLUSTER in process
+        # Another machine may reach the folder of locks by a network that shows it none. What counts is that the process
+        # ran under this system, in whatever container, or on this machine before its restart.
+        is_of_here = _boot() in process or {socket.gethostname(), _machine()} <= process
+        seen = is_of_here and Path(lock_of(store, run_id).lock_file).exists()
         if (seen or is_orphan) and _kill_unless_locked(store, run_id):
             del running[run_id]
 
@@ -265,48 +251,34 @@ def close_abandoned(store: Store) -> None:
 def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) -> list[str]:
     """Mark the child runs of this name, or all, KILLED that stand as RUNNING; return all of this name."""
     children = search(store, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}'")
-    named = [run for run in children if run_name in (None, run.info.run_name)]
-    for run in named:
-        if run.info.status == "RUNNING":
-            _kill_unless_locked(store, run.info.run_id)
-    return [run.info.run_id for run in named]
+    named = [run.info for run in children if run_name in (None, run.info.run_name)]
+    for info in named:
+        if info.status == "RUNNING":
+            _kill_unless_locked(store, info.run_id)
+    return [info.run_id for info in named]
 
 
 def _kill_unless_locked(store: Store, run_id: str) -> bool:
     """Mark a run KILLED that stands as RUNNING; False where a process on this machine still writes it."""
-    lock = lock_of(store, run_id)
-    with store_failures(store, "can't be written"), suppress(Timeout), short_timeouts():
-        lock.acquire()
-        try:
-            if store.client.get_run(run_id).info.status == "RUNNING":  # it may have ended by itself since
-                store.client.set_terminated(run_id, "KILLED")
-        finally:
-            release(lock)
+    with store.failures("can't be written"), suppress(Timeout), short_timeouts(), lock_of(store, run_id) as lock:
+        if store.client.get_run(run_id).info.status == "RUNNING":  # it may have ended by itself since
+            store.client.set_terminated(run_id, "KILLED")
+        lock.remove()
         return True
     return False
 
 
 def search(store: Store, condition: str) -> list[Run]:
     """Return the runs that meet the condition, newest first."""
-    order = ["attributes.start_time DESC"]
-    with store_failures(store, "can't be read"), short_timeouts():
-        return list(store.client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS, order_by=order))
+    with store.failures("can't be read"), short_timeouts():
+        return list(store.client.search_runs([store.experiment_id], condition, max_results=MAX_RUNS))
 
 
 def process_tag() -> str:
-    """Name this process: host, number, start; then the start of the system, and the machine; "cluster" if it is one's.
-
-    Its number alone would not do: containers number anew, and two machines can have one name.
-    """
-    process = psutil.Process()
+    """Name this process: host, number, start; then the system's start, and the machine; "cluster" if it is one's."""
+    process = psutil.Process()  # its number alone would not do: containers number anew, and machines share names
     words = [socket.gethostname(), process.pid, process.create_time(), _boot(), _machine()]
     return " ".join(map(str, [*words, OF_CLUSTER] if os.environ.get(ON_CLUSTER) else words))
-
-
-def _is_of_this_system(run: Run) -> bool:
-    """Say whether a run's process ran under this system, in whatever container, or before this machine's restart."""
-    host, _, _, boot, machine, *_ = [*run.data.tags.get("process", "").split(), *5 * [""]]
-    return boot == _boot() or (host, machine) == (socket.gethostname(), _machine())
 
 
 def _boot() -> str:
@@ -324,26 +296,27 @@ def _content(file: str, default: str) -> str:
     return default
 
 
-def lock_of(store: Store, run_id: str) -> FileLock:
-    """Return the lock that a process holds while it writes the run; the system frees it when the process ends."""
+class RunLock(FileLock):
+    """What a process holds while it writes a run; the system frees it when the process ends."""
+
+    def remove(self) -> None:
+        Path(self.lock_file).unlink(missing_ok=True)  # first: whoever waits for it takes none that is removed
+        self.release()
+
+
+def lock_of(store: Store, run_id: str) -> RunLock:
     name = Path(run_id).name  # a database from elsewhere may hold a path
-    return FileLock(own_folder(store.uri) / LOCKS / f"{name}.lock", timeout=0, thread_local=False)
+    return RunLock(own_folder(store.uri) / LOCKS / f"{name}.lock", timeout=0, thread_local=False)
 
 
-def take_lock(store: Store, run_id: str) -> FileLock:
+def take_lock(store: Store, run_id: str) -> RunLock:
     """Take the lock of a run that this process is going to write; LabError if another process has it, or OSError."""
     lock = lock_of(store, run_id)
     try:
-        lock.acquire(timeout=LOCK_TIMEOUT)
+        lock.acquire(timeout=2)  # seconds; who looks whether a run is abandoned has its lock for some milliseconds
     except Timeout:
         raise LabError(f"resume: run {run_id} is still in training, in another process") from None
     return lock
-
-
-def release(lock: FileLock) -> None:
-    """Remove a lock that this process has, and let go of it."""
-    Path(lock.lock_file).unlink(missing_ok=True)  # first: whoever waits for it takes none that is removed
-    lock.release()
 
 
 @contextmanager
@@ -368,12 +341,8 @@ def can_resume(store: Store, run_id: str) -> bool:
 
 def resumable_run(store: Store, run_id: str, *, finished_too: bool = False) -> Run:
     """Return the run; raises LabError if it is not there, was deleted, has finished, or is in training."""
-    try:
-        with short_timeouts():
-            run = store.client.get_run(run_id)
-    except MlflowException as error:
-        reason = why_refused(error, store.uri)
-        raise LabError(f"resume: run {run_id} can't be read from {store.name!r}: {reason}") from error
+    with store.failures(f"can't give run {run_id}"), short_timeouts():
+        run = store.client.get_run(run_id)
     if run.info.lifecycle_stage == LifecycleStage.DELETED:
         raise LabError(f"resume: run {run_id} was deleted in MLflow: restore it there, or train anew")
     if run.info.status == "FINISHED" and not finished_too:
@@ -395,21 +364,17 @@ def find_run(uri: str, run_id: str) -> Run | None:
 
 def is_deleted(uri: str, run_id: str) -> bool:
     """Say whether a run was deleted in MLflow, and can be restored there; False where that can't be found out."""
-    if is_there(uri):
-        with suppress(MlflowException, SQLAlchemyError, ImportError, OSError, ValueError), quiet(), short_timeouts():
-            info = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id).info
-            return bool(info.lifecycle_stage == LifecycleStage.DELETED)
+    with suppress(MlflowException, SQLAlchemyError, ImportError, OSError, ValueError), quiet(), short_timeouts():
+        run = find_run(uri, run_id) if is_there(uri) else None
+        return run is not None and run.info.lifecycle_stage == LifecycleStage.DELETED
     return False
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show.
-
-    The program's logging stays as it is: the first import of mlflow.pytorch shows errors only from then on.
-    """
+    """Keep the libraries' remarks (migrations, deprecations) off the user's console; errors still show."""
     root, disabled = logging.root, logging.root.manager.disable
-    level, handlers = root.level, root.handlers[:]
+    level, handlers = root.level, root.handlers[:]  # which the first import of mlflow.pytorch changes
     logging.disable(max(disabled, logging.WARNING))
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -426,7 +391,7 @@ def quiet() -> Iterator[None]:
 def replace_files(contents: Mapping[Path, str | bytes]) -> None:
     """Write these files; folders that are missing are made. Text is written as UTF-8 whatever the locale is.
 
-    None is replaced before all are on the disk. A link to a file stays one. Raises OSError if they can't be written;
+    None is replaced before all are on the disk. A link to a file stays one. Raises LabError if one can't be written;
     then the old files are as they were.
     """
     new: dict[Path, Path] = {}
@@ -434,27 +399,16 @@ def replace_files(contents: Mapping[Path, str | bytes]) -> None:
         for file, content in contents.items():
             target = file.resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            new[target] = target.with_name(f"{target.name}.{os.getpid()}.new")
-            try:
-                new[target].write_bytes(content.encode() if isinstance(content, str) else content)
-                _sync_to_disk(new[target])
-            except OSError as error:
-                error.filename = str(file)  # a full disk is said without it
-                raise
+            new[file] = target.with_name(f"{target.name}.{os.getpid()}.new")
+            new[file].write_bytes(content.encode() if isinstance(content, str) else content)
+            with new[file].open("rb") as stream:
+                os.fsync(stream)
             if target.exists():
-                shutil.copymode(target, new[target])
-        for target, written in new.items():
-            written.replace(target)
-        for folder in {target.parent for target in new}:
-            _sync_to_disk(folder)
+                shutil.copymode(target, new[file])
+        for file, written in new.items():
+            written.replace(file.resolve())
+    except OSError as error:
+        raise LabError(f"{file} can't be written: {error.strerror}") from error
     finally:
         for written in new.values():
             written.unlink(missing_ok=True)
-
-
-def _sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

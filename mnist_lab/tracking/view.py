@@ -24,15 +24,9 @@ COLUMNS = {
     "attributes.`Models`": 200,
 }
 CURVES, OTHERS = "Learning curves", "Model metrics"  # the sections of the charts; the second is MLflow's own
-# The metrics whose curves come first, each with the least value of its axis: the first epochs would flatten the others.
-CHARTS = {
-    "test_accuracy": 98,
-    "validation_accuracy": 98,
-    "train_accuracy": 95,
-    "test_loss": None,
-    "train_loss": None,
-    "lr": None,
-}
+# The metrics whose curves come first. The axes of accuracies begin here: the first epochs would flatten the others.
+CHARTS = ["test_accuracy", "validation_accuracy", "train_accuracy", "test_loss", "train_loss", "lr"]
+LEAST = {"test_accuracy": 98, "validation_accuracy": 98, "train_accuracy": 95}
 
 
 def state() -> str:
@@ -48,9 +42,9 @@ def state() -> str:
             "scaleType": "log" if metric.endswith("loss") else "linear",
             "lineSmoothness": 0,
             "yAxisKey": "metric",
-            "range": {} if least is None else {"yMin": least, "yMax": 100},
+            "range": {"yMin": LEAST[metric], "yMax": 100} if metric in LEAST else {},
         }
-        for metric, least in CHARTS.items()
+        for metric in CHARTS
     ]
     sections = [
         {"uuid": name, "name": name, "display": name == CURVES, "isReordered": True, "deleted": False}

@@ -119,7 +119,7 @@ def test_where_one_of_the_files_has_no_room_all_are_as_they_were(tmp_path: Path)
     first, second = tmp_path / "first", tmp_path / "second"
     for file in (first, second):
         file.write_text("old")
-    with largest_file(1000), pytest.raises(OSError, match=f"File too large: '{second}'"):
+    with largest_file(1000), pytest.raises(LabError, match=f"{second} can't be written: File too large"):
         replace_files({first: "new", second: "new" * 1000})
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["old", "old"]
 
