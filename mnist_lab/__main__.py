@@ -258,10 +258,9 @@ def predict(images: list[Path], model: str | None, show: bool, tracking_uri: str
 def draw(model: str | None, port: int, tracking_uri: str | None) -> None:
     """Serve a page on loopback to draw digits on."""
     from mnist_lab.reading import page
-    from mnist_lab.reading.pictures import find_reader
     from mnist_lab.tracking.server import free_port
 
-    page.serve(find_reader(model, tracking_uri=tracking_uri), free_port(port))
+    page.serve(page.Networks(model, store=tracking_uri), free_port(port))
 
 
 @job(

@@ -241,8 +241,9 @@ def test_a_picture_is_read_as_predict_reads_it_and_one_without_a_digit_is_an_ans
     [
         ("read", b"hello", 422, "picture: it is not a picture that can be read"),
         ("read", bytes(MOST_BYTES + 1), 413, "a drawing has at most 1,048,576 bytes"),
+        ("read?network=models:/other", png(np.eye(28, dtype=np.uint8) * 255), 422, "network: 'models:/other' is none"),
     ],
-    ids=["text", "too large"],
+    ids=["text", "too large", "another network"],
 )
 def test_what_cant_be_read_is_said(served: str, path: str, picture: bytes, status: int, sentence: str) -> None:
     answer = requests.post(f"{served}{path}", data=picture, timeout=PATIENCE)
@@ -365,5 +366,5 @@ def test_the_page_fits_and_is_accessible(page: Page) -> None:
     assert viewport is not None
     assert page.evaluate("document.scrollingElement.scrollWidth") <= viewport["width"]
     assert page.evaluate("document.scrollingElement.scrollHeight") <= viewport["height"]  # no scrolling while drawing
-    expect(page.locator("#network")).to_have_text(re.compile("step8_averaging seed"))
+    expect(page.get_by_role("combobox", name="Network")).to_have_text(re.compile("step8_averaging seed"))
     assert barriers(page, "color-contrast", "button-name") == []
