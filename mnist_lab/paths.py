@@ -66,6 +66,14 @@ def artifacts_of(database: Path) -> str:
     return (database.resolve().parent / ARTIFACTS).as_uri()
 
 
+def own_files(uri: str) -> list[Path]:
+    """Return the files and folders, there or not, that MLflow and the lab write for a store."""
+    folders = [own_folder(uri) / name for name in (ARTIFACTS, CHECKPOINTS, LOCKS)]
+    databases = [database for database in (sqlite_file(uri), own_folder(uri) / SEARCHES) if database]
+    endings = ("", "-wal", "-shm", "-journal", ".lock", ".new")
+    return folders + [database.with_name(database.name + ending) for database in databases for ending in endings]
+
+
 def script_named(name: str) -> str:
     """Return the name of the script that "step4" is short for, where there is one such script; else the name itself."""
     scripts = list((PROJECT_ROOT / "experiments").glob(f"{name}_*.py")) if re.fullmatch(r"step\d+", name) else []

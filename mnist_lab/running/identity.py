@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
@@ -159,16 +159,20 @@ def _joined(parts: list[ast.expr]) -> list[ast.expr]:
 # ---- where it comes from
 
 
-def commit_tags(script: Path) -> dict[str, str]:
+def commit_tags(script: Path, written: Iterable[Path] = ()) -> dict[str, str]:
     """Return the state of the repository that the script lies in, as tags of a run.
 
     git_commit: the commit, "none" outside a repository or before the first commit, "unknown" where git refuses to say.
-    git_dirty: whether any file differs from it, new ones included.
+    git_dirty: whether any file differs from it, new ones included, but for `written`: what the lab writes or fetches.
     """
     folder = script.resolve().parent
     try:
         with Repo(folder, search_parent_directories=True) as repository:
-            changes = repository.git.status("--porcelain", "--untracked-files=normal")
+            root = Path(str(repository.working_dir))
+            own = [path.resolve() for path in written]
+            own = [path for path in own if path.is_relative_to(root) and not folder.is_relative_to(path)]
+            others = [":/", *(f":(top,exclude,literal){path.relative_to(root)}" for path in own)]
+            changes = repository.git.status("--porcelain", "--untracked-files=all", "--", *others)
             sha = repository.git.rev_parse("--verify", "--quiet", "HEAD", with_exceptions=False) or "none"
             return {"git_commit": sha, "git_dirty": "true" if changes else "false"}
     except InvalidGitRepositoryError:

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mnist_lab.arguments import stable_text
+from mnist_lab.data import find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
-from mnist_lab.running.identity import SCRIPT, code_sha256, commit_tags, find_sources, place
+from mnist_lab.paths import PROJECT_ROOT, own_files
+from mnist_lab.running import identity
+from mnist_lab.running.identity import SCRIPT, code_sha256, find_sources, place
 from mnist_lab.verdicts.measures import Protocol, protocol
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
@@ -56,7 +59,9 @@ class Job:
         vars(self)["params"] = self._read_params()
         if not self.sources:
             sources = find_sources(self.script)
-            vars(self).update(sources=sources, code_sha256=code_sha256(sources), commit_tags=commit_tags(self.script))
+            written = [*own_files(self.tracking_uri), find_data_dir(self.data_dir), PROJECT_ROOT / "reports"]
+            commit = identity.commit_tags(self.script, written)
+            vars(self).update(sources=sources, code_sha256=code_sha256(sources), commit_tags=commit)
 
     @property
     def step(self) -> str:

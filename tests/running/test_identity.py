@@ -224,6 +224,18 @@ def test_where_git_refuses_the_state_is_unknown_and_that_is_said(
     assert "recorded as unknown" in caplog.text
 
 
+def test_what_the_lab_writes_and_fetches_is_no_change(repository: Path) -> None:
+    script, store = repository / "experiments" / "idea.py", repository / "experiments" / "store"
+    (store / "artifacts").mkdir(parents=True)
+    (store / "mlflow.db").write_text("runs")
+    written = [store / "mlflow.db", store / "artifacts"]
+    commit = git(repository, "rev-parse", "HEAD")
+    assert commit_tags(script, written) == tags(commit, "false")
+    (repository / "notes.txt").write_text("other\n")
+    # A folder around the script hides no change.
+    assert commit_tags(script, [*written, repository, repository.parent]) == tags(commit, "true")
+
+
 def test_versions_and_hardware_are_those_in_use() -> None:
     versions = environment(torch.device("cpu"))
     assert (versions["python"], versions["mlflow"]) == (platform.python_version(), mlflow.__version__)
