@@ -155,7 +155,7 @@ def test_any_command_line_trains_or_is_refused_by_the_name_of_its_flag(
 
     load = runner.load_mnist
     monkeypatch.setattr(runner, "load_mnist", lambda *given: tiny_mnist if given[0] is None else load(*given))
-    monkeypatch.setattr(runner, "initial_network", begin)
+    monkeypatch.setattr(runner, "Record", begin)
     monkeypatch.setattr(study, "track", begin)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "my_idea.py")])
     (tmp_path / "my_idea.py").write_text("from mnist_lab import Experiment, main\n\nmain(Experiment(...))\n")

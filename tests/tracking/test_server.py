@@ -35,7 +35,7 @@ from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import open_store
 
-WRITERS = 8
+WRITERS = 4
 NAMES = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"]
 SECRET, ADMIN = secrets.token_hex(8), secrets.token_hex(8)
 PASSWORD = f"p%ss/w@rd:{SECRET}"  # with what has a meaning in a URI and in MLflow's settings
@@ -161,7 +161,7 @@ def test_it_says_what_to_set_and_listens_on_one_port(team: Team, postgres: Datab
     assert sentence.startswith(f"error: port: {team.port} ")
 
 
-def test_eight_writers_lose_no_point_though_server_and_database_are_killed(team: Team, postgres: Database) -> None:
+def test_writers_lose_no_point_though_server_and_database_are_killed(team: Team, postgres: Database) -> None:
     store, together, epochs = open_store(team.uri), processes.Barrier(WRITERS), 15
     patient = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),  # a busy machine is no outage
