@@ -106,7 +106,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
     changes: dict[str, object] = {}
     for name, value in given:
         if name in changes:
-            raise LabError(f"--set: {name} is given twice")
+            raise LabError(f"--set: {quoted(name)} is given twice")
         if value is not None:
             changes[name] = value
     changed, overrides = experiment.override(changes)

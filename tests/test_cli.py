@@ -77,7 +77,7 @@ def test_a_wrong_value_is_refused_by_its_name(
         ("--seeds 2 --set lr=-1", "optimizer", "-1"),
         ("--holdout 10000 --limit 50001", "limit", "50,000"),
         ("--search 2", "search", "tiny.py declares no space"),
-        ("--set lr=0.1 --set lr=0.2", "--set", "lr is given twice"),
+        ("--set lr=0.1 --set lr=0.2", "--set", "'lr' is given twice"),
     ]:
         sentence = refused(*flags.split(), "--tracking-uri", uri)
         assert sentence.startswith(f"error: {field}: "), flags
