@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -156,8 +157,8 @@ class Trial:
         few = self.evaluated(size)[-min(FEW, max(1, size // 3)) :]  # the last ones: an LSTM may have seen those before
         if not torch.allclose(self.logits(few), logits[-len(few) :], rtol=1e-2, atol=1e-2):
             self.say("net: gives an image other logits beside other images; see for dim=0 where dim=1 is meant")
-        takes_log_probabilities = stable_text(self.experiment.loss).startswith(("nll_loss", "NLLLoss"))
-        self.notices += network.notice_outputs(logits, takes_log_probabilities)
+        loss = getattr(self.experiment.loss, "func", self.experiment.loss)  # of a partial
+        self.notices += network.notice_outputs(logits, loss is F.nll_loss or isinstance(loss, nn.NLLLoss))
 
     def check_average(self) -> None:
         if (average := loop.build_average(self.experiment, self.net)) is None:
