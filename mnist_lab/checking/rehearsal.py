@@ -221,6 +221,7 @@ class Trial:
         resumed = self.anew()
         try:
             resumed.load_state_dict(state)
+            begun_anew = {one[:2] for one in _attributes(used) - _attributes(resumed)}
             for one in (used, resumed):  # what is made anew from what is kept is alike then
                 set_generator_states(state["generators"], self.device)
                 _train(one)
@@ -229,7 +230,7 @@ class Trial:
             self.evaluating = 0
             self.say(f"resume: a run that is taken up again can't be gone on with: {one_line(error)}")
             return
-        lost = sorted({(part, name) for part, name, _ in _attributes(used) - _attributes(resumed)})
+        lost = sorted(begun_anew & {one[:2] for one in _attributes(used) - _attributes(resumed)})
         for part, names in groupby(lost, key=itemgetter(0)):
             changed = f"{listed([name for _, name in names])} from batch to batch, which `--resume` begins anew"
             self.say(f"{part}: changes {changed}; keep it in a buffer, or write state_dict and load_state_dict")
