@@ -308,7 +308,7 @@ def _train(one: Training) -> None:
 
 def _alike(weights: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
     """Compare weights, but for rounding: a step may move them and bring them back, and GPUs add in any order."""
-    pairs = zip(weights, others, strict=False)
+    pairs = ((one.to_dense(), other.to_dense()) for one, other in zip(weights, others, strict=False))
     return all(torch.allclose(*both, rtol=1e-4, atol=1e-6, equal_nan=True) for both in pairs)
 
 
