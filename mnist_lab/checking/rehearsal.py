@@ -337,7 +337,8 @@ def _kept(part: str, state: Any, odd: str = "") -> Any:
         content.seek(0)
         return torch.load(content, weights_only=True)
     except Exception as error:
-        for name, value in state.items() if isinstance(state, dict) else ():
+        within: Any = enumerate(state) if isinstance(state, list) else state.items() if isinstance(state, dict) else ()
+        for name, value in within:
             _kept(part, value, f"{name}, {kind(value)}")
         blamed = {"declared": "a loss, objective or augmentation"}.get(part, part)
         wanted = f"numbers, texts and tensors, which a checkpoint keeps, not {odd or kind(state)}"
