@@ -6,6 +6,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from reprlib import recursive_repr
 from typing import Any
 
@@ -38,7 +39,7 @@ def held(value: Any) -> dict[str, object]:
     """
     if isinstance(value, functools.partial | types.MethodType):
         return held(value.func if isinstance(value, functools.partial) else value.__self__)
-    value = inspect.unwrap(value)
+    value = inspect.unwrap(value) if isinstance(value, types.FunctionType) else value
     if isinstance(value, types.FunctionType):
         outer = dict(inspect.getclosurevars(value).nonlocals)
         return outer | defaults(value) if "<locals>" in value.__qualname__ else outer
@@ -93,7 +94,9 @@ def _object(value: Any) -> str:
     """Return an object's own text, or where that has an address, its class and what it holds."""
     if type(value) is str:
         return repr(value)
-    name, shown = type(value).__qualname__, " ".join(str(value).split())
+    name = shown = type(value).__qualname__
+    with suppress(Exception):  # a script's own __repr__ may fail, and an int of thousands of digits has none
+        shown = " ".join(str(value).split())
     if isinstance(value, nn.Module) and type(value).__repr__ is nn.Module.__repr__:
         settings = " ".join(value.extra_repr().split())
         if settings and not ADDRESS.search(settings):

@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -156,8 +157,8 @@ class Trial:
         few = self.evaluated(size)[-min(FEW, max(1, size // 3)) :]  # the last ones: an LSTM may have seen those before
         if not torch.allclose(self.logits(few), logits[-len(few) :], rtol=1e-2, atol=1e-2):
             self.say("net: gives an image other logits beside other images; see for dim=0 where dim=1 is meant")
-        takes_log_probabilities = stable_text(self.experiment.loss).startswith(("nll_loss", "NLLLoss"))
-        self.notices += network.notice_outputs(logits, takes_log_probabilities)
+        loss = getattr(self.experiment.loss, "func", self.experiment.loss)  # of a partial
+        self.notices += network.notice_outputs(logits, loss is F.nll_loss or isinstance(loss, nn.NLLLoss))
 
     def check_average(self) -> None:
         if (average := loop.build_average(self.experiment, self.net)) is None:
@@ -220,6 +221,7 @@ class Trial:
         resumed = self.anew()
         try:
             resumed.load_state_dict(state)
+            begun_anew = {one[:2] for one in _attributes(used) - _attributes(resumed)}
             for one in (used, resumed):  # what is made anew from what is kept is alike then
                 set_generator_states(state["generators"], self.device)
                 _train(one)
@@ -228,7 +230,7 @@ class Trial:
             self.evaluating = 0
             self.say(f"resume: a run that is taken up again can't be gone on with: {one_line(error)}")
             return
-        lost = sorted({(part, name) for part, name, _ in _attributes(used) - _attributes(resumed)})
+        lost = sorted(begun_anew & {one[:2] for one in _attributes(used) - _attributes(resumed)})
         for part, names in groupby(lost, key=itemgetter(0)):
             changed = f"{listed([name for _, name in names])} from batch to batch, which `--resume` begins anew"
             self.say(f"{part}: changes {changed}; keep it in a buffer, or write state_dict and load_state_dict")
@@ -306,7 +308,7 @@ def _train(one: Training) -> None:
 
 def _alike(weights: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
     """Compare weights, but for rounding: a step may move them and bring them back, and GPUs add in any order."""
-    pairs = zip(weights, others, strict=False)
+    pairs = ((one.to_dense(), other.to_dense()) for one, other in zip(weights, others, strict=False))
     return all(torch.allclose(*both, rtol=1e-4, atol=1e-6, equal_nan=True) for both in pairs)
 
 
@@ -335,7 +337,8 @@ def _kept(part: str, state: Any, odd: str = "") -> Any:
         content.seek(0)
         return torch.load(content, weights_only=True)
     except Exception as error:
-        for name, value in state.items() if isinstance(state, dict) else ():
+        within: Any = enumerate(state) if isinstance(state, list) else state.items() if isinstance(state, dict) else ()
+        for name, value in within:
             _kept(part, value, f"{name}, {kind(value)}")
         blamed = {"declared": "a loss, objective or augmentation"}.get(part, part)
         wanted = f"numbers, texts and tensors, which a checkpoint keeps, not {odd or kind(state)}"

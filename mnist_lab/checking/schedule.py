@@ -41,15 +41,14 @@ class Walk:
         self.built = self._groups()
         self.scheduler = build_scheduler(experiment, self.optimizer, num_images)
         self.groups: list[Groups] = []  # before each step, and after the last
-        if self.scheduler is None:
-            return
-        self._check_kind()
-        if not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.go_on(min(self.run, MAX_SCHEDULE_STEPS))
-            for rate in (float(group["lr"]) for groups in self.groups[: self.run] for group in groups):
-                if not -ROUNDING <= rate <= MAX_LR:
-                    limits = f"below 0 a step makes the loss larger, and float32 ends at {MAX_LR:.2g}"
-                    raise ValueError(f"the learning rate becomes {rate:.3g}: {limits}")
+        if self.scheduler is not None:
+            self._check_kind()
+            if not isinstance(self.scheduler, ReduceLROnPlateau):
+                self.go_on(min(self.run, MAX_SCHEDULE_STEPS))
+        for rate in (float(group["lr"]) for groups in [self.built, *self.groups[: self.run]] for group in groups):
+            if not -ROUNDING <= rate <= MAX_LR:
+                limits = f"below 0 a step makes the loss larger, and float32 ends at {MAX_LR:.2g}"
+                raise ValueError(f"the learning rate becomes {rate:.3g}: {limits}")
 
     def go_on(self, steps: int) -> None:
         assert self.scheduler is not None

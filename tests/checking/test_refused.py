@@ -167,7 +167,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "plateau by batch": ("scheduler", {"scheduler": ReduceLROnPlateau, **by_batch}, "scheduler_interval='epoch'"),
     "plateau that rises": ("scheduler", {"scheduler": partial(ReduceLROnPlateau, mode="max")}, "mode='min'"),
     "below zero": ("scheduler", {"scheduler": partial(LambdaLR, lr_lambda=lambda epoch: 0.5 - epoch)}, "below 0"),
-    "beyond float32": ("scheduler", {"scheduler": partial(OneCycleLR, max_lr=1e40)}, "float32"),
+    "beyond float32": ("scheduler", {"optimizer": partial(SGD, lr=1e40)}, "float32"),
     "state with code": ("scheduler", {"scheduler": remembers_code}, "not code, a function"),
     "another's": ("scheduler", {"scheduler": lambda _: StepLR(SGD(Linear().parameters()), 1)}, "another optimizer"),
     "another shape": ("augmentation", {"augmentation": v2.Resize(14)}, r"\(128, 1, 14, 14\)"),

@@ -260,7 +260,7 @@ class Fixed(Convolutions):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("filters", FILTERS)
-        self.register_buffer("sparse", SPARSE)
+        self.sparse = nn.Parameter(SPARSE, requires_grad=False)
         self.frozen = deepcopy(FROZEN)
 
     def train(self, mode: bool = True) -> Any:  # returns nothing, as scripts write it
