@@ -56,7 +56,7 @@ def job(begins: str, *flags: Flag) -> Callable[[Run], Run]:
     def listed(run: Run) -> Run:
         text = str(run.__doc__).rstrip(".")
         parser = JOBS.add_parser(run.__name__, help=text, description=text)
-        parser.set_defaults(run=run, begins=begins)
+        parser.set_defaults(run=run, begins=begins, parser=parser)
         for option, settings in flags:
             parser.add_argument(option, **settings)
         return run
@@ -81,8 +81,11 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `compare | head` ends quietly
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a step's name may have letters that a locale has not
-    given = vars(PARSER.parse_args())
-    run, begins = given.pop("run"), given.pop("begins")
+    arguments, unknown = PARSER.parse_known_args()
+    given = vars(arguments)
+    run, begins, parser = given.pop("run"), given.pop("begins"), given.pop("parser")
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")  # below this job's own flags
     commandline.interrupt_on_signals()
     with commandline.sentences():
         commandline.say_what_is_done()

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
@@ -78,6 +79,8 @@ def number_from(least: float = -math.inf, most: float = math.inf) -> Callable[[s
 
 def interrupt_on_signals() -> None:
     """Let SIGTERM and a closed terminal end the program as Ctrl-C does, so that what is open is closed in order."""
+    if threading.current_thread() is not threading.main_thread():  # no other may say what a signal does
+        return
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it, to let it outlive the terminal
             signal.signal(number, signal.default_int_handler)

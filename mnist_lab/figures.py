@@ -94,7 +94,7 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
         absent = ", ".join(f"{label} ({count:,} of {len(history):,})" for label, count in missing.items() if count)
         figure.suptitle(f"{title}\nnot recorded, or not finite: {absent}" if absent else title)
     handles, _ = accuracy.get_legend_handles_labels()
-    return _finish(figure, 3 if len(curves) < 3 else 2, handles=handles)
+    return _finish(figure, 2 if len(curves) > 2 or len(handles) == 4 else 3, handles=handles)
 
 
 plot_curves = plot_training  # the name that fits several steps

@@ -149,14 +149,14 @@ def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: Lo
     if len(read) != len(images):
         raise LabError(f"run {run['run_id']} has predictions of {len(read):,} images, not of {len(images):,}")
     which = f"seed {run['seed']}, the newest run"
-    wrong = read[read["truth"] != read["prediction"]]
+    wrong = read[read["truth"] != read["prediction"]].sort_values("confidence", ascending=False)
     alt = f"Confusion matrix: {len(read) - len(wrong):,} of {len(read):,} test images are read rightly."
     for (truth, read_as), count in Counter(zip(wrong["truth"], wrong["prediction"], strict=True)).most_common(1):
         alt += f" The most frequent mistake is {truth} read as {read_as}, {count} times."
     matrix = figures.plot_confusion(read["truth"], read["prediction"])
     yield _picture(matrix, f"{run['step']}-confusion", alt, f"Mistakes by digit, {which}.")
     alt = f"The most confident of {len(wrong)} mistakes, as images with truth, prediction and confidence."
-    for truth, read_as, confidence in wrong.nlargest(1, "confidence").iloc[:, :3].to_numpy():
+    for truth, read_as, confidence in wrong.iloc[:1, :3].to_numpy():
         alt += f" The first is a {truth:.0f} read as {read_as:.0f} with {100 * confidence:.1f} %."
     gallery = figures.plot_mistakes(images, read["truth"], read["prediction"], read["confidence"])
     yield _picture(gallery, f"{run['step']}-mistakes", alt, f"The most confident mistakes, {which}.")

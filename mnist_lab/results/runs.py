@@ -326,7 +326,7 @@ def full_names(steps: Iterable[str] | str, loaded: LoadedRuns, others: Iterable[
         alike = alike[:1] or [name for name in known if short and name.startswith(f"{step}_")]
         if len(alike) != 1:
             problem = f"{step!r} is not clear" if alike else f"no run of {step!r} in {loaded.name}"
-            raise LabError(f"steps: {problem}; there are runs of {', '.join(alike or known)}")
+            raise LabError(f"steps: {problem}; there are runs of {', '.join(alike or sorted({*loaded.runs['step']}))}")
         names += alike
     return names
 

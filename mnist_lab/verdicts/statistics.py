@@ -141,7 +141,7 @@ def compare_means(a: Mapping[int, float], b: Mapping[int, float], *, paired: boo
     if paired:
         effect, sd, n = (y - x).mean(), (y - x).std(ddof=1), (len(x),)
     test = "paired t-test" if paired else "Welch's t-test"
-    if sd <= ROUNDING * np.abs(x).max():
+    if sd <= ROUNDING * np.abs([*x, *y]).max():
         return Difference(float(effect), math.nan, math.nan, math.nan, test, n, None)
     found = stats.ttest_rel(y, x) if paired else stats.ttest_ind(y, x, equal_var=False)
     (low, high), p = found.confidence_interval(0.95), float(found.pvalue)
