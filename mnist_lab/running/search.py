@@ -159,7 +159,10 @@ class TrialTask(SeedTask):
 def _tasks(study: optuna.Study, space: Space, count: int, **given: Any) -> Iterator[TrialTask]:
     """Yield the trials that were interrupted, then new ones, each of which is drawn when there is room for it."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        yield TrialTask(number=trial.number, **given)
+        if trial.params.keys() == space.keys():
+            yield TrialTask(number=trial.number, **given)
+        else:  # this process was killed while it was drawn
+            study.tell(trial.number, state=TrialState.FAIL)
     for _ in range(count - len(study.trials)):
         yield TrialTask(number=study.ask(dict(space)).number, **given)
 
