@@ -411,4 +411,5 @@ def replace_files(contents: Mapping[Path, str | bytes]) -> None:
         raise LabError(f"{file} can't be written: {error.strerror}") from error
     finally:
         for written in new.values():
-            written.unlink(missing_ok=True)
+            with suppress(OSError):  # where the file system is read-only, for one
+                written.unlink()

@@ -200,8 +200,7 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
 
 def test_a_search_whose_run_is_gone_goes_on_with_a_new_one(job: Job, database: Path) -> None:
     first = search_for(job, 1)
-    storage = f"sqlite:///{database.parent / 'searches.db'}"
-    study = optuna.load_study(study_name=first.name, storage=storage)
+    study = optuna.load_study(study_name=first.name, storage=f"sqlite:///{database.parent / 'searches.db'}")
     study.set_user_attr("run_id", "0" * 32)
     study.ask({"lr": SPACE["lr"]})  # and the process was killed before it drew the width
     more = search_for(job, 3)
