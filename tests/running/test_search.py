@@ -212,7 +212,7 @@ def test_a_space_that_can_not_be_drawn_from(job: Job) -> None:
     job = dataclasses.replace(job, overrides={"momentum": 0.8})
     spaces: list[tuple[dict[str, Any], str]] = [
         ({}, "search: {} "),
-        ({"lr": (0.1, 0.5)}, "search: {'lr': (0.1, 0.5)} is no space"),
+        ({**SPACE, "lr": (0.1, 0.5)}, "search: {'lr': (0.1, 0.5)} is no space"),
         ({"wdth": IntDistribution(4, 8)}, "search: wdth: "),
         ({"width": FloatDistribution(4.5, 8)}, "search: width: 4.5 is not a whole number"),
         ({"epochs": IntDistribution(0, 3)}, "search: epochs: 0 "),
