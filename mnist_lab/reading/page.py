@@ -49,11 +49,11 @@ class Networks:
         runs = results.newest_runs(results.run_table(columns="all", loaded=loaded))
         runs = runs[runs["run_id"].isin(have_one - {self.first.run_id})].drop_duplicates("step")
         runs = runs.dropna(subset="final_test_accuracy").sort_values("final_test_accuracy", ascending=False)
-        shown = (
-            runs["step"] + " seed " + runs["seed"].astype(str) + ", " + runs["final_test_accuracy"].map(percent) + " %"
-        )
-        names = "runs:/" + runs["run_id"]
-        return [first, *({"name": name, "shown": text} for name, text in zip(names, shown, strict=True))]
+        columns = runs[["run_id", "step", "seed", "final_test_accuracy"]]
+        return [first] + [
+            {"name": f"runs:/{run_id}", "shown": f"{step} seed {seed}, {percent(accuracy)} %"}
+            for run_id, step, seed, accuracy in columns.itertuples(index=False)
+        ]
 
     def reader(self, name: str) -> Reader:
         """Return a network by its name in `names`; raises LabError if it is none of them or can't be loaded."""

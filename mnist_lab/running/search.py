@@ -88,9 +88,12 @@ def search(
 
 
 def check_space(job: Job, space: Space) -> None:
-    if not (isinstance(space, Mapping) and space and all(isinstance(one, BaseDistribution) for one in space.values())):
+    wrong: object = space
+    if isinstance(space, Mapping):
+        wrong = {name: one for name, one in space.items() if not isinstance(one, BaseDistribution)}
+    if wrong or not space:
         example = 'give a dict of Optuna\'s distributions by name, e.g. {"lr": FloatDistribution(0.05, 0.5, log=True)}'
-        raise LabError(f"search: {quoted(space)} is no space; {example}")
+        raise LabError(f"search: {quoted(wrong)} is no space; {example}")
     for name, distribution in space.items():
         if name in job.overrides:
             raise LabError(f"search: {name} is searched, so it can't be set to {quoted(job.overrides[name])} too")

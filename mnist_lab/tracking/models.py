@@ -15,7 +15,6 @@ from pathlib import Path
 import mlflow
 import torch
 from mlflow.entities import LifecycleStage, Run
-from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -71,7 +70,7 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
                 raise ValueError(f"{why}; train it with --holdout {holdout}")
             content, _ = _network_of(store, model_id)
             return Teacher(model_id, run.info.run_id, hashlib.sha256(content).hexdigest())
-    except (MlflowException, OSError, ValueError) as error:
+    except Exception as error:  # what a store gives can be broken in many ways
         raise LabError(f"{called} {declared!r}: {one_line(error)}") from error
 
 

@@ -238,11 +238,11 @@ def close_abandoned(store: Store) -> None:
     """
     running = {run.info.run_id: run for run in reversed(search(store, "attributes.status = 'RUNNING'"))}
     for run_id, run in [*running.items()]:  # parents first
-        parent, process = run.data.tags.get(MLFLOW_PARENT_RUN_ID), {*run.data.tags.get("process", "").split()}
-        is_orphan = parent not in (None, *running) and OF_CLUSTER in process
+        parent, process = run.data.tags.get(MLFLOW_PARENT_RUN_ID), run.data.tags.get("process", "").split()
+        is_orphan = parent not in (None, *running) and process[-1:] == [OF_CLUSTER]
         # Another machine may reach the folder of locks by a network that shows it none. What counts is that the process
         # ran under this system, in whatever container, or on this machine before its restart.
-        is_of_here = _boot() in process or {socket.gethostname(), _machine()} <= process
+        is_of_here = _boot() in process or {socket.gethostname(), _machine()} <= {*process}
         seen = is_of_here and Path(lock_of(store, run_id).lock_file).exists()
         if (seen or is_orphan) and _kill_unless_locked(store, run_id):
             del running[run_id]
@@ -411,4 +411,5 @@ def replace_files(contents: Mapping[Path, str | bytes]) -> None:
         raise LabError(f"{file} can't be written: {error.strerror}") from error
     finally:
         for written in new.values():
-            written.unlink(missing_ok=True)
+            with suppress(OSError):  # where the file system is read-only, for one
+                written.unlink()

@@ -200,12 +200,11 @@ def test_the_same_command_goes_on(job: Job, database: Path, monkeypatch: pytest.
 
 def test_a_search_whose_run_is_gone_goes_on_with_a_new_one(job: Job, database: Path) -> None:
     first = search_for(job, 1)
-    storage = f"sqlite:///{database.parent / 'searches.db'}"
-    optuna.load_study(study_name=first.name, storage=storage).set_user_attr("run_id", "0" * 32)
-
-    more = search_for(job, 2)
-
-    assert (more.name, more.done) == (first.name, 2)
+    study = optuna.load_study(study_name=first.name, storage=f"sqlite:///{database.parent / 'searches.db'}")
+    study.set_user_attr("run_id", "0" * 32)
+    study.ask({"lr": SPACE["lr"]})  # and the process was killed before it drew the width
+    more = search_for(job, 3)
+    assert (more.name, more.done, more.failed) == (first.name, 3, 1)
     assert more.run_id not in (first.run_id, "0" * 32)
 
 
@@ -213,7 +212,7 @@ def test_a_space_that_can_not_be_drawn_from(job: Job) -> None:
     job = dataclasses.replace(job, overrides={"momentum": 0.8})
     spaces: list[tuple[dict[str, Any], str]] = [
         ({}, "search: {} "),
-        ({"lr": (0.1, 0.5)}, "search: {'lr': (0.1, 0.5)} is no space"),
+        ({**SPACE, "lr": (0.1, 0.5)}, "search: {'lr': (0.1, 0.5)} is no space"),
         ({"wdth": IntDistribution(4, 8)}, "search: wdth: "),
         ({"width": FloatDistribution(4.5, 8)}, "search: width: 4.5 is not a whole number"),
         ({"epochs": IntDistribution(0, 3)}, "search: epochs: 0 "),

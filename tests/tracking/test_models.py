@@ -25,6 +25,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import MNIST_PIXELS
 from mnist_lab.objectives import distillation
+from mnist_lab.reading.page import Networks
 from mnist_lab.reading.pictures import find_reader
 from mnist_lab.results.records import read_runs, rows_of
 from mnist_lab.running import run as runner
@@ -168,6 +169,7 @@ def test_no_champion_without_runs(uri: str, lab: Callable[..., str], capsys: pyt
         (said,) = capsys.readouterr().err.splitlines()
         assert re.search(sentence, said)
     assert not champion.is_registered(open_store(uri))
+    assert len(Networks(store=uri).names) == 1  # the committed one, to draw for
 
 
 # ---- teachers
@@ -201,14 +203,8 @@ def test_a_teacher_is_found_by_its_run_model_or_script(train: Train, store: Stor
         mlflow.register_model(f"runs:/{run.run_id}/large", "teacher")
     client.set_registered_model_alias("teacher", "best", "1")
 
-    declared = [
-        f"runs:/{run.run_id}/model",
-        f"runs:/{run.run_id}/large",
-        "models:/teacher/1",
-        "models:/teacher@best",
-        f"models:/{model_id}",
-        "large",
-    ]
+    declared = [f"runs:/{run.run_id}/model", f"runs:/{run.run_id}/large", "large"]
+    declared += [f"models:/{name}" for name in ("teacher/1", "teacher@best", model_id)]
     found = [find_teacher(store, one, holdout=0) for one in declared]
 
     assert {one.run_id for one in found} == {run.run_id}
@@ -296,6 +292,9 @@ def test_a_model_that_is_pickled_or_changed_is_refused(train: Train, uri: str) -
     nine = find_teacher(store, f"runs:/{run.run_id}/nine", holdout=0)
     with pytest.raises(LabError, match=r"gives an output of shape \(2, 9\) for 2 images, not \(2, 10\)"):
         load_teacher(store, nine, CPU, (0.1307, 0.3081))
-    changed = Teacher(nine.model_id, nine.run_id, "0" * 64)
     with pytest.raises(LabError, match="its file is another one than its digest says"):
-        load_teacher(store, changed, CPU, (0.1307, 0.3081))
+        load_teacher(store, Teacher(nine.model_id, nine.run_id, "0" * 64), CPU, (0.1307, 0.3081))
+    location = store.client.get_logged_model(nine.model_id).artifact_location
+    (Path(location.removeprefix("file://")) / "MLmodel").write_text("")
+    with pytest.raises(LabError, match=f"^objective: teacher 'runs:/{run.run_id}/nine': "):
+        find_teacher(store, f"runs:/{run.run_id}/nine", holdout=0)

@@ -121,6 +121,8 @@ def test_where_one_of_the_files_has_no_room_all_are_as_they_were(tmp_path: Path)
         file.write_text("old")
     with largest_file(1000), pytest.raises(LabError, match=f"{second} can't be written: File too large"):
         replace_files({first: "new", second: "new" * 1000})
+    with pytest.raises(LabError, match="can't be written: File name too long"):
+        replace_files({first: "new", tmp_path / ("a" * 255): "new"})
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["old", "old"]
 
 
