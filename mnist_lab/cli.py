@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**32 - 1  # more numpy would not take
 MAX_SEEDS = 10_000  # of one study
-INTERRUPTED = "Runs are marked KILLED; the same command goes on: for a single run with --resume, else without --again."
+INTERRUPTED = "What had begun is KILLED; the same command goes on: a single run with --resume, others without --again."
 
 
 def main(
