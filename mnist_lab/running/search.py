@@ -129,8 +129,9 @@ class TrialTask(SeedTask):
     def train(self, progress: Progress) -> None:
         """Train the trial with the seed 0, or go on with it, and tell Optuna what came of it."""
         with _storage_failures():
-            # After the epochs 1, 2, 4, 8 and so on, the better half of the trials goes on.
-            pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+            # After a quarter of the epochs, and again after twice as many, the better half of the trials goes on.
+            quarter = max(1, self.job.experiment.epochs // 4)
+            pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=quarter, reduction_factor=2)
             study = optuna.load_study(study_name=self.job.search, storage=self.storage, pruner=pruner)
             drawn = study.get_trials(deepcopy=False)[self.number]
             if not drawn.state.is_finished():  # by a process that was lost before it could say so

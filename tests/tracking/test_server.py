@@ -162,7 +162,7 @@ def test_it_says_what_to_set_and_listens_on_one_port(team: Team, postgres: Datab
 
 
 def test_writers_lose_no_point_though_server_and_database_are_killed(team: Team, postgres: Database) -> None:
-    store, together, epochs = open_store(team.uri), processes.Barrier(WRITERS), 15
+    store, together, epochs = open_store(team.uri), processes.Barrier(WRITERS), 10
     patient = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),  # a busy machine is no outage
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",  # it asks again after 0, 1, 2, 4, 8 seconds
