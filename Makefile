@@ -135,7 +135,7 @@ restore: $(INSTALLED)  ## put the committed runs of docs/results into the store,
 
 .PHONY: predict
 predict: $(INSTALLED)  ## say which digit is in a picture: IMAGE=photo.png, or a folder; ARGS=--show
-	@$(PYTHON) -m mnist_lab predict $(IMAGE) $(ARGS)
+	@$(PYTHON) -m mnist_lab predict $(if $(shell test -e "$(IMAGE)" && echo 1),"$(IMAGE)",$(IMAGE)) $(ARGS)
 
 .PHONY: draw
 draw: $(INSTALLED)  ## draw a digit in the browser, and see what a network reads

@@ -147,6 +147,7 @@ def compare(steps: list[str], include_overrides: bool, holdout: int, folds: int,
 
 def _notes(table: pd.DataFrame, runs: pd.DataFrame, holdout: int, folds: int, overridden: int) -> Iterator[str]:
     """Yield what the columns mean, and what is to be known of these runs; `overridden`: how many rows are left out."""
+    from mnist_lab.results.compare import named
     from mnist_lab.running.identity import code_sha256, find_sources
 
     for line in CROSS_VALIDATED if folds else TESTED:
@@ -155,18 +156,19 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, holdout: int, folds: int, ov
     for row in table.to_dict("records"):
         if row["left_out"]:
             left_out = counted(row["left_out"], "older run")
-            yield f"{row['step']}: left out: {left_out} of other code (code_sha256) or other hyperparameters."
+            yield f"{named(row)}: left out: {left_out} of other code (code_sha256) or other hyperparameters."
         if row["seeds"] < folds:
-            yield f"{row['step']}: only {row['seeds']} of {folds} folds are there."
+            yield f"{named(row)}: only {row['seeds']} of {folds} folds are there."
     if overridden:
         variants = counted(overridden, "overridden variant")
         yield f"Left out: {variants} of these experiments; --include-overrides shows them."
-    for step, of_step in runs.groupby("step"):
-        script, restored = PROJECT_ROOT / "experiments" / f"{step}.py", of_step["restored"].notna().sum()
+    for _, of_step in runs.groupby(["step", "overrides"]):
+        step, name, restored = of_step["step"].iloc[0], named(of_step.iloc[0]), of_step["restored"].notna().sum()
+        script = PROJECT_ROOT / "experiments" / f"{step}.py"
         if 0 < restored < len(of_step):
-            yield f"{step}: {restored} of its {len(of_step)} seeds were restored, the others trained in this store."
+            yield f"{name}: {restored} of its {len(of_step)} seeds were restored, the others trained in this store."
         if script.is_file() and {*of_step["code_sha256"].dropna()} - {code_sha256(find_sources(script))}:
-            yield f"{step}: its script has changed since these runs; train it anew for figures of the script as it is."
+            yield f"{name}: its script has changed since these runs; train it anew for figures of the script as it is."
 
 
 @job(READING, TRACKING_URI, folder_flag("reports/results", "where to"))
@@ -283,7 +285,7 @@ def champion(step: str, commit: bool, folder: Path, tracking_uri: str | None) ->
     seed, num_params, accuracy = int(run["seed"]), int(run["num_params"]), float(run["final_test_accuracy"])
     store = open_store(tracking_uri)
     version = models.register(store, run["run_id"])
-    origin = f"{run['step']} seed {seed}, the median of its seeds, with {percent(accuracy)} %"
+    origin = f"{run['step']} seed {seed}, the median of those trained in this store, with {percent(accuracy)} %"
     print(f"{models.CHAMPION}, version {version}: {origin}")
     if commit:
         kept = {name: run[name] for name in ("step", "run_id", "code_sha256", "git_commit", "hardware", "torch")}

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**32 - 1  # more numpy would not take
 MAX_SEEDS = 10_000  # of one study
-INTERRUPTED = "What had begun is KILLED; the same command goes on: a single run with --resume, others without --again."
+INTERRUPTED = "A single run goes on by `make resume` or --resume; seeds, folds and searches by the same command."
 
 
 def main(
@@ -109,6 +110,8 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
             raise LabError(f"--set: {quoted(name)} is given twice")
         if value is not None:
             changes[name] = value
+    if "reported" not in script.read_text(errors="ignore"):  # `replace` took along another script's figures
+        experiment = replace(experiment, reported={})
     changed, overrides = experiment.override(changes)
     resume, uri = None, tracking_uri(arguments.tracking_uri)
     if arguments.resume is not None:

@@ -81,13 +81,12 @@ class _Display(Progress):
 class Console(_Display):
     """Shows a run as it goes, a bar on a terminal and a line per epoch everywhere, and its verdict."""
 
-    epoch = 1
-
-    def on_run(self, name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None:
-        self.num_images = num_images
+    def on_run(self, name: str, num_params: int, summary: str, num_images: int, done: int) -> None:
+        self.num_images, self.epoch = num_images, done + 1
         if sys.stdout.isatty():
             print(summary)
-        print(f"{name}: {num_params:,} parameters, {counted(num_images, 'training image')}, on {device.type}")
+        where = f"on {self.job.device.type}" + (f", going on after epoch {done}" if done else "")
+        print(f"{name}: {num_params:,} parameters, {counted(num_images, 'training image')}, {where}")
 
     def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
         if self.bar is None:

@@ -378,7 +378,7 @@ def blame(blamed: str, trial: Trial | None = None) -> Iterator[None]:
             field, layer = _innermost(trial, error)
             blamed = field or blamed
             where = f"evaluated on {counted(trial.evaluating, 'image')}: " if trial.evaluating else ""
-            where += layer if blamed == "net" else ""
+            where += layer if blamed in ("net", trial.minimised) else ""
         raise LabError(f"{blamed}: {where}{message}{line}") from error
 
 
@@ -391,9 +391,12 @@ def _innermost(trial: Trial, error: BaseException) -> tuple[str, str]:
         if frame.f_code is Augmentation.__call__.__code__:
             field = "augmentation"
         elif frame.f_code is loss_and_logits.__code__:
-            field = trial.minimised
+            field, logits = trial.minimised, frame.f_locals.get("logits")
+            if isinstance(logits, Tensor):
+                labels = frame.f_locals["labels"]
+                layer = f"is given logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: "
         elif frame.f_code is Tensor.backward.__code__ or owner is trial.net:
-            field = "net"
+            field, layer = "net", ""
         elif frame.f_code is nn.Module._call_impl.__code__ and id(owner) in names:
             given = [str(tuple(one.shape)) for one in frame.f_locals["args"] if isinstance(one, Tensor)]
             shown = type(owner).__name__ if [*owner.children()] else repr(owner)

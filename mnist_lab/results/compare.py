@@ -94,11 +94,15 @@ def stated_targets(run: Mapping[Any, Any] | pd.Series[Any]) -> Targets:
     return Targets(accuracy=None if pd.isna(accuracy) else accuracy, params=params, epochs=epochs)
 
 
+def named(row: Mapping[Any, Any] | pd.Series[Any]) -> str:
+    return f"{row['step']} {row['overrides']}".strip()
+
+
 def compare_text(table: pd.DataFrame, *, holdout: int = 0, folds: int = 0, width: int | None = None) -> str:
     """Return `compare_table` as text, without columns that no row has a value in; width: as for `table_text`."""
     rows = table.to_dict("records")
     columns = {
-        "experiment": [" ".join(f"{row['step']} {row['overrides']}".split()) for row in rows],
+        "experiment": [named(row) for row in rows],
         "last": [percent(row["last"]) + ("" if row["seeds"] == 1 else f" +- {row['last_sd']:.3f}") for row in rows],
         "verdict": [row["verdict_accuracy"] for row in rows],
         "folds" if folds else "seeds": [str(row["seeds"]) for row in rows],

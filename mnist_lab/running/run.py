@@ -177,7 +177,8 @@ class Record:
         job.check_unchanged()
         name, environment = run_name_of(job, f"{job.protocol.unit} {self.seed}"), identity.environment(device)
         summary = summarize(self.training.net, self.rehearsal.untrained)
-        self.progress.on_run(name, device, self.num_params, summary, len(self.mnist.train_images))
+        done = 0 if resume is None else len(resume.epochs)
+        self.progress.on_run(name, self.num_params, summary, len(self.mnist.train_images), done)
         tags = {
             **job.tags,
             **job.commit_tags,

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import optuna
-import torch
 from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -175,7 +174,7 @@ class _Judge(Progress):
     def __init__(self, trial: optuna.Trial, experiment: Experiment) -> None:
         self.trial, self.experiment = trial, experiment
 
-    def on_run(self, name: str, device: torch.device, num_params: int, summary: str, num_images: int) -> None:
+    def on_run(self, name: str, num_params: int, summary: str, num_images: int, done: int) -> None:
         limit = self.experiment.targets.params
         if limit is not None and num_params >= limit:
             self.trial.set_user_attr(TOO_LARGE, num_params)

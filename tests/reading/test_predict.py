@@ -241,7 +241,7 @@ def test_without_a_store_the_committed_champion_reads_and_none_is_made(tmp_path:
     database = tmp_path / "mlflow.db"
     reader = find_reader(tracking_uri=f"sqlite:///{database}")
     origin = load_committed()[1]
-    assert reader.run_name == f"{origin.step} seed {origin.seed}, the champion of docs/results"
+    assert reader.run_name == f"the champion of docs/results, {origin.step} seed {origin.seed}"
     assert not database.exists()
     with pytest.raises(LabError, match="no runs yet"):
         find_reader("step4", tracking_uri=f"sqlite:///{database}")
@@ -274,7 +274,7 @@ def test_a_bad_picture_among_others_loses_none_of_them(
         assert [float(first), float(second)] == pytest.approx(sorted(shares)[:-3:-1], abs=0.0051)
         assert [float(first), float(second)] == pytest.approx(shares[[int(digit), int(runner_up)]], abs=0.0051)
     assert {"picture", "runner-up"} <= set(shown.splitlines()[0].split())
-    assert f", the champion of docs/results, run {champion.run_id}." in shown
+    assert f"the champion of docs/results, {champion.step} seed {champion.seed}, run {champion.run_id}." in shown
     assert shown.count("as the network sees it:") == 3
     assert all(len(line) == 56 for line in shown.splitlines() if "@@" in line)
     assert "@@" in shown

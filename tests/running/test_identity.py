@@ -431,12 +431,14 @@ INTERRUPTED = [
 
 
 def test_the_flags_choose_the_interrupted_run_or_are_refused_by_name(idea: Path, uri: str) -> None:
-
     for age, fields in enumerate(INTERRUPTED):
         one = example(**{"script": str(idea), "changes": {}, **fields})  # type: ignore[arg-type]
         checkpoint.save(one, uri)
         os.utime(checkpoint.file_of(uri, one.run_id), (age, age))
     experiment = read_declaration(idea)
+
+    stated = replace(experiment, reported={"best_test_accuracy": 99.0})
+    assert make_job(stated, idea, parser(idea, stated).parse_args([]))[0].experiment.reported == {}  # not by it
 
     def choose(flags: str) -> str:
         given = [*flags.split(), "--resume", "--tracking-uri", uri]

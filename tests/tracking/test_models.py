@@ -144,7 +144,7 @@ def test_a_champion_can_be_committed(full_run: FullRun, tmp_path: Path, lab: Cal
     said, *written = lab("champion", "step1", "--commit", "--folder", folder, "--tracking-uri", uri).splitlines()
 
     accuracy = full_run.tracked.metrics["final_test_accuracy"][0][1]
-    assert said.startswith("models:/mnist@champion, version 1: step1_baseline seed 3, the median of its seeds, with ")
+    assert said.startswith("models:/mnist@champion, version 1: step1_baseline seed 3, the median of ")
     assert [Path(line.removeprefix("Written: ")).name for line in written] == [champion.NETWORK, champion.ORIGIN]
     assert champion.is_registered(store)
     net, origin = champion.load_committed(folder)
