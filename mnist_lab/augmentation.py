@@ -59,8 +59,7 @@ def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Te
     angles, scales: (N,), in degrees, and as factors.
     shifts: (2, N), in pixels: to the right, and down.
     """
-    size = images.shape[-1]
-    across, down = (shifts * (2 / size)).view(2, -1, 1, 1)
+    across, down = (shifts * (2 / images.shape[-1])).view(2, -1, 1, 1)
     factors = scales.view(-1, 1, 1)
     return _sample(images, angles, lambda x, y: ((x - across) / factors, (y - down) / factors))
 

@@ -19,14 +19,14 @@ from mnist_lab.console import Console, SearchConsole, StudyConsole, print_run_id
 from mnist_lab.errors import LabError, explain_mistakes, is_script
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.paths import tracking_uri
-from mnist_lab.running.job import only_read
+from mnist_lab.running.job import Job, choose_device, only_read
 from mnist_lab.running.machine import without_collections
+from mnist_lab.training.states import drawn_unseeded
 
 if TYPE_CHECKING:  # imported when a run starts: MLflow takes seconds, and `--help` needs none of it
     from optuna.distributions import BaseDistribution
 
     from mnist_lab.running.checkpoint import Checkpoint
-    from mnist_lab.running.job import Job
     from mnist_lab.running.workers import Trainers
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,6 @@ def main(
         experiment.check()
         arguments = _parse(script, experiment, argv)
         commandline.say_what_is_done()
-
-        from mnist_lab.training.states import drawn_unseeded
-
         if drawn_unseeded():
             logger.warning(
                 "the script draws from torch before main(), which the run's seed does not decide: what is kept of that "
@@ -101,7 +98,6 @@ def _started_script(caller: FrameType) -> Path:
 def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace) -> tuple[Job, Checkpoint | None]:
     """Return the job that is asked for, and with `--resume` the checkpoint to go on from; raises LabError."""
     from mnist_lab.running import checkpoint
-    from mnist_lab.running.job import Job, choose_device
 
     given = [("epochs", arguments.epochs), ("batch_size", arguments.batch_size), *map(assignment, arguments.set)]
     changes: dict[str, object] = {}
@@ -142,8 +138,7 @@ def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> 
     several = next((name for name in ("seeds", "folds", "search") if getattr(arguments, name) is not None), None)
     if several and arguments.resume:
         flags.error(f"argument --resume: --{several} goes on by itself, not with the run {arguments.resume}")
-    if several:
-        arguments.resume = None
+    arguments.resume = None if several else arguments.resume
     if arguments.folds and arguments.holdout:
         flags.error("argument --folds: not allowed with --holdout: each fold is held out in turn")
     for name, value in vars(arguments).items():

@@ -5,38 +5,31 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from mnist_lab.checking.schedule import FirstWeights
 from mnist_lab.errors import counted, without_password
 from mnist_lab.paths import own_store
+from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, SearchResult, StudyResult
+from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.comparison import table_text
 from mnist_lab.verdicts.measures import MEASURES, percent
-from mnist_lab.verdicts.targets import how_sure, verdict_table
-
-if TYPE_CHECKING:  # imported when a run starts: MLflow alone takes seconds, and `--help` needs none of it
-    from tqdm import tqdm
-
-    from mnist_lab.running.job import Job
-    from mnist_lab.training.loop import EpochMetrics
-    from mnist_lab.verdicts.targets import Verdict
+from mnist_lab.verdicts.targets import Verdict, how_sure, verdict_table
 
 
 class _Display(Progress):
     bar: tqdm[NoReturn] | None = None
 
     def __init__(self, job: Job) -> None:
-        from mnist_lab.checking.schedule import FirstWeights
-
         self.job, self.epochs = job, job.experiment.epochs
         self.first_weights = FirstWeights(job.experiment)
 
     def start_bar(self, total: int, **settings: Any) -> None:
-        from tqdm import tqdm
-
         if sys.stdout.isatty():
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}, {remaining} left{postfix}]"
             settings = {"bar_format": form, "smoothing": 0, **settings}  # runs end in bursts: the mean speed counts
@@ -130,9 +123,8 @@ class StudyConsole(_Display):
         if reused := [seed for seed in seeds if seed not in missing]:
             print(f"{name}: finished already, and not trained again: {self._names(reused)}")
         if missing:
-            print(
-                f"{name}: training {self._names(missing)} ({workers} at a time, on {self.job.device.type})", flush=True
-            )
+            where = f"{workers} at a time, on {self.job.device.type}"
+            print(f"{name}: training {self._names(missing)} ({where})", flush=True)
             self.start_bar(len(missing) * self.epochs, unit=" epochs")
 
     def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
@@ -211,9 +203,8 @@ def print_search(result: SearchResult, job: Job) -> None:
         command = f"make {job.step} ARGS='--holdout {job.holdout} --seeds 1-10{settings}'"
         print(
             f"The best of {result.finished + result.pruned} is too good by up to about "
-            f"{too_good(result, job.holdout):.2f} points: "
-            f"so much would chance alone lift it on {job.holdout:,} images if all were equally good. "
-            f"What it reaches with other seeds: {command}"
+            f"{too_good(result, job.holdout):.2f} points: so much would chance alone lift it on {job.holdout:,} images "
+            f"if all were equally good. What it reaches with other seeds: {command}"
         )
     print("The test images were not read.")
     print_run_id(result.run_id, job, "with the runs of the trials below it")

@@ -99,8 +99,7 @@ def hold_out(mnist: Mnist, count: int) -> Mnist:
     if not ((held > 0) & (held < of_digit)).all():
         raise LabError(f"holdout: {count:,} of {total:,} images would leave one of the two parts without some digit")
     order = _fixed_order(total)
-    chosen = torch.cat([order[labels[order] == digit][: held[digit]] for digit in range(10)])
-    return _held_out(mnist, chosen)
+    return _held_out(mnist, torch.cat([order[labels[order] == digit][: held[digit]] for digit in range(10)]))
 
 
 def images_of_fold(labels: Tensor, fold: int, folds: int) -> Tensor:
@@ -109,8 +108,7 @@ def images_of_fold(labels: Tensor, fold: int, folds: int) -> Tensor:
     Each image is in one part, the same in every run. Parts differ by one image at most, and by one of each digit.
     """
     order = _fixed_order(len(labels))
-    by_digit = order[labels.cpu()[order].argsort(stable=True)]
-    return by_digit[fold::folds].sort().values
+    return order[labels.cpu()[order].argsort(stable=True)][fold::folds].sort().values
 
 
 def hold_out_fold(mnist: Mnist, fold: int, folds: int) -> Mnist:

@@ -101,9 +101,8 @@ class Trial:
         self.notices += out_of_reach(self.experiment.targets, params, self.experiment.epochs)
         self.notices += tracking.notices(called)
         if self.untrained:
-            self.say(
-                f"no gradient reaches {listed(sorted(self.untrained))}: not trained, and not counted as parameters"
-            )
+            names = listed(sorted(self.untrained))
+            self.say(f"no gradient reaches {names}: not trained, and not counted as parameters")
         return Rehearsal(self.memory_format, self.untrained, self.no_effect, self.notices)
 
     # ---- the checks, in the order in which they are made

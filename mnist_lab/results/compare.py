@@ -37,8 +37,7 @@ def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
     runs = runs.sort_values("start_time", ascending=False, kind="stable")
     experiment = [runs["step"], runs["overrides"]]
     settings = [name for name in runs if name not in COLUMNS]  # a script may read them from a file, or draw them
-    alike = ["code_sha256", "num_params", "teacher_sha256", *settings]
-    code = runs.groupby(alike, dropna=False).ngroup()
+    code = runs.groupby(["code_sha256", "num_params", "teacher_sha256", *settings], dropna=False).ngroup()
     same = code == code.groupby(experiment).transform("first")
     left_out = (~same).groupby(experiment).transform("sum").astype("int64")
     return runs.assign(left_out=left_out)[same].drop_duplicates(["step", "overrides", "seed"])

@@ -31,8 +31,7 @@ def _runs_once_as_written() -> bool:
         return False  # torch.compile and torch.func rewrite what is called, with torch's own functions
     # torch.utils.checkpoint calls a part again, backwards, where no context holds, and both calls must draw the same
     # zeros. It makes the first without gradients, or saves tensors in its own way.
-    saves = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return saves is None and torch.is_grad_enabled()
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None and torch.is_grad_enabled()
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -310,8 +310,7 @@ def minimises_cross_entropy(experiment: Experiment) -> bool:
 def predict(net: nn.Module, images: Tensor, normalize_by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
     """Return a network's output (N, 10) for uint8 images (N, 1, 28, 28) in evaluation mode, in which it stays."""
     net.eval()
-    batches = torch.split(images, EVALUATION_BATCH_SIZE)
-    logits = [net(normalize(batch.float() / 255, normalize_by)) for batch in batches]
+    logits = [net(normalize(batch.float() / 255, normalize_by)) for batch in torch.split(images, EVALUATION_BATCH_SIZE)]
     return without_half(torch.cat(logits) if len(logits) > 1 else logits[0])
 
 
