@@ -6,9 +6,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from traceback import walk_stack
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,7 @@ def main(
             )
         logger.info("Preparing %s: starting MLflow", script.stem)
         job, resume = make_job(experiment, script, arguments)
+        _check_as_read(sys._getframe(1), script)
         commandline.interrupt_on_signals()
         if arguments.search is not None:
             _search(job, search, arguments)
@@ -92,6 +94,16 @@ def _started_script(caller: FrameType) -> Path:
             raise LabError(f"script: {script.name} calls main a second time; {advice}")
         program._has_called_main = True  # type: ignore[attr-defined]
     return script
+
+
+def _check_as_read(caller: FrameType, script: Path) -> None:
+    """Refuse a script that was saved since Python read it: its run would be taken for one of what it says now."""
+    for frame, _ in walk_stack(caller):
+        if frame.f_code.co_name == "<module>" and Path(frame.f_code.co_filename).resolve() == script:
+            with suppress(OSError, SyntaxError, ValueError):  # it is being written
+                if frame.f_code == compile(script.read_bytes(), script, "exec", dont_inherit=True):
+                    return
+            raise LabError(f"script: {script.name} was changed since it was read; start again")
 
 
 @without_collections()

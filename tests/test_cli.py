@@ -195,8 +195,10 @@ def test_a_second_call_of_main_is_refused_and_one_of_a_module_that_is_imported(
     calls = TINY.read_text().replace('if __name__ == "__main__":\n    ', "")
     (tmp_path / "two.py").write_text(f"{calls}main(EXPERIMENT)\n")
     (tmp_path / "other.py").write_text(calls)
+    (tmp_path / "saved.py").write_text(f"open(__file__, 'a').write('Net.width = 8')\n{calls}")
     (tmp_path / "mine.py").write_text("import os\nos.chdir('/')\nfrom other import Net\n")
-    for script, sentence in (("two.py", "script: two.py "), ("mine.py", "main: mine.py imports other.py, which calls")):
+    cases = [("two.py", "script: two.py "), ("mine.py", "main: mine.py imports other.py, which calls")]
+    for script, sentence in [*cases, ("saved.py", "script: saved.py was changed")]:
         done = run_program(script, "--tracking-uri", uri, "--epochs", "1", "--limit", "128", cwd=tmp_path)
 
         assert done.returncode == 1
