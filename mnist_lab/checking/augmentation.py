@@ -45,10 +45,13 @@ def check_augmentation(experiment: Experiment, mnist: Mnist, size: int) -> tuple
     if experiment.augmentation is None:
         return images, labels, []
     notices = [*_notice_transforms(augment, mnist.train_images, (time.perf_counter() - start) / size)]
-    load_parts_state(experiment, state)
-    seed_generators(DRAWS_SEED)
-    again, _ = training_batch(mnist, indices, augment)
-    return images, labels, [*notices, *_notice_images(images, again)]
+    stays = size if any(given == "labels" for given, _ in augment.parts) else size - size // 2  # beside other images
+    drawn = []
+    for batch in (indices, indices % stays):
+        load_parts_state(experiment, deepcopy(state))
+        seed_generators(DRAWS_SEED)
+        drawn.append(training_batch(mnist, batch, augment)[0])
+    return images, labels, [*notices, *_notice_images(images, drawn[0], drawn[1][: size // 2])]
 
 
 def _check_batch(images: object, labels: object, size: int) -> None:
@@ -84,9 +87,11 @@ def _notice_transforms(augment: Augmentation, images: Tensor, seconds: float) ->
         yield f"augmentation: torchvision's transforms are applied image by image, {cost}"
 
 
-def _notice_images(images: Tensor, again: Tensor) -> Iterator[str]:
+def _notice_images(images: Tensor, again: Tensor, beside: Tensor) -> Iterator[str]:
     if not torch.allclose(images, again, atol=1e-5):
         yield UNSEEDED
+    elif not torch.allclose(images[: len(beside)], beside, atol=1e-5):  # these stood beside other images
+        yield "augmentation: mixes images, while their labels stay; an argument `labels` gives it the labels to mix too"
     low, high = images.min().item(), images.max().item()
     if low < -0.01 or high > 1.01:  # an interpolation may overshoot
         yield f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
