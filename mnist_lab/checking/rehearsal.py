@@ -131,6 +131,8 @@ class Trial:
             with blame("net", self):
                 _check_logits(net(images), len(images))
         loss, logits = _checked_loss(loss_and_logits(net, images, self.labels, self.experiment), len(images))
+        if not net.training:
+            self.say(f"{self.minimised}: leaves the network in evaluation mode; call net.train() at its end")
         if len(images) == 10 and self.labels.ndim == 1 and self.experiment.loss is not None:
             self.experiment.loss(logits.detach().repeat(2, 1), self.labels.repeat(2))  # (10,) may spread over (10, 10)
         if loss.requires_grad:

@@ -236,6 +236,7 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
             {"optimizer": partial(StepsItsOwn, lr=0.01), "scheduler": partial(StepLR, step_size=1)},
             "optimizer: .* at lr 0",
         ),
+        ({"objective": lambda net, x, y: (F.cross_entropy(net.eval()(x), y), net(x))}, "objective: leaves the network"),
         ({"objective": in_a_run_of_its_own}, "mlflow: the script calls mlflow.start_run"),
         ({"targets": Targets(params=1_000)}, "targets.params: "),
         ({"net": partial(Linear, change=torch.sigmoid), "loss": of_sigmoid}, "net: seems to end with sigmoid"),
