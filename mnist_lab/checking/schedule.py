@@ -143,6 +143,8 @@ def without_effect(walk: Walk) -> dict[str, str]:
             kept_elsewhere = part == "optimizer" and other.built == walk.built
             if other.groups[run] == walk.groups[run] and not kept_elsewhere:
                 found[name] = f"{name}: {quoted(value)} has no effect: {reasons[part]}"
+    if not found and all(groups == walk.groups[0] for groups in walk.groups[run]):
+        found["scheduler"] = f"scheduler: changes no learning rate in a run of {counted(walk.run, *walk.unit)}"
     return found
 
 
