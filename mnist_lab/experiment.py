@@ -256,7 +256,7 @@ def _check_partial(part: str, value: functools.partial[Any]) -> None:
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Normalizing = tuple[Annotated[float, Field(ge=-1, le=1)], Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 Percent = Annotated[float, Field(gt=1, le=100)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 FIGURES = f"a dict of numbers, by names among {', '.join(SUMMARY_METRICS)}"
@@ -266,7 +266,7 @@ A_COUNT = f"an int of at least 1 and at most {MAX_COUNT:,}"
 ALLOWED: dict[str, tuple[Any, str]] = {
     "epochs": (Count, A_COUNT),
     "batch_size": (Count, A_COUNT),
-    "normalize": (tuple[Number, Positive], "a pair (mean, standard deviation), the latter above 0"),
+    "normalize": (Normalizing, "a pair (mean, standard deviation) of pixels in [0, 1], the latter above 0"),
     "scheduler_interval": (Literal["epoch", "batch"], "'epoch' or 'batch'"),
     "targets": (InstanceOf[Targets], "a Targets(accuracy=..., params=..., epochs=...)"),
     "targets.accuracy": (Percent | None, "a percentage above 1 and up to 100, such as 99.4"),

@@ -95,7 +95,7 @@ REFUSED: list[tuple[str, object, str]] = [
     ("targets.accuracy", 0.994, "99.4"),
     *(("targets", value, repr(value)) for value in (None, 99.4)),
     *(("scheduler_interval", value, repr(value)) for value in ("step", None)),
-    *(("normalize", value, repr(value)) for value in (0.5, (0.5,), (0.5, 0), ("0.1", 0.3), [0.1, 0.3])),
+    *(("normalize", value, repr(value)) for value in (0.5, (33.3, 78.6), (0.5, 0), ("0.1", 0.3), [0.1, 0.3])),
     *(("reported", value, repr(value)) for value in (None, 99.46, ["best_test_accuracy"])),
     ("reported", {"best_accuracy": 99.46}, "best_test_accuracy"),
     *(("reported", {"best_test_accuracy": value}, repr(value)) for value in ("99.46", float("nan"))),
