@@ -184,12 +184,12 @@ class Training:
     def train_batch(self, batch: Tensor) -> None:
         """Update the network once, by the images that the indices `batch` (N,) name."""
         images, labels = training_batch(self.mnist, batch, self.augment)
-        images = normalize(images, self.experiment.normalize)
         evaluated: list[tuple[Tensor, Tensor]] = []
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
-            loss, logits = loss_and_logits(self.net, images, labels, self.experiment)
+            given = normalize(images, self.experiment.normalize)  # anew: a network may change what it is given
+            loss, logits = loss_and_logits(self.net, given, labels, self.experiment)
             loss.backward()  # type: ignore[no-untyped-call]
             evaluated.append((loss.detach(), logits.detach()))
             return loss

@@ -183,12 +183,14 @@ def test_a_loss_that_is_not_finite_is_named_by_its_epoch(small_mnist: Mnist) -> 
 
 def test_an_optimizer_that_evaluates_often_reports_the_loss_before_its_step(small_mnist: Mnist) -> None:
     """So that training loss means the same as with SGD: the network's on a batch that it has not been fitted to yet."""
-    net = Linear()
+    net, given = Linear(), set()
+    net.register_forward_pre_hook(lambda _, images: given.add(images[0].neg_().mean().item()))  # which changes it
     before = evaluate(predict(net, small_mnist.train_images), small_mnist.train_labels)
     lbfgs = declare(epochs=1, batch_size=500, optimizer=partial(LBFGS, lr=0.5, max_iter=8))
 
     (epoch,) = Training(net, lbfgs, small_mnist, seed=0).epochs()
 
+    assert len(given) <= 3  # before and in training, the mean but for the order of a sum, and of the test images
     assert (epoch.train_loss, epoch.train_correct) == (pytest.approx(before[0], abs=1e-5), before[1])
     assert evaluate(predict(net, small_mnist.train_images), small_mnist.train_labels)[0] < 0.9 * before[0]
 
