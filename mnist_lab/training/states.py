@@ -31,10 +31,10 @@ def plain(state: Any) -> Any:
 
 
 def own_parts(experiment: Experiment) -> Experiment:
-    """Return the experiment with copies of its loss, objective and augmentation, for one run to change."""
+    """Return the experiment with copies of its loss, objective, augmentation and schedule, for one run to change."""
     memo: dict[int, Any] = {}  # what two parts share, their copies share too
     copies = {}
-    for name in PARTS:
+    for name in (*PARTS, "scheduler"):
         try:
             copies[name] = copy.deepcopy(getattr(experiment, name), memo)
         except Exception as error:

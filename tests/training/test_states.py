@@ -190,9 +190,15 @@ def test_what_resume_begins_anew_is_named(changes: dict[str, Any], said: str, sm
     assert notice.startswith(said)
 
 
+class Slower(Counts):
+    def __call__(self, *_: object) -> Any:
+        self.batches += 1
+        return 1 / self.batches
+
+
 @pytest.mark.parametrize("objective", [Counts(), partial(weighed, by=Ramp())])
 def test_each_run_begins_with_the_parts_as_declared(objective: Any, small_mnist: Mnist) -> None:
-    experiment = declare(objective=objective)
+    experiment = declare(objective=objective, scheduler=partial(LambdaLR, lr_lambda=Slower()))
     untouched = [epoch.train_loss for epoch in start(experiment, small_mnist).epochs()]
 
     rehearse(experiment, small_mnist)
