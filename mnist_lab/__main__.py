@@ -162,12 +162,12 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, holdout: int, folds: int, ov
     if overridden:
         variants = counted(overridden, "overridden variant")
         yield f"Left out: {variants} of these experiments; --include-overrides shows them."
-    for _, of_step in runs.groupby(["step", "overrides"]):
-        step, name, restored = of_step["step"].iloc[0], named(of_step.iloc[0]), of_step["restored"].notna().sum()
-        script = PROJECT_ROOT / "experiments" / f"{step}.py"
+    scripts = {script.stem: script for script in (PROJECT_ROOT / "experiments").glob("*.py")}
+    for (step, _), of_step in runs.groupby(["step", "overrides"]):
+        script, name, restored = scripts.get(step), named(of_step.iloc[0]), of_step["restored"].notna().sum()
         if 0 < restored < len(of_step):
             yield f"{name}: {restored} of its {len(of_step)} seeds were restored, the others trained in this store."
-        if script.is_file() and {*of_step["code_sha256"].dropna()} - {code_sha256(find_sources(script))}:
+        if script and {*of_step["code_sha256"].dropna()} - {code_sha256(find_sources(script))}:
             yield f"{name}: its script has changed since these runs; train it anew for figures of the script as it is."
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 def random_rotation(images: Tensor, degrees: float) -> Tensor:
     """Rotate each image about its centre by its own angle, drawn uniformly from [-degrees, degrees]."""
     _check_range(degrees=degrees)
-    angles = torch.empty(len(images), device=images.device).uniform_(-degrees, degrees)
-    return rotate(images, angles)
+    return rotate(images, torch.empty(len(images), device=images.device).uniform_(-degrees, degrees))
 
 
 def random_affine(images: Tensor, degrees: float, shift: float, scale: float) -> Tensor:

@@ -173,6 +173,7 @@ def test_an_export_takes_what_can_name_a_file_and_prints_it_whatever_the_locale(
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii", write_through=True))
     lab("export", "--folder", tmp_path, "--tracking-uri", odd_store.uri)
+    lab("compare", "--tracking-uri", odd_store.uri)
 
     assert b"\\xe9.csv" in printed.getvalue()
     assert {"step1.csv", "few.csv", "lost.csv", "é.csv"} <= {file.name for file in tmp_path.iterdir()}
