@@ -209,7 +209,7 @@ class Trial:
         if not torch.allclose(logits, again, rtol=1e-4, atol=1e-5, equal_nan=True):  # a GPU may round differently
             raise ValueError("gives other logits when evaluated again; is it F.dropout(x, training=self.training)?")
         beside = self.logits(torch.cat((images[FEW:], images[half:FEW])))  # the last ones: an LSTM has seen others then
-        if not torch.allclose(beside[half:], logits[half:], rtol=1e-5, atol=1e-6):
+        if not torch.allclose(beside[half:], logits[half:], rtol=1e-4, atol=1e-5):
             self.say("net: gives an image other logits beside other images; see for dim=0 where dim=1 is meant")
         network.check_own_weights(self.net, self.before, self.network(SEED))
 
