@@ -64,7 +64,7 @@ class Kind(NamedTuple):
         if self.dtype == "str":
             return ~values.str.fullmatch(self.form)
         if self.dtype.startswith("%"):
-            return pd.to_datetime(values, format=self.dtype, errors="coerce").isna()
+            return ~pd.to_datetime(values, format=self.dtype, errors="coerce").between("1970", "2200")
         number = pd.to_numeric(values, errors="coerce").astype("float64")
         right = number.between(self.low, self.high) & (number.mod(1).eq(0) | (self.dtype != "Int64"))
         return values.notna() & ~right

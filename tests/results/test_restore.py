@@ -276,6 +276,7 @@ def without_last_row(text: str) -> str:
         ("idea", cell("test_loss", "nan"), "row 2, test_loss: 'nan'"),
         ("idea", cell("num_params", "9" * 400), "row 2, num_params: '999"),
         ("idea", cell("date", "yesterday"), "row 2, date: 'yesterday'"),
+        *(("idea", cell("date", f"{year}-12-31 23:59"), f"row 2, date: '{year}") for year in (1900, 9999)),
         ("idea", lambda text: text.replace(",99.", ",0.99"), "its last accuracy, 0.99"),
         ("epochs", lambda text: text.replace(",99.", ",0.99"), "its last or best is not"),
         ("idea", cell("best", "99.00"), "last accuracy 99.36 is above"),
