@@ -98,7 +98,8 @@ def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -
             for kind in ("param", "tag")
         )
         history = files.typed(epochs, files.EPOCH_COLUMNS).to_dict("records")
-        _check(folder, row, params, history, len(mistakes))
+        own = tags.get("code_sha256", "").startswith(text["code_sha256"]) and all(map(files.TAGS.fullmatch, tags))
+        _check(folder, row, params and own, history, len(mistakes))
         targets = stated_targets(row)
         figures = {name: row[name] for name in TESTED.once if name in row}
         if targets.accuracy is not None and history:
@@ -125,7 +126,7 @@ def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -
         yield Committed(row, start, end, history, figures, {**params, "seed": text["seed"]}, tags, mistakes)
 
 
-def _check(folder: Path, row: Mapping[Any, Any], params: object, history: Sequence[Any], mistakes: int) -> None:
+def _check(folder: Path, row: Mapping[Any, Any], settings: object, history: Sequence[Any], mistakes: int) -> None:
     step, last, best = row["step"], row["final_test_accuracy"], row["best_test_accuracy"]
     count, best_epoch, wrong = row["epochs"], row["best_epoch"], round(files.IMAGES * (1 - last / 100))
     curve, epochs = [epoch["test_accuracy"] for epoch in history], [epoch["epoch"] for epoch in history]
@@ -133,7 +134,7 @@ def _check(folder: Path, row: Mapping[Any, Any], params: object, history: Sequen
         (step, best_epoch <= count, f"its best_epoch {best_epoch} is none of {count}"),
         (step, last > 1, f"its last accuracy, {last}, is in percent"),
         (step, last <= best, f"its last accuracy {last} is above its best {best}"),
-        ("settings", params, "it has no params"),
+        ("settings", settings, "it has no params, or tags that are not the lab's or of other code"),
         ("epochs", epochs in ([], [*range(1, count + 1)]), f"it has other epochs than 1 to {count}"),
         ("epochs", not curve or (curve[-1], max(curve)) == (last, best), f"its last or best is not {last}, {best} %"),
         ("mistakes", mistakes in (0, wrong), f"it got {wrong} images wrong, not {mistakes}"),
@@ -150,8 +151,7 @@ def _restore(store: Store, runs: Sequence[Committed]) -> None:
     step, targets, seeds = first["step"], stated_targets(first), [run.row["seed"] for run in runs]
     tags = {mlflow_tags.MLFLOW_GIT_COMMIT: "", **_shared([run.tags for run in runs]), "study": step, "seeds_reused": ""}
     tags["seeds"] = " ".join(map(str, seeds))
-    params = _shared([run.params for run in runs])
-    with track(past, f"{step} {len(runs)} seeds", params=params, tags=tags) as tracked:
+    with track(past, f"{step} {len(runs)} seeds", params=_shared([run.params for run in runs]), tags=tags) as tracked:
         ids = [_run(store, run, tracked.run_id) for run in runs]
         finished = list(map(FinishedRun, ids, seeds, [run.figures for run in runs]))
         judged = judge_runs(targets, first["epochs"], tracked.run_id, finished)

@@ -288,6 +288,7 @@ def without_last_row(text: str) -> str:
         ("settings", None, "step1_baseline seed 0: it has no params"),
         ("settings", cell("seeds", "0-99999999999"), "row 2, seeds: .* 99999999999"),
         ("settings", cell("seeds", "all"), "row 2, seeds: 'all'"),
+        ("settings", lambda text: text.replace("code_sha256,", "code_sha256,f"), "seed 0: .* or of other code"),
         ("settings", twice, "is there twice"),
         ("mistakes", cell("image", "10000"), "row 2, image: '10000'"),
         ("mistakes", without_last_row, "idea seed 5: it got 64 images wrong"),
