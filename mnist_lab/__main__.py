@@ -164,7 +164,7 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, holdout: int, folds: int, ov
         yield f"Left out: {variants} of these experiments; --include-overrides shows them."
     scripts = {script.stem: script for script in (PROJECT_ROOT / "experiments").glob("*.py")}
     for (step, _), of_step in runs.groupby(["step", "overrides"]):
-        script, name, restored = scripts.get(step), named(of_step.iloc[0]), of_step["restored"].notna().sum()
+        script, name, restored = scripts.get(str(step)), named(of_step.iloc[0]), of_step["restored"].notna().sum()
         if 0 < restored < len(of_step):
             yield f"{name}: {restored} of its {len(of_step)} seeds were restored, the others trained in this store."
         if script and {*of_step["code_sha256"].dropna()} - {code_sha256(find_sources(script))}:
