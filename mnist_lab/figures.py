@@ -130,10 +130,8 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     axes = figure.subplots()
     for (points, names), (color, line, marker) in zip(schedules.items(), cycle(LOOKS), strict=False):
         label = textwrap.fill(", ".join(dict.fromkeys(names)), 90)
-        # Schedules often begin alike: the earlier the line, the thicker, so that it still shows under the later ones.
-        under = min(len(schedules) - 1 - len(axes.lines), 4)
-        axes.plot(*zip(*points, strict=True), drawstyle="steps-mid", color=color, ls=line, lw=1.5 + 0.8 * under,
-                  marker=marker, ms=4 + 1.6 * under, label=label)  # fmt: skip
+        epochs, rates = zip(*points, strict=True)
+        axes.plot(epochs, rates, drawstyle="steps-mid", color=color, ls=line, marker=marker, ms=4, label=label)
     axes.set_ylabel(MEASURES["lr"].label)
     _finish_epochs(axes, history)
     if history["lr"].min() > 0 and history["lr"].max() > 5 * history["lr"].min():
@@ -228,8 +226,7 @@ def plot_mistakes(
 def _first_runs(history: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     _require(history, "history", ["run_id", "step", "seed", "epoch", *columns])
     history = history.assign(step=_with_overrides(history))
-    first = history.drop_duplicates(["step", "seed"])["run_id"]
-    return _in_order(history[history["run_id"].isin(first)])
+    return _in_order(history[history["run_id"].isin(history.drop_duplicates(["step", "seed"])["run_id"])])
 
 
 def _with_overrides(frame: pd.DataFrame) -> "pd.Series[str]":

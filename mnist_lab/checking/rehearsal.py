@@ -131,6 +131,8 @@ class Trial:
             with blame("net", self):
                 _check_logits(net(images), len(images))
         loss, logits = _checked_loss(loss_and_logits(net, images, self.labels, self.experiment), len(images))
+        if any(parameter.grad is not None for parameter in net.parameters()):
+            self.say(f"{self.minimised}: calls backward() by itself, which adds to the gradients that the lab computes")
         if not net.training:
             self.say(f"{self.minimised}: leaves the network in evaluation mode; call net.train() at its end")
         if len(images) == 10 and self.labels.ndim == 1 and self.experiment.loss is not None:

@@ -190,5 +190,4 @@ def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str
         last = min(MAX_BATCHES, experiment.epochs * batches)
         still = f"after {counted(batches, 'batch', 'batches')} it is still {100 * early:.0f} % the first weights"
         later = f"after {last:,} {100 * first.share(last):.0f} %"
-        advice = "; let it forget sooner" if first.share(last) > MUCH else ""
-        yield f"average: {still}, and {later}; while that is much, its accuracy says little{advice}"
+        yield f"average: {still}, and {later}; while that is much, its accuracy says little"

@@ -177,8 +177,7 @@ def compare_runs(pairs: Iterable[Pair], runs: pd.DataFrame, folds: int = 0) -> C
             found.append(_compare(pair, runs, folds))
         except LabError as error:
             reasons.setdefault(str(error), []).append(f"{pair.b} with {pair.a}")
-    refused = [f"not compared: {', '.join(of_reason)}: {reason}" for reason, of_reason in reasons.items()]
-    return adjust(found), refused
+    return adjust(found), [f"not compared: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:

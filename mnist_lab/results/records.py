@@ -115,7 +115,10 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
     A step that can't name a file is left out, and so are mistakes that the store does not say; a warning tells so.
     """
     loaded = results.load_runs(tracking_uri, artifacts=True)
-    folds = joined(FOLD_COLUMNS, *_folds(loaded))
+    counts = {*loaded.runs["folds"]} - {0}
+    folded = [results.newest_runs(results.run_table(columns="all", folds=folds, loaded=loaded)) for folds in counts]
+    whole = [runs[runs.groupby("step")["seed"].transform("size") == runs["folds"]] for runs in folded]  # of all folds
+    folds = joined(FOLD_COLUMNS, *(cells(runs, FOLD_COLUMNS) for runs in whole))
     if len(folds) and loaded.tested.empty:
         return Records(joined(RUN_COLUMNS), joined(EPOCH_COLUMNS), joined(SETTINGS), joined(MISTAKE_COLUMNS), folds)
     declared = results.newest_runs(results.run_table(columns="all", loaded=loaded))
@@ -136,13 +139,6 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
         joined(MISTAKE_COLUMNS, *_mistakes(loaded, runs)),
         folds,
     )
-
-
-def _folds(loaded: LoadedRuns) -> Iterator[pd.DataFrame]:
-    """Yield the rows of the cross-validations, as declared, that have all their folds."""
-    for folds in {*loaded.runs["folds"]} - {0}:
-        runs = results.newest_runs(results.run_table(columns="all", folds=folds, loaded=loaded))
-        yield cells(runs[runs.groupby("step")["seed"].transform("size") == folds], FOLD_COLUMNS)
 
 
 def _that_can_name_a_file(runs: pd.DataFrame) -> pd.DataFrame:

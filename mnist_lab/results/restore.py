@@ -99,6 +99,8 @@ def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -
         )
         history = files.typed(epochs, files.EPOCH_COLUMNS).to_dict("records")
         own = tags.get("code_sha256", "").startswith(text["code_sha256"]) and all(map(files.TAGS.fullmatch, tags))
+        fixed = {"epochs": text["epochs"], "holdout": "0", "folds": "0"}
+        own &= fixed.items() <= {**fixed, **params}.items()
         _check(folder, row, params and own, history, len(mistakes))
         targets = stated_targets(row)
         figures = {name: row[name] for name in TESTED.once if name in row}
@@ -130,13 +132,15 @@ def _check(folder: Path, row: Mapping[Any, Any], settings: object, history: Sequ
     step, last, best = row["step"], row["final_test_accuracy"], row["best_test_accuracy"]
     count, best_epoch, wrong = row["epochs"], row["best_epoch"], round(files.IMAGES * (1 - last / 100))
     curve, epochs = [epoch["test_accuracy"] for epoch in history], [epoch["epoch"] for epoch in history]
+    highest = curve.index(max(curve)) + 1 if curve else best_epoch
     for file, fits, reason in (
         (step, best_epoch <= count, f"its best_epoch {best_epoch} is none of {count}"),
         (step, last > 1, f"its last accuracy, {last}, is in percent"),
         (step, last <= best, f"its last accuracy {last} is above its best {best}"),
-        ("settings", settings, "it has no params, or tags that are not the lab's or of other code"),
+        ("settings", settings, "it has no params, those of another run, or tags of other code or not of the lab"),
         ("epochs", epochs in ([], [*range(1, count + 1)]), f"it has other epochs than 1 to {count}"),
         ("epochs", not curve or (curve[-1], max(curve)) == (last, best), f"its last or best is not {last}, {best} %"),
+        (step, best_epoch == highest, f"its best_epoch {best_epoch} is not {highest}, that of its best in epochs.csv"),
         ("mistakes", mistakes in (0, wrong), f"it got {wrong} images wrong, not {mistakes}"),
     ):
         if not fits:

@@ -253,11 +253,13 @@ def _why_left_out(raw: pd.DataFrame) -> dict[Any, str]:
     best = raw[TESTED.best].where((raw["holdout"] == "0") & (raw["folds"] == "0"), raw[HELD_OUT.best])
     judged = raw[TESTED.judged].where(raw["folds"] == "0", raw[FOLDED.judged])
     no_result = raw[["num_params"]].assign(best=best, judged=judged).isna().any(axis=1)
+    last, most = (pd.to_numeric(raw[name], errors="coerce") for name in (TESTED.judged, TESTED.best))
     reasons: dict[Any, str] = {}
     for found, name, reason in (
         (raw["step"].astype("str").str.strip() == "", "step", "its step has no name"),
         *((raw[name].isna(), name, f"it has no {name}") for name in ("epochs", "device")),
         *((kind.excludes(raw[name]), name, f"its {name} is {{}}, not {kind}") for name, kind in NUMBERS.items()),
+        (last > most, TESTED.judged, f"its {TESTED.judged}, {{}}, is above its best"),
         (no_result & (raw["status"] == "FINISHED"), "status", "it is FINISHED but has no parameters or accuracy"),
     ):
         for place, value in raw.loc[found, name].items():

@@ -177,8 +177,8 @@ class Record:
         job.check_unchanged()
         name, environment = run_name_of(job, f"{job.protocol.unit} {self.seed}"), identity.environment(device)
         summary = summarize(self.training.net, self.rehearsal.untrained)
-        done = 0 if resume is None else len(resume.epochs)
-        self.progress.on_run(name, self.num_params, summary, len(self.mnist.train_images), done)
+        self.epochs = [] if resume is None else [*resume.epochs]
+        self.progress.on_run(name, self.num_params, summary, len(self.mnist.train_images), len(self.epochs))
         tags = {
             **job.tags,
             **job.commit_tags,
@@ -201,7 +201,6 @@ class Record:
                     self.tracked.log_file(file, str(Path("source") / identity.place(module, file).parent))
                 self.tracked.log_text(json.dumps(environment, indent=2) + "\n", "environment.json")
             else:
-                self.epochs = list(resume.epochs)
                 self.tracked.log_missing({metrics.epoch: epoch_metrics(metrics) for metrics in self.epochs})
             yield self.tracked.run_id
 

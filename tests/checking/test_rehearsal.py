@@ -187,6 +187,12 @@ class StepsItsOwn(Optimizer):
         self.own[0].step()
 
 
+def backward_too(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    loss = F.cross_entropy(logits := net(images), labels)
+    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    return loss, logits
+
+
 def in_a_run_of_its_own(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with mlflow.start_run():
         mlflow.log_param("images", len(images))
@@ -195,7 +201,7 @@ def in_a_run_of_its_own(net: nn.Module, images: Tensor, labels: Tensor) -> tuple
 
 
 def saturated(logits: Tensor) -> Tensor:
-    return F.softmax(1e5 * logits, dim=1)
+    return F.softmax(1e2 * logits, dim=1)
 
 
 def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
@@ -237,6 +243,8 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
             "optimizer: .* at lr 0",
         ),
         ({"objective": lambda net, x, y: (F.cross_entropy(net.eval()(x), y), net(x))}, "objective: leaves the network"),
+        ({"objective": backward_too}, "objective: calls backward"),
+        ({"loss": lambda y, t: 0 * F.cross_entropy(y, t)}, "optimizer: its first steps have moved no weight"),
         ({"objective": in_a_run_of_its_own}, "mlflow: the script calls mlflow.start_run"),
         ({"targets": Targets(params=1_000)}, "targets.params: "),
         ({"net": partial(Linear, change=torch.sigmoid), "loss": of_sigmoid}, "net: seems to end with sigmoid"),

@@ -77,6 +77,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"metrics": METRICS | {"num_params": 10.5}}, "its num_params is 10.5, not a whole number from 1"),
     ({"metrics": METRICS | {"num_params": math.inf}}, "its num_params is 1.79"),
     ({"metrics": METRICS | {"final_test_accuracy": math.nan}}, "it is FINISHED but has no parameters or accuracy"),
+    ({"metrics": METRICS | {"best_test_accuracy": 99.0}}, "its final_test_accuracy, 99.1, is above its best"),
     ({"metrics": METRICS | {"best_test_accuracy": 1e300}}, "its best_test_accuracy is 1e+300, not a number"),
     ({"metrics": METRICS | {"train_accuracy": -3.0}}, "its final_train_accuracy is -3"),
     ({"metrics": {"final_test_accuracy": 99.0}}, "it is FINISHED but has no parameters or accuracy"),
