@@ -58,9 +58,17 @@ def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Te
     angles, scales: (N,), in degrees, and as factors.
     shifts: (2, N), in pixels: to the right, and down.
     """
-    across, down = (shifts * (2 / images.shape[-1])).view(2, -1, 1, 1)
-    factors = scales.view(-1, 1, 1)
-    return _sample(images, angles, lambda x, y: ((x - across) / factors, (y - down) / factors))
+    size = images.shape[-1]
+    assert images.shape[-2] == size, "rotation by a shared grid needs square images"
+    across, down = (shifts * (2 / size)).view(2, -1, 1, 1)
+    factors, radians = scales.view(-1, 1, 1), (angles * (math.pi / 180)).view(-1, 1, 1)
+    # Pixel centres in grid_sample's coordinates (align_corners=False): -1 and 1 are the image's outer edges.
+    centres = torch.linspace(1 / size - 1, 1 - 1 / size, size, device=images.device)
+    x, y = (centres.view(1, 1, size) - across) / factors, (centres.view(1, size, 1) - down) / factors
+    cos, sin = radians.cos(), radians.sin()
+    # The inverse rotation, with y pointing down.
+    grid = torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1)  # (N, S, S, 2)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def rotate(images: Tensor, angles: Tensor) -> Tensor:
@@ -68,21 +76,7 @@ def rotate(images: Tensor, angles: Tensor) -> Tensor:
 
     The same as torchvision's `functional.rotate(image, angle, InterpolationMode.BILINEAR)` on each image.
     """
-    return _sample(images, angles, lambda x, y: (x, y))
-
-
-def _sample(images: Tensor, angles: Tensor, move: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-    """Look up where each output pixel came from: `move` its place (1, 1, S), (1, S, 1), then rotate it by the angle."""
-    size = images.shape[-1]
-    assert images.shape[-2] == size, "rotation by a shared grid needs square images"
-    # Pixel centres in grid_sample's coordinates (align_corners=False): -1 and 1 are the image's outer edges.
-    centres = torch.linspace(1 / size - 1, 1 - 1 / size, size, device=images.device)
-    x, y = move(centres.view(1, 1, size), centres.view(1, size, 1))
-    radians = (angles * (math.pi / 180)).view(-1, 1, 1)
-    cos, sin = radians.cos(), radians.sin()
-    # The inverse rotation, with y pointing down.
-    grid = torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1)  # (N, S, S, 2)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return affine(images, angles, torch.ones_like(angles), angles.new_zeros(2, len(angles)))
 
 
 def image_by_image(images: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
