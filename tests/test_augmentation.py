@@ -14,7 +14,6 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as tv
 
-from mnist_lab import Experiment
 from mnist_lab.augmentation import affine, image_by_image, random_affine, random_center_crop, random_rotation, rotate
 from mnist_lab.checking.augmentation import check_draws
 from mnist_lab.checking.rehearsal import rehearse
@@ -152,10 +151,6 @@ def test_random_affine_draws_each_part_for_each_image(images: Tensor) -> None:
     torch.testing.assert_close(random_affine(alike, 0.0, 0.0, 0.0), alike)
 
 
-def augmented(augmentation: Any) -> Experiment:
-    return declare(epochs=1, augmentation=augmentation)
-
-
 class Mine(v2.RandomRotation):
     pass
 
@@ -209,7 +204,7 @@ MIXING: dict[str, Any] = {
 
 @pytest.mark.parametrize("augmentation", MIXING.values(), ids=MIXING)
 def test_an_augmentation_may_take_the_labels_too(augmentation: Any, small_mnist: Mnist) -> None:
-    experiment = augmented(augmentation)
+    experiment = declare(epochs=1, augmentation=augmentation)
 
     rehearse(experiment, small_mnist)
     _, (metrics,) = train(experiment, small_mnist)
@@ -220,5 +215,6 @@ def test_an_augmentation_may_take_the_labels_too(augmentation: Any, small_mnist:
 
 
 def test_labels_follow_their_images(small_mnist: Mnist) -> None:
-    (_, (plain,)), (_, (flipped,)) = (train(augmented(one), small_mnist) for one in (None, swapped))
+    trained = [train(declare(epochs=1, augmentation=one), small_mnist) for one in (None, swapped)]
+    (_, (plain,)), (_, (flipped,)) = trained
     assert plain.train_loss == pytest.approx(flipped.train_loss, rel=1e-5)

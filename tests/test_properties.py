@@ -296,7 +296,6 @@ def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples:
             }
             assert odd & ({field[1]} | seen_by.get(field[1], set())), sentence
             outcomes["sentence"] += 1
-
             return
         outcomes["accepted"] += 1
         try:

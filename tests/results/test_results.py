@@ -21,7 +21,7 @@ from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.verdicts.comparison import Pair, seeds_text
 from mnist_lab.verdicts.measures import TESTED
 from mnist_lab.verdicts.statistics import compare_means, seeds_needed
-from run_writer import STEP4, T0, TARGETS, log_predictions, write_run, write_seeds
+from run_writer import STEP4, T0, TARGETS, log_predictions, predict, write_run, write_seeds
 
 NO_SCHEDULE = {name: STEP4[name] for name in ("batch_size", "epochs", "optimizer", "momentum", "device")}
 NO_SCHEDULE |= {"scheduler": "none", "lr": "0.01", "dropout": "0.1"}
@@ -237,13 +237,6 @@ def test_the_protocols_are_in_separate_tables(held_out: str) -> None:
 # ---- two experiments
 
 
-def predict(wrong: slice) -> dict[str, np.ndarray]:
-    truth = np.arange(1000, dtype=np.uint8) % 10
-    prediction = truth.copy()
-    prediction[wrong] = (truth[wrong] + 1) % 10
-    return {"truth": truth, "prediction": prediction, "logits": np.eye(10, dtype=np.float32)[prediction]}
-
-
 def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(store: Store) -> None:
     write_run(store, "a", 0, [90.0], start_time=T0 - 1)  # an older run of seed 0
     write_seeds(store, "a", 99.0, 99.1, 98.9)
@@ -291,10 +284,12 @@ def test_seeds_are_pairs_where_both_machines_round_alike(one: str | None, other:
 
 def test_the_predictions_of_a_run_are_read_with_their_confidence(store: Store) -> None:
     run = write_run(store, "a", 0, [98.0], start_time=T0)
-    log_predictions(store, run, **predict(wrong=slice(0, 20)))
+    arrays = predict(TRUTH, accuracy=98.0)
+    log_predictions(store, run, truth=TRUTH, **arrays)
     table = results.predictions(run.info.run_id, tracking_uri=store.uri)
-    assert np.array_equal(table.filter(like="logit_").to_numpy(), predict(wrong=slice(0, 20))["logits"])
-    assert table["confidence"].to_numpy() == pytest.approx(np.e / (np.e + 9))
+    assert np.array_equal(table.filter(like="logit_").to_numpy(), arrays["logits"])
+    largest = np.exp(arrays["logits"].max(axis=1))  # the others are 0
+    assert table["confidence"].to_numpy() == pytest.approx(largest / (largest + 9))
     assert results.keeps_predictions(run.info.run_id, tracking_uri=store.uri)
 
 

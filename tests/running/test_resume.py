@@ -241,7 +241,6 @@ def test_an_interrupted_run_that_was_deleted_is_left_out(database: Path, caplog:
 
 
 def test_a_file_that_would_run_code_is_refused(uri: str, tmp_path: Path) -> None:
-
     file = checkpoint.file_of(uri, "evil")
     write(file, example("evil", training=Evil(tmp_path / "code ran")))
     with pytest.raises(LabError, match=r"checkpoint .*evil\.pt can't be read"):

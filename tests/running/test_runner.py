@@ -148,12 +148,8 @@ def test_two_runs_with_one_seed_are_identical_and_one_with_another_seed_is_not(
     assert inputs_of(database, run, mnist) == {"training": 900, "test": 500}
 
 
-def brightened(images: Tensor) -> Tensor:
-    return images.mul_(0.5).add_(torch.rand(len(images), 1, 1, 1) / 2)
-
-
 def test_the_figure_of_an_augmentation_in_place_shows_the_images_as_they_were(small_mnist: Mnist) -> None:
-    experiment = Experiment(net=nn.Flatten, epochs=1, batch_size=10, optimizer=torch.optim.SGD, augmentation=brightened)
+    experiment = declare(augmentation=lambda images: images.mul_(0.5).add_(torch.rand(len(images), 1, 1, 1) / 2))
     before, draws = augmented(experiment, small_mnist)
     np.testing.assert_array_equal(before, small_mnist.train_images[:10, 0].numpy() / np.float32(255))
     assert not np.array_equal(draws[0], draws[1])

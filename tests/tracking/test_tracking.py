@@ -389,10 +389,8 @@ def test_only_finished_runs_of_the_same_declaration_and_code_are_found(store: St
 
 def test_a_restored_run_is_found_on_hardware_that_rounds_alike(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     def found(hardware: str) -> dict[int, str]:
-        return {
-            seed: run.run_id
-            for seed, run in finished_runs(store, PARAMS, TAGS, seeds=range(6), hardware=hardware).items()
-        }
+        runs = finished_runs(store, PARAMS, TAGS, seeds=range(6), hardware=hardware)
+        return {seed: run.run_id for seed, run in runs.items()}
 
     own = {seed: write(store, seed, hardware="another, 8 cores, AVX2") for seed in (0, 1)}
     before_instructions_were_noted = "CPU, 2 cores"

@@ -102,20 +102,14 @@ def test_mixup_trains_on_mixtures_in_the_shares_of_their_labels(batch: tuple[Ten
 # ---- distillation
 
 
-def test_distillation_without_weight_is_the_cross_entropy(batch: tuple[Tensor, Tensor]) -> None:
+def test_distillation_weighs_the_teachers_divergence_and_the_cross_entropy(batch: tuple[Tensor, Tensor]) -> None:
     net, teacher = Linear(), Linear()
-    loss, logits = distillation(net, *batch, teacher=teacher, temperature=4.0, weight=0.0)
-
-    torch.testing.assert_close(loss, F.cross_entropy(net(batch[0]), batch[1]))
-    torch.testing.assert_close(logits, net(batch[0]))
-
-
-def test_distillation_is_the_divergence_from_the_teacher(batch: tuple[Tensor, Tensor]) -> None:
-    net, teacher = Linear(), Linear()
-    loss, _ = distillation(net, *batch, teacher=teacher, temperature=2.0, weight=1.0)
+    loss, logits = distillation(net, *batch, teacher=teacher, temperature=2.0, weight=0.75)
 
     taught, given = (F.softmax(one(batch[0]) / 2, dim=1) for one in (teacher, net))
-    torch.testing.assert_close(loss, 4 * (taught * (taught / given).log()).sum(1).mean())
+    divergence = 4 * (taught * (taught / given).log()).sum(1).mean()
+    torch.testing.assert_close(loss, 0.75 * divergence + 0.25 * F.cross_entropy(net(batch[0]), batch[1]))
+    torch.testing.assert_close(logits, net(batch[0]))
     loss.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
