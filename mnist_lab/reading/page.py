@@ -19,9 +19,8 @@ from mnist_lab import results
 from mnist_lab.errors import LabError
 from mnist_lab.paths import is_there, tracking_uri
 from mnist_lab.reading.pictures import NoDigit, Reader, find_reader, read_digit
-from mnist_lab.tracking.models import runs_with_a_model
 from mnist_lab.tracking.server import HOST
-from mnist_lab.tracking.store import open_store
+from mnist_lab.tracking.store import open_store, search
 from mnist_lab.verdicts.measures import percent
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -45,7 +44,8 @@ class Networks:
         first = {"name": "", "shown": self.first.run_name}
         if not is_there(self.uri) or (loaded := results.load_runs(self.uri)).tested.empty:
             return [first]
-        have_one = runs_with_a_model(open_store(loaded.uri))
+        finished = search(open_store(loaded.uri), "attributes.status = 'FINISHED'")
+        have_one = {run.info.run_id for run in finished if run.outputs is not None and run.outputs.model_outputs}
         runs = results.newest_runs(results.run_table(columns="all", loaded=loaded))
         runs = runs[runs["run_id"].isin(have_one - {self.first.run_id})].drop_duplicates("step")
         runs = runs.dropna(subset="final_test_accuracy").sort_values("final_test_accuracy", ascending=False)

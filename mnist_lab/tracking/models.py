@@ -74,12 +74,6 @@ def find_teacher(store: Store, declared: str, holdout: int, *, called: str = CAL
         raise LabError(f"{called} {declared!r}: {one_line(error)}") from error
 
 
-def runs_with_a_model(store: Store) -> set[str]:
-    """Return the ids of the finished runs that have logged a model; raises LabError."""
-    runs = search(store, "attributes.status = 'FINISHED'")
-    return {run.info.run_id for run in runs if run.outputs is not None and run.outputs.model_outputs}
-
-
 def load_teacher(
     store: Store, teacher: Teacher, device: torch.device, normalize: Scale, *, called: str = CALLED
 ) -> nn.Module:
