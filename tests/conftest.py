@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from forkserver import SIGNALS, run_program
-from helpers import ROOT, TrackedRun, copy_store, first, read_runs
+from helpers import ROOT, Server, TrackedRun, copy_store, first, read_runs
 
 if TYPE_CHECKING:  # torch takes seconds, and some files of tests need none of it
     from mnist_lab import Experiment
@@ -156,6 +156,15 @@ def store(uri: str) -> "Store":
     from mnist_lab.tracking.store import open_store
 
     return open_store(uri)
+
+
+@pytest.fixture(scope="module")
+def one_server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Start a tracking server; that takes seconds, so the tests of a file share it, and its runs."""
+    server = Server(tmp_path_factory.mktemp("server"), empty_store)
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture

@@ -137,6 +137,18 @@ def wait_until(condition: Callable[[], object], program: Program | None = None) 
     raise AssertionError(f"not so after {PATIENCE} seconds, or at the program's end{said or ''}") from error
 
 
+@contextmanager
+def serving(job: str, *flags: str, cwd: Path) -> Iterator[Program]:
+    """Start a job that serves until it is stopped, and stop it at the end of the block."""
+    process = Program("-m", "mnist_lab", job, *flags, cwd=cwd)
+    try:
+        wait_until(lambda: "Ctrl-C stops the server." in process.stdout, process)
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -19,8 +19,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import mnist_lab
-from forkserver import Program
-from helpers import ROOT, copy_store, free_port, wait_until
+from helpers import ROOT, copy_store, free_port, serving
 from mnist_lab import results
 from mnist_lab.data import Mnist
 from mnist_lab.figures import plot_samples
@@ -125,15 +124,9 @@ def test_dark_is_dark_and_so_are_its_figures(browser: Browser, report: str) -> N
 
 @pytest.fixture(scope="module")
 def runs_address(store: Store) -> Iterator[str]:
-    process = Program("-m", "mnist_lab", "ui", "--port", str(free_port()), "--tracking-uri", store.uri, cwd=ROOT)
-    try:
-        wait_until(lambda: "\n" in process.stdout, process)
-        printed = process.stdout.splitlines()[0]
-        assert printed.startswith("The runs: http"), printed
-        yield printed.removeprefix("The runs: ")
-    finally:
-        process.terminate()
-        assert process.wait() == 0
+    with serving("ui", "--port", str(free_port()), "--tracking-uri", store.uri, cwd=ROOT) as process:
+        yield process.stdout.splitlines()[0].removeprefix("The runs: ")
+    assert process.returncode == 0
     assert "Traceback" not in process.stderr
 
 
@@ -205,15 +198,10 @@ STROKES = [
 def served(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     store = copy_store(empty_store, tmp_path_factory.mktemp("draw") / "mlflow.db")
     flags = ["--port", str(free_port()), "--tracking-uri", f"sqlite:///{store}"]
-    process = Program("-m", "mnist_lab", "draw", *flags, cwd=ROOT)
-    try:
-        wait_until(lambda: "Ctrl-C" in process.stdout, process)
+    with serving("draw", *flags, cwd=ROOT) as process:
         (address,) = re.findall(r"^Draw a digit: (http://127\.0\.0\.1:\d+/)$", process.stdout, flags=re.MULTILINE)
         yield address
-    finally:
-        process.terminate()
-        assert process.wait() == 0
-    assert process.stderr == "\n"
+    assert (process.returncode, process.stderr) == (0, "\n")
 
 
 def png(picture: np.ndarray) -> bytes:

@@ -72,14 +72,6 @@ class Cluster:
         raise AssertionError(process.said)
 
 
-@pytest.fixture(scope="module")
-def server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"), empty_store)
-    server.start()
-    yield server
-    server.kill()
-
-
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
@@ -113,9 +105,9 @@ def runs_since(server: Server) -> Callable[[], list[TrackedRun]]:
 
 @pytest.mark.long
 @on_nodes
-def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, server: Server, start: Callable[..., Process]) -> None:
-    runs = runs_since(server)
-    flags = ("--limit", "6000", "--epochs", "3", "--tracking-uri", server.uri)
+def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, one_server: Server, start: Callable[..., Process]) -> None:
+    runs = runs_since(one_server)
+    flags = ("--limit", "6000", "--epochs", "3", "--tracking-uri", one_server.uri)
     program = start("--seeds", "6", "--cluster", cluster.address, *flags)
     wait_until(lambda: len([run for run in runs() if PARENT in run.tags and "test_accuracy" in run.metrics]) >= 2)
     cluster.nodes[1].end()
@@ -127,7 +119,7 @@ def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, server: Server, star
     assert sorted(run.params["seed"] for run in children) == ["0", "1", "2", "3", "4", "5"]
     assert {tuple(epoch for epoch, _ in run.metrics["test_accuracy"]) for run in children} == {(1, 2, 3)}
 
-    again = runs_since(server)
+    again = runs_since(one_server)
     local = start("--seeds", "2", "--again", *flags)
     assert local.wait(PATIENCE) == 0, local.said
     for run in again()[1:]:  # to the last digit
@@ -139,23 +131,25 @@ def test_a_study_goes_on_when_a_node_dies(cluster: Cluster, server: Server, star
 
 @pytest.mark.long
 @on_nodes
-def test_search_goes_on_after_ctrl_c(cluster: Cluster, server: Server, start: Callable[..., Process], uri: str) -> None:
+def test_search_goes_on_after_ctrl_c(
+    cluster: Cluster, one_server: Server, start: Callable[..., Process], uri: str
+) -> None:
     flags = ("--limit", "3000", "--cluster", cluster.address, "--tracking-uri")
     assert_refused(start("--seeds", "2", *flags, uri), "error: tracking store")  # SQLite is for one node
 
-    runs = runs_since(server)
-    program = start("--search", "6", *flags, server.uri)
+    runs = runs_since(one_server)
+    program = start("--search", "6", *flags, one_server.uri)
     wait_until(lambda: len([run for run in runs() if "validation_accuracy" in run.metrics]) >= 2)
     program.send_signal(signal.SIGINT)
     assert program.wait(PATIENCE) == 130, program.said
     assert "Traceback" not in program.said
     assert {run.status for run in runs()} <= {"FINISHED", "KILLED"}
 
-    program = start("--search", "6", *flags, server.uri)
+    program = start("--search", "6", *flags, one_server.uri)
     wait_until(lambda: [run for run in runs() if "final_validation_accuracy" in run.metrics])
     program.kill()
     program.wait(PATIENCE)
-    again = start("--search", "6", *flags, server.uri)
+    again = start("--search", "6", *flags, one_server.uri)
     assert again.wait(PATIENCE) == 0, again.said
 
     assert {run.status for run in runs()} <= {"FINISHED", "KILLED"}

@@ -46,17 +46,9 @@ from run_writer import T0, write_run
 EPOCHS = 4
 
 
-@pytest.fixture(scope="module")
-def one_server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"), empty_store)
-    yield server
-    server.kill()
-
-
 @pytest.fixture
 def server(one_server: Server) -> Server:
-    """Return a tracking server that is there; starting one takes seconds, so the tests share it, and its runs."""
-    if one_server.process is None:
+    if one_server.process is None:  # killed by the test before
         one_server.start()
     return one_server
 
@@ -124,8 +116,6 @@ def by_id(server: Server, run_id: str) -> TrackedRun:
 
 @pytest.fixture(scope="module")
 def whole(one_server: Server) -> TrackedRun:
-    if one_server.process is None:
-        one_server.start()
     return by_id(one_server, train(one_server.uri))
 
 
@@ -299,9 +289,7 @@ def test_a_server_that_refuses_in_mid_run_is_said_so(answer: tuple[int, bytes], 
 
 @contextmanager
 def mute() -> Iterator[str]:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         yield f"127.0.0.1:{taken.getsockname()[1]}"
 
 

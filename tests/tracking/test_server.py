@@ -26,7 +26,7 @@ from mlflow.server import get_app_client
 
 import forkserver
 from forkserver import PATIENCE, Program, processes, run_program
-from helpers import TINY, all_gone, free_port, log_points, point, ports_of, wait_until
+from helpers import TINY, all_gone, free_port, log_points, point, ports_of, serving, wait_until
 from mnist_lab import paths
 from mnist_lab.errors import LabError
 from mnist_lab.tracking import server as servers
@@ -328,11 +328,8 @@ def test_a_wrong_flag_is_refused_in_one_sentence(
 
 
 @contextlib.contextmanager
-def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind((host, port))
-        taken.listen()
+def listening(host: str = "127.0.0.1") -> Iterator[int]:
+    with socket.create_server((host, 0)) as taken:
         yield taken.getsockname()[1]
 
 
@@ -354,14 +351,9 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     folder = tmp_path_factory.mktemp("ui")
     with listening() as port:
         flags = ["--port", str(port), "--tracking-uri", "sqlite:///store/mlflow.db"]
-        process = Program("-m", "mnist_lab", "ui", *flags, cwd=folder)
-        try:
-            wait_until(lambda: "Ready. Ctrl-C stops the server." in process.stdout, process)
+        with serving("ui", *flags, cwd=folder) as process:
             address = process.stdout.partition("/lab\n")[0].removeprefix("The runs: ")
             yield Ui(port, process, folder / "store" / "mlflow.db", address)
-        finally:
-            process.terminate()
-            process.wait()
 
 
 def test_a_taken_port_gives_the_next_which_is_said_and_alone_listens_on_loopback(ui: Ui) -> None:
