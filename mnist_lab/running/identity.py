@@ -113,8 +113,7 @@ def _found(name: str, path: list[str]) -> Iterator[ModuleSpec]:
     """Yield "a", "a.b" and "a.b.c" for "a.b.c", as far as they are found."""
     with suppress(ImportError, ValueError):
         for full in accumulate(name.split("."), "{}.{}".format):
-            spec = PathFinder.find_spec(full, path)
-            if spec is None:
+            if (spec := PathFinder.find_spec(full, path)) is None:
                 return
             yield spec
             path = list(spec.submodule_search_locations or [])

@@ -107,11 +107,10 @@ class Job:
 
     def check_unchanged(self) -> None:
         """Refuse to go on if the script, or what it imports, was saved since it was read; raises LabError."""
-        now = ""
         with suppress(OSError):
-            now = code_sha256(self.sources)
-        if now != self.code_sha256:
-            raise LabError(f"script: {self.script.name} or what it imports was changed since it was read; start again")
+            if code_sha256(self.sources) == self.code_sha256:
+                return
+        raise LabError(f"script: {self.script.name} or what it imports was changed since it was read; start again")
 
     def read_experiment(self) -> None:
         """Read the experiment anew, in a process that was sent this job; raises LabError if it is another one now."""

@@ -46,9 +46,7 @@ def study(
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store)
     hardware, protocol = identity.hardware(job.device), job.protocol
-    runs: dict[int, FinishedRun] = {}
-    if not again:
-        runs = finished_runs(store, job.params, job.tags, protocol.judged, seeds=seeds, hardware=hardware)
+    runs = {} if again else finished_runs(store, job.params, job.tags, protocol.judged, seeds=seeds, hardware=hardware)
     reused, missing = [seed for seed in seeds if seed in runs], [seed for seed in seeds if seed not in runs]
     if missing:
         trainers.prepare(job, store)
