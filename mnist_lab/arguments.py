@@ -124,7 +124,6 @@ def _sha256(data: bytes) -> str:
 
 
 def defaults(function: Callable[..., object]) -> dict[str, object]:
-    """Return the default values of a function's or class's arguments by name."""
     parameters = parameters_of(function).values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 

@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after one of its epochs."""
-
     run_id: str
     script: Annotated[str, Field(pattern=r"^[^\x00]+$")]  # in the file relative to the project, which may be moved
     seed: Annotated[int, Field(ge=0)]

@@ -18,8 +18,6 @@ if TYPE_CHECKING:  # the console is imported before torch
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A study that came to its end."""
-
     run_id: str
     runs: list[FinishedRun]  # of each seed, in the order that was asked for
     failed: dict[int, str]  # why the other seeds have none
@@ -29,8 +27,6 @@ class StudyResult:
 
 
 class Trial(NamedTuple):
-    """A trial that was trained to its end."""
-
     number: int
     values: Mapping[str, object]  # by flat name
     accuracy: float  # in percent
@@ -38,8 +34,6 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Where a search stands: how many of its trials have ended in which way."""
-
     run_id: str
     name: str
     finished: int

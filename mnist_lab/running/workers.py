@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 
 class Failed(NamedTuple):
-    """Why a task has no run."""
-
     reason: str
     lost: bool = False  # because its process is gone
 

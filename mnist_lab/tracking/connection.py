@@ -106,7 +106,6 @@ logging.getLogger("urllib3.connectionpool").addFilter(_say_that_it_waits)
 
 @contextmanager
 def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set these variables of the environment within this context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

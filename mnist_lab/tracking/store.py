@@ -47,8 +47,6 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Store:
-    """A tracking store that is ready."""
-
     uri: str
     experiment_id: str  # of the MLflow experiment that holds the runs
     database: os.stat_result | None = None  # of SQLite: what names the file, whatever its path is

@@ -30,7 +30,6 @@ LEAST = {"test_accuracy": 98, "validation_accuracy": 98, "train_accuracy": 95}
 
 
 def state() -> str:
-    """Return the view as MLflow keeps it."""
     charts = [
         {
             "uuid": metric,
