@@ -279,8 +279,6 @@ def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:
 
 # ---- folds
 
-RENAMED = {"one": "step7_depth", "other": "step8_averaging"}
-
 
 @pytest.mark.parametrize("folds", [2, 6, 7])
 def test_folds_share_the_training_images_out_by_digit(folds: int, mnist: Mnist) -> None:
@@ -397,7 +395,8 @@ def test_whole_cross_validations_are_published_and_read_back(folds: Folds, tmp_p
     assert f"| `one` | 3 | **{accuracies[:3].mean():.2f}** ±" in readme.read_text()
     effect = results.compare("one", "other", folds=3, tracking_uri=folds.uri).effect
     assert files.compare_folds(rows) == []  # no script declares them
-    renamed = files.compare_folds(rows.assign(step=rows["step"].map(RENAMED)))
+    declared = rows["step"].map({"one": "step7_depth", "other": "step8_averaging"})
+    renamed = files.compare_folds(rows.assign(step=declared))
     assert renamed[0].effect == pytest.approx(effect, abs=1e-3)
 
 

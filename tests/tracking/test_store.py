@@ -75,10 +75,7 @@ def test_a_uri_without_a_file_or_that_mlflow_would_read_as_another_is_refused(ur
         ("postgresql://bob@host/runs", "postgresql://bob@host/runs"),
         ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
         ("sqlite:////home/a@b:c/mlflow.db", "sqlite:////home/a@b:c/mlflow.db"),
-        (
-            "neither 'postgresql://b:se-cret@a' nor http://c:se-cret@d",
-            "neither 'postgresql://b:***@a' nor http://c:***@d",
-        ),
+        ("not 'postgresql://b:se-cret@a' nor http://c:se-cret@d", "not 'postgresql://b:***@a' nor http://c:***@d"),
     ],
 )
 def test_a_password_is_not_shown(text: str, shown: str) -> None:
@@ -89,9 +86,7 @@ def test_a_password_is_not_shown(text: str, shown: str) -> None:
     "uri", ["postgresql://bob:se@cret@h/x", "http://bob:se/cret@h", "mysql://bob:se cret@h/x", 'http://b:s"e@h']
 )
 def test_a_password_that_a_uri_cannot_hold_is_refused_and_not_shown(uri: str) -> None:
-    with pytest.raises(
-        LabError, match=r"^tracking store (postgresql|http|mysql)://\.\.\.: write .* as %XX, e.g. %40 for @"
-    ) as refusal:
+    with pytest.raises(LabError, match=r"^tracking store \w+://\.\.\.: write .* as %XX, e.g. %40 for @") as refusal:
         tracking_uri(uri)
 
     assert "cret" not in str(refusal.value)

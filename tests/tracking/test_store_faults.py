@@ -198,10 +198,9 @@ def test_a_store_of_a_newer_mlflow_is_refused_and_left_as_it_was(used: Path, tmp
     with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
 
+    sentence = f"^tracking store {database} was last used by a newer MLflow than 3.* install"
     for read in (open_store, lambda uri: results.run_table(tracking_uri=uri)):
-        with pytest.raises(
-            LabError, match=f"^tracking store {database} was last used by a newer MLflow than 3.* install"
-        ):
+        with pytest.raises(LabError, match=sentence):
             read(f"sqlite:///{database}")
 
     assert read_value(database, "SELECT version_num FROM alembic_version") == "ffffffffffff"
