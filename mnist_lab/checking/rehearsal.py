@@ -183,12 +183,15 @@ class Trial:
     def check_steps(self) -> None:
         """Train both batch sizes that will come up: some networks fail on a last batch of one image only."""
         self.training = Training(self.net, self.experiment, self.mnist, seed=SEED)
+        torch.manual_seed(unlikely := 2**33 + 1)
         for size in (self.batch_size, self.total % self.batch_size or self.batch_size):
             self.net.train()
             self.training.train_batch(torch.arange(size, device=self.device))
             self.untrained -= {name for name, p in self.net.named_parameters() if p.grad is not None}
             if not predict(self.net, self.evaluated(FEW), self.experiment.normalize).isfinite().all():
                 raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
+        if torch.initial_seed() != unlikely:
+            self.say("training: the script calls torch.manual_seed in it, so each batch draws the same numbers")
         self.notices += network.notice_optimized(self.net, self.training.optimizer, self.before)
 
     def check_rate(self) -> None:

@@ -104,6 +104,10 @@ def _in_mnists_form(images: object) -> NDArray[Any]:
     kind, most = array.dtype.kind, 1 if array.dtype.kind == "f" else 255
     if kind not in "uif" or not ((array >= 0) & (array <= most)).all():
         raise LabError(f"images: {array.dtype} values are to be whole numbers from 0 to 255, or floats from 0 to 1")
+    if kind != "f" and array.max(initial=0) == 1:
+        raise LabError(f"images: {array.dtype} values go to 255, and these to 1: divide by 1.0 to have floats")
+    if (np.median(array[:, [0, -1]], axis=(1, 2)) > most / 2).any():
+        raise LabError(f"images: one is dark on light; digits are light on black here: give {most} - images")
     return array
 
 

@@ -34,6 +34,8 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchResult:
+    """Where a search stands: how many of its trials have ended in which way."""
+
     run_id: str
     name: str
     finished: int

@@ -65,6 +65,7 @@ class TrackedRun:
         self.log_missing({epoch: metrics})
 
     def log_once(self, metrics: Mapping[str, float]) -> None:
+        """Log metrics that a run has one value of."""
         self.log_missing({0: metrics})
 
     def log_missing(self, epochs: Mapping[int, Mapping[str, float]]) -> None:
@@ -101,6 +102,7 @@ class TrackedRun:
                 self._client.log_figure(self.run_id, figure, f"figures/{name}.png", save_kwargs={"dpi": 120})
 
     def log_data(self, mnist: Mnist, source: Path) -> None:
+        """Log the parts of MNIST as MLflow inputs."""
         inputs = []
         for context, images, labels in (
             ("training", mnist.train_images, mnist.train_labels),

@@ -315,6 +315,7 @@ def predict(net: nn.Module, images: Tensor, normalize_by: tuple[float, float] = 
 
 
 def evaluate(logits: Tensor, labels: Tensor) -> tuple[float, int]:
+    """Return the mean cross-entropy and the number of correct predictions."""
     return F.cross_entropy(logits, labels).item(), int((logits.argmax(dim=1) == labels).sum().item())
 
 

@@ -243,6 +243,10 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
             "optimizer: .* at lr 0",
         ),
         ({"objective": lambda net, x, y: (F.cross_entropy(net.eval()(x), y), net(x))}, "objective: leaves the network"),
+        (
+            {"loss": lambda y, t: (torch.manual_seed(1), F.cross_entropy(y, t))[1]},
+            "training: the script calls torch.manual",
+        ),
         ({"objective": backward_too}, "objective: calls backward"),
         ({"loss": lambda y, t: 0 * F.cross_entropy(y, t)}, "optimizer: its first steps have moved no weight"),
         ({"objective": in_a_run_of_its_own}, "mlflow: the script calls mlflow.start_run"),

@@ -303,6 +303,8 @@ def test_what_are_no_images_is_refused() -> None:
         (np.full((28, 28), 7.0), "float64 values"),
         (np.full((28, 28), np.nan), "float64 values"),
         (np.full((28, 28), 300), "int64 values"),
+        (np.eye(28, dtype=np.uint8), "uint8 values go to 255"),
+        (np.full((28, 28), 255), "one is dark on light"),
         ([[1, 2], [3]], "can't be read as an array"),
         (Image.new("L", (40, 40), 200), "number 0: there is no digit"),
     ]
