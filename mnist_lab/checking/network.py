@@ -55,11 +55,8 @@ def notice_optimized(net: nn.Module, optimizer: Optimizer, before: Mapping[str, 
     trainable = {name: id(parameter) for name, parameter in net.named_parameters() if parameter.requires_grad}
     missing = [name for name, parameter in trainable.items() if parameter not in held]
     now = tensors_of(net)
-    same = [now[name] for name in trainable], [before[name] for name in trainable]
     if len(missing) == len(trainable):
         raise ValueError("has none of the network's parameters; give it those that it is called with")
-    if any(group.get("lr") for group in optimizer.param_groups) and all(map(torch.equal, *same)):
-        yield "optimizer: its first steps have moved no weight"
     if missing := [name for name in missing if torch.equal(now[name], before[name])]:
         yield f"optimizer: it is not given {listed(missing)}, which are not trained, though they count as parameters"
 

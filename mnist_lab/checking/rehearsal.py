@@ -222,6 +222,9 @@ class Trial:
         """Take the training up anew, as after an epoch, and name what changes in it without being in its state."""
         used = self.training
         _train(used)
+        now, rates = network.tensors_of(self.net), [group.get("lr") for group in used.optimizer.param_groups]
+        if any(rates) and all(torch.equal(now[name], self.before[name]) for name in self.trainable & now.keys()):
+            self.say("optimizer: its first steps have moved no weight")
         self.logits(self.evaluated(2))  # a network may change in an evaluation too, or keep its activations
         state: dict[str, Any] = {name: _kept(name, value) for name, value in used.state_dict().items()}
         resumed = self.anew()
