@@ -263,6 +263,7 @@ def test_a_bad_picture_among_others_loses_none_of_them(
     shown, said = capsys.readouterr()
     (refusal,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert refusal.startswith(f"error: {tmp_path / '1.png'}: ")
+    assert "notes.txt" not in refusal
     rows = re.findall(r"^(\S+\.png) +(\d) +([\d.]+) % +(\d) \(([\d.]+) %\)$", shown, re.MULTILINE)
     read = mnist_lab.predict(
         np.stack([read_digit(tmp_path / f"{n}.png") for n in (0, 2, 3)]), tracking_uri=uri
