@@ -28,6 +28,7 @@ from mnist_lab.results.records import read_records
 from mnist_lab.running import run as runner
 from mnist_lab.running import workers
 from mnist_lab.running.job import Job, read_declaration
+from mnist_lab.running.machine import available_cores
 from mnist_lab.running.progress import Progress, StudyResult
 from mnist_lab.running.study import judge_runs
 from mnist_lab.running.study import study as run_study
@@ -265,6 +266,11 @@ def test_on_a_gpu_the_seeds_train_here_one_after_another(uri: str, monkeypatch: 
 
     assert trained == [3, 4, 5]
     assert ended == [FinishedRun("run 3", 3, {}), Failed("lr: too high"), FinishedRun("run 5", 5, {})]
+
+
+def test_a_study_has_a_worker_for_each_core_that_it_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.Process.cpu_affinity", lambda _: [3], raising=False)
+    assert available_cores() == 1
 
 
 def test_a_study_without_a_finished_run_has_no_verdict() -> None:
