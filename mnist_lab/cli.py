@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from traceback import walk_stack
 from types import FrameType
@@ -20,7 +19,7 @@ from mnist_lab.console import Console, SearchConsole, StudyConsole, print_run_id
 from mnist_lab.errors import LabError, explain_mistakes, is_script
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.paths import tracking_uri
-from mnist_lab.running.job import Job, choose_device, only_read
+from mnist_lab.running.job import Job, choose_device, only_read, with_own_figures
 from mnist_lab.running.machine import without_collections
 from mnist_lab.training.states import drawn_unseeded
 
@@ -118,8 +117,7 @@ def make_job(experiment: Experiment, script: Path, arguments: argparse.Namespace
             raise LabError(f"--set: {quoted(name)} is given twice")
         if value is not None:
             changes[name] = value
-    if "reported" not in script.read_text(errors="ignore"):  # `replace` took along another script's figures
-        experiment = replace(experiment, reported={})
+    experiment = with_own_figures(experiment, script)
     changed, overrides = experiment.override(changes)
     resume, uri = None, tracking_uri(arguments.tracking_uri)
     if arguments.resume is not None:

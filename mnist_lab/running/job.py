@@ -6,7 +6,7 @@ import multiprocessing
 import runpy
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,8 @@ class Job:
     def read_experiment(self) -> None:
         """Read the experiment anew, in a process that was sent this job; raises LabError if it is another one now."""
         self.check_unchanged()
-        vars(self)["experiment"], _ = read_declaration(self.sources[SCRIPT]).override(self.overrides)
+        declared = with_own_figures(read_declaration(script := self.sources[SCRIPT]), script)
+        vars(self)["experiment"], _ = declared.override(self.overrides)
         if self._read_params() != self.params:
             message = "does not declare the same experiment in a worker process, and a study needs one that does"
             raise LabError(f"script: {self.script.name} {message}")
@@ -130,6 +131,11 @@ def choose_device(name: str | None) -> torch.device:
     if name is not None and name not in available:
         raise LabError(f"device: {name!r} is not available here; available are {', '.join(available)}")
     return torch.device(name or available[0])
+
+
+def with_own_figures(experiment: Experiment, script: Path) -> Experiment:
+    """Drop reported figures from a script that does not name them: `replace` took along another script's."""
+    return experiment if "reported" in script.read_text(errors="ignore") else replace(experiment, reported={})
 
 
 class _MainCalled(BaseException):

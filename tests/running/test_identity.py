@@ -430,7 +430,9 @@ INTERRUPTED = [
 ]
 
 
-def test_the_flags_choose_the_interrupted_run_or_are_refused_by_name(idea: Path, uri: str) -> None:
+def test_the_flags_choose_the_interrupted_run_or_are_refused_by_name(
+    idea: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for age, fields in enumerate(INTERRUPTED):
         one = example(**{"script": str(idea), "changes": {}, **fields})  # type: ignore[arg-type]
         checkpoint.save(one, uri)
@@ -438,7 +440,11 @@ def test_the_flags_choose_the_interrupted_run_or_are_refused_by_name(idea: Path,
     experiment = read_declaration(idea)
 
     stated = replace(experiment, reported={"best_test_accuracy": 99.0})
-    assert make_job(stated, idea, parser(idea, stated).parse_args([]))[0].experiment.reported == {}  # not by it
+    job, _ = make_job(stated, idea, parser(idea, stated).parse_args([]))
+    assert job.experiment.reported == {}  # not by it
+    monkeypatch.setattr("mnist_lab.running.job.read_declaration", lambda _: stated)
+    job.read_experiment()
+    assert job.experiment.reported == {}  # nor in a worker
 
     def choose(flags: str) -> str:
         given = [*flags.split(), "--resume", "--tracking-uri", uri]
