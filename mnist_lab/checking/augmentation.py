@@ -91,7 +91,8 @@ def _notice_images(images: Tensor, again: Tensor, beside: Tensor) -> Iterator[st
     if not torch.allclose(images, again, atol=1e-5):
         yield UNSEEDED
     elif not torch.allclose(images[: len(beside)], beside, atol=1e-5):  # these stood beside other images
-        yield "augmentation: mixes images, while their labels stay; an argument `labels` gives it the labels to mix too"
+        mixed = "if it mixes them, an argument `labels` gives it the labels to mix too"
+        yield f"augmentation: changes an image by the others of its batch, while labels stay; {mixed}"
     low, high = images.min().item(), images.max().item()
     if low < -0.01 or high > 1.01:  # an interpolation may overshoot
         yield f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"

@@ -127,13 +127,14 @@ class Trial:
         """Try the forward and the backward pass of a batch, and look through the graph between them."""
         net, images = self.net, loop.normalize(self.images, self.experiment.normalize)
         net.train()
+        trains = net.training  # a network's own `train` may leave it in evaluation mode
         if self.experiment.objective is None:  # what it makes of the network's output is its own business
             with blame("net", self):
                 _check_logits(net(images), len(images))
         loss, logits = _checked_loss(loss_and_logits(net, images, self.labels, self.experiment), len(images))
-        if any(parameter.grad is not None for parameter in net.parameters()):
+        if any(p.grad is not None and p.grad.to_dense().any() for p in net.parameters()):
             self.say(f"{self.minimised}: calls backward() by itself, which adds to the gradients that the lab computes")
-        if not net.training:
+        if trains and not net.training:
             self.say(f"{self.minimised}: leaves the network in evaluation mode; call net.train() at its end")
         if len(images) == 10 and self.labels.ndim == 1 and self.experiment.loss is not None:
             self.experiment.loss(logits.detach().repeat(2, 1), self.labels.repeat(2))  # (10,) may spread over (10, 10)
@@ -191,7 +192,7 @@ class Trial:
             if not predict(self.net, self.evaluated(FEW), self.experiment.normalize).isfinite().all():
                 raise ValueError("the network's logits are not finite after one step; is the learning rate too high?")
         if torch.initial_seed() != unlikely:
-            self.say("training: the script calls torch.manual_seed in it, so each batch draws the same numbers")
+            self.say("training: the script calls torch.manual_seed, so the run's seed does not decide what is drawn")
         self.notices += network.notice_optimized(self.net, self.training.optimizer, self.before)
 
     def check_rate(self) -> None:
@@ -224,7 +225,8 @@ class Trial:
         _train(used)
         now, rates = network.tensors_of(self.net), [group.get("lr") for group in used.optimizer.param_groups]
         if any(rates) and all(torch.equal(now[name], self.before[name]) for name in self.trainable & now.keys()):
-            self.say("optimizer: its first steps have moved no weight")
+            steps = 2 + (MANY_STEPS if loop.is_own(used.optimizer) else 1)
+            self.say(f"optimizer: its first {steps} steps have moved no weight")
         self.logits(self.evaluated(2))  # a network may change in an evaluation too, or keep its activations
         state: dict[str, Any] = {name: _kept(name, value) for name, value in used.state_dict().items()}
         resumed = self.anew()

@@ -226,7 +226,7 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
         ({"augmentation": OwnGenerator()}, "the run's seed does not decide what augmentation draws"),
         ({"augmentation": lambda images: images * 2 - 0.5}, r"augmentation gives pixels from -0\.50 to 1\.50"),
         ({"augmentation": partial(torch.clamp, min=0.6)}, "augmentation gives 100 % of the images a light corner"),
-        ({"augmentation": lambda images: images.flip(0)}, "augmentation: mixes images, while their labels stay"),
+        ({"augmentation": lambda images: images.flip(0)}, "augmentation: changes an image by the others"),
         ({"augmentation": v2.MixUp(num_classes=10)}, "augmentation: torchvision's MixUp draws once for all images"),
         ({"augmentation": v2.RandomRotation(7)}, r"augmentation: .* image by image, some \d+ s of an epoch"),
         (
@@ -248,7 +248,7 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
             "training: the script calls torch.manual",
         ),
         ({"objective": backward_too}, "objective: calls backward"),
-        ({"loss": lambda y, t: 0 * F.cross_entropy(y, t)}, "optimizer: its first steps have moved no weight"),
+        ({"loss": lambda y, t: 0 * F.cross_entropy(y, t)}, "optimizer: its first 3 steps have moved no weight"),
         ({"objective": in_a_run_of_its_own}, "mlflow: the script calls mlflow.start_run"),
         ({"targets": Targets(params=1_000)}, "targets.params: "),
         ({"net": partial(Linear, change=torch.sigmoid), "loss": of_sigmoid}, "net: seems to end with sigmoid"),
