@@ -294,6 +294,7 @@ def test_images_are_read_as_arrays_tensors_and_pictures(digits: Pixels, mnist: M
         assert np.allclose(mnist_lab.predict(alike).probabilities, said.probabilities, atol=1e-5)
     assert np.allclose(mnist_lab.predict(digits[0]).probabilities, said.probabilities[:1], atol=1e-5)
     assert mnist_lab.predict(STYLES["200x300"](digits[0])).digits.tolist() == [7]
+    assert mnist_lab.predict(np.tri(28)).digits.shape == (1,)  # ink on two edges is no light paper
 
 
 def test_what_are_no_images_is_refused() -> None:
