@@ -94,7 +94,7 @@ def stated_targets(run: Mapping[Any, Any] | pd.Series[Any]) -> Targets:
 
 
 def named(row: Mapping[Any, Any] | pd.Series[Any]) -> str:
-    return f"{row['step']} {row['overrides']}".strip()
+    return " ".join(f"{row['step']} {row['overrides']}".split())
 
 
 def compare_text(table: pd.DataFrame, *, holdout: int = 0, folds: int = 0, width: int | None = None) -> str:
