@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**32 - 1  # more numpy would not take
 MAX_SEEDS = 10_000  # of one study
-INTERRUPTED = "A single run goes on by `make resume` or --resume; seeds, folds and searches by the same command."
+INTERRUPTED = "A run goes on by `make resume` or --resume; seeds, folds and searches by their command without --again."
 
 
 def main(
