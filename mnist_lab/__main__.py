@@ -152,7 +152,8 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, holdout: int, folds: int, ov
 
     for line in CROSS_VALIDATED if folds else TESTED:
         held_out = f"on the {holdout:,} training images held out"
-        yield line.replace("on the test images", held_out) if holdout else line
+        if not (line.startswith("seeds needed") and table["seeds_needed"].isna().all()):  # then it is no column
+            yield line.replace("on the test images", held_out) if holdout else line
     for row in table.to_dict("records"):
         if row["left_out"]:
             left_out = counted(row["left_out"], "older run")
