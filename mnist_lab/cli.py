@@ -148,7 +148,8 @@ def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> 
     several = next((name for name in ("seeds", "folds", "search") if getattr(arguments, name) is not None), None)
     if several and arguments.resume:
         flags.error(f"argument --resume: --{several} goes on by itself, not with the run {arguments.resume}")
-    arguments.resume = None if several else arguments.resume
+    if several:
+        arguments.resume = None
     if arguments.folds and arguments.holdout:
         flags.error("argument --folds: not allowed with --holdout: each fold is held out in turn")
     for name, value in vars(arguments).items():
