@@ -262,9 +262,11 @@ def loss_and_logits(net: nn.Module, images: Tensor, labels: Tensor, experiment: 
     """Return what is minimised, a scalar, and the logits (N, 10) of a batch, by the declared objective or loss."""
     with SparseDropout():
         if experiment.objective is not None:
-            return experiment.objective(net, images, labels)
+            return experiment.objective(net, images, labels.clone())
         logits = without_half(net(images))
-    return (F.cross_entropy if experiment.loss is None else experiment.loss)(logits, labels), logits
+    if experiment.loss is None:
+        return F.cross_entropy(logits, labels), logits
+    return experiment.loss(logits.clone(), labels.clone()), logits  # copies: it may change what it is given
 
 
 def without_half(logits: Tensor) -> Tensor:
