@@ -143,7 +143,7 @@ draw: $(INSTALLED)  ## draw a digit in the browser, and see what a network reads
 
 .PHONY: champion
 champion: $(INSTALLED)  ## let the median seed of a step read pictures: STEP=step8
-	@$(PYTHON) -m mnist_lab champion $(STEP) $(ARGS)
+	@$(PYTHON) -m mnist_lab champion $(or $(STEP),$(error STEP is missing; name one: make champion STEP=step8)) $(ARGS)
 
 .PHONY: ui
 ui: $(INSTALLED)  ## browse the runs in the MLflow UI

@@ -167,7 +167,7 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, holdout: int, folds: int, ov
     for (step, _), of_step in runs.groupby(["step", "overrides"]):
         script, name, restored = scripts.get(str(step)), named(of_step.iloc[0]), of_step["restored"].notna().sum()
         if 0 < restored < len(of_step):
-            yield f"{name}: {restored} of its {len(of_step)} seeds were restored, the others trained in this store."
+            yield f"{name}: {restored} of its {len(of_step)} seeds were restored, the rest trained in this store."
         if script and {*of_step["code_sha256"].dropna()} - {code_sha256(find_sources(script))}:
             yield f"{name}: its script has changed since these runs; train it anew for figures of the script as it is."
 

@@ -172,14 +172,15 @@ class SearchConsole(_Display):
     """Shows a search as it goes: a line per trial, with where the search stands, which a terminal has in a bar."""
 
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
-        self.wanted = wanted
+        self.wanted, self.done = wanted, done
         before = f", {done} of them done before" if done else ""
         print(f"{name}: {wanted} trials{before}, {workers} at a time, on {device.type}", flush=True)
         if done < wanted:
             self.start_bar(wanted, unit="", initial=done)
 
     def on_trial(self, number: int, values: Mapping[str, object], outcome: str, stand: SearchResult) -> None:
-        parts = [f"{stand.done}/{self.wanted}"]
+        self.done += 1  # of those that were shown: others may have ended meanwhile
+        parts = [f"{self.done}/{self.wanted}"]
         parts += [f"{count} {word}" for count, word in ((stand.pruned, "pruned"), (stand.failed, "failed")) if count]
         parts += [f"best {percent(best.accuracy)} % in trial {best.number}" for best in stand.best[:1]]
         if self.bar is not None:

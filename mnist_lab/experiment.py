@@ -227,9 +227,10 @@ def _check_part(part: str, value: Any) -> None:
     name = _name(value)
     if part == "net" and isinstance(value, nn.Module):
         raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
+    if isinstance(value, Optimizer | LRScheduler):
+        raise LabError(f"{part}: {type(value).__name__} is built already; give its class, or a partial of it")
     if not callable(value):
-        made = type(value).__name__ if isinstance(value, Optimizer | LRScheduler) else quoted(value)
-        raise LabError(f"{part}: {made} can't be called; give a class or function, or a partial of one")
+        raise LabError(f"{part}: {quoted(value)} can't be called; give a class or function, or a partial of one")
     function = value.func if isinstance(value, functools.partial) else value
     if part in ("augmentation", "loss", "objective") and isinstance(function, type):
         raise LabError(f"{part}: {name} is a class; give an object of it, {name}(...)")

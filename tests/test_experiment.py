@@ -102,7 +102,7 @@ REFUSED: list[tuple[str, object, str]] = [
     *(("net", value, repr(value)) for value in (None, "Net")),
     ("net", Net(), "class"),
     *(("optimizer", value, quoted(value)) for value in (None, 0.1)),
-    ("optimizer", SGD([nn.Parameter(torch.zeros(1))], lr=0.1), "optimizer: SGD can't be called"),
+    ("optimizer", SGD([nn.Parameter(torch.zeros(1))], lr=0.1), "optimizer: SGD is built already"),
     *(("scheduler", "StepLR", "'StepLR'"), ("augmentation", 7, "7"), ("loss", "cross_entropy", "'cross_entropy'")),
     ("loss", nn.CrossEntropyLoss, "CrossEntropyLoss(...)"),
     ("augmentation", partial(RandomRotation, degrees=7), "RandomRotation(...)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class Trial:
             ("net", self.check_trained),
             ("net", self.check_resume),
         )
-        with tracking.silenced() as called:
+        with tracking.silenced() as called, warnings.catch_warnings(action="ignore"):
             for blamed, check in checks:
                 with blame(blamed, self):
                     check()
@@ -111,7 +112,7 @@ class Trial:
         other = self.network(SEED + 1)
         self.net = self.network(SEED)
         if num_params(self.net) == 0:
-            raise ValueError("has no parameters to train; build its layers in __init__")
+            raise ValueError("has no parameters to train; build its layers in __init__, lists in nn.ModuleList")
         self.trainable = {name for name, parameter in self.net.named_parameters() if parameter.requires_grad}
         self.before = {name: tensor.clone() for name, tensor in network.tensors_of(self.net).items()}
         self.notices += network.notice_same_start(self.net, other)

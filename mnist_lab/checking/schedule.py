@@ -100,7 +100,7 @@ def notice_unit(walk: Walk) -> Iterator[str]:
     elif planned != run:  # else it comes to its end with the run
         steps = _half_way(walk, 0.1 * largest)
         half_way, in_batches = f"has come half of its way after {counted(steps, *walk.unit)}", steps / walk.batches
-        if walk.by_batch and 0 < steps <= min(walk.experiment.epochs, walk.batches // 4):
+        if walk.by_batch and 0 < steps <= min(max(walk.experiment.epochs, 14), walk.batches // 2):  # 14 cut by --epochs
             meant = f"is scheduler_interval='epoch' meant, with which it would be {counted(steps, 'epoch')}?"
             yield f"{scheduler} {half_way} ({in_batches:.2g} epochs); {meant}"
         elif not walk.by_batch and steps > max(run, LONG):
@@ -188,6 +188,6 @@ def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str
     first, batches = FirstWeights(experiment), batches_per_epoch(experiment, num_images)
     if (early := first.share(min(batches, MAX_BATCHES))) > MUCH:
         last = min(MAX_BATCHES, experiment.epochs * batches)
-        still = f"after {counted(batches, 'batch', 'batches')} it is still {100 * early:.0f} % the first weights"
-        later = f"after {last:,} {100 * first.share(last):.0f} %"
-        yield f"average: {still}, and {later}; while that is much, its accuracy says little"
+        still = f"after the first epoch it is still {100 * early:.0f} % the first weights"
+        later = f"{100 * first.share(last):.0f} % after {counted(last, 'batch', 'batches')}"
+        yield f"average: {still} ({later}); while that is much, its accuracy says little"

@@ -40,19 +40,21 @@ class Networks:
 
     @cached_property
     def names(self) -> list[dict[str, str]]:
-        """What can be asked for, and how it is shown: the first network, then one of each script that has a model."""
-        first = {"name": "", "shown": self.first.run_name}
+        """What can be asked for, and how it is shown: first, committed, then one of each script that has a model."""
+        first = [{"name": "", "shown": self.first.run_name}]
+        if (committed := find_reader("docs/results")).run_id != self.first.run_id:
+            first.append({"name": "docs/results", "shown": committed.run_name})
         if not is_there(self.uri) or (loaded := results.load_runs(self.uri)).tested.empty:
-            return [first]
+            return first
         finished = search(open_store(loaded.uri), "attributes.status = 'FINISHED'")
         have_one = {run.info.run_id for run in finished if run.outputs is not None and run.outputs.model_outputs}
         runs = results.newest_runs(results.run_table(columns="all", loaded=loaded))
         runs = runs[runs["run_id"].isin(have_one - {self.first.run_id})].drop_duplicates("step")
         runs = runs.dropna(subset="final_test_accuracy").sort_values("final_test_accuracy", ascending=False)
-        columns = runs[["run_id", "step", "seed", "final_test_accuracy"]]
-        return [first] + [
+        shown = runs[["run_id", "step", "seed", "final_test_accuracy"]].itertuples(index=False)
+        return first + [
             {"name": f"runs:/{run_id}", "shown": f"{step} seed {seed}, {percent(accuracy)} %"}
-            for run_id, step, seed, accuracy in columns.itertuples(index=False)
+            for run_id, step, seed, accuracy in shown
         ]
 
     def reader(self, name: str) -> Reader:

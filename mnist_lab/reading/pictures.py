@@ -148,7 +148,7 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
     if model in (None, "docs/results"):
         if model or not is_there(uri) or not models.is_registered(open_store(uri)):
             net, origin = models.load_committed()
-            return Reader(origin.run_id, f"the champion of docs/results, {origin.step} seed {origin.seed}", net)
+            return Reader(origin.run_id, f"{origin.step} seed {origin.seed}, the champion of docs/results", net)
         model = models.CHAMPION
     elif re.fullmatch(r"runs:/[^/]+", model):
         model += "/model"

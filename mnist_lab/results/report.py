@@ -168,7 +168,7 @@ def draw_overview(summary: pd.DataFrame) -> dict[str, Any]:
         for row in summary.sort_values("last", ascending=False, kind="stable").to_dict("records")
     ]
     caption = "Test accuracy of the last epoch against parameters"
-    alt = f"{caption}, {len(ends)} experiments. Highest: {ends[0]}. Lowest: {ends[-1]}."
+    alt = f"{caption}, {counted(len(ends), 'experiment')}. Highest: {ends[0]}. Lowest: {ends[-1]}."
     return _picture(figures.plot_steps(summary), "all", alt, f"{caption}.")
 
 

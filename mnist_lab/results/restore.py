@@ -158,8 +158,7 @@ def _restore(store: Store, runs: Sequence[Committed]) -> None:
     with track(past, f"{step} {len(runs)} seeds", params=_shared([run.params for run in runs]), tags=tags) as tracked:
         ids = [_run(store, run, tracked.run_id) for run in runs]
         finished = list(map(FinishedRun, ids, seeds, [run.figures for run in runs]))
-        judged = judge_runs(targets, first["epochs"], tracked.run_id, finished)
-        log_verdict(tracked, judged, EXPERIMENTS / f"{step}.py")
+        log_verdict(tracked, judge_runs(targets, first["epochs"], tracked.run_id, finished), EXPERIMENTS / f"{step}.py")
         history = [{"run_id": run_id, **epoch} for run_id, run in zip(ids, runs, strict=True) for epoch in run.history]
         log_curves(tracked, pd.DataFrame(history), targets)
 

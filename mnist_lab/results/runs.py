@@ -27,7 +27,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from scipy import special
 
 from mnist_lab.data import load_mnist
-from mnist_lab.errors import LabError, text_of, without_password
+from mnist_lab.errors import LabError, did_you_mean, text_of, without_password
 from mnist_lab.experiment import MAX_COUNT, quoted
 from mnist_lab.paths import EXPERIMENT_NAME, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
@@ -291,7 +291,7 @@ def _find_runs(steps: Steps, seeds: Seeds, **which: Unpack[RunFilter]) -> Loaded
     if status == "FINISHED" and (missing := {*(named or ())} - {*runs["step"]}):
         step = min(missing)
         kinds = _kinds(loaded.runs[loaded.runs["step"] == step])
-        raise LabError(f"steps: no finished run of {step!r} as declared and asked for; there are: {kinds}")
+        raise LabError(f"steps: no finished run of {step!r} as declared and asked for, only: {kinds}")
     if seeds is not None:
         runs = runs[runs["seed"].isin(list(seeds) if isinstance(seeds, Iterable) else [seeds])]
     return replace(loaded, runs=runs)
@@ -310,7 +310,7 @@ def _of_protocol(loaded: LoadedRuns, holdout: int, folds: int) -> pd.DataFrame:
 
 def _kinds(runs: pd.DataFrame) -> str:
     kinds = {
-        f"{status}, holdout {holdout:,}" + (f", folds {folds}" if folds else "") + (", overridden" if overrides else "")
+        f"{status}, {f'folds {folds}' if folds else f'holdout {holdout:,}'}{', overridden' if overrides else ''}"
         for status, overrides, holdout, folds in runs[["status", "overrides", "holdout", "folds"]].to_numpy()
     }
     return "; ".join(sorted(kinds))
@@ -327,8 +327,9 @@ def full_names(steps: Iterable[str] | str, loaded: LoadedRuns, others: Iterable[
         alike = [name for name in known if name in (step, script_named(step))]
         alike = alike[:1] or [name for name in known if short and name.startswith(f"{step}_")]
         if len(alike) != 1:
-            problem = f"{step!r} is not clear" if alike else f"no run of {step!r} in {loaded.name}"
-            raise LabError(f"steps: {problem}; there are runs of {', '.join(alike or sorted({*loaded.runs['step']}))}")
+            missing = f"no run of {step!r} in {loaded.name}{did_you_mean(step, known)}"
+            problem, there = (f"{step!r} is not clear", alike) if alike else (missing, sorted({*loaded.runs["step"]}))
+            raise LabError(f"steps: {problem}; there are runs of {', '.join(there)}")
         names += alike
     return names
 

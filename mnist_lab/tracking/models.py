@@ -114,8 +114,7 @@ def _read_exported(content: bytes) -> torch.export.ExportedProgram:
         if PLAIN_PARTS.fullmatch(name) is None:
             raise ValueError(f"it holds {name!r}, which may be code")
         if name.endswith("_config.json"):
-            parts = json.loads(archive.read_bytes(name))["config"].values()
-            if any(part["use_pickle"] for part in parts):
+            if any(part["use_pickle"] for part in json.loads(archive.read_bytes(name))["config"].values()):
                 raise ValueError(f"its {name!r} names a pickle, which may be code")
         elif name.endswith("model.pt"):
             torch.load(io.BytesIO(archive.read_bytes(name)), weights_only=True)
@@ -155,7 +154,7 @@ def _newest_run(store: Store, step: str, holdout: int) -> Run:
         if as_declared and "folds" not in run.data.params and "model" not in run.data.tags:
             return run
     declared = f"declared with --holdout {holdout}" if holdout else "declared"
-    advice = "train it first (restored runs keep no network), or give runs:/<id>/model or models:/<name>/<version>"
+    advice = f"train it first: make {step} (restored runs keep no network); or give runs:/<id>/model"
     raise ValueError(f"{store.name!r} has no finished run of that script as {declared}; {advice}")
 
 

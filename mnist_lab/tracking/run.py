@@ -378,8 +378,7 @@ def adopted(uri: str, run_id: str) -> Iterator[None]:
             try:
                 yield
             finally:
-                active = mlflow.active_run()
-                if active is not None and active.info.run_id == run_id:
+                if (active := mlflow.active_run()) is not None and active.info.run_id == run_id:
                     mlflow.end_run()  # the lab says how it has ended
 
 

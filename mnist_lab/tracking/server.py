@@ -56,6 +56,7 @@ def serve_ui(uri: str, port: int) -> None:
 
         open_store(uri)
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
+    os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", "localhost,localhost:*,127.0.0.1,127.0.0.1:*")
     _run_mlflow(HOST, port, ["--workers", "1", "--app-name", APP], [f"The runs: {_url(HOST, port)}{PATH}"])
 
 

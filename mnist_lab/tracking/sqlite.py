@@ -82,8 +82,7 @@ def follow_move(uri: str) -> None:
         if old == new or not old.startswith("file:") or not old.endswith(f"/{ARTIFACTS}"):
             return  # the user has chosen another folder
         uris = [uri for (uri,) in connection.execute("SELECT artifact_uri FROM runs") if uri.startswith(old)]
-    here = file.resolve().parent / ARTIFACTS
-    if uris and not any((here / uri[len(old) + 1 :]).exists() for uri in uris):
+    if uris and not any((file.resolve().parent / ARTIFACTS / uri[len(old) + 1 :]).exists() for uri in uris):
         return  # the artifacts were not moved
     with _connection(file, "rw", "corrected, though it was moved and so its artifacts are not found") as connection:
         connection.execute("BEGIN IMMEDIATE")

@@ -164,8 +164,7 @@ class Training:
             )
 
     def _train_epoch(self) -> None:
-        total = len(self.mnist.train_images)
-        order = torch.randperm(total, generator=self.shuffling, device="cpu").to(self.device)
+        order = torch.randperm(len(self.mnist.train_images), generator=self.shuffling, device="cpu").to(self.device)
         self.loss_sum.zero_()
         self.correct.zero_()
         self.losses.clear()
@@ -264,9 +263,8 @@ def loss_and_logits(net: nn.Module, images: Tensor, labels: Tensor, experiment: 
         if experiment.objective is not None:
             return experiment.objective(net, images, labels.clone())
         logits = without_half(net(images))
-    if experiment.loss is None:
-        return F.cross_entropy(logits, labels), logits
-    return experiment.loss(logits.clone(), labels.clone()), logits  # copies: it may change what it is given
+    loss = F.cross_entropy if experiment.loss is None else experiment.loss
+    return loss(logits.clone(), labels.clone()), logits  # copies: it may change what it is given
 
 
 def without_half(logits: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from helpers import TrackedRun
 from mnist_lab.__main__ import main
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
+from mnist_lab.reading.page import Networks
 from mnist_lab.reading.pictures import find_pictures, find_reader, read_digit
 from mnist_lab.tracking.models import load_committed, register
 from mnist_lab.tracking.store import Store
@@ -233,6 +234,7 @@ def test_the_champion_reads_unless_another_is_named(train_run: Callable[..., Tra
     named = {None: good, "good": good, f"runs:/{overridden}": overridden, "models:/mnist/2": overridden}
     for name, run_id in {**named, "models:/mnist@champion": good, "docs/results": committed}.items():
         assert find_reader(name, tracking_uri=store.uri).run_id == run_id
+    assert [one["name"] for one in Networks(store=store.uri).names][:2] == ["", "docs/results"]
     with pytest.raises(LabError, match="^model 'step4_augment_steplr': .* has no finished run of that script"):
         find_reader("step4", tracking_uri=store.uri)
 
@@ -241,7 +243,7 @@ def test_without_a_store_the_committed_champion_reads_and_none_is_made(tmp_path:
     database = tmp_path / "mlflow.db"
     reader = find_reader(tracking_uri=f"sqlite:///{database}")
     origin = load_committed()[1]
-    assert reader.run_name == f"the champion of docs/results, {origin.step} seed {origin.seed}"
+    assert reader.run_name == f"{origin.step} seed {origin.seed}, the champion of docs/results"
     assert not database.exists()
     with pytest.raises(LabError, match="no runs yet"):
         find_reader("step4", tracking_uri=f"sqlite:///{database}")
@@ -275,7 +277,7 @@ def test_a_bad_picture_among_others_loses_none_of_them(
         assert [float(first), float(second)] == pytest.approx(sorted(shares)[:-3:-1], abs=0.0051)
         assert [float(first), float(second)] == pytest.approx(shares[[int(digit), int(runner_up)]], abs=0.0051)
     assert {"picture", "runner-up"} <= set(shown.splitlines()[0].split())
-    assert f"the champion of docs/results, {champion.step} seed {champion.seed}, run {champion.run_id}." in shown
+    assert f"{champion.step} seed {champion.seed}, the champion of docs/results, run {champion.run_id}." in shown
     assert shown.count("as the network sees it:") == 3
     assert all(len(line) == 56 for line in shown.splitlines() if "@@" in line)
     assert "@@" in shown
