@@ -202,9 +202,9 @@ def print_search(result: SearchResult, job: Job) -> None:
         settings += f" --limit {job.limit}" if job.limit else ""
         command = f"make {job.step} ARGS='--holdout {job.holdout} --seeds 1-10{settings}'"
         print(
-            f"The best of {result.finished + result.pruned} is too good by up to about "
-            f"{too_good(result, job.holdout):.2f} points: so much would chance alone lift it on {job.holdout:,} images "
-            f"if all were equally good. What it reaches with other seeds: {command}"
+            f"The best of {result.finished + result.pruned} is too high by up to about "
+            f"{too_good(result, job.holdout):.2f} points: chance alone would lift it so much on {job.holdout:,} images "
+            f"if all were equally good. To train its values with other seeds: {command}"
         )
     print("The test images were not read.")
     print_run_id(result.run_id, job, "with the runs of the trials below it")

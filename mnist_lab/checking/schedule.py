@@ -96,7 +96,7 @@ def notice_unit(walk: Walk) -> Iterator[str]:
         idly = f"in {idle} of {counted(run, 'epoch')} the rate is some {min(rates):.2g}, of at most {largest:.2g}"
         yield f"{scheduler} steps once per epoch; {idly}; is scheduler_interval='batch' meant?"
     elif isinstance(planned, int) and planned > run:
-        yield f"{scheduler} has {planned:,} steps, a run on all images {run:,}; left out, the number is filled in"
+        yield f"{scheduler} has {planned:,} steps, a run on all images {run:,}; leave it out, and the lab fills it in"
     elif planned != run:  # else it comes to its end with the run
         steps = _half_way(walk, 0.1 * largest)
         half_way, in_batches = f"has come half of its way after {counted(steps, *walk.unit)}", steps / walk.batches
@@ -190,4 +190,4 @@ def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str
         last = min(MAX_BATCHES, experiment.epochs * batches)
         still = f"after {counted(batches, 'batch', 'batches')} it is still {100 * early:.0f} % the first weights"
         later = f"after {last:,} {100 * first.share(last):.0f} %"
-        yield f"average: {still}, and {later}; while that is much, its accuracy says little"
+        yield f"average: {still}, and {later}; while that is a large share, its accuracy says little"

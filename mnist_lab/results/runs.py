@@ -360,9 +360,9 @@ def reading(uri: str) -> Iterator[None]:
 
 
 def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame:
-    """Return what a run's trained network says of each of the 10,000 test images, in their order.
+    """Return what a run's trained network predicts for each of the 10,000 test images, in their order.
 
-    That of a fold says it of the fold's images; the index has their numbers among the 60,000 training images.
+    For a fold, it is for the fold's images; the index has their numbers among the 60,000 training images.
 
     Columns: truth, prediction, confidence (softmax of the predicted digit), logit_0 to logit_9. Of a restored run, only
     mistakes are known: other images have no confidence, and there are no logits.
@@ -396,7 +396,7 @@ def predictions_of(run: Run, uri: str) -> pd.DataFrame:
 
 
 def keeps_predictions(run_id: str, *, tracking_uri: str | None = None) -> bool:
-    """Say whether `predictions` has something to tell of a run; of some published ones it was not kept."""
+    """Say whether `predictions` has something to tell of a run."""
     with suppress(LabError):
         predictions(run_id, tracking_uri=tracking_uri)
         return True

@@ -127,7 +127,7 @@ def with_teacher(job: Job, store: Store, interrupted: Mapping[str, str] | None =
         return job
     if job.folds:
         seen = f"the teacher {declared!r} has seen the images that each fold holds out"
-        raise LabError(f"folds: {seen}; --holdout judges what learns from one on held-out images")
+        raise LabError(f"folds: {seen}; judge a network with a teacher by --holdout")
     if interrupted and "teacher_run_id" in interrupted and ":/" not in declared:
         declared = f"runs:/{interrupted['teacher_run_id']}/model"
     return replace(job, teacher=find_teacher(store, declared, job.holdout))
@@ -142,7 +142,7 @@ def restore(training: Training, resume: Checkpoint, job: Job) -> None:
             advice = "train it anew, or go on with another run: --resume RUN_ID"
             raise LabError(f"resume: {changed}, as the script, its settings or the lab have changed; {advice}")
     if job.device.type != "cpu":
-        logger.warning("resume: %s rounds sums in any order, so the run need not end as it would have", job.device)
+        logger.warning("resume: %s sums in no fixed order, so the run may end otherwise than uninterrupted", job.device)
     try:
         training.load_state_dict(resume.training)
     except Exception as error:  # torch has many ways to refuse a state

@@ -236,7 +236,7 @@ class TrackedRun:
 
     def _what_then(self) -> str:
         kept = own_folder(self._store.uri) / CHECKPOINTS / f"{self.run_id}.pt"
-        return f"; its checkpoint stands, and {self.goes_on} goes on with it" if kept.exists() else ""
+        return f"; its checkpoint is kept, and {self.goes_on} goes on with it" if kept.exists() else ""
 
     def _now(self) -> int:
         """Return the time in milliseconds; it never goes back, though the clock be set back."""

@@ -217,7 +217,7 @@ def finished_runs(
             kind.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
     found = restored | own
     if missing := ", ".join(str(seed) for seed in sorted({*seeds} & elsewhere.keys() - found.keys())):
-        message = "restored runs of seed %s are not taken over: they were made on other hardware than this, %r"
+        message = "restored runs of seed %s are not reused: they were made on other hardware than this, %r"
         logger.warning(message, missing, hardware)
     return found
 
