@@ -36,7 +36,7 @@ class _Display(Progress):
             self.bar = tqdm(total=total, file=sys.stdout, leave=False, dynamic_ncols=True, **settings)
 
     def show(self, line: str, stand: str) -> None:
-        """Print a line, with where it all stands: in the bar, or behind it."""
+        """Print a line, and the state of the study or search: in the bar, or after the line."""
         if self.bar is None:
             print(f"{line}  ({stand})", flush=True)
         else:
@@ -169,7 +169,7 @@ class StudyConsole(_Display):
 
 
 class SearchConsole(_Display):
-    """Shows a search as it goes: a line per trial, with where the search stands, which a terminal has in a bar."""
+    """Shows a search as it goes: a line per trial, and the state of the search, on a terminal in a bar."""
 
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
         self.wanted = wanted

@@ -122,8 +122,8 @@ class Experiment:
         """Return every declared hyperparameter, flat: `batch_size epochs optimizer lr momentum scheduler ...`.
 
         A name that two parts use is qualified in the second: `momentum` of the optimizer, `scheduler.momentum`.
-        So is a name that stands for something else in a run's params: `net.seed`. What a part holds that was not given
-        by `partial` is there too: the attributes of a transform, the outer variables of a local function.
+        So is a name that has another meaning among a run's params: `net.seed`. What a part holds without `partial` is
+        included: the attributes of a transform, the outer variables of a local function.
         """
         usual = ("normalize", MNIST_PIXELS)
         return {name: one.value for name, one in self.flat().items() if (name, one.value) != usual}

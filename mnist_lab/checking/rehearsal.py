@@ -172,7 +172,7 @@ class Trial:
         self.notices += schedule.notice_slow_average(self.experiment, self.total)
 
     def check_scheduler(self) -> None:
-        """Judge a schedule's unit by all images that may be trained on: a quick look with few says nothing of it."""
+        """Judge a schedule's unit by a run on all training images: a quick look with few says nothing about it."""
         held_out = self.mnist.validation_images
         whole = walk = schedule.Walk(self.experiment, self.net, self.total)
         if self.total < (total := TRAINING_IMAGES - (0 if held_out is None else len(held_out))):
@@ -220,7 +220,7 @@ class Trial:
         network.check_own_weights(self.net, self.before, self.network(SEED))
 
     def check_resume(self) -> None:
-        """Take the training up anew, as after an epoch, and name what changes in it without being in its state."""
+        """Resume the training, as after an epoch, and name what changes in it but is not in its state."""
         used = self.training
         _train(used)
         now, rates = network.tensors_of(self.net), [group.get("lr") for group in used.optimizer.param_groups]
@@ -370,8 +370,8 @@ def blame_script(epochs: Iterable[loop.EpochMetrics]) -> Iterator[loop.EpochMetr
 def blame(blamed: str, trial: Trial | None = None) -> Iterator[None]:
     """Turn whatever the declared code raises into one sentence that names the field and the line in the script.
 
-    blamed: a field, or "training", where what comes from no line of the script is a bug, and keeps its traceback.
-    trial: whose own parts may be called within: the innermost one that an error went through is blamed.
+    blamed: a field; or "training", where an error that went through no line of the script is a bug and keeps its
+        traceback. trial: its declared parts are called within; the innermost one that an error went through is blamed.
     """
     try:
         yield

@@ -152,7 +152,7 @@ def without_effect(walk: Walk) -> dict[str, str]:
 
 
 def notice_batch_norm(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[str]:
-    """Yield a notice if what batch norm evaluates with is still in part what it began with."""
+    """Yield a notice if the statistics that batch norm evaluates with are still partly their initial values."""
     batches = experiment.epochs * batches_per_epoch(experiment, num_images)
     norms = [module for module in net.modules() if getattr(module, "running_mean", None) is not None]
     momentum = min([1.0, *(module.momentum for module in norms if isinstance(module.momentum, float))])

@@ -40,7 +40,7 @@ class Networks:
 
     @cached_property
     def names(self) -> list[dict[str, str]]:
-        """What can be asked for, and how it is shown: the first network, then one of each script that has a model."""
+        """The networks to choose from, with their labels: the first one, then one of each script that has a model."""
         first = {"name": "", "shown": self.first.run_name}
         if not is_there(self.uri) or (loaded := results.load_runs(self.uri)).tested.empty:
             return [first]
@@ -75,7 +75,7 @@ class Networks:
 
 
 def make_app(networks: Networks) -> FastAPI:
-    """Return the page and what it asks for; it answers to this machine's own names only."""
+    """Return the app that serves the page and its requests; it answers only to this machine's own names."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
 

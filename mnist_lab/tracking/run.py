@@ -384,7 +384,7 @@ def adopted(uri: str, run_id: str) -> Iterator[None]:
 
 
 def notices(silenced: Mapping[str, Mock]) -> Iterator[str]:
-    """Yield a notice of what a script logs elsewhere; `silenced` knows what it called while it was tried."""
+    """Yield a notice if a script logs elsewhere; `silenced` has its calls during the rehearsal."""
     log_here = "mlflow.log_metric and the like log into the lab's run"
     if (active := mlflow.active_run()) is not None:
         where = f"run {active.info.run_id}, in {active.info.artifact_uri}"

@@ -67,7 +67,7 @@ def verdict_table(verdicts: Sequence[Verdict], style: str = "simple") -> str:
 
 
 def how_sure(verdict: Verdict) -> str:
-    """Say how sure the verdict on the accuracy of several seeds is, and how many it takes where it is not shown."""
+    """Say how sure the verdict on the accuracy of several seeds is, and how many seeds would decide it if need be."""
     if math.isnan(verdict.p):
         return "One seed, or several with the same accuracy, show nothing about the mean: train more of them."
     side = "at least" if verdict.measured >= verdict.target else "below"
