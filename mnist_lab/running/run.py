@@ -142,7 +142,7 @@ def restore(training: Training, resume: Checkpoint, job: Job) -> None:
             advice = "train it anew, or go on with another run: --resume RUN_ID"
             raise LabError(f"resume: {changed}, as the script, its settings or the lab have changed; {advice}")
     if job.device.type != "cpu":
-        logger.warning("resume: %s sums in no fixed order, so the run may end otherwise than uninterrupted", job.device)
+        logger.warning("resume: %s sums in no fixed order, so the run may differ from an uninterrupted one", job.device)
     try:
         training.load_state_dict(resume.training)
     except Exception as error:  # torch has many ways to refuse a state
