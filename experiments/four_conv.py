@@ -1,6 +1,6 @@
 """Four convolutions: a large network without batch norm or dropout.
 
-Target: none was stated beyond a good result. It shows what 54 to 86 times the parameters of steps 1 to 4 bring.
+Target: none was stated but a good result. It shows what 54 to 86 times the parameters of steps 1 to 4 give.
 
 Change: not one of the steps. Four 3x3 convolutions and two linear layers, with biases. Of the training images one in
 ten is cropped to its centre and scaled up again, then all are rotated by up to 15 degrees.
@@ -10,8 +10,8 @@ AVX-512, torch 2.15); training accuracy 99.28, test loss 0.0220. Reported were 9
 99.12 in training, and a test loss of 0.0204.
 
 Analysis: the reported test accuracy is reproduced, as far as three runs can tell: they end between 99.17 and 99.30.
-With 75 times the parameters of step 4 the network does no better than it here: it has neither batch norm nor dropout,
-and a small learning rate for its batch size.
+With 75 times the parameters of step 4 the network is no better than step 4: it has neither batch norm nor dropout, and
+a small learning rate for its batch size.
 """
 
 from functools import partial

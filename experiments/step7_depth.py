@@ -2,15 +2,15 @@
 
 Target: 99.4 % in the last epoch, with fewer than 10,000 parameters in fewer than 15 epochs.
 
-Change: the network. Five convolutions of 3x3 without padding, pools after the second and the fourth, the mean over
-what is left of the image, one linear layer. The parameters stand where the images are small: 9,872 of them.
+Change: the network. Five 3x3 convolutions without padding, pools after the second and the fourth, global average
+pooling, one linear layer: 9,872 parameters, most of them where the images are small.
 Compared with step6_affine: depth behind the first pool.
 
 Result: 99.53 +- 0.03 % in the last epoch (mean and sd of seeds 0 to 9, two cores of an AMD EPYC without AVX-512, torch
 2.15) and 99.54 at best; training accuracy 99.53. Each of the ten seeds ends at 99.50 or above.
 
-Analysis: all targets are met, and the mean is shown to be above 99.5 (p = 0.002). Training and test accuracy are equal,
-on augmented and plain images.
+Analysis: all targets are met, and the mean is shown to be above 99.5 (p = 0.002). The training accuracy, on augmented
+images, equals the test accuracy.
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
 """A teacher for step 9: step 8's layers, wide.
 
-Target: to make few mistakes, whatever the number of parameters. What it knows is taught to a small network in step 9.
+Target: to make few mistakes, whatever the number of parameters. It is the teacher of a small network in step 9.
 
 Change: against step 8, widths of 32-32-64-64-64: 102,826 parameters. Stronger augmentation (12 degrees, 2 pixels, 10 %)
 and half as many epochs.
@@ -8,8 +8,8 @@ and half as many epochs.
 Result: 99.63 % in the last epoch and 99.68 at best; training accuracy 99.58. It is one run (seed 0, two cores of an AMD
 EPYC without AVX-512, torch 2.15).
 
-Analysis: ten times step 8's parameters bring 0.07 points, as far as one run can tell: 37 mistakes for 44, and 7 of them
-are on labels that most people doubt (docs/frontier.md).
+Analysis: ten times step 8's parameters add 0.07 points, as far as one run can tell: 37 mistakes instead of 44. Seven of
+them are on labels that most raters did not confirm (docs/frontier.md).
 """
 
 from functools import partial

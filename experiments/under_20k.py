@@ -10,10 +10,10 @@ Result: 99.35 +- 0.08 % in the last epoch (mean and sd of seeds 0 to 9, two core
 2.15) and 99.42 at best; training accuracy 99.38, test loss 0.020. Reported were 99.43 in the last epoch, 99.45 at best
 (epoch 15), and a test loss of 0.0172.
 
-Analysis: the target is neither shown to be met nor missed: three seeds of ten end at 99.40 or above, and about thirty
-seeds would be needed. Two of ten end as high as was reported, at 99.43 and 99.46, so that run was a lucky one. The best
-epochs lie between 13 and 19 (reported: 15), 0.075 points above the last on average: the learning rate never falls, and
-the best epoch was picked.
+Analysis: the target is shown neither met nor missed: three seeds of ten end at 99.40 or above, and about thirty seeds
+would be needed. Two of ten end as high as reported, at 99.43 and 99.46, so the reported run was a lucky one. The best
+epochs are between 13 and 19 (reported: 15), and 0.075 points above the last on average: the learning rate never falls,
+and the best epoch was picked.
 """
 
 from functools import partial

@@ -33,11 +33,11 @@ NETWORKS = "runs:/<id>, models:/<name>@<alias>, a script's name, docs/results (d
 
 # What the columns of `compare` mean.
 TESTED = [
-    "Test accuracies in %. last: of the last epoch, mean +- sd over seeds; it is what the verdict judges.",
-    "verdict: of one run, its figure by itself. Of several seeds, what their mean shows at p < 0.01.",
+    "Test accuracies in %. last: of the last epoch, mean +- sd over seeds; the verdict judges it.",
+    "verdict: for one run, whether its figure reaches the target; for several seeds, what the mean shows at p < 0.01.",
     "best: of the best epoch, picked on the test images. train: training accuracy of the last epoch.",
-    "seeds needed: about so many would show a difference of the observed size, with 80 % power.",
-    "One run on 10,000 images is known to about +- 0.15 points (95 %) at 99.4.",
+    "seeds needed: about how many would show a difference of the observed size, with 80 % power.",
+    "On 10,000 images the accuracy of one run is known to about +- 0.15 points (95 %) at 99.4.",
 ]
 CROSS_VALIDATED = [
     "Accuracies in % on training images: each fold is judged by a network that was trained on the others.",
@@ -51,7 +51,7 @@ Run = Callable[..., None]
 
 
 def job(begins: str, *flags: Flag) -> Callable[[Run], Run]:
-    """List a function as a job: its docstring is its help; `begins` is what it is at before it says anything."""
+    """List a function as a job: its docstring is its help; `begins` says what it does first."""
 
     def listed(run: Run) -> Run:
         text = str(run.__doc__).rstrip(".")
@@ -106,7 +106,7 @@ def data(data_dir: Path | None) -> None:
     READING,
     TRACKING_URI,
     flag("steps", "only these, e.g. step3 step4 my_idea", nargs="*", metavar="STEP"),
-    flag("--include-overrides", "also overridden runs of experiments that have others", action="store_true"),
+    flag("--include-overrides", "also overridden runs of experiments that have runs as declared", action="store_true"),
     flag("--holdout", "runs that hold out N training images (default 0)", type=number_from(), default=0, metavar="N"),
     flag("--folds", "cross-validated runs with K folds", type=number_from(2), default=0, metavar="K"),
 )
@@ -172,7 +172,7 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, holdout: int, folds: int, ov
             yield f"{name}: its script has changed since these runs; train it anew for figures of the script as it is."
 
 
-@job(READING, TRACKING_URI, folder_flag("reports/results", "where to"))
+@job(READING, TRACKING_URI, folder_flag("reports/results", "where to write"))
 def export(folder: Path, tracking_uri: str | None) -> None:
     """Write the tracked runs' figures to reports/results."""
     from mnist_lab.results.publish import export_runs
@@ -192,7 +192,7 @@ def restore(folder: Path, tracking_uri: str | None) -> None:
     studies = counted(done.studies, "study", "studies")
     print(f"Restored: {counted(done.runs, 'run')}, {studies} over them; there already: {done.there}.")
     if done.runs:
-        print("`make ui` shows them, `make compare` and `make report` tell of them.")
+        print("`make ui`, `make compare` and `make report` show them.")
 
 
 @job(
@@ -212,7 +212,7 @@ def publish(folder: Path, readme: Path, replace: bool, tracking_uri: str | None)
 @job(
     READING,
     TRACKING_URI,
-    folder_flag("reports", "where to"),
+    folder_flag("reports", "where to write"),
     flag("--steps", "only these, e.g. step4 my_idea", nargs="+", default=(), metavar="STEP"),
 )
 def report(folder: Path, steps: Sequence[str], tracking_uri: str | None) -> None:
@@ -277,7 +277,7 @@ def draw(model: str | None, port: int, tracking_uri: str | None) -> None:
     flag("--folder", argparse.SUPPRESS, type=Path, default=PUBLISHED),
 )
 def champion(step: str, commit: bool, folder: Path, tracking_uri: str | None) -> None:
-    """Let the median seed of a step read pictures: models:/mnist@champion."""
+    """Make the network of a step's median seed the one that reads pictures, models:/mnist@champion."""
     from mnist_lab import results
     from mnist_lab.tracking import models
     from mnist_lab.tracking.store import open_store
@@ -307,11 +307,11 @@ def ui(port: int, tracking_uri: str | None) -> None:
 
 @job(
     "Starting MLflow's server",
-    flag("--backend-store-uri", "of PostgreSQL (default: MLFLOW_BACKEND_STORE_URI)", metavar="URI"),
-    folder_flag("mlruns/server", "of its artifacts"),
+    flag("--backend-store-uri", "PostgreSQL database (default: MLFLOW_BACKEND_STORE_URI)", metavar="URI"),
+    folder_flag("mlruns/server", "where the artifacts are"),
     flag("--host", "address to listen on (default: this machine only)", default="127.0.0.1"),
     port_flag(5000, "port to listen on"),
-    flag("--workers", "processes that answer (default 2)", type=number_from(1), default=2),
+    flag("--workers", "processes that answer requests (default 2)", type=number_from(1), default=2),
     flag("--auth", "ask for a user name and a password", action="store_true"),
 )
 def server(backend_store_uri: str | None, folder: Path, host: str, port: int, workers: int, auth: bool) -> None:
@@ -322,9 +322,9 @@ def server(backend_store_uri: str | None, folder: Path, host: str, port: int, wo
     serve(host, port, folder, workers, auth=auth, database=database)
 
 
-@job("Looking for interrupted runs", TRACKING_URI, flag("run_id", "of MLflow", nargs="?", metavar="RUN_ID"))
+@job("Looking for interrupted runs", TRACKING_URI, flag("run_id", "a run's MLflow id", nargs="?", metavar="RUN_ID"))
 def resume(run_id: str | None, tracking_uri: str | None) -> None:
-    """Go on with the newest interrupted run that can go on, or the one named."""
+    """Continue the newest interrupted run that can go on, or the one named."""
     from mnist_lab.running import checkpoint
 
     uri = paths.tracking_uri(tracking_uri)

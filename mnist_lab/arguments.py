@@ -21,10 +21,10 @@ INTERNAL = frozenset(vars(nn.Module()))  # what every module has: its mode, para
 
 
 def stable_text(value: object) -> str:
-    """Return an argument as text that says what it is, and is the same in each process.
+    """Return an argument as text that is the same in each process.
 
-    A function or class is its name; an object that would show its address is its class's name and what it holds; a
-    tensor or array is its shape, its type and a digest of its values. A digest replaces the end of a long text.
+    A function or class becomes its name; an object whose text would have its address, its class's name and attributes;
+    a tensor or array, its shape, type and a digest of its values. A digest replaces the end of a long text.
     """
     text = value if type(value) is str else _text(value)
     if len(text) <= MAX_TEXT:

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**32 - 1  # more numpy would not take
 MAX_SEEDS = 10_000  # of one study
-INTERRUPTED = "A run goes on by `make resume` or --resume; seeds, folds and searches by their command without --again."
+INTERRUPTED = "To go on: `make resume` or --resume for a run; for seeds, folds, searches their command without --again."
 
 
 def main(
@@ -42,8 +42,8 @@ def main(
     """Train one run, a study or a search, as the command line says, print its verdict, and track it in MLflow.
 
     search: the space that `--search` draws from: Optuna's distributions, by the names that `--set` takes.
-    The name of the script that was started names the step, so it may call this once. What the user can put right ends
-    the program with one sentence on stderr and exit code 1.
+    The step is named after the script that was started, so a script may call this only once. An error that the user
+    can fix ends the program with one sentence on stderr and exit code 1.
     """
     if only_read(experiment):
         return
@@ -56,8 +56,8 @@ def main(
         commandline.say_what_is_done()
         if drawn_unseeded():
             logger.warning(
-                "the script draws from torch before main(), which the run's seed does not decide: what is kept of that "
-                "is another in each run; draw in the network's __init__, or call torch.manual_seed first"
+                "the script draws from torch before main(), where the run's seed has no effect: what it keeps of that "
+                "differs from run to run; draw in the network's __init__, or call torch.manual_seed first"
             )
         logger.info("Preparing %s: starting MLflow", script.stem)
         job, resume = make_job(experiment, script, arguments)
@@ -83,7 +83,7 @@ def _started_script(caller: FrameType) -> Path:
     is_own = caller.f_globals is vars(program) and not file.name.startswith("<")
     if not (is_script(script) and (is_own or file.exists())):
         advice = "save the cell as experiments/NAME.py (%%writefile experiments/NAME.py) and start it by `make NAME`"
-        raise LabError(f"main: is not called from a script, whose name and code tell its runs from others; {advice}")
+        raise LabError(f"main: must be called from a script, as its name and code identify its runs; {advice}")
     if not is_own and caller.f_code.co_name == "<module>" and file.resolve() != script:
         advice = 'there, put it under `if __name__ == "__main__":`'
         raise LabError(f"main: {script.name} imports {file.name}, which calls main when it is imported; {advice}")
@@ -147,7 +147,7 @@ def _parse(script: Path, experiment: Experiment, argv: Sequence[str] | None) -> 
     arguments = flags.parse_args(argv)
     several = next((name for name in ("seeds", "folds", "search") if getattr(arguments, name) is not None), None)
     if several and arguments.resume:
-        flags.error(f"argument --resume: --{several} goes on by itself, not with the run {arguments.resume}")
+        flags.error(f"argument --resume: --{several} resumes by itself; leave out the run {arguments.resume}")
     if several:
         arguments.resume = None
     if arguments.folds and arguments.holdout:
@@ -174,14 +174,14 @@ def _study(job: Job, arguments: argparse.Namespace) -> None:
 
 def _search(job: Job, space: Mapping[str, BaseDistribution] | None, arguments: argparse.Namespace) -> None:
     if space is None:
-        raise LabError(f"search: {job.script.name} declares no space; hand one over by main(EXPERIMENT, search=SEARCH)")
+        raise LabError(f"search: {job.script.name} declares no space; give one by main(EXPERIMENT, search=SEARCH)")
     from mnist_lab.running import search
 
     with _trainers(job, arguments) as trainers, closing(SearchConsole(job)) as console:
         result = search.search(job, space, arguments.search, console, trainers, again=arguments.again)
     print_search(result, job)
     if not result.best:
-        raise LabError("search: no trial has come to its end")
+        raise LabError("search: no trial was trained to its end")
 
 
 def _trainers(job: Job, arguments: argparse.Namespace) -> AbstractContextManager[Trainers]:
@@ -205,16 +205,16 @@ def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     add, one_of = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--epochs", type=number_from(), help="epochs to train (an override)")
     add("--batch-size", type=number_from(), help="images per batch (an override)")
-    one_of("--seed", type=number_from(0, LARGEST_SEED), help="of weights, order, dropout and so on (default 0)")
+    one_of("--seed", type=number_from(0, LARGEST_SEED), help="seed of weights, image order and so on (default 0)")
     one_of("--seeds", type=_seeds, metavar="N", help="a study of N seeds, or of these (3,7,9 or 0-9), judged together")
     one_of("--folds", type=number_from(2, 100), metavar="K", help="cross-validate on K parts of the training images")
     one_of("--search", type=number_from(1, 100_000), metavar="N", help="search in N trials, judged on held-out images")
     add("--workers", type=number_from(1), metavar="N", help="processes on a CPU (default: one per core)")
     add("--cluster", metavar="ADDRESS", help="train on a Ray cluster: its head's HOST:PORT, or auto (docs/cluster.md)")
-    add("--resume", nargs="?", const="", metavar="RUN_ID", help="go on with the newest interrupted run, or this one")
-    add("--again", action="store_true", help="train all of a study anew, finished or not; begin a new search")
-    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    threads = "of torch on a CPU (default: one per core, or 1 in a study or search; give 1 beside other work)"
+    add("--resume", nargs="?", const="", metavar="RUN_ID", help="continue the newest interrupted run, or this one")
+    add("--again", action="store_true", help="train all seeds or folds anew, finished or not; begin a new search")
+    add("--device", help="cuda, mps or cpu (default: the first that is available)")
+    threads = "torch's threads on a CPU (default: one per core, in a study or search 1; beside other work give 1)"
     add("--threads", type=number_from(1, 1_024), metavar="N", help=threads)  # very many would end the process
     for flag, options in (DATA_DIR, TRACKING_URI):
         add(flag, **options)

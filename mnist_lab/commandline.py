@@ -39,7 +39,7 @@ def flag(name: str, text: str, **options: Any) -> Flag:
 
 
 def say_what_is_done() -> None:
-    """Let the lab's loggers give their notices, and on a terminal say what is being done, where it takes a while."""
+    """Let the lab's loggers show warnings, and on a terminal also what is being done."""
     logger = logging.getLogger("mnist_lab")
     # Without a level of its own the root's counts, which importing mlflow.pytorch raises to ERROR.
     logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
@@ -50,7 +50,7 @@ def say_what_is_done() -> None:
 
 @contextmanager
 def sentences(consequence: str = "") -> Iterator[None]:
-    """Show a LabError as its sentence, and Ctrl-C as a word with what follows from it; a bug keeps its traceback."""
+    """Show a LabError as its sentence, and Ctrl-C as a word and `consequence`; a bug keeps its traceback."""
     try:
         yield
     except LabError as error:
@@ -62,7 +62,7 @@ def sentences(consequence: str = "") -> Iterator[None]:
 
 
 def number_from(least: float = -math.inf, most: float = math.inf) -> Callable[[str], int]:
-    """Return what reads a whole number for argparse and refuses another one, before anything slow is imported."""
+    """Return a reader of whole numbers for argparse, which refuses others before anything slow is imported."""
 
     def number(text: str) -> int:
         try:

@@ -36,7 +36,7 @@ class _Display(Progress):
             self.bar = tqdm(total=total, file=sys.stdout, leave=False, dynamic_ncols=True, **settings)
 
     def show(self, line: str, stand: str) -> None:
-        """Print a line, with where it all stands: in the bar, or behind it."""
+        """Print a line, and the state of the study or search: in the bar, or after the line."""
         if self.bar is None:
             print(f"{line}  ({stand})", flush=True)
         else:
@@ -169,7 +169,7 @@ class StudyConsole(_Display):
 
 
 class SearchConsole(_Display):
-    """Shows a search as it goes: a line per trial, with where the search stands, which a terminal has in a bar."""
+    """Shows a search as it goes: a line per trial, and the state of the search, on a terminal in a bar."""
 
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
         self.wanted, self.done = wanted, done
@@ -203,9 +203,9 @@ def print_search(result: SearchResult, job: Job) -> None:
         settings += f" --limit {job.limit}" if job.limit else ""
         command = f"make {job.step} ARGS='--holdout {job.holdout} --seeds 1-10{settings}'"
         print(
-            f"The best of {result.finished + result.pruned} is too good by up to about "
-            f"{too_good(result, job.holdout):.2f} points: so much would chance alone lift it on {job.holdout:,} images "
-            f"if all were equally good. What it reaches with other seeds: {command}"
+            f"The best of {result.finished + result.pruned} is too high by up to about "
+            f"{too_good(result, job.holdout):.2f} points: chance alone would lift it so much on {job.holdout:,} images "
+            f"if all were equally good. To train its values with other seeds: {command}"
         )
     print("The test images were not read.")
     print_run_id(result.run_id, job, "with the runs of the trials below it")

@@ -36,7 +36,7 @@ class LabError(ValueError):
 
 
 def text_of(error: BaseException) -> str:
-    """Return what an error says on one line, or its class's name where it says nothing."""
+    """Return an error's message on one line, or its class's name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -113,7 +113,7 @@ def explain_mistakes() -> None:
 
 
 def sentence_about(error: BaseException) -> str | None:
-    """Return the sentence about a call in a script, outside its functions, that is no mistake elsewhere."""
+    """Return a sentence about a call at a script's top level that Python refused; None for any other error."""
     steps = zip(traceback.walk_tb(error.__traceback__), traceback.extract_tb(error.__traceback__), strict=True)
     own = [(frame, step) for (frame, _), step in steps if is_script(Path(step.filename))]
     if not (own and isinstance(error, TypeError) and own[-1][1].name == "<module>"):

@@ -69,7 +69,7 @@ class Experiment:
     epochs, batch_size: all training images are seen in each epoch; the last batch may be smaller.
     optimizer: called with the network's parameters, e.g. `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`.
     scheduler: called with the optimizer, e.g. `partial(StepLR, step_size=2, gamma=0.6)`. Its arguments `epochs` and
-        `steps_per_epoch` (OneCycleLR), where not given and without a default but None, are the run's own.
+        `steps_per_epoch` (OneCycleLR), if not given and without a default other than None, are the run's own.
     scheduler_interval: whether the scheduler steps after each "epoch" or each "batch".
     augmentation: maps a batch of training images, float in [0, 1] of shape (N, 1, 28, 28), to another such batch, with
         a draw for each image. A transform of torchvision's is applied image by image. One that needs the labels, such
@@ -78,14 +78,14 @@ class Experiment:
     loss: maps logits (N, 10) and labels, as the augmentation gives them, to a scalar that training minimises; the
         cross-entropy if not given. The reported losses are the cross-entropy whatever is minimised.
     objective: in place of `loss`, for what needs the network or the images: maps the network, normalised images
-        (N, 1, 28, 28) and labels to the scalar that training minimises and the batch's logits (N, 10). A text as its
-        argument `teacher` names a trained network: `runs:/<id>/model`, `models:/<name>/<version>`, or a
-        script, whose newest finished run it is; the objective is given the network. See mnist_lab.objectives.
+        (N, 1, 28, 28) and labels to the scalar that training minimises and the batch's logits (N, 10). If its argument
+        `teacher` is text, it names a trained network, which the objective gets: `runs:/<id>/model`,
+        `models:/<name>/<version>`, or a script, for its newest finished run. See mnist_lab.objectives.
     average: maps the network to an average of its weights, e.g.
         `partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)`. It is updated after each
         batch, and is evaluated, judged and logged in place of the network.
     normalize: mean and standard deviation; the network's input is (images - mean) / deviation.
-    targets: what the verdict is about.
+    targets: what the verdict judges.
     reported: figures of an earlier write-up, keyed by SUMMARY_METRICS; shown beside the measured ones.
     """
 
@@ -104,7 +104,7 @@ class Experiment:
     reported: Mapping[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse values that can't be right on their face, by a LabError. What only torch can judge is rehearsed."""
+        """Refuse values that are plainly wrong, by a LabError. What only torch can judge is rehearsed."""
         for name, (allowed, words) in ALLOWED.items():
             value = attrgetter(name)(self)
             try:
@@ -116,14 +116,14 @@ class Experiment:
             if value is not None or part in ("net", "optimizer"):
                 _check_part(part, value)
         if self.loss is not None and self.objective is not None:
-            raise LabError(f"objective: {_name(self.objective)} returns the loss; leave out {_name(self.loss)}")
+            raise LabError(f"objective: {_name(self.objective)} returns the loss; leave out loss={_name(self.loss)}")
 
     def hyperparameters(self) -> dict[str, object]:
         """Return every declared hyperparameter, flat: `batch_size epochs optimizer lr momentum scheduler ...`.
 
         A name that two parts use is qualified in the second: `momentum` of the optimizer, `scheduler.momentum`.
-        So is a name that stands for something else in a run's params: `net.seed`. What a part holds that was not given
-        by `partial` is there too: the attributes of a transform, the outer variables of a local function.
+        So is a name that has another meaning among a run's params: `net.seed`. What a part holds without `partial` is
+        included: the attributes of a transform, the outer variables of a local function.
         """
         usual = ("normalize", MNIST_PIXELS)
         return {name: one.value for name, one in self.flat().items() if (name, one.value) != usual}

@@ -30,7 +30,7 @@ def mixup(net: nn.Module, images: Tensor, labels: Tensor, *, alpha: float) -> tu
 def distillation(
     net: nn.Module, images: Tensor, labels: Tensor, *, teacher: nn.Module, temperature: float, weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Train to give what a teacher gives, by `weight`, and the labels, by the rest.
+    """Train with `weight` to match a teacher's output, and with the rest to match the labels.
 
     Both networks' logits are divided by the temperature; the teacher's part of the loss is multiplied by its square,
     which keeps the size of its gradients. Hinton et al., Distilling the Knowledge in a Neural Network, 2015,

@@ -31,7 +31,7 @@ def tracking_uri(given: str | None = None) -> str:
         return f"{SQLITE}{file}"
     # It is not shown, as it may be a database's words with a password.
     if uri.startswith("sqlite:") or ("://" not in uri and uri != "databricks"):
-        raise LabError(f"tracking store: names none; give {SQLITE}<path>/mlflow.db or http://<host>:<port>")
+        raise LabError(f"tracking store: the URI is none; give {SQLITE}<path>/mlflow.db or http://<host>:<port>")
     scheme, _, rest = uri.partition("://")
     if not USER_INFO.fullmatch(rest.rpartition("@")[0]):
         others = "other characters than letters, digits and _.~!$&()*+,;=- in its user name and password"

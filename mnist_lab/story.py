@@ -1,5 +1,5 @@
-"""The story in a script's docstring: its title, what it tells under Target, Change, Result and Analysis, and with what
-it is compared, by lines such as "Compared with step3_gap: dropout of 0.1."
+"""A script's docstring: its title, the texts under Target, Change, Result and Analysis, and what it is compared with,
+by lines such as "Compared with step3_gap: dropout of 0.1."
 """
 
 import ast
@@ -25,7 +25,7 @@ COMPARED = re.compile(  # with which steps, and by what: to the end of the parag
 class Story:
     """A script's docstring: its title, the text before the headings, and the headings with their texts.
 
-    compared_with: other experiments, and by what change this one differs from each. trouble: why it can't be read.
+    compared_with: other experiments, and the change from each to this one. trouble: why it can't be read.
     """
 
     title: str = ""
@@ -39,7 +39,7 @@ class Story:
         return [heading for heading in HEADINGS if heading not in dict(self.sections)]
 
     def markdown(self, *headings: str) -> str:
-        """Return the story with a paragraph for each of these headings, of which none stands for all, and no HTML."""
+        """Return the story with a paragraph for each of these headings, all if none is given, without HTML."""
         title = f"**{self.title}**" if self.title else ""
         sections = [f"**{name}:** {text}" for name, text in self.sections if name in (headings or HEADINGS)]
         return html.escape("\n\n".join(part for part in (title, self.opening, *sections) if part), quote=False)

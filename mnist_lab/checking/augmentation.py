@@ -24,7 +24,7 @@ DONE_BY_THE_LAB = ("ToPILImage", "ToTensor", "PILToTensor", "Normalize")  # of t
 # another -2. One in a million is wrongly refused, one in a hundred missed: log(1e6) and log(1e2) in that unit.
 REFUSED, PASSED = 30, -10
 IMAGE_BY_IMAGE = "partial(image_by_image, transform=...) from mnist_lab.augmentation"
-UNSEEDED = "the run's seed does not decide what augmentation draws; draw from torch, random or np.random themselves"
+UNSEEDED = "the run's seed does not decide what augmentation draws; draw from torch, random or np.random directly"
 
 
 def check_augmentation(experiment: Experiment, mnist: Mnist, size: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -92,14 +92,14 @@ def _notice_images(images: Tensor, again: Tensor, beside: Tensor) -> Iterator[st
         yield UNSEEDED
     elif not torch.allclose(images[: len(beside)], beside, atol=1e-5):  # these stood beside other images
         mixed = "if it mixes them, an argument `labels` gives it the labels to mix too"
-        yield f"augmentation: changes an image by the others of its batch, while labels stay; {mixed}"
+        yield f"augmentation: an image depends on the others of its batch, but its label does not; {mixed}"
     low, high = images.min().item(), images.max().item()
     if low < -0.01 or high > 1.01:  # an interpolation may overshoot
         yield f"augmentation gives pixels from {low:.2f} to {high:.2f}: outside [0, 1], in which the test images are"
     corners = images[..., :: images.shape[-1] - 1, :: images.shape[-1] - 1].amax(dim=(1, 2, 3))
     if len(images) >= 20 and (share := (corners > 0.5).float().mean().item()) > 0.3:
         light = f"{100 * share:.0f} % of the images a light corner"
-        yield f"augmentation gives {light}, where MNIST's are black: is it a fill? fill=0 is black"
+        yield f"augmentation gives {light}, where MNIST's are black: does it fill with white? fill=0 is black"
 
 
 def check_draws(augmentation: Callable[[Tensor], Tensor], image: Tensor) -> None:

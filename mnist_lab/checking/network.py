@@ -1,4 +1,4 @@
-"""What may be wrong with a network though it trains: weights that are shared, not registered, or not optimized."""
+"""Finds what may be wrong with a network that trains: weights that are shared, not registered, or not optimized."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,7 +15,7 @@ def tensors_of(net: nn.Module) -> dict[str, Tensor]:
 
 
 def check_own_weights(net: nn.Module, before: dict[str, Tensor], again: nn.Module) -> None:
-    """Refuse a network that shares what it changes with another that was built anew; before: what it began with."""
+    """Refuse a network that shares trained tensors with one built after it; before: its tensors before the training."""
     after, built = tensors_of(net), tensors_of(again)
     common = [name for name in before if name in after and name in built]
     changed = [name for name in common if not torch.equal(before[name], after[name])]

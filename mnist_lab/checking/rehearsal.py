@@ -173,7 +173,7 @@ class Trial:
         self.notices += schedule.notice_slow_average(self.experiment, self.total)
 
     def check_scheduler(self) -> None:
-        """Judge a schedule's unit by all images that may be trained on: a quick look with few says nothing of it."""
+        """Judge a schedule's unit by a run on all training images: a quick look with few says nothing about it."""
         held_out = self.mnist.validation_images
         whole = walk = schedule.Walk(self.experiment, self.net, self.total)
         if self.total < (total := TRAINING_IMAGES - (0 if held_out is None else len(held_out))):
@@ -214,14 +214,14 @@ class Trial:
         images, half = self.evaluated(FEW + FEW // 2), FEW // 2
         logits, again = self.logits(images[:FEW]), self.logits(images[:FEW])
         if not torch.allclose(logits, again, rtol=1e-4, atol=1e-5, equal_nan=True):  # a GPU may round differently
-            raise ValueError("gives other logits when evaluated again; is it F.dropout(x, training=self.training)?")
+            raise ValueError("gives other logits when evaluated again; does F.dropout lack training=self.training?")
         beside = self.logits(torch.cat((images[FEW:], images[half:FEW])))  # the last ones: an LSTM has seen others then
         if not torch.allclose(beside[half:], logits[half:], rtol=1e-4, atol=1e-5):
-            self.say("net: gives an image other logits beside other images; see for dim=0 where dim=1 is meant")
+            self.say("net: gives an image other logits beside other images; look for dim=0 where dim=1 is meant")
         network.check_own_weights(self.net, self.before, self.network(SEED))
 
     def check_resume(self) -> None:
-        """Take the training up anew, as after an epoch, and name what changes in it without being in its state."""
+        """Resume the training, as after an epoch, and name what changes in it but is not in its state."""
         used = self.training
         _train(used)
         now, rates = network.tensors_of(self.net), [group.get("lr") for group in used.optimizer.param_groups]
@@ -240,17 +240,17 @@ class Trial:
                 self.logits(self.evaluated(2), one.net)
         except Exception as error:  # a network that changes its layers in training
             self.evaluating = 0
-            self.say(f"resume: a run that is taken up again can't be gone on with: {one_line(error)}")
+            self.say(f"resume: an interrupted run could not be resumed: {one_line(error)}")
             return
         lost = sorted(begun_anew & {one[:2] for one in _attributes(used) - _attributes(resumed)})
         for part, names in groupby(lost, key=itemgetter(0)):
-            changed = f"{listed([name for _, name in names])} from batch to batch, which `--resume` begins anew"
+            changed = f"{listed([name for _, name in names])} from batch to batch, which `--resume` does not restore"
             self.say(f"{part}: changes {changed}; keep it in a buffer, or write state_dict and load_state_dict")
         same = _alike(used.net.parameters(), resumed.net.parameters())
         # On a GPU sums are rounded otherwise each time, and an optimizer may make much of it.
         if not (lost or same or self.device.type != "cpu" or UNSEEDED in self.notices):
             hidden = "it changes what no state_dict holds, such as a generator of its own"
-            self.say(f"resume: a run that is taken up again would go on otherwise: {hidden}")
+            self.say(f"resume: a resumed run would differ from one without interruption: {hidden}")
 
     # ---- what the checks are made of
 
@@ -371,8 +371,8 @@ def blame_script(epochs: Iterable[loop.EpochMetrics]) -> Iterator[loop.EpochMetr
 def blame(blamed: str, trial: Trial | None = None) -> Iterator[None]:
     """Turn whatever the declared code raises into one sentence that names the field and the line in the script.
 
-    blamed: a field, or "training", where what comes from no line of the script is a bug, and keeps its traceback.
-    trial: whose own parts may be called within: the innermost one that an error went through is blamed.
+    blamed: a field; or "training", where an error that went through no line of the script is a bug and keeps its
+        traceback. trial: its declared parts are called within; the innermost one that an error went through is blamed.
     """
     try:
         yield

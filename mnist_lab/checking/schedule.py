@@ -96,7 +96,7 @@ def notice_unit(walk: Walk) -> Iterator[str]:
         idly = f"in {idle} of {counted(run, 'epoch')} the rate is some {min(rates):.2g}, of at most {largest:.2g}"
         yield f"{scheduler} steps once per epoch; {idly}; is scheduler_interval='batch' meant?"
     elif isinstance(planned, int) and planned > run:
-        yield f"{scheduler} has {planned:,} steps, a run on all images {run:,}; left out, the number is filled in"
+        yield f"{scheduler} has {planned:,} steps, a run on all images {run:,}; leave it out, and the lab fills it in"
     elif planned != run:  # else it comes to its end with the run
         steps = _half_way(walk, 0.1 * largest)
         half_way, in_batches = f"has come half of its way after {counted(steps, *walk.unit)}", steps / walk.batches
@@ -152,7 +152,7 @@ def without_effect(walk: Walk) -> dict[str, str]:
 
 
 def notice_batch_norm(experiment: Experiment, net: nn.Module, num_images: int) -> Iterator[str]:
-    """Yield a notice if what batch norm evaluates with is still in part what it began with."""
+    """Yield a notice if the statistics that batch norm evaluates with are still partly their initial values."""
     batches = experiment.epochs * batches_per_epoch(experiment, num_images)
     norms = [module for module in net.modules() if getattr(module, "running_mean", None) is not None]
     momentum = min([1.0, *(module.momentum for module in norms if isinstance(module.momentum, float))])
@@ -190,4 +190,4 @@ def notice_slow_average(experiment: Experiment, num_images: int) -> Iterator[str
         last = min(MAX_BATCHES, experiment.epochs * batches)
         still = f"after the first epoch it is still {100 * early:.0f} % the first weights"
         later = f"{100 * first.share(last):.0f} % after {counted(last, 'batch', 'batches')}"
-        yield f"average: {still} ({later}); while that is much, its accuracy says little"
+        yield f"average: {still} ({later}); while that is a large share, its accuracy says little"

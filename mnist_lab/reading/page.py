@@ -40,7 +40,7 @@ class Networks:
 
     @cached_property
     def names(self) -> list[dict[str, str]]:
-        """What can be asked for, and how it is shown: first, committed, then one of each script that has a model."""
+        """The networks to choose from, with their labels: first, committed, and one of each script that has a model."""
         first = [{"name": "", "shown": self.first.run_name}]
         if (committed := find_reader("docs/results")).run_id != self.first.run_id:
             first.append({"name": "docs/results", "shown": committed.run_name})
@@ -77,7 +77,7 @@ class Networks:
 
 
 def make_app(networks: Networks) -> FastAPI:
-    """Return the page and what it asks for; it answers to this machine's own names only."""
+    """Return the app that serves the page and its requests; it answers only to this machine's own names."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
 

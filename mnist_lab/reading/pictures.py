@@ -105,7 +105,7 @@ def _in_mnists_form(images: object) -> NDArray[Any]:
     if kind not in "uif" or not ((array >= 0) & (array <= most)).all():
         raise LabError(f"images: {array.dtype} values are to be whole numbers from 0 to 255, or floats from 0 to 1")
     if kind != "f" and array.max(initial=0) == 1:
-        raise LabError(f"images: {array.dtype} values go to 255, and these to 1: divide by 1.0 to have floats")
+        raise LabError(f"images: {array.dtype} values go to 255, and these only to 1: divide by 1.0 to have floats")
     if (array[:, [0, 0, -1, -1], [0, -1, 0, -1]] > most / 2).all(axis=1).any():  # all four corners
         raise LabError(f"images: one is dark on light; digits are light on black here: give {most} - images")
     return array

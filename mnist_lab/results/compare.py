@@ -46,12 +46,12 @@ def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
 def compare_table(steps: Steps = None, **which: Unpack[RunFilter]) -> pd.DataFrame:
     """Return one row per experiment: the mean over its seeds, of the finished runs that `newest_runs` leaves.
 
-    steps, include_overrides, holdout, folds, tracking_uri, loaded: as for `run_table`. With folds, these stand for
-        seeds, the accuracy is that of the images held out, and the target for test images is not judged.
+    steps, include_overrides, holdout, folds, tracking_uri, loaded: as for `run_table`. With folds, these take the place
+        of seeds, the accuracy is that on the held-out images, and the target for test images is not judged.
 
     Columns: step, overrides, seeds (their number), left_out (as by `newest_runs`), num_params, epochs, last, last_sd,
-    low and high (95 % interval of the mean; missing for one seed, as last_sd is), above (the target that the mean is
-    just shown to be above), best, train, the targets, the reported figures, verdict_accuracy, verdict_params,
+    low and high (95 % interval of the mean; missing for one seed, as last_sd is), above (the highest target that the
+    mean is shown to be above), best, train, the targets, the reported figures, verdict_accuracy, verdict_params,
     verdict_epochs, and p and seeds_needed of the accuracy's verdict. Accuracies are in percent; last and train are of
     the last epoch, best as in `run_table`.
 
@@ -120,7 +120,7 @@ def compare_text(table: pd.DataFrame, *, holdout: int = 0, folds: int = 0, width
 def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
     """Compare two experiments by the test accuracy of their last epochs, b - a, in points; docs/statistics.md says how.
 
-    a, b: steps, e.g. "gap_alone" and "step3_gap", of which the runs of `newest_runs` count.
+    a, b: steps, e.g. "gap_alone" and "step3_gap"; their runs that `newest_runs` keeps count.
     holdout, folds, tracking_uri, loaded: as for `run_table`. LabError if a step has no such run, or a single seed.
     """
     loaded = which["loaded"] = which.get("loaded") or load_runs(which.get("tracking_uri"))
@@ -131,9 +131,9 @@ def compare(a: str, b: str, **which: Unpack[RunFilter]) -> Comparison:
 
 
 def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
-    """Return the row of `run_table` of the step's median seed by the last epoch's test accuracy, of two the lower one.
+    """Return the `run_table` row of the step's median seed by the last epoch's test accuracy, of two the lower one.
 
-    The runs of `newest_runs` count, but for restored ones, which have no network; raises LabError if there are none.
+    The runs that `newest_runs` keeps count, except restored ones, which have no network; LabError if there are none.
     """
     runs = newest_runs(run_table(step, columns="all", tracking_uri=tracking_uri))
     trained = runs[runs["restored"].isna()].sort_values(["final_test_accuracy", "seed"])
@@ -143,9 +143,9 @@ def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
 
 
 def declared_pairs(scripts: Path = EXPERIMENTS) -> list[Pair]:
-    """Return the pairs that the scripts' docstrings declare: a line "Compared with step3_gap: more dropout." each.
+    """Return the pairs that the scripts' docstrings declare, each by a line "Compared with step3_gap: more dropout."
 
-    A line that was copied from a script with published figures says nothing of the change.
+    A line that was copied from a script with published figures says nothing about the change.
     """
     stories = read_stories(scripts)
     published = {file.stem for file in PUBLISHED.glob("*.csv")} & stories.keys()
@@ -162,7 +162,7 @@ def declared_pairs(scripts: Path = EXPERIMENTS) -> list[Pair]:
 def compare_pairs(pairs: Iterable[Pair] | None = None, **which: Unpack[RunFilter]) -> Compared:
     """Compare the pairs of experiments that both have runs, as `compare` does, with `p_holm` adjusted for their number.
 
-    pairs: `declared_pairs()` unless others are given. Of those that can't be compared a sentence says why.
+    pairs: `declared_pairs()` unless others are given. For those that can't be compared, a sentence says why.
     """
     runs = newest_runs(run_table(columns="all", **which))
     return compare_runs(declared_pairs() if pairs is None else pairs, runs, which.get("folds", 0))

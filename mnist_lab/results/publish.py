@@ -1,7 +1,6 @@
-"""Tables and a picture of the tracked runs, made of the CSVs that `records` keeps of them.
+"""Tables and a picture of the tracked runs, made from the CSVs of `records`: for `make export` and `make publish`.
 
-Exported, they are one's own; published, they are those of docs/results and README.md. They are made from the CSVs
-alone, so that a test can make them again.
+They are made from the CSVs alone, so that a test can make them again.
 """
 
 import html
@@ -40,7 +39,7 @@ TABLES = ("summary", "results", "effects", "folds", "runs")
 
 
 def export_runs(folder: Path, *, tracking_uri: str | None = None) -> list[Path]:
-    """Write the tracked runs' CSVs into a folder of one's own, and the tables made of them into its README.md.
+    """Write the tracked runs' CSVs into a folder of the user's, and the tables made from them into its README.md.
 
     Returns what was written. Raises LabError, and has changed nothing, if the store has no such runs, the folder is
     that of the published figures, its README.md has no markers for tables, or a file can't be read or written.
@@ -64,8 +63,8 @@ def publish(
 ) -> list[Path]:
     """Lay the tracked runs over the published CSVs in the folder, and make the tables of `readme` and its README.md.
 
-    A step that the store has no runs of keeps the CSV it has, and so do seeds that the same code computed elsewhere.
-    replace: whether a published row may be replaced or removed. progress: is told of each row that changes.
+    A step without runs in the store keeps its published CSV; so do other seeds of the same code keep their rows.
+    replace: whether a published row may be replaced or removed. progress: is called with a sentence per changed row.
 
     Returns what was written. Raises LabError, and has changed nothing, as `export_runs` does, and if a published row
     would be replaced unasked.
@@ -230,9 +229,9 @@ def with_tables(page: str, made: Mapping[str, str]) -> str:
 
 
 def verdict(row: Mapping[Any, Any], *, short: bool = False) -> str:
-    """Return the verdict on each stated target; in short what is not met, or that all is.
+    """Return the verdict on each stated target; if short, only the targets that are not met, or "all met".
 
-    Of an accuracy of several seeds it also says how many would show it.
+    If an accuracy of several seeds is not shown, it also says how many seeds would show it.
     """
     words = {name: f"{name} {row[f'verdict_{name}']}" for name in TARGETS if row[f"verdict_{name}"] != "-"}
     if short:

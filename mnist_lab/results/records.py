@@ -1,7 +1,7 @@
-"""What CSVs keep of runs: read from a store or from files, checked, and written.
+"""The CSVs of runs: made from a store or read from files, checked, and written.
 
-A CSV has a row per run, epoch, setting or mistake; together they are enough to build a run again in another store, but
-for its network. Here they are tables of text, as the files are; an empty cell is an unknown figure.
+A CSV has a row per run, epoch, setting or mistake. Together they are enough to restore a run in another store, without
+its network. Here they are tables of text, as the files are; an empty cell is an unknown figure.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ def _sortable(cells: pd.Series[Any]) -> pd.Series[Any]:
 
 
 def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Records:
-    """Return what is kept of the tracked runs: the newest finished run of each step and seed, as declared.
+    """Return the records of the tracked runs: the newest finished run of each step and seed, as declared.
 
     restored: also those that were restored from files. Raises LabError if the store has no such runs.
-    A step that can't name a file is left out, and so are mistakes that the store does not say; a warning tells so.
+    Steps that can't name a file, and mistakes that the store does not have, are left out, with a warning.
     """
     loaded = results.load_runs(tracking_uri, artifacts=True)
     counts = {*loaded.runs["folds"]} - {0}

@@ -1,6 +1,6 @@
-"""The report that is handed on: `steps.html`, one self-contained page, and `steps.md` with its figures beside it.
+"""The report of `make report`: `steps.html`, one self-contained page, and `steps.md` with its figures beside it.
 
-Each experiment is told by its script's docstring, its tracked runs and their figures. Accuracies are in percent.
+For each experiment it has its script's docstring, its tracked runs and their figures. Accuracies are in percent.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def write_report(
 ) -> tuple[Path, Path]:
     """Write steps.html and steps.md into the folder and return their paths. Nothing is written before all is drawn.
 
-    The runs that count are those of `newest_runs`. Overridden ones are told where an experiment has none as declared,
-    and are compared with others only if they were asked for. steps: only these, of which a short name will do.
+    The runs that count are those of `newest_runs`. Overridden ones are reported if an experiment has none as declared,
+    and compared with others only if they are among `steps`. steps: only these, by their names or short names.
     """
     stories = read_stories(scripts)
     for trouble in (story.trouble for story in stories.values() if story.trouble):
@@ -108,7 +108,7 @@ def _chapter(step: str, row: Any, story: Story | None, copied_from: str | None, 
 
 
 def find_copies(stories: Mapping[str, Story], published: Container[str]) -> dict[str, str]:
-    """Return which scripts have another's Result in their docstring, word for word, and whose.
+    """Return the scripts whose docstring has another script's Result, word for word, and which script's.
 
     Of scripts with one Result, the first that has published figures wrote it, or the first in order.
     """

@@ -1,7 +1,7 @@
-"""The committed evidence as tracked runs: what docs/results keeps of each run, put into a store.
+"""`make restore`: puts the committed runs of docs/results into a store.
 
-A restored run has the tags `restored`, the commit that the files are of, and `restored_sha256`, a digest of the files.
-By the digest a second call knows that nothing is to do.
+A restored run has the tags `restored`, the commit of the files, and `restored_sha256`, a digest of the files, by which
+a second call knows that there is nothing to do.
 """
 
 import hashlib
@@ -53,11 +53,11 @@ class Committed(NamedTuple):
 
 
 def restore(folder: Path, *, commit: str, tracking_uri: str | None = None, progress: files.Tell = print) -> Restored:
-    """Put the runs that a folder of CSVs keeps into the store, under a study for each step with several seeds.
+    """Put the runs of a folder of CSVs into the store, with a study for each step that has several seeds.
 
-    A run that was trained into this store itself is not added again. Where the files say something else than they did
-    before, or an earlier call was interrupted, all restored runs are written anew. All other runs are left alone.
-    commit: which the files are of. progress: is told of each step before its runs are written.
+    A run that was trained in this store is not added again. If the files have changed since an earlier call, or it
+    was interrupted, all restored runs are written anew. All other runs are left alone.
+    commit: of the files. progress: is called with a sentence before the runs of each step are written.
     """
     records = files.read_records(folder)
     if records.runs.empty:

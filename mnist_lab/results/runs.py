@@ -122,12 +122,12 @@ class LoadedRuns:
 class RunFilter(TypedDict, total=False):
     """Which runs are in a table, beside their steps and seeds.
 
-    include_overrides: also runs whose declaration was overridden on the command line; they are not that step any more.
-        "if_none" takes them only for a step that has no run as declared: the newest, and those overridden alike.
+    include_overrides: also runs with overrides from the command line, which are not counted as the step otherwise.
+        "if_none" takes them only for a step that has no run as declared: those with the newest run's overrides.
     status: "FINISHED" (the default), "RUNNING", "FAILED" or "KILLED", or None for all.
     holdout, folds: only the runs that hold out so many training images, or a fold of so many; 0, the default, is the
         write-ups' protocol, which tests after each epoch. Two protocols are never in one table.
-    tracking_uri: the store; the usual one if not given. loaded: what `load_runs` gave, so that it is not asked again.
+    tracking_uri: the store; the usual one if not given. loaded: what `load_runs` gave, so that it is not read again.
     """
 
     include_overrides: bool | Literal["if_none"]
@@ -144,7 +144,7 @@ def run_table(
     """Return one row per run, by step and seed, with typed columns; of several runs of one seed the newest first.
 
     steps, seeds: only these. A step is named by its script, e.g. "step3_gap", or "step3" for short.
-    columns: "all" for every column; else the eight that a reader needs most, and `overrides` and `restored` if used.
+    columns: "all" for every column; else the eight most useful ones, and `overrides` and `restored` if used.
     include_overrides, status, holdout, folds, tracking_uri, loaded: as in `runs.RunFilter`.
 
     All columns: step, seed, holdout, folds, every hyperparameter (missing where a run has none of that name),
@@ -200,7 +200,7 @@ def epoch_history(
 def load_runs(tracking_uri: str | None = None, *, artifacts: bool = False) -> LoadedRuns:
     """Read every run of the lab in the store; one whose values can't be right is left out, and a warning names it.
 
-    artifacts: whether these will be read too; then they are found where a moved store has them.
+    artifacts: whether these will be read too; then the paths of a moved store are corrected.
     Raises LabError if the store is missing, foreign or can't be read, or its experiment is deleted.
     """
     uri = resolve_uri(tracking_uri)
@@ -319,7 +319,7 @@ def _kinds(runs: pd.DataFrame) -> str:
 def full_names(steps: Iterable[str] | str, loaded: LoadedRuns, others: Iterable[str] = ()) -> list[str]:
     """Return the steps by the names that their runs have: "step4" is short for "step4_augment_steplr".
 
-    others: names that will do without a run. Raises LabError if a step has no run, or a short name fits several.
+    others: names allowed without a run. Raises LabError if another step has no run, or a short name fits several.
     """
     known, names = sorted({*loaded.runs["step"], *others}), []
     for step in [steps] if isinstance(steps, str) else steps:
@@ -361,9 +361,9 @@ def reading(uri: str) -> Iterator[None]:
 
 
 def predictions(run_id: str, *, tracking_uri: str | None = None) -> pd.DataFrame:
-    """Return what a run's trained network says of each of the 10,000 test images, in their order.
+    """Return what a run's trained network predicts for each of the 10,000 test images, in their order.
 
-    That of a fold says it of the fold's images; the index has their numbers among the 60,000 training images.
+    For a fold, it is for the fold's images; the index has their numbers among the 60,000 training images.
 
     Columns: truth, prediction, confidence (softmax of the predicted digit), logit_0 to logit_9. Of a restored run, only
     mistakes are known: other images have no confidence, and there are no logits.
@@ -397,7 +397,7 @@ def predictions_of(run: Run, uri: str) -> pd.DataFrame:
 
 
 def keeps_predictions(run_id: str, *, tracking_uri: str | None = None) -> bool:
-    """Say whether `predictions` has something to tell of a run; of some published ones it was not kept."""
+    """Say whether `predictions` can be read for a run."""
     with suppress(LabError):
         predictions(run_id, tracking_uri=tracking_uri)
         return True

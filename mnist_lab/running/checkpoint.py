@@ -104,9 +104,9 @@ def interrupted(uri: str) -> Iterator[Checkpoint]:
 
 
 def find(uri: str, changes: Mapping[str, object] | None = None, **wanted: str | int | None) -> Checkpoint:
-    """Return the newest checkpoint of an interrupted run that is as wanted; raises LabError.
+    """Return the newest checkpoint of an interrupted run with these properties; raises LabError if there is none.
 
-    changes: its hyperparameters that were changed, by flat name; None for one that stands as declared.
+    changes: its overridden hyperparameters, by flat name; None for one that is as declared.
     wanted: its step, run_id, seed, limit, holdout and threads; None for any.
     """
     asked = {name: value for name, value in wanted.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What a run is of: the script, what that imports, and their digest; commit, versions, hardware."""
+"""What identifies a run: the script, what that imports, and their digest; commit, versions, hardware."""
 
 import ast
 import hashlib
@@ -162,7 +162,7 @@ def commit_tags(script: Path, written: Iterable[Path] = ()) -> dict[str, str]:
     """Return the state of the repository that the script lies in, as tags of a run.
 
     git_commit: the commit, "none" outside a repository or before the first commit, "unknown" where git refuses to say.
-    git_dirty: whether any file differs from it, new ones included, but for `written`: what the lab writes or fetches.
+    git_dirty: whether any file differs from it, new ones included, except `written`: what the lab writes or fetches.
     """
     folder = script.resolve().parent
     try:

@@ -1,4 +1,4 @@
-"""What is to be run: an experiment and all that was said about running it, but for the seed."""
+"""What is to be run: an experiment with all settings of its run but the seed."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Job:
         raise LabError(f"script: {self.script.name} or what it imports was changed since it was read; start again")
 
     def read_experiment(self) -> None:
-        """Read the experiment anew, in a process that was sent this job; raises LabError if it is another one now."""
+        """Read the experiment from the script, in a process that was sent this job; LabError if it has changed."""
         self.check_unchanged()
         declared = with_own_figures(read_declaration(script := self.sources[SCRIPT]), script)
         vars(self)["experiment"], _ = declared.override(self.overrides)

@@ -1,4 +1,4 @@
-"""Who listens to a run, a study or a search, and what is told of it: to the console, a worker process, or nobody."""
+"""Callbacks of a run, a study or a search, for the console or a worker process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Where a search stands: how many of its trials have ended in which way."""
+    """The state of a search: how many of its trials have ended in which way."""
 
     run_id: str
     name: str
@@ -50,11 +50,11 @@ class SearchResult:
 
 
 class Pruned(Exception):
-    """Raised by who listens to a trial's run, to end it after the epoch: it is not worth more of them."""
+    """Raised by the listener of a trial's run to end it after the epoch."""
 
 
 class Progress:
-    """Listens, and does nothing: a listener overrides what it wants to hear."""
+    """Does nothing; a listener overrides the methods that it needs."""
 
     def on_run(self, name: str, num_params: int, summary: str, num_images: int, done: int) -> None: ...  # epochs
     def on_batch(self, seen: int, loss_sum: Tensor, correct: Tensor) -> None: ...  # see `training.loop.OnBatch`

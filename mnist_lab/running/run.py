@@ -127,7 +127,7 @@ def with_teacher(job: Job, store: Store, interrupted: Mapping[str, str] | None =
         return job
     if job.folds:
         seen = f"the teacher {declared!r} has seen the images that each fold holds out"
-        raise LabError(f"folds: {seen}; --holdout judges what learns from one on held-out images")
+        raise LabError(f"folds: {seen}; judge a network with a teacher by --holdout")
     if interrupted and "teacher_run_id" in interrupted and ":/" not in declared:
         declared = f"runs:/{interrupted['teacher_run_id']}/model"
     return replace(job, teacher=find_teacher(store, declared, job.holdout))
@@ -142,7 +142,7 @@ def restore(training: Training, resume: Checkpoint, job: Job) -> None:
             advice = "train it anew, or go on with another run: --resume RUN_ID"
             raise LabError(f"resume: {changed}, as the script, its settings or the lab have changed; {advice}")
     if job.device.type != "cpu":
-        logger.warning("resume: %s rounds sums in any order, so the run need not end as it would have", job.device)
+        logger.warning("resume: %s sums in no fixed order, so the run may differ from an uninterrupted one", job.device)
     try:
         training.load_state_dict(resume.training)
     except Exception as error:  # torch has many ways to refuse a state
@@ -172,7 +172,7 @@ class Record:
 
     @contextmanager
     def begin(self, parent_run_id: str | None, resume: Checkpoint | None) -> Iterator[str]:
-        """Open the run in MLflow and log what it is, or take up the one of `resume`; give its id."""
+        """Open the run in MLflow and log its settings, or reopen the one of `resume`; give its id."""
         job, device, no_effect = self.job, self.mnist.train_images.device, " ".join(self.rehearsal.no_effect)
         job.check_unchanged()
         name, environment = run_name_of(job, f"{job.protocol.unit} {self.seed}"), identity.environment(device)
@@ -225,7 +225,7 @@ class Record:
         self.progress.on_epoch(self.seed, metrics)
 
     def finish(self) -> FinishedRun:
-        """Judge the trained network, if there are test images, then write what takes longer than to say so."""
+        """Judge the trained network, if there are test images, and say so; then log what takes longer."""
         job, mnist, tracked, tested = self.job, self.mnist, self.tracked, len(self.mnist.test_images) > 0
         logger.info("Evaluating the trained network")
         measured = measure(self.num_params, self.epochs, job.experiment)
@@ -301,7 +301,7 @@ def verdict_tags(verdicts: Sequence[Verdict]) -> dict[str, str]:
 def describe(script: Path, overrides: str = "", verdicts: Sequence[Verdict] = (), more: str = "") -> str:
     """Return a run's description in Markdown: verdicts, `more`, and the script's docstring.
 
-    Of an overridden run only what was planned is told: the Result in the docstring is not its own.
+    An overridden run has only the docstring's Target and Change: the Result is not its own.
     """
     parts = [targets.verdict_table(verdicts, "github"), more, f"**Overridden:** `{overrides}`" if overrides else ""]
     with suppress(LabError):  # a script that was moved while it ran

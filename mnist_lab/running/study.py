@@ -1,4 +1,4 @@
-"""One experiment trained with several seeds: what is missing is trained, and all of it is judged together."""
+"""One experiment with several seeds: the missing ones are trained, and all are judged together."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def study(
 def judge_runs(
     targets: Targets, epochs: int, run_id: str, runs: Sequence[FinishedRun], measured: Protocol = TESTED
 ) -> StudyResult:
-    """Judge the finished runs, of so many epochs each, of the study with this id; `measured`: by which protocol."""
+    """Judge the finished runs, each of `epochs` epochs, of the study with this id; `measured`: by which protocol."""
     aggregates, verdicts = {}, []
     if runs:
         figures = {name: [run.metrics[name] for run in runs] for name in measured.over_seeds}

@@ -21,8 +21,8 @@ Calls = list[tuple[nn.Module, str, int | None]]  # each a layer, the shape of it
 def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
     """Return a table of the layers in the order of their calls, and the parameters, each of which counts once.
 
-    A network that fails on the images by which receptive fields are measured has none in its table. Network and random
-    state are left as they were.
+    A network that fails on the images that measure receptive fields has none in its table. Network and random state
+    are left as they were.
     untrained: names of parameters that no gradient reaches; they do not count as trainable.
     """
     # Number i has NaN in its column i, for NaN spreads to all that depends on it. In double precision kernels are

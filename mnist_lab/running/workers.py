@@ -97,7 +97,7 @@ class Trainers:
         return task.number
 
     def ended(self, progress: Progress) -> Iterator[tuple[Any, Outcome]]:
-        """Wait for a moment, and yield what has ended; `progress` is told of epochs."""
+        """Wait for a moment, and yield what has ended; report epochs to `progress`."""
         for number, task in [*self.running.items()]:
             yield number, outcome_of(task, progress)
 

@@ -1,1 +1,1 @@
-"""MLflow, written: the store, what a run leaves there, and how it gets there when a server is away."""
+"""Writes MLflow: the store, what a run logs there, and how it gets there when a server is away."""

@@ -81,7 +81,7 @@ def why_refused(error: Exception, uri: str = "") -> str:
 
 
 def short_timeouts() -> AbstractContextManager[None]:
-    """Let MLflow ask a server once and for some seconds, or for as long as MLFLOW_HTTP_REQUEST_TIMEOUT says."""
+    """Let MLflow ask a server only once, with a timeout of seconds, or of MLFLOW_HTTP_REQUEST_TIMEOUT."""
     return patience(SHORT_TIMEOUT, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
 
 

@@ -95,7 +95,7 @@ def _load_exported(content: bytes, sha256: str, device: torch.device, given: Sca
     from torch.export.passes import move_to_device_pass  # slow to import
 
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError("its file is another one than its digest says")
+        raise ValueError("its file does not have the recorded digest")
     net: nn.Module = move_to_device_pass(_read_exported(content), device).module()
     net.requires_grad_(False)
     with torch.inference_mode():

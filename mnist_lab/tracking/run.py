@@ -236,7 +236,7 @@ class TrackedRun:
 
     def _what_then(self) -> str:
         kept = own_folder(self._store.uri) / CHECKPOINTS / f"{self.run_id}.pt"
-        return f"; its checkpoint stands, and {self.goes_on} goes on with it" if kept.exists() else ""
+        return f"; its checkpoint is kept, and {self.goes_on} goes on with it" if kept.exists() else ""
 
     def _now(self) -> int:
         """Return the time in milliseconds; it never goes back, though the clock be set back."""
@@ -383,7 +383,7 @@ def adopted(uri: str, run_id: str) -> Iterator[None]:
 
 
 def notices(silenced: Mapping[str, Mock]) -> Iterator[str]:
-    """Yield a notice of what a script logs elsewhere; `silenced` knows what it called while it was tried."""
+    """Yield a notice if a script logs elsewhere; `silenced` has its calls during the rehearsal."""
     log_here = "mlflow.log_metric and the like log into the lab's run"
     if (active := mlflow.active_run()) is not None:
         where = f"run {active.info.run_id}, in {active.info.artifact_uri}"

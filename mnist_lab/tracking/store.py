@@ -183,7 +183,7 @@ def uninterrupted(*, interrupted: bool = False) -> Iterator[None]:
 
 
 class FinishedRun(NamedTuple):
-    """A finished run as it stands in the store: its seed, and the last value of each metric."""
+    """A finished run in the store: its seed, and the last value of each metric."""
 
     run_id: str
     seed: int
@@ -202,8 +202,8 @@ def finished_runs(
     """Return the newest finished run of each seed that has these tags and, but for the seed, exactly these params.
 
     figure: the metric that makes it a whole run.
-    hardware: as the tag of that name. A restored run counts only for a seed that has no other, and only if hardware
-        that rounds sums alike made it; a notice names those of `seeds` that don't count.
+    hardware: as the tag of that name. A restored run counts only for a seed that has no other run, and only if it was
+        made on hardware that rounds sums alike; a notice names those of `seeds` that don't count.
     """
     kinds: tuple[dict[int, FinishedRun], ...] = ({}, {}, {})
     own, restored, elsewhere = kinds
@@ -217,7 +217,7 @@ def finished_runs(
             kind.setdefault(int(seed), FinishedRun(run.info.run_id, int(seed), dict(run.data.metrics)))
     found = restored | own
     if missing := ", ".join(str(seed) for seed in sorted({*seeds} & elsewhere.keys() - found.keys())):
-        message = "restored runs of seed %s are not taken over: they were made on other hardware than this, %r"
+        message = "restored runs of seed %s are not reused: they were made on other hardware than this, %r"
         logger.warning(message, missing, hardware)
     return found
 
@@ -229,10 +229,10 @@ def adopt(store: Store, parent_run_id: str, run_id: str) -> None:
 
 
 def close_abandoned(store: Store) -> None:
-    """Mark the runs KILLED that stand as RUNNING though their process is gone, as the lock that it held tells.
+    """Mark as KILLED the runs that are RUNNING though their process is gone, as its lock shows.
 
-    Where that says nothing, as on another machine, the run is left, unless it is of a worker of a cluster, which ends
-    with the process that wrote the parent's run.
+    If the lock shows nothing, as on another machine, the run is left alone, unless it is of a cluster's worker, which
+    ends with the process that wrote the parent's run.
     """
     running = {run.info.run_id: run for run in reversed(search(store, "attributes.status = 'RUNNING'"))}
     for run_id, run in [*running.items()]:  # parents first
@@ -247,7 +247,7 @@ def close_abandoned(store: Store) -> None:
 
 
 def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) -> list[str]:
-    """Mark the child runs of this name, or all, KILLED that stand as RUNNING; return all of this name."""
+    """Mark as KILLED the child runs of this name, or all, that are RUNNING; return the ids of all of this name."""
     children = search(store, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}'")
     named = [run.info for run in children if run_name in (None, run.info.run_name)]
     for info in named:
@@ -257,7 +257,7 @@ def close_lost(store: Store, parent_run_id: str, run_name: str | None = None) ->
 
 
 def _kill_unless_locked(store: Store, run_id: str) -> bool:
-    """Mark a run KILLED that stands as RUNNING; False where a process on this machine still writes it."""
+    """Mark a RUNNING run as KILLED; False if a process on this machine still writes it."""
     with store.failures("can't be written"), suppress(Timeout), short_timeouts(), lock_of(store, run_id) as lock:
         if store.client.get_run(run_id).info.status == "RUNNING":  # it may have ended by itself since
             store.client.set_terminated(run_id, "KILLED")
@@ -319,7 +319,7 @@ def take_lock(store: Store, run_id: str) -> RunLock:
 
 @contextmanager
 def alone(uri: str, work: str, sentence: str) -> Iterator[None]:
-    """Keep other processes from this work on a store; raises LabError with the sentence where one is at it."""
+    """Keep other processes from this work on a store; raises LabError with the sentence if one is doing it."""
     try:
         with FileLock(own_folder(uri) / LOCKS / f"{work}.lock", timeout=0):
             yield

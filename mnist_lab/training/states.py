@@ -1,4 +1,4 @@
-"""What a run's state is besides its network: the random generators, and what loss, objective and augmentation change.
+"""A run's state besides its network: the random generators, and the state of loss, objective and augmentation.
 
 Each run has copies of these parts, and keeps their `state_dict`.
 """

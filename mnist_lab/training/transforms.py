@@ -44,7 +44,7 @@ def _apply(chain: list[Callable[[Tensor], Tensor]], image: Tensor) -> Tensor:
 
 
 def parts(augmentation: Any, alone: Given = "batch") -> Iterator[tuple[Given, Any]]:
-    """Yield the transforms that are applied one after another, each with what it is given; `alone`: if no library's."""
+    """Yield the transforms in their order, each with what it gets; alone: what one that is not torchvision's gets."""
     composed = is_torchvision(augmentation) and type(augmentation).__name__ == "Compose"
     if composed or (isinstance(augmentation, nn.Sequential) and any(map(is_torchvision, augmentation))):
         for transform in augmentation.transforms if composed else augmentation:

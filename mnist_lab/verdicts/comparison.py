@@ -127,6 +127,6 @@ def p_text(p: float) -> str:
 
 
 def step_order(step: str) -> tuple[bool, list[str | float]]:
-    """Return the key by which experiments are sorted: `step1_...` and on before the rest, step 10 after step 9."""
+    """Return the key by which experiments are sorted: the steps before the rest, step 10 after step 9."""
     parts = re.split(r"(\d+)", step)
     return not re.match(r"step\d", step), [float(part) if part.isdecimal() else part for part in parts]

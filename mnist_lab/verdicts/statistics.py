@@ -56,9 +56,9 @@ class Difference:
 
 
 def chance_of_best(accuracy: float, images: int, n: int) -> float:
-    """Return by how many points chance lifts the best of n >= 1 accuracies of this size, each of so many images.
+    """Return by how many points chance lifts the best of n >= 1 accuracies of this size, each on this many images.
 
-    On average the largest of n normal draws exceeds their mean by so many standard deviations: the integral of
+    On average the largest of n normal draws exceeds their mean by this many standard deviations: the integral of
     n x phi(x) Phi(x)^(n - 1) over x (David and Nagaraja, Order Statistics, 2003, section 3.1).
     """
     from scipy.stats import norm
@@ -78,7 +78,7 @@ def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate
 
 
 def lower_bound(values: Sequence[float]) -> float:
-    """Return the target that `judge_mean` just shows a mean to be above, its one-sided 99 % bound; nan if none."""
+    """Return the highest target that `judge_mean` shows a mean to be above, its one-sided 99 % bound; nan if none."""
     return math.nan if _same(values) else _interval(np.array(values, dtype=np.float64), ALPHA_TARGET)[0]
 
 

@@ -67,14 +67,14 @@ def verdict_table(verdicts: Sequence[Verdict], style: str = "simple") -> str:
 
 
 def how_sure(verdict: Verdict) -> str:
-    """Say how sure the verdict on the accuracy of several seeds is, and how many it takes where it is not shown."""
+    """Say how sure the verdict on the accuracy of several seeds is, and how many seeds would decide it if need be."""
     if math.isnan(verdict.p):
-        return "One seed, or several that are all the same, show nothing about the mean: train more of them."
+        return "One seed, or several with the same accuracy, show nothing about the mean: train more of them."
     side = "at least" if verdict.measured >= verdict.target else "below"
     text = f"That the mean is {side} {verdict.target:g} %: p = {verdict.p:.2g}"
     if verdict.word != "not shown":
         return f"{text}, from {verdict.n} seeds."
-    needed = "how many seeds would can't be said"
+    needed = "how many seeds would show it is not known"
     if verdict.seeds_needed is not None:
         needed = f"about {seeds_text(verdict.seeds_needed)} seeds would, if the mean stays where it is"
     return f"{text}, which does not show it; {needed}."

@@ -226,7 +226,7 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
         ({"augmentation": OwnGenerator()}, "the run's seed does not decide what augmentation draws"),
         ({"augmentation": lambda images: images * 2 - 0.5}, r"augmentation gives pixels from -0\.50 to 1\.50"),
         ({"augmentation": partial(torch.clamp, min=0.6)}, "augmentation gives 100 % of the images a light corner"),
-        ({"augmentation": lambda images: images.flip(0)}, "augmentation: changes an image by the others"),
+        ({"augmentation": lambda images: images.flip(0)}, "augmentation: an image depends on the others"),
         ({"augmentation": v2.MixUp(num_classes=10)}, "augmentation: torchvision's MixUp draws once for all images"),
         ({"augmentation": v2.RandomRotation(7)}, r"augmentation: .* image by image, some \d+ s of an epoch"),
         (

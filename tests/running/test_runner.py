@@ -360,7 +360,7 @@ def test_what_a_script_draws_when_it_is_read_is_said_unless_it_seeds(database: P
     """MLflow lets the root logger show errors only: the lab's notices are shown all the same."""
     done = run_with("import mlflow.pytorch\nFILTERS = torch.randn(8, 1, 3, 3)", database)
     assert done.returncode == 0, done.stderr
-    assert "draws from torch before main(), which the run's seed does not decide" in done.stderr
+    assert "draws from torch before main(), where the run's seed has no effect" in done.stderr
 
     torch.manual_seed(3)
     torch.randn(8)

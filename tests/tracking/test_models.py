@@ -73,7 +73,7 @@ def test_a_champion_that_is_not_what_its_file_says_is_refused(tmp_path: Path) ->
     content = bytearray((tmp_path / champion.NETWORK).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / champion.NETWORK).write_bytes(content)
-    with pytest.raises(LabError, match="champion.pt2 can't be loaded: its file is another one than its digest says"):
+    with pytest.raises(LabError, match="champion.pt2 can't be loaded: its file does not have the recorded digest"):
         champion.load_committed(tmp_path)
     (tmp_path / champion.ORIGIN).write_text(json.dumps({"step": "mine"}))
     with pytest.raises(LabError, match="champion.json is not as the lab writes it: .*seed"):
@@ -290,7 +290,7 @@ def test_a_model_that_is_pickled_or_changed_is_refused(train: Train, uri: str) -
     nine = find_teacher(store, f"runs:/{run.run_id}/nine", holdout=0)
     with pytest.raises(LabError, match=r"gives an output of shape \(2, 9\) for 2 images, not \(2, 10\)"):
         load_teacher(store, nine, CPU, (0.1307, 0.3081))
-    with pytest.raises(LabError, match="its file is another one than its digest says"):
+    with pytest.raises(LabError, match="its file does not have the recorded digest"):
         load_teacher(store, Teacher(nine.model_id, nine.run_id, "0" * 64), CPU, (0.1307, 0.3081))
     location = store.client.get_logged_model(nine.model_id).artifact_location
     (Path(location.removeprefix("file://")) / "MLmodel").write_text("")

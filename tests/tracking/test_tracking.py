@@ -277,7 +277,7 @@ def test_a_store_that_fails_is_said_without_sql_and_with_what_goes_on(
         fail(tracked)
 
     said = f"tracking store '{uri}' failed during the run: (sqlite3.IntegrityError) database is full; "
-    assert str(raised.value) == f"{said}its checkpoint stands, and {what.format(tracked.run_id)} goes on with it"
+    assert str(raised.value) == f"{said}its checkpoint is kept, and {what.format(tracked.run_id)} goes on with it"
     assert read_runs(database)[0].status == "FAILED"
 
 
@@ -400,7 +400,7 @@ def test_a_restored_run_is_found_on_hardware_that_rounds_alike(store: Store, cap
     }
 
     assert found("other CPU, 64 cores, AVX512") == own | {2: restored[2]}
-    assert "of seed 3, 4, 5 are not taken over: they were made on other hardware" in caplog.text
+    assert "of seed 3, 4, 5 are not reused: they were made on other hardware" in caplog.text
     assert found("CPU, 2 cores, AVX2") == own
     assert found("NVIDIA H100") == own | {4: restored[4]}
     assert found("") == own

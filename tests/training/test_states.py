@@ -179,10 +179,10 @@ def test_a_training_that_is_taken_up_again_ends_as_if_never_stopped(changes: Any
         ({"objective": partial(weighed, by=Counts())}, "objective: changes batches from"),
         ({"net": lambda: nn.Sequential(WarmsUp())}, "net: changes 0.batches from"),
         ({"net": Centred}, "net: changes mean from"),
-        ({"net": Grows}, "resume: a run that is taken up again can't be gone on with: "),
+        ({"net": Grows}, "resume: an interrupted run could not be resumed: "),
         ({"optimizer": partial(Holds, lr=0.05)}, "optimizer: changes base from"),
         ({"optimizer": partial(LooksAhead, lr=0.05)}, "optimizer: changes slow from"),
-        ({"net": Noisy}, "resume: a run that is taken up again would"),
+        ({"net": Noisy}, "resume: a resumed run would"),
     ],
 )
 def test_what_resume_begins_anew_is_named(changes: dict[str, Any], said: str, small_mnist: Mnist) -> None:
