@@ -46,8 +46,7 @@ def random_center_crop(images: Tensor, size: int, p: float) -> Tensor:
     top, left = round((height - size) / 2), round((width - size) / 2)
     crops = images[..., top : top + size, left : left + size]
     scaled = F.interpolate(crops, size=(height, width), mode="bilinear", align_corners=False)
-    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < p
-    return torch.where(chosen, scaled, images)
+    return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < p, scaled, images)
 
 
 def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def _started_script(caller: FrameType) -> Path:
     program, file = sys.modules["__main__"], Path(caller.f_code.co_filename)
     started = Path(getattr(program, "__file__", None) or "")  # absolute, whatever folder the script has gone to
     script = (started if started.name == Path(sys.argv[0]).name else Path(sys.argv[0])).resolve()
-    is_own = caller.f_globals is vars(program) and not file.name.startswith("<")
+    is_own = caller.f_globals is vars(program) and file.name == script.name
     if not (is_script(script) and (is_own or file.exists())):
         advice = "save the cell as experiments/NAME.py (%%writefile experiments/NAME.py) and start it by `make NAME`"
         raise LabError(f"main: must be called from a script, as its name and code identify its runs; {advice}")

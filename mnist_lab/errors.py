@@ -134,10 +134,10 @@ def _about(call: ast.Call, function: Callable[..., object]) -> str | None:
     given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg}
     unknown = next((argument for argument in given if argument not in parameters), None)
     module = function.__module__
-    if unknown and module in ("mnist_lab.experiment", "torch.nn.modules.loss"):
-        field = unknown if module == "mnist_lab.experiment" else "loss"
+    if unknown and module in ("mnist_lab.experiment", "mnist_lab.cli", "torch.nn.modules.loss"):
+        field = {"mnist_lab.experiment": unknown, "mnist_lab.cli": "main"}.get(module, "loss")
         return f"{field}: {unknown_argument(name, parameters, unknown, given[unknown])}"
-    if module == "mnist_lab.experiment":
+    if module in ("mnist_lab.experiment", "mnist_lab.cli"):
         needed = ", ".join(one.name for one in parameters.values() if one.default is one.empty)
         return f"{name}: takes its fields by name, and needs {needed}"
     for declared, field in DECLARED_AS.items():

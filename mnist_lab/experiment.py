@@ -227,7 +227,7 @@ def _check_part(part: str, value: Any) -> None:
     name = _name(value)
     if part == "net" and isinstance(value, nn.Module):
         raise LabError(f"net: give the class, {name}, not {name}(): each run builds a network of its own")
-    if isinstance(value, Optimizer | LRScheduler):
+    if isinstance(value, Optimizer | LRScheduler | AveragedModel):
         raise LabError(f"{part}: {type(value).__name__} is built already; give its class, or a partial of it")
     if not callable(value):
         raise LabError(f"{part}: {quoted(value)} can't be called; give a class or function, or a partial of one")

@@ -133,6 +133,8 @@ class Trial:
             with blame("net", self):
                 _check_logits(net(images), len(images))
         loss, logits = _checked_loss(loss_and_logits(net, images, self.labels, self.experiment), len(images))
+        nll = F.nll_loss(logits, self.labels) if self.labels.ndim == 1 else loss.new_tensor(torch.nan)
+        self.is_nll = any(loss.isclose(size * nll, rtol=1e-4) for size in (1, len(images)))  # mean, or sum
         if any(p.grad is not None and p.grad.to_dense().any() for p in net.parameters()):
             self.say(f"{self.minimised}: calls backward() by itself, which adds to the gradients that the lab computes")
         if trains and not net.training:
@@ -159,8 +161,7 @@ class Trial:
         sizes = {1, 2} | {len(batch) for part in parts for batch in torch.split(part, loop.EVALUATION_BATCH_SIZE)} - {0}
         for size in sorted(sizes):
             logits = self.logits(self.evaluated(size))
-        loss = getattr(self.experiment.loss, "func", self.experiment.loss)  # of a partial
-        self.notices += network.notice_outputs(logits, loss is F.nll_loss or isinstance(loss, nn.NLLLoss))
+        self.notices += network.notice_outputs(logits, self.is_nll)
 
     def check_average(self) -> None:
         if (average := loop.build_average(self.experiment, self.net)) is None:

@@ -112,7 +112,7 @@ def _half_way(walk: Walk, little: float) -> int:
     """Return after how many steps a rate has gone half of its way, in the run or, where it goes little, in batches."""
     if max(walk.rates) - min(walk.rates) <= little:
         with suppress(Exception):  # a schedule may end with the run
-            walk.go_on(min(walk.experiment.epochs * walk.batches, MAX_SCHEDULE_STEPS))
+            walk.go_on(min(max(walk.experiment.epochs, 14) * walk.batches, MAX_SCHEDULE_STEPS))
     rates = walk.rates
     moved = [abs(rate - rates[0]) for rate in rates]
     return next((step for step, way in enumerate(moved) if 2 * way >= max(moved) > 0), 0)

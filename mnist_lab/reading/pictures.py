@@ -264,6 +264,7 @@ class NoDigit(LabError):
 PHOTO = 4 * FIELD  # pixels of the longer side of what is looked at as a photo; a smaller picture is enlarged
 LEAST_CONTRAST = 0.08  # between ink and paper, of all that there can be
 INK = 0.9  # of a part's border is an edge in the picture; of ground that was cut off, less
+REAL, LEAST_SCORE = 0.7, 0.1  # of a stroke; faint and blurred digits had 0.74 and 0.5, shades alone less
 EVEN = 0.008  # a ground that differs less over half of the picture is not a photo's
 THICKEST = 4  # of the longer side: a stroke that is wider than a fourth of it is ground
 
@@ -289,7 +290,7 @@ def _digit_on(pixels: Ink, name: str) -> Ink:
     inks = [(np.clip(change.max(axis=2) - np.median(change.max(axis=2)), 0, None), edges) for change, edges in changes]
     found = [(*_likeliest(ink, edges), ink) for ink, edges in inks]
     score, where, several, ink = max(found, key=lambda one: one[0])
-    if score < 0:
+    if score < LEAST_SCORE:
         uneven = np.ptp(smooth, axis=(0, 1)).max() >= 2 * LEAST_CONTRAST
         why = "the ground is uneven; crop to the digit" if uneven else "it has nearly one colour all over"
         raise NoDigit(f"{name}: there is no digit to see: {why}")
@@ -318,7 +319,7 @@ def _likeliest(ink: Ink, steep: Ink) -> tuple[float, NDArray[np.bool_], bool]:
     border = np.where(strong & ~ndimage.binary_erosion(strong, np.ones((3, 3), bool)), labels, 0)
     is_edge = np.minimum(steep / (0.1 * np.append(1, contrast)[labels]), 1)
     real = ndimage.mean(is_edge, border, numbers)
-    scores = contrast * areas**0.25 * length * inside * real**4
+    scores = np.where(real > REAL, contrast * areas**0.25 * length * inside * real**4, 0)
     first, best = int(scores.argmax()), scores.max()
     boxes = np.array([[(side.start, side.stop) for side in box] for box in ndimage.find_objects(labels)])
     starts, stops = boxes[..., 0], boxes[..., 1]  # (N, 2): down and across

@@ -64,7 +64,7 @@ KINDS = {
     **{"start_time": Kind(DATE), "epoch": COUNT, "epochs": COUNT, "minutes": Kind("float64", 0, 1e9)},
     **{"image": Kind("Int64", 0, IMAGES - 1), "prediction": Kind("Int64", 0, 9), "confidence": Kind("float64", 0, 1)},
     **{"git_dirty": Kind("str", form="True|False|"), "kind": Kind("str", form="param|tag")},
-    **{"name": Kind("str", form=".+"), "seeds": Kind("str", form=r"\d{1,19}(-\d{1,19})?(, \d{1,19}(-\d{1,19})?)*")},
+    **{"name": Kind("str", form=".{1,250}"), "seeds": Kind("str", form=r"(\d{1,19}(-\d{1,19})?(, (?=\d)|$))+")},
 }
 NEEDED = (
     *("seed", "last", "best", "best_epoch", "num_params", "epochs", "date", "epoch", "folds", "fold", "accuracy"),
@@ -122,8 +122,7 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
     if len(folds) and loaded.tested.empty:
         return Records(joined(RUN_COLUMNS), joined(EPOCH_COLUMNS), joined(SETTINGS), joined(MISTAKE_COLUMNS), folds)
     declared = results.newest_runs(results.run_table(columns="all", loaded=loaded))
-    every = results.run_table(include_overrides=True, loaded=loaded)
-    if overridden := sorted({*every["step"]} - {*declared["step"]}):
+    if overridden := sorted({*results.run_table(include_overrides=True, loaded=loaded)["step"]} - {*declared["step"]}):
         logger.warning("left out, as they have only overridden runs: %s", ", ".join(overridden))
     if declared.empty and folds.empty:
         raise LabError(f"no finished run as declared in {loaded.name}; train one, e.g. `make step1`")
@@ -241,7 +240,7 @@ def _read_settings(file: Path, runs: pd.DataFrame) -> pd.DataFrame:
     table = table[table["step"].isin([*known])]
     seeds = []
     for place, step, text in table[["step", "seeds"]].itertuples(name=None):
-        parts = [[int(end) for end in part.split("-")] for part in text.split(", ")]
+        parts = [sorted(map(int, part.split("-"))) for part in text.split(", ")]
         if unknown := {*chain(*parts)} - known[step]:
             raise LabError(f"{file}, row {place + 2}, seeds: {step} has no seed {unknown.pop()}")
         seeds.append([str(seed) for seed in known[step] if any(part[0] <= seed <= part[-1] for part in parts)])

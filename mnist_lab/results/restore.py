@@ -100,7 +100,7 @@ def _committed(records: files.Records, folder: Path, marks: Mapping[str, str]) -
         history = files.typed(epochs, files.EPOCH_COLUMNS).to_dict("records")
         own = tags.get("code_sha256", "").startswith(text["code_sha256"]) and all(map(files.TAGS.fullmatch, tags))
         fixed = {"epochs": text["epochs"], "holdout": "0", "folds": "0"}
-        own &= fixed.items() <= {**fixed, **params}.items()
+        own &= fixed.items() <= {**fixed, **params}.items() and "device" in params
         _check(folder, row, params and own, history, len(mistakes))
         targets = stated_targets(row)
         figures = {name: row[name] for name in TESTED.once if name in row}

@@ -253,7 +253,7 @@ def of_sigmoid(numbers: Tensor, labels: Tensor) -> Tensor:
         ({"targets": Targets(params=1_000)}, "targets.params: "),
         ({"net": partial(Linear, change=torch.sigmoid), "loss": of_sigmoid}, "net: seems to end with sigmoid"),
         ({"net": partial(Linear, change=partial(F.log_softmax, dim=0))}, "net: gives an image other logits beside"),
-        ({"loss": partial(F.nll_loss, reduction="sum")}, r".*log_softmax\(dim=1\)"),
+        ({"loss": lambda y, t: F.nll_loss(y, t)}, r".*log_softmax\(dim=1\)"),
         ({"net": partial(Linear, change=saturated)}, "net: seems to end with softmax"),
         ({"net": partial(Linear, change=partial(torch.cumsum, dim=0))}, "net: gives an image other logits beside"),
         ({"net": partial(Linear, change=lambda y: y + 1e-2 * y.mean(0))}, "net: gives an image other logits beside"),

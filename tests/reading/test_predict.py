@@ -201,7 +201,7 @@ def animation(file: Path) -> None:
         (animation, "3 pictures"),
         (lambda file: Image.new("1", (20_000, 20_000)).save(file), "pixels"),
         (lambda file: Image.new("1", (10_000, 9_900)).save(file), "pixels"),
-        (lambda file: Image.new("RGB", (90, 90), "white").save(file), "no digit"),
+        (lambda file: Image.linear_gradient("L").point(lambda v: 90 + v // 2).save(file), "no digit"),
         (lambda file: Image.new("RGBA", (90, 90), (9, 9, 9, 0)).save(file), "no digit"),
         (Path.mkdir, "nor a folder with a picture"),
         (lambda file: None, "no file of this name"),
