@@ -232,8 +232,7 @@ def _seeds(text: str) -> Sequence[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         low = number_from(0, LARGEST_SEED)(first)
-        high = number_from(low, min(low + MAX_SEEDS - 1, LARGEST_SEED))(last if dash else first)
-        seeds += range(low, high + 1)
+        seeds += range(low, number_from(low, min(low + MAX_SEEDS - 1, LARGEST_SEED))(last if dash else first) + 1)
     if not len({*seeds}) == len(seeds) <= MAX_SEEDS:
         raise argparse.ArgumentTypeError(f"{text!r} has a seed twice, or more than {MAX_SEEDS:,} of them")
     return seeds

@@ -9,7 +9,7 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
@@ -362,9 +362,10 @@ def _forget_exports() -> None:
 @contextmanager
 def silenced() -> Iterator[Mapping[str, Mock]]:
     """Let these functions do nothing, also where a script has imported them; the context gives them as mocks."""
+    mocked: dict[str, Any] = dict.fromkeys(CALLS, DEFAULT) | {name: _checked(name, Mock()) for name in NAMES}
     with (
         patch.multiple(mlflow.tracking.fluent, _get_or_start_run=DEFAULT, MlflowClient=DEFAULT),
-        patch.multiple(mlflow, **dict.fromkeys(CALLS, DEFAULT)) as mocks,
+        patch.multiple(mlflow, **mocked) as mocks,
     ):
         yield mocks
 
@@ -372,7 +373,8 @@ def silenced() -> Iterator[Mapping[str, Mock]]:
 @contextmanager
 def adopted(uri: str, run_id: str) -> Iterator[None]:
     """Let what a script logs go into this run, unless a run of its own is active or it has chosen another store."""
-    with environment_variables({"MLFLOW_TRACKING_URI": uri}):
+    checked: dict[str, Any] = {name: _checked(name, getattr(mlflow, name)) for name in NAMES}
+    with environment_variables({"MLFLOW_TRACKING_URI": uri}), patch.multiple(mlflow, **checked):
         is_its_store = mlflow.get_tracking_uri() == uri
         with environment_variables({"MLFLOW_RUN_ID": run_id} if is_its_store else {}):
             try:
@@ -392,15 +394,15 @@ def notices(silenced: Mapping[str, Mock]) -> Iterator[str]:
         yield f"mlflow: the script calls mlflow.start_run, which begins runs beside the lab's; leave it out: {log_here}"
     elif silenced["end_run"].called:
         raise LabError("mlflow: the script calls mlflow.end_run, which would end the lab's run; leave it out")
-    else:
-        _check_names(silenced)
 
 
-def _check_names(silenced: Mapping[str, Mock]) -> None:
-    for function, own in NAMES.items():
-        for call in silenced[function].call_args_list:
-            named = {"key": "", **call.kwargs}
-            given = call.args[0] if call.args else named.get("metrics") or named.get("tags") or named["key"]
-            for name in [given] if isinstance(given, str) else given:
-                if own.fullmatch(name):
-                    raise LabError(f"mlflow: {function} of {name!r}, which the lab logs itself; give it another name")
+def _checked(function: str, log: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        named = {"key": "", **kwargs}
+        given = args[0] if args else named.get("metrics") or named.get("tags") or named["key"]
+        for name in [given] if isinstance(given, str) else given:
+            if NAMES[function].fullmatch(name):
+                raise LabError(f"mlflow: {function} of {name!r}, which the lab logs itself; give it another name")
+        return log(*args, **kwargs)
+
+    return call

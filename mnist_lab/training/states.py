@@ -81,8 +81,7 @@ def seed_generators(seed: int) -> None:
 def drawn_unseeded() -> bool:
     """Say whether numbers were drawn from torch's generator before anything seeded it."""
     seed = torch.initial_seed()  # torch begins with 64 random bits; a smaller number is taken for somebody's own
-    untouched = torch.Generator().manual_seed(seed).get_state()
-    return seed >= 2**32 and not torch.equal(torch.get_rng_state(), untouched)
+    return seed >= 2**32 and not torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(seed).get_state())
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:

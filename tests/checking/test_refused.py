@@ -201,7 +201,6 @@ PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "in an objective": ("net", {"net": changed(raises), "objective": lambda net, x, t: (net(x).sum(), 0)}, "no such"),
     "alpha": ("objective", {"objective": partial(mixup, alpha=0.0)}, "alpha=0.0"),
     "shares": ("augmentation", {"augmentation": lambda x, labels: (x, 9 * F.one_hot(labels, 10).float())}, "sum to 1"),
-    "a metric of the lab's": ("mlflow", {"loss": logs("log_metrics", metrics={"x": 1, "train_loss": 2})}, "train_loss"),
     "a tag of the lab's": ("mlflow", {"loss": logs("set_tag", "step", 3)}, "step"),
     "the end of the lab's run": ("mlflow", {"loss": logs("end_run")}, "end_run"),
     "no average": ("average", {"average": copy.deepcopy}, "Linear"),
