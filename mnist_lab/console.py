@@ -172,15 +172,14 @@ class SearchConsole(_Display):
     """Shows a search as it goes: a line per trial, and the state of the search, on a terminal in a bar."""
 
     def on_search(self, name: str, wanted: int, done: int, workers: int, device: torch.device) -> None:
-        self.wanted, self.done = wanted, done
+        self.wanted = wanted
         before = f", {done} of them done before" if done else ""
         print(f"{name}: {wanted} trials{before}, {workers} at a time, on {device.type}", flush=True)
         if done < wanted:
             self.start_bar(wanted, unit="", initial=done)
 
     def on_trial(self, number: int, values: Mapping[str, object], outcome: str, stand: SearchResult) -> None:
-        self.done += 1  # of those that were shown: others may have ended meanwhile
-        parts = [f"{self.done}/{self.wanted}"]
+        parts = [f"{stand.done}/{self.wanted}"]
         parts += [f"{count} {word}" for count, word in ((stand.pruned, "pruned"), (stand.failed, "failed")) if count]
         parts += [f"best {percent(best.accuracy)} % in trial {best.number}" for best in stand.best[:1]]
         if self.bar is not None:

@@ -133,8 +133,10 @@ class Trial:
             with blame("net", self):
                 _check_logits(net(images), len(images))
         loss, logits = _checked_loss(loss_and_logits(net, images, self.labels, self.experiment), len(images))
-        nll = F.nll_loss(logits, self.labels) if self.labels.ndim == 1 else loss.new_tensor(torch.nan)
-        self.is_nll = any(loss.isclose(size * nll, rtol=1e-4) for size in (1, len(images)))  # mean, or sum
+        declared = getattr(self.experiment.loss, "func", self.experiment.loss)  # of a partial
+        self.is_nll = declared is F.nll_loss or isinstance(declared, nn.NLLLoss)
+        if declared is not None and self.labels.ndim == 1:
+            self.is_nll |= bool(F.nll_loss(logits.float(), self.labels).isclose(loss.float()))
         if any(p.grad is not None and p.grad.to_dense().any() for p in net.parameters()):
             self.say(f"{self.minimised}: calls backward() by itself, which adds to the gradients that the lab computes")
         if trains and not net.training:

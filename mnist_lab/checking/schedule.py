@@ -88,8 +88,7 @@ def notice_unit(walk: Walk) -> Iterator[str]:
     if not walk.groups:
         return
     scheduler, run, rates = f"scheduler: {type(walk.scheduler).__name__}", walk.run, walk.rates
-    group = walk.optimizer.param_groups[0]
-    largest = max(*rates, *(float(group.get(limit, 0)) for limit in ("initial_lr", "max_lr")))
+    largest = max(*rates, *(float(walk.optimizer.param_groups[0].get(limit, 0)) for limit in ("initial_lr", "max_lr")))
     idle = sum(rate < NOTHING * largest for rate in rates[:run])
     planned = getattr(walk.scheduler, "total_steps", None)
     if not walk.by_batch and 3 * idle >= run:
@@ -100,7 +99,8 @@ def notice_unit(walk: Walk) -> Iterator[str]:
     elif planned != run:  # else it comes to its end with the run
         steps = _half_way(walk, 0.1 * largest)
         half_way, in_batches = f"has come half of its way after {counted(steps, *walk.unit)}", steps / walk.batches
-        if walk.by_batch and 0 < steps <= min(max(walk.experiment.epochs, 14), walk.batches // 2):  # 14 cut by --epochs
+        few = max(walk.experiment.epochs, 14 * (walk.rates[steps] < rates[0]))  # --epochs may have cut a decay short
+        if walk.by_batch and 0 < steps <= min(few, walk.batches // 2):
             meant = f"is scheduler_interval='epoch' meant, with which it would be {counted(steps, 'epoch')}?"
             yield f"{scheduler} {half_way} ({in_batches:.2g} epochs); {meant}"
         elif not walk.by_batch and steps > max(run, LONG):
@@ -112,7 +112,7 @@ def _half_way(walk: Walk, little: float) -> int:
     """Return after how many steps a rate has gone half of its way, in the run or, where it goes little, in batches."""
     if max(walk.rates) - min(walk.rates) <= little:
         with suppress(Exception):  # a schedule may end with the run
-            walk.go_on(min(max(walk.experiment.epochs, 14) * walk.batches, MAX_SCHEDULE_STEPS))
+            walk.go_on(min(walk.experiment.epochs * walk.batches, MAX_SCHEDULE_STEPS))
     rates = walk.rates
     moved = [abs(rate - rates[0]) for rate in rates]
     return next((step for step, way in enumerate(moved) if 2 * way >= max(moved) > 0), 0)

@@ -264,7 +264,7 @@ class NoDigit(LabError):
 PHOTO = 4 * FIELD  # pixels of the longer side of what is looked at as a photo; a smaller picture is enlarged
 LEAST_CONTRAST = 0.08  # between ink and paper, of all that there can be
 INK = 0.9  # of a part's border is an edge in the picture; of ground that was cut off, less
-REAL, LEAST_SCORE = 0.7, 0.1  # of a stroke; faint and blurred digits had 0.74 and 0.5, shades alone less
+REAL, LEAST_SCORE = 0.3, 0.3  # of a stroke; faint and blurred digits had more, shades alone had less
 EVEN = 0.008  # a ground that differs less over half of the picture is not a photo's
 THICKEST = 4  # of the longer side: a stroke that is wider than a fourth of it is ground
 

@@ -27,7 +27,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from scipy import special
 
 from mnist_lab.data import load_mnist
-from mnist_lab.errors import LabError, did_you_mean, text_of, without_password
+from mnist_lab.errors import LabError, text_of, without_password
 from mnist_lab.experiment import MAX_COUNT, quoted
 from mnist_lab.paths import EXPERIMENT_NAME, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
@@ -327,9 +327,8 @@ def full_names(steps: Iterable[str] | str, loaded: LoadedRuns, others: Iterable[
         alike = [name for name in known if name in (step, script_named(step))]
         alike = alike[:1] or [name for name in known if short and name.startswith(f"{step}_")]
         if len(alike) != 1:
-            missing = f"no run of {step!r} in {loaded.name}{did_you_mean(step, known)}"
-            problem, there = (f"{step!r} is not clear", alike) if alike else (missing, sorted({*loaded.runs["step"]}))
-            raise LabError(f"steps: {problem}; there are runs of {', '.join(there)}")
+            problem = f"{step!r} is not clear" if alike else f"no run of {step!r} in {loaded.name}"
+            raise LabError(f"steps: {problem}; there are runs of {', '.join(alike or sorted({*loaded.runs['step']}))}")
         names += alike
     return names
 

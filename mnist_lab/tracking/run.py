@@ -373,7 +373,7 @@ def silenced() -> Iterator[Mapping[str, Mock]]:
 @contextmanager
 def adopted(uri: str, run_id: str) -> Iterator[None]:
     """Let what a script logs go into this run, unless a run of its own is active or it has chosen another store."""
-    checked: dict[str, Any] = {name: _checked(name, getattr(mlflow, name)) for name in NAMES}
+    checked: dict[str, Any] = {name: _checked(name, getattr(mlflow, name), run_id) for name in NAMES}
     with environment_variables({"MLFLOW_TRACKING_URI": uri}), patch.multiple(mlflow, **checked):
         is_its_store = mlflow.get_tracking_uri() == uri
         with environment_variables({"MLFLOW_RUN_ID": run_id} if is_its_store else {}):
@@ -396,12 +396,12 @@ def notices(silenced: Mapping[str, Mock]) -> Iterator[str]:
         raise LabError("mlflow: the script calls mlflow.end_run, which would end the lab's run; leave it out")
 
 
-def _checked(function: str, log: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(function: str, log: Callable[..., Any], run_id: str = "") -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        named = {"key": "", **kwargs}
-        given = args[0] if args else named.get("metrics") or named.get("tags") or named["key"]
-        for name in [given] if isinstance(given, str) else given:
-            if NAMES[function].fullmatch(name):
+        elsewhere = "run_id" in kwargs or ((run := mlflow.active_run()) is not None and run.info.run_id != run_id)
+        given = args[0] if args else kwargs.get("metrics") or kwargs.get("tags") or kwargs.get("key", "")
+        for name in [] if elsewhere else given if isinstance(given, dict) else [given]:
+            if NAMES[function].fullmatch(str(name)):
                 raise LabError(f"mlflow: {function} of {name!r}, which the lab logs itself; give it another name")
         return log(*args, **kwargs)
 

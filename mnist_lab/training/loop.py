@@ -263,8 +263,8 @@ def loss_and_logits(net: nn.Module, images: Tensor, labels: Tensor, experiment: 
         if experiment.objective is not None:
             return experiment.objective(net, images, labels.clone())
         logits = without_half(net(images))
-    loss = F.cross_entropy if experiment.loss is None else experiment.loss
-    return loss(logits.clone(), labels.clone()), logits  # copies: it may change what it is given
+    loss, kept = F.cross_entropy if experiment.loss is None else experiment.loss, logits.clone()
+    return loss(logits, labels.clone()), kept  # as it may change what it is given
 
 
 def without_half(logits: Tensor) -> Tensor:
