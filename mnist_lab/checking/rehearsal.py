@@ -136,7 +136,7 @@ class Trial:
         declared = getattr(self.experiment.loss, "func", self.experiment.loss)  # of a partial
         self.is_nll = declared is F.nll_loss or isinstance(declared, nn.NLLLoss)
         if declared is not None and self.labels.ndim == 1:
-            self.is_nll |= bool(F.nll_loss(logits.float(), self.labels).isclose(loss.float()))
+            self.is_nll |= bool(F.nll_loss(logits.float(), self.labels.long()).isclose(loss.float()))
         if any(p.grad is not None and p.grad.to_dense().any() for p in net.parameters()):
             self.say(f"{self.minimised}: calls backward() by itself, which adds to the gradients that the lab computes")
         if trains and not net.training:

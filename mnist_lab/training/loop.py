@@ -263,8 +263,8 @@ def loss_and_logits(net: nn.Module, images: Tensor, labels: Tensor, experiment: 
         if experiment.objective is not None:
             return experiment.objective(net, images, labels.clone())
         logits = without_half(net(images))
-    loss, kept = F.cross_entropy if experiment.loss is None else experiment.loss, logits.clone()
-    return loss(logits, labels.clone()), kept  # as it may change what it is given
+    kept = logits.clone()  # as a loss may change what it is given
+    return (F.cross_entropy if experiment.loss is None else experiment.loss)(logits, labels.clone()), kept
 
 
 def without_half(logits: Tensor) -> Tensor:
