@@ -22,7 +22,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export GOMP_SPINCOUNT ?= 10000
 
 # In order; the network that teaches step 9 is trained before it.
-STEPS := step1 step2 step3 step4 step5 step6 step7 step8 teacher step9
+STEPS := step1 step2 step3 step4 step5 step6 step7 step8 teacher step9 step10
 
 .PHONY: help
 help:  ## list the targets
@@ -83,7 +83,7 @@ data: $(INSTALLED)  ## fetch and verify MNIST
 # ---- experiments
 
 .PHONY: steps
-steps: $(STEPS)  ## train the nine steps, and the teacher of the last, one after another
+steps: $(STEPS)  ## train the ten steps, and the ninth's teacher, one after another
 
 # Without its last two lines a script would train nothing, and say nothing.
 define START

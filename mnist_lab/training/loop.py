@@ -24,7 +24,7 @@ from mnist_lab.training import states
 from mnist_lab.training.dropout import SparseDropout
 from mnist_lab.training.transforms import Augmentation
 
-EVALUATION_BATCH_SIZE = 500
+EVALUATION_BATCH_SIZE = 250
 
 # Called after each batch with the number of images seen in this epoch and the running sums, which stay on the device:
 # cross-entropy times images, and correct predictions. Reading them waits for the device, so do that rarely.
