@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from mnist_lab import Experiment, Targets, main
 from mnist_lab.augmentation import random_affine
 
-SHIFTS = ((0, 0), (1, 0), (-1, 0))  # of the views, in pixels (down, to the right); what leaves an image comes in again
+SHIFTS = ((0, 0), (1, 0), (-1, 0))  # pixels (down, to the right), cyclic
 
 
 class Net(nn.Module):

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mnist_lab import Experiment, Targets, main
 from mnist_lab.augmentation import random_affine
 
-SHIFTS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))  # of the views, in pixels (down, to the right); what leaves an image comes in again
+SHIFTS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))  # pixels (down, to the right), cyclic
 
 
 class Net(nn.Module):
