@@ -7,7 +7,13 @@ corner, and gives the mean of the logits. Training is as before, and so is the n
 five times as long.
 Compared with step8_averaging: five views.
 
-Result: not measured yet.
+Result: 99.59 +- 0.03 % in the last epoch (mean and sd of seeds 0 to 9, two cores of an Intel Xeon with AVX-512, torch
+2.15) and 99.60 at best; training accuracy 99.53. Each of the ten seeds ends at 99.53 or above.
+
+Analysis: all targets are met, and the mean is shown to be above 99.5 (p < 0.0001), and above 99.55 (p = 0.003). The ten
+seeds are 0.02 points above step 8's thirty (0.00 to 0.05, p = 0.08), which among twelve comparisons is not shown to be
+a difference. The same weights with one view end at 99.58, so the views are not shown to add anything here either (0.01,
+-0.02 to +0.04). To smaller and faster networks they add more (under_2k, quick).
 """
 
 from functools import partial

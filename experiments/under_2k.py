@@ -4,14 +4,16 @@ Target: 99.2 % in the last epoch, with fewer than 2,000 parameters in fewer than
 
 Change: step 8's layers have 13 channels each, and all but the first share one 3x3 kernel. Each of its four uses has a
 batch norm of its own: 1,908 parameters. The augmentation is weaker (5 degrees, 1 pixel, no scaling) and the learning
-rate higher (0.5).
+rate higher (0.5). In evaluation mode the network reads each image five times, as it is and shifted by one pixel to each
+side, and gives the mean of the logits.
 
-Result: 99.19 +- 0.06 % in the last epoch (mean and sd of seeds 0 to 9, two cores of an AMD EPYC without AVX-512, torch
-2.15) and 99.24 at best; training accuracy 99.02. The mean is shown to be above 99.10 (p = 0.0004).
+Result: 99.30 +- 0.07 % in the last epoch (mean and sd of seeds 0 to 9, two cores of an Intel Xeon with AVX-512, torch
+2.15) and 99.33 at best; training accuracy 99.00.
 
-Analysis: the target is shown neither met nor missed: the mean is 0.01 points below it, and about 2,000 seeds would be
-needed. So it takes another recipe, not more seeds of this one. Eight others, a deeper one and two residual ones among
-them, were compared with it on held-out images since, most with one seed (docs/frontier.md). None ended above it.
+Analysis: the target is met: the mean is shown to be above 99.2 (p = 0.001). The same weights with one view end at
+99.19, so the views add 0.11 points (0.06 to 0.16). Before it had them, ten other seeds had ended at 99.19 +- 0.06.
+Eight other networks, a deeper one and two residual ones among them, were compared with this one on held-out images,
+most with one seed (docs/frontier.md). None ended above it.
 """
 
 from functools import partial
