@@ -101,7 +101,7 @@ step%: $(INSTALLED)
 	for script in "$${scripts[@]}"; do [[ -f $$script ]] && found+=("$$script"); done; \
 	case $${#found[@]} in \
 	  1) script=$${found[0]}; $(START);; \
-	  0) echo "make: there is no experiments/step$*.py and no experiments/step$*_*.py: make help lists them" >&2; exit 2;; \
+	  0) echo "make: there is no experiments/step$*.py and no experiments/step$*_*.py: see make help" >&2; exit 2;; \
 	  *) echo "make: step$* is not clear: $${found[*]}" >&2; exit 2;; \
 	esac
 

@@ -12,7 +12,8 @@ Result: 99.44 +- 0.02 % in the last epoch (mean and sd of seeds 0 to 9, two core
 2.15); training accuracy 98.98. A training with two such cores to itself takes 9 s, step 4's 328.
 
 Analysis: the target is met: the mean is shown to be above 99.4 (p = 0.0002), and no seed ends below it. Two epochs with
-one view end at 99.40 +- 0.05, three at 99.45 +- 0.04 (ten seeds each), in 1.4 times the time (docs/frontier.md).
+one view end at 99.40 +- 0.05, three at 99.45 +- 0.04 (ten seeds each). The three took 1.4 times as long as this
+(docs/frontier.md).
 """
 
 from functools import partial

@@ -142,7 +142,7 @@ def compare(steps: list[str], include_overrides: bool, holdout: int, folds: int,
     steps_shown, declared = {*table["step"]}, {*table.loc[table["overrides"] == "", "step"]}
     left = [f"{pair.b} with {pair.a}" for pair in pairs if pair.b in steps_shown - declared and pair.a in steps_shown]
     if left:
-        refused.append(f"not compared: {', '.join(left)}: runs are compared as declared, and these were overridden")
+        refused.append(f"not compared: {', '.join(left)}: the runs of the first of each were overridden")
     for sentence in refused:
         print("\n" + folded(sentence))
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**32 - 1  # more numpy would not take
 MAX_SEEDS = 10_000  # of one study
-INTERRUPTED = "To go on: `make resume` or --resume; for --seeds, --folds or --search the same command, no --again."
+INTERRUPTED = "To go on: `make resume` or --resume; with --seeds, --folds, --search the same command, no --again."
 
 
 def main(

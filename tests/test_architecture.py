@@ -66,7 +66,7 @@ def test_make_help_lists_every_target() -> None:
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("step99", "make: there is no experiments/step99.py and no experiments/step99_*.py: make help lists them"),
+        ("step99", "make: there is no experiments/step99.py and no experiments/step99_*.py: see make help"),
         ("step", "make: step needs its number, e.g. make step1; make help lists them"),
         ("a.b", "make: there is no experiments/a.b.py, and no target a.b: make help lists both"),
         ("SEED=3", "*** SEED: there are ARGS, SEEDS, STEP and IMAGE"),

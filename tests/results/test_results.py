@@ -345,7 +345,7 @@ def test_compare_prints_the_tables_of_one_protocol(held_out: str, lab: Callable[
     assert re.search(r"^step2_dropout +99\.05 \+- 0\.071 +not shown +2 .* 4 ", text, re.MULTILINE)
     assert re.search(r"^GAP alone +\+0\.15 +not shown +too few runs ", text, re.MULTILINE)
     assert "not compared: step3_gap with gap_alone: one or both have a single seed" in text
-    assert "not compared: step4_augment_steplr with step3_gap: runs are compared as declared" in text
+    assert "not compared: step4_augment_steplr with step3_gap: the runs of the first" in text
     assert "step3_gap" not in lab("compare", "step2_dropout", "gap_alone", "--tracking-uri", held_out)
     write_seeds(store, "my_idea", 99.5, 99.3)
     write_run(store, "my_idea", 0, [99.5], start_time=T0 + 9, tags={"restored": "abc"})
