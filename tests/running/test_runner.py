@@ -281,12 +281,12 @@ def times_nan(output: Tensor) -> Tensor:
     return output * torch.nan
 
 
-# Calls 1 to 3 are the first epoch's batches, and 4 is its evaluation; with a hold-out, an epoch has two batches.
+# Calls 1 to 3 are the first epoch's batches, 4 and 5 its evaluation; with a hold-out, an epoch has two batches, and one.
 IN_TRAINING = {
     "raises in the second epoch": (gives_up, 7, 0, r"training: no more \(test_runner\.py, line \d+\)"),
     "exits in the second epoch": (lambda y: sys.exit(), 7, 0, r"training: sys\.exit\(None\) was called \(test_.*"),
     "NaN in the second epoch": (times_nan, 7, 0, r"loss: .*epoch 2.*"),
-    "NaN in the second evaluation": (times_nan, 8, 0, "net: its test loss is nan in epoch 2"),
+    "NaN in the second evaluation": (times_nan, 9, 0, "net: its test loss is nan in epoch 2"),
     "exits on the test images": (lambda y: sys.exit(), 7, 30, r"net: sys\.exit\(None\) was called.*"),
 }
 
