@@ -281,7 +281,7 @@ def times_nan(output: Tensor) -> Tensor:
     return output * torch.nan
 
 
-# Calls 1 to 3 are the first epoch's batches, 4 and 5 its evaluation; with a hold-out, an epoch has two batches, and one.
+# Calls 1 to 3 are the first epoch's batches, 4 and 5 its evaluation; with a hold-out it has two, and one.
 IN_TRAINING = {
     "raises in the second epoch": (gives_up, 7, 0, r"training: no more \(test_runner\.py, line \d+\)"),
     "exits in the second epoch": (lambda y: sys.exit(), 7, 0, r"training: sys\.exit\(None\) was called \(test_.*"),
