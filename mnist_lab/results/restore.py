@@ -23,6 +23,7 @@ from mnist_lab.running.study import judge_runs, log_curves, log_verdict
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import FinishedRun, Store, alone, open_store, search, uninterrupted
+from mnist_lab.verdicts.comparison import step_order
 from mnist_lab.verdicts.measures import TESTED, short_figures
 from mnist_lab.verdicts.targets import judge
 
@@ -154,7 +155,7 @@ def _restore(store: Store, runs: Sequence[Committed]) -> None:
     first, past = runs[0].row, _past(store, min(run.start for run in runs), max(run.end for run in runs))
     step, targets, seeds = first["step"], stated_targets(first), [run.row["seed"] for run in runs]
     tags = {mlflow_tags.MLFLOW_GIT_COMMIT: "", **_shared([run.tags for run in runs]), "study": step, "seeds_reused": ""}
-    tags["seeds"] = " ".join(map(str, seeds))
+    tags |= {"seeds": " ".join(map(str, seeds)), "order": step_order(step)}
     with track(past, f"{step} {len(runs)} seeds", params=_shared([run.params for run in runs]), tags=tags) as tracked:
         ids = [_run(store, run, tracked.run_id) for run in runs]
         finished = list(map(FinishedRun, ids, seeds, [run.figures for run in runs]))

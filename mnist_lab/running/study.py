@@ -23,7 +23,7 @@ from mnist_lab.running.workers import Failed, SeedTask, Trainers
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import read_points
 from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store
-from mnist_lab.verdicts.comparison import mean_interval_text
+from mnist_lab.verdicts.comparison import mean_interval_text, step_order
 from mnist_lab.verdicts.measures import MEASURES, TESTED, Protocol, percent, short_figures
 from mnist_lab.verdicts.statistics import aggregate
 from mnist_lab.verdicts.targets import judge
@@ -59,7 +59,7 @@ def study(
         **{tag: text for tag, text in job.tags.items() if tag != "step"},
         **{"study": job.step, "seeds": " ".join(map(str, seeds)), "seeds_reused": " ".join(map(str, reused))},
         **job.commit_tags,
-        **{"hardware": hardware, **target_tags(job.targets)},
+        **{"order": step_order(job.step), "hardware": hardware, **target_tags(job.targets)},
     }
     failed: dict[int, str] = {}
     with track(store, name, params=job.params, tags=tags) as tracked:

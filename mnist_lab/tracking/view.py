@@ -51,7 +51,7 @@ def state() -> str:
     ]
     return json.dumps(
         {
-            "orderByKey": "tags.`study`",
+            "orderByKey": "tags.`order`",
             "orderByAsc": True,
             "selectedColumns": [*COLUMNS],
             "columnOrder": [*COLUMNS],

@@ -126,7 +126,7 @@ def p_text(p: float) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 
-def step_order(step: str) -> tuple[bool, list[str | float]]:
-    """Return the key by which experiments are sorted: the steps before the rest, step 10 after step 9."""
-    parts = re.split(r"(\d+)", step)
-    return not re.match(r"step\d", step), [float(part) if part.isdecimal() else part for part in parts]
+def step_order(step: str) -> str:
+    """Return the text by which experiments are sorted: the steps before the rest, step 10 after step 9."""
+    is_other = not re.match(r"step\d", step)
+    return f"{is_other:d} " + re.sub(r"\d+", lambda number: number[0].zfill(20), step)

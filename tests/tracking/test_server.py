@@ -34,6 +34,7 @@ from mnist_lab.tracking import view
 from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import open_store
+from mnist_lab.verdicts.comparison import step_order
 
 WRITERS = 4
 NAMES = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "epoch_seconds"]
@@ -427,13 +428,13 @@ def test_the_server_imports_nothing_that_takes_seconds(tmp_path: Path) -> None:
     assert done.stdout == "[]\n"
 
 
-def test_a_store_gets_todays_view_studies_first_in_the_order_of_their_names_then_the_newest_runs(uri: str) -> None:
+def test_a_store_gets_todays_view_studies_first_in_the_order_of_the_steps_then_the_newest_runs(uri: str) -> None:
     store = open_store(uri)
     store.client.set_experiment_tag(store.experiment_id, view.TAG, "{}")
     open_store(uri)
     assert store.client.get_experiment(store.experiment_id).tags[view.TAG] == view.state()
-    for name, tags in (("b", {"study": "step2"}), ("seed", {}), ("a", {"study": "step1"}), ("newest", {})):
-        with track(store, name, params={}, tags=tags):
+    for name, step in (("b", "step10_b"), ("seed", ""), ("a", "step9_a"), ("newest", "")):
+        with track(store, name, params={}, tags={"order": step_order(step)} if step else {}):
             pass
     shown = json.loads(view.state())
     order = f"{shown['orderByKey']} {'ASC' if shown['orderByAsc'] else 'DESC'}"
