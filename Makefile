@@ -6,7 +6,9 @@ ARGS ?=
 SEEDS ?=
 IMAGE ?=
 STEP ?=
-FLAGS = $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+# Step 9 learns from one teacher, however many seeds of the steps are trained.
+ONE_TEACHER = $(and $(filter steps,$(MAKECMDGOALS)),$(filter teacher,$@))
+FLAGS = $(if $(SEEDS),$(if $(ONE_TEACHER),,--seeds $(SEEDS))) $(ARGS)
 # A variable of another name would be ignored without a word, unless it is one of the environment's, with a _ in it.
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 UNKNOWN := $(foreach name,$(filter-out ARGS SEEDS IMAGE STEP PYTHON UV INSTALLED,$(GIVEN)),$(if $(findstring _,$(name)),,$(name)))

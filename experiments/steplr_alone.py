@@ -10,7 +10,7 @@ missed.
 
 Analysis: without augmentation the network over-fits a little: its training accuracy is 0.20 points above its test
 accuracy. Step 4's augmentation adds 0.07 points of test accuracy, with an interval of 0.00 to 0.13 (ten seeds of each,
-p = 0.045). Among twelve comparisons that is not shown to be a difference (p = 0.32 by Holm).
+p = 0.044). Among twelve comparisons that is not shown to be a difference (p = 0.31 by Holm).
 """
 
 from dataclasses import replace

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from mnist_lab import commandline, paths
 from mnist_lab.commandline import DATA_DIR, TRACKING_URI, Flag, flag, number_from
 from mnist_lab.errors import LabError, counted, without_password
+from mnist_lab.measures import percent
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named, sqlite_file
-from mnist_lab.verdicts.measures import percent
 
 if TYPE_CHECKING:  # imported by the jobs that need it: it takes seconds
     import pandas as pd
@@ -130,15 +130,17 @@ def compare(steps: list[str], include_overrides: bool, holdout: int, folds: int,
     print(results.compare_text(table, holdout=holdout, folds=folds, width=width), end="\n\n")
     print("\n".join(map(folded, _notes(table, runs, holdout, folds, len(every) - len(table)))))
 
-    named = full_names(steps, loaded)
+    named = [*dict.fromkeys(full_names(steps, loaded))]
     pairs = [pair for pair in declared_pairs() if not named or {pair.a, pair.b} <= {*named}]
-    if not pairs and len(named) == 2:
-        pairs = [Pair(named[0], named[1], UNSAID)]
+    for step in [*named[1:], named[0]] if len(named) > 1 else []:  # what no docstring compares with another of these
+        if not any(step in (pair.a, pair.b) for pair in pairs):
+            pairs.append(Pair(named[1] if step == named[0] else named[0], step, UNSAID))
     comparisons, refused = results.compare_pairs(pairs, **protocol)
     if comparisons:
         print("\n" + folded("What each change is worth: accuracy of the last epoch, in points, with 95 % interval"))
         print("\n" + effects_text(comparisons, width, "folds" if folds else "seeds"))
-        print("\n" + folded("A difference is shown where p (Holm), adjusted for this table's rows, is below 0.05."))
+        rows = f"this table's rows{' alone, not for all that `make compare` has' * bool(named)}"
+        print("\n" + folded(f"A difference is shown where p (Holm), adjusted for {rows}, is below 0.05."))
     steps_shown, declared = {*table["step"]}, {*table.loc[table["overrides"] == "", "step"]}
     left = [f"{pair.b} with {pair.a}" for pair in pairs if pair.b in steps_shown - declared and pair.a in steps_shown]
     if left:

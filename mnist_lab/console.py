@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from mnist_lab.checking.schedule import FirstWeights
 from mnist_lab.errors import counted, without_password
+from mnist_lab.measures import MEASURES, percent
 from mnist_lab.paths import own_store
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, SearchResult, StudyResult
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.comparison import table_text
-from mnist_lab.verdicts.measures import MEASURES, percent
 from mnist_lab.verdicts.targets import Verdict, how_sure, verdict_table
 
 

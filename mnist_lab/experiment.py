@@ -21,16 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from mnist_lab.arguments import LAMBDA, defaults, held, parameters_of, stable_text
 from mnist_lab.commandline import finite_number, whole_number
 from mnist_lab.errors import LabError, did_you_mean, unknown_argument
-
-# What is measured once per run; `reported` figures go by the same names, so that the two can stand side by side.
-SUMMARY_METRICS = (
-    "final_train_accuracy",
-    "best_train_accuracy",
-    "final_test_accuracy",
-    "best_test_accuracy",
-    "best_epoch",
-    "final_test_loss",
-)
+from mnist_lab.measures import TESTED
 
 # The declared parts that take arguments. Only for PARTS_WITH_DEFAULTS do default values count as declared:
 # their signatures are the script's or the lab's own, while a torch optimiser has a dozen defaults that nobody chose.
@@ -86,7 +77,7 @@ class Experiment:
         batch, and is evaluated, judged and logged in place of the network.
     normalize: mean and standard deviation; the network's input is (images - mean) / deviation.
     targets: what the verdict judges.
-    reported: figures of an earlier write-up, keyed by SUMMARY_METRICS; shown beside the measured ones.
+    reported: figures of an earlier write-up, keyed by what a run measures; shown beside the measured ones.
     """
 
     net: Callable[..., nn.Module]
@@ -260,7 +251,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Normalizing = tuple[Annotated[float, Field(ge=-1, le=1)], Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 Percent = Annotated[float, Field(gt=1, le=100)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-FIGURES = f"a dict of numbers, by names among {', '.join(SUMMARY_METRICS)}"
+FIGURES = f"a dict of numbers, by names among {', '.join(TESTED.summary)}"
 A_COUNT = f"an int of at least 1 and at most {MAX_COUNT:,}"
 
 # What is allowed in each field that is no part, and in words. In the order in which they are checked.
@@ -273,5 +264,5 @@ ALLOWED: dict[str, tuple[Any, str]] = {
     "targets.accuracy": (Percent | None, "a percentage above 1 and up to 100, such as 99.4"),
     "targets.params": (Count | None, A_COUNT),
     "targets.epochs": (Count | None, A_COUNT),
-    "reported": (Mapping[Literal[SUMMARY_METRICS], Number], FIGURES),  # type: ignore[valid-type]
+    "reported": (Mapping[Literal[TESTED.summary], Number], FIGURES),  # type: ignore[name-defined]
 }

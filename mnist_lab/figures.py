@@ -23,8 +23,8 @@ from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
 
 from mnist_lab.errors import LabError
+from mnist_lab.measures import HELD_OUT, MEASURES, TESTED
 from mnist_lab.verdicts.comparison import step_order
-from mnist_lab.verdicts.measures import HELD_OUT, MEASURES, TESTED
 from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#777777"
@@ -148,10 +148,11 @@ def plot_steps(table: pd.DataFrame, target_accuracy: float | None = 99.4, target
     bars are 95 % intervals of the mean, of four or more seeds.
     """
     _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
-    number = table["step"].str.extract(r"^step(\d+)_", expand=False)
+    names = _with_overrides(table)
+    number = names.str.extract(r"^step(\d+)_\w+$", expand=False)  # none where it was overridden
     interval = table[["low", "high"]].mask(table["seeds"] < FEWEST_FOR_INTERVAL, table["last"], axis=0)
-    table = _in_order(table.assign(name=number.fillna(_with_overrides(table).map(_name)), **interval))
-    is_step = table["step"].str.match(r"step\d+_")
+    table = _in_order(table.assign(name=number.fillna(names.map(_name)), **interval))
+    is_step = number.notna()[table.index]
     arrows = [*pairwise(table[is_step][["num_params", "last"]].itertuples(index=False, name=None))]
 
     figure = Figure(figsize=(9, 6.6), layout="constrained")

@@ -233,7 +233,7 @@ def log_points(
     together.wait(PATIENCE)
     with track(store, f"writer {writer}", params={"writer": writer}, tags={}) as run:
         for epoch in range(1, epochs + 1):
-            run.log_epoch(epoch, {name: point(writer, epoch, number) for number, name in enumerate(names)})
+            run.log_missing({epoch: {name: point(writer, epoch, number) for number, name in enumerate(names)}})
 
 
 def point(writer: int, epoch: int, number: int) -> float:

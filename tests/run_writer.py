@@ -11,9 +11,9 @@ import numpy as np
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from mnist_lab.data import Mnist
+from mnist_lab.measures import short_figures
 from mnist_lab.results import publish as files
 from mnist_lab.tracking.store import Store
-from mnist_lab.verdicts.measures import short_figures
 
 STEP4 = {
     "batch_size": "128",

@@ -14,10 +14,10 @@ from helpers import TINY, Screen
 from mnist_lab.checking.schedule import FirstWeights
 from mnist_lab.console import Console, StudyConsole, print_run_id
 from mnist_lab.experiment import Targets
+from mnist_lab.measures import HELD_OUT, TESTED
 from mnist_lab.paths import own_store
 from mnist_lab.running.job import Job
 from mnist_lab.training.loop import EpochMetrics
-from mnist_lab.verdicts.measures import HELD_OUT, TESTED
 from mnist_lab.verdicts.targets import how_sure, judge
 
 SECOND_EPOCH = EpochMetrics(2, 0.5, 900, 1000, 0.25, 470, 500, lr=0.1, epoch_seconds=1.5)

@@ -215,6 +215,8 @@ def test_steps_are_numbered_beside_their_points_with_intervals_of_four_seeds_or_
     arrows = [(text.xyann, text.xy) for text in annotations if not text.get_text()]
     assert arrows == list(pairwise(steps))
 
+    changed = figures.plot_steps(table.assign(overrides="lr=2"))  # these are other experiments than the steps
+    assert "steps, mean over seeds, 95 % interval" not in legend_texts(changed)
     names = {text.xy: text for text in annotations if text.get_text()}
     assert {text.get_text() for text in names.values()} == {"1", "2", "3", "4", "four_conv", "under_20k [lr=1]"}
     markers = [axes.transData.transform((params, mean)) for _, params, mean in STEPS]

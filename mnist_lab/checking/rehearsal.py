@@ -109,7 +109,7 @@ class Trial:
     # ---- the checks, in the order in which they are made
 
     def check_building(self) -> None:
-        other = self.network(SEED + 1)
+        other = self.other = self.network(SEED + 1)
         self.net = self.network(SEED)
         if num_params(self.net) == 0:
             raise ValueError("has no parameters to train; build its layers in __init__, lists in nn.ModuleList")
@@ -118,7 +118,7 @@ class Trial:
         self.notices += network.notice_same_start(self.net, other)
         self.notices += schedule.notice_batch_norm(self.experiment, self.net, self.total)
         with blame("optimizer", self):
-            loop.build_optimizer(self.experiment, self.net.parameters())
+            loop.build_optimizer(self.experiment, other.parameters())
 
     def check_augmentation(self) -> None:
         self.images, self.labels, notices = check_augmentation(self.experiment, self.mnist, self.batch_size)
@@ -178,10 +178,10 @@ class Trial:
     def check_scheduler(self) -> None:
         """Judge a schedule's unit by a run on all training images: a quick look with few says nothing about it."""
         held_out = self.mnist.validation_images
-        whole = walk = schedule.Walk(self.experiment, self.net, self.total)
+        whole = walk = schedule.Walk(self.experiment, self.other, self.total)
         if self.total < (total := TRAINING_IMAGES - (0 if held_out is None else len(held_out))):
             with suppress(Exception):  # what could not be trained on all of them may still be looked at
-                whole = schedule.Walk(self.experiment, self.net, total)
+                whole = schedule.Walk(self.experiment, self.other, total)
         self.notices += schedule.notice_unit(whole)
         self.no_effect = schedule.without_effect(walk)
 
@@ -249,7 +249,7 @@ class Trial:
         for part, names in groupby(lost, key=itemgetter(0)):
             changed = f"{listed([name for _, name in names])} from batch to batch, which `--resume` does not restore"
             self.say(f"{part}: changes {changed}; keep it in a buffer, or write state_dict and load_state_dict")
-        same = _alike(used.net.parameters(), resumed.net.parameters())
+        same = _alike(used.result.parameters(), resumed.result.parameters())
         # On a GPU sums are rounded otherwise each time, and an optimizer may make much of it.
         if not (lost or same or self.device.type != "cpu" or UNSEEDED in self.notices):
             hidden = "it changes what no state_dict holds, such as a generator of its own"
@@ -257,11 +257,12 @@ class Trial:
 
     # ---- what the checks are made of
 
-    def network(self, seed: int) -> nn.Module:
-        return loop.initial_network(self.experiment, seed, self.device, self.memory_format)
+    def network(self, seed: int, experiment: Experiment | None = None) -> nn.Module:
+        return loop.initial_network(experiment or self.experiment, seed, self.device, self.memory_format)
 
     def anew(self) -> Training:
-        return Training(self.network(SEED), own_parts(self.declared), self.mnist, seed=SEED)
+        own = own_parts(self.declared)
+        return Training(self.network(SEED, own), own, self.mnist, seed=SEED)
 
     def evaluated(self, size: int) -> Tensor:
         """Return so many of the images that the epochs are evaluated on, some twice where there are too few."""
@@ -330,7 +331,8 @@ def _alike(weights: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
 def _attributes(one: Training) -> set[tuple[str, str, str]]:
     """Return the attributes of what is trained, and of modules in it, as part, name and text; but for activations."""
     found = set()
-    parts = {part: getattr(one.experiment, part) for part in PARTS} | {"net": one.net, "optimizer": one.optimizer}
+    parts = {part: getattr(one.experiment, part) for part in (*PARTS, "average")}
+    parts |= {"net": one.net, "optimizer": one.optimizer}
     for part, owner in [(part, owner) for part, declared in parts.items() for owner in objects_in(declared)]:
         modules: dict[str, object] = dict(owner.named_modules()) if isinstance(owner, nn.Module) else {"": owner}
         for place, module in modules.items():
@@ -382,6 +384,8 @@ def blame(blamed: str, trial: Trial | None = None) -> Iterator[None]:
     except LabError:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error.__cause__, StopIteration):  # of which a generator makes a RuntimeError
+            error = error.__cause__
         where, message, line = "", text_of(error), script_line(error)
         if isinstance(error, SystemExit):
             message = f"sys.exit({quoted(error.code)}) was called"

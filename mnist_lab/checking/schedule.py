@@ -14,6 +14,7 @@ from mnist_lab.arguments import stable_text
 from mnist_lab.errors import counted
 from mnist_lab.experiment import Experiment, quoted
 from mnist_lab.training.loop import batches_per_epoch, build_average, build_optimizer, build_scheduler
+from mnist_lab.training.states import own_parts
 
 MAX_SCHEDULE_STEPS = 200_000  # that are walked: a second or two
 ROUNDING = 1e-9  # of a rate that ends at 0
@@ -171,7 +172,7 @@ class FirstWeights:
         nn.init.ones_(self.number.weight)
         self.average: AveragedModel | None = None
         with suppress(Exception):  # a script's own rule may ask for more of a network
-            self.average = build_average(experiment, self.number)
+            self.average = build_average(own_parts(experiment), self.number)
 
     def share(self, batches: int) -> float:
         """Return the share after so many batches; 0 where it is not known."""

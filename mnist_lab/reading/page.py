@@ -17,11 +17,11 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from mnist_lab import results
 from mnist_lab.errors import LabError
+from mnist_lab.measures import percent
 from mnist_lab.paths import is_there, tracking_uri
 from mnist_lab.reading.pictures import NoDigit, Reader, find_reader, read_digit
 from mnist_lab.tracking.server import HOST
 from mnist_lab.tracking.store import open_store, search
-from mnist_lab.verdicts.measures import percent
 
 PAGE = Path(__file__).with_suffix(".html")
 MOST_BYTES = 2**20  # of a drawing; the page sends some 10 kB

@@ -12,12 +12,12 @@ import pandas as pd
 
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
+from mnist_lab.measures import HELD_OUT, TESTED, percent, protocol
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
 from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, Steps, full_names, load_runs, run_table
 from mnist_lab.story import read_stories
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import Comparison, Pair, adjust, rounds_alike, seeds_text, step_order, table_text
-from mnist_lab.verdicts.measures import HELD_OUT, TESTED, percent, protocol
 from mnist_lab.verdicts.targets import judge
 
 EXPERIMENTS = PROJECT_ROOT / "experiments"
@@ -188,7 +188,10 @@ def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
             "the second of each has no script, or no finished run as declared with the same --holdout and --folds; "
             "train one, or `make restore` the committed ones, which have neither"
         )
-    for step, count in ((pair.a, len(runs_a)), (pair.b, len(runs_b))):
+    for step, trained in ((pair.a, runs_a), (pair.b, runs_b)):
+        count = len(trained)
+        if "overrides" in runs and trained["overrides"].nunique() > 1:
+            raise LabError(f"{step} has runs as declared and overridden, or with several overrides")
         if count < folds:
             raise LabError(f"{step} has {count} of {folds} folds; the command that trained them trains the others")
         if count == 1:
@@ -200,4 +203,6 @@ def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
     found = vars(statistics.compare_means(a, b, paired=paired))
     if folds:
         found = found | {"seeds_needed": None}  # there are no more
-    return Comparison(**vars(pair), **found, p_holm=found["p"])
+    settings = runs.columns.difference([name for name in COLUMNS if name != "num_params"])
+    differ = runs_a.iloc[0][settings].compare(runs_b.iloc[0][settings]).index
+    return Comparison(**vars(pair), **found, p_holm=found["p"], differ=", ".join(differ))

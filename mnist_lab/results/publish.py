@@ -21,13 +21,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.figures import plot_steps
+from mnist_lab.measures import MEASURES, TESTED, percent
 from mnist_lab.paths import PUBLISHED
 from mnist_lab.results import records as files
 from mnist_lab.results.compare import compare_runs, declared_pairs, summarise
 from mnist_lab.results.runs import TARGETS
 from mnist_lab.tracking.store import replace_files
 from mnist_lab.verdicts.comparison import TOO_FEW, Comparison, adjust, mean_interval_text, p_text, seeds_text
-from mnist_lab.verdicts.measures import MEASURES, TESTED, percent
 from mnist_lab.verdicts.statistics import FEWEST_FOR_INTERVAL, aggregate, interval_for_new_images
 
 logger = logging.getLogger(__name__)

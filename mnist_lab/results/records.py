@@ -20,9 +20,9 @@ import pandas as pd
 from mnist_lab import results
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import quoted
+from mnist_lab.measures import MEASURES, TESTED
 from mnist_lab.results.runs import COLUMNS as COLUMN_KINDS
 from mnist_lab.results.runs import COUNT, PERCENTAGE, TARGETS, TEXT, Kind, LoadedRuns, places, predictions_of
-from mnist_lab.verdicts.measures import MEASURES, TESTED
 
 logger = logging.getLogger(__name__)
 

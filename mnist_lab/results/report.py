@@ -26,14 +26,14 @@ from PIL import Image
 from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError, counted
+from mnist_lab.measures import percent
 from mnist_lab.paths import PUBLISHED
-from mnist_lab.results.compare import EXPERIMENTS, stated_targets, summarise
+from mnist_lab.results.compare import EXPERIMENTS, named, stated_targets, summarise
 from mnist_lab.results.publish import TEMPLATES, verdict
 from mnist_lab.results.runs import LoadedRuns, full_names, predictions_of
 from mnist_lab.story import Story, read_stories
 from mnist_lab.tracking.store import replace_files
 from mnist_lab.verdicts.comparison import step_order
-from mnist_lab.verdicts.measures import percent
 
 logger = logging.getLogger(__name__)
 
@@ -96,14 +96,15 @@ def _chapter(step: str, row: Any, story: Story | None, copied_from: str | None, 
     row: of the comparison; None without runs. published: whether docs/results has figures of its script.
     copied_from: the script whose Result stands in this one's docstring word for word, if one does.
     """
-    sections = story.sections if story else []
+    overridden = row and row["overrides"]
+    # What others measured, or the script as declared, is not what these runs show.
+    left_out = ("Result", "Analysis") if copied_from or overridden else ()
     return {
         **{"step": step, "row": row, "story": story, "copied_from": copied_from, "published": published},
         **{"pictures": [], "notes": []},
-        "name": f"{step} [{row['overrides']}]" if row and row["overrides"] else step,
+        "name": f"{step} [{overridden}]" if overridden else step,
         "all_met": row is not None and verdict(row, short=True) == "all met",
-        # What others measured is not this script's.
-        "sections": [one for one in sections if not copied_from or one[0] not in ("Result", "Analysis")],
+        "sections": [one for one in story.sections if one[0] not in left_out] if story else [],
     }
 
 
@@ -164,7 +165,7 @@ def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: Lo
 
 def draw_overview(summary: pd.DataFrame) -> dict[str, Any]:
     ends = [
-        f"{row['step']}, {percent(row['last'])} % with {row['num_params']:,} parameters"
+        f"{named(row)}, {percent(row['last'])} % with {row['num_params']:,} parameters"
         for row in summary.sort_values("last", ascending=False, kind="stable").to_dict("records")
     ]
     caption = "Test accuracy of the last epoch against parameters"

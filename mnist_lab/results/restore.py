@@ -15,6 +15,7 @@ import pandas as pd
 from mlflow.utils import mlflow_tags
 
 from mnist_lab.errors import LabError, counted
+from mnist_lab.measures import TESTED, short_figures
 from mnist_lab.results import records as files
 from mnist_lab.results.compare import EXPERIMENTS, stated_targets
 from mnist_lab.results.runs import MISTAKES, load_runs
@@ -24,7 +25,6 @@ from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import track
 from mnist_lab.tracking.store import FinishedRun, Store, alone, open_store, search, uninterrupted
 from mnist_lab.verdicts.comparison import step_order
-from mnist_lab.verdicts.measures import TESTED, short_figures
 from mnist_lab.verdicts.targets import judge
 
 DIGEST = "restored_sha256"

@@ -29,13 +29,13 @@ from scipy import special
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError, did_you_mean, text_of, without_password
 from mnist_lab.experiment import MAX_COUNT, quoted
+from mnist_lab.measures import FOLDED, HELD_OUT, MEASURES, TESTED, protocol
 from mnist_lab.paths import EXPERIMENT_NAME, script_named
 from mnist_lab.paths import tracking_uri as resolve_uri
 from mnist_lab.tracking.connection import environment_variables
 from mnist_lab.tracking.sqlite import check_readable, follow_move, read_points
 from mnist_lab.tracking.store import MAX_RUNS, Store, check_not_deleted, find_run
 from mnist_lab.verdicts.comparison import step_order
-from mnist_lab.verdicts.measures import FOLDED, HELD_OUT, MEASURES, TESTED, protocol
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,13 @@ class LoadedRuns:
         return self.runs[(self.runs[["holdout", "folds"]] == 0).all(axis=1)]
 
 
+ALLOWED = {
+    "status": ("FINISHED", "RUNNING", "FAILED", "KILLED", None),
+    "include_overrides": (False, True, "if_none"),
+    **{name: range(60_000) for name in ("holdout", "folds")},
+}
+
+
 class RunFilter(TypedDict, total=False):
     """Which runs are in a table, beside their steps and seeds.
 
@@ -183,7 +190,8 @@ def epoch_history(
     epoch_seconds; validation_loss and validation_accuracy instead of test_ where images are held out.
     """
     found = _find_runs(steps, seeds, **which)
-    metrics = list(metrics or protocol(which.get("holdout", 0), which.get("folds", 0)).each_epoch)
+    usual = protocol(which.get("holdout", 0), which.get("folds", 0)).each_epoch
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics or usual)
     epochs = {str(run_id): int(number) for run_id, number in found.runs[["run_id", "epochs"]].to_numpy()}
     with reading(found.uri):
         rows = read_points(found.uri, epochs, metrics)  # `epochs` bounds what a server is asked for at a time
@@ -275,8 +283,11 @@ def _say_left_out(run_id: str, reason: str) -> None:
 def _find_runs(steps: Steps, seeds: Seeds, **which: Unpack[RunFilter]) -> LoadedRuns:
     loaded = which.get("loaded") or load_runs(which.get("tracking_uri"))
     status, overridden = which.get("status", "FINISHED"), which.get("include_overrides", False)
-    if status not in ("FINISHED", "RUNNING", "FAILED", "KILLED", None):
-        raise LabError(f"status: {status!r} is none of FINISHED, RUNNING, FAILED and KILLED, nor None for all")
+    for name, given in which.items():
+        if name not in RunFilter.__annotations__:
+            raise LabError(f"{name}: unknown; allowed are {', '.join(RunFilter.__annotations__)}")
+        if name in ALLOWED and given not in ALLOWED[name]:
+            raise LabError(f"{name}: {given!r} is none of {ALLOWED[name]}")
     runs = _of_protocol(loaded, which.get("holdout", 0), which.get("folds", 0))
     named = None if steps is None else full_names(steps, loaded)
     if named is not None:
@@ -322,7 +333,7 @@ def full_names(steps: Iterable[str] | str, loaded: LoadedRuns, others: Iterable[
     others: names allowed without a run. Raises LabError if another step has no run, or a short name fits several.
     """
     known, names = sorted({*loaded.runs["step"], *others}), []
-    for step in [steps] if isinstance(steps, str) else steps:
+    for step in map(str, [steps] if isinstance(steps, str) or not isinstance(steps, Iterable) else steps):
         short = re.fullmatch(r"step\d+", step)
         alike = [name for name in known if name in (step, script_named(step))]
         alike = alike[:1] or [name for name in known if short and name.startswith(f"{step}_")]

@@ -200,7 +200,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def hardware(device: torch.device) -> str:
     """Return the name of the device that trains, e.g. "NVIDIA H100" or "AMD EPYC 9R14, 2 cores, AVX512".
 
-    A CPU's name comes with the vector instructions that torch uses: with others, sums are rounded in another order.
+    A CPU's name comes with the vector instructions that torch uses: another name or others round sums in another order.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -16,10 +16,10 @@ from mnist_lab.arguments import stable_text
 from mnist_lab.data import find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
+from mnist_lab.measures import Protocol, protocol
 from mnist_lab.paths import PROJECT_ROOT, own_files
 from mnist_lab.running import identity
 from mnist_lab.running.identity import SCRIPT, code_sha256, find_sources, place
-from mnist_lab.verdicts.measures import Protocol, protocol
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from mnist_lab.tracking.models import Teacher

@@ -19,6 +19,7 @@ from mnist_lab.checking.rehearsal import Rehearsal, blame, blame_script, rehears
 from mnist_lab.data import Mnist, find_data_dir, hold_out, hold_out_fold, load_mnist
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import Experiment, Targets
+from mnist_lab.measures import short_figures
 from mnist_lab.running import checkpoint, identity
 from mnist_lab.running.checkpoint import Checkpoint
 from mnist_lab.running.job import Job
@@ -34,7 +35,6 @@ from mnist_lab.training.loop import EpochMetrics, Training
 from mnist_lab.training.states import own_parts
 from mnist_lab.training.transforms import Augmentation
 from mnist_lab.verdicts import targets
-from mnist_lab.verdicts.measures import short_figures
 from mnist_lab.verdicts.targets import Verdict
 
 logger = logging.getLogger(__name__)
@@ -62,12 +62,15 @@ def run(
     if job.device.type == "cpu":
         keep_freed_memory()
         set_threads(job.threads if resume is None else resume.threads)  # a run goes on with as many as before
+    experiment = own_parts(experiment)
     net = loop.initial_network(experiment, seed, job.device, rehearsal.memory_format)
     rehearsal.watch(net)
-    training = Training(net, own_parts(experiment), mnist, seed=seed, on_batch=progress.on_batch)
+    training = Training(net, experiment, mnist, seed=seed, on_batch=progress.on_batch)
     record = Record(job, seed, store, progress, mnist, rehearsal, training)
     if resume is not None:
+        begun = {name: p.detach().clone() for name, p in net.named_parameters() if name in rehearsal.untrained}
         restore(training, resume, job)
+        rehearsal.untrained.difference_update(name for name in begun if not net.get_parameter(name).equal(begun[name]))
     with record.begin(parent_run_id, resume) as run_id, adopted(store.uri, run_id):
         logger.info("Training, epoch by epoch")
         try:
@@ -221,7 +224,7 @@ class Record:
             training=self.training.state_dict(),
         )
         checkpoint.save(saved, self.store.uri)
-        self.tracked.log_epoch(metrics.epoch, epoch_metrics(metrics))
+        self.tracked.log_missing({metrics.epoch: epoch_metrics(metrics)})
         self.progress.on_epoch(self.seed, metrics)
 
     def finish(self) -> FinishedRun:

@@ -23,6 +23,7 @@ from tabulate import tabulate
 
 from mnist_lab.errors import LabError, counted, one_line
 from mnist_lab.experiment import Experiment, quoted
+from mnist_lab.measures import percent
 from mnist_lab.paths import SEARCHES, own_folder
 from mnist_lab.running import identity
 from mnist_lab.running.job import Job
@@ -33,7 +34,6 @@ from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.store import alone, find_run, finished_runs, open_store, quiet
 from mnist_lab.training.loop import EpochMetrics
-from mnist_lab.verdicts.measures import percent
 from mnist_lab.verdicts.statistics import chance_of_best
 
 Space = Mapping[str, BaseDistribution]

@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from mnist_lab.errors import counted
 from mnist_lab.experiment import Targets
+from mnist_lab.measures import MEASURES, TESTED, Protocol, percent, short_figures
 from mnist_lab.running import identity
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, StudyResult
@@ -24,7 +25,6 @@ from mnist_lab.tracking.run import TrackedRun, track
 from mnist_lab.tracking.sqlite import read_points
 from mnist_lab.tracking.store import FinishedRun, Store, adopt, finished_runs, open_store
 from mnist_lab.verdicts.comparison import mean_interval_text, step_order
-from mnist_lab.verdicts.measures import MEASURES, TESTED, Protocol, percent, short_figures
 from mnist_lab.verdicts.statistics import aggregate
 from mnist_lab.verdicts.targets import judge
 

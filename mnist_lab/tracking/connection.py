@@ -87,8 +87,9 @@ def short_timeouts() -> AbstractContextManager[None]:
 
 def patience(timeout: int = 30, **more: str) -> AbstractContextManager[None]:
     """Let MLflow wait for a server as it does by itself: seven more attempts, the last after four minutes."""
-    # The second suppresses two lines for each run that ends on a server.
+    # The second suppresses two lines for each run that ends on a server. The jitter would draw from a run's `random`.
     defaults = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout), "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+    more["MLFLOW_HTTP_REQUEST_BACKOFF_JITTER"] = "0"
     return environment_variables(more | {name: os.environ.get(name, value) for name, value in defaults.items()})
 
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError, one_line, without_password
+from mnist_lab.measures import MEASURES, SHORT
 from mnist_lab.paths import CHECKPOINTS, own_folder
 from mnist_lab.tracking.connection import environment_variables, is_server, patience, short_timeouts
 from mnist_lab.tracking.store import RunLock, Store, process_tag, quiet, resumable_run, take_lock, uninterrupted
-from mnist_lab.verdicts.measures import MEASURES, SHORT
 
 CALLS = [name for name in dir(mlflow) if name.startswith(("log_", "set_tag")) or name in ("start_run", "end_run")]
 # The names that the lab logs under, by the functions with which a script could.
@@ -57,12 +57,19 @@ class TrackedRun:
         self.end_status = "FINISHED"  # if its block comes to its end
         self.goes_on = f"`--resume {self.run_id}`"
         self._store, self._client, self._lock = store, store.client, lock
-        self._logged_before = frozenset(run.data.metrics)
+        self._logged_before, self._tags = frozenset(run.data.metrics), run.data.tags
         self._began: int = max(run.info.start_time, int(1000 * time.time()))
         self._clock = time.monotonic()
 
-    def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        self.log_missing({epoch: metrics})
+    def moved(self, tags: Mapping[str, str]) -> dict[str, str]:
+        """Return the tags that say on what the run goes on, where that is not what it began with; a notice says so."""
+        was = {name: self._tags.get(name, "") for name in ("hardware", "torch") if name in tags}
+        now = {name: f"{old}; {tags[name]}" for name, old in was.items() if not old.endswith(tags[name])}
+        if now:
+            logger.warning(
+                "resume: the run goes on with other %s: its figures are not those of one machine", " and ".join(now)
+            )
+        return now
 
     def log_once(self, metrics: Mapping[str, float]) -> None:
         """Log metrics that a run has one value of."""
@@ -113,7 +120,7 @@ class TrackedRun:
                 continue
             with quiet():
                 pixels, targets = images.cpu().numpy(), labels.cpu().numpy()
-                digest, name = mnist.sha256[:36], f"MNIST {context}"  # of which MLflow keeps no more
+                digest, name = f"{mnist.sha256[:29]}-{len(images)}", f"MNIST {context}"  # 36 letters at most
                 dataset = from_numpy(pixels, source=str(source), targets=targets, name=name, digest=digest)
             inputs.append(DatasetInput(Dataset(**dataset.to_dict()), [InputTag(MLFLOW_DATASET_CONTEXT, context)]))
         with self._writing():
@@ -289,7 +296,7 @@ def track(
                 store.client.log_batch(tracked.run_id, params=written)
             else:
                 tracked = _reopen_run(store, resume_run_id, run_name if reopen else None)
-                new = {**(tags if reopen else {}), **parent, "process": process_tag()}
+                new = {**(tags if reopen else tracked.moved(tags)), **parent, "process": process_tag()}
                 store.client.log_batch(tracked.run_id, tags=[RunTag(name, value) for name, value in _safe(new).items()])
         if {"search", "folds"} & {*params, *tags}:  # a trial or a fold
             tracked.goes_on = "the same command"

@@ -101,7 +101,7 @@ def make_app() -> Any:
     from mlflow.server import app as routes  # slow to import, and the command that starts the server looks in here too
     from mlflow.server.fastapi_app import app as served
 
-    # What two runs write at the same moment, one of them writes again (`TrackedRun._log_input`).
+    # What two runs write at the same moment, one of them writes again (`TrackedRun._log_inputs`).
     logging.getLogger("psycopg").setLevel(logging.ERROR)
     page = Path(__file__).with_name("lab.html").read_text().replace("EXPERIMENT", EXPERIMENT_NAME).replace("VIEW", VIEW)
     routes.add_url_rule(PATH, "lab", lambda: page)

@@ -87,8 +87,8 @@ def num_params(net: nn.Module, untrained: Collection[str] = (), trained: Collect
 
     trained: names of those that count though they are frozen by now.
     """
-    counted = {name: p for name, p in net.named_parameters() if p.requires_grad or name in trained}
-    return sum(parameter.numel() for name, parameter in counted.items() if name not in untrained)
+    counted = [(name, p) for name, p in net.named_parameters() if p.requires_grad or name in trained]
+    return sum(p.numel() for name, p in counted if name not in untrained)
 
 
 def normalize(images: Tensor, by: tuple[float, float] = MNIST_PIXELS) -> Tensor:
@@ -110,9 +110,9 @@ class Training:
         self.net, self.experiment, self.mnist, self.on_batch = net, experiment, mnist, on_batch
         self.augment = Augmentation(experiment.augmentation)
         self.optimizer = build_optimizer(experiment, net.parameters())
+        self.takes = step_takes(experiment, net, self.optimizer)
         self.scheduler = build_scheduler(experiment, self.optimizer, len(mnist.train_images))
         self.average = build_average(experiment, net)
-        self.takes = step_takes(experiment, net)
         self.minimises_cross_entropy = minimises_cross_entropy(experiment)
         self.shuffling = torch.Generator().manual_seed(seed)
         self.epoch = 0
@@ -172,8 +172,6 @@ class Training:
         seen = 0
         for batch in torch.split(order, self.experiment.batch_size):
             self.train_batch(batch)
-            if self.average is not None:
-                self.average.update_parameters(self.net)
             if self.experiment.scheduler_interval == "batch":
                 self._step_schedule()
             seen += len(batch)
@@ -204,6 +202,8 @@ class Training:
             labels = labels.argmax(dim=1)
         self.loss_sum += loss * len(labels)
         self.correct += (logits.argmax(dim=1) == labels).sum()
+        if self.average is not None:
+            self.average.update_parameters(self.net)
 
     def _step_schedule(self, minimised: float = math.nan) -> None:
         if isinstance(self.scheduler, ReduceLROnPlateau):
@@ -216,6 +216,7 @@ class Training:
         return {
             "epoch": self.epoch,
             "net": self.net.state_dict(),
+            "frozen": [name for name, p in self.net.named_parameters() if not p.requires_grad],
             "average": None if self.average is None else {"net": self.average.state_dict()},
             "declared": states.parts_state(self.experiment),
             "optimizer": {"state": states.plain(self.optimizer.state_dict())},
@@ -228,6 +229,8 @@ class Training:
         """Continue where the training that gave `state` stood; the generators that it draws from are set too."""
         self.epoch = state["epoch"]
         self.net.load_state_dict(state["net"])
+        for name, parameter in self.net.named_parameters() if "frozen" in state else ():  # older ones lack it
+            parameter.requires_grad_(name not in state["frozen"])
         if self.average is not None:
             self.average.load_state_dict(state["average"]["net"])
         states.load_parts_state(self.experiment, state["declared"])
@@ -272,9 +275,8 @@ def without_half(logits: Tensor) -> Tensor:
     return logits.float() if getattr(logits, "dtype", None) == torch.float16 else logits
 
 
-def step_takes(experiment: Experiment, net: nn.Module) -> Takes:
+def step_takes(experiment: Experiment, net: nn.Module, optimizer: Optimizer) -> Takes:
     """Say what the step of the declared optimizer takes; the signature of a script's own can't tell, so it is tried."""
-    optimizer = build_optimizer(experiment, net.parameters())
     arguments = inspect.signature(optimizer.step).parameters.values()
     requires = any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in arguments)
     likely: Takes = "closure" if requires else "gradients"

@@ -34,7 +34,7 @@ def own_parts(experiment: Experiment) -> Experiment:
     """Return the experiment with copies of its loss, objective, augmentation and schedule, for one run to change."""
     memo: dict[int, Any] = {}  # what two parts share, their copies share too
     copies = {}
-    for name in (*PARTS, "scheduler"):
+    for name in ("net", "optimizer", "scheduler", "average", *PARTS):
         try:
             copies[name] = copy.deepcopy(getattr(experiment, name), memo)
         except Exception as error:

@@ -33,9 +33,11 @@ class Comparison(Difference, Pair):
     """How experiment `b` differs from `a` in test accuracy, in points (percentage points), b - a.
 
     p_holm: p adjusted for the other comparisons of the same table; the same as p for one by itself.
+    differ: the hyperparameters in which they differ, and num_params, e.g. "epochs, lr".
     """
 
     p_holm: float
+    differ: str
 
     @property
     def seeds(self) -> str:
@@ -64,9 +66,9 @@ class Comparison(Difference, Pair):
 
 
 def rounds_alike(one: str, other: str) -> bool:
-    """Say whether both add in the same order: one GPU, or CPUs with the same vector instructions, which stand last."""
-    last = one.rpartition(", ")[2]
-    return last == other.rpartition(", ")[2] and last != "" and not last.endswith(" cores")
+    """Say whether both add in the same order: one GPU, or one name of processor with the same vector instructions."""
+    named = {re.sub(r", \d+ cores,", ",", name) for name in (one, other)}
+    return len(named) == 1 and one != "" and not one.endswith(" cores")
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -77,8 +79,9 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 def effects_text(comparisons: Sequence[Comparison], width: int | None = None, unit: str = "seeds") -> str:
     folded, arrow = (str, " -> ") if width is None or width >= WIDE else (partial(textwrap.fill, width=22), "\n  -> ")
+    indented = partial(textwrap.fill, width=40, initial_indent="  differ in ", subsequent_indent="    ")
     columns = {
-        "change": [f"{folded(c.change)}\n  {c.a}{arrow}{c.b}" for c in comparisons],
+        "change": [f"{folded(c.change)}\n  {c.a}{arrow}{c.b}\n{indented(c.differ)}".rstrip() for c in comparisons],
         "points": [f"{c.effect:+.2f}" for c in comparisons],
         "verdict": [c.word for c in comparisons],
         "95 % interval": [c.interval for c in comparisons],
@@ -120,7 +123,7 @@ def seeds_text(needed: int) -> str:
 
 
 def p_text(p: float) -> str:
-    """Return a p-value as it is printed: two digits that count, never a bare zero."""
+    """Return a p-value as it is printed: at most two digits that count, never a bare zero."""
     if math.isnan(p):
         return "-"
     return "<0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"

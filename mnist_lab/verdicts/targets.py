@@ -8,8 +8,8 @@ from statistics import fmean
 from tabulate import tabulate
 
 from mnist_lab.experiment import Targets
+from mnist_lab.measures import MEASURES
 from mnist_lab.verdicts.comparison import seeds_text
-from mnist_lab.verdicts.measures import MEASURES
 from mnist_lab.verdicts.statistics import Word, judge_mean
 
 

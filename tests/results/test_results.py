@@ -13,13 +13,13 @@ from mlflow.entities import Metric
 from helpers import ROOT
 from mnist_lab import results
 from mnist_lab.errors import LabError
+from mnist_lab.measures import TESTED
 from mnist_lab.results.compare import compare_runs, declared_pairs
 from mnist_lab.results.runs import load_runs
 from mnist_lab.running.identity import code_sha256, find_sources
 from mnist_lab.tracking.connection import short_timeouts
 from mnist_lab.tracking.store import Store, open_store
-from mnist_lab.verdicts.comparison import Pair, seeds_text
-from mnist_lab.verdicts.measures import TESTED
+from mnist_lab.verdicts.comparison import Pair, effects_text, seeds_text
 from mnist_lab.verdicts.statistics import compare_means, seeds_needed
 from run_writer import STEP4, T0, TARGETS, log_predictions, predict, write_run, write_seeds
 
@@ -79,8 +79,9 @@ def test_run_table_filters(many: Store) -> None:
     assert len(ids(status=None)) == 7  # the study's own run is none
     with pytest.raises(LabError, match="no run of 'my_idae' .*did you mean 'my_idea'.*my_idea, step2, step4"):
         ids(steps="my_idae")
-    with pytest.raises(LabError, match="status: 'DONE' is none of FINISHED"):
-        ids(status="DONE")
+    for name, value in {"status": "DONE", "include_overrides": "ifnone", "holdout": "a", "hold_out": 500}.items():
+        with pytest.raises(LabError, match=f"^{name}: (unknown|{value!r} is none of )"):
+            ids(**{name: value})
     nothing = results.run_table(seeds=77, columns="all", tracking_uri=many.uri)
     assert nothing.empty
     assert {*EIGHT, "lr"} <= {*nothing}
@@ -242,7 +243,7 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(store: St
     for seed, accuracy in ((2, 99.12), (1, 99.25), (0, 99.2)):  # in another order of time
         write_run(store, "b", seed, [accuracy], start_time=T0 - seed)
     write_run(store, "b", 9, [50.0], start_time=T0 + 30, tags={"overrides": "lr=9"})
-    write_seeds(store, "c", 99.20, 99.31, 99.1)
+    write_seeds(store, "c", 99.20, 99.31, 99.1, num_params=9_000, params={**STEP4, "lr": "0.3", "nesterov": "True"})
     write_seeds(store, "single", 99.0)
     pairs = [Pair("a", "b", "first"), Pair("b", "c", "second"), Pair("gone", "a", "third"), Pair("a", "single", "4th")]
 
@@ -254,6 +255,8 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(store: St
     )
     assert (first.change, first.test, first.seeds) == ("first", "paired t-test", "3")
     assert (second.change, second.p_holm, second.word) == ("second", pytest.approx(second.p), "not shown")
+    assert (first.differ, second.differ) == ("", "lr, nesterov, num_params")
+    assert "  differ in lr, nesterov, num_params" in effects_text([first, second])
     assert [sentence.split(": ")[1] for sentence in refused] == ["a with gone", "single with a"]
     one, back = (results.compare(*names, tracking_uri=store.uri) for names in (("a", "b"), ("b", "a")))
     assert one.word == "better"
@@ -263,7 +266,8 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(store: St
 @pytest.mark.parametrize(
     ("one", "other", "test"),
     [
-        ("AMD EPYC, 2 cores, AVX2", "Intel Xeon, 4 cores, AVX2", "paired t-test"),
+        ("AMD EPYC, 2 cores, AVX2", "AMD EPYC, 4 cores, AVX2", "paired t-test"),
+        ("AMD EPYC, 2 cores, AVX512", "Intel Xeon, 2 cores, AVX512", "Welch's t-test"),
         ("NVIDIA H100", "NVIDIA H100", "paired t-test"),
         ("AMD EPYC, 2 cores, AVX2", "AMD EPYC, 2 cores, AVX512", "Welch's t-test"),
         ("AMD EPYC, 2 cores", "AMD EPYC, 2 cores", "Welch's t-test"),  # which instructions is not known
@@ -329,6 +333,9 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(held_out: str) -> No
     ):
         with pytest.raises(LabError, match=sentence):
             results.compare(a, b, tracking_uri=held_out)
+    write_seeds(store, "several", 9.0, 9.0, tags={"overrides": "lr=9"})
+    with pytest.raises(LabError, match="^several has runs as declared and overridden"):
+        results.compare("several", "step1", include_overrides=True, tracking_uri=held_out)
 
 
 def test_compare_prints_the_tables_of_one_protocol(held_out: str, lab: Callable[..., str]) -> None:
@@ -349,8 +356,9 @@ def test_compare_prints_the_tables_of_one_protocol(held_out: str, lab: Callable[
     assert "step3_gap" not in lab("compare", "step2_dropout", "gap_alone", "--tracking-uri", held_out)
     write_seeds(store, "my_idea", 99.5, 99.3)
     write_run(store, "my_idea", 0, [99.5], start_time=T0 + 9, tags={"restored": "abc"})
-    text = lab("compare", "gap_alone", "my_idea", "--tracking-uri", held_out)  # which no script declares
-    assert re.search(r"^all that differs +\+0\.20 .*\n +gap_alone -> my_idea$", text, re.MULTILINE)
+    text = lab("compare", "step2_dropout", "gap_alone", "my_idea", "--tracking-uri", held_out)
+    assert re.search(r"^GAP alone .*\n +step2_dropout -> gap_alone$", text, re.MULTILINE)  # which a script declares
+    assert re.search(r"^all that differs +\+0\.35 .*\n +step2_dropout -> my_idea$", text, re.MULTILINE)
     assert "my_idea: 1 of its 2 seeds were restored" in text
     text = lab("compare", "--holdout", 10_000, "--tracking-uri", held_out)
     assert re.search(r"best\s.*\n.*validation", text)

@@ -31,6 +31,7 @@ from forkserver import PATIENCE
 from helpers import TINY, Server, TrackedRun, read_runs, within
 from mnist_lab import results
 from mnist_lab.errors import LabError
+from mnist_lab.measures import TESTED
 from mnist_lab.running import checkpoint
 from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job
@@ -40,7 +41,6 @@ from mnist_lab.tracking import sqlite
 from mnist_lab.tracking.connection import environment_variables, why_refused
 from mnist_lab.tracking.store import open_store
 from mnist_lab.training.loop import EpochMetrics
-from mnist_lab.verdicts.measures import TESTED
 from run_writer import T0, write_run
 
 EPOCHS = 4

@@ -42,7 +42,7 @@ def refused_unchanged(database: Path, reason: str) -> Iterator[None]:
 
 def write_run(database: Path) -> None:
     with track(open_store(f"sqlite:///{database}"), "a run", params={"seed": 0}, tags={"step": "a"}) as run:
-        run.log_epoch(1, {"test_accuracy": 98.0})
+        run.log_missing({1: {"test_accuracy": 98.0}})
         run.log_text("hello", "hello.txt")
 
 
