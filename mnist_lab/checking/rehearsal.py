@@ -331,8 +331,7 @@ def _alike(weights: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
 def _attributes(one: Training) -> set[tuple[str, str, str]]:
     """Return the attributes of what is trained, and of modules in it, as part, name and text; but for activations."""
     found = set()
-    parts = {part: getattr(one.experiment, part) for part in (*PARTS, "average")}
-    parts |= {"net": one.net, "optimizer": one.optimizer}
+    parts = {part: getattr(one.experiment, part) for part in PARTS} | {"net": one.net, "optimizer": one.optimizer}
     for part, owner in [(part, owner) for part, declared in parts.items() for owner in objects_in(declared)]:
         modules: dict[str, object] = dict(owner.named_modules()) if isinstance(owner, nn.Module) else {"": owner}
         for place, module in modules.items():

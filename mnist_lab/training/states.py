@@ -18,7 +18,7 @@ import torch
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment
 
-PARTS = ("loss", "objective", "augmentation")  # of an experiment, besides the network, that may count their batches
+PARTS = ("loss", "objective", "augmentation", "average")  # besides the network, what may count its batches
 
 
 def plain(state: Any) -> Any:
@@ -31,10 +31,10 @@ def plain(state: Any) -> Any:
 
 
 def own_parts(experiment: Experiment) -> Experiment:
-    """Return the experiment with copies of its loss, objective, augmentation and schedule, for one run to change."""
+    """Return the experiment with copies of its declared parts, for one run to change."""
     memo: dict[int, Any] = {}  # what two parts share, their copies share too
     copies = {}
-    for name in ("net", "optimizer", "scheduler", "average", *PARTS):
+    for name in ("net", "optimizer", "scheduler", *PARTS):
         try:
             copies[name] = copy.deepcopy(getattr(experiment, name), memo)
         except Exception as error:

@@ -16,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from mlflow.entities import Dataset, DatasetInput
 
 from conftest import FullRun
 from forkserver import PATIENCE
-from helpers import ROOT, read_runs, read_value, wait_until
+from helpers import ROOT, first, read_runs, read_value, wait_until
 from mnist_lab.commandline import interrupt_on_signals
 from mnist_lab.data import Mnist
 from mnist_lab.errors import LabError
@@ -342,6 +342,25 @@ def test_runs_that_are_the_first_to_log_a_data_set_both_do(uri: str) -> None:
 
     logged = [MlflowClient(uri).get_run(run.run_id).inputs.dataset_inputs for run in (one, two)]
     assert [len(inputs) for inputs in logged] == [30, 30]
+
+
+def test_data_sets_of_other_sizes_are_told_apart(uri: str, small_mnist: Mnist) -> None:
+    for size in (500, 200):
+        with track(open_store(uri), "a run", params={}, tags=NO_TAGS) as run:
+            run.log_data(first(small_mnist, size, 300), Path("data"))
+        training = MlflowClient(uri).get_run(run.run_id).inputs.dataset_inputs[0].dataset
+        assert f"[{size}, 1, 28, 28]" in training.profile
+
+
+def test_a_run_that_goes_on_elsewhere_is_tagged_with_both_places(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    store, run_id = open_store(uri), None
+    for place in ("one", "one", "other", "other"):
+        tags = {"hardware": place}
+        with suppress(KeyboardInterrupt), track(store, "a run", params={}, tags=tags, resume_run_id=run_id) as run:
+            run_id = run.run_id
+            raise KeyboardInterrupt
+    assert MlflowClient(uri).get_run(run_id).data.tags["hardware"] == "one; other"
+    assert caplog.text.count("goes on with other hardware") == 1
 
 
 def test_a_password_in_an_error_is_not_logged(uri: str, database: Path, caplog: pytest.LogCaptureFixture) -> None:

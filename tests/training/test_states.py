@@ -114,6 +114,44 @@ class Ramp(Counts):
         self.batches = state["batches"]
 
 
+class Averages(Counts):
+    def __call__(self, averaged: Any, current: Any, _: Any) -> None:  # type: ignore[override]
+        self.batches += 1
+        for one, now in zip(averaged, current, strict=True):
+            one.lerp_(now, 0.9 - 0.5 / self.batches)
+
+
+class KeptAverages(Averages, Ramp):
+    pass
+
+
+class Fades(Linear):
+    def __init__(self, counter: Counts) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.counter.batches += self.training
+        return super().forward(images) / max(1, self.counter.batches)
+
+
+class Freezes(Linear):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen += self.training
+        self.linear.bias.requires_grad_(bool(self.seen < 2))
+        return super().forward(images)
+
+
+def halves(parameters: Iterable[Tensor]) -> Optimizer:
+    for parameter in (parameters := [*parameters]):
+        parameter.register_hook(lambda gradient: gradient / 2)
+    return SGD(parameters, lr=0.1)
+
+
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +168,8 @@ def weighed(net: nn.Module, images: Tensor, labels: Tensor, *, by: Ramp) -> tupl
 
 
 def start(experiment: Experiment, mnist: Mnist, seed: int = 3) -> Training:
-    return Training(initial_network(experiment, seed, CPU), own_parts(experiment), mnist, seed=seed)
+    own = own_parts(experiment)
+    return Training(initial_network(own, seed, CPU), own, mnist, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +182,8 @@ def start(experiment: Experiment, mnist: Mnist, seed: int = 3) -> Training:
         {"scheduler": in_sequence},
         {"average": partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)},
         {"average": AveragedModel, "objective": partial(mixup, alpha=0.3)},
+        {"average": partial(AveragedModel, multi_avg_fn=KeptAverages())},
+        {"net": Freezes},
         {"objective": Ramp()},
         {"objective": partial(weighed, by=Ramp())},
         {"loss": Normed()},
@@ -177,6 +218,7 @@ def test_a_training_that_is_taken_up_again_ends_as_if_never_stopped(changes: Any
     [
         ({"objective": Counts()}, "objective: changes batches from"),
         ({"objective": partial(weighed, by=Counts())}, "objective: changes batches from"),
+        ({"average": partial(AveragedModel, multi_avg_fn=Averages())}, "average: changes batches from"),
         ({"net": lambda: nn.Sequential(WarmsUp())}, "net: changes 0.batches from"),
         ({"net": Centred}, "net: changes mean from"),
         ({"net": Grows}, "resume: an interrupted run could not be resumed: "),
@@ -196,11 +238,27 @@ class Slower(Counts):
         return 1 / self.batches
 
 
-@pytest.mark.parametrize("objective", [Counts(), partial(weighed, by=Ramp())])
-def test_each_run_begins_with_the_parts_as_declared(objective: Any, small_mnist: Mnist) -> None:
-    experiment = declare(objective=objective, scheduler=partial(LambdaLR, lr_lambda=Slower()))
-    untouched = [epoch.train_loss for epoch in start(experiment, small_mnist).epochs()]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": Counts()},
+        {"objective": partial(weighed, by=Ramp())},
+        {"average": partial(AveragedModel, multi_avg_fn=Averages())},
+        {"net": partial(Fades, Counts())},
+    ],
+)
+def test_each_run_begins_with_the_parts_as_declared(changes: dict[str, Any], small_mnist: Mnist) -> None:
+    experiment = declare(**{"scheduler": partial(LambdaLR, lr_lambda=Slower()), **changes})
+    untouched = [(epoch.train_loss, epoch.eval_loss) for epoch in start(experiment, small_mnist).epochs()]
 
     rehearse(experiment, small_mnist)
 
-    assert [epoch.train_loss for epoch in start(experiment, small_mnist).epochs()] == untouched
+    again = [(epoch.train_loss, epoch.eval_loss) for epoch in start(experiment, small_mnist).epochs()]
+    assert again == untouched
+
+
+def test_what_an_optimizer_does_to_the_parameters_it_does_once(small_mnist: Mnist) -> None:
+    once, plain = (declare(net=Linear, optimizer=optimizer) for optimizer in (halves, partial(SGD, lr=0.05)))
+    losses = [[epoch.eval_loss for epoch in start(one, small_mnist).epochs()] for one in (once, plain)]
+    assert losses[0] == pytest.approx(losses[1])
+    assert rehearse(once, small_mnist).notices == []
