@@ -196,12 +196,10 @@ def _trainers(job: Job, arguments: argparse.Namespace) -> AbstractContextManager
 
 def parser(script: Path, experiment: Experiment) -> argparse.ArgumentParser:
     """Return the flags that every experiment script takes; their help ends with what the script declares."""
-    declared = (f"{name}={stable_text(value)}" for name, value in experiment.hyperparameters().items())
-    parser = argparse.ArgumentParser(
-        prog=script.name,
-        description=f"Train {script.stem} on MNIST and track the run in MLflow.",
-        epilog=f"declared: {' '.join(declared)}".replace("%", "%%"),
-    )
+    description = f"Train {script.stem} on MNIST and track the run in MLflow."
+    declared = " ".join(f"{name}={stable_text(value)}" for name, value in experiment.hyperparameters().items())
+    epilog = f"declared: {declared}".replace("%", "%%")
+    parser = argparse.ArgumentParser(prog=script.name, description=description, epilog=epilog)
     add, one_of = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--epochs", type=number_from(), help="epochs to train (an override)")
     add("--batch-size", type=number_from(), help="images per batch (an override)")

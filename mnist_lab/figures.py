@@ -1,8 +1,7 @@
 """Figures for write-ups, drawn from DataFrames and arrays; each function returns a `matplotlib.figure.Figure`.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and line styles differ too, for print in
-grey. Accuracies are in percent. Bad input raises `LabError`. A notebook needs `%matplotlib inline`, since pyplot is not
-used here.
+grey. Accuracies are in percent. Bad input raises `LabError`. A notebook needs `%matplotlib inline`: pyplot is not used.
 """
 
 import math
@@ -65,8 +64,7 @@ def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> F
 def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
     """Draw loss (left) and accuracy (right) over the epochs: of one step in training and on the test images.
 
-    Several steps have a line each, on the test images. Several seeds give a line for their mean and a band from the
-    smallest to the largest.
+    Several steps have a line each, on the test images. Of several seeds: a line, the mean, and a band to the extremes.
 
     history: one row per run and epoch with `run_id, step, seed, epoch`, and loss and accuracy, `train_` and `test_` or,
     with a hold-out, `validation_`; of several runs of one seed the first in the table counts.
@@ -273,10 +271,8 @@ def _label_points(figure: Figure, table: pd.DataFrame, arrows: Sequence[Any]) ->
     figure.draw_without_rendering()  # what is free is known only once the layout is
     (axes,) = figure.axes
     unit, frame, to_pixels = figure.dpi / 72, axes.get_window_extent(), axes.transData.transform
-    taken = [
-        Bbox(to_pixels([(x, low), (x, high)])).padded(4 * unit)
-        for x, low, high in table[["num_params", "low", "high"]].to_numpy(float)
-    ]
+    bars = [to_pixels([(x, low), (x, high)]) for x, low, high in table[["num_params", "low", "high"]].to_numpy(float)]
+    taken = [Bbox(bar).padded(4 * unit) for bar in bars]
     taken += [line.get_window_extent().padded(2 * unit) for line in axes.lines if line.get_linestyle() != "None"]
     on_arrows = [place for start, end in map(to_pixels, arrows) for place in np.linspace(start, end, 40)]
     taken += [Bbox([place, place]).padded(2 * unit) for place in on_arrows]

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -288,8 +289,7 @@ def _digit_on(pixels: Ink, name: str) -> Ink:
         dark = (paper - 0.1 - smooth) / paper, steep / paper.min(axis=2)
         changes = [dark, (smooth - ndimage.grey_opening(smooth, window), steep)]
     inks = [(np.clip(change.max(axis=2) - np.median(change.max(axis=2)), 0, None), edges) for change, edges in changes]
-    found = [(*_likeliest(ink, edges), ink) for ink, edges in inks]
-    score, where, several, ink = max(found, key=lambda one: one[0])
+    score, where, several, ink = max(((*_likeliest(ink, edges), ink) for ink, edges in inks), key=itemgetter(0))
     if score < LEAST_SCORE:
         uneven = np.ptp(smooth, axis=(0, 1)).max() >= 2 * LEAST_CONTRAST
         why = "the ground is uneven; crop to the digit" if uneven else "it has nearly one colour all over"

@@ -184,10 +184,9 @@ def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
     runs_a, runs_b = (runs[runs["step"] == step] for step in (pair.a, pair.b))
     figure = protocol(0, folds).judged
     if runs_a.empty:
-        raise LabError(
-            "the second of each has no script, or no finished run as declared with the same --holdout and --folds; "
-            "train one, or `make restore` the committed ones, which have neither"
-        )
+        missing = "no script, or no finished run as declared with the same --holdout and --folds"
+        advice = "train one, or `make restore` the committed ones, which have neither"
+        raise LabError(f"the second of each has {missing}; {advice}")
     for step, trained in ((pair.a, runs_a), (pair.b, runs_b)):
         count = len(trained)
         if "overrides" in runs and trained["overrides"].nunique() > 1:

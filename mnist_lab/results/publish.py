@@ -1,7 +1,4 @@
-"""Tables and a picture of the tracked runs, made from the CSVs of `records`: for `make export` and `make publish`.
-
-They are made from the CSVs alone, so that a test can make them again.
-"""
+"""Tables and a picture of the tracked runs, from the CSVs of `records` alone, for `make export` and `make publish`."""
 
 import html
 import io
@@ -77,10 +74,9 @@ def publish(
         for sentence in added + replaced or ["The published rows are those of the store already."]:
             progress(sentence)
         if replaced and not replace:
-            raise LabError(
-                f"nothing was written: published rows that would be replaced or removed: {len(replaced)}; "
-                'if that is meant, `make publish ARGS="--replace"`'
-            )
+            advice = 'if that is meant, `make publish ARGS="--replace"`'
+            rows = f"published rows that would be replaced or removed: {len(replaced)}"
+            raise LabError(f"nothing was written: {rows}; {advice}")
         pages = {page: page.read_text("utf-8") for page in (readme, folder / "README.md")}
         written = files_of(records, folder, {*own.runs["step"]}, pages)
         if len(records.runs):
@@ -156,8 +152,7 @@ def compare_folds(rows: pd.DataFrame) -> list[Comparison]:
 
 
 def effect_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
-    rows = [{**vars(one), "seeds": one.seeds} for one in comparisons]
-    table = pd.DataFrame(rows, columns=[*EFFECT_COLUMNS.values()])
+    table = pd.DataFrame([{**vars(one), "seeds": one.seeds} for one in comparisons], columns=[*EFFECT_COLUMNS.values()])
     table.loc[[one.interval == TOO_FEW for one in comparisons], ["low", "high"]] = math.nan
     return files.cells(table, EFFECT_COLUMNS, EFFECT_FORMATS)
 

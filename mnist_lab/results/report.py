@@ -164,10 +164,8 @@ def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: Lo
 
 
 def draw_overview(summary: pd.DataFrame) -> dict[str, Any]:
-    ends = [
-        f"{named(row)}, {percent(row['last'])} % with {row['num_params']:,} parameters"
-        for row in summary.sort_values("last", ascending=False, kind="stable").to_dict("records")
-    ]
+    best_first = summary.sort_values("last", ascending=False, kind="stable").to_dict("records")
+    ends = [f"{named(row)}, {percent(row['last'])} % with {row['num_params']:,} parameters" for row in best_first]
     caption = "Test accuracy of the last epoch against parameters"
     alt = f"{caption}, {counted(len(ends), 'experiment')}. Highest: {ends[0]}. Lowest: {ends[-1]}."
     return _picture(figures.plot_steps(summary), "all", alt, f"{caption}.")

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
@@ -38,6 +38,7 @@ from mnist_lab.tracking.store import MAX_RUNS, Store, check_not_deleted, find_ru
 from mnist_lab.verdicts.comparison import step_order
 
 logger = logging.getLogger(__name__)
+_say_left_out = cache(partial(logger.warning, "left out: run %s: %s"))  # once, however often a store is read
 
 OF_THE_LAB = "tags.step LIKE '%' AND params.seed LIKE '%'"  # a study's own run, the parent of its seeds', has no seed
 TARGETS = ("accuracy", "params", "epochs")
@@ -273,11 +274,6 @@ def _why_left_out(raw: pd.DataFrame) -> dict[Any, str]:
         for place, value in raw.loc[found, name].items():
             reasons.setdefault(place, reason.format(quoted(value)))
     return reasons
-
-
-@cache  # once in each program, however often a store is read
-def _say_left_out(run_id: str, reason: str) -> None:
-    logger.warning("left out: run %s: %s", run_id, reason)
 
 
 def _find_runs(steps: Steps, seeds: Seeds, **which: Unpack[RunFilter]) -> LoadedRuns:

@@ -55,11 +55,10 @@ def file_of(uri: str, run_id: str) -> Path:
 
 def save(checkpoint: Checkpoint, uri: str) -> None:
     """Replace the run's last checkpoint; a crash, or a LabError if it can't be written, leaves one of the two whole."""
-    file = file_of(uri, checkpoint.run_id)
     script, epochs = checkpoint.script.removeprefix(f"{PROJECT_ROOT}/"), [asdict(epoch) for epoch in checkpoint.epochs]
     content = io.BytesIO()
     torch.save({**vars(checkpoint), "script": script, "epochs": epochs}, content)
-    replace_files({file: sealed(content.getvalue())})
+    replace_files({file_of(uri, checkpoint.run_id): sealed(content.getvalue())})
 
 
 def sealed(content: bytes) -> bytes:
@@ -119,14 +118,10 @@ def find(uri: str, changes: Mapping[str, object] | None = None, **wanted: str | 
             logger.warning("not used: checkpoint of run %s, which was deleted in MLflow", one.run_id)
         elif asked.get("step") in (None, one.step):
             others.append(one.name)
-    wishes = [
-        f"{name} {'as declared' if value is None else quoted(value)}"
-        for name, value in [*asked.items(), *changes.items()]
-    ]
-    raise LabError(
-        f"resume: there is no interrupted run with {', '.join(wishes) or 'a finished epoch'} in {folder(uri)}; "
-        f"there are: {', '.join(others) or 'none'}"
-    )
+    properties = [*asked.items(), *changes.items()]
+    wishes = [f"{name} {'as declared' if value is None else quoted(value)}" for name, value in properties]
+    none = f"there is no interrupted run with {', '.join(wishes) or 'a finished epoch'} in {folder(uri)}"
+    raise LabError(f"resume: {none}; there are: {', '.join(others) or 'none'}")
 
 
 def alike(uri: str, identity: Mapping[str, str], seed: int) -> Iterator[Checkpoint]:

@@ -1,8 +1,7 @@
 """A search over hyperparameters: Optuna decides, the lab trains, and no trial is given the test images.
 
 A trial is the job with values drawn from the space, judged by the validation accuracy of its last epoch. The process
-that trains it reports each epoch and the end to Optuna's storage, a database beside MLflow's. So a repeated command
-continues the search.
+that trains it reports each epoch and the end to Optuna's storage, a database beside MLflow's, so a search can go on.
 """
 
 import hashlib

@@ -34,15 +34,10 @@ def ask(uri: str) -> None:
     """Ask a server for the experiment, once; OSError with a sentence if it fails, refuses, or is no MLflow server."""
     if not is_server(uri):
         return
-    answer = http_request(  # type: ignore[no-untyped-call]
-        get_default_host_creds(uri),  # type: ignore[no-untyped-call]
-        "/api/2.0/mlflow/experiments/get-by-name",
-        "GET",
-        params={"experiment_name": EXPERIMENT_NAME},
-        timeout=SHORT_TIMEOUT,
-        max_retries=0,
-        raise_on_status=False,
-    )
+    route, params = "/api/2.0/mlflow/experiments/get-by-name", {"experiment_name": EXPERIMENT_NAME}
+    once = {"timeout": SHORT_TIMEOUT, "max_retries": 0, "raise_on_status": False}
+    credentials = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
+    answer = http_request(credentials, route, "GET", params=params, **once)  # type: ignore[no-untyped-call]
     if answer.status_code in REFUSALS:
         raise OSError(f"the server refuses you (HTTP {answer.status_code}): {REFUSALS[answer.status_code]}")
     content = {}

@@ -112,12 +112,8 @@ def _run_mlflow(host: str, port: int, flags: Sequence[str], lines: Sequence[str]
     """Run `mlflow server` until interrupted, and print these lines when it is there; LabError if it does not last."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # whoever reads the output may be gone, and the server must still end
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *flags]
-    environment = {
-        **os.environ,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PYTHONWARNINGS": "ignore",  # of its own libraries, which no user of the lab can heed
-    }
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment["PYTHONWARNINGS"] = "ignore"  # of its own libraries, which no user of the lab can heed
     child = partial(subprocess.Popen, start_new_session=True, stdout=DEVNULL)
     with (
         child([*command, "--uvicorn-opts", "--log-level warning"], env=environment) as server,

@@ -19,13 +19,9 @@ from mnist_lab.paths import ARTIFACTS, CHECKPOINTS, EXPERIMENT_NAME, LOCKS, arti
 ROOM = 4 * 2**20  # bytes that must be free before a run; one leaves about 1 MB, and the largest network's 5
 # Where MLflow records paths of artifacts.
 LOCATIONS = (
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
+    *(("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")),
+    *(("model_versions", "source"), ("model_versions", "storage_location")),
 )
-
 # The limits of a tracking server's route for the histories of several runs, which its own UI uses.
 RUNS_PER_REQUEST, POINTS_PER_REQUEST = 100, 25_000
 

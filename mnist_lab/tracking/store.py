@@ -54,7 +54,6 @@ class Store:
 
     @property
     def name(self) -> str:
-        """The URI without its password, for messages."""
         return without_password(self.uri)
 
     @property
@@ -205,8 +204,7 @@ def finished_runs(
     hardware: as the tag of that name. A restored run counts only for a seed that has no other run, and only if it was
         made on hardware that rounds sums alike; a notice names those of `seeds` that don't count.
     """
-    kinds: tuple[dict[int, FinishedRun], ...] = ({}, {}, {})
-    own, restored, elsewhere = kinds
+    own, restored, elsewhere = (dict[int, FinishedRun]() for _ in range(3))
     for run in search(store, f"attributes.status = 'FINISHED' AND tags.code_sha256 = '{tags['code_sha256']}'"):
         seed = run.data.params.get("seed", "")
         alike = run.data.params == {**params, "seed": seed} and tags.items() <= run.data.tags.items()
@@ -389,8 +387,7 @@ def quiet() -> Iterator[None]:
 def replace_files(contents: Mapping[Path, str | bytes]) -> None:
     """Write these files; folders that are missing are made. Text is written as UTF-8 whatever the locale is.
 
-    None is replaced before all are on the disk. A link to a file stays one. Raises LabError if one can't be written;
-    then the old files are as they were.
+    None is replaced before all are on disk. A link stays one. LabError if one can't be written; then none is changed.
     """
     new: dict[Path, Path] = {}
     try:

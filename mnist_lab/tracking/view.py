@@ -45,20 +45,17 @@ def state() -> str:
         }
         for metric in CHARTS
     ]
-    sections = [
-        {"uuid": name, "name": name, "display": name == CURVES, "isReordered": True, "deleted": False}
-        for name in (CURVES, OTHERS)
-    ]
-    return json.dumps(
-        {
-            "orderByKey": "tags.`order`",
-            "orderByAsc": True,
-            "selectedColumns": [*COLUMNS],
-            "columnOrder": [*COLUMNS],
-            "columnWidths": COLUMNS,
-            "compareRunCharts": charts,
-            "compareRunSections": sections,
-            "isAccordionReordered": True,
-            "hideEmptyCharts": True,
-        }
-    )
+    kept = {"isReordered": True, "deleted": False}
+    sections = [{"uuid": name, "name": name, "display": name == CURVES, **kept} for name in (CURVES, OTHERS)]
+    shown = {
+        "orderByKey": "tags.`order`",
+        "orderByAsc": True,
+        "selectedColumns": [*COLUMNS],
+        "columnOrder": [*COLUMNS],
+        "columnWidths": COLUMNS,
+        "compareRunCharts": charts,
+        "compareRunSections": sections,
+        "isAccordionReordered": True,
+        "hideEmptyCharts": True,
+    }
+    return json.dumps(shown)

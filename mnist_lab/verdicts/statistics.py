@@ -42,8 +42,7 @@ class Difference:
     """The difference b - a, with its 95 % interval and a two-sided p.
 
     n: what the test counts: pairs of seeds; or the seeds of a and of b.
-    seeds_needed: about how many seeds per arm would show a difference of this size; None where it is shown already
-        or can't be said.
+    seeds_needed: about how many per arm would show a difference of this size; None where it is shown, or can't be said.
     """
 
     effect: float
