@@ -16,15 +16,8 @@ from mnist_lab.results import publish as files
 from mnist_lab.tracking.store import Store
 
 STEP4 = {
-    "batch_size": "128",
-    "epochs": "3",
-    "optimizer": "SGD",
-    "lr": "0.1",
-    "momentum": "0.9",
-    "scheduler": "StepLR",
-    "step_size": "2",
-    "gamma": "0.6",
-    "device": "cpu",
+    **{"batch_size": "128", "epochs": "3", "optimizer": "SGD", "lr": "0.1", "momentum": "0.9"},
+    **{"scheduler": "StepLR", "step_size": "2", "gamma": "0.6", "device": "cpu"},
 }
 T0 = 1_790_000_000_000  # milliseconds since 1970
 PAGE = """# Page

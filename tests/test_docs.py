@@ -34,12 +34,9 @@ def test_the_declaration_is_that_of_step_8() -> None:
 
 def test_the_first_command_ends_as_the_committed_run_of_seed_0_did() -> None:
     (seed_0,) = (row for row in STEP8 if row["seed"] == "0")
-    verdicts = judge(
-        Targets(accuracy=99.4, params=10_000, epochs=15),
-        accuracies=[float(seed_0["last"])],
-        num_params=int(seed_0["num_params"]),
-        epochs=int(seed_0["epochs"]),
-    )
+    targets = Targets(accuracy=99.4, params=10_000, epochs=15)
+    counts = {name: int(seed_0[name]) for name in ("num_params", "epochs")}
+    verdicts = judge(targets, accuracies=[float(seed_0["last"])], **counts)
     assert PLAIN[1].strip() == verdict_table(verdicts)
 
 

@@ -257,9 +257,8 @@ def test_a_bad_picture_among_others_loses_none_of_them(
     Image.fromarray(np.maximum(digits[0], digits[2])).save(tmp_path / "3.png")  # of which no network is sure
     (tmp_path / "1.png").write_text("hello")
     (tmp_path / "notes.txt").write_text("hello")
-    command = ["mnist_lab", "predict", str(tmp_path), "--tracking-uri", uri]
     champion = load_committed()[1]
-    monkeypatch.setattr(sys, "argv", [*command, "--show"])
+    monkeypatch.setattr(sys, "argv", ["mnist_lab", "predict", str(tmp_path), "--tracking-uri", uri, "--show"])
     with pytest.raises(SystemExit, match="1"):
         main()
     shown, said = capsys.readouterr()
@@ -267,12 +266,9 @@ def test_a_bad_picture_among_others_loses_none_of_them(
     assert refusal.startswith(f"error: {tmp_path / '1.png'}: ")
     assert "notes.txt" not in refusal
     rows = re.findall(r"^(\S+\.png) +(\d) +([\d.]+) % +(\d) \(([\d.]+) %\)$", shown, re.MULTILINE)
-    read = mnist_lab.predict(
-        np.stack([read_digit(tmp_path / f"{n}.png") for n in (0, 2, 3)]), tracking_uri=uri
-    ).probabilities
-    assert [(row[0], row[1]) for row in rows[:2]] == [
-        (str(tmp_path / f"{n}.png"), one) for n, one in ((0, "7"), (2, "1"))
-    ]
+    prepared = np.stack([read_digit(tmp_path / f"{n}.png") for n in (0, 2, 3)])
+    read = mnist_lab.predict(prepared, tracking_uri=uri).probabilities
+    assert [row[:2] for row in rows[:2]] == [(str(tmp_path / f"{n}.png"), one) for n, one in ((0, "7"), (2, "1"))]
     for (_, digit, first, runner_up, second), shares in zip(rows, 100 * read, strict=True):
         assert [float(first), float(second)] == pytest.approx(sorted(shares)[:-3:-1], abs=0.0051)
         assert [float(first), float(second)] == pytest.approx(shares[[int(digit), int(runner_up)]], abs=0.0051)

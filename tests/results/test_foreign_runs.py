@@ -105,11 +105,9 @@ def test_what_cant_be_right_is_left_out_and_named_once(store: Store, caplog: pyt
 
 def test_odd_values_replace_nothing_that_is_measured_and_are_text_or_missing(store: Store) -> None:
     names = ("step", "final_test_accuracy", "status", "run_id", "start_time", "facts", "best_validation_accuracy")
-    params = {"lr": "high", "momentum": "9" * 400, "gamma": "٣"}
+    params = PARAMS | dict.fromkeys(names, "high") | {"lr": "high", "momentum": "9" * 400, "gamma": "٣"}
     values = METRICS | {"test_loss": math.nan, "train_loss": math.inf, "lr": math.nan}
-    run_id = write_foreign_run(
-        store, PARAMS | dict.fromkeys(names, "high") | params, TAGS | {"git_dirty": "unknown"}, values
-    )
+    run_id = write_foreign_run(store, params, TAGS | {"git_dirty": "unknown"}, values)
     odd = PARAMS | {"batch_size": "+1", "epochs": "+1", "step_size": "9" * 19}
     write_foreign_run(store, odd, TAGS | {"step": "odd"})
 

@@ -213,14 +213,12 @@ def test_the_protocols_are_in_separate_tables(held_out: str) -> None:
     assert tested[["holdout", "final_test_accuracy", "best_test_accuracy"]].to_numpy().tolist() == [[0, 99.0, 99.0]]
     assert "final_validation_accuracy" not in tested
     (validated,) = results.run_table(columns="all", holdout=10_000, tracking_uri=held_out).to_dict("records")
-    assert (
-        validated.items()
-        >= {
-            **{"holdout": 10_000, "overrides": "", "final_validation_accuracy": 98.8, "best_validation_accuracy": 98.9},
-            **{"best_epoch": 2, "final_test_accuracy": 98.7, "final_test_loss": 0.04},
-            "final_validation_loss": pytest.approx(1.2 / 30),
-        }.items()
-    )
+    expected = {
+        **{"holdout": 10_000, "overrides": "", "final_validation_accuracy": 98.8, "best_validation_accuracy": 98.9},
+        **{"best_epoch": 2, "final_test_accuracy": 98.7, "final_test_loss": 0.04},
+        "final_validation_loss": pytest.approx(1.2 / 30),
+    }
+    assert validated.items() >= expected.items()
     assert "best_test_accuracy" not in validated
     everything = results.run_table(holdout=10_000, include_overrides=True, tracking_uri=held_out)
     assert everything["overrides"].tolist() == ["", "lr=0.5"]  # holding out is a protocol, with its own column
@@ -250,9 +248,8 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(store: St
     (first, second), refused = results.compare_pairs(pairs, tracking_uri=store.uri)
 
     expected = compare_means(dict(enumerate([99.0, 99.1, 98.9])), dict(enumerate([99.2, 99.25, 99.12])))
-    assert (first.effect, first.low, first.high, first.p, first.p_holm) == pytest.approx(
-        (expected.effect, expected.low, expected.high, expected.p, 2 * expected.p)
-    )
+    wanted = (expected.effect, expected.low, expected.high, expected.p, 2 * expected.p)
+    assert (first.effect, first.low, first.high, first.p, first.p_holm) == pytest.approx(wanted)
     assert (first.change, first.test, first.seeds) == ("first", "paired t-test", "3")
     assert (second.change, second.p_holm, second.word) == ("second", pytest.approx(second.p), "not shown")
     assert (first.differ, second.differ) == ("", "lr, nesterov, num_params")
@@ -299,19 +296,16 @@ def test_the_predictions_of_a_run_are_read_with_their_confidence(store: Store) -
 def test_scripts_declare_with_which_experiments_they_are_compared(tmp_path: Path) -> None:
     declared = declared_pairs()
     assert Pair("step2_dropout", "gap_alone", "GAP alone") in declared
-    assert {step for pair in declared for step in (pair.a, pair.b)} <= {
-        file.stem for file in (ROOT / "experiments").glob("*.py")
-    }
+    scripts = {file.stem for file in (ROOT / "experiments").glob("*.py")}
+    assert {step for pair in declared for step in (pair.a, pair.b)} <= scripts
     (tmp_path / "my_idea.py").write_text(
         '"""An idea.\n\nChange: two.\nCompared with step4: a,\nb.\ncompared with x.2, y.py : c\nCompared with y: d."""'
     )
     (tmp_path / "step4_augment_steplr.py").write_text('"""Published.\n\nCompared with step3_gap: copied."""')
-    (tmp_path / "a_copy.py").write_text(
-        '"""Mine.\n\nCompared with step3_gap: copied.\nCompared with a_copy: itself."""'
-    )
+    copy = '"""Mine.\n\nCompared with step3_gap: copied.\nCompared with a_copy: itself."""'
+    (tmp_path / "a_copy.py").write_text(copy)
     (tmp_path / "broken.py").write_text("(")
-    found = declared_pairs(tmp_path)
-    assert found == [
+    assert declared_pairs(tmp_path) == [
         Pair("step3_gap", "step4_augment_steplr", "copied"),
         Pair("step3_gap", "a_copy", "all that differs"),
         Pair("step4_augment_steplr", "my_idea", "a, b"),

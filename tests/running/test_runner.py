@@ -74,10 +74,9 @@ def test_the_description_is_the_verdict_and_what_was_planned_where_the_run_is_ov
 def test_the_description_of_a_run_as_declared_is_the_whole_docstring(tmp_path: Path) -> None:
     script = tmp_path / "mine.py"
     script.write_text('"""Mine.\n\nTarget: much.\n\nResult: little."""')
-    assert describe(script) == ("The docstring of mine.py:\n\n**Mine**\n\n**Target:** much.\n\n**Result:** little.")
-    assert describe(script, "lr=1") == (
-        "**Overridden:** `lr=1`\n\nThe docstring of mine.py:\n\n**Mine**\n\n**Target:** much."
-    )
+    planned = "The docstring of mine.py:\n\n**Mine**\n\n**Target:** much."
+    assert describe(script) == f"{planned}\n\n**Result:** little."
+    assert describe(script, "lr=1") == f"**Overridden:** `lr=1`\n\n{planned}"
     assert describe(tmp_path / "gone.py", "lr=1") == "**Overridden:** `lr=1`"
 
 
@@ -224,9 +223,8 @@ def test_the_last_epoch_is_the_headline_and_the_first_of_the_best_the_best() -> 
         EpochMetrics(number, 0.1, train, 60_000, number / 100, test, 10_000, 0.01, 1.0)
         for number, (train, test) in enumerate(counts, start=1)
     ]
-    experiment = Experiment(
-        net=nn.Identity, epochs=4, batch_size=1, optimizer=torch.optim.SGD, targets=Targets(accuracy=99.4)
-    )
+    targets = Targets(accuracy=99.4)
+    experiment = Experiment(net=nn.Identity, epochs=4, batch_size=1, optimizer=torch.optim.SGD, targets=targets)
 
     assert measure(7850, epochs, experiment) == {
         **{"num_params": 7850, "epochs": 4, "best_epoch": 2, "epochs_at_target": 2, "final_test_loss": 0.04},
@@ -352,9 +350,8 @@ def run_with(more: str, database: Path) -> subprocess.CompletedProcess[str]:
     folder = database.parent
     script = folder / "my_idea.py"
     script.write_text(SCRIPT.replace("# more", more))
-    return run_program(
-        script, "--limit", "64", "--device", "cpu", "--tracking-uri", f"sqlite:///{database}", cwd=folder
-    )
+    flags = ["--limit", "64", "--device", "cpu", "--tracking-uri", f"sqlite:///{database}"]
+    return run_program(script, *flags, cwd=folder)
 
 
 def test_what_a_script_draws_when_it_is_read_is_said_unless_it_seeds(database: Path) -> None:

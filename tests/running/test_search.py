@@ -71,13 +71,8 @@ def few(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def job(uri: str) -> Job:
     """Return a job whose target leaves no room for a width of 15."""
-    experiment = Experiment(
-        net=net_of,
-        epochs=4,
-        batch_size=50,
-        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-        targets=Targets(accuracy=50.0, params=900),
-    )
+    optimizer, targets = partial(torch.optim.SGD, lr=0.1, momentum=0.9), Targets(accuracy=50.0, params=900)
+    experiment = Experiment(net=net_of, epochs=4, batch_size=50, optimizer=optimizer, targets=targets)
     return Job(script=TINY, experiment=experiment, tracking_uri=uri, holdout=200, threads=1)
 
 
@@ -267,6 +262,5 @@ def test_a_search_in_a_process_that_is_killed_goes_on(database: Path, tmp_path: 
     ended = [run for run in runs if run.tags.get(PARENT) == parent.run_id and run.status == "FINISHED"]
     assert len(ended) == len({run.params["lr"] for run in ended}) == 3
 
-    assert not read_value(
-        database.parent / "searches.db", "SELECT COUNT(*) FROM trials WHERE state IN ('RUNNING', 'WAITING')"
-    )
+    unfinished = "SELECT COUNT(*) FROM trials WHERE state IN ('RUNNING', 'WAITING')"
+    assert not read_value(database.parent / "searches.db", unfinished)

@@ -182,9 +182,8 @@ def test_a_study_keeps_its_figures_its_verdict_and_the_mean_curves(story: Simple
     del wanted["final_test_accuracy_n"]
     mean, sd = np.mean(last), np.std(last, ddof=1)
     wanted |= {"p": judge_mean(last, 50.0)[1], "last": round(mean, 2), "sd": round(sd, 3), "seeds": 3}
-    assert {name: study.metrics[name] for name in wanted} == {
-        name: [(0, pytest.approx(value))] for name, value in wanted.items()
-    }
+    once = {name: [(0, pytest.approx(value))] for name, value in wanted.items()}
+    assert {name: study.metrics[name] for name in wanted} == once
     for name in ("test_accuracy", "test_loss", "train_accuracy", "train_loss"):
         of_seeds = [run.metrics[name][0][1] for run in story.finished]
         assert study.metrics[name] == [(1, pytest.approx(np.mean(of_seeds)))]

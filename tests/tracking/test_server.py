@@ -47,9 +47,8 @@ class Database:
         self.folder, self.programs, self.port = folder / "data", Path(programs).parent, free_port()
         (folder / "password").write_text(PASSWORD)
         (folder / "password").chmod(0o644)
-        self._call(
-            "initdb", "--username=owner", f"--pwfile={folder}/password", "--auth=scram-sha-256", "--encoding=UTF8"
-        )
+        flags = ["--username=owner", f"--pwfile={folder}/password", "--auth=scram-sha-256", "--encoding=UTF8"]
+        self._call("initdb", *flags)
         self.start()
 
     def _call(self, program: str, *flags: str) -> None:
@@ -377,9 +376,8 @@ def test_it_answers_nobody_who_is_led_to_it_by_another_page(ui: Ui) -> None:
     opener.process_response.clear()  # a refusal is an answer too
     address = f"{ui.address}/api/2.0/mlflow/experiments/search"
     for headers, status in (({}, 200), ({"Host": "evil.example"}, 403), ({"Origin": "http://evil.example"}, 403)):
-        asked = urllib.request.Request(
-            address, data=b'{"max_results": 1}', headers={"Content-Type": "application/json", **headers}
-        )
+        of_json = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(address, data=b'{"max_results": 1}', headers=of_json | headers)
         with opener.open(asked, timeout=PATIENCE) as answer:
             assert answer.status == status
 

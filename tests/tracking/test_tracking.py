@@ -414,9 +414,8 @@ def test_a_restored_run_is_found_on_hardware_that_rounds_alike(store: Store, cap
     own = {seed: write(store, seed, hardware="another, 8 cores, AVX2") for seed in (0, 1)}
     before_instructions_were_noted = "CPU, 2 cores"
     machines = ["CPU, 2 cores, AVX512"] * 2 + [before_instructions_were_noted, "NVIDIA H100", ""]
-    restored = {
-        seed: write(store, seed, hardware=machine, restored="c0ffee") for seed, machine in enumerate(machines, start=1)
-    }
+    of_seeds = enumerate(machines, start=1)
+    restored = {seed: write(store, seed, hardware=machine, restored="c0ffee") for seed, machine in of_seeds}
 
     assert found("CPU, 64 cores, AVX512") == own | {2: restored[2]}
     assert found("other CPU, 2 cores, AVX512") == own
