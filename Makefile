@@ -85,7 +85,7 @@ data: $(INSTALLED)  ## fetch and verify MNIST
 # ---- experiments
 
 .PHONY: steps
-steps: $(STEPS)  ## train the ten steps, and the ninth's teacher, one after another
+steps: $(STEPS)  ## train the ten steps, and once the ninth's teacher, one after another
 
 # Without its last two lines a script would train nothing, and say nothing.
 define START
