@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, SequentialLR
 
 from mnist_lab import Experiment
 from mnist_lab.data import Mnist
@@ -54,6 +55,11 @@ class DrawsElsewhere:
         return image.roll(random.randint(-2, 2), dims=-1) * float(np.random.uniform(0.5, 1.0))  # noqa: NPY002
 
 
+def warm_up_then_decay(optimizer: Optimizer) -> SequentialLR:
+    warm_up = LambdaLR(optimizer, lambda step: np.float64((step + 1) / 3))  # numpy's numbers are no plain ones
+    return SequentialLR(optimizer, [warm_up, ExponentialLR(optimizer, 0.5)], milestones=[2])
+
+
 FIRST = EpochMetrics(1, 0.5, 90, 100, 0.4, 95, 100, 0.1, 1.5)
 
 
@@ -68,12 +74,8 @@ def example(run_id: str = "abc", **changes: object) -> Checkpoint:
 
 
 def declare(**changes: Any) -> Experiment:
-    fields: dict[str, Any] = {
-        "net": Linear,
-        "epochs": 2,
-        "batch_size": 128,
-        "optimizer": partial(SGD, lr=0.05, momentum=0.9),
-    }
+    optimizer = partial(SGD, lr=0.05, momentum=0.9)
+    fields: dict[str, Any] = {"net": Linear, "epochs": 2, "batch_size": 128, "optimizer": optimizer}
     return Experiment(**(fields | changes))
 
 

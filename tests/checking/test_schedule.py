@@ -5,31 +5,24 @@ from typing import Any
 
 import pytest
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     CyclicLR,
     ExponentialLR,
     LambdaLR,
     LinearLR,
-    LRScheduler,
     MultiStepLR,
     OneCycleLR,
     ReduceLROnPlateau,
-    SequentialLR,
     StepLR,
 )
 
 from mnist_lab.checking.schedule import Walk, notice_batch_norm, notice_unit, without_effect
-from networks import Linear, declare
+from networks import Linear, declare, warm_up_then_decay
 
 
 def walk(scheduler: Any, epochs: int = 14, interval: str = "epoch", images: int = 1_000) -> Walk:
     return Walk(declare(scheduler=scheduler, epochs=epochs, scheduler_interval=interval), Linear(), images)
-
-
-def in_sequence(optimizer: Optimizer) -> LRScheduler:
-    return SequentialLR(optimizer, [LinearLR(optimizer), StepLR(optimizer, 1)], milestones=[2])
 
 
 NO_EFFECT = {
@@ -39,7 +32,7 @@ NO_EFFECT = {
     "steps beyond the run": (walk(partial(MultiStepLR, milestones=[30, 60])), ["scheduler"]),
     "step in the run": (walk(partial(StepLR, step_size=13, gamma=0.6)), []),
     "step by batch": (walk(partial(StepLR, step_size=14), 2, "batch"), []),
-    "in sequence": (walk(in_sequence), []),
+    "in sequence": (walk(warm_up_then_decay), []),
     "plateau": (walk(partial(ReduceLROnPlateau, patience=3)), []),
     "none": (walk(None), []),
 }

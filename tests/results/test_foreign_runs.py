@@ -3,9 +3,9 @@
 import io
 import math
 import re
-import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +163,14 @@ def test_reports_and_figures_show_others(odd_store: Store, tmp_path: Path, caplo
 
 
 def test_an_export_takes_what_can_name_a_file_and_prints_it_whatever_the_locale(
-    odd_store: Store,
-    tmp_path: Path,
-    lab: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    odd_store: Store, tmp_path: Path, lab: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     printed = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii", write_through=True))
-    lab("export", "--folder", tmp_path, "--tracking-uri", odd_store.uri)
-    lab("compare", "--tracking-uri", odd_store.uri)
+    with redirect_stdout(io.TextIOWrapper(printed, "ascii", write_through=True)):
+        lab("export", "--folder", tmp_path, "--tracking-uri", odd_store.uri)
+        lab("compare", "--tracking-uri", odd_store.uri)
+        assert b"\\xe9.csv" in printed.getvalue()
 
-    assert b"\\xe9.csv" in printed.getvalue()
     assert {"step1.csv", "few.csv", "lost.csv", "é.csv"} <= {file.name for file in tmp_path.iterdir()}
     assert "| `step1` | 2 |" in (tmp_path / "README.md").read_text()
     assert "left out: step: 'a|b <b>' can't name a file of figures" in "\n".join(caplog.messages)

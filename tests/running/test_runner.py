@@ -30,12 +30,12 @@ from mnist_lab.running import run as runner
 from mnist_lab.running.job import Job, choose_device
 from mnist_lab.running.progress import Progress
 from mnist_lab.running.run import augmented, describe, load_parts, measure
-from mnist_lab.tracking.store import FinishedRun
 from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.training.states import drawn_unseeded
 from networks import Linear, declare
 
 Load = Callable[[str], ModuleType]
+Train = Callable[..., TrackedRun]
 
 
 # ---- one epoch of step 1, through its script
@@ -234,21 +234,6 @@ def test_the_last_epoch_is_the_headline_and_the_first_of_the_best_the_best() -> 
     assert "epochs_at_target" not in measure(2, epochs, dataclasses.replace(experiment, targets=Targets()))
 
 
-Train = Callable[..., FinishedRun]
-
-
-@pytest.fixture
-def train(small_mnist: Mnist, monkeypatch: pytest.MonkeyPatch, uri: str) -> Train:
-    monkeypatch.setattr(runner, "load_mnist", lambda folder, device: first(small_mnist, 130, 300))
-
-    def train(holdout: int = 0, **fields: object) -> FinishedRun:
-        experiment = declare(batch_size=64, **fields)
-        job = Job(script=Path(__file__), experiment=experiment, tracking_uri=uri, holdout=holdout)
-        return runner.run(job, 0, Progress())
-
-    return train
-
-
 # ---- what shows in training only
 
 
@@ -291,10 +276,10 @@ IN_TRAINING = {
 
 @pytest.mark.parametrize(("change", "calls", "holdout", "sentence"), IN_TRAINING.values(), ids=IN_TRAINING)
 def test_a_network_that_fails_later_ends_its_run_as_failed(
-    change: Callable[[Tensor], Tensor], calls: int, holdout: int, sentence: str, train: Train, database: Path
+    change: Callable[[Tensor], Tensor], calls: int, holdout: int, sentence: str, train_run: Train, database: Path
 ) -> None:
     with pytest.raises(LabError) as refusal:
-        train(net=later(change, calls), holdout=holdout)
+        train_run(declare(batch_size=64, net=later(change, calls)), "idea", limit=130 - holdout, holdout=holdout)
 
     assert re.fullmatch(sentence, str(refusal.value))
     (run,) = read_runs(database)
@@ -304,7 +289,7 @@ def test_a_network_that_fails_later_ends_its_run_as_failed(
     assert bool(kept) == (change is not times_nan)  # with which it would end so again
 
 
-def test_what_a_script_logs_by_mlflow_goes_into_the_labs_run(train: Train, database: Path) -> None:
+def test_what_a_script_logs_by_mlflow_goes_into_the_labs_run(train_run: Train) -> None:
     def logging_objective(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = net(images)
         mlflow.log_metric("largest_logit", logits.max().item())
@@ -313,9 +298,8 @@ def test_what_a_script_logs_by_mlflow_goes_into_the_labs_run(train: Train, datab
             mlflow.log_metrics(metrics={"x": 1, "train_loss": 2})  # of which one is the lab's
         return nn.functional.cross_entropy(logits, labels), logits
 
-    train(objective=logging_objective)
+    run = train_run(declare(batch_size=64, objective=logging_objective), "idea", limit=130)
 
-    (run,) = read_runs(database)
     assert len(run.metrics["largest_logit"]) == len(run.metrics["smallest_logit"]) == 6  # one a batch
     assert mlflow.active_run() is None
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import mlflow
 import numpy as np
@@ -34,7 +35,6 @@ from mnist_lab.running.study import judge_runs
 from mnist_lab.running.study import study as run_study
 from mnist_lab.running.workers import Failed, SeedTask, Trainers, local
 from mnist_lab.tracking.store import FinishedRun, open_store
-from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.statistics import aggregate, judge_mean
 
 NO_CHANGES: dict[str, object] = {}
@@ -413,15 +413,10 @@ def test_a_teacher_that_has_seen_all_images_is_refused(folds: Folds) -> None:
         run_study(job, range(3), Progress(), Trainers())
 
 
-class Interrupting(Progress):
-    def on_epoch(self, seed: int, metrics: EpochMetrics) -> None:
-        raise KeyboardInterrupt
-
-
 def test_a_fold_that_is_interrupted_after_its_last_epoch_is_finished_and_then_not_trained_again(folds: Folds) -> None:
     script = Path(shutil.copy(TINY, folds.database.parent / "third.py"))
     with pytest.raises(KeyboardInterrupt):
-        runner.run(folds.job(script), 0, Interrupting())
+        runner.run(folds.job(script), 0, Mock(on_epoch=Mock(side_effect=KeyboardInterrupt)))
 
     finished, again = folds.study(script), folds.study(script)
 

@@ -223,8 +223,7 @@ def _admin(guarded: Team, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = guarded.process.stdout
     assert "\nexport MLFLOW_TRACKING_USERNAME=admin\n" in shown
     assert f'\nexport MLFLOW_TRACKING_PASSWORD="${servers.ADMIN_VARIABLE}"\n' in shown
-    values = {"URI": guarded.uri, "USERNAME": "admin", "PASSWORD": ADMIN}
-    for name, text in values.items():
+    for name, text in {"URI": guarded.uri, "USERNAME": "admin", "PASSWORD": ADMIN}.items():
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", text)
 
 

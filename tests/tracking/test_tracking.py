@@ -365,11 +365,8 @@ def test_a_run_that_goes_on_elsewhere_is_tagged_with_both_places(uri: str, caplo
 
 def test_a_password_in_an_error_is_not_logged(uri: str, database: Path, caplog: pytest.LogCaptureFixture) -> None:
     tags = {"remote": "https://bob:pass-word@git.example/x.git"}
-    with (
-        caplog.at_level(logging.DEBUG, "mnist_lab"),
-        pytest.raises(RuntimeError),
-        track(open_store(uri), "a run", params={}, tags=tags),
-    ):
+    caplog.set_level(logging.DEBUG, "mnist_lab")
+    with pytest.raises(RuntimeError), track(open_store(uri), "a run", params={}, tags=tags):
         raise RuntimeError("no answer from postgresql://bob:pass-word@host/x")
 
     (run,) = read_runs(database)

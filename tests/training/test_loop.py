@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, SequentialLR, StepLR
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import first
@@ -28,7 +28,7 @@ from mnist_lab.running.run import epoch_metrics
 from mnist_lab.training.dropout import MAX_P, SparseDropout, draw_zeros
 from mnist_lab.training.loop import Training, evaluate, initial_network, num_params, predict
 from mnist_lab.training.states import seed_generators
-from networks import CPU, DrawsElsewhere, Linear, Small, declare, train
+from networks import CPU, DrawsElsewhere, Linear, Small, declare, train, warm_up_then_decay
 
 
 @pytest.mark.parametrize("net", [Linear, Small])
@@ -98,11 +98,6 @@ def reference_epochs(experiment: Experiment, mnist: Mnist, seed: int) -> Iterato
 
 def invert(images: Tensor) -> Tensor:
     return images.neg_().add_(1)  # in place: the data must not notice
-
-
-def warm_up_then_decay(optimizer: Optimizer) -> SequentialLR:
-    warm_up = LambdaLR(optimizer, lambda step: (step + 1) / 3)
-    return SequentialLR(optimizer, [warm_up, ExponentialLR(optimizer, 0.5)], milestones=[2])
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_lab import Experiment
@@ -22,7 +21,7 @@ from mnist_lab.data import Mnist
 from mnist_lab.objectives import mixup
 from mnist_lab.training.loop import Training, initial_network
 from mnist_lab.training.states import own_parts, seed_generators
-from networks import CPU, DrawsElsewhere, Linear, Small, declare
+from networks import CPU, DrawsElsewhere, Linear, Small, declare, warm_up_then_decay
 
 NOISE = torch.Generator().manual_seed(0)  # which no run seeds
 
@@ -86,14 +85,6 @@ class Noisy(Linear):
         return logits + self.training * torch.rand(logits.shape, generator=NOISE)
 
 
-def warm_up(epoch: int) -> Any:
-    return np.interp(epoch, [0, 3], [0.1, 1.0])  # numpy's numbers are no plain ones
-
-
-def in_sequence(optimizer: Optimizer) -> LRScheduler:
-    return SequentialLR(optimizer, [LambdaLR(optimizer, warm_up), StepLR(optimizer, 1)], milestones=[2])
-
-
 class Counts:
     """Divides the loss by its batches' number, and keeps that as it will."""
 
@@ -135,14 +126,9 @@ class Fades(Linear):
         return super().forward(images) / max(1, self.counter.batches)
 
 
-class Freezes(Linear):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
-
+class Freezes(Small):
     def forward(self, images: Tensor) -> Tensor:
-        self.seen += self.training
-        self.linear.bias.requires_grad_(bool(self.seen < 2))
+        self[-1].bias.requires_grad_(bool(self[1].num_batches_tracked < 2))
         return super().forward(images)
 
 
@@ -179,7 +165,7 @@ def start(experiment: Experiment, mnist: Mnist, seed: int = 3) -> Training:
         {"augmentation": DrawsElsewhere()},
         {"scheduler": partial(OneCycleLR, max_lr=0.1), "scheduler_interval": "batch"},
         {"scheduler": partial(ReduceLROnPlateau, patience=0), "optimizer": partial(AdamW, lr=0.01)},
-        {"scheduler": in_sequence},
+        {"scheduler": warm_up_then_decay},
         {"average": partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)},
         {"average": AveragedModel, "objective": partial(mixup, alpha=0.3)},
         {"average": partial(AveragedModel, multi_avg_fn=KeptAverages())},
