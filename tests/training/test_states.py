@@ -128,7 +128,8 @@ class Fades(Linear):
 
 class Freezes(Small):
     def forward(self, images: Tensor) -> Tensor:
-        self[-1].bias.requires_grad_(bool(self[1].num_batches_tracked < 2))
+        if self[1].num_batches_tracked == 2:  # once, in the first epoch
+            self[-1].bias.requires_grad_(False)
         return super().forward(images)
 
 
