@@ -30,7 +30,7 @@ def tracking_uri(given: str | None = None) -> str:
             raise LabError(f"tracking store {str(file)!r}: % and ? have another meaning in a URI; choose another path")
         return f"{SQLITE}{file}"
     # It is not shown, as it may be a database's words with a password.
-    if uri.startswith("sqlite:") or ("://" not in uri and uri != "databricks"):
+    if uri.startswith(("sqlite:", "file:")) or ("://" not in uri and uri != "databricks"):
         raise LabError(f"tracking store: the URI is none; give {SQLITE}<path>/mlflow.db or http://<host>:<port>")
     scheme, _, rest = uri.partition("://")
     if not USER_INFO.fullmatch(rest.rpartition("@")[0]):

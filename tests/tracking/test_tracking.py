@@ -127,6 +127,7 @@ def test_a_process_killed_while_it_makes_the_store_blocks_nobody(tmp_path: Path)
         ("sqlite:///{folder}/overwritten.db", "can't be read: |is not an MLflow database$"),
         ("sqlite:///{folder}", "is not a file"),
         ("sqlite:///{folder}/notes.txt/mlflow.db", "can't be used: .*(Not a directory|File exists)"),
+        ("file://{folder}", ": the URI is none; give sqlite:///"),  # MLflow's own files, which it has given up
         ("foo://x", "can't be used: .*unsupported URI 'foo://x'"),
         ("mssql://nobody@127.0.0.1:1/runs", "can't be used: "),  # its driver is not installed
     ],
