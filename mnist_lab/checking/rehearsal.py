@@ -298,7 +298,7 @@ def _check_logits(logits: object, size: int) -> None:
         several = "; an objective may take more of them in training" if isinstance(logits, tuple | list | dict) else ""
         raise ValueError(f"gives {kind(logits)}, not torch.float32 logits of shape ({size}, 10){several}")
     if not logits.isfinite().all():
-        raise ValueError("gives logits that are not finite on the first batch")
+        raise ValueError("gives logits that are not finite, on the first batch or after a few steps of the optimizer")
 
 
 def _checked_loss(returned: object, size: int) -> tuple[Tensor, Tensor]:
