@@ -286,12 +286,7 @@ def test_any_declaration_trains_or_is_refused_by_the_name_of_its_field(examples:
             field = re.match(r"(\w+)", sentence)
             assert field
             # What a part gives is seen by the next one: odd images or logits may be too much for it.
-            seen_by = {
-                "net": {"normalize", "optimizer"},
-                "loss": {"net"},
-                "objective": {"net"},
-                "average": {"net", "normalize"},
-            }
+            seen_by = {"net": {"normalize"}, "loss": {"net"}, "objective": {"net"}, "average": {"net", "normalize"}}
             seen_by["optimizer"] = {"net", "augmentation", "loss", "objective", "normalize"}
             seen_by["scheduler"] = {"optimizer"}
             assert odd & ({field[1]} | seen_by.get(field[1], set())), sentence

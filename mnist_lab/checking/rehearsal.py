@@ -231,7 +231,9 @@ class Trial:
         if any(rates) and all(torch.equal(now[name], self.before[name]) for name in self.trainable & now.keys()):
             steps = 2 + (MANY_STEPS if loop.is_own(used.optimizer) else 1)
             self.say(f"optimizer: its first {steps} steps have moved no weight")
-        self.logits(self.evaluated(2))  # a network may change in an evaluation too, or keep its activations
+        # A network may change in an evaluation too, or keep its activations.
+        if not predict(self.net, self.evaluated(2), self.experiment.normalize).isfinite().all():
+            raise LabError("optimizer: its first steps make the logits infinite; is the learning rate too high?")
         state: dict[str, Any] = {name: _kept(name, value) for name, value in used.state_dict().items()}
         resumed = self.anew()
         try:
@@ -298,7 +300,7 @@ def _check_logits(logits: object, size: int) -> None:
         several = "; an objective may take more of them in training" if isinstance(logits, tuple | list | dict) else ""
         raise ValueError(f"gives {kind(logits)}, not torch.float32 logits of shape ({size}, 10){several}")
     if not logits.isfinite().all():
-        raise ValueError("gives logits that are not finite, on the first batch or after a few steps of the optimizer")
+        raise ValueError("gives logits that are not finite on the first batch")
 
 
 def _checked_loss(returned: object, size: int) -> tuple[Tensor, Tensor]:
