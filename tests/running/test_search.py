@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from mnist_lab.running import search as module
 from mnist_lab.running.job import Job
 from mnist_lab.running.progress import Progress, SearchResult
 from mnist_lab.running.search import check_space, paste_lines, search
-from mnist_lab.running.workers import Trainers
+from mnist_lab.running.workers import Failed, SeedTask, Trainers
 from mnist_lab.tracking.models import Teacher
-from mnist_lab.tracking.store import open_store
+from mnist_lab.tracking.store import Store, open_store
 from mnist_lab.verdicts.statistics import chance_of_best
 
 PARENT = "mlflow.parentRunId"
@@ -147,8 +147,25 @@ def test_trials_that_fail_are_too_large_or_repeat_another_count(job: Job, databa
     finished = [trial for trial in trials_of(job) if trial.state == optuna.trial.TrialState.COMPLETE]
     (whole,) = [run for run in read_runs(database) if FIGURE in run.metrics]  # and trained once
     assert len(finished) > 1
+    assert listener.outcomes.count(f"{finished[0].value:.2f} %") == len(finished)
     assert {trial.user_attrs["run"] for trial in finished} == {whole.run_id}
     assert whole.tags[PARENT] == result.run_id
+
+
+class Lost(Trainers):
+    """Trainers whose processes are gone before they have said anything."""
+
+    def train(self, store: Store, parent_run_id: str, tasks: Iterator[SeedTask], progress: Progress) -> Any:
+        yield from ((task, Failed("its process ended early", lost=True)) for task in tasks)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_trial_whose_process_is_lost_has_failed(job: Job) -> None:
+    listener = Listener()
+    result = search(job, SPACE, 3, listener, Lost())
+
+    assert (result.failed, result.done) == (3, 3)
+    assert listener.outcomes == ["failed: its process ended early"] * 3
 
 
 @pytest.mark.usefixtures("few")
