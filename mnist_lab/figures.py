@@ -296,7 +296,8 @@ def _label_points(figure: Figure, table: pd.DataFrame, arrows: Sequence[Any]) ->
 
 def _gallery(images: NDArray[Any], titles: Sequence[str], columns: int, title_size: float) -> Figure:
     """Draw images (N, 28, 28) under their titles, in one axes: an axes for each image takes a second to lay out."""
-    columns = min(columns, len(images))
+    if (columns := min(columns, len(images))) < 1:
+        raise LabError("limit and columns must be 1 or more: there is nothing to draw")
     height = 1.15 + 0.2 * titles[0].count("\n")  # inches of a row
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(max(5, 1.1 * columns), height * rows + 0.3), layout="constrained")
