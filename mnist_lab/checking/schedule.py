@@ -156,7 +156,7 @@ def notice_batch_norm(experiment: Experiment, net: nn.Module, num_images: int) -
     """Yield a notice if the statistics that batch norm evaluates with are still partly their initial values."""
     batches = experiment.epochs * batches_per_epoch(experiment, num_images)
     norms = [module for module in net.modules() if getattr(module, "running_mean", None) is not None]
-    momentum = min([1.0, *(module.momentum for module in norms if isinstance(module.momentum, float))])
+    momentum = min([1.0, *(module.momentum for module in norms if isinstance(module.momentum, float | int))])
     if (share := (1 - momentum) ** batches) > LITTLE:
         statistics = f"statistics (momentum {momentum:g}) that are {100 * share:.0f} % initial values"
         after = f"after this run's {counted(batches, 'batch', 'batches')}"

@@ -202,6 +202,6 @@ def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
     found = vars(statistics.compare_means(a, b, paired=paired))
     if folds:
         found = found | {"seeds_needed": None}  # there are no more
-    settings = runs.columns.difference([name for name in COLUMNS if name != "num_params"])
+    settings = runs.columns.difference([*({*COLUMNS} - {"num_params"}), "left_out"])
     differ = runs_a.iloc[0][settings].compare(runs_b.iloc[0][settings]).index
     return Comparison(**vars(pair), **found, p_holm=found["p"], differ=", ".join(differ))

@@ -95,7 +95,7 @@ def judge_runs(
     if runs:
         figures = {name: [run.metrics[name] for run in runs] for name in measured.over_seeds}
         aggregates = {name: aggregate(values, targets.accuracy) for name, values in figures.items()}
-        num_params = int(runs[0].metrics["num_params"])
+        num_params = int(max(run.metrics["num_params"] for run in runs))
         verdicts = judge(targets, accuracies=figures[measured.judged], num_params=num_params, epochs=epochs)
     return StudyResult(run_id, list(runs), {}, aggregates, verdicts, measured.unit)
 
@@ -108,7 +108,7 @@ def log_verdict(tracked: TrackedRun, result: StudyResult, script: Path, override
     metrics["seeds"] = len(result.runs)
     if result.runs:
         judged, *_ = result.aggregates.values()
-        metrics |= {"num_params": result.runs[0].metrics["num_params"], "sd": round(judged.sd, 3)}
+        metrics |= {"num_params": max(run.metrics["num_params"] for run in result.runs), "sd": round(judged.sd, 3)}
         for verdict in [verdict for verdict in result.verdicts if verdict.name == "accuracy"]:
             metrics["p"] = verdict.p
         metrics |= short_figures({name: figures.mean for name, figures in result.aggregates.items()})

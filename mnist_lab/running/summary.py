@@ -31,14 +31,14 @@ def summarize(net: nn.Module, untrained: Collection[str] = ()) -> str:
     marked[torch.arange(IMAGE_SIZE), :, :, torch.arange(IMAGE_SIZE)] = torch.nan
     said = ""
     with kept_generators(next(net.parameters()).device):  # some networks draw in evaluation mode too
-        copied = copy.deepcopy(net).cpu()
-        copied.eval()  # which a script's own may return nothing from
-        for name, parameter in copied.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name not in untrained)
         plain = torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE)
-        for in_precision, images in ((copied.double, marked), (copied.float, plain)):
+        for images in (marked, plain):
             try:
-                return _table(copied, _calls(in_precision(), images))
+                copied = copy.deepcopy(net).to("cpu", images.dtype)
+                copied.eval()  # which a script's own may return nothing from
+                for name, parameter in copied.named_parameters():
+                    parameter.requires_grad_(parameter.requires_grad and name not in untrained)
+                return _table(copied, _calls(copied, images))
             except Exception as error:
                 said = f"No model summary: {type(error).__name__}: {text_of(error)}."
     return said
