@@ -242,6 +242,7 @@ def test_seeds_are_paired_and_compared_pairs_adjusted_for_their_number(store: St
         write_run(store, "b", seed, [accuracy], start_time=T0 - seed)
     write_run(store, "b", 9, [50.0], start_time=T0 + 30, tags={"overrides": "lr=9"})
     write_seeds(store, "c", 99.20, 99.31, 99.1, num_params=9_000, params={**STEP4, "lr": "0.3", "nesterov": "True"})
+    write_run(store, "c", 5, [50.0], start_time=T0 - 99)  # left out, as it had other hyperparameters
     write_seeds(store, "single", 99.0)
     pairs = [Pair("a", "b", "first"), Pair("b", "c", "second"), Pair("gone", "a", "third"), Pair("a", "single", "4th")]
 

@@ -24,6 +24,7 @@ from mnist_lab import results
 from mnist_lab.data import Mnist, hold_out_fold, images_of_fold
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
+from mnist_lab.measures import TESTED
 from mnist_lab.results import publish as files
 from mnist_lab.results.records import read_records
 from mnist_lab.running import run as runner
@@ -272,8 +273,10 @@ def test_a_study_has_a_worker_for_each_core_that_it_may_run_on(monkeypatch: pyte
     assert available_cores() == 1
 
 
-def test_a_study_without_a_finished_run_has_no_verdict() -> None:
+def test_a_study_without_a_finished_run_has_no_verdict_and_the_largest_network_counts() -> None:
     assert judge_runs(Targets(accuracy=99.4), 14, "abc", []).verdicts == []
+    runs = [FinishedRun("", n, dict.fromkeys(TESTED.over_seeds, 99.0) | {"num_params": n}) for n in (8, 9, 7)]
+    assert [verdict.word for verdict in judge_runs(Targets(params=9), 14, "abc", runs).verdicts] == ["missed"]
 
 
 def test_a_script_that_never_calls_main_is_refused(tmp_path: Path) -> None:
