@@ -12,7 +12,9 @@ FLAGS = $(if $(SEEDS),$(if $(ONE_TEACHER),,--seeds $(SEEDS))) $(ARGS)
 # A variable of another name would be ignored without a word, unless it is one of the environment's, with a _ in it.
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 UNKNOWN := $(foreach name,$(filter-out ARGS SEEDS IMAGE STEP PYTHON UV INSTALLED,$(GIVEN)),$(if $(findstring _,$(name)),,$(name)))
-$(if $(UNKNOWN),$(error $(firstword $(UNKNOWN)): there are ARGS, SEEDS, STEP and IMAGE; flags go into ARGS="--seed 3"))
+$(if $(UNKNOWN),$(error $(firstword $(UNKNOWN)): there are ARGS, SEEDS, STEP and IMAGE; flags go into ARGS="--epochs 3"))
+FILE := $(firstword $(filter %.py,$(MAKECMDGOALS)))
+$(if $(FILE),$(error $(FILE): a script is started by its name alone: make $(basename $(notdir $(FILE)))))
 PYTHON := .venv/bin/python
 # The machine's own uv, or one that is put into .uv/ here. Nothing is installed outside this folder.
 UV := $(or $(shell command -v uv),.uv/bin/uv)

@@ -141,18 +141,15 @@ def compare(steps: list[str], include_overrides: bool, holdout: int, folds: int,
         print("\n" + effects_text(comparisons, width, "folds" if folds else "seeds"))
         rows = f"this table's rows{' alone, not for all that `make compare` has' * bool(named)}"
         print("\n" + folded(f"A difference is shown where p (Holm), adjusted for {rows}, is below 0.05."))
-    steps_shown, declared = {*table["step"]}, {*table.loc[table["overrides"] == "", "step"]}
-    left = [f"{pair.b} with {pair.a}" for pair in pairs if pair.b in steps_shown - declared and pair.a in steps_shown]
-    if left:
-        refused.append(f"not compared: {', '.join(left)}: the runs of the first of each were overridden")
+    overridden = {*table["step"]} - {*table.loc[table["overrides"] == "", "step"]}
+    refused += [f"not compared: {step}, as its runs are overridden" for step in sorted(overridden)]
     for sentence in refused:
         print("\n" + folded(sentence))
 
 
 def _notes(table: pd.DataFrame, runs: pd.DataFrame, holdout: int, folds: int, overridden: int) -> Iterator[str]:
     """Yield what the columns mean, and what is to be known of these runs; `overridden`: how many rows are left out."""
-    from mnist_lab.results.compare import named
-    from mnist_lab.running.identity import code_sha256, find_sources
+    from mnist_lab.results.compare import codes, failures, named
 
     for line in CROSS_VALIDATED if folds else TESTED:
         held_out = f"on the {holdout:,} training images held out"
@@ -164,15 +161,16 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, holdout: int, folds: int, ov
             yield f"{named(row)}: left out: {left_out} of other code (code_sha256) or other hyperparameters."
         if row["seeds"] < folds:
             yield f"{named(row)}: only {row['seeds']} of {folds} folds are there."
+    yield from failures(table)
     if overridden:
         variants = counted(overridden, "overridden variant")
         yield f"Left out: {variants} of these experiments; --include-overrides shows them."
-    scripts = {script.stem: script for script in (PROJECT_ROOT / "experiments").glob("*.py")}
+    as_they_stand = codes({*runs["step"]})
     for (step, _), of_step in runs.groupby(["step", "overrides"]):
-        script, name, restored = scripts.get(str(step)), named(of_step.iloc[0]), of_step["restored"].notna().sum()
+        name, restored = named(of_step.iloc[0]), of_step["restored"].notna().sum()
         if 0 < restored < len(of_step):
             yield f"{name}: {restored} of its {len(of_step)} seeds were restored, the rest trained in this store."
-        if script and {*of_step["code_sha256"].dropna()} - {code_sha256(find_sources(script))}:
+        if {*of_step["code_sha256"].dropna()} - {as_they_stand.get(str(step), of_step["code_sha256"].iloc[0])}:
             yield f"{name}: its script has changed since these runs; train it anew for figures of the script as it is."
 
 

@@ -15,11 +15,7 @@ def random_rotation(images: Tensor, degrees: float) -> Tensor:
 
 
 def random_affine(images: Tensor, degrees: float, shift: float, scale: float) -> Tensor:
-    """Rotate, scale and shift each image about its centre by its own draws.
-
-    Angles are uniform in [-degrees, degrees], factors in [1 - scale, 1 + scale], shifts along each axis in [-shift,
-    shift] pixels.
-    """
+    """Rotate, scale and shift each image about its centre, uniformly within +-degrees, 1 +- scale, +-shift pixels."""
     _check_range(degrees=degrees, shift=shift)
     if not 0 <= scale < 1:
         raise ValueError(f"scale={scale!r} is not at least 0 and below 1")
@@ -53,9 +49,7 @@ def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Te
     """Rotate square images (N, C, S, S) counter-clockwise, scale them, and shift them right and down.
 
     The same as torchvision's `functional.affine(image, -angle, shift, scale, shear=0, InterpolationMode.BILINEAR)`.
-
-    angles, scales: (N,), in degrees, and as factors.
-    shifts: (2, N), in pixels: to the right, and down.
+    angles, scales: (N,), in degrees, and as factors. shifts: (2, N), in pixels: to the right, and down.
     """
     size = images.shape[-1]
     assert images.shape[-2] == size, "rotation by a shared grid needs square images"
@@ -71,16 +65,10 @@ def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Te
 
 
 def rotate(images: Tensor, angles: Tensor) -> Tensor:
-    """Rotate square images (N, C, S, S) counter-clockwise by angles (N,) in degrees: bilinear, filled with 0.
-
-    The same as torchvision's `functional.rotate(image, angle, InterpolationMode.BILINEAR)` on each image.
-    """
+    """Rotate square images (N, C, S, S) counter-clockwise by angles (N,) in degrees: bilinear, filled with 0."""
     return affine(images, angles, torch.ones_like(angles), angles.new_zeros(2, len(angles)))
 
 
 def image_by_image(images: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a transform to each image (1, H, W) alone, so that it draws for each: torchvision's draw once per call.
-
-    Far slower than the transforms above, which take a batch at once.
-    """
+    """Apply a transform to each image (1, H, W) alone, so that it draws for each: far slower than a batch at once."""
     return torch.stack([transform(image) for image in images])

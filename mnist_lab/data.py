@@ -87,8 +87,7 @@ def find_data_dir(data_dir: Path | str | None = None) -> Path:
 def hold_out(mnist: Mnist, count: int) -> Mnist:
     """Return the data with `count` of the training images held out for validation, the same in every run.
 
-    The hold-out is stratified by digit, to within one image (largest remainders). Both parts keep the images' order.
-    Raises LabError if a digit would be missing from either part.
+    It is stratified by digit, to within one image (largest remainders). LabError if a digit would miss in either part.
     """
     labels = mnist.train_labels.cpu()
     total, of_digit = len(labels), labels.bincount(minlength=10)

@@ -91,8 +91,9 @@ DECLARED_AS = {
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    names = {part: one for one in known for part in (one.partition("_")[0], one)}  # "step4" for step4_augment_steplr
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
 def unknown_argument(function: str, known: Iterable[str], name: str, value: str) -> str:

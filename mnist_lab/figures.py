@@ -44,10 +44,7 @@ def plot_samples(images: ArrayLike, labels: ArrayLike, limit: int = 40, columns:
 
 
 def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> Figure:
-    """Draw the first `limit` images above the same images augmented.
-
-    before (N, 28, 28); after (N, 28, 28), or (K, N, 28, 28) for K draws of a random augmentation, one row a draw.
-    """
+    """Draw the first `limit` images (N, 28, 28) above the same augmented: (N, 28, 28), or K draws (K, N, 28, 28)."""
     originals = _array("before", before, None, None, None)
     draws = np.asarray(after)
     draws = _array("after", draws[np.newaxis] if draws.ndim == 3 else draws, None, *originals.shape)
@@ -61,7 +58,7 @@ def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> F
     return figure
 
 
-def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -> Figure:
+def plot_training(history: pd.DataFrame, target_accuracy: float | None = None) -> Figure:
     """Draw loss (left) and accuracy (right) over the epochs: of one step in training and on the test images.
 
     Several steps have a line each, on the test images. Of several seeds: a line, the mean, and a band to the extremes.
@@ -84,7 +81,8 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
             _plot_over_seeds(axes, rows.pivot(index="epoch", columns="seed", values=f"{part}_{metric}"), name, look)
         axes.set_ylabel(f"{metric} ({MEASURES[f'{measured.part}_{metric}'].unit})")
         _finish_epochs(axes, history)
-    _target_line(accuracy, target_accuracy)
+    if target_accuracy is not None:
+        accuracy.axhline(target_accuracy, label=f"target {target_accuracy:g} %", **TARGET)
     _log_scale(loss.yaxis)
     _stretch(accuracy)
     if title:
@@ -93,9 +91,6 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = 99.4) -
         figure.suptitle(f"{title}\nnot recorded, or not finite: {absent}" if absent else title)
     handles, _ = accuracy.get_legend_handles_labels()
     return _finish(figure, 2 if len(curves) > 2 or len(handles) == 4 else 3, handles=handles)
-
-
-plot_curves = plot_training  # the name that fits several steps
 
 
 def _plot_over_seeds(axes: Axes, values: pd.DataFrame, name: str, look: tuple[str, str, str]) -> None:
@@ -111,10 +106,7 @@ def _plot_over_seeds(axes: Axes, values: pd.DataFrame, name: str, look: tuple[st
 
 
 def plot_learning_rate(history: pd.DataFrame) -> Figure:
-    """Draw the learning rate over epochs; runs with the same schedule, of any step, share one line.
-
-    history: one row per run and epoch with `run_id, step, seed, epoch, lr`.
-    """
+    """Draw the learning rates of a history with `run_id, step, seed, epoch, lr`; the same schedules share one line."""
     history = _first_runs(history, ["lr"])
     history = history[np.isfinite(history["lr"].astype("float64"))]
     if history.empty:
@@ -139,11 +131,11 @@ def plot_learning_rate(history: pd.DataFrame) -> Figure:
     return _finish(figure)
 
 
-def plot_steps(table: pd.DataFrame, target_accuracy: float | None = 99.4, target_params: int | None = 10_000) -> Figure:
+def plot_steps(table: pd.DataFrame) -> Figure:
     """Draw accuracy against parameters, with the steps joined in their order by arrows: the project in one picture.
 
     table: one row per experiment, as of `results.compare_table`, with `step, num_params, seeds, last, low, high`. The
-    bars are 95 % intervals of the mean, of four or more seeds.
+    bars are 95 % intervals of the mean, of four or more seeds. The targets that most rows state are drawn too.
     """
     _require(table, "table", ["step", "num_params", "seeds", "last", "low", "high"])
     names = _with_overrides(table)
@@ -160,9 +152,10 @@ def plot_steps(table: pd.DataFrame, target_accuracy: float | None = 99.4, target
         marker, label = ("o", "steps, mean over seeds, 95 % interval") if of_steps else ("s", "other experiments")
         axes.errorbar(part["num_params"], part["last"], yerr=bars, fmt=marker, label=label, **MEAN)
     axes.margins(0.1)  # for the names beside the points
-    _target_line(axes, target_accuracy)
-    if target_params is not None:
-        axes.axvline(target_params, label=f"target {target_params:,} parameters", **TARGET | {"ls": "--"})
+    for accuracy in table.get("target_accuracy", pd.Series()).mode()[:1]:
+        axes.axhline(accuracy, label=f"target {accuracy:g} %", **TARGET)
+    for params in table.get("target_params", pd.Series()).mode()[:1]:
+        axes.axvline(params, label=f"target {params:,.0f} parameters", **TARGET | {"ls": "--"})
     axes.set(xlabel=MEASURES["num_params"].label, ylabel="test accuracy of the last epoch (%)")
     _log_scale(axes.xaxis)
     _stretch(axes)
@@ -203,8 +196,7 @@ def plot_mistakes(
 ) -> Figure:
     """Draw the first `limit` misclassified images, the most confident mistakes first (ties keep their order).
 
-    images (N, 28, 28), truth (N,), prediction (N,), confidence (N,): the probability of the prediction, 0 to 1, which
-    may be missing for images that were classified correctly.
+    images (N, 28, 28); truth, prediction, confidence (N,): the prediction's probability, needed of mistakes only.
     """
     pictures = _array("images", images, None, None, None)
     true_digits = _array("truth", truth, len(pictures))
@@ -259,11 +251,6 @@ def _finish(figure: Figure, columns: int = 1, **legend: Any) -> Figure:
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     return figure
-
-
-def _target_line(axes: Axes, accuracy: float | None) -> None:
-    if accuracy is not None:
-        axes.axhline(accuracy, label=f"target {accuracy:g} %", **TARGET)
 
 
 def _label_points(figure: Figure, table: pd.DataFrame, arrows: Sequence[Any]) -> None:
@@ -332,10 +319,7 @@ def _log_scale(axis: Axis) -> None:
 
 
 def _stretch(axes: Axes) -> None:
-    """Stretch an axis of accuracies that spans more than half a point towards 100 %, by the asinh of the error.
-
-    Far from 100 % this is logarithmic in the error; unlike a logarithm it has a place for no error at all.
-    """
+    """Stretch an axis of accuracies that spans more than half a point towards 100 %, by the asinh of the error."""
     low, high = axes.get_ylim()
     if high - low <= 0.5:
         return
@@ -349,7 +333,7 @@ def _stretch(axes: Axes) -> None:
     apart = 0.05 * (scale(high) - scale(low))
     ticks: list[float] = []
     for tick in (*ACCURACY_TICKS, *MaxNLocator(5).tick_values(low, high)):
-        if low <= tick <= high and all(abs(scale(tick) - scale(other)) > apart for other in ticks):
+        if max(low, 0) <= tick <= high and all(abs(scale(tick) - scale(other)) > apart for other in ticks):
             ticks.append(tick)
     axes.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axes.set_ylabel(f"{axes.get_ylabel()}, stretched towards 100")

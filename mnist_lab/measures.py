@@ -13,9 +13,8 @@ HALF = 1e-9  # added before rounding, so that the mean of 99.25 and 99.26 is 99.
 class Measure:
     """One figure of a run or an epoch.
 
-    label: in words, for a table or an axis.
+    label: in words, for a table or an axis. cell: its format in a CSV.
     unit: "%", "cross-entropy" (mean per image, in nats), "" for a count, "s", "min", or "number" without a unit.
-    cell: its format in a CSV.
     """
 
     label: str
@@ -48,7 +47,7 @@ MEASURES = {
     **{f"lr_{group}": Measure(f"learning rate of group {group}", "number", ".6g") for group in (1, 2)},
     "epoch_seconds": Measure("time of an epoch", "s", ".1f"),
     "num_params": Measure("parameters", ""),
-    "minutes": Measure("training time", "min", ".1f"),
+    "minutes": Measure("time from start to end", "min", ".1f"),
 }
 
 

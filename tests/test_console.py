@@ -51,13 +51,6 @@ def test_an_epoch_is_a_line_that_says_what_its_average_means(decay: float | None
     assert shown == f"{begin}{raw}  lr 0.1  1.5 s"
 
 
-def test_a_run_that_goes_on_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(job_of())
-    console.on_run("tiny seed 0", 7_850, "", 640, done=1)
-    assert capsys.readouterr().out.endswith(" parameters, 640 training images, on cpu, going on after epoch 1\n")
-    assert console.epoch == 2
-
-
 def test_the_share_of_the_first_weights_is_that_of_the_declared_rule() -> None:
     exponential = FirstWeights(job_of(0.9).experiment)
     assert [exponential.share(batches) for batches in (3, 1, 11)] == pytest.approx([0.81, 1, 0.9**10])

@@ -137,22 +137,9 @@ def test_a_declaration_that_cannot_be_right_is_refused_by_its_field(field: str, 
 
 def test_hyperparameters_are_flat_and_in_torchs_words() -> None:
     assert declare().hyperparameters() == {
-        "batch_size": 128,
-        "epochs": 14,
-        "optimizer": "SGD",
-        "lr": 0.1,
-        "momentum": 0.9,
-        "scheduler": "StepLR",
-        "step_size": 2,
-        "gamma": 0.6,
-        "scheduler_interval": "epoch",
-        "loss": "cross_entropy",
-        "dropout": 0.1,
-        "width": 4,
-        "bias": False,
-        "name": "plain",
-        "augmentation": "random_rotation",
-        "degrees": 7.0,
+        **{"batch_size": 128, "epochs": 14, "optimizer": "SGD", "lr": 0.1, "momentum": 0.9, "loss": "cross_entropy"},
+        **{"scheduler": "StepLR", "step_size": 2, "gamma": 0.6, "scheduler_interval": "epoch", "dropout": 0.1},
+        **{"width": 4, "bias": False, "name": "plain", "augmentation": "random_rotation", "degrees": 7.0},
     }
 
 
@@ -185,14 +172,8 @@ def test_a_name_that_two_parts_or_the_run_use_is_qualified_in_the_second() -> No
 
 def test_a_value_is_read_in_the_declared_values_type_and_one_equal_to_it_is_no_override() -> None:
     for name, given, value in [
-        ("epochs", 2, 2),
-        ("epochs", "2", 2),
-        ("lr", "5e-2", 0.05),
-        ("lr", 1, 1.0),
-        ("dropout", "0", 0.0),
-        ("bias", "True", True),
-        ("name", "7", "7"),
-        ("degrees", "-1.5", -1.5),
+        *(("epochs", 2, 2), ("epochs", "2", 2), ("lr", "5e-2", 0.05), ("lr", 1, 1.0), ("dropout", "0", 0.0)),
+        *(("bias", "True", True), ("name", "7", "7"), ("degrees", "-1.5", -1.5)),
     ]:
         changed, overrides = declare().override({name: given})
         assert overrides == {name: value}
@@ -290,13 +271,8 @@ def warm_up(epochs: int) -> Callable[[int], float]:
 IN_ITSELF: list[object] = [1]
 IN_ITSELF.append(IN_ITSELF)
 TEXTS = [
-    (1e-08, "1e-08"),
-    ("relu", "relu"),
-    ((1,), "(1,)"),
-    ({"b", "a"}, "{'a', 'b'}"),
-    (np.float64(0.1), "0.1"),
-    (torch.device("cpu"), "cpu"),
-    (F.relu, "relu"),
+    *((1e-08, "1e-08"), ("relu", "relu"), ((1,), "(1,)"), ({"b", "a"}, "{'a', 'b'}"), (np.float64(0.1), "0.1")),
+    *((torch.device("cpu"), "cpu"), (F.relu, "relu")),
     (nn.Sequential(nn.LeakyReLU(0.2)), "Sequential(0=LeakyReLU(negative_slope=0.2))"),
     (Rotation(9.0), "Rotation(degrees=9.0, relu=ReLU())"),
     (partial(F.leaky_relu, negative_slope=0.2), "leaky_relu(negative_slope=0.2)"),

@@ -106,8 +106,7 @@ def check_draws(augmentation: Callable[[Tensor], Tensor], image: Tensor) -> None
     """Refuse, by ValueError, an augmentation that changes all images of a batch alike, by one random draw.
 
     It is given the same image (1, 28, 28) twice in a batch, again and again. With a draw for each image, the two come
-    out as different from one another as from those of another call. With one draw for both they are more alike, also
-    where noise, drawn for each pixel, comes on top.
+    out as different from one another as from those of another call. With one draw for both they are more alike.
     """
     twice = image.expand(2, *image.shape)
     score = 0

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -49,13 +48,7 @@ class Rehearsal:
     untrained: set[str]  # the parameters that no gradient has reached
     no_effect: Mapping[str, str]  # the hyperparameters that change nothing in this run, each with a sentence
     notices: list[str]  # of what the user may not expect
-
-    def watch(self, net: nn.Module) -> None:
-        """Take a parameter from `untrained` when a gradient reaches it after all: a layer may be skipped at random."""
-        for name, parameter in net.named_parameters():
-            if name in self.untrained:
-                reached = partial(lambda name, _: self.untrained.discard(name), name)
-                parameter.register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
+    params: range  # how many of the network's parameters a run may count: a layer may be skipped at random, or frozen
 
     def notice(self, overrides: Mapping[str, object]) -> None:
         """Warn of what the user may not expect; raises LabError if one of the overrides has no effect."""
@@ -88,6 +81,7 @@ class Trial:
             (self.minimised, self.check_gradients),
             ("net", self.check_evaluation),
             ("average", self.check_average),  # after an evaluation, when an activation that is kept can be copied
+            ("net", self.check_arguments),
             ("scheduler", self.check_scheduler),
             ("optimizer", self.check_steps),
             ("optimizer", self.check_rate),
@@ -104,7 +98,8 @@ class Trial:
         if self.untrained:
             names = listed(sorted(self.untrained))
             self.say(f"no gradient reaches {names}: not trained, and not counted as parameters")
-        return Rehearsal(self.memory_format, self.untrained, self.no_effect, self.notices)
+        may_count = range(params, loop.numbers_in(self.net.parameters()) + 1)
+        return Rehearsal(self.memory_format, self.untrained, self.no_effect, self.notices, may_count)
 
     # ---- the checks, in the order in which they are made
 
@@ -115,6 +110,9 @@ class Trial:
             raise ValueError("has no parameters to train; build its layers in __init__, lists in nn.ModuleList")
         self.trainable = {name for name, parameter in self.net.named_parameters() if parameter.requires_grad}
         self.before = {name: tensor.clone() for name, tensor in network.tensors_of(self.net).items()}
+        items = [item for one in self.net.modules() if not one._forward_pre_hooks for item in vars(one).items()]
+        for name in [name for name, one in items if not getattr(one, "is_leaf", True) and one._base is None]:  # no view
+            raise ValueError(f"computes {name} from its weights in __init__, once; do it in forward")
         self.notices += network.notice_same_start(self.net, other)
         self.notices += schedule.notice_batch_norm(self.experiment, self.net, self.total)
         with blame("optimizer", self):
@@ -171,18 +169,35 @@ class Trial:
         average.update_parameters(self.net)
         average.update_parameters(self.net)  # the first call copies
         self.logits(self.evaluated(2), average.module)
-        if not average.use_buffers and [*self.net.buffers()]:
+        if not average.use_buffers and any(not one.equal(self.before[name]) for name, one in self.net.named_buffers()):
             self.say("average: takes batch norm's last statistics; AveragedModel(..., use_buffers=True) averages them")
         self.notices += schedule.notice_slow_average(self.experiment, self.total)
+
+    def check_arguments(self) -> None:
+        """Change each number that the network is given a little, and name those that change nothing in its outputs."""
+        images = loop.normalize(self.images[:FEW], self.experiment.normalize)
+
+        def outputs(experiment: Experiment) -> list[Tensor]:
+            net = self.network(SEED, experiment)
+            return [net(images) for _ in map(net.train, (True, False))]
+
+        for name, (part, _, value) in self.experiment.flat().items():
+            if part == "net" and isinstance(value, int | float):
+                with suppress(Exception):  # that value is not allowed, which is a difference
+                    changed, _ = self.experiment.override({name: schedule.another(value)})
+                    if all(map(torch.equal, outputs(self.experiment), outputs(changed))):
+                        self.say(f"{name}: {quoted(value)} has no effect: the network does the same with another value")
 
     def check_scheduler(self) -> None:
         """Judge a schedule's unit by a run on all training images: a quick look with few says nothing about it."""
         held_out = self.mnist.validation_images
-        whole = walk = schedule.Walk(self.experiment, self.other, self.total)
-        if self.total < (total := TRAINING_IMAGES - (0 if held_out is None else len(held_out))):
-            with suppress(Exception):  # what could not be trained on all of them may still be looked at
-                whole = schedule.Walk(self.experiment, self.other, total)
-        self.notices += schedule.notice_unit(whole)
+        walk = schedule.Walk(self.experiment, self.other, self.total)
+        total = TRAINING_IMAGES - (0 if held_out is None else len(held_out))
+        try:
+            whole = walk if total <= self.total else schedule.Walk(self.experiment, self.other, total)
+            self.notices += schedule.notice_unit(whole)
+        except Exception as error:  # with few images it may be looked at
+            self.say(f"scheduler: a run on all {total:,} images will fail: {one_line(error)}")
         self.no_effect = schedule.without_effect(walk)
 
     def check_steps(self) -> None:

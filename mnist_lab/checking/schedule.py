@@ -91,6 +91,7 @@ def notice_unit(walk: Walk) -> Iterator[str]:
     scheduler, run, rates = f"scheduler: {type(walk.scheduler).__name__}", walk.run, walk.rates
     largest = max(*rates, *(float(walk.optimizer.param_groups[0].get(limit, 0)) for limit in ("initial_lr", "max_lr")))
     idle = sum(rate < NOTHING * largest for rate in rates[:run])
+    moving = [step for step, rate in enumerate(rates) if abs(rate - rates[-1]) > NOTHING * largest]
     planned = getattr(walk.scheduler, "total_steps", None)
     if not walk.by_batch and 3 * idle >= run:
         idly = f"in {idle} of {counted(run, 'epoch')} the rate is some {min(rates):.2g}, of at most {largest:.2g}"
@@ -104,6 +105,9 @@ def notice_unit(walk: Walk) -> Iterator[str]:
         if walk.by_batch and 0 < steps <= min(few, walk.batches // 2):
             meant = f"is scheduler_interval='epoch' meant, with which it would be {counted(steps, 'epoch')}?"
             yield f"{scheduler} {half_way} ({in_batches:.2g} epochs); {meant}"
+        elif walk.by_batch and moving and rates[-1] < rates[0] and 10 * moving[-1] < run:
+            still = f"stands still after {moving[-1] + 1:,} of {run:,} batches"
+            yield f"{scheduler} {still}; is scheduler_interval='epoch' meant?"
         elif not walk.by_batch and steps > max(run, LONG):
             meant = f"is scheduler_interval='batch' meant, with which it would be {in_batches:.2g} epochs?"
             yield f"{scheduler} {half_way}; {meant}"
@@ -138,15 +142,19 @@ def without_effect(walk: Walk) -> dict[str, str]:
     for name, (part, _, value) in experiment.flat().items():
         if part not in reasons or not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        changed = value + 1 if isinstance(value, int) else value * 0.9 + 0.01 * (value == 0)
         with suppress(Exception):  # that value is not allowed, which is a difference
-            other = Walk(experiment.override({name: changed})[0], walk.net, walk.num_images)
+            other = Walk(experiment.override({name: another(value)})[0], walk.net, walk.num_images)
             kept_elsewhere = part == "optimizer" and other.built == walk.built
             if other.groups[run] == walk.groups[run] and not kept_elsewhere:
                 found[name] = f"{name}: {quoted(value)} has no effect: {reasons[part]}"
     if not found and all(groups == walk.groups[0] for groups in walk.groups[run]):
         found["scheduler"] = f"scheduler: changes no learning rate in a run of {counted(walk.run, *walk.unit)}"
     return found
+
+
+def another(value: float) -> float:
+    changed = value + 1 if isinstance(value, int) else 0.9 * value + 0.01 * (value == 0)
+    return not value if isinstance(value, bool) else changed
 
 
 # ---- averages: of weights, and of what batch norm has seen

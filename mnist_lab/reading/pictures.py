@@ -136,9 +136,7 @@ def find_reader(model: str | None = None, *, tracking_uri: str | None = None) ->
 
     model: `runs:/<id>`, `models:/<name>/<version>`, `models:/<name>@<alias>` or a script's name, "step4" for short, of
         which the newest finished run counts. None for `models:/mnist@champion` of the store, and if it has none, for
-        the champion that comes with the project, which is "docs/results".
-
-    Raises LabError if it is not there, or can't be loaded.
+        the one that comes with the project, "docs/results". LabError if it is not there, or can't be loaded.
     """
     import torch
 

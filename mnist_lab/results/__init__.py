@@ -7,16 +7,5 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # MLflow's bar
 from mnist_lab.results.compare import compare, compare_pairs, compare_table, compare_text, median_run, newest_runs
 from mnist_lab.results.runs import epoch_history, keeps_predictions, load_runs, predictions, run_table
 
-__all__ = [
-    "compare",
-    "compare_pairs",
-    "compare_table",
-    "compare_text",
-    "epoch_history",
-    "keeps_predictions",
-    "load_runs",
-    "median_run",
-    "newest_runs",
-    "predictions",
-    "run_table",
-]
+__all__ = ["compare", "compare_pairs", "compare_table", "compare_text", "epoch_history", "keeps_predictions"]
+__all__ += ["load_runs", "median_run", "newest_runs", "predictions", "run_table"]

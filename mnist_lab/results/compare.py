@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from itertools import starmap
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +15,7 @@ from mnist_lab.experiment import Targets
 from mnist_lab.measures import HELD_OUT, TESTED, percent, protocol
 from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
 from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, Steps, full_names, load_runs, run_table
+from mnist_lab.running.identity import code_sha256, find_sources
 from mnist_lab.story import read_stories
 from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import Comparison, Pair, adjust, rounds_alike, seeds_text, step_order, table_text
@@ -30,11 +31,14 @@ def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
     runs: a run table with all columns (LabError if not).
     Another experiment: another `code_sha256`, number of parameters, teacher or hyperparameter than the step's newest
-    run; `left_out` is their number.
+    run has, of those of its script as it stands, if there are any; `left_out` is their number.
     """
     if not {"start_time", "code_sha256", "overrides"} <= set(runs):
         raise LabError('runs: all columns of a run table are needed, from results.run_table(columns="all")')
     runs = runs.sort_values("start_time", ascending=False, kind="stable")
+    several = runs.groupby("step")["code_sha256"].nunique() > 1
+    other = runs["code_sha256"] != runs["step"].map(codes(several.index[several]))
+    runs = runs.loc[other.sort_values(kind="stable").index]
     experiment = [runs["step"], runs["overrides"]]
     settings = [name for name in runs if name not in COLUMNS]  # a script may read them from a file, or draw them
     code = runs.groupby(["code_sha256", "num_params", "teacher_sha256", *settings], dropna=False).ngroup()
@@ -43,17 +47,23 @@ def newest_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(left_out=left_out)[same].drop_duplicates(["step", "overrides", "seed"])
 
 
+def codes(steps: Container[str]) -> dict[str, str]:
+    """Return the `code_sha256` of each step's script as it stands, if there is one."""
+    scripts = (script for script in EXPERIMENTS.glob("*.py") if script.stem in steps)
+    return {script.stem: code_sha256(find_sources(script)) for script in scripts}
+
+
 def compare_table(steps: Steps = None, **which: Unpack[RunFilter]) -> pd.DataFrame:
     """Return one row per experiment: the mean over its seeds, of the finished runs that `newest_runs` leaves.
 
     steps, include_overrides, holdout, folds, tracking_uri, loaded: as for `run_table`. With folds, these take the place
         of seeds, the accuracy is that on the held-out images, and the target for test images is not judged.
 
-    Columns: step, overrides, seeds (their number), left_out (as by `newest_runs`), num_params, epochs, last, last_sd,
-    low and high (95 % interval of the mean; missing for one seed, as last_sd is), above (the highest target that the
-    mean is shown to be above), best, train, the targets, the reported figures, verdict_accuracy, verdict_params,
-    verdict_epochs, and p and seeds_needed of the accuracy's verdict. Accuracies are in percent; last and train are of
-    the last epoch, best as in `run_table`.
+    Columns: step, overrides, seeds (their number), left_out (as by `newest_runs`), failed (as in `run_table`),
+    num_params, epochs, last, last_sd, low and high (95 % interval of the mean; missing for one seed, as last_sd is),
+    above (the highest target that the mean is shown to be above), best, train, the targets, the reported figures,
+    verdict_accuracy, verdict_params, verdict_epochs, and p and seeds_needed of the accuracy's verdict. Accuracies are
+    in percent; last and train are of the last epoch, best as in `run_table`.
 
     A verdict is "met" or "missed", "-" where no target was stated; of several seeds' accuracy, also "not shown".
     """
@@ -63,14 +73,14 @@ def compare_table(steps: Steps = None, **which: Unpack[RunFilter]) -> pd.DataFra
 def summarise(runs: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
     facts = [str(name) for name in runs if str(name).startswith(("target_", "reported_"))]
     best = (HELD_OUT if HELD_OUT.best in runs else TESTED).best
-    columns = ["step", "overrides", "seeds", "left_out", "num_params", "epochs", "last", "last_sd", "low", "high"]
-    columns += ["above", "best", "train", *facts, *(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
+    columns = ["step", "overrides", "seeds", "left_out", "failed", "num_params", "epochs", "last", "last_sd", "low"]
+    columns += ["high", "above", "best", "train", *facts, *(f"verdict_{name}" for name in TARGETS), "p", "seeds_needed"]
     rows = []
     for _, group in runs.groupby(["step", "overrides"]):
         newest, accuracies = group.iloc[0], group[protocol(0, folds).judged].tolist()
         last, counts = statistics.aggregate(accuracies), newest[["num_params", "epochs"]]
         row = {
-            **newest[["step", "overrides", "left_out", *counts.index, *facts]],
+            **newest[["step", "overrides", "left_out", "failed", *counts.index, *facts]],
             **{"seeds": last.n, "last": last.mean, "last_sd": last.sd, "low": last.low, "high": last.high},
             "above": statistics.lower_bound(accuracies),
             "best": fmean(group[best]),
@@ -95,6 +105,11 @@ def stated_targets(run: Mapping[Any, Any] | pd.Series[Any]) -> Targets:
 
 def named(row: Mapping[Any, Any] | pd.Series[Any]) -> str:
     return " ".join(f"{row['step']} {row['overrides']}".split())
+
+
+def failures(rows: pd.DataFrame) -> list[str]:
+    failed = rows[rows["failed"] != ""].drop_duplicates(["step", "overrides"]).to_dict("records")
+    return [f"{named(row)}: its figures are without seeds or folds that failed: {row['failed']}." for row in failed]
 
 
 def compare_text(table: pd.DataFrame, *, holdout: int = 0, folds: int = 0, width: int | None = None) -> str:
@@ -138,7 +153,7 @@ def median_run(step: str, *, tracking_uri: str | None = None) -> pd.Series[Any]:
     runs = newest_runs(run_table(step, columns="all", tracking_uri=tracking_uri))
     trained = runs[runs["restored"].isna()].sort_values(["final_test_accuracy", "seed"])
     if trained.empty:
-        raise LabError(f"steps: all runs of {step!r} were restored, and these have no network; train it")
+        raise LabError(f"steps: no run of {step!r} as declared was trained in this store, and others have no network")
     return trained.iloc[(len(trained) - 1) // 2]
 
 

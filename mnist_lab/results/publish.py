@@ -63,8 +63,7 @@ def publish(
     A step without runs in the store keeps its published CSV; so do other seeds of the same code keep their rows.
     replace: whether a published row may be replaced or removed. progress: is called with a sentence per changed row.
 
-    Returns what was written. Raises LabError, and has changed nothing, as `export_runs` does, and if a published row
-    would be replaced unasked.
+    Returns what was written. LabError, and nothing is changed, as by `export_runs`, or if a row would be replaced.
     """
     own = files.tracked_records(tracking_uri, restored=False)
     with _file_errors(folder):
@@ -161,7 +160,7 @@ def effect_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def summary_of(rows: pd.DataFrame) -> pd.DataFrame:
-    return summarise(files.typed(rows, files.RUN_COLUMNS).assign(overrides="", left_out=0))
+    return summarise(files.typed(rows, files.RUN_COLUMNS).assign(overrides="", left_out=0, failed=""))
 
 
 def tables(records: files.Records) -> dict[str, str]:
@@ -224,10 +223,7 @@ def with_tables(page: str, made: Mapping[str, str]) -> str:
 
 
 def verdict(row: Mapping[Any, Any], *, short: bool = False) -> str:
-    """Return the verdict on each stated target; if short, only the targets that are not met, or "all met".
-
-    If an accuracy of several seeds is not shown, it also says how many seeds would show it.
-    """
+    """Return the verdict on each stated target, and how many seeds it needs; if short, those unmet, or "all met"."""
     words = {name: f"{name} {row[f'verdict_{name}']}" for name in TARGETS if row[f"verdict_{name}"] != "-"}
     if short:
         unmet = [word for word in words.values() if not word.endswith(" met")]

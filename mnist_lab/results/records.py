@@ -21,6 +21,7 @@ from mnist_lab import results
 from mnist_lab.errors import LabError, one_line
 from mnist_lab.experiment import quoted
 from mnist_lab.measures import MEASURES, TESTED
+from mnist_lab.results.compare import failures
 from mnist_lab.results.runs import COLUMNS as COLUMN_KINDS
 from mnist_lab.results.runs import COUNT, PERCENTAGE, TARGETS, TEXT, Kind, LoadedRuns, places, predictions_of
 
@@ -129,6 +130,8 @@ def tracked_records(tracking_uri: str | None, *, restored: bool = True) -> Recor
     runs = _that_can_name_a_file(declared)
     if not restored:
         runs = runs[runs["restored"].isna()]
+    for sentence in failures(runs):
+        logger.warning("%s", sentence)
     history = results.epoch_history(loaded=loaded, metrics=EPOCH_FIGURES)
     history = history[history["run_id"].isin(runs["run_id"]) & history["test_accuracy"].notna()]
     return Records(

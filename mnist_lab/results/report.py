@@ -28,7 +28,7 @@ from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError, counted
 from mnist_lab.measures import percent
 from mnist_lab.paths import PUBLISHED
-from mnist_lab.results.compare import EXPERIMENTS, named, stated_targets, summarise
+from mnist_lab.results.compare import EXPERIMENTS, failures, named, stated_targets, summarise
 from mnist_lab.results.publish import TEMPLATES, verdict
 from mnist_lab.results.runs import LoadedRuns, full_names, predictions_of
 from mnist_lab.story import Story, read_stories
@@ -73,6 +73,7 @@ def write_report(
     drawn = [chapter for chapter in chapters if chapter["row"]]
     for number, chapter in enumerate(drawn, start=1):
         logger.info("Drawing %s (%d of %d)", chapter["step"], number, len(drawn))
+        chapter["notes"] += failures(summary[summary["step"] == chapter["step"]])
         draw(chapter, runs[runs["step"] == chapter["step"]], history, images, loaded)
     logger.info("Drawing the overview, and writing the page")
     compared = [chapter for chapter in drawn if steps or chapter["name"] == chapter["step"]]

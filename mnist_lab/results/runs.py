@@ -1,8 +1,4 @@
-"""Tracked runs as DataFrames, read from MLflow. Accuracies are in percent.
-
-from mnist_lab import results
-results.run_table(steps="step3_gap")
-"""
+"""Tracked runs as DataFrames, read from MLflow, as by `results.run_table("step3_gap")`. Accuracies are in percent."""
 
 from __future__ import annotations
 
@@ -85,7 +81,7 @@ COLUMNS = {
     **{f"reported_{name}": PERCENTAGE if name.endswith("_accuracy") else LOSS for name in TESTED.summary},
     **dict.fromkeys(("device", "hardware", "torch", "git_commit"), TEXT),
     "git_dirty": Kind("boolean"),
-    **dict.fromkeys(("code_sha256", "teacher_sha256", "overrides", "restored", "status"), TEXT),
+    **dict.fromkeys(("code_sha256", "teacher_sha256", "overrides", "restored", "status", "failed"), TEXT),
     **{"start_time": Kind("datetime64[ms, UTC]"), "minutes": LOSS, "run_id": TEXT},
 }
 NUMBERS = {
@@ -158,6 +154,7 @@ def run_table(
     All columns: step, seed, holdout, folds, every hyperparameter (missing where a run has none of that name),
     num_params, accuracies in percent, verdicts, targets, reported figures, device, versions, commit, times, run_id.
     `final_` is the last epoch; `best_` was picked on the test images, or on the validation images where there are any.
+    `failed`: the seeds of the same code and protocol that have a failed run but no finished one; no mean has them.
     `restored` is the commit whose docs/results a run was restored from; of runs that were trained here it is missing.
 
     Raises LabError if the store is missing or foreign, a step has no such run, or an argument is out of range.
@@ -238,6 +235,10 @@ def load_runs(tracking_uri: str | None = None, *, artifacts: bool = False) -> Lo
     )
     kinds = {name: kind.dtype for name, kind in COLUMNS.items()}
     runs = runs.drop(columns="end_time").astype({**kinds, "epochs": "Int64"})
+    for _, alike in runs.groupby(["step", "overrides", "code_sha256", "holdout", "folds"], dropna=False):
+        by_status = {status: {*of_status["seed"]} for status, of_status in alike.groupby("status")}
+        failed = sorted(by_status.get("FAILED", set()) - by_status.get("FINISHED", set()))
+        runs.loc[alike.index, "failed"] = ", ".join(map(str, failed))
     return LoadedRuns(uri, runs, {run.info.run_id: run for run in found})
 
 
@@ -281,7 +282,8 @@ def _find_runs(steps: Steps, seeds: Seeds, **which: Unpack[RunFilter]) -> Loaded
     status, overridden = which.get("status", "FINISHED"), which.get("include_overrides", False)
     for name, given in which.items():
         if name not in RunFilter.__annotations__:
-            raise LabError(f"{name}: unknown; allowed are {', '.join(RunFilter.__annotations__)}")
+            known = ("steps", "seeds", "columns", *RunFilter.__annotations__)
+            raise LabError(f"{name}: unknown{did_you_mean(name, known)}; allowed are {', '.join(known)}")
         if name in ALLOWED and given not in ALLOWED[name]:
             raise LabError(f"{name}: {given!r} is none of {ALLOWED[name]}")
     runs = _of_protocol(loaded, which.get("holdout", 0), which.get("folds", 0))
@@ -317,7 +319,7 @@ def _of_protocol(loaded: LoadedRuns, holdout: int, folds: int) -> pd.DataFrame:
 
 def _kinds(runs: pd.DataFrame) -> str:
     kinds = {
-        f"{status}, {f'folds {folds}' if folds else f'holdout {holdout:,}'}{', overridden' if overrides else ''}"
+        f"{status} with {f'folds {folds}' if folds else f'holdout {holdout:,}'}{', overridden' if overrides else ''}"
         for status, overrides, holdout, folds in runs[["status", "overrides", "holdout", "folds"]].to_numpy()
     }
     return "; ".join(sorted(kinds))

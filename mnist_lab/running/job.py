@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import runpy
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from mnist_lab.data import find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.measures import Protocol, protocol
-from mnist_lab.paths import PROJECT_ROOT, own_files
+from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, own_files
 from mnist_lab.running import identity
 from mnist_lab.running.identity import SCRIPT, code_sha256, find_sources, place
 
@@ -56,7 +57,7 @@ class Job:
         if not self.script.is_file():
             raise LabError(f"script: {str(self.script)!r} is not a file; a run is named after its script")
         self.experiment.check()
-        vars(self)["params"] = self._read_params()
+        vars(self)["params"] = self._read_params(self.experiment)
         if not self.sources:
             sources = find_sources(self.script)
             written = [*own_files(self.tracking_uri), find_data_dir(self.data_dir), PROJECT_ROOT / "reports"]
@@ -76,9 +77,9 @@ class Job:
         """What is judged. The declared targets are those of a network that is trained on all images, and tested."""
         return Targets() if self.folds else self.experiment.targets
 
-    def _read_params(self) -> dict[str, str]:
+    def _read_params(self, experiment: Experiment) -> dict[str, str]:
         held_out = {name: str(getattr(self, name)) for name in ("holdout", "folds") if getattr(self, name)}
-        declared = {name: stable_text(value) for name, value in self.experiment.hyperparameters().items()}
+        declared = {name: stable_text(value) for name, value in experiment.hyperparameters().items()}
         return {**declared, "device": self.device.type, **held_out}
 
     @property
@@ -115,11 +116,14 @@ class Job:
     def read_experiment(self) -> None:
         """Read the experiment from the script, in a process that was sent this job; LabError if it has changed."""
         self.check_unchanged()
+        for name in self.sources:  # a run before may have changed their globals
+            sys.modules.pop(name, None)
         declared = with_own_figures(read_declaration(script := self.sources[SCRIPT]), script)
-        vars(self)["experiment"], _ = declared.override(self.overrides)
-        if self._read_params() != self.params:
+        experiment, _ = declared.override(self.overrides)
+        if self._read_params(experiment) != self.params:
             message = "does not declare the same experiment in a worker process, and a study needs one that does"
             raise LabError(f"script: {self.script.name} {message}")
+        vars(self)["experiment"] = experiment
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -134,8 +138,15 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def with_own_figures(experiment: Experiment, script: Path) -> Experiment:
-    """Drop reported figures from a script that does not name them: `replace` took along another script's."""
-    return experiment if "reported" in script.read_text(errors="ignore") else replace(experiment, reported={})
+    """Drop reported figures that are another script's: `replace` took them along, or they came with a published one."""
+
+    def reported(file: Path) -> str:
+        *_, last = ["", *file.read_text(errors="ignore").split("reported")[1:]]
+        return last.partition("}")[0]
+
+    published = [file for file in script.parent.glob("*.py") if (PUBLISHED / f"{file.stem}.csv").exists()]
+    own = reported(script) if script in published or reported(script) not in map(reported, published) else ""
+    return experiment if own else replace(experiment, reported={})
 
 
 class _MainCalled(BaseException):

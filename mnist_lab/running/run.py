@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mnist_lab.arguments import defaults
+from mnist_lab.checking.network import tensors_of
 from mnist_lab.checking.rehearsal import Rehearsal, blame, blame_script, rehearse
 from mnist_lab.data import Mnist, find_data_dir, hold_out, hold_out_fold, load_mnist
 from mnist_lab.errors import LabError, one_line
@@ -64,13 +65,10 @@ def run(
         set_threads(job.threads if resume is None else resume.threads)  # a run goes on with as many as before
     experiment = own_parts(experiment)
     net = loop.initial_network(experiment, seed, job.device, rehearsal.memory_format)
-    rehearsal.watch(net)
     training = Training(net, experiment, mnist, seed=seed, on_batch=progress.on_batch)
     record = Record(job, seed, store, progress, mnist, rehearsal, training)
     if resume is not None:
-        begun = {name: p.detach().clone() for name, p in net.named_parameters() if name in rehearsal.untrained}
         restore(training, resume, job)
-        rehearsal.untrained.difference_update(name for name in begun if not net.get_parameter(name).equal(begun[name]))
     with record.begin(parent_run_id, resume) as run_id, adopted(store.uri, run_id):
         logger.info("Training, epoch by epoch")
         try:
@@ -122,8 +120,7 @@ def load_parts(job: Job, seed: int) -> Mnist:
 def with_teacher(job: Job, store: Store, interrupted: Mapping[str, str] | None = None) -> Job:
     """Return the job with the teacher that its objective learns from, if one, found once for all of a study's seeds.
 
-    interrupted: the identity of a run that goes on, and keeps the teacher it began with though there is a newer one.
-    Raises LabError if the teacher is not there, or can't be one.
+    interrupted: the identity of a run that goes on, and keeps its teacher. LabError if that is not there, or is none.
     """
     declared = None if job.experiment.objective is None else defaults(job.experiment.objective).get("teacher")
     if not isinstance(declared, str) or job.teacher is not None:
@@ -166,12 +163,12 @@ class Record:
     tracked: TrackedRun = field(init=False)
 
     def __post_init__(self) -> None:
-        self.trained = {name for name, p in self.training.net.named_parameters() if p.requires_grad}
+        self.before = {name: tensor.clone() for name, tensor in tensors_of(self.training.net).items()}
 
     @property
     def num_params(self) -> int:
         """Count what was trained: a network may freeze layers on its way."""
-        return loop.num_params(self.training.net, self.rehearsal.untrained, self.trained)
+        return loop.num_params(self.training.net, self.rehearsal.untrained, self.before)
 
     @contextmanager
     def begin(self, parent_run_id: str | None, resume: Checkpoint | None) -> Iterator[str]:

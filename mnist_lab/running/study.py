@@ -39,18 +39,19 @@ def study(
 ) -> StudyResult:
     """Train and track the job with each of these seeds, and judge them together; raises LabError before any training.
 
-    A seed with a finished run of the same declaration, code and kind of device is not trained again, unless `again`:
-    its run becomes a child of this study. When a seed fails, the others are still trained.
+    A seed with a finished run of the same declaration, code, number of parameters and kind of device is not trained
+    again, unless `again`: its run becomes a child of this study. When a seed fails, the others are still trained.
     """
     logger.info("Opening the tracking store")
     store = open_store(job.tracking_uri)
     job = with_teacher(job, store)
     hardware, protocol = identity.hardware(job.device), job.protocol
     runs = {} if again else finished_runs(store, job.params, job.tags, protocol.judged, seeds=seeds, hardware=hardware)
+    _, _, rehearsal = tried(job, store)
+    runs = {seed: run for seed, run in runs.items() if run.metrics["num_params"] in rehearsal.params}
     reused, missing = [seed for seed in seeds if seed in runs], [seed for seed in seeds if seed not in runs]
     if missing:
         trainers.prepare(job, store)
-        _, _, rehearsal = tried(job, store)
         rehearsal.notice(job.overrides)
     else:
         trainers = Trainers()  # there is nothing to refuse, and no cluster to look for

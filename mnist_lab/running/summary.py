@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from mnist_lab.checking.network import listed
 from mnist_lab.errors import text_of
-from mnist_lab.training.loop import num_params
+from mnist_lab.training.loop import num_params, numbers_in
 from mnist_lab.training.states import kept_generators
 
 IMAGE_SIZE = 28
@@ -79,7 +79,7 @@ def _table(net: nn.Module, calls: Calls) -> str:
         counted |= mine.keys()
         size = "-" if field is None else f"{field}x{field}"
         rows.append((f"{type(module).__name__}-{number}", shape, f"{sum(mine.values()):,}", size))
-    total, trainable = sum(parameter.numel() for parameter in net.parameters()), num_params(net)
+    total, trainable = numbers_in(net.parameters()), num_params(net)
     lines = [
         tabulate(rows, HEADERS, colalign=("left", "left", "right", "right")) if rows else "No layers.",
         f"Total params: {total:,}",

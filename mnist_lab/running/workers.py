@@ -94,6 +94,8 @@ class Trainers:
         return storage
 
     def start(self, task: SeedTask) -> Any:
+        with suppress(LabError):  # anew, as a run before may have changed what the script's modules hold
+            task.job.read_experiment()
         return task.number
 
     def ended(self, progress: Progress) -> Iterator[tuple[Any, Outcome]]:

@@ -82,13 +82,18 @@ def initial_network(
     return net.to(device).to(memory_format=memory_format)
 
 
-def num_params(net: nn.Module, untrained: Collection[str] = (), trained: Collection[str] = ()) -> int:
+def numbers_in(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * (1 + tensor.is_complex()) for tensor in tensors)
+
+
+def num_params(net: nn.Module, untrained: Collection[str] = (), before: Mapping[str, Tensor] | None = None) -> int:
     """Count the trainable parameters, each once, without those that no gradient reaches, which `untrained` names.
 
-    trained: names of those that count though they are frozen by now.
+    before: the parameters before the training. Those that it has changed count too, whatever is frozen by now.
     """
-    counted = [(name, p) for name, p in net.named_parameters() if p.requires_grad or name in trained]
-    return sum(p.numel() for name, p in counted if name not in untrained)
+    named, before = dict(net.named_parameters()), before or {}
+    changed = {name for name in named.keys() & before if not torch.equal(named[name].to_dense(), before[name])}
+    return numbers_in(p for name, p in named.items() if (p.requires_grad and name not in untrained) or name in changed)
 
 
 def normalize(images: Tensor, by: tuple[float, float] = MNIST_PIXELS) -> Tensor:

@@ -24,7 +24,7 @@ Word = Literal["met", "missed", "not shown"]
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One figure in percent over n seeds. For one seed the sd (with n - 1) and the interval of the mean are nan."""
+    """One figure in percent over n seeds. The sd (with n - 1) is nan of one seed, the interval where all are equal."""
 
     n: int
     mean: float
@@ -78,7 +78,8 @@ def aggregate(values: Sequence[float], target: float | None = None) -> Aggregate
 
 def lower_bound(values: Sequence[float]) -> float:
     """Return the highest target that `judge_mean` shows a mean to be above, its one-sided 99 % bound; nan if none."""
-    return math.nan if _same(values) else _interval(np.array(values, dtype=np.float64), ALPHA_TARGET)[0]
+    low, _ = _interval(np.array(values, dtype=np.float64), ALPHA_TARGET)
+    return low if low >= 0 else math.nan
 
 
 def interval_for_new_images(wrong: NDArray[np.bool_]) -> tuple[float, float]:
@@ -184,11 +185,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _interval(x: NDArray[np.float64], tail: float = 0.025) -> tuple[float, float]:
     from scipy import stats
 
-    if len(x) == 1:
+    if _same(x):
         return math.nan, math.nan
     half = float(stats.t.ppf(1 - tail, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
     return float(x.mean()) - half, float(x.mean()) + half
 
 
-def _same(values: Sequence[float]) -> bool:
+def _same(values: Sequence[float] | NDArray[np.float64]) -> bool:
     return bool(np.ptp(values) <= ROUNDING * np.abs(values).max())

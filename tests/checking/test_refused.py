@@ -84,6 +84,12 @@ def in_place(logits: Tensor) -> Tensor:
     return logits
 
 
+def computed_once() -> Linear:
+    net = Linear()
+    net.twice = 2 * net.linear.weight
+    return net
+
+
 SHARED = nn.Linear(784, 10)
 STATISTICS = nn.BatchNorm2d(1, affine=False)
 flat = partial(nn.Sequential, nn.Flatten())
@@ -93,7 +99,8 @@ NETS: dict[str, tuple[Any, str]] = {
     "three input channels": (lambda: nn.Sequential(nn.Conv2d(3, 10, 28)), r"^net: 0, .*\(128, 1, 28, 28\)"),
     "not flattened": (lambda: nn.Sequential(nn.Linear(784, 10)), r"^net: 0, Linear.*784.* is given \(128, 1, 28, 28\)"),
     "five outputs": (changed(lambda y: y[:, :5]), r"\(128, 5\)"),
-    "nothing": (changed(lambda y: None), "NoneType"),
+    "nothing": (changed(lambda y: None), "None: is a return missing"),
+    "computed once": (computed_once, "computes twice from its weights"),
     "bfloat16": (changed(lambda y: y.bfloat16()), "bfloat16"),
     "NaN": (changed(lambda y: y * torch.nan), "finite"),
     "wrong in evaluation": (partial(OnlyEvaluated, change=lambda y: y[:, :9]), r"\(\d+, 9\)"),

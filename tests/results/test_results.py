@@ -77,8 +77,9 @@ def test_run_table_filters(many: Store) -> None:
     assert ids(steps="step4", include_overrides=True) == [("step4", 0), ("step4", 0), ("step4", 0), ("step4", 1)]
     assert ids(status="FAILED") == [("step4", 2)]
     assert len(ids(status=None)) == 7  # the study's own run is none
-    with pytest.raises(LabError, match="no run of 'my_idae' .*did you mean 'my_idea'.*my_idea, step2, step4"):
-        ids(steps="my_idae")
+    for name, meant in (("my_idae", "my_idea"), ("my", "my_idea")):
+        with pytest.raises(LabError, match=f"no run of '{name}' .*did you mean '{meant}'.*my_idea, step2, step4"):
+            ids(steps=name)
     for name, value in {"status": "DONE", "include_overrides": "ifnone", "holdout": "a", "hold_out": 500}.items():
         with pytest.raises(LabError, match=f"^{name}: (unknown|{value!r} is none of )"):
             ids(**{name: value})
@@ -139,6 +140,7 @@ def test_compare_takes_the_newest_run_of_each_seed_and_their_mean(many: Store) -
     assert table.index.tolist() == ["step2", "step4", "my_idea"]  # the steps first
     step4 = table.loc["step4"]
     assert step4[["seeds", "last", "best"]].tolist() == [2, pytest.approx(99.4), pytest.approx(99.45)]
+    assert table["failed"].tolist() == ["", "2", ""]
     assert step4["last_sd"] == pytest.approx(np.std([99.5, 99.3], ddof=1))
     assert (step4["low"], step4["high"]) == pytest.approx((99.4 - 12.7062 * 0.1, 100), abs=1e-3)
     assert step4["verdict_accuracy"] == "not shown"  # the mean of the last epochs, 99.40, not one lucky seed
@@ -165,7 +167,7 @@ def test_the_verdict_on_several_seeds_is_what_their_mean_shows(store: Store) -> 
     assert rows[2][1:4] == ["99.50", "met", "1"]
 
 
-def test_seeds_of_different_code_teachers_or_values_are_not_averaged(store: Store) -> None:
+def test_seeds_of_other_code_teachers_or_values_are_not_averaged(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = [(0, 98.0, "old"), (1, 98.1, "old"), (2, 98.2, "old"), (0, 99.0, "new"), (1, 99.1, "new")]
     for start, (seed, accuracy, digest) in enumerate(seeds, start=T0):
         write_run(store, "code", seed, [accuracy], start_time=start, tags={"code_sha256": digest})
@@ -179,6 +181,10 @@ def test_seeds_of_different_code_teachers_or_values_are_not_averaged(store: Stor
         **{"code": newest, "taught": newest, "read": newest},
         "bare": {"seeds": 2, "left_out": 1, "last": pytest.approx(97.1)},
     }
+    # The script was changed back.
+    monkeypatch.setitem(results.newest_runs.__globals__, "codes", lambda steps: dict.fromkeys(steps, "old"))
+    back = results.compare_table("code", tracking_uri=store.uri)
+    assert back[["seeds", "left_out", "last"]].to_numpy().tolist() == [[3, 2, pytest.approx(98.1)]]
 
 
 @pytest.fixture
@@ -338,6 +344,9 @@ def test_compare_prints_the_tables_of_one_protocol(held_out: str, lab: Callable[
     now = {one: code_sha256(find_sources(ROOT / "experiments" / f"{one}.py")) for one in ("step2_dropout", "gap_alone")}
     write_seeds(store, "step2_dropout", 99.0, 99.1, tags={**TARGETS, "code_sha256": now["step2_dropout"]})
     write_seeds(store, "gap_alone", 99.3, 99.1, tags={**TARGETS, "code_sha256": "of before"})
+    for seed, how in ((2, "FAILED"), (3, "FAILED"), (0, "FAILED"), (4, "KILLED")):
+        code = {"code_sha256": now["step2_dropout"]}
+        write_run(store, "step2_dropout", seed, [9.0], start_time=T0, status=how, tags=code)
     quick_look = {"code_sha256": now["gap_alone"], "overrides": "epochs=1"}
     write_run(store, "gap_alone", 0, [9.0], start_time=T0 + 9, tags=quick_look)
     write_seeds(store, "step4_augment_steplr", 9.0, tags=quick_look)
@@ -347,7 +356,8 @@ def test_compare_prints_the_tables_of_one_protocol(held_out: str, lab: Callable[
     assert re.search(r"^step2_dropout +99\.05 \+- 0\.071 +not shown +2 .* 4 ", text, re.MULTILINE)
     assert re.search(r"^GAP alone +\+0\.15 +not shown +too few runs ", text, re.MULTILINE)
     assert "not compared: step3_gap with gap_alone: one or both have a single seed" in text
-    assert "not compared: step4_augment_steplr with step3_gap: the runs of the first" in text
+    assert "not compared: step4_augment_steplr, as its runs are overridden" in text
+    assert "step2_dropout: its figures are without seeds or folds that failed: 2, 3." in text
     assert "step3_gap" not in lab("compare", "step2_dropout", "gap_alone", "--tracking-uri", held_out)
     write_seeds(store, "my_idea", 99.5, 99.3)
     write_run(store, "my_idea", 0, [99.5], start_time=T0 + 9, tags={"restored": "abc"})

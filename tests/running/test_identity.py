@@ -23,7 +23,7 @@ from mnist_lab.cli import make_job, parser
 from mnist_lab.errors import LabError
 from mnist_lab.running import checkpoint, identity
 from mnist_lab.running.identity import code_sha256, commit_tags, environment, find_sources
-from mnist_lab.running.job import Job, read_declaration
+from mnist_lab.running.job import Job, read_declaration, with_own_figures
 from mnist_lab.tracking.store import finished_runs, open_store
 from networks import example
 
@@ -445,6 +445,9 @@ def test_the_flags_choose_the_interrupted_run_or_are_refused_by_name(
     monkeypatch.setattr("mnist_lab.running.job.read_declaration", lambda _: stated)
     job.read_experiment()
     assert job.experiment.reported == {}  # nor in a worker
+    for name, own in (("step1_baseline", stated.reported), ("copied", {})):  # the first is published
+        idea.with_name(f"{name}.py").write_text('reported={"best_test_accuracy": 99.0}')
+        assert with_own_figures(stated, idea.with_name(f"{name}.py")).reported == own
 
     def choose(flags: str) -> str:
         given = [*flags.split(), "--resume", "--tracking-uri", uri]
@@ -467,7 +470,5 @@ def test_params_are_those_declared_though_an_object_changes_in_use(idea: Path, u
     norm = torch.nn.BatchNorm2d(1)
     job = Job(script=idea, experiment=replace(tiny.EXPERIMENT, augmentation=norm), tracking_uri=uri)
     before = dict(job.params)
-
     norm(torch.ones(1, 1, 28, 28))
-
     assert job.params == before

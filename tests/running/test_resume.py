@@ -192,12 +192,7 @@ def test_each_bit_of_a_checkpoint_counts(uri: str) -> None:
 
 
 NONSENSE: list[dict[str, Any]] = [
-    {"seed": -1},
-    {"script": "a\0b"},
-    {"changes": [1]},
-    {"identity": {"lr": 0.1}},
-    {"threads": 0},
-    {"training": []},
+    *({"seed": -1}, {"script": "a\0b"}, {"changes": [1]}, {"identity": {"lr": 0.1}}, {"threads": 0}, {"training": []}),
     {"epochs": []},
     {"epochs": [replace(FIRST, epoch=2)]},
     {"epochs": [replace(FIRST, evaluated_on="train")]},  # type: ignore[arg-type]

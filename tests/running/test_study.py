@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -132,6 +133,26 @@ def story(folder: Path) -> SimpleNamespace:
     newest = [run for run in runs if "study" in run.tags][-1]
     finished = [run for run in runs if run.status == "FINISHED"]
     return SimpleNamespace(**locals())
+
+
+def test_a_seed_finds_modules_as_they_are_read_and_a_run_of_another_network_is_not_its(
+    uri: str, tmp_path: Path, mnist: Mnist, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(runner, "load_mnist", lambda *_: first(mnist, 1000, 10_000))
+    (tmp_path / "layers.py").write_text("from pathlib import Path\nn = int(Path('n').read_text())\n")
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "layered.py"
+    net = "nn.Linear(8, 10), *(nn.Linear(10, 10) for _ in range(layers.n))"
+    layered = TINY.read_text().replace("nn.Linear(8, 10)", net)
+    script.write_text(layered.replace("import torch\n", "import layers\nimport torch\n\nlayers.n += 1\n", 1))
+    for before, layers in ((0, 1), (1, 2), (1, 2)):
+        (tmp_path / "n").write_text(f"{before}")
+        sys.modules.pop("layers", None)  # as in a process of its own
+        job = Job(script=script, experiment=read_declaration(script), tracking_uri=uri, threads=1)
+        runs = run_study(job, [0, 1], Progress(), Trainers()).runs
+        assert [run.metrics["num_params"] for run in runs] == [434 + 110 * layers] * 2
+    assert len(read_runs(Path(uri.removeprefix("sqlite:///")))) == 2 + 2 + 3
 
 
 def test_a_study_that_is_interrupted_closes_its_runs_and_those_of_one_that_was_killed(folder: Path) -> None:

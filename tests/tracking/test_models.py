@@ -128,7 +128,7 @@ def test_the_median_seed_is_chosen(accuracies: dict[int, float], median: int, st
     run = results.median_run("step1_plain", tracking_uri=store.uri)
     assert run["seed"] == median
     write_run(store, "step2_plain", 0, [99.0], start_time=T0, tags={"restored": "c0ffee"})
-    with pytest.raises(LabError, match="all runs of 'step2_plain' were restored, and these have no network; train it"):
+    with pytest.raises(LabError, match="no run of 'step2_plain' as declared was trained in this store"):
         results.median_run("step2_plain", tracking_uri=store.uri)
 
 

@@ -312,7 +312,10 @@ def test_parameters_are_counted_once_bare_ones_too_frozen_ones_not() -> None:
     net.first.bias.requires_grad_(False)
     assert num_params(net) == 7 + 16
     assert num_params(net, untrained=["bare"]) == 16
-    assert num_params(net, untrained=["bare"], trained=["first.bias", "bare"]) == 16 + 4
+    before = {name: p.detach().clone() for name, p in net.named_parameters()} | {"bare": torch.ones(7)}
+    assert num_params(net, untrained=["bare"], before=before) == 16 + 7
+    net.bare = nn.Parameter(torch.zeros(7, dtype=torch.cfloat))
+    assert num_params(net) == 14 + 16
 
 
 def test_a_rehearsal_leaves_random_numbers_data_and_declaration_alone(small_mnist: Mnist) -> None:

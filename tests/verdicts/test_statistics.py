@@ -61,8 +61,8 @@ def test_the_lower_bound_is_the_target_that_is_just_met() -> None:
     bound = lower_bound(GAINS)
     assert judge_mean(GAINS, bound - 1e-6)[0] == "met"
     assert judge_mean(GAINS, bound + 1e-6)[0] == "not shown"
-    assert math.isnan(lower_bound([99.4]))
-    assert math.isnan(lower_bound([99.41] * 7))
+    assert all(math.isnan(lower_bound(values)) for values in ([99.4], [99.41] * 7, [60.0, 99.0]))  # the last: below 0
+    assert math.isnan(aggregate([99.41] * 7).low)
 
 
 def test_the_interval_for_new_images_is_that_of_a_bootstrap_over_seeds_and_images() -> None:

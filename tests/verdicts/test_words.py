@@ -52,11 +52,6 @@ def test_an_accuracy_equals_the_target_that_is_written_like_it() -> None:
             assert judge(targets, **(BEST | {"accuracies": [accuracy]}))[0].word == word
 
 
-def test_where_nothing_was_wanted_there_is_no_verdict() -> None:
-    assert judge(Targets(), accuracies=[10.0], num_params=10**9, epochs=1000) == []
-    assert overall([]) == "none"
-
-
 def test_several_seeds_are_judged_by_what_their_mean_shows() -> None:
     seeds = {"met": [99.45, 99.46, 99.47], "not shown": [99.45, 99.46, 99.38], "missed": [99.1, 99.11, 99.12]}
     for word, accuracies in seeds.items():
@@ -70,6 +65,8 @@ def test_several_seeds_are_judged_by_what_their_mean_shows() -> None:
 
 
 def test_targets_that_no_training_can_meet_are_named_before_it() -> None:
+    assert judge(Targets(), accuracies=[10.0], num_params=10**9, epochs=1000) == []
+    assert overall([]) == "none"
     assert out_of_reach(STEP, num_params=9_999, epochs=14) == []
     assert out_of_reach(Targets(accuracy=99.4), num_params=10**9, epochs=10**9) == []
     params, epochs = out_of_reach(STEP, num_params=10_000, epochs=15)
@@ -88,13 +85,9 @@ def test_every_figure_that_is_logged_or_shown_is_on_the_list_and_in_the_docs(pro
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("final_test_accuracy", 99.414, "99.41 %"),
-        ("num_params", 7852, "7,852"),
-        ("final_test_loss", 0.01824, "0.0182"),
-        ("lr", 0.00012345, "0.000123"),
-        ("epoch_seconds", 20.06, "20.1 s"),
-        ("best_epoch", None, "-"),
-        ("best_epoch", math.nan, "-"),
+        *(("final_test_accuracy", 99.414, "99.41 %"), ("num_params", 7852, "7,852"), ("lr", 0.00012345, "0.000123")),
+        *(("final_test_loss", 0.01824, "0.0182"), ("epoch_seconds", 20.06, "20.1 s")),
+        *(("best_epoch", None, "-"), ("best_epoch", math.nan, "-")),
     ],
 )
 def test_a_value_is_written_with_its_unit(name: str, value: float | None, text: str) -> None:
