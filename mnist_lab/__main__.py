@@ -157,7 +157,7 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, holdout: int, folds: int, ov
             yield line.replace("on the test images", held_out) if holdout else line
     for row in table.to_dict("records"):
         if row["left_out"]:
-            left_out = counted(row["left_out"], "older run")
+            left_out = counted(row["left_out"], "run")
             yield f"{named(row)}: left out: {left_out} of other code (code_sha256) or other hyperparameters."
         if row["seeds"] < folds:
             yield f"{named(row)}: only {row['seeds']} of {folds} folds are there."

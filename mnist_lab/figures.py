@@ -93,6 +93,9 @@ def plot_training(history: pd.DataFrame, target_accuracy: float | None = None) -
     return _finish(figure, 2 if len(curves) > 2 or len(handles) == 4 else 3, handles=handles)
 
 
+plot_curves = plot_training  # the name that fits several steps
+
+
 def _plot_over_seeds(axes: Axes, values: pd.DataFrame, name: str, look: tuple[str, str, str]) -> None:
     """Draw the mean of values (epochs, seeds), and a band from the smallest to the largest of several seeds."""
     color, line, marker = look

@@ -186,7 +186,7 @@ class Trial:
                 with suppress(Exception):  # that value is not allowed, which is a difference
                     changed, _ = self.experiment.override({name: schedule.another(value)})
                     if all(map(torch.equal, outputs(self.experiment), outputs(changed))):
-                        self.say(f"{name}: {quoted(value)} has no effect: the network does the same with another value")
+                        self.say(f"{name}: {quoted(value)} has no effect on the first batch; does the network use it?")
 
     def check_scheduler(self) -> None:
         """Judge a schedule's unit by a run on all training images: a quick look with few says nothing about it."""

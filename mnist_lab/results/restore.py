@@ -1,7 +1,6 @@
 """`make restore`: puts the committed runs of docs/results into a store.
 
-A restored run has the tags `restored`, the commit of the files, and `restored_sha256`, a digest of the files, by which
-a second call knows that there is nothing to do.
+Its tags: `restored`, the commit of the files, and `restored_sha256`, their digest, by which a second call does nothing.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """Trains on a Ray cluster: a task of Ray Core for each seed, wherever there is room.
 
-Ray carries the script, the lab and MNIST to the nodes, and begins a task anew whose process or node is lost; the task
-then closes the run that was lost, and goes on with it.
+Ray carries script, lab and MNIST to the nodes, and begins a lost task anew, which closes the lost run and goes on.
 """
 
 from __future__ import annotations

@@ -156,8 +156,7 @@ def check_not_deleted(uri: str, experiment: mlflow.entities.Experiment) -> None:
 def uninterrupted(*, interrupted: bool = False) -> Iterator[None]:
     """Hold back the signals that end a program until the block is through; a second Ctrl-C ends it at once.
 
-    An interrupt within MLflow can leave the database locked by an open transaction, so that the run can't be closed.
-    interrupted: whether the next Ctrl-C is a second one.
+    An interrupt within MLflow can leave the database locked. interrupted: whether the next Ctrl-C is a second one.
     """
     if threading.current_thread() is not threading.main_thread():  # signals interrupt no other thread
         yield

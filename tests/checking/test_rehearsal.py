@@ -228,7 +228,7 @@ BY_BATCH, ONE_CYCLE = {"scheduler_interval": "batch"}, partial(OneCycleLR, max_l
         ),
         ({"scheduler": partial(StepLR, step_size=20), **BY_BATCH}, "scheduler: StepLR stands still after 80 of 938"),
         ({"scheduler": partial(StepLR, step_size=9), **BY_BATCH}, "scheduler: .* half of its way after 9 batches"),
-        ({"net": lambda unused=0.5: Convolutions()}, "unused: 0.5 has no effect"),
+        ({"net": lambda unused=0.5: Convolutions()}, "unused: 0.5 has no effect on the first batch"),
         ({"net": Small}, "net: after this run's 8 batches, .* are 43 % initial values"),
         ({"augmentation": OwnGenerator()}, "the run's seed does not decide what augmentation draws"),
         ({"augmentation": lambda images: images * 2 - 0.5}, r"augmentation gives pixels from -0\.50 to 1\.50"),

@@ -244,8 +244,8 @@ def test_overridden_runs_and_those_of_other_code_are_told_apart(tmp_path: Path, 
     report = write(tmp_path / "two", uri, scripts)
     assert [row[0] for row in report.rows(0)[2:]] == ["step2_better"]
     assert "No finished run as declared yet. This is step1_plain [epochs=1]" in report.texts[0]
-    assert "2 older runs are left out: they are of other code" in report.texts[0]
-    assert "Left out: 2 older runs of other code" in report.md
+    assert "2 runs are left out: they are of other code" in report.texts[0]
+    assert "Left out: 2 runs of other code" in report.md
     assert "98.00" not in report.md
 
 
