@@ -40,7 +40,7 @@ def plot_samples(images: ArrayLike, labels: ArrayLike, limit: int = 40, columns:
     """Draw the first `limit` images with their labels; images (N, 28, 28) uint8 or float, labels (N,)."""
     pictures = _array("images", images, None, None, None)
     digits = _array("labels", labels, len(pictures))
-    return _gallery(pictures[:limit], [str(digit) for digit in digits[:limit]], columns, MEDIUM)
+    return _gallery(pictures[: max(limit, 0)], [str(digit) for digit in digits[: max(limit, 0)]], columns, MEDIUM)
 
 
 def plot_augmentation(before: ArrayLike, after: ArrayLike, limit: int = 10) -> Figure:
@@ -210,7 +210,7 @@ def plot_mistakes(
         figure = Figure(figsize=(5, 1))
         figure.text(0.5, 0.5, f"no mistakes among {len(pictures):,} images", ha="center", va="center", fontsize=MEDIUM)
         return figure
-    order = wrong[np.argsort(-sure[wrong], kind="stable")][:limit]
+    order = wrong[np.argsort(-sure[wrong], kind="stable")][: max(limit, 0)]
     titles = [f"{true_digits[i]} read as {predicted_digits[i]}\n{100 * sure[i]:.1f} %" for i in order]
     figure = _gallery(pictures[order], titles, columns, SMALL)
     figure.suptitle(f"{len(order)} of {len(wrong)} mistakes, the most confident first", fontsize=MEDIUM)

@@ -255,7 +255,7 @@ def test_mistakes_are_the_wrong_ones_most_confident_first() -> None:
 HISTORY, SEEDLESS = make_history(), make_table(*STEPS).drop(columns="seeds")
 ERRORS: dict[str, Callable[[], Figure]] = {
     r"labels .*\(3,\)": lambda: figures.plot_samples(IMAGES, LABELS[:3]),
-    "limit and columns must be 1": lambda: figures.plot_samples(IMAGES, LABELS, limit=0),
+    "limit and columns must be 1": lambda: figures.plot_samples(IMAGES, LABELS, limit=-1),
     r"after .*59, 28, 28\)": lambda: figures.plot_augmentation(IMAGES, IMAGES[1:]),
     "history has no rows": lambda: figures.plot_training(HISTORY.iloc[:0]),
     "history lacks epoch, train_loss": lambda: figures.plot_training(HISTORY.drop(columns=["epoch", "train_loss"])),

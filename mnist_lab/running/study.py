@@ -48,7 +48,7 @@ def study(
     hardware, protocol = identity.hardware(job.device), job.protocol
     runs = {} if again else finished_runs(store, job.params, job.tags, protocol.judged, seeds=seeds, hardware=hardware)
     _, _, rehearsal = tried(job, store)
-    runs = {seed: run for seed, run in runs.items() if run.metrics["num_params"] in rehearsal.params}
+    runs = {seed: run for seed, run in runs.items() if run.metrics.get("num_params") in rehearsal.params}
     reused, missing = [seed for seed in seeds if seed in runs], [seed for seed in seeds if seed not in runs]
     if missing:
         trainers.prepare(job, store)
