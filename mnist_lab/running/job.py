@@ -116,7 +116,7 @@ class Job:
     def read_experiment(self) -> None:
         """Read the experiment from the script, in a process that was sent this job; LabError if it has changed."""
         self.check_unchanged()
-        for name in {part for name in self.sources for part in (name, name.partition(".")[0])}:
+        for name in {part for one in self.sources for part in (one, one.partition(".")[0])}:
             sys.modules.pop(name, None)  # a run before may have changed its globals
         declared = with_own_figures(read_declaration(script := self.sources[SCRIPT]), script)
         experiment, _ = declared.override(self.overrides)
