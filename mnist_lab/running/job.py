@@ -139,14 +139,12 @@ def choose_device(name: str | None) -> torch.device:
 
 def with_own_figures(experiment: Experiment, script: Path) -> Experiment:
     """Drop reported figures that are another script's: `replace` took them along, or they came with a published one."""
-
-    def reported(file: Path) -> str:
-        *_, last = ["", *file.read_text(errors="ignore").split("reported")[1:]]
-        return last.partition("}")[0]
-
+    figures = [f"{value:g}" for value in experiment.reported.values()]
     published = [file for file in script.parent.glob("*.py") if (PUBLISHED / f"{file.stem}.csv").exists()]
-    own = reported(script) if script in published or reported(script) not in map(reported, published) else ""
-    return experiment if own else replace(experiment, reported={})
+    declared = [file.read_text(errors="ignore").partition("reported=")[2].partition("}")[0] for file in published]
+    is_copy = script not in published and any(all(one in text for one in figures) for text in declared)
+    is_named = "reported" in script.read_text(errors="ignore")
+    return experiment if is_named and not is_copy else replace(experiment, reported={})
 
 
 class _MainCalled(BaseException):
