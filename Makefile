@@ -9,12 +9,16 @@ STEP ?=
 # Step 9 learns from one teacher, however many seeds of the steps are trained.
 ONE_TEACHER = $(and $(filter steps,$(MAKECMDGOALS)),$(filter teacher,$@))
 FLAGS = $(if $(SEEDS),$(if $(ONE_TEACHER),,--seeds $(SEEDS))) $(ARGS)
-# A variable of another name would be ignored without a word, unless it is one of the environment's, with a _ in it.
+# A variable of another name would be ignored without a word, unless a program that is started here reads it.
+READ := ARGS SEEDS IMAGE STEP PYTHON UV INSTALLED SHELL HOME PATH TMPDIR NO_COLOR FORCE_COLOR \
+  $(addsuffix _%,MNIST_LAB MLFLOW RAY OMP GOMP MKL CUDA NVIDIA PYTORCH TORCH MPL UV PIP PYTEST HYPOTHESIS AWS HTTP HTTPS NO) PYTHON%
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
-UNKNOWN := $(foreach name,$(filter-out ARGS SEEDS IMAGE STEP PYTHON UV INSTALLED,$(GIVEN)),$(if $(findstring _,$(name)),,$(name)))
-$(if $(UNKNOWN),$(error $(firstword $(UNKNOWN)): there are ARGS, SEEDS, STEP and IMAGE; flags go into ARGS="--epochs 3"))
+UNKNOWN := $(firstword $(filter-out $(READ),$(GIVEN)))
+$(if $(UNKNOWN),$(error $(UNKNOWN): there are ARGS, SEEDS, STEP and IMAGE; flags go into ARGS="--epochs 3"))
 FILE := $(firstword $(filter %.py,$(MAKECMDGOALS)))
 $(if $(FILE),$(error $(FILE): a script is started by its name alone: make $(basename $(notdir $(FILE)))))
+FOLDER := $(firstword $(wildcard $(addsuffix /.,$(filter-out data,$(MAKECMDGOALS)))))
+$(if $(FOLDER),$(error $(FOLDER:/.=): it is a folder; make help lists the targets))
 PYTHON := .venv/bin/python
 # The machine's own uv, or one that is put into .uv/ here. Nothing is installed outside this folder.
 UV := $(or $(shell command -v uv),.uv/bin/uv)
@@ -92,7 +96,7 @@ steps: $(STEPS)  ## train the ten steps, and once the ninth's teacher, one after
 # Without its last two lines a script would train nothing, and say nothing.
 define START
 if [[ -t 1 ]]; then echo "Starting $$script"; fi; \
-grep -q 'main(' "$$script" || echo "make: $$script does not call main(EXPERIMENT), so it trains nothing" >&2; \
+grep -q 'main(' "$$script" || { echo "make: $$script does not call main(EXPERIMENT), so it trains nothing" >&2; exit 2; }; \
 exec $(PYTHON) "$$script" $(FLAGS)
 endef
 

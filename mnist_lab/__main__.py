@@ -357,8 +357,10 @@ def _why_not(found: Checkpoint, uri: str) -> str:
     from mnist_lab.tracking.store import is_deleted
 
     script = Path(found.script).resolve()
+    if not script.is_file():
+        return f"{script} is not there"
     # A checkpoint from elsewhere must not name a program to be run, nor one that came with it in a store's folder.
-    if script.parent != (PROJECT_ROOT / "experiments").resolve() or script.suffix != ".py" or not script.is_file():
+    if script.parent != (PROJECT_ROOT / "experiments").resolve() or script.suffix != ".py":
         start = f"python {script} --resume {found.run_id}"
         return f"{script} is no script of this project; start it where it is, if you trust it: {start}"
     if is_deleted(uri, found.run_id):

@@ -69,10 +69,11 @@ def test_make_help_lists_every_target() -> None:
         ("step99", "make: there is no experiments/step99.py and no experiments/step99_*.py: see make help"),
         ("step", "make: step needs its number, e.g. make step1; make help lists them"),
         ("a.b", "make: there is no experiments/a.b.py, and no target a.b: make help lists both"),
-        ("SEED=3", "*** SEED: there are ARGS, SEEDS, STEP and IMAGE"),
+        ("N_SEEDS=3", "*** N_SEEDS: there are ARGS, SEEDS, STEP and IMAGE"),
+        ("docs", "*** docs: it is a folder"),
     ],
 )
-def test_make_names_an_experiment_that_is_not_there(target: str, said: str) -> None:
+def test_make_names_what_is_not_there(target: str, said: str) -> None:
     done = subprocess.run(["make", target, "INSTALLED="], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert said in done.stderr.splitlines()[0]
