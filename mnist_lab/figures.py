@@ -155,9 +155,9 @@ def plot_steps(table: pd.DataFrame) -> Figure:
         marker, label = ("o", "steps, mean over seeds, 95 % interval") if of_steps else ("s", "other experiments")
         axes.errorbar(part["num_params"], part["last"], yerr=bars, fmt=marker, label=label, **MEAN)
     axes.margins(0.1)  # for the names beside the points
-    for accuracy in table.get("target_accuracy", pd.Series()).mode()[:1]:
+    for accuracy in _of_most(table, "target_accuracy"):
         axes.axhline(accuracy, label=f"target {accuracy:g} %", **TARGET)
-    for params in table.get("target_params", pd.Series()).mode()[:1]:
+    for params in _of_most(table, "target_params"):
         axes.axvline(params, label=f"target {params:,.0f} parameters", **TARGET | {"ls": "--"})
     axes.set(xlabel=MEASURES["num_params"].label, ylabel="test accuracy of the last epoch (%)")
     _log_scale(axes.xaxis)
@@ -169,6 +169,11 @@ def plot_steps(table: pd.DataFrame) -> Figure:
     _finish(figure, 2)
     _label_points(figure, table, arrows)
     return figure
+
+
+def _of_most(table: pd.DataFrame, column: str) -> list[float]:
+    counts = table.get(column, pd.Series()).value_counts()
+    return counts.index[2 * counts > len(table)].tolist()
 
 
 def plot_confusion(truth: ArrayLike, prediction: ArrayLike) -> Figure:

@@ -7,6 +7,7 @@ from pathlib import Path
 from mnist_lab.errors import LabError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = PROJECT_ROOT / "experiments"
 PUBLISHED = PROJECT_ROOT / "docs" / "results"  # the committed figures
 SQLITE = "sqlite:///"
 EXPERIMENT_NAME = "mnist"  # the one MLflow experiment that holds all runs
@@ -76,5 +77,5 @@ def own_files(uri: str) -> list[Path]:
 
 def script_named(name: str) -> str:
     """Return the name of the script that "step4" is short for, where there is one such script; else the name itself."""
-    scripts = list((PROJECT_ROOT / "experiments").glob(f"{name}_*.py")) if re.fullmatch(r"step\d+", name) else []
+    scripts = list(EXPERIMENTS.glob(f"{name}_*.py")) if re.fullmatch(r"step\d+", name) else []
     return scripts[0].stem if len(scripts) == 1 else name

@@ -200,7 +200,7 @@ def test_learning_rate_has_one_line_a_schedule_and_none_where_it_is_no_number() 
 def test_steps_are_numbered_beside_their_points_with_intervals_of_four_seeds_or_more_and_joined_in_order() -> None:
     table = make_table(*reversed(STEPS)).assign(overrides="")
     table.loc[0, ["seeds", "overrides"]] = [3, "lr=1"]  # under_20k
-    figure = figures.plot_steps(table.assign(target_accuracy=99.4, target_params=math.nan))
+    figure = figures.plot_steps(table.assign(target_accuracy=99.4, target_params=[1e4, *[math.nan] * 8]))
     figure.savefig(io.BytesIO(), dpi=figure.dpi)
     (axes,) = figure.axes
     drawn = {(x, y): (low, high) for x, y, low, high in bars(axes)}

@@ -83,14 +83,12 @@ def test_resume_passes_over_a_run_whose_script_has_changed_and_names_the_others(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setattr("mnist_lab.tracking.store.is_deleted", lambda *_: False)
     script = ROOT / "experiments" / "step1_baseline.py"
-    known = code_sha256(find_sources(script))
-    for age, (run_id, seed, code) in enumerate(
-        [("a", 0, known), ("b", 1, known), ("c", 2, "another"), ("d", 3, known)]
-    ):
-        file = script.with_stem("gone") if run_id == "d" else script
+    known, gone = code_sha256(find_sources(script)), script.with_stem("gone")
+    runs = [("a", script, known), ("b", script, known), ("c", script, "another"), ("d", gone, known)]
+    for seed, (run_id, file, code) in enumerate(runs):
         one = example(run_id, script=str(file), seed=seed, changes={}, limit=2_000, identity={"code_sha256": code})
         checkpoint.save(one, uri)
-        os.utime(checkpoint.file_of(uri, run_id), (age, age))
+        os.utime(checkpoint.file_of(uri, run_id), (seed, seed))
 
     jobs.resume(tracking_uri=uri, run_id=None)
 
@@ -98,7 +96,7 @@ def test_resume_passes_over_a_run_whose_script_has_changed_and_names_the_others(
     printed = capsys.readouterr().out
     assert "Interrupted too: a (step1_baseline seed 0 limit=2000)" in printed
     assert "Left out: c (step1_baseline seed 2 limit=2000) can't go on: step1_baseline.py " in printed
-    assert f"Left out: d (gone seed 3 limit=2000) can't go on: {script.with_stem('gone')} is not there" in printed
+    assert f"Left out: d (gone seed 3 limit=2000) can't go on: {gone} is not there" in printed
 
 
 def test_a_checkpoint_that_names_another_file_is_left_out(uri: str, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Finds what may be wrong with a network that trains: weights that are shared, not registered, or not optimized."""
 
+import dis
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,25 @@ from mnist_lab.errors import LabError
 def tensors_of(net: nn.Module) -> dict[str, Tensor]:
     named = dict(net.named_parameters()) | dict(net.named_buffers())
     return {name: tensor.detach().to_dense() for name, tensor in named.items()}
+
+
+def computed(net: nn.Module) -> dict[Tensor, str]:
+    """Return the tensors that a network's modules hold and that were computed from weights, each with its name."""
+    held = [item for module in net.modules() for item in vars(module).items()]
+    held += [item for _, value in held if isinstance(value, dict) for item in value.items()]
+    held += [(name, one) for name, value in held if isinstance(value, list | tuple) for one in value]
+    return {one: name for name, one in held if isinstance(one, Tensor) and not one.is_leaf}
+
+
+def notice_unread(build: Any) -> Iterator[str]:
+    """Yield a notice of the arguments that the code which builds a network never reads: of a class, its __init__."""
+    is_class = isinstance(build, type)
+    code = getattr(build.__init__ if is_class else build, "__code__", None)
+    if code is not None and "locals" not in code.co_names:
+        loads = (one.argrepr.split(", ") for one in dis.get_instructions(code) if "LOAD" in one.opname)
+        names = code.co_varnames[is_class : code.co_argcount + code.co_kwonlyargcount]  # without self
+        if unread := sorted({*names}.difference(*loads)):
+            yield f"net: never reads {listed(unread)} of its arguments, which has no effect"
 
 
 def check_own_weights(net: nn.Module, before: dict[str, Tensor], again: nn.Module) -> None:

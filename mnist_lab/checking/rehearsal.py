@@ -81,7 +81,6 @@ class Trial:
             (self.minimised, self.check_gradients),
             ("net", self.check_evaluation),
             ("average", self.check_average),  # after an evaluation, when an activation that is kept can be copied
-            ("net", self.check_arguments),
             ("scheduler", self.check_scheduler),
             ("optimizer", self.check_steps),
             ("optimizer", self.check_rate),
@@ -110,10 +109,9 @@ class Trial:
             raise ValueError("has no parameters to train; build its layers in __init__, lists in nn.ModuleList")
         self.trainable = {name for name, parameter in self.net.named_parameters() if parameter.requires_grad}
         self.before = {name: tensor.clone() for name, tensor in network.tensors_of(self.net).items()}
-        items = [item for one in self.net.modules() if not one._forward_pre_hooks for item in vars(one).items()]
-        for name in [name for name, one in items if not getattr(one, "is_leaf", True) and one._base is None]:  # no view
-            raise ValueError(f"computes {name} from its weights in __init__, once; do it in forward")
+        self.computed = network.computed(self.net)
         self.notices += network.notice_same_start(self.net, other)
+        self.notices += network.notice_unread(getattr(self.experiment.net, "func", self.experiment.net))
         self.notices += schedule.notice_batch_norm(self.experiment, self.net, self.total)
         with blame("optimizer", self):
             loop.build_optimizer(self.experiment, other.parameters())
@@ -161,6 +159,8 @@ class Trial:
         sizes = {1, 2} | {len(batch) for part in parts for batch in torch.split(part, loop.EVALUATION_BATCH_SIZE)} - {0}
         for size in sorted(sizes):
             logits = self.logits(self.evaluated(size))
+        if names := [name for one, name in network.computed(self.net).items() if one in self.computed]:
+            raise ValueError(f"computes {listed(names)} from its weights in __init__, once; do it in forward")
         self.notices += network.notice_outputs(logits, self.is_nll)
 
     def check_average(self) -> None:
@@ -169,24 +169,10 @@ class Trial:
         average.update_parameters(self.net)
         average.update_parameters(self.net)  # the first call copies
         self.logits(self.evaluated(2), average.module)
-        if not average.use_buffers and any(not one.equal(self.before[name]) for name, one in self.net.named_buffers()):
+        means = {name: one for name, one in self.net.named_buffers() if "running_mean" in name}
+        if not average.use_buffers and any(not one.equal(self.before.get(name, one)) for name, one in means.items()):
             self.say("average: takes batch norm's last statistics; AveragedModel(..., use_buffers=True) averages them")
         self.notices += schedule.notice_slow_average(self.experiment, self.total)
-
-    def check_arguments(self) -> None:
-        """Change each number that the network is given a little, and name those that change nothing in its outputs."""
-        images = loop.normalize(self.images[:FEW], self.experiment.normalize)
-
-        def outputs(experiment: Experiment) -> list[Tensor]:
-            net = self.network(SEED, experiment)
-            return [net(images) for _ in map(net.train, (True, False))]
-
-        for name, (part, _, value) in self.experiment.flat().items():
-            if part == "net" and isinstance(value, int | float):
-                with suppress(Exception):  # that value is not allowed, which is a difference
-                    changed, _ = self.experiment.override({name: schedule.another(value)})
-                    if all(map(torch.equal, outputs(self.experiment), outputs(changed))):
-                        self.say(f"{name}: {quoted(value)} has no effect on the first batch; does the network use it?")
 
     def check_scheduler(self) -> None:
         """Judge a schedule's unit by a run on all training images: a quick look with few says nothing about it."""

@@ -142,19 +142,15 @@ def without_effect(walk: Walk) -> dict[str, str]:
     for name, (part, _, value) in experiment.flat().items():
         if part not in reasons or not isinstance(value, int | float) or isinstance(value, bool):
             continue
+        changed = value + 1 if isinstance(value, int) else 0.9 * value + 0.01 * (value == 0)
         with suppress(Exception):  # that value is not allowed, which is a difference
-            other = Walk(experiment.override({name: another(value)})[0], walk.net, walk.num_images)
+            other = Walk(experiment.override({name: changed})[0], walk.net, walk.num_images)
             kept_elsewhere = part == "optimizer" and other.built == walk.built
             if other.groups[run] == walk.groups[run] and not kept_elsewhere:
                 found[name] = f"{name}: {quoted(value)} has no effect: {reasons[part]}"
     if not found and all(groups == walk.groups[0] for groups in walk.groups[run]):
         found["scheduler"] = f"scheduler: changes no learning rate in a run of {counted(walk.run, *walk.unit)}"
     return found
-
-
-def another(value: float) -> float:
-    changed = value + 1 if isinstance(value, int) else 0.9 * value + 0.01 * (value == 0)
-    return not value if isinstance(value, bool) else changed
 
 
 # ---- averages: of weights, and of what batch norm has seen

@@ -13,7 +13,7 @@ import pandas as pd
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Targets
 from mnist_lab.measures import HELD_OUT, TESTED, percent, protocol
-from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, script_named
+from mnist_lab.paths import EXPERIMENTS, PUBLISHED, script_named
 from mnist_lab.results.runs import COLUMNS, TARGETS, RunFilter, Steps, full_names, load_runs, run_table
 from mnist_lab.running.identity import code_sha256, find_sources
 from mnist_lab.story import read_stories
@@ -21,7 +21,6 @@ from mnist_lab.verdicts import statistics
 from mnist_lab.verdicts.comparison import Comparison, Pair, adjust, rounds_alike, seeds_text, step_order, table_text
 from mnist_lab.verdicts.targets import judge
 
-EXPERIMENTS = PROJECT_ROOT / "experiments"
 UNSAID = "all that differs"
 Compared = tuple[list[Comparison], list[str]]  # and a sentence on the pairs that have runs but can't be compared
 

@@ -27,8 +27,8 @@ from mnist_lab import figures, results
 from mnist_lab.data import load_mnist
 from mnist_lab.errors import LabError, counted
 from mnist_lab.measures import percent
-from mnist_lab.paths import PUBLISHED
-from mnist_lab.results.compare import EXPERIMENTS, failures, named, stated_targets, summarise
+from mnist_lab.paths import EXPERIMENTS, PUBLISHED
+from mnist_lab.results.compare import failures, named, stated_targets, summarise
 from mnist_lab.results.publish import TEMPLATES, verdict
 from mnist_lab.results.runs import LoadedRuns, full_names, predictions_of
 from mnist_lab.story import Story, read_stories

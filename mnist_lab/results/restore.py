@@ -15,8 +15,9 @@ from mlflow.utils import mlflow_tags
 
 from mnist_lab.errors import LabError, counted
 from mnist_lab.measures import TESTED, short_figures
+from mnist_lab.paths import EXPERIMENTS
 from mnist_lab.results import records as files
-from mnist_lab.results.compare import EXPERIMENTS, stated_targets
+from mnist_lab.results.compare import stated_targets
 from mnist_lab.results.runs import MISTAKES, load_runs
 from mnist_lab.running.run import DESCRIPTION, describe, target_tags, verdict_tags
 from mnist_lab.running.study import judge_runs, log_curves, log_verdict

@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -403,14 +403,6 @@ def predictions_of(run: Run, uri: str) -> pd.DataFrame:
             return read(file)
         except Exception as error:  # a file from elsewhere breaks zip, zlib, numpy and pandas in many ways
             raise LabError(f"run {run_id}: its {name} can't be read: {text_of(error)}") from error
-
-
-def keeps_predictions(run_id: str, *, tracking_uri: str | None = None) -> bool:
-    """Say whether `predictions` can be read for a run."""
-    with suppress(LabError):
-        predictions(run_id, tracking_uri=tracking_uri)
-        return True
-    return False
 
 
 @cache

@@ -18,7 +18,7 @@ from mnist_lab.data import find_data_dir
 from mnist_lab.errors import LabError
 from mnist_lab.experiment import Experiment, Targets
 from mnist_lab.measures import Protocol, protocol
-from mnist_lab.paths import PROJECT_ROOT, PUBLISHED, own_files
+from mnist_lab.paths import EXPERIMENTS, PROJECT_ROOT, PUBLISHED, own_files
 from mnist_lab.running import identity
 from mnist_lab.running.identity import SCRIPT, code_sha256, find_sources, place
 
@@ -140,9 +140,9 @@ def choose_device(name: str | None) -> torch.device:
 def with_own_figures(experiment: Experiment, script: Path) -> Experiment:
     """Drop reported figures that are another script's: `replace` took them along, or they came with a published one."""
     figures = [f"{value:g}" for value in experiment.reported.values()]
-    published = [file for file in script.parent.glob("*.py") if (PUBLISHED / f"{file.stem}.csv").exists()]
+    published = [one for csv in PUBLISHED.glob("*.csv") if (one := EXPERIMENTS / f"{csv.stem}.py").exists()]
     declared = [file.read_text(errors="ignore").partition("reported=")[2].partition("}")[0] for file in published]
-    is_copy = script not in published and any(all(one in text for one in figures) for text in declared)
+    is_copy = script.resolve() not in published and any(all(one in text for one in figures) for text in declared)
     is_named = "reported" in script.read_text(errors="ignore")
     return experiment if is_named and not is_copy else replace(experiment, reported={})
 

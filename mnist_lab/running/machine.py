@@ -15,11 +15,10 @@ def available_cores() -> int:  # that this process may run on
     return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
 
 
-def set_threads(wanted: int | None) -> int:
-    """Let torch use `wanted` threads, or OMP_NUM_THREADS, or one per available core; return their number."""
+def set_threads(wanted: int | None) -> None:
+    """Let torch use `wanted` threads, or OMP_NUM_THREADS, or one per available core."""
     if wanted is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(wanted or available_cores())
-    return torch.get_num_threads()
 
 
 @contextmanager

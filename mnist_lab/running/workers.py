@@ -94,7 +94,7 @@ class Trainers:
         return storage
 
     def start(self, task: SeedTask) -> Any:
-        with suppress(LabError):  # anew, as a run before may have changed what the script's modules hold
+        with suppress(Exception):  # anew, as a run before may have changed what the script's modules hold
             task.job.read_experiment()
         return task.number
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mnist_lab.errors import LabError, did_you_mean, one_line
 from mnist_lab.experiment import MNIST_PIXELS
-from mnist_lab.paths import PROJECT_ROOT, PUBLISHED
+from mnist_lab.paths import EXPERIMENTS, PUBLISHED
 from mnist_lab.tracking.connection import environment_variables, short_timeouts
 from mnist_lab.tracking.store import Store, quiet, replace_files, search
 
@@ -155,7 +155,7 @@ def _newest_run(store: Store, step: str, holdout: int) -> Run:
             return run
     declared = f"declared with --holdout {holdout}" if holdout else "declared"
     advice = f"train it first: make {step} (restored runs keep no network); or give runs:/<id>/model"
-    scripts = {file.stem for file in (PROJECT_ROOT / "experiments").glob("*.py")}
+    scripts = {file.stem for file in EXPERIMENTS.glob("*.py")}
     hint = "" if step in scripts else did_you_mean(step, scripts)
     raise ValueError(f"{store.name!r} has no finished run of that script as {declared}{hint}; {advice}")
 

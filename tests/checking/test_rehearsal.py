@@ -218,17 +218,11 @@ BY_BATCH, ONE_CYCLE = {"scheduler_interval": "batch"}, partial(OneCycleLR, max_l
         ({"net": SameStart}, "net: begins with the same weights whatever the seed"),
         ({"loss": Temperature()}, r"loss: has weights of its own, of shape \(\), which are not trained"),
         ({"optimizer": partial(CountingSGD, lr=0.01)}, "optimizer: changes count from batch to batch"),
-        (
-            {"scheduler": partial(ONE_CYCLE, total_steps=9_999), **BY_BATCH},
-            "scheduler: .* 9,999 steps, .* images 938",
-        ),
-        (
-            {"scheduler": partial(ONE_CYCLE, total_steps=99), **BY_BATCH},
-            "scheduler: .* all 60,000 images will fail",
-        ),
+        ({"scheduler": partial(ONE_CYCLE, total_steps=9_999), **BY_BATCH}, "scheduler: .* 9,999 steps, .* images 938"),
+        ({"scheduler": partial(ONE_CYCLE, total_steps=99), **BY_BATCH}, "scheduler: .* all 60,000 images will fail"),
         ({"scheduler": partial(StepLR, step_size=20), **BY_BATCH}, "scheduler: StepLR stands still after 80 of 938"),
         ({"scheduler": partial(StepLR, step_size=9), **BY_BATCH}, "scheduler: .* half of its way after 9 batches"),
-        ({"net": lambda unused=0.5: Convolutions()}, "unused: 0.5 has no effect on the first batch"),
+        ({"net": lambda unused=0.5: Convolutions()}, "net: never reads unused of its arguments"),
         ({"net": Small}, "net: after this run's 8 batches, .* are 43 % initial values"),
         ({"augmentation": OwnGenerator()}, "the run's seed does not decide what augmentation draws"),
         ({"augmentation": lambda images: images * 2 - 0.5}, r"augmentation gives pixels from -0\.50 to 1\.50"),
@@ -236,10 +230,7 @@ BY_BATCH, ONE_CYCLE = {"scheduler_interval": "batch"}, partial(OneCycleLR, max_l
         ({"augmentation": lambda images: images.flip(0)}, "augmentation: an image depends on the others"),
         ({"augmentation": v2.MixUp(num_classes=10)}, "augmentation: torchvision's MixUp draws once for all images"),
         ({"augmentation": v2.RandomRotation(7)}, r"augmentation: .* image by image, some \d+ s of an epoch"),
-        (
-            {"optimizer": lambda p: SGD([*p][-2:], lr=0.01)},
-            r"optimizer: .* not given first\.weight, .*, which",
-        ),
+        ({"optimizer": lambda p: SGD([*p][-2:], lr=0.01)}, r"optimizer: .* not given first\.weight, .*, which"),
         (
             {"average": partial(AveragedModel, avg_fn=lambda mean, new, _: 0.99 * mean + 0.01 * new), "batch_size": 5},
             r"average: after the first epoch it is still 37 % the first weights \(14 % after 200 batches\)",
@@ -325,6 +316,12 @@ def weight_normed() -> nn.Module:
         return Linear(change=nn.utils.weight_norm(nn.Linear(10, 10)))
 
 
+def computed_anew() -> nn.Module:
+    net = Linear(change=lambda y: setattr(net, "twice", 2 * net.linear.weight) or y)
+    net.twice = 2 * net.linear.weight  # in each pass again
+    return net
+
+
 class SharpSGD(SGD):
     """SAM on SGD: wants a closure beside the gradients, and rounds where it brings the weights back."""
 
@@ -402,6 +399,7 @@ def by_numpy(images: Tensor) -> Tensor:
         {"net": ghost_normed},
         {"net": ghost_normed, "average": AVERAGE},
         {"net": weight_normed, "average": AVERAGE},
+        {"net": computed_anew},
         *({"optimizer": partial(optimizer, lr=0.005)} for optimizer in (SharpSGD, ClippedAdam)),
     ],
 )

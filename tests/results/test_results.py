@@ -297,7 +297,6 @@ def test_the_predictions_of_a_run_are_read_with_their_confidence(store: Store) -
     assert np.array_equal(table.filter(like="logit_").to_numpy(), arrays["logits"])
     largest = np.exp(arrays["logits"].max(axis=1))  # the others are 0
     assert table["confidence"].to_numpy() == pytest.approx(largest / (largest + 9))
-    assert results.keeps_predictions(run.info.run_id, tracking_uri=store.uri)
 
 
 def test_scripts_declare_with_which_experiments_they_are_compared(tmp_path: Path) -> None:
@@ -404,7 +403,6 @@ def test_predictions_that_are_not_there_are_refused(many: Store) -> None:
     ):
         with pytest.raises(LabError, match=sentence):
             results.predictions(wanted, tracking_uri=many.uri)
-        assert not results.keeps_predictions(wanted, tracking_uri=many.uri)
 
 
 @pytest.mark.parametrize(

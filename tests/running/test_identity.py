@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import tiny
-from helpers import read_runs
+from helpers import ROOT, read_runs
 from mnist_lab import cli
 from mnist_lab.cli import make_job, parser
 from mnist_lab.errors import LabError
@@ -445,9 +445,9 @@ def test_the_flags_choose_the_interrupted_run_or_are_refused_by_name(
     monkeypatch.setattr("mnist_lab.running.job.read_declaration", lambda _: stated)
     job.read_experiment()
     assert job.experiment.reported == {}  # nor in a worker
-    for name, own in (("step1_baseline", stated.reported), ("copied", {})):  # the first is published
-        idea.with_name(f"{name}.py").write_text('reported={"best_test_accuracy": 99.0}')
-        assert with_own_figures(stated, idea.with_name(f"{name}.py")).reported == own
+    published = shutil.copy(script := ROOT / "experiments" / "step1_baseline.py", idea.parent), script
+    taken = replace(stated, reported=read_declaration(script).reported)
+    assert [with_own_figures(taken, Path(one)).reported for one in published] == [{}, taken.reported]  # of a copy, none
 
     def choose(flags: str) -> str:
         given = [*flags.split(), "--resume", "--tracking-uri", uri]
