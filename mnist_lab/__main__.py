@@ -340,12 +340,9 @@ def resume(run_id: str | None, tracking_uri: str | None) -> None:
         none = f"there is no interrupted run with a finished epoch in {checkpoint.folder(uri)}"
         raise LabError(f"resume: {'; '.join(refused) or none}")
     newest, *others = able
-    print(f"Going on with {newest.step} seed {newest.seed} after epoch {newest.epochs[-1].epoch}.")
-    for one in others:
-        print(f"Interrupted too: {one.name}")
-    for sentence in refused:
-        print(f"Left out: {sentence}")
-    sys.stdout.flush()
+    lines = [f"Going on with {newest.step} seed {newest.seed} after epoch {newest.epochs[-1].epoch}."]
+    lines += [f"Interrupted too: {one.name}" for one in others] + [f"Left out: {sentence}" for sentence in refused]
+    print("\n".join(lines), flush=True)
     script = str(Path(newest.script).resolve())
     os.environ["MLFLOW_TRACKING_URI"] = uri  # other users can read a command line, and there may be a password in it
     os.execv(sys.executable, [sys.executable, script, "--resume", newest.run_id])  # noqa: S606 - a script of this project

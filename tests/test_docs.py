@@ -117,8 +117,7 @@ def test_the_recipe_for_distillation_finds_its_teacher(train: Train) -> None:
 
     student = train(RECIPES["Distillation"])
 
-    assert student.tags["teacher_run_id"] == teacher.run_id
-    assert student.params["teacher"] == "step1_baseline"
+    assert (student.tags["teacher_run_id"], student.params["teacher"]) == (teacher.run_id, "step1_baseline")
 
 
 def test_a_submission_to_kaggle_is_in_order(mnist: Mnist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -398,6 +398,8 @@ def blame(blamed: str, trial: Trial | None = None) -> Iterator[None]:
         if trial is not None:
             field, layer = _innermost(trial, error)
             blamed = field or blamed
+            if isinstance(error, ArithmeticError) and not line:  # "integer modulo by zero"
+                message += f", in {stable_text(getattr(trial.experiment, blamed))}"
             where = f"evaluated on {counted(trial.evaluating, 'image')}: " if trial.evaluating else ""
             where += layer if blamed in ("net", trial.minimised) else ""
         raise LabError(f"{blamed}: {where}{message}{line}") from error

@@ -173,6 +173,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "too short": ("scheduler", {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=7), **by_batch}, "7"),
     "plateau by batch": ("scheduler", {"scheduler": ReduceLROnPlateau, **by_batch}, "scheduler_interval='epoch'"),
     "plateau that rises": ("scheduler", {"scheduler": partial(ReduceLROnPlateau, mode="max")}, "mode='min'"),
+    "by nothing": ("scheduler", {"scheduler": partial(StepLR, step_size=0)}, r"in StepLR\(step_size=0"),
     "below zero": ("scheduler", {"scheduler": partial(LambdaLR, lr_lambda=lambda epoch: 0.5 - epoch)}, "below 0"),
     "beyond float32": ("scheduler", {"optimizer": partial(SGD, lr=1e40)}, "float32"),
     "state with code": ("scheduler", {"scheduler": remembers_code}, "not code, a function"),
