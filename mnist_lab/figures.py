@@ -192,7 +192,7 @@ def plot_confusion(truth: ArrayLike, prediction: ArrayLike) -> Figure:
     for (row, column), count in np.ndenumerate(counts):
         if count:
             color = GREY if row == column else "white" if count > 0.55 * most else "black"
-            axes.text(column, row, f"{count}", ha="center", va="center", color=color)
+            axes.text(column, row, f"{count}", ha="center", va="center", color=color, in_layout=False)
     axes.set(xlabel="predicted digit", ylabel="true digit", xticks=range(10), yticks=range(10))
     axes.set_title(f"{right:,} of {len(true_digits):,} right ({100 * right / len(true_digits):.2f} %)")
     figure.colorbar(image, label="errors (images)", ticks=MaxNLocator(integer=True))
@@ -302,7 +302,9 @@ def _gallery(images: NDArray[Any], titles: Sequence[str], columns: int, title_si
         x, y = across * (number % columns), down * (number // columns)
         axes.imshow(image, cmap="gray_r", vmin=images.min(), vmax=images.max(), extent=(x, x + 28, y + 28, y))
         axes.add_patch(Rectangle((x, y), 28, 28, fill=False, lw=0.8))
-        axes.text(x + 14, y - 1, title, fontsize=title_size, ha="center", va="bottom", linespacing=1.05)
+        axes.text(
+            x + 14, y - 1, title, fontsize=title_size, ha="center", va="bottom", linespacing=1.05, in_layout=False
+        )
     axes.set(xlim=(-2, across * columns - 2), ylim=(down * rows - down + 30, 28 - down))
     axes.set_axis_off()
     return figure

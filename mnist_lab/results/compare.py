@@ -213,9 +213,8 @@ def _compare(pair: Pair, runs: pd.DataFrame, folds: int) -> Comparison:
     # One fold has the same images on all hardware.
     paired = folds > 0 or all(starmap(rounds_alike, both.itertuples(index=False, name=None)))
     a, b = (dict(zip(trained["seed"], trained[figure], strict=True)) for trained in (runs_a, runs_b))
-    found = vars(statistics.compare_means(a, b, paired=paired))
-    if folds:
-        found = found | {"seeds_needed": None}  # there are no more
+    more = {"seeds_needed": None} if folds else {}  # there are no more folds
+    found = vars(statistics.compare_means(a, b, paired=paired)) | more
     settings = runs.columns.difference([*({*COLUMNS} - {"num_params"}), "left_out"])
     differ = runs_a.iloc[0][settings].compare(runs_b.iloc[0][settings]).index
     return Comparison(**vars(pair), **found, p_holm=found["p"], differ=", ".join(differ))

@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -102,8 +103,7 @@ def _chapter(step: str, row: Any, story: Story | None, copied_from: str | None, 
     left_out = ("Result", "Analysis") if copied_from or overridden else ()
     return {
         **{"step": step, "row": row, "story": story, "copied_from": copied_from, "published": published},
-        **{"pictures": [], "notes": []},
-        "name": f"{step} [{overridden}]" if overridden else step,
+        **{"pictures": [], "notes": [], "name": f"{step} [{overridden}]" if overridden else step},
         "all_met": row is not None and verdict(row, short=True) == "all met",
         "sections": [one for one in story.sections if one[0] not in left_out] if story else [],
     }
@@ -160,7 +160,7 @@ def _draw_predictions(run: pd.Series[Any], images: NDArray[np.uint8], loaded: Lo
     alt = f"The most confident of {len(wrong)} mistakes, as images with truth, prediction and confidence."
     for truth, read_as, confidence in wrong.iloc[:1, :3].to_numpy():
         alt += f" The first is a {truth:.0f} read as {read_as:.0f} with {100 * confidence:.1f} %."
-    gallery = figures.plot_mistakes(images, read["truth"], read["prediction"], read["confidence"])
+    gallery = figures.plot_mistakes(images, read["truth"], read["prediction"], read["confidence"], limit=24)
     yield _picture(gallery, f"{run['step']}-mistakes", alt, f"The most confident mistakes, {which}.")
 
 
@@ -174,11 +174,12 @@ def draw_overview(summary: pd.DataFrame) -> dict[str, Any]:
 
 def _picture(figure: Figure, name: str, alt: str, caption: str) -> dict[str, Any]:
     """Return a figure as the page shows it: its PNG, whose path is seen from steps.md, and its size in pixels."""
-    drawn, png = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=96)  # which it is shown with
-    with Image.open(drawn) as image:
-        image.convert("RGB").quantize(64).save(png, format="png", optimize=True)
-        shown = {"alt": alt, "caption": caption, "width": image.width, "height": image.height}
+    canvas: Any = FigureCanvasAgg(figure)
+    figure.set_dpi(96)  # which it is shown with
+    canvas.draw()  # `savefig` would lay it out twice
+    image, png = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), io.BytesIO()
+    image.quantize(64).save(png, format="png", optimize=True)
+    shown = {"alt": alt, "caption": caption, "width": image.width, "height": image.height}
     file = quote(name, safe=" =,")  # a step's name is free text to the store
     if len(file) > MAX_NAME:
         file = f"{file[:MAX_NAME]}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"

@@ -36,7 +36,6 @@ from mnist_lab.training.loop import EpochMetrics
 from mnist_lab.verdicts.statistics import chance_of_best
 
 Space = Mapping[str, BaseDistribution]
-SHOWN = 5  # trials, the best, at the end
 # What a trial has in Optuna's storage: that its training began, why it failed, and what was too large to be trained.
 BEGUN, REASON, TOO_LARGE = "begun", "reason", "num_params"
 
@@ -111,8 +110,8 @@ def paste_lines(job: Job, values: Mapping[str, object]) -> list[str]:
 
 
 def best_table(result: SearchResult, style: str = "simple") -> str:
-    """Return the best trials as a table with a column for each value, in one of the styles of tabulate."""
-    rows = [(trial.number, f"{trial.accuracy:.2f}", *trial.values.values()) for trial in result.best[:SHOWN]]
+    """Return the five best trials as a table with a column for each value, in one of the styles of tabulate."""
+    rows = [(trial.number, f"{trial.accuracy:.2f}", *trial.values.values()) for trial in result.best[:5]]
     return tabulate(rows, ("trial", "validation", *result.best[0].values), tablefmt=style, disable_numparse=True)
 
 
