@@ -104,4 +104,4 @@ def listed(names: Sequence[str]) -> str:
 def kind(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return "None: is a return missing?" if value is None else f"a {type(value).__name__}"
+    return "None (is a return missing?)" if value is None else f"a {type(value).__name__}"
