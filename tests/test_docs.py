@@ -116,7 +116,6 @@ def test_the_recipe_for_distillation_finds_its_teacher(train: Train) -> None:
     teacher = train((ROOT / "experiments" / "step1_baseline.py").read_text(), "step1_baseline")
 
     student = train(RECIPES["Distillation"])
-
     assert (student.tags["teacher_run_id"], student.params["teacher"]) == (teacher.run_id, "step1_baseline")
 
 

@@ -317,8 +317,8 @@ def weight_normed() -> nn.Module:
 
 
 def computed_anew() -> nn.Module:
-    net = Linear(change=lambda y: setattr(net, "twice", 2 * net.linear.weight) or y)
-    net.twice = 2 * net.linear.weight  # in each pass again
+    net = Linear(change=lambda y: (net.training and setattr(net, "twice", 2 * net.linear.weight)) or y)
+    net.twice = 2 * net.linear.weight  # and anew in training
     return net
 
 

@@ -150,6 +150,7 @@ def test_a_seed_finds_modules_as_they_are_read_and_a_run_of_another_network_is_n
         (tmp_path / "n").write_text(f"{before}")
         sys.modules.pop("layers", None)  # as in a process of its own
         job = Job(script=script, experiment=read_declaration(script), tracking_uri=uri, threads=1)
+        (tmp_path / "n").write_text("none, so it can't be read again" if before else "0")
         runs = run_study(job, [0, 1], Progress(), Trainers()).runs
         assert [run.metrics["num_params"] for run in runs] == [434 + 110 * layers] * 2
     assert len(read_runs(Path(uri.removeprefix("sqlite:///")))) == 2 + 2 + 3
